@@ -1,0 +1,276 @@
+"""WeightBank: every linear in every candidate format, built once, cached on disk, memory-mapped.
+
+The bank is the search's proxy: a configuration is assembled from it without quantizing anything. With an activation-aware
+quantizer (gptq) it is deployable as it stands. It lives under the cache directory in a folder named by a hash of the
+model's weights and the settings, one safetensors file per (block, format): formats are built and added independently, an
+interrupted build goes on at the first missing file, and a second search opens the files at once.
+
+Building streams block by block through the full-precision model: hidden states at one block boundary are held for the
+calibration windows, the block runs once to collect the second moments of its linears' inputs (shared by linears that
+read one tensor), its linears are quantized, and the hidden states move on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from amq.blocks import BlockRunner
+from amq.configuration import linear_bytes
+from amq.errors import AmqError
+from amq.files import cache_dir, write_atomic, write_json
+from amq.formats import BitFormat, get_format
+from amq.linears import Inventory, LinearSpec, get_linear
+from amq.models import fingerprint as content_hash
+from amq.models import model_fingerprint
+from amq.native import dequantize_into
+from amq.packing import PackedWeight
+from amq.progress import Progress
+from amq.quantizers import NEEDS_GRAM, get_quantizer
+
+log = logging.getLogger(__name__)
+
+VERSION = 1
+"""Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """What the bank's bytes depend on besides the model."""
+
+    proxy: str = "gptq"
+    group_size: int = 128
+    calibration: Tensor | None = None
+    """int64 [windows, length]; used by quantizers that need activations."""
+
+    def key(self, fingerprint_of_model: str) -> str:
+        parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model]
+        if self.proxy in NEEDS_GRAM:
+            parts.append(content_hash([("calibration", self.calibration)]))
+        return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+class WeightBank:
+    """Read access to a built bank. `get` returns memory-mapped tensors and costs microseconds."""
+
+    def __init__(self, folder: Path, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], group_size: int) -> None:
+        self.folder, self.formats, self.group_size = folder, tuple(formats), group_size
+        self._specs = {s.name: s for s in linears}
+        self._open = lru_cache(maxsize=None)(_open_file)
+
+    def get(self, linear: str, fmt: str) -> PackedWeight:
+        """One linear in one format."""
+        if linear not in self._specs:
+            raise AmqError(f"linear {linear!r} is not in the bank at {self.folder}")
+        if fmt not in {f.name for f in self.formats}:
+            raise AmqError(f"format {fmt!r} is not in this bank (it has {', '.join(f.name for f in self.formats)})")
+        spec = self._specs[linear]
+        file = self._open(_file(self.folder, spec.block, get_format(fmt)))
+        parts = (file.get_tensor(f"{linear}.{part}") for part in ("qweight", "scale", "zero_point"))
+        return PackedWeight(get_format(fmt), spec.in_features, self.group_size, *parts)
+
+    def weight_errors(self) -> dict[str, dict[str, float]]:
+        """‖W − Ŵ‖² (sum of squares) of every linear and format, as measured when the bank was built."""
+        errors: dict[str, dict[str, float]] = {name: {} for name in self._specs}
+        for block in sorted({s.block for s in self._specs.values()}):
+            for fmt in self.formats:
+                metadata = self._open(_file(self.folder, block, fmt)).metadata()
+                for name, error in json.loads(metadata["weight_errors"]).items():
+                    errors[name][fmt.name] = error
+        return errors
+
+
+def _file(folder: Path, block: int, fmt: BitFormat) -> Path:
+    return folder / f"block-{block:03d}.{fmt.name}.safetensors"
+
+
+def _open_file(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors has an exception type of its own, and OSError
+        raise AmqError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+
+
+def open_bank(
+    model: nn.Module,
+    inventory: Inventory,
+    formats: Sequence[BitFormat],
+    settings: BankSettings,
+    progress: Progress | None = None,
+    cache: Path | None = None,
+    fingerprint: str | None = None,
+) -> WeightBank:
+    """The bank of `model` (a full-precision causal LM), from the cache; what is missing is built first.
+
+    fingerprint: `model_fingerprint(model)` where the caller has it already.
+    """
+    folder = (cache or cache_dir() / "banks") / settings.key(fingerprint or model_fingerprint(model))
+    blocks = range(inventory.n_blocks)
+    missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
+    missing = {b: fs for b, fs in missing.items() if fs}
+    if missing:
+        _check_disk(folder, inventory, missing, settings.group_size)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "bank.json", {
+            "schema": "amq/bank/1", "proxy": settings.proxy, "group_size": settings.group_size,
+            "model": type(model).__name__, "linears": len(inventory.linears),
+        })  # fmt: skip
+        _build(model, inventory, folder, missing, settings, progress or Progress())
+    return WeightBank(folder, inventory.linears, formats, settings.group_size)
+
+
+def _check_disk(folder: Path, inventory: Inventory, missing: dict[int, list[BitFormat]], group_size: int) -> None:
+    needed = sum(linear_bytes(s, f, group_size) for b, fs in missing.items() for s in inventory.in_block(b) for f in fs)
+    parent = next(p for p in (folder, *folder.parents) if p.exists())
+    free = shutil.disk_usage(parent).free
+    if needed > free:
+        raise AmqError(
+            f"the bank needs {needed / 2**30:.2f} GiB under {folder}, {free / 2**30:.2f} GiB are free: "
+            "free some space, or point AMQ_CACHE at a larger disk"
+        )
+
+
+def _build(
+    model: nn.Module,
+    inventory: Inventory,
+    folder: Path,
+    missing: dict[int, list[BitFormat]],
+    settings: BankSettings,
+    progress: Progress,
+) -> None:
+    quantize = get_quantizer(settings.proxy)
+    inputs = None
+    if settings.proxy in NEEDS_GRAM:
+        inputs = _InputStatistics(model, settings.calibration)
+    names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
+    with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():
+        for block in range(max(missing) + 1):
+            linears = inventory.in_block(block)
+            wanted = missing.get(block)
+            groups = inputs.advance(linears, collect=bool(wanted)) if inputs else [(linears, None)]
+            if not wanted or not linears:
+                step(f"block {block} is there")
+                continue
+            start = time.monotonic()
+            errors = _quantize_block(model, groups, wanted, settings.group_size, quantize, folder, block)
+            step(f"block {block} {names}: relative error {errors}, {time.monotonic() - start:.1f} s")
+
+
+def _quantize_block(
+    model: nn.Module,
+    groups: list[tuple[list[LinearSpec], Tensor | None]],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    quantize: Callable[..., list[dict[str, PackedWeight]]],
+    folder: Path,
+    block: int,
+) -> str:
+    """Writes one file per format; returns the relative weight errors as text."""
+    tensors: dict[str, dict[str, Tensor]] = {f.name: {} for f in formats}
+    errors: dict[str, dict[str, float]] = {f.name: {} for f in formats}
+    energy = 0.0
+    for specs, gram in groups:
+        weights = [get_linear(model, s.name).weight.detach().cpu() for s in specs]
+        results = quantize(weights, formats, group_size, gram)
+        for spec, weight, result in zip(specs, weights, results, strict=True):
+            energy += float(weight.double().square().sum())
+            for name, packed in result.items():
+                errors[name][spec.name] = _square_error(weight, packed)
+                for part in ("qweight", "scale", "zero_point"):
+                    tensors[name][f"{spec.name}.{part}"] = getattr(packed, part).clone()
+    for fmt in formats:
+        metadata = {"weight_errors": json.dumps(errors[fmt.name])}
+        content = tensors[fmt.name]
+        write_atomic(_file(folder, block, fmt), lambda path, c=content, m=metadata: save_file(c, path, metadata=m))
+    return " ".join(f"{name} {(sum(e.values()) / energy) ** 0.5:.3f}" for name, e in errors.items())
+
+
+def _square_error(weight: Tensor, packed: PackedWeight) -> float:
+    restored = torch.empty(weight.shape, dtype=torch.float32)
+    dequantize_into(packed, restored)
+    return float(restored.sub_(weight.float()).square_().sum(dtype=torch.float64))
+
+
+class _InputStatistics:
+    """Moves calibration windows through the model block by block and collects E[x xᵀ] of each block's linears."""
+
+    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+        self._model, self._runner = model, BlockRunner(model)
+        device = model.get_input_embeddings().weight.device
+        self._windows = [w.unsqueeze(0).to(device) for w in windows]
+        self._hidden: list[Tensor | None] = [None] * len(windows)
+        self._boundary = 0
+        self._runner.check(self._windows[0][:, :32])
+
+    def advance(self, linears: Sequence[LinearSpec], collect: bool) -> list[tuple[list[LinearSpec], Tensor | None]]:
+        """Runs the next block; returns its linears grouped by shared input, each group with its mean x xᵀ."""
+        grams = _Grams(self._model, linears)
+        with ExitStack() as stack:
+            if collect:
+                stack.enter_context(grams)
+            for i, tokens in enumerate(self._windows):
+                start = self._boundary
+                self._hidden[i] = self._runner.hidden(tokens, start + 1, start, self._hidden[i])
+                grams.end_of_window()
+        self._boundary += 1
+        return grams.groups()
+
+
+class _Grams:
+    """Forward hooks that sum x xᵀ per distinct input tensor of a set of linears."""
+
+    def __init__(self, model: nn.Module, linears: Sequence[LinearSpec]) -> None:
+        self._modules = {s: get_linear(model, s.name) for s in linears}
+        self._leaders: dict[LinearSpec, LinearSpec] = {}  # linear → the first linear that read the same tensor
+        self._sums: dict[LinearSpec, Tensor] = {}
+        self._counts: dict[LinearSpec, int] = {}
+        self._seen: dict[tuple[Any, ...], tuple[LinearSpec, Tensor]] = {}  # holds inputs alive, so pointers stay unique
+
+    def __enter__(self) -> _Grams:
+        self._handles = [
+            m.register_forward_hook(lambda module, args, output, s=s: self._add(s, args[0]))
+            for s, m in self._modules.items()
+        ]
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _add(self, spec: LinearSpec, x: Tensor) -> None:
+        leader, _ = self._seen.setdefault((x.data_ptr(), x.shape, x.stride()), (spec, x))
+        if self._leaders.setdefault(spec, leader) != leader:
+            raise AmqError(f"{spec.name} shared its input with {self._leaders[spec].name} once and not another time")
+        if leader is not spec:
+            return
+        rows = x.reshape(-1, x.shape[-1]).float()
+        gram = self._sums.setdefault(spec, torch.zeros(rows.shape[1], rows.shape[1], device=x.device))
+        gram.addmm_(rows.t(), rows)
+        self._counts[spec] = self._counts.get(spec, 0) + len(rows)
+
+    def end_of_window(self) -> None:
+        self._seen.clear()
+
+    def groups(self) -> list[tuple[list[LinearSpec], Tensor | None]]:
+        result = []
+        for leader, gram in self._sums.items():
+            members = [s for s in self._modules if self._leaders.get(s) == leader]
+            result.append((members, (gram / self._counts[leader]).cpu()))
+        for spec in (s for s in self._modules if s not in self._leaders):
+            log.warning("%s saw no calibration token: rounded as if its inputs were white noise", spec.name)
+            result.append(([spec], torch.eye(spec.in_features)))
+        return result

@@ -1,0 +1,146 @@
+"""A configuration `{linear: format}` and what it costs: bits per weight, bytes, and a whole model's memory, itemised.
+
+Bits per weight is the average over all linears of stored bits: codes plus one fp16 scale and zero point per group. A
+linear whose rows fill their groups costs exactly `code_bits + 32 / group_size` (the paper's accounting); a ragged last
+group pays for its scale and zero point in full, because the file does.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from amq.errors import AmqError
+from amq.files import read_json, write_json
+from amq.formats import BitFormat, check_group_size, get_format
+from amq.linears import Inventory, LinearSpec
+
+SCHEMA = "amq/configuration/1"
+OTHER_BYTES = 2
+"""Weights that stay unquantized, and the KV cache, are counted in 16 bits: what the model ships and runs in."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Which format each linear has; plus, once known, its figures and where it came from (`details`)."""
+
+    formats: Mapping[str, str]
+    group_size: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def uniform(linears: Sequence[LinearSpec], fmt: BitFormat, group_size: int) -> Configuration:
+        return Configuration({s.name: fmt.name for s in linears}, group_size)
+
+    def save(self, path: Path) -> None:
+        """Writes `docs/format.md`'s configuration JSON, atomically."""
+        write_json(path, {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats), **self.details})
+
+    @staticmethod
+    def load(path: Path) -> Configuration:
+        """Reads and checks a configuration file."""
+        data = read_json(path)
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise AmqError(f"{path} is not a configuration: expected schema {SCHEMA!r}, found {found!r}")
+        missing = {"formats", "group_size"} - data.keys()
+        if missing or not isinstance(data["formats"], dict):
+            raise AmqError(f"{path}: expected 'formats' (linear to format name) and 'group_size'; it is damaged")
+        for name in set(data["formats"].values()):
+            get_format(name)
+        details = {k: v for k, v in data.items() if k not in ("schema", "formats", "group_size")}
+        return Configuration(data["formats"], check_group_size(data["group_size"]), details)
+
+    def check(self, linears: Sequence[LinearSpec]) -> None:
+        """Refuses a configuration that is not of exactly these linears."""
+        names = {s.name for s in linears}
+        unknown, missing = sorted(self.formats.keys() - names), sorted(names - self.formats.keys())
+        if unknown:
+            raise AmqError(
+                f"the configuration names {unknown[0]!r} ({len(unknown)} such), which the model does not have: "
+                "it was made for another model"
+            )
+        if missing:
+            raise AmqError(f"the configuration lacks {missing[0]!r} ({len(missing)} linears missing): search this model again")
+
+    def bytes(self, linears: Iterable[LinearSpec]) -> int:
+        """Stored bytes of all linears."""
+        return sum(linear_bytes(s, get_format(self.formats[s.name]), self.group_size) for s in linears)
+
+    def bits_per_weight(self, linears: Sequence[LinearSpec]) -> float:
+        return 8 * self.bytes(linears) / sum(s.numel for s in linears)
+
+
+def linear_bytes(spec: LinearSpec, fmt: BitFormat, group_size: int) -> int:
+    return fmt.stored_bytes(spec.out_features, spec.in_features, group_size)
+
+
+@dataclass(frozen=True)
+class MemoryItem:
+    name: str
+    bytes: int
+    note: str = ""
+
+
+def memory_items(
+    model: Inventory, configuration: Configuration, config: Any = None, context: int = 0
+) -> tuple[MemoryItem, ...]:
+    """Everything that must be resident to run the model: weights by kind, and the KV cache for `context` tokens.
+
+    config: the Hugging Face config, needed when `context` > 0.
+    """
+    codes = sum(s.out_features * get_format(configuration.formats[s.name]).row_bytes(s.in_features) for s in model.linears)
+    items = [
+        MemoryItem("linears: codes", codes),
+        MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes),
+        *other_items(model),
+    ]
+    if context:
+        items.append(MemoryItem("KV cache", kv_cache_bytes(config, context), f"{context} tokens in 16 bits"))
+    return tuple(items)
+
+
+def other_items(model: Inventory) -> list[MemoryItem]:
+    """The unquantized weights by kind, counted at 16 bits each."""
+
+    def total(kind: str) -> int:
+        return OTHER_BYTES * sum(o.numel for o in model.others if o.kind == kind)
+
+    tied = "tied to the embeddings: the same bytes" if model.head_is_tied else "16 bits"
+    items = [
+        MemoryItem("embeddings", total("embedding"), "16 bits"),
+        MemoryItem("lm_head", total("lm_head"), tied),
+        MemoryItem("norms and biases", total("small"), "16 bits"),
+    ]
+    rest = total("not quantized")
+    if rest:
+        reasons = sorted({o.reason for o in model.others if o.kind == "not quantized"})
+        items.append(MemoryItem("not quantized", rest, "; ".join(reasons)))
+    return items
+
+
+def kv_cache_bytes(config: Any, context: int) -> int:
+    """Keys and values for `context` tokens in 16 bits; a layer with a sliding window holds at most its window."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    if not heads or not layers:
+        raise AmqError(f"cannot size the KV cache of a {type(config).__name__}: it names no attention heads or layers")
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or [("sliding_attention" if window else "full_attention")] * layers
+    tokens = sum(min(context, window) if window and kind == "sliding_attention" else context for kind in kinds)
+    return 2 * OTHER_BYTES * kv_heads * head_dim * tokens
+
+
+def memory_json(items: Sequence[MemoryItem]) -> dict[str, Any]:
+    return {"items": [asdict(i) for i in items], "total": sum(i.bytes for i in items)}
+
+
+def configuration_key(formats: Mapping[str, str]) -> str:
+    """A canonical text of `{linear: format}`, equal for equal configurations."""
+    return json.dumps(dict(sorted(formats.items())), separators=(",", ":"))

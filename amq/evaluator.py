@@ -1,0 +1,186 @@
+"""Evaluator: configuration → loss, the mean divergence per token from the full-precision model.
+
+One resident model; every linear's weight is either the full-precision tensor or a working buffer of its own, into which
+the bank's weight is dequantized only when that linear's format changes. The loss is streamed: final hidden states of
+both models (a few MB) are kept, logits exist for `TOKENS` tokens at a time, and the reference log-probabilities are
+cached only as far as `cache_memory` reaches and recomputed from the cached hidden states beyond that.
+
+A linear's sensitivity (this linear in another format, all others as they are) reruns only the blocks from its own on,
+from hidden states kept at that block's input; walking the linears in block order needs those of one block at a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from amq.bank import WeightBank
+from amq.blocks import BlockRunner
+from amq.errors import AmqError
+from amq.linears import Inventory, get_linear
+from amq.losses import LOSSES
+from amq.models import LoadedModel
+from amq.native import dequantize_into
+
+TOKENS = 128
+"""Tokens whose logits exist at once."""
+ROWS = 16
+"""Tokens whose loss is computed at once, so that its temporaries stay in the CPU's cache."""
+BATCH_TOKENS = 1024
+"""Tokens run through the blocks at once."""
+
+
+class Evaluator:
+    """Losses of configurations on fixed sets of token windows.
+
+    windows: {name: int64 [windows, length]}, such as `search` and `confirm`.
+    loss: `jsd`, `kl` or `ce` (see `amq.losses`).
+    cache_memory: bytes that cached reference log-probabilities may take, over all window sets.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        inventory: Inventory,
+        bank: WeightBank,
+        windows: Mapping[str, Tensor],
+        loss: str = "jsd",
+        cache_memory: int = 512 << 20,
+    ) -> None:
+        if loss not in LOSSES:
+            raise AmqError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}")
+        self._loss = LOSSES[loss]
+        self._bank = bank
+        self._runner = BlockRunner(loaded.model)
+        self._linears = {s.name: get_linear(loaded.model, s.name) for s in inventory.linears}
+        self._blocks = {s.name: s.block for s in inventory.linears}
+        self._full = {name: module.weight.data for name, module in self._linears.items()}
+        self._buffers: dict[str, Tensor] = {}
+        self._current: dict[str, str] = {}
+        self.seconds_in_model = 0.0
+        self.seconds = 0.0
+        device = loaded.model.get_input_embeddings().weight.device
+        self._windows = {name: w.to(device) for name, w in windows.items()}
+        with torch.no_grad():
+            self._runner.check(next(iter(self._windows.values()))[:1, :32])
+            self._reference = {name: self._final_hidden(w) for name, w in self._windows.items()}
+            self._cache = self._cache_reference(cache_memory)
+
+    def evaluate(self, formats: Mapping[str, str], windows: str = "search") -> float:
+        """Mean loss per token (nats) of a configuration {linear: format}; NaN or infinity where the model overflows."""
+        start = time.perf_counter()
+        with torch.no_grad():
+            self.apply(formats)
+            loss = self._mean_loss(self._final_hidden(self._windows[windows]), windows)
+        self.seconds += time.perf_counter() - start
+        return loss
+
+    def sensitivities(
+        self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
+    ) -> Iterator[tuple[str, str, float]]:
+        """(linear, format, loss) for each (linear, format) in `changes`: that linear so, all others as in `base`."""
+        tokens = self._batches(self._windows[windows])
+        with torch.no_grad():
+            self.apply(base)
+            hidden: list[Tensor | None] = [None] * len(tokens)
+            boundary = 0
+            for name, fmt in sorted(changes, key=lambda change: self._blocks[change[0]]):
+                start = time.perf_counter()
+                block = self._blocks[name]
+                if block > boundary:
+                    hidden = [self._run(t, block, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
+                    boundary = block
+                self.apply({**base, name: fmt})
+                last = self._runner.n_blocks
+                final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
+                loss = self._mean_loss(torch.cat([f.flatten(0, 1) for f in final]), windows)
+                self.apply(base)
+                self.seconds += time.perf_counter() - start
+                yield name, fmt, loss
+
+    def apply(self, formats: Mapping[str, str]) -> None:
+        """Puts the configuration's weights into the model, touching only linears whose format changes."""
+        if formats.keys() != self._linears.keys():
+            odd = sorted(formats.keys() ^ self._linears.keys())[0]
+            raise AmqError(f"the configuration and the model disagree about linear {odd!r}")
+        for name, fmt in formats.items():
+            if self._current.get(name) != fmt:
+                self._set(name, fmt)
+
+    def _set(self, name: str, fmt: str) -> None:
+        full = self._full[name]
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = torch.empty_like(full)
+        self._current.pop(name, None)  # a failure below must not leave a wrong note of what the buffer holds
+        dequantize_into(self._bank.get(name, fmt), buffer)
+        self._linears[name].weight.data = buffer
+        self._current[name] = fmt
+
+    def restore(self) -> None:
+        """Puts the full-precision weights back."""
+        for name, module in self._linears.items():
+            module.weight.data = self._full[name]
+        self._current.clear()
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The full-precision model inside, the configuration that was applied afterwards."""
+        formats = dict(self._current)
+        self.restore()
+        try:
+            yield
+        finally:
+            if formats:
+                self.apply(formats)
+
+    def _batches(self, windows: Tensor) -> Sequence[Tensor]:
+        return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+
+    def _run(self, tokens: Tensor, stop: int, start: int = 0, hidden: Tensor | None = None) -> Tensor:
+        begin = time.perf_counter()
+        result = self._runner.hidden(tokens, stop, start, hidden)
+        self.seconds_in_model += time.perf_counter() - begin
+        return result
+
+    def _final_hidden(self, windows: Tensor) -> Tensor:
+        """[tokens, hidden_size] at the last block boundary."""
+        return torch.cat([self._run(t, self._runner.n_blocks).flatten(0, 1) for t in self._batches(windows)])
+
+    def _log_probabilities(self, hidden: Tensor) -> Tensor:
+        begin = time.perf_counter()
+        logits = self._runner.logits(hidden)
+        self.seconds_in_model += time.perf_counter() - begin
+        return logits.float().log_softmax(-1)
+
+    def _cache_reference(self, cache_memory: int) -> dict[str, list[Tensor]]:
+        """Reference log-probabilities of the first chunks of each window set, as many as fit."""
+        cache: dict[str, list[Tensor]] = {}
+        for name, hidden in self._reference.items():
+            cache[name] = []
+            for chunk in hidden.split(TOKENS):
+                size = 4 * len(chunk) * self._runner.model.get_output_embeddings().weight.shape[0]
+                if size > cache_memory:
+                    break
+                cache_memory -= size
+                cache[name].append(self._log_probabilities(chunk))
+        return cache
+
+    def _mean_loss(self, hidden: Tensor, windows: str) -> float:
+        """hidden: the candidate's final hidden states [tokens, hidden_size]."""
+        total = 0.0
+        cached = self._cache[windows]
+        chunks = zip(self._reference[windows].split(TOKENS), hidden.split(TOKENS), strict=True)
+        for index, (reference, candidate) in enumerate(chunks):
+            p = cached[index] if index < len(cached) else self._log_probabilities(reference)
+            q = self._log_probabilities(candidate)
+            losses = [self._loss(a, b) for a, b in zip(p.split(ROWS), q.split(ROWS), strict=True)]
+            total += float(torch.cat(losses).sum(dtype=torch.float64))
+            if not math.isfinite(total):
+                return total
+        return total / len(hidden)

@@ -1,0 +1,62 @@
+"""Files written whole or not at all, and read with errors that name them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from amq.errors import AmqError
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Calls `write(temporary)` and renames the result to `path`: a reader sees the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except Exception as error:
+        temporary.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise AmqError(
+                f"the disk is full: could not write {path}; free some space and run the same command again "
+                "(what was finished before is kept)"
+            ) from error
+        raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether `error` means no space left; safetensors reports it as text only."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or "No space left on device" in str(error)
+
+
+def write_json(path: Path, data: Any) -> None:
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomic(path, lambda temporary: _write_text(temporary, text))
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AmqError(f"{path} does not exist") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AmqError(f"{path} is not valid JSON: {error}") from None
+
+
+def cache_dir() -> Path:
+    """Where models and banks are cached: `$AMQ_CACHE`, else `amq` under the user's cache directory."""
+    from platformdirs import user_cache_dir
+
+    return Path(os.environ.get("AMQ_CACHE") or user_cache_dir("amq"))

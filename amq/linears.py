@@ -1,0 +1,161 @@
+"""Finds what a causal LM is made of by walking its module tree: no model names, no role lists, no per-model tables.
+
+The decoder blocks are the `nn.ModuleList` that holds the most linear weights; every `nn.Linear` inside it is a
+`LinearSpec`, named by its module path. Every other parameter is listed too, as an `OtherWeight` with a kind, so that a
+memory figure can be itemised and nothing is left out silently: embeddings, lm_head, norms and biases, and weights that
+stay as they are because no format applies to them (experts held as one 3-D parameter, convolutions, linears outside the
+blocks). A parameter that two modules share is counted once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One quantizable linear: `name` is its module path, `role` that path inside its block."""
+
+    name: str
+    block: int
+    role: str
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class OtherWeight:
+    """A parameter that stays in 16 bits; kind: embedding, lm_head, small (norms, biases), not quantized."""
+
+    name: str
+    kind: str
+    numel: int
+    shape: tuple[int, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every parameter of a model, each exactly once."""
+
+    blocks_path: str
+    n_blocks: int
+    linears: tuple[LinearSpec, ...]
+    others: tuple[OtherWeight, ...]
+    head_is_tied: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(s.numel for s in self.linears) + sum(o.numel for o in self.others)
+
+    def in_block(self, block: int) -> list[LinearSpec]:
+        return [s for s in self.linears if s.block == block]
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        if weights and (best is None or weights > best[0]):  # ties go to the outer list, which is walked first
+            best = (weights, path, module)
+    if best is None:
+        raise AmqError(
+            f"{type(model).__name__} has no list of decoder blocks that holds nn.Linear modules: nothing to quantize"
+        )
+    return best[1], best[2]
+
+
+def inventory(model: nn.Module) -> Inventory:
+    """Walks `model` (a Hugging Face causal LM, on any device, meta included) into an `Inventory`."""
+    blocks_path, blocks = find_blocks(model)
+    linears = tuple(_block_linears(blocks_path, blocks))
+    if not linears:
+        raise AmqError(f"no nn.Linear found in the blocks at {blocks_path!r}: nothing to quantize")
+    taken = {f"{s.name}.weight" for s in linears}
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    embedding_weight = getattr(embedding, "weight", None)
+    head_weight = getattr(head, "weight", None)
+    others = []
+    for name, parameter in model.named_parameters():  # yields a shared parameter once, under its first name
+        if name in taken:
+            continue
+        if parameter is embedding_weight:
+            kind, reason = "embedding", ""
+        elif parameter is head_weight:
+            kind, reason = "lm_head", ""
+        elif parameter.ndim < 2:
+            kind, reason = "small", ""
+        else:
+            kind, reason = "not quantized", _why_not(model, name, parameter, blocks_path)
+        others.append(OtherWeight(name, kind, parameter.numel(), tuple(parameter.shape), reason))
+    tied = head_weight is not None and head_weight is embedding_weight
+    return Inventory(blocks_path, len(blocks), linears, tuple(others), tied)
+
+
+def _block_linears(blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSpec]:
+    seen: set[int] = set()
+    for index, block in enumerate(blocks):
+        for role, module in block.named_modules():
+            if isinstance(module, nn.Linear) and id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                yield LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
+
+
+def _why_not(model: nn.Module, name: str, parameter: Tensor, blocks_path: str) -> str:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not name.startswith(blocks_path + "."):
+        return f"{type(owner).__name__} outside the decoder blocks"
+    if parameter.ndim > 2:
+        return f"{parameter.ndim}-D parameter of {type(owner).__name__}, not an nn.Linear"
+    return f"{type(owner).__name__} is not an nn.Linear"
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The nn.Linear at the dotted `name`, or an error that says what is there instead."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise AmqError(f"linear {name!r} is not in this {type(model).__name__}") from None
+    if not isinstance(module, nn.Linear):
+        raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Linear")
+    return module
+
+
+def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
+    """Refuses linears that cannot be quantized: empty ones, and weights with NaN or infinity."""
+    for spec in linears:
+        if not spec.numel:
+            raise AmqError(f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized")
+        weight = get_linear(model, spec.name).weight
+        if not bool(torch.isfinite(weight).all()):
+            raise AmqError(
+                f"linear {spec.name} holds {int((~torch.isfinite(weight)).sum())} non-finite weights (NaN or infinity): "
+                "the checkpoint is damaged or was cast to a dtype too narrow for it; load it again or with another --dtype"
+            )
+
+
+def match_linears(linears: tuple[LinearSpec, ...], pattern: str) -> list[LinearSpec]:
+    """The linears whose name contains a match of the regular expression `pattern`; none is an error."""
+    try:
+        expression = re.compile(pattern)
+    except re.error as error:
+        raise AmqError(f"{pattern!r} is not a regular expression: {error}") from None
+    found = [s for s in linears if expression.search(s.name)]
+    if not found:
+        raise AmqError(f"no linear matches {pattern!r}; names look like {linears[0].name}")
+    return found

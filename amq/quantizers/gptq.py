@@ -1,0 +1,155 @@
+"""Error-compensated rounding (GPTQ: Frantar et al., ICLR 2023) for several linears and formats at once.
+
+With H = E[x xᵀ] over calibration inputs, the output error of a row is (w − ŵ) H (w − ŵ)ᵀ. Input features are rounded one
+by one, in order of falling H[k, k]; after each, the features still open take up its error through the Cholesky factor of
+H⁻¹. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights (`fitted_grid`
+with importance diag H), so the order is free; and once all codes are fixed, scale and zero point of all groups of a row
+are solved again for the least output error, a linear least-squares problem of 2·n_groups unknowns.
+
+Rows do not interact, so linears that share an input, at all their formats, are stacked into one tall matrix and one loop
+over the input features serves them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.formats import BitFormat, n_groups
+from amq.packing import PackedWeight
+from amq.quantizers.grid import expand, fitted_grid, packed, storable, to_groups
+
+DAMPING = 0.01
+"""Added to the diagonal of H, as a share of its mean; raised tenfold until the Cholesky factor exists."""
+BLOCK = 64
+ROWS_PER_SOLVE = 4096
+
+
+def quantize(
+    weights: Sequence[Tensor], formats: Sequence[BitFormat], group_size: int, gram: Tensor | None
+) -> list[dict[str, PackedWeight]]:
+    """See `amq.quantizers.Quantizer`. gram: float32 [in_features, in_features], the mean of x xᵀ; required."""
+    if gram is None:
+        raise AmqError("the gptq quantizer needs calibration inputs (gram); rtn and hqq do not")
+    stacked = torch.cat([w.float() for w in weights])
+    hessian = damped(gram)
+    importance = to_groups(hessian.diagonal().unsqueeze(0), group_size)[0]
+    groups = to_groups(stacked, group_size)
+    grids = [fitted_grid(groups, importance, fmt) for fmt in formats]
+    codes = _round_compensated(stacked, grids, formats, group_size, hessian)
+    results: list[dict[str, PackedWeight]] = [{} for _ in weights]
+    for fmt, grid, fmt_codes in zip(formats, grids, codes, strict=True):
+        scale, zero_point = _refit_grid(stacked, fmt_codes, grid, group_size, hessian)
+        whole = packed(fmt_codes, scale, zero_point, fmt, group_size)
+        start = 0
+        for result, weight in zip(results, weights, strict=True):
+            result[fmt.name] = whole.rows(start, start + weight.shape[0])
+            start += weight.shape[0]
+    return results
+
+
+def damped(gram: Tensor) -> Tensor:
+    """gram with its diagonal raised until it is safely positive definite. Features that never fire get the mean."""
+    if not bool(torch.isfinite(gram).all()):
+        raise AmqError("the calibration inputs are not finite (NaN or infinity): load the model in a wider --dtype")
+    mean = gram.diagonal().mean().clamp(min=1e-12)
+    share = DAMPING
+    while share < 1e3:
+        hessian = gram + torch.eye(len(gram)) * (share * mean)
+        if int(torch.linalg.cholesky_ex(hessian).info) == 0:
+            return hessian
+        share *= 10
+    raise AmqError("the calibration inputs give a singular matrix even with heavy damping: use more calibration text")
+
+
+def _round_compensated(
+    stacked: Tensor,
+    grids: Sequence[tuple[Tensor, Tensor]],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    hessian: Tensor,
+) -> list[Tensor]:
+    """Codes of every format, float32 [rows, in_features] each."""
+    rows, in_features = stacked.shape
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    # Upper Cholesky factor of H⁻¹ in that order: row k tells how later features make up for an error at k.
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
+    factor = torch.linalg.cholesky(inverse, upper=True)
+    # Feature-major [in_features, formats·rows], so that one feature of all rows is contiguous.
+    work = stacked.t()[order].repeat(1, len(formats))
+    scale = torch.cat([expand(g, group_size, in_features)[0].t()[order] for g in grids], dim=1)
+    zero = torch.cat([expand(g, group_size, in_features)[1].t()[order] for g in grids], dim=1)
+    top = torch.cat([torch.full((rows,), float(f.max_code)) for f in formats])
+    codes = torch.empty_like(work)
+    for start in range(0, in_features, BLOCK):
+        stop = min(start + BLOCK, in_features)
+        errors = torch.empty(stop - start, work.shape[1])
+        for k in range(start, stop):
+            code = codes[k]
+            torch.div(work[k], scale[k], out=code).add_(zero[k]).round_().clamp_(min=0.0).clamp_(max=top)
+            error = torch.sub(code, zero[k], out=errors[k - start]).mul_(scale[k]).sub_(work[k]).div_(-factor[k, k])
+            work[k + 1 : stop].addr_(factor[k, k + 1 : stop], error, alpha=-1)
+        work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    unordered = torch.empty_like(codes)
+    unordered[order] = codes
+    return [part.t().contiguous() for part in unordered.split(rows, dim=1)]
+
+
+def _refit_grid(
+    stacked: Tensor, codes: Tensor, grid: tuple[Tensor, Tensor], group_size: int, hessian: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of every row's groups for the least output error at fixed codes.
+
+    ŵ = Σ_g scale_g·code_g + offset_g·1_g is linear in its 2·n_groups unknowns θ, so with Φ [in_features, 2·n_groups] the
+    optimum solves (Φᵀ H Φ) θ = Φᵀ H w. A row whose solution is not storable, or not better, keeps its grid.
+    """
+    parts = [
+        _refit_rows(stacked[i : i + ROWS_PER_SOLVE], codes[i : i + ROWS_PER_SOLVE],
+                    tuple(g[i : i + ROWS_PER_SOLVE] for g in grid), group_size, hessian)
+        for i in range(0, len(stacked), ROWS_PER_SOLVE)
+    ]  # fmt: skip
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def _refit_rows(
+    weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor
+) -> tuple[Tensor, Tensor]:
+    rows, in_features = weight.shape
+    groups = n_groups(in_features, group_size)
+    columns = [slice(g * group_size, min((g + 1) * group_size, in_features)) for g in range(groups)]
+    normal = torch.empty(rows, 2, groups, 2, groups)
+    right = torch.empty(rows, 2, groups)
+    target = weight @ hessian
+    for g, span in enumerate(columns):
+        product = codes[:, span] @ hessian[span]  # [rows, in_features]
+        ones = hessian[span].sum(0)  # [in_features]
+        right[:, 0, g] = (codes[:, span] * target[:, span]).sum(-1)
+        right[:, 1, g] = target[:, span].sum(-1)
+        for other, at in enumerate(columns):
+            normal[:, 0, g, 0, other] = (product[:, at] * codes[:, at]).sum(-1)
+            normal[:, 0, g, 1, other] = product[:, at].sum(-1)
+            normal[:, 1, g, 0, other] = codes[:, at] @ ones[at]
+            normal[:, 1, g, 1, other] = ones[at].sum()
+    normal = normal.view(rows, 2 * groups, 2 * groups)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)
+    normal += torch.diag_embed(ridge.unsqueeze(-1).expand(-1, 2 * groups))
+    theta, info = torch.linalg.solve_ex(normal.double(), right.view(rows, -1, 1).double())
+    scale, offset = theta.view(rows, 2, groups).float().unbind(1)
+    zero_point = -offset / scale
+    good = (info == 0).unsqueeze(-1) & (scale > 2.0**-14) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
+    good = good.all(-1, keepdim=True)  # groups of a row were solved together: take all or none
+    new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero_point, grid[1]))
+    better = _output_error(weight, codes, new, group_size, hessian) < _output_error(weight, codes, grid, group_size, hessian)
+    return torch.where(better.unsqueeze(-1), new[0], grid[0]), torch.where(better.unsqueeze(-1), new[1], grid[1])
+
+
+def _output_error(
+    weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor
+) -> Tensor:
+    """(w − ŵ) H (w − ŵ)ᵀ of each row, [rows]."""
+    scale, zero = expand((grid[0], grid[1]), group_size, weight.shape[1])
+    error = weight - (codes - zero) * scale
+    return ((error @ hessian) * error).sum(-1)

@@ -1,0 +1,99 @@
+"""Per-group quantization grids: scale and zero point from a group's weights, and rounding to them.
+
+All functions see weights cut into groups, float32 [rows, n_groups, group_size] (`to_groups`), and grids of float32
+[rows, n_groups] whose values are already representable in fp16, so that what is optimised is what is stored. A ragged
+last group is filled with zeros of importance zero, which no fit sees; the range of every grid includes zero, which
+bounds zero_point to [0, max_code] and keeps it exact in fp16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from amq.formats import BitFormat, n_groups
+from amq.packing import PackedWeight, expand_groups, pack_codes
+
+TINY = 2.0**-14  # the smallest normal fp16: a scale below it would lose precision
+
+
+def to_groups(weight: Tensor, group_size: int) -> Tensor:
+    """[rows, in_features] → float32 [rows, n_groups, group_size], zeros after a ragged last group."""
+    rows, in_features = weight.shape
+    groups = n_groups(in_features, group_size)
+    padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - in_features))
+    return padded.view(rows, groups, group_size)
+
+
+def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds a grid to fp16 and returns it as float32."""
+    return scale.clamp(min=TINY, max=65504.0).half().float(), zero_point.half().float()
+
+
+def minmax_grid(groups: Tensor, fmt: BitFormat, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The grid that spans each group's range (and zero), its ends moved towards zero by the factor `shrink`."""
+    low = groups.amin(-1).clamp(max=0.0) * shrink
+    high = groups.amax(-1).clamp(min=0.0) * shrink
+    scale = (high - low) / fmt.max_code
+    scale, _ = storable(scale, scale)
+    return storable(scale, (-low / scale).clamp(0, fmt.max_code))
+
+
+def encode(groups: Tensor, scale: Tensor, zero_point: Tensor, fmt: BitFormat) -> Tensor:
+    """Nearest codes as float32, [rows, n_groups, group_size]."""
+    codes = groups / scale.unsqueeze(-1)
+    return codes.add_(zero_point.unsqueeze(-1)).round_().clamp_(0, fmt.max_code)
+
+
+def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """(codes − zero_point)·scale."""
+    return (codes - zero_point.unsqueeze(-1)).mul_(scale.unsqueeze(-1))
+
+
+def fitted_grid(
+    groups: Tensor, importance: Tensor, fmt: BitFormat, shrinks: tuple[float, ...] = (1.0, 0.85, 0.7), refits: int = 3
+) -> tuple[Tensor, Tensor]:
+    """The clipped asymmetric grid with the least error Σ importance·(w − ŵ)², per group.
+
+    From each of several shrunken ranges, rounding and a weighted least-squares refit of (scale, offset) alternate; the
+    best grid seen is kept. importance: float32 [n_groups, group_size], ≥ 0, the mean square of each input feature.
+    """
+    best_error = torch.full(groups.shape[:2], torch.inf)
+    best = minmax_grid(groups, fmt)
+    for shrink in shrinks:
+        scale, zero_point = minmax_grid(groups, fmt, shrink)
+        for step in range(refits + 1):
+            codes = encode(groups, scale, zero_point, fmt)
+            error = decode(codes, scale, zero_point).sub_(groups).square_().mul_(importance).sum(-1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
+            if step < refits:
+                scale, zero_point = _refit(groups, codes, importance, scale, zero_point)
+    return best
+
+
+def _refit(groups: Tensor, codes: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+    """Least squares w ≈ scale·code + offset within each group; a degenerate group keeps its grid."""
+    weighted = importance * codes
+    total = importance.sum(-1)
+    mean_code = weighted.sum(-1) / total
+    mean_weight = (importance * groups).sum(-1) / total
+    variance = (weighted * codes).sum(-1) / total - mean_code**2
+    covariance = (weighted * groups).sum(-1) / total - mean_code * mean_weight
+    new_scale = covariance / variance
+    new_zero = mean_code - mean_weight / new_scale
+    good = (variance > 1e-6) & (new_scale > TINY) & torch.isfinite(new_zero) & (new_zero.abs() < 1024)
+    return storable(torch.where(good, new_scale, scale), torch.where(good, new_zero, zero_point))
+
+
+def packed(codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: BitFormat, group_size: int) -> PackedWeight:
+    """codes float [rows, in_features] and a grid → PackedWeight."""
+    return PackedWeight(
+        fmt, codes.shape[1], group_size, pack_codes(codes.to(torch.uint8), fmt), scale.half(), zero_point.half()
+    )
+
+
+def expand(grid: tuple[Tensor, Tensor], group_size: int, in_features: int) -> tuple[Tensor, Tensor]:
+    """A grid at every input feature: two of [rows, in_features]."""
+    return expand_groups(grid[0], group_size, in_features), expand_groups(grid[1], group_size, in_features)

@@ -1,0 +1,440 @@
+"""One search from settings to run folder: load, bank, plan, solve, confirm, choose, report.
+
+The run folder is the result and the memory of a search: `run.json` (settings, versions, timings), `archive.jsonl`,
+`cost.json`, `sensitivity.json`, `surrogate.json`, `front.json`, `configuration.json` and the report. Everything but the
+archive is written whole; see docs/format.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import amq
+from amq.bank import BankSettings, WeightBank, open_bank
+from amq.configuration import Configuration
+from amq.data import Corpus, WindowSampler, load_corpus
+from amq.errors import AmqError
+from amq.evaluator import Evaluator
+from amq.files import read_json, write_json
+from amq.fisher import fisher_passes
+from amq.formats import FORMATS
+from amq.linears import Inventory, check_weights, inventory
+from amq.models import LoadedModel, check_memory, load_model, model_fingerprint
+from amq.progress import Progress
+from amq.search.archive import Archive
+from amq.search.fit import fit_records, table_cost
+from amq.search.front import hypervolume, pareto_indices
+from amq.search.knapsack import select
+from amq.search.problem import Problem, Table, TimeIsUp
+from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
+from amq.search.sensitivity import sensitivity_costs
+from amq.search.settings import SearchSettings, differences
+from amq.search.solvers import Solution, get_solver
+from amq.search.space import SearchSpace, parse_pins
+from amq.settings import parse_size, parse_time
+
+log = logging.getLogger(__name__)
+
+CURVE_POINTS = 120
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "hqq", "pymoo", "scikit-learn")
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search leaves: the chosen configuration, the front, and where everything else is."""
+
+    output: Path
+    configuration: Configuration
+    front: list[dict[str, Any]]
+    uniform: list[dict[str, Any]]
+    hypervolume: float
+    status: str
+    timings: dict[str, float]
+
+
+@dataclass
+class _Timings:
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass
+class _Stage:
+    """A loaded model with its bank and evaluator: everything of a search that touches weights."""
+
+    loaded: LoadedModel
+    parts: Inventory
+    space: SearchSpace
+    bank: WeightBank
+    evaluator: Evaluator
+    cost_windows: torch.Tensor
+    corpus: Corpus
+    fingerprint: str
+
+
+def run_search(settings: SearchSettings, resume: bool = False, progress: Progress | None = None) -> SearchResult:
+    """Runs (or resumes) a search; raises AmqError for bad input before anything is written."""
+    progress = progress or Progress()
+    output = Path(settings.output)
+    started = time.monotonic()
+    previous = _check_output(output, settings, resume)
+    timings = _Timings()
+    stage = _prepare(settings, progress, timings)
+    budget = _budget(settings, stage)
+    if previous and previous["model"]["fingerprint"] != stage.fingerprint:
+        raise AmqError(f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output")
+    output.mkdir(parents=True, exist_ok=True)
+    run = _describe(settings, stage)
+    write_json(output / "run.json", run)
+    archive = Archive(output / "archive.jsonl")
+    try:
+        problem = Problem(stage.space, archive, stage.evaluator, settings.solver, settings.seed, progress=progress)
+        problem.budget, problem.max_loss = budget.bits, budget.max_loss
+        problem.deadline = None if settings.time is None else started + parse_time(settings.time)
+        problem.cost_tables = _cost_tables(settings, stage, problem, output, timings)
+        solution, status = _solve(problem, settings, progress, timings)
+        _write_tables(output, solution, problem)
+        return _finish(problem, settings, stage, solution, budget, status, run, timings, output)
+    finally:
+        archive.close()
+
+
+def _check_output(output: Path, settings: SearchSettings, resume: bool) -> dict[str, Any] | None:
+    """The earlier run.json when resuming; refuses a folder that is in use or that was made with other settings."""
+    if output.exists() and not output.is_dir():
+        raise AmqError(f"--output {output} is a file: expected a folder")
+    exists = output.is_dir() and any(output.iterdir())
+    if not exists:
+        return None
+    if not resume:
+        raise AmqError(f"--output {output} is not empty: give another folder, or --resume to go on with the run in it")
+    if not (output / "run.json").is_file():
+        raise AmqError(f"--resume: {output} holds no run.json, so it is not a run folder of amq")
+    previous = read_json(output / "run.json")
+    changed = differences(previous["settings"], settings.json())
+    if changed:
+        raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
+    return previous
+
+
+def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
+    with timings.measure("load"):
+        loaded = load_model(settings.model, settings.dtype, settings.device)
+        parts = inventory(loaded.model)
+        check_weights(loaded.model, parts.linears)
+        size = loaded.model.get_input_embeddings().weight.dtype.itemsize
+        check_memory(
+            sum(s.numel for s in parts.linears) * size + parse_size(settings.cache_memory),
+            "the working copy of the linears and --cache-memory", settings.device,
+        )  # fmt: skip
+        pinned = parse_pins(settings.pin, parts.linears, FORMATS)
+        space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        if settings.target_bits is not None:
+            check_bits(settings.target_bits, space)
+        corpus = load_corpus(settings.calibration, loaded.tokenizer)
+        deal = WindowSampler(corpus, settings.window_length, settings.seed)
+        bank_windows = deal.take(settings.bank_windows)
+        windows = {"search": deal.take(settings.windows), "confirm": deal.take(settings.confirm_windows)}
+        cost_windows = deal.take(settings.cost_passes)
+        fingerprint = model_fingerprint(loaded.model)
+    formats = sorted({*settings.bit_formats, *pinned.values()}, key=lambda f: f.code_bits)
+    with timings.measure("bank"):
+        bank = open_bank(
+            loaded.model, parts, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
+            fingerprint=fingerprint,
+        )  # fmt: skip
+    with timings.measure("reference"):
+        evaluator = Evaluator(loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory))
+    return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint)
+
+
+def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
+    if settings.max_loss is not None:
+        return Budget(max_loss=settings.max_loss)
+    if settings.memory is not None:
+        memory = parse_size(settings.memory)
+        return Budget(budget_from_memory(memory, settings.context, stage.parts, stage.loaded.config, stage.space))
+    if settings.target_bits is not None:
+        return Budget(check_bits(settings.target_bits, stage.space))
+    # no budget given: the cost of the middle format, so that there is something to compare with
+    middle = stage.space.formats[len(stage.space.formats) // 2]
+    low, high = stage.space.bits_range
+    return Budget(min(max(stage.space.bits_of(stage.space.uniform(middle)), low), high))
+
+
+def _cost_tables(settings: SearchSettings, stage: _Stage, problem: Problem, output: Path, timings: _Timings) -> dict[str, Any]:
+    def timed(make: Any) -> Any:
+        def table() -> Table:
+            with timings.measure("cost"):
+                return make()
+
+        return table
+
+    return {
+        "fisher": timed(lambda: _fisher(settings, stage, problem, output / "cost.json")),
+        "sensitivity": timed(lambda: sensitivity_costs(problem)),
+        "weight": timed(stage.bank.weight_errors),
+    }
+
+
+def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Path) -> Table:
+    """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
+    formats = [f.name for f in stage.bank.formats]
+    done, total = 0, None
+    if path.is_file():
+        saved = read_json(path)
+        done, total = saved["passes"], saved["cost"]
+    with problem.progress.stage("cost table", max(1, settings.cost_passes - done)) as step, stage.evaluator.full_precision():
+        passes = fisher_passes(
+            stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, start=done
+        )
+        for table in passes:
+            total = table if total is None else {
+                n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
+            }  # fmt: skip
+            done += 1
+            write_json(path, {"schema": "amq/cost/1", "kind": "fisher", "unit": "nats/token", "passes": done, "cost": total})
+            step()
+    return total
+
+
+def _solve(problem: Problem, settings: SearchSettings, progress: Progress, timings: _Timings) -> tuple[Solution, str]:
+    planned = _planned_evaluations(settings, problem.space)
+    with timings.measure("evaluate"):  # the trial evaluation; every solver starts with it
+        trial = problem.evaluate(problem.space.uniform(problem.space.formats[-1]), "uniform")
+    progress.say(_plan(problem, planned, trial["seconds"]))
+    solution, status = Solution(), "finished"
+    with timings.measure("solve"), progress.stage("search", planned) as problem.step:
+        try:
+            solution = get_solver(settings.solver)(problem, settings)
+        except TimeIsUp:
+            status = "stopped"
+    problem.step = None
+    if status == "stopped":
+        progress.say(f"--time {settings.time} is up: choosing from {len(problem.archive.records)} evaluations (--resume goes on)")
+    return solution, status
+
+
+def _planned_evaluations(settings: SearchSettings, space: SearchSpace) -> int:
+    linears = sum(len(v) for v in space.variables)
+    uniform = len(space.formats)
+    if settings.solver == "additive":
+        sensitivities = linears * (uniform - 1) if settings.cost == "sensitivity" else 0
+        return uniform + 1 + settings.points + settings.refine + sensitivities
+    return uniform + linears + settings.initial + settings.iterations * settings.per_iteration
+
+
+def _plan(problem: Problem, planned: int, seconds: float) -> str:
+    import psutil
+
+    space = problem.space
+    low, high = space.bits_range
+    pinned = f", {len(space.pinned)} pinned" if space.pinned else ""
+    resident = psutil.Process().memory_info().rss / 2**30
+    target = f"loss ≤ {problem.max_loss}" if problem.max_loss is not None else f"{problem.budget:.4f} bits per weight"
+    return (
+        f"plan: {len(space.linears)} linears{pinned}, {len(space.variables)} variables, formats {','.join(space.format_names)}, "
+        f"10^{space.log10_size:.0f} configurations of {low:.3f} to {high:.3f} bits per weight; budget {target}\n"
+        f"plan: about {planned} evaluations of {seconds:.2f} s (measured) = {planned * seconds / 60:.1f} min, "
+        f"and the confirmation of the front; {resident:.2f} GiB resident"
+    )
+
+
+def _write_tables(output: Path, solution: Solution, problem: Problem) -> None:
+    if solution.table is not None and not (output / "cost.json").is_file():
+        kind = "sensitivity" if any(r["phase"] == "sensitivity" for r in problem.archive.records) else "weight"
+        unit = "−ln(1 − loss/ln 2)" if kind == "sensitivity" else "sum of squares"
+        write_json(output / "cost.json", {"schema": "amq/cost/1", "kind": kind, "unit": unit, "cost": solution.table})
+    if solution.sensitivity is not None:
+        write_json(output / "sensitivity.json", solution.sensitivity.json())
+    if problem.surrogate_log:
+        write_json(output / "surrogate.json", problem.surrogate_log)
+
+
+def _finish(
+    problem: Problem, settings: SearchSettings, stage: _Stage, solution: Solution, budget: Budget, status: str,
+    run: dict[str, Any], timings: _Timings, output: Path,
+) -> SearchResult:  # fmt: skip
+    fit = fit_records(problem.archive.records, solution.table) if solution.table else None
+    chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
+    with timings.measure("confirm"):
+        front = _confirm(problem, chosen.formats, status)
+    chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
+    provenance = _provenance(settings, run)
+    configuration = to_configuration(
+        chosen, settings.model, settings.group_size, stage.parts, stage.loaded.config, settings.context, provenance
+    )
+    configuration.save(output / "configuration.json")
+    content = front_json(problem, front, solution.table, fit)
+    write_json(output / "front.json", content)
+    run.update(status=status, pinned={n: f.name for n, f in _all_pins(problem.space, solution).items()})
+    run["timings"] = {k: round(v, 3) for k, v in timings.seconds.items()}
+    run["timings"]["total"] = round(sum(timings.seconds.values()), 3)
+    run["evaluations"] = _evaluation_counts(problem, stage.evaluator, timings)
+    write_json(output / "run.json", run)
+    with timings.measure("report"):
+        from amq.search.report import write_report
+
+        write_report(output)
+    return SearchResult(
+        output, configuration, content["front"], content["uniform"], content["hypervolume"], status, run["timings"]
+    )
+
+
+def _all_pins(space: SearchSpace, solution: Solution) -> dict[str, Any]:
+    pruned = solution.sensitivity.pinned if solution.sensitivity else ()
+    return {**space.pinned, **dict.fromkeys(pruned, space.formats[-1])}
+
+
+def _confirm(problem: Problem, chosen: dict[str, str], status: str) -> list[dict[str, Any]]:
+    """Measures the uniform points, the front and the chosen configuration on the held-out windows; returns the front."""
+    records = [r for r in problem.archive.evaluated()]
+    points = np.array([(r["bits_per_weight"], r["loss"]) for r in records])
+    front = [records[i] for i in pareto_indices(points)]
+    if len(front) > 24:  # a long paper run: confirm an even selection of its front
+        front_shown = [front[i] for i in np.unique(np.linspace(0, len(front) - 1, 24).round().astype(int))]
+    else:
+        front_shown = front
+    wanted = [r for r in records if r["phase"] == "uniform"] + front_shown
+    wanted = [r["configuration"] for r in wanted] + [chosen]
+    problem.deadline = None  # a stopped search still gets its error bars for what it chose
+    if status == "stopped":
+        wanted = [chosen]
+    if problem.archive.find(chosen) is None:
+        problem.evaluate(chosen, "budget")
+    with problem.progress.stage("confirm", len(wanted)) as step:
+        for formats in wanted:
+            record = problem.evaluate(formats, "confirm", windows="confirm")
+            step("" if record["loss"] is None else f"{record['bits_per_weight']:.3f} bits: {record['loss']:.5f}")
+    return front
+
+
+def front_json(problem: Problem, front: list[dict[str, Any]], table: Table | None, fit: Any) -> dict[str, Any]:
+    """The content of front.json."""
+    space, archive = problem.space, problem.archive
+
+    def confirmed(formats: dict[str, str]) -> float | None:
+        record = archive.find(formats, "confirm")
+        return record["loss"] if record else None
+
+    def predicted(formats: dict[str, str]) -> float | None:
+        return float(fit.predict(table_cost(table, formats))) if fit else None
+
+    uniform = []
+    for fmt in space.formats:
+        record = archive.find(space.uniform(fmt))
+        if record:
+            uniform.append({
+                "name": fmt.name, "bits_per_weight": record["bits_per_weight"], "loss": record["loss"],
+                "loss_confirm": confirmed(space.uniform(fmt)),
+            })  # fmt: skip
+    points = [
+        {
+            "bits_per_weight": r["bits_per_weight"], "loss": r["loss"], "loss_confirm": confirmed(r["configuration"]),
+            "predicted": predicted(r["configuration"]), "archive_index": r["index"], "configuration": r["configuration"],
+        }
+        for r in front
+    ]  # fmt: skip
+    pairs = np.array([(p["bits_per_weight"], p["loss"]) for p in points]).reshape(-1, 2)
+    return {
+        "schema": "amq/front/1", "bits_range": list(space.bits_range), "hypervolume": hypervolume(pairs, space.bits_range),
+        "uniform": uniform, "front": points, "curve": _curve(space, table, fit), "fit": fit.json() if fit else None,
+    }  # fmt: skip
+
+
+def _curve(space: SearchSpace, table: Table | None, fit: Any) -> list[dict[str, float]] | None:
+    """Predicted loss of the knapsack optimum at evenly spaced budgets."""
+    if table is None or fit is None:
+        return None
+    costs = space.variable_costs(table)
+    curve = []
+    for bits in np.linspace(*space.bits_range, CURVE_POINTS):
+        formats = space.decode(select(costs, space.sizes, space.capacity(float(bits) + 1e-9)))
+        curve.append({"bits_per_weight": space.bits_of(formats), "loss": float(fit.predict(table_cost(table, formats)))})
+    return curve
+
+
+def _evaluation_counts(problem: Problem, evaluator: Evaluator, timings: _Timings) -> dict[str, Any]:
+    fresh = problem.archive.evaluated()
+    seconds = [r["seconds"] for r in fresh if r["phase"] != "sensitivity"]
+    each = float(np.median(seconds)) if seconds else None
+    return {
+        "count": sum(r["windows"] == "search" and r["phase"] != "sensitivity" for r in problem.archive.records),
+        "sensitivities": sum(r["phase"] == "sensitivity" for r in problem.archive.records),
+        "confirmations": sum(r["windows"] == "confirm" for r in problem.archive.records),
+        "seconds_each": each,
+        "cost_in_evaluations": round(timings.seconds.get("cost", 0.0) / each, 2) if each else None,
+        "share_outside_model": round(1 - evaluator.seconds_in_model / evaluator.seconds, 4) if evaluator.seconds else None,
+    }
+
+
+def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
+    return {
+        "schema": "amq/run/1",
+        "status": "running",
+        "model": {
+            "name": settings.model, "fingerprint": stage.fingerprint, "parameters": stage.parts.numel,
+            "blocks": stage.parts.n_blocks, "class": type(stage.loaded.model).__name__,
+        },
+        "settings": settings.json(),
+        "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens)},
+        "versions": _versions(),
+        "machine": {
+            "cpu": platform.processor() or platform.machine(), "system": platform.platform(),
+            "threads": torch.get_num_threads(), "device": settings.device,
+        },
+        "bank": str(stage.bank.folder),
+        "linears": [
+            {"name": s.name, "block": s.block, "role": s.role, "out_features": s.out_features, "in_features": s.in_features}
+            for s in stage.parts.linears
+        ],
+        "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in stage.parts.others],
+        "head_is_tied": stage.parts.head_is_tied,
+        "kv_cache": _kv_cache(stage),
+        "pinned": {n: f.name for n, f in stage.space.pinned.items()},
+    }  # fmt: skip
+
+
+def _kv_cache(stage: _Stage) -> dict[str, Any]:
+    """The config's own entries that size a KV cache, so that `select` needs no model."""
+    config = stage.loaded.config.get_text_config()
+    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "layer_types")
+    return {n: getattr(config, n, None) for n in names}
+
+
+def _versions() -> dict[str, str]:
+    found = {"amq": amq.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _provenance(settings: SearchSettings, run: dict[str, Any]) -> dict[str, Any]:
+    """What `amq.eval` needs to open the same bank, and where the choice came from."""
+    names = ("proxy", "calibration", "window_length", "bank_windows", "seed", "solver", "cost", "formats", "loss")
+    return {
+        **{n: getattr(settings, n) for n in names},
+        "model_fingerprint": run["model"]["fingerprint"],
+        "amq": amq.__version__,
+    }

@@ -1,0 +1,77 @@
+"""`select RUN`: chooses again from a finished run, in milliseconds: no model is loaded, nothing is evaluated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from amq.configuration import Configuration
+from amq.errors import AmqError
+from amq.files import read_json
+from amq.formats import FORMATS
+from amq.linears import Inventory, LinearSpec, OtherWeight
+from amq.search.archive import Archive
+from amq.search.fit import fit_records
+from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
+from amq.search.settings import SearchSettings
+from amq.search.space import SearchSpace, parse_pins
+from amq.settings import parse_size
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run folder, read back without its model."""
+
+    run: dict[str, Any]
+    settings: SearchSettings
+    parts: Inventory
+    space: SearchSpace
+    records: list[dict[str, Any]]
+    table: dict[str, dict[str, float]] | None
+
+    @staticmethod
+    def read(folder: Path) -> FinishedRun:
+        if not (folder / "run.json").is_file() or not (folder / "archive.jsonl").is_file():
+            raise AmqError(f"{folder} is not a run folder: expected run.json and archive.jsonl from `amq.search`")
+        run = read_json(folder / "run.json")
+        settings = SearchSettings(**run["settings"])
+        linears = tuple(LinearSpec(**entry) for entry in run["linears"])
+        others = tuple(OtherWeight(o["name"], o["kind"], o["numel"], (), o["reason"]) for o in run["others"])
+        parts = Inventory("", run["model"]["blocks"], linears, others, run["head_is_tied"])
+        pinned = parse_pins(settings.pin, linears, FORMATS)
+        space = SearchSpace.build(linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        archive = Archive(folder / "archive.jsonl")
+        archive.close()
+        table = None
+        if settings.solver == "additive" and (folder / "cost.json").is_file():
+            table = read_json(folder / "cost.json")["cost"]
+        return FinishedRun(run, settings, parts, space, archive.records, table)
+
+
+def select_from_run(
+    folder: Path,
+    target_bits: float | None = None,
+    memory: str | None = None,
+    context: int = 0,
+    max_loss: float | None = None,
+) -> Configuration:
+    """The best configuration of a run under another budget; exactly one of the three budgets is given."""
+    finished = FinishedRun.read(folder)
+    config = SimpleNamespace(**finished.run["kv_cache"])
+    given = [b for b in (target_bits, memory, max_loss) if b is not None]
+    if len(given) != 1:
+        raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
+    if memory is not None:
+        bits = budget_from_memory(parse_size(memory), context, finished.parts, config, finished.space)
+    else:
+        bits = None if target_bits is None else check_bits(target_bits, finished.space)
+    fit = fit_records(finished.records, finished.table) if finished.table else None
+    chosen = choose(Budget(bits, max_loss), finished.space, finished.records, finished.table, fit)
+    names = ("proxy", "calibration", "window_length", "bank_windows", "seed", "solver", "cost", "formats", "loss")
+    provenance = {n: finished.run["settings"][n] for n in names}
+    provenance.update(model_fingerprint=finished.run["model"]["fingerprint"], amq=finished.run["versions"]["amq"])
+    return to_configuration(
+        chosen, finished.settings.model, finished.settings.group_size, finished.parts, config, context, provenance
+    )

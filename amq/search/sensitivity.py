@@ -1,0 +1,82 @@
+"""Measured sensitivities, and the paper's pruning rule.
+
+A linear's sensitivity is the loss with that linear in the lowest format and all others in the highest (AMQ, §3.2). A
+linear whose sensitivity exceeds `threshold` (2) times the median is pinned to the highest format. The rule is on the loss
+itself, so it depends on the base loss of the uniform highest configuration; the paper's wording is kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from amq.search.fit import saturation
+from amq.search.problem import Problem, Table
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """loss: {linear: loss or infinity}; pinned: linears above threshold × median."""
+
+    lowest: str
+    highest: str
+    base_loss: float
+    loss: dict[str, float]
+    median: float
+    threshold: float
+    pinned: tuple[str, ...]
+
+    def json(self) -> dict[str, Any]:
+        finite = {name: (value if np.isfinite(value) else None) for name, value in self.loss.items()}
+        return {
+            "schema": "amq/sensitivity/1", "lowest": self.lowest, "highest": self.highest, "base_loss": self.base_loss,
+            "median": self.median, "threshold": self.threshold, "pinned": list(self.pinned), "loss": finite,
+        }  # fmt: skip
+
+
+def prune(loss: dict[str, float], threshold: float) -> tuple[float, tuple[str, ...]]:
+    """(median, linears whose loss exceeds threshold × median)."""
+    median = float(np.median(list(loss.values())))
+    return median, tuple(name for name, value in loss.items() if value > threshold * median)
+
+
+def measure(problem: Problem, threshold: float) -> Sensitivity:
+    """One linear in the lowest format, all others in the highest, for every linear that is not pinned by the user."""
+    space = problem.space
+    lowest, highest = space.format_names[0], space.format_names[-1]
+    base = space.decode(np.full(len(space.variables), len(space.formats) - 1))
+    base_loss = _loss(problem.evaluate(base, "uniform"))
+    free = [s.name for s in space.linears if s.name not in space.pinned]
+    records = problem.sensitivities(base, [(name, lowest) for name in free])
+    loss = {name: _loss(records[name, lowest]) for name in free}
+    median, pinned = prune(loss, threshold)
+    return Sensitivity(lowest, highest, base_loss, loss, median, threshold, pinned)
+
+
+def sensitivity_costs(problem: Problem) -> Table:
+    """Measured losses as a cost table: T(one linear in a format) − T(base), at least 0, for every format.
+
+    T is `fit.saturation`, in which losses add up. The highest format costs nothing here: what it costs the base is the
+    same for every configuration.
+    """
+    space = problem.space
+    highest = len(space.formats) - 1
+    base = space.decode(np.full(len(space.variables), highest))
+    base_record = problem.evaluate(base, "uniform")
+    changes = [(s.name, f) for s in space.linears if s.name not in space.pinned for f in space.format_names[:-1]]
+    records = problem.sensitivities(base, changes)
+    zero = float(saturation(np.array(_loss(base_record))))
+    table: Table = {s.name: dict.fromkeys((*space.format_names, *(f.name for f in space.pinned.values())), 0.0) for s in space.linears}
+    for (name, fmt), record in records.items():
+        table[name][fmt] = max(0.0, float(saturation(np.array(_loss(record)))) - zero)
+    # a constant for the base makes sums comparable with losses: T(base) is spread over all linears by size
+    for spec in space.linears:
+        for fmt in table[spec.name]:
+            table[spec.name][fmt] += zero * spec.numel / space.numel
+    return table
+
+
+def _loss(record: dict[str, Any]) -> float:
+    return float("inf") if record["loss"] is None else float(record["loss"])

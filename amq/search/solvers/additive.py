@@ -1,0 +1,59 @@
+"""The default solver: an additive cost table, exact selection, and true evaluation of the front only.
+
+1. A cost table (linear × format): Fisher scores, measured sensitivities, or plain weight errors.
+2. For each of `points` budgets evenly spaced over the reachable range, and for the wanted budget, the knapsack optimum.
+3. True evaluation of those, and a two-parameter fit from summed cost to loss for everything in between.
+4. `refine` more evaluations by local moves around the wanted budget (see `refine.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from amq.search.knapsack import select, select_exact
+from amq.search.problem import Problem
+from amq.search.refine import refine
+from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform
+
+BISECTIONS = 5
+
+
+def solve(problem: Problem, options: SolverOptions) -> Solution:
+    space = problem.space
+    problem.evaluate(space.uniform(space.formats[-1]), "uniform")
+    table = problem.cost_table(options.cost)
+    evaluate_uniform(problem)
+    costs = space.variable_costs(table)
+    choose = select_exact if options.exact else select
+
+    def configuration(bits: float) -> dict[str, str]:
+        return space.decode(choose(costs, space.sizes, space.capacity(bits)))
+
+    if problem.budget is not None:
+        problem.evaluate(configuration(problem.budget), "budget")
+    low, high = space.bits_range
+    for bits in np.linspace(low, high, options.points + 2)[1:-1]:
+        problem.evaluate(configuration(float(bits)), "front")
+    if problem.max_loss is not None:
+        _bisect(problem, configuration)
+    if options.refine:
+        budget = problem.budget if problem.budget is not None else (low + high) / 2
+        refine(problem, costs, configuration(budget), budget, options.refine)
+    return Solution(table=table)
+
+
+def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) -> None:
+    """Narrows down the smallest budget that meets `max_loss` by true evaluations between its neighbours."""
+    for _ in range(BISECTIONS):
+        records = problem.archive.evaluated()
+        good = [r["bits_per_weight"] for r in records if r["loss"] <= problem.max_loss]
+        bad = [r["bits_per_weight"] for r in records if r["loss"] > problem.max_loss]
+        if not good:
+            return
+        upper = min(good)
+        lower = max((b for b in bad if b < upper), default=None)
+        if lower is None or upper - lower < 0.02:
+            return
+        problem.evaluate(configuration((lower + upper) / 2), "budget")

@@ -1,0 +1,65 @@
+"""What solvers share: their options, their result, and random points of a space."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+
+from amq.search.problem import Problem, Table
+from amq.search.sensitivity import Sensitivity, measure
+from amq.search.space import SearchSpace
+
+
+class SolverOptions(Protocol):
+    """The settings that solvers read; `amq.search.settings.SearchSettings` has them all."""
+
+    cost: str
+    points: int
+    refine: int
+    exact: bool
+    prune: float
+    surrogate: str
+    initial: int
+    iterations: int
+    per_iteration: int
+    population: int
+    generations: int
+    crossover: float
+    mutation: float
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solver leaves besides the archive: the cost table it used, or the sensitivities it measured."""
+
+    table: Table | None = None
+    sensitivity: Sensitivity | None = None
+
+
+def evaluate_uniform(problem: Problem) -> None:
+    """The baselines, highest format first: it is the trial evaluation and the base of sensitivities."""
+    for fmt in reversed(problem.space.formats):
+        problem.evaluate(problem.space.uniform(fmt), "uniform")
+
+
+def pruned(problem: Problem, threshold: float) -> tuple[SearchSpace, Sensitivity]:
+    """The space with over-sensitive linears pinned to the highest format (the paper's pruning).
+
+    Variables that hold a pinned linear (a tie) are pinned whole.
+    """
+    found = measure(problem, threshold)
+    space = problem.space
+    highest = space.formats[-1]
+    out = {s.name for v in space.variables if any(s.name in found.pinned for s in v) for s in v}
+    if len(out) == sum(len(v) for v in space.variables):
+        return space, found
+    variables = tuple(v for v in space.variables if v[0].name not in out)
+    return replace(space, pinned={**space.pinned, **dict.fromkeys(sorted(out), highest)}, variables=variables), found
+
+
+def random_points(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
+    """[count, n_variables]; each point draws its own mix of formats first, so that sizes spread over the whole range."""
+    mixes = rng.dirichlet(np.ones(len(space.formats)), size=count)
+    return np.stack([rng.choice(len(space.formats), size=len(space.variables), p=mix) for mix in mixes])

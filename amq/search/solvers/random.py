@@ -1,0 +1,15 @@
+"""Random search in the pruned space: the baseline of baselines. Spends as many evaluations as `paper` would."""
+
+from __future__ import annotations
+
+from amq.search.problem import Problem
+from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform, pruned, random_points
+
+
+def solve(problem: Problem, options: SolverOptions) -> Solution:
+    evaluate_uniform(problem)
+    space, sensitivity = pruned(problem, options.prune)
+    count = options.initial + options.iterations * options.per_iteration
+    for point in random_points(space, count, problem.rng(1)):
+        problem.evaluate(space.decode(point), "initial")
+    return Solution(sensitivity=sensitivity)

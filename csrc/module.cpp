@@ -1,0 +1,89 @@
+// amq._cpu: the CPU kernels for Python. Tensors come as addresses and sizes, so no libtorch is linked; amq/native.py is
+// the typed door, this file checks what would otherwise read or write out of bounds and releases the GIL.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/dequantize.h"
+#include "cpu/unit.h"
+
+namespace py = pybind11;
+
+namespace {
+
+const amq::FormatKernels& find_format(const std::string& name) {
+    std::string known;
+    for (const amq::FormatKernels& format : amq::compiled_formats()) {
+        if (format.name == name) return format;
+        known += (known.empty() ? "" : ", ") + std::string(format.name);
+    }
+    throw std::invalid_argument("format: expected one that was compiled in (" + known + "), got '" + name + "'");
+}
+
+amq::Isa find_isa(const std::string& name) {
+    if (name.empty()) return amq::best_isa();
+    for (amq::Isa isa : amq::kIsas)
+        if (amq::isa_name(isa) == name && amq::is_supported(isa)) return isa;
+    throw std::invalid_argument("isa: expected one of isas(), got '" + name + "'");
+}
+
+void require(bool holds, const char* argument, const std::string& expected, int64_t got) {
+    if (!holds)
+        throw std::invalid_argument(std::string(argument) + ": expected " + expected + ", got " + std::to_string(got));
+}
+
+void dequantize(const std::string& format_name, uintptr_t qweight, uintptr_t scale, uintptr_t zero_point, uintptr_t out,
+                int64_t qweight_stride, int64_t group_stride, int64_t out_stride, int64_t rows, int64_t in_features,
+                int64_t group_size, int threads, const std::string& isa_name) {
+    const amq::FormatKernels& format = find_format(format_name);
+    const amq::Isa isa = find_isa(isa_name);
+    require(rows >= 0, "rows", "at least 0", rows);
+    require(in_features >= 1, "in_features", "at least 1", in_features);
+    require(group_size >= 1 && group_size % amq::kChunk == 0, "group_size",
+            "a positive multiple of " + std::to_string(amq::kChunk), group_size);
+    require(threads >= 1, "threads", "at least 1", threads);
+    if (rows == 0) return;  // an empty tensor may have no address
+    const int64_t row_bytes = format.row_bytes(in_features), groups = (in_features - 1) / group_size + 1;
+    require(qweight_stride >= row_bytes, "qweight_stride", "at least " + std::to_string(row_bytes), qweight_stride);
+    require(group_stride >= groups, "group_stride", "at least " + std::to_string(groups), group_stride);
+    require(out_stride >= in_features, "out_stride", "at least " + std::to_string(in_features), out_stride);
+    for (uintptr_t address : {qweight, scale, zero_point, out}) require(address != 0, "address", "not null", 0);
+    const amq::DequantizeArgs args = {
+        reinterpret_cast<const uint8_t*>(qweight), reinterpret_cast<const uint16_t*>(scale),
+        reinterpret_cast<const uint16_t*>(zero_point), reinterpret_cast<float*>(out),
+        qweight_stride, group_stride, out_stride, rows, in_features, group_size};
+    py::gil_scoped_release release;
+    amq::dequantize(format, isa, args, threads);
+}
+
+std::map<std::string, std::array<int, 3>> formats() {
+    std::map<std::string, std::array<int, 3>> layouts;
+    for (const amq::FormatKernels& format : amq::compiled_formats()) layouts[format.name] = format.layout;
+    return layouts;
+}
+
+std::vector<std::string> isas() {
+    std::vector<std::string> names;
+    for (amq::Isa isa : amq::kIsas)
+        if (amq::is_supported(isa)) names.push_back(amq::isa_name(isa));
+    return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of amq; call them through amq.native";
+    m.def("formats", &formats, "Formats compiled in: {name: [levels, unit_codes, unit_bytes]}");
+    m.def("isas", &isas, "Instruction sets that this processor can run, worst first");
+    m.def("isa", [] { return amq::isa_name(amq::best_isa()); }, "The instruction set that kernels use by default");
+    m.def("dequantize", &dequantize, py::kw_only(), py::arg("format"), py::arg("qweight"), py::arg("scale"),
+          py::arg("zero_point"), py::arg("out"), py::arg("qweight_stride"), py::arg("group_stride"),
+          py::arg("out_stride"), py::arg("rows"), py::arg("in_features"), py::arg("group_size"), py::arg("threads"),
+          py::arg("isa") = "", "Packed rows at the given addresses -> float32 rows; see csrc/cpu/dequantize.h");
+}
