@@ -23,7 +23,7 @@ bench: .venv/.installed
 lint: .venv/.installed
 	$(BIN)/ruff check .
 
-.venv/.installed: setup.py constraints.txt CMakeLists.txt amq/formats.py $(NATIVE)
+.venv/.installed: setup.py constraints.txt CMakeLists.txt amq/formats.py $(NATIVE) $(wildcard kernels/triton/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.12"
 	command -v cmake >/dev/null || $(BIN)/python -m pip install --quiet "cmake>=3.18"

@@ -21,8 +21,8 @@ from amq.errors import AmqError
 GROUP_SIZES = (32, 64, 128)
 """Supported group sizes: consecutive input features that share one scale and one zero point."""
 
-SCALE_BYTES = 2
-"""scale and zero_point are IEEE fp16, one of each per group."""
+GROUP_BYTES = 4
+"""Stored per group besides the codes: one scale and one zero_point, both IEEE fp16."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,6 @@ class BitFormat:
     levels: int
     unit_codes: int
     unit_bytes: int
-    has_zero_point: bool = True
 
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
@@ -64,17 +63,13 @@ class BitFormat:
         units, rest = divmod(in_features, self.unit_codes)
         return units * self.unit_bytes + (self._bytes_for(rest) if rest else 0)
 
-    def group_bytes(self) -> int:
-        """Bytes of scale (and zero point) per group."""
-        return SCALE_BYTES * (2 if self.has_zero_point else 1)
-
     def stored_bytes(self, out_features: int, in_features: int, group_size: int) -> int:
         """Bytes of a whole linear: codes, scales and zero points; the last group of a row may be ragged."""
-        return out_features * (self.row_bytes(in_features) + n_groups(in_features, group_size) * self.group_bytes())
+        return out_features * (self.row_bytes(in_features) + n_groups(in_features, group_size) * GROUP_BYTES)
 
     def bits_per_weight(self, group_size: int) -> float:
         """Nominal bits per weight, `code_bits + 32/group_size`: what a linear costs whose rows fill their groups."""
-        return self.code_bits + 8 * self.group_bytes() / group_size
+        return self.code_bits + 8 * GROUP_BYTES / group_size
 
 
 def n_groups(in_features: int, group_size: int) -> int:

@@ -24,7 +24,7 @@ from amq.search.report_data import (
 )
 
 LOSS_NAMES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
-COST_NAMES = {"fisher": "Fisher cost", "sensitivity": "Sensitivity", "weight": "Weight error"}
+COST_NAMES = {"fisher": "Fisher cost", "sensitivity": "Sensitivity cost", "weight": "Weight error"}
 LOG_ABOVE = 15
 """Sensitivities whose maximum exceeds this many medians get a log axis, else one bar hides all others."""
 MAX_PANELS = 14
@@ -313,9 +313,13 @@ def sensitivity_data(run: Run) -> SensitivityData | Omitted:
     notes: tuple[str, ...] = ()
     threshold = None
     if run.sensitivity and run.sensitivity.get("loss"):
-        values, threshold, note = _measured(run.sensitivity)
+        values = {linear: number(loss) for linear, loss in run.sensitivity["loss"].items()}
+        median, factor = number(run.sensitivity.get("median")), number(run.sensitivity.get("threshold"))
+        threshold = None if median is None or factor is None else median * factor
         lowest, highest = run.sensitivity.get("lowest"), run.sensitivity.get("highest")
-        title, unit, notes = f"Sensitivity: one linear at {lowest}, all others at {highest}", "nats/token", (note,)
+        title, unit = f"Sensitivity: one linear at {lowest}, all others at {highest}", "nats/token"
+        base = number(run.sensitivity.get("base_loss"))
+        notes = () if base is None else (f"With every linear at {highest} the loss is {show_loss(base)}.",)
     elif run.cost and run.cost.get("cost"):
         costs = run.cost["cost"]
         lowest = sort_formats(name for row in costs.values() for name in row)[0]
@@ -343,26 +347,6 @@ def sensitivity_data(run: Run) -> SensitivityData | Omitted:
         log=min(finite.values()) > 0 and max(finite.values()) > LOG_ABOVE * middle,
         notes=notes,
     )
-
-
-def _measured(sensitivity: dict[str, Any]) -> tuple[dict[str, float | None], float | None, str]:
-    """Values per linear, the pinning line, and what the values are.
-
-    The file's `median` may be that of the losses or that of their increase over `base_loss`; the bars must be the
-    quantity that it is the median of, so that the line `threshold × median` means something on their axis.
-    """
-    losses = {linear: number(loss) for linear, loss in sensitivity["loss"].items()}
-    median, factor = number(sensitivity.get("median")), number(sensitivity.get("threshold"))
-    base = number(sensitivity.get("base_loss")) or 0.0
-    finite = [loss for loss in losses.values() if loss is not None]
-    line = None if median is None or factor is None else median * factor
-    if median is None or not finite:
-        return losses, line, "Bars are the loss itself."
-    middle = statistics.median(finite)
-    if base and abs(middle - base - median) < abs(middle - median):
-        increase = {linear: None if loss is None else loss - base for linear, loss in losses.items()}
-        return increase, line, f"Bars are the increase over {base:.3g}, the loss with all at the highest format."
-    return losses, line, "Bars are the loss itself."
 
 
 def _panels(grid: Grid, values: dict[str, float], pinned: set[str]) -> list[tuple[str, list[Bar]]]:

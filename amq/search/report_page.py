@@ -125,8 +125,8 @@ def _parameters(count: float) -> str:
 
 
 def _chosen_sentences(run: Run, chosen: Mapping[str, Any], bits: float) -> list[str]:
-    target, memory = number(run.settings.get("target_bits")), number(child(chosen, "memory").get("total"))
-    aim = f"For a target of {target:g} bits per weight, the" if target is not None else "The"
+    memory = number(child(chosen, "memory").get("total"))
+    aim = _aim(run.settings)
     size = f" ({show_bytes(memory)} with everything)" if memory else ""
     loss, predicted = number(chosen.get("loss")), number(chosen.get("predicted_loss"))
     if loss is not None:
@@ -151,6 +151,16 @@ def _chosen_sentences(run: Run, chosen: Mapping[str, Any], bits: float) -> list[
     return [*sentences, name + "."]
 
 
+def _aim(settings: Mapping[str, Any]) -> str:
+    """The budget that was asked for, as the beginning of a sentence."""
+    target, memory, loss = (settings.get(key) for key in ("target_bits", "memory", "max_loss"))
+    if target is not None:
+        return f"For a target of {escape(target)} bits per weight, the"
+    if memory is not None:
+        return f"For a memory of {escape(memory)}, the"
+    return f"For a loss of at most {escape(loss)}, the" if loss is not None else "The"
+
+
 def _price(run: Run) -> str:
     evaluations, timings = child(run.run, "evaluations"), child(run.run, "timings")
     solver = run.settings.get("solver")
@@ -160,6 +170,8 @@ def _price(run: Run) -> str:
     total, each = number(timings.get("total")), number(evaluations.get("seconds_each"))
     if each is not None:
         words.append(f"of {show_seconds(each)}")
+    if number(evaluations.get("sensitivities")):
+        words.append(f"with {evaluations['sensitivities']:,.0f} single-linear sensitivities")
     if total is not None:
         words.append(f"and {show_seconds(total)} in all")
     machine = child(run.run, "machine")
@@ -205,7 +217,8 @@ def comparison(run: Run) -> str:
     heads = ["", "bits", "loss", "confirm", "bits", "loss", "confirm", "loss"]
     groups = (("uniform", 4), ("best searched with no more bits", 3), ("change", 1))
     parts = ['<section id="comparison">\n<h2>Uniform and searched configurations</h2>']
-    note = 'Loss in nats/token; "confirm" is measured on windows that the search never saw.'
+    note = 'Loss in nats/token; "confirm" is measured on windows held out of the search'
+    note += ", which --refine looked at too." if run.settings.get("refine") else "."
     parts.append(f'<p class="caption">{note}</p>')
     none = '<p class="omitted">No uniform configuration was evaluated.</p>'
     parts.append(table(heads, rows, groups=groups) if rows else none)
@@ -268,7 +281,10 @@ def memory_table(data: MemoryData) -> str:
 
 
 def _change(ours: float | None, theirs: float | None) -> str:
-    return f"{100 * (ours / theirs - 1):+.0f} %".replace("-", "−") if ours is not None and theirs else "–"
+    if ours is None or not theirs:
+        return "–"
+    percent = round(100 * (ours / theirs - 1))
+    return f"{percent:+d} %".replace("-", "−") if percent else "0 %"
 
 
 def _share(part: float) -> str:
@@ -278,9 +294,8 @@ def _share(part: float) -> str:
 def _settings(run: Run) -> str:
     """Everything needed to repeat the run, folded away."""
     model = {key: value for key, value in child(run.run, "model").items()}
-    groups = [("Model", model)] + [
-        (key.capitalize(), child(run.run, key)) for key in ("settings", "versions", "machine", "timings", "evaluations")
-    ]
+    keys = ("settings", "calibration", "versions", "machine", "timings", "evaluations")
+    groups = [("Model", model), *((key.capitalize(), child(run.run, key)) for key in keys)]
     if child(run.run, "pinned"):
         groups.append(("Pinned linears", child(run.run, "pinned")))
     if child(run.front, "fit"):

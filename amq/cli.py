@@ -1,0 +1,55 @@
+"""`amq VERB …`: the same commands as `python -m amq.search` and so on, under one name."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+from amq.formats import FORMATS, GROUP_SIZES
+from amq.settings import run_command
+
+Command = Callable[[Sequence[str] | None], int]
+
+
+def _search(argv: Sequence[str] | None) -> int:
+    from amq.search.__main__ import main
+
+    return main(argv)
+
+
+def _select(argv: Sequence[str] | None) -> int:
+    return _search(["select", *(argv or ())])
+
+
+def _eval(argv: Sequence[str] | None) -> int:
+    from amq.eval.__main__ import main
+
+    return main(argv)
+
+
+def _formats(argv: Sequence[str] | None) -> int:
+    argparse.ArgumentParser(prog="amq formats", description="Lists the bit formats.").parse_args(argv)
+    sizes = "".join(f"{f'group {g}':>11}" for g in GROUP_SIZES)
+    print(f"{'format':8}{'levels':>7}{'unit':>20}{sizes}   (bits per weight, scale and zero point counted)")
+    for fmt in FORMATS.values():
+        unit = f"{fmt.unit_codes} codes in {fmt.unit_bytes} B"
+        bits = "".join(f"{fmt.bits_per_weight(g):11.3f}" for g in GROUP_SIZES)
+        print(f"{fmt.name:8}{fmt.levels:7}{unit:>20}{bits}")
+    return 0
+
+
+COMMANDS: dict[str, Command] = {"search": _search, "select": _select, "eval": _eval, "formats": _formats}
+
+
+def main() -> int:
+    """Entry point of the console script `amq`."""
+    verb = sys.argv[1] if len(sys.argv) > 1 else ""
+    if verb not in COMMANDS:
+        print(f"usage: amq {{{','.join(COMMANDS)}}} …", file=sys.stderr)
+        return 0 if verb in ("-h", "--help") else 2
+    return run_command(COMMANDS[verb], sys.argv[2:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
