@@ -67,7 +67,7 @@ class Problem:
         """The record of a configuration: from the archive if it is there, else evaluated and appended."""
         record = self.archive.find(formats, windows)
         if record is None:
-            self._check_time()
+            self.check_time()
             start = time.perf_counter()
             loss = self.losses.evaluate(formats, windows)
             record = self._append(formats, loss, time.perf_counter() - start, phase, windows, **extra)
@@ -91,7 +91,7 @@ class Problem:
                 record = self._append({**base, name: fmt}, loss, time.perf_counter() - start, phase, "search")
                 records[name, fmt] = record
                 step(f"{name} {fmt}: {loss:.5f}")
-                self._check_time()
+                self.check_time()
                 start = time.perf_counter()
         return records
 
@@ -101,7 +101,8 @@ class Problem:
             formats, loss, bits, seconds, solver=self.solver, phase=phase, windows=windows, seed=self.seed, **extra
         )
 
-    def _check_time(self) -> None:
+    def check_time(self) -> None:
+        """Raises TimeIsUp once the deadline has passed; between evaluations and between backward passes."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise TimeIsUp
 

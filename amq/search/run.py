@@ -112,7 +112,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         problem.cost_tables = _cost_tables(settings, stage, problem, output, timings)
         solution, status = _solve(problem, settings, progress, timings)
         _write_tables(output, solution, problem)
-        return _finish(problem, settings, stage, solution, budget, status, run, timings, output)
+        return _finish(problem, settings, stage, solution, budget, status, run, timings, started)
     finally:
         archive.close()
 
@@ -213,6 +213,8 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
             done += 1
             write_json(path, {"schema": "amq/cost/1", "kind": "fisher", "unit": "nats/token", "passes": done, "cost": total})
             step()
+            if done < settings.cost_passes:
+                problem.check_time()
     return total
 
 
@@ -271,8 +273,9 @@ def _write_tables(output: Path, solution: Solution, problem: Problem) -> None:
 
 def _finish(
     problem: Problem, settings: SearchSettings, stage: _Stage, solution: Solution, budget: Budget, status: str,
-    run: dict[str, Any], timings: _Timings, output: Path,
+    run: dict[str, Any], timings: _Timings, started: float,
 ) -> SearchResult:  # fmt: skip
+    output = Path(settings.output)
     fit = fit_records(problem.archive.records, solution.table) if solution.table else None
     chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
     with timings.measure("confirm"):
@@ -287,7 +290,7 @@ def _finish(
     write_json(output / "front.json", content)
     run.update(status=status, pinned={n: f.name for n, f in _all_pins(problem.space, solution).items()})
     run["timings"] = {k: round(v, 3) for k, v in timings.seconds.items()}
-    run["timings"]["total"] = round(sum(timings.seconds.values()), 3)
+    run["timings"]["total"] = round(time.monotonic() - started, 3)
     run["evaluations"] = _evaluation_counts(problem, stage.evaluator, timings)
     write_json(output / "run.json", run)
     with timings.measure("report"):
@@ -398,7 +401,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
         "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens)},
         "versions": _versions(),
         "machine": {
-            "cpu": platform.processor() or platform.machine(), "system": platform.platform(),
+            "cpu": _cpu_name(), "system": platform.platform(),
             "threads": torch.get_num_threads(), "device": settings.device,
         },
         "bank": str(stage.bank.folder),
@@ -411,6 +414,15 @@ def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
         "kv_cache": _kv_cache(stage),
         "pinned": {n: f.name for n, f in stage.space.pinned.items()},
     }  # fmt: skip
+
+
+def _cpu_name() -> str:
+    """The processor's name; Linux tells it in a file only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _kv_cache(stage: _Stage) -> dict[str, Any]:

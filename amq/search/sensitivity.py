@@ -29,10 +29,13 @@ class Sensitivity:
     pinned: tuple[str, ...]
 
     def json(self) -> dict[str, Any]:
-        finite = {name: (value if np.isfinite(value) else None) for name, value in self.loss.items()}
+        def finite(value: float) -> float | None:
+            return value if np.isfinite(value) else None
+
         return {
-            "schema": "amq/sensitivity/1", "lowest": self.lowest, "highest": self.highest, "base_loss": self.base_loss,
-            "median": self.median, "threshold": self.threshold, "pinned": list(self.pinned), "loss": finite,
+            "schema": "amq/sensitivity/1", "lowest": self.lowest, "highest": self.highest,
+            "base_loss": finite(self.base_loss), "median": finite(self.median), "threshold": self.threshold,
+            "pinned": list(self.pinned), "loss": {name: finite(value) for name, value in self.loss.items()},
         }  # fmt: skip
 
 

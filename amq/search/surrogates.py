@@ -7,6 +7,7 @@ dim + 2 distinct points it cannot be fitted and a constant tail is used, which i
 from __future__ import annotations
 
 import logging
+import warnings
 from typing import Protocol
 
 import numpy as np
@@ -25,25 +26,28 @@ class Surrogate(Protocol):
 
 
 class RbfSurrogate:
-    """Cubic RBF interpolation. Beyond `neighbours` points each prediction uses its nearest ones only (cost is cubic)."""
+    """Cubic RBF interpolation through the last `most` points (solving costs n³: 0.6 s at 2,000, 20 s at 6,000)."""
 
-    def __init__(self, neighbours: int = 2000) -> None:
-        self._neighbours = neighbours
+    def __init__(self, most: int = 2000) -> None:
+        self._most = most
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> None:
         from scipy.interpolate import RBFInterpolator
 
+        x, y = x[-self._most :], y[-self._most :]
         self._columns = np.ptp(x, axis=0) > 0  # a constant column makes the system singular
         points, first = np.unique(x[:, self._columns], axis=0, return_index=True)
         dimension = int(self._columns.sum())
-        rank = np.linalg.matrix_rank(np.column_stack([np.ones(len(points)), points])) if len(points) > dimension else 0
-        degree = 1 if rank == dimension + 1 else 0
+        tail = np.column_stack([np.ones(len(points)), points])
+        degree = 1 if len(points) > dimension + 1 and np.linalg.matrix_rank(tail) == dimension + 1 else 0
         if degree == 0:
             log.warning(
-                "rbf: %d evaluations cannot carry a linear tail in %d dimensions; a constant tail is used", len(points), dimension
-            )
-        neighbours = self._neighbours if len(points) > self._neighbours else None
-        self._model = RBFInterpolator(points.astype(float), y[first], kernel="cubic", degree=degree, neighbors=neighbours)
+                "rbf: %d evaluations cannot carry a linear tail in %d dimensions; a constant tail is used",
+                len(points), dimension,
+            )  # fmt: skip
+        with warnings.catch_warnings():  # scipy warns of what was just logged
+            warnings.simplefilter("ignore", UserWarning)
+            self._model = RBFInterpolator(points.astype(float), y[first], kernel="cubic", degree=degree)
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         return self._model(x[:, self._columns].astype(float))
@@ -61,7 +65,9 @@ class MlpSurrogate:
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        network = MLPRegressor((64, 64), alpha=1e-2, max_iter=2000, tol=1e-5, random_state=self._seed, solver="lbfgs")
+        network = MLPRegressor(
+            hidden_layer_sizes=(64, 64), alpha=1e-2, max_iter=2000, tol=1e-5, random_state=self._seed, solver="lbfgs"
+        )
         self._model = TransformedTargetRegressor(make_pipeline(StandardScaler(), network), transformer=StandardScaler())
         self._model.fit(x.astype(float), y)
 

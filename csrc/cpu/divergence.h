@@ -1,0 +1,30 @@
+// Jensen–Shannon divergence of a candidate's next-token distribution from a reference, from logits, in one call.
+//
+// With d = ln q − ln p and a = |d|, the sum of amq/losses.py is, token of the vocabulary by token,
+//
+//     JSD(p, q) = ½ Σ p·ln(p/m) + q·ln(q/m) = Σ max(p, q)·F(a),   m = (p + q)/2
+//     F(a) = ½ [(1 + e^−a)·(ln 2 − ln(1 + e^−a)) − a·e^−a]        0 at a = 0, a²/8 near it, ½ ln 2 as a → ∞
+//
+// Every term is positive and F is approximated to 1e-7 relative, a² being a factor of it: nothing cancels, so that losses
+// of 1e-6 keep four digits, and an error δ of the candidate's log-sum-exp moves the loss by less than a factor 1 ± δ.
+
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+namespace amq {
+
+struct DivergenceArgs {
+    const float* reference;  // ln p [rows, vocabulary], normalised; −inf for p = 0
+    const float* logits;     // [rows, vocabulary], normalised here; −inf for q = 0
+    double* divergence;      // [rows], nats; NaN where a row holds NaN or +inf, or no logit above −inf
+    int64_t rows;
+    int64_t vocabulary;  // at least 1
+};
+
+// Handles all rows on at most `threads` threads; the result does not depend on their number.
+void jensen_shannon(Isa isa, const DivergenceArgs& args, int threads);
+
+}  // namespace amq

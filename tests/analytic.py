@@ -1,0 +1,80 @@
+"""An analytic stand-in for the evaluator: additive, saturating losses with a known front, in microseconds.
+
+A module of its own, beside conftest, so that crash tests can import it in a child process.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from amq.formats import parse_formats
+from amq.linears import LinearSpec
+from amq.losses import LN2
+from amq.search.archive import Archive
+from amq.search.problem import Problem
+from amq.search.settings import SearchSettings
+from amq.search.solvers import get_solver
+from amq.search.space import SearchSpace
+
+ROLES = {"attn.q_proj": (64, 64), "attn.v_proj": (32, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
+
+
+def linears(blocks: int = 4) -> tuple[LinearSpec, ...]:
+    return tuple(
+        LinearSpec(f"layers.{b}.{role}", b, role, *shape) for b in range(blocks) for role, shape in ROLES.items()
+    )
+
+
+def space(formats: str = "int2,int3,int4", blocks: int = 4, **options) -> SearchSpace:
+    return SearchSpace.build(linears(blocks), parse_formats(formats), 64, **options)
+
+
+class AnalyticLosses:
+    """loss = ln 2 · (1 − exp(−Σ cost)); the confirmation windows see the same costs times 1.1."""
+
+    def __init__(self, of: SearchSpace, seed: int = 0, nan_when: str | None = None) -> None:
+        rng = np.random.default_rng(seed)
+        weights = rng.lognormal(-4.5, 1.0, len(of.linears))
+        names = ("int2", "int3", "int4", "int5", "int6", "int8")
+        self.table = {
+            s.name: {f: float(w * 4.0 ** -(i)) for i, f in enumerate(names)} for s, w in zip(of.linears, weights, strict=True)
+        }
+        self.calls = 0
+        self.nan_when = nan_when
+
+    def evaluate(self, formats: Mapping[str, str], windows: str = "search") -> float:
+        self.calls += 1
+        if self.nan_when and formats[self.nan_when] == "int2":
+            return math.nan
+        total = sum(self.table[n][f] for n, f in formats.items())
+        return LN2 * -math.expm1(-total * (1.0 if windows == "search" else 1.1))
+
+    def sensitivities(
+        self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
+    ) -> Iterator[tuple[str, str, float]]:
+        for name, fmt in changes:
+            yield name, fmt, self.evaluate({**base, name: fmt}, windows)
+
+
+def settings(**given) -> SearchSettings:
+    quick = {"initial": 12, "iterations": 2, "per_iteration": 4, "population": 12, "generations": 3, "points": 5, "group_size": 64}
+    return SearchSettings.make(model="m", output="o", **{**quick, **given})
+
+
+def problem(path: Path, options: SearchSettings, losses: AnalyticLosses | None = None, **fields) -> Problem:
+    of = space(options.formats)
+    losses = losses or AnalyticLosses(of)
+    made = Problem(of, Archive(path), losses, options.solver, options.seed, **fields)
+    made.cost_tables = {"fisher": lambda: losses.table, "weight": lambda: losses.table}
+    return made
+
+
+def solve(path: Path, options: SearchSettings, losses: AnalyticLosses | None = None, **fields) -> Problem:
+    made = problem(path, options, losses, **fields)
+    get_solver(options.solver)(made, options)
+    made.archive.close()
+    return made

@@ -1,0 +1,202 @@
+"""Solvers on an analytic loss whose front is known: the knapsack over the true costs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from analytic import AnalyticLosses, linears, settings, solve, space
+from analytic import problem as make
+
+from amq.errors import AmqError
+from amq.formats import FORMATS
+from amq.search.archive import Archive
+from amq.search.fit import fit_records
+from amq.search.front import hypervolume, pareto_indices, spread
+from amq.search.knapsack import select, select_exact
+from amq.search.problem import Problem, TimeIsUp
+from amq.search.quality import quality
+from amq.search.refine import refine
+from amq.search.selection import Budget, choose
+from amq.search.sensitivity import prune, sensitivity_costs
+from amq.search.settings import PAPER
+from amq.search.solvers import get_solver
+from amq.search.space import parse_pins
+from amq.search.surrogates import make_surrogate
+
+
+def test_additive_finds_the_known_front(tmp_path):
+    problem = solve(tmp_path / "a.jsonl", settings(points=7, exact=True), budget=3.1)
+    of, losses = problem.space, problem.losses
+    costs = of.variable_costs(losses.table)
+    for record in problem.archive.evaluated():
+        if record["phase"] in ("front", "budget"):
+            best = of.decode(select_exact(costs, of.sizes, of.capacity(record["bits_per_weight"] + 1e-6)))
+            assert record["loss"] <= (1 + 1e-6) * losses.evaluate(best)
+    fit = fit_records(problem.archive.records, losses.table)
+    assert fit.a == pytest.approx(1.0, rel=1e-3) and fit.p == pytest.approx(1.0, rel=1e-3)  # the loss is this very curve
+    assert fit.spearman == pytest.approx(1.0)
+
+
+def test_measured_sensitivities_recover_additive_costs(tmp_path):
+    problem = make(tmp_path / "s.jsonl", settings())
+    measured = sensitivity_costs(problem)
+    true = problem.losses.table
+    for name, row in measured.items():
+        for low, high in (("int2", "int3"), ("int3", "int4")):
+            assert row[low] - row[high] == pytest.approx(true[name][low] - true[name][high], rel=1e-6, abs=1e-9)
+    with pytest.raises(AmqError, match="unknown cost"):
+        problem.cost_table("guess")
+    with pytest.raises(AmqError, match="unknown solver"):
+        get_solver("guess")
+
+
+@pytest.mark.parametrize("solver", ["paper", "random"])
+def test_solvers_beat_the_line_between_uniform_points(tmp_path, solver):
+    problem = solve(tmp_path / "a.jsonl", settings(solver=solver, initial=40, iterations=6, per_iteration=8, population=40, generations=8))
+    uniform = np.array([(r["bits_per_weight"], r["loss"]) for r in problem.archive.evaluated() if r["phase"] == "uniform"])
+    assert problem.hypervolume() > hypervolume(uniform, problem.space.bits_range)
+
+
+def test_paper_solver_improves_on_its_initial_sample_and_reports_its_surrogate(tmp_path):
+    options = settings(solver="paper", initial=40, iterations=8, per_iteration=8, population=60, generations=10)
+    problem = solve(tmp_path / "a.jsonl", options)
+    log = problem.surrogate_log
+    assert [entry["iteration"] for entry in log] == list(range(8))
+    assert log[-1]["hypervolume"] > log[0]["hypervolume"]
+    assert log[-1]["spearman"] > 0.7
+    initial = [r for r in problem.archive.evaluated() if r["phase"] != "iteration"]
+    points = np.array([(r["bits_per_weight"], r["loss"]) for r in initial])
+    assert problem.hypervolume() > hypervolume(points, problem.space.bits_range)
+
+
+def test_paper_preset_is_the_papers_setting():
+    options = settings(**PAPER)
+    assert (options.initial, options.population, options.generations) == (250, 200, 20)
+    assert (options.crossover, options.mutation, options.per_iteration, options.iterations) == (0.9, 0.1, 50, 200)
+    assert (options.proxy, options.surrogate, options.solver, options.prune) == ("hqq", "rbf", "paper", 2.0)
+
+
+@pytest.mark.parametrize("surrogate", ["rbf", "mlp"])
+def test_surrogates_predict_what_they_have_not_seen(surrogate, caplog):
+    of = space()
+    losses = AnalyticLosses(of)
+    rng = np.random.default_rng(0)
+    points = rng.integers(0, 3, (160, len(of.variables)))
+    y = np.array([losses.evaluate(of.decode(p)) for p in points])
+    model = make_surrogate(surrogate, 0)
+    model.fit(points[:120], y[:120])
+    assert quality(y[120:], model.predict(points[120:]))["spearman"] > 0.8
+    with caplog.at_level(logging.WARNING):
+        few = make_surrogate("rbf", 0)
+        few.fit(points[:8], y[:8])
+    assert "constant tail" in caplog.text
+    assert np.isfinite(few.predict(points[:20])).all()
+    with pytest.raises(AmqError, match="unknown surrogate"):
+        make_surrogate("svm", 0)
+
+
+def test_quality_by_hand():
+    perfect = quality(np.array([1.0, 2.0, 3.0]), np.array([1.0, 2.0, 3.0]))
+    assert perfect == {"rmse": 0.0, "spearman": pytest.approx(1.0), "kendall": pytest.approx(1.0)}
+    # by hand: differences 1, −1, 0 → rmse √(2/3); ranks (1,2,3) against (2,1,3): Spearman ½, Kendall ⅓
+    swapped = quality(np.array([1.0, 2.0, 3.0]), np.array([2.0, 1.0, 3.0]))
+    assert swapped["rmse"] == pytest.approx((2 / 3) ** 0.5)
+    assert swapped["spearman"] == pytest.approx(0.5) and swapped["kendall"] == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match="one length"):
+        quality(np.zeros((3, 1)), np.zeros(3))
+
+
+def test_pruning_on_real_sensitivities():
+    path = Path(__file__).parents[2] / "shared" / "data" / "llama2_7b_sensitivity.json"
+    if not path.exists():
+        pytest.skip(f"{path} is not here: it is not part of the project")
+    loss = json.loads(path.read_text())["loss"]
+    median, pinned = prune(loss, 2.0)
+    assert len(loss) == 224 and median == pytest.approx(0.01128, abs=1e-5)
+    assert len(pinned) == 4
+
+
+def test_pruned_linears_stay_at_the_highest_format(tmp_path):
+    losses = AnalyticLosses(space())
+    losses.table["layers.2.attn.v_proj"] = {"int2": 2.0, "int3": 0.5, "int4": 0.0}
+    problem = solve(tmp_path / "a.jsonl", settings(solver="random", initial=20), losses)
+    drawn = [r for r in problem.archive.records if r["phase"] == "initial"]
+    assert 24 <= len(drawn) <= 28  # initial + iterations · per_iteration, less the few drawn twice
+    assert {r["configuration"]["layers.2.attn.v_proj"] for r in drawn} == {"int4"}
+
+
+def test_refine_keeps_only_what_the_held_out_windows_confirm(tmp_path):
+    of = space()
+    problem = make(tmp_path / "a.jsonl", settings())
+    noisy = {n: {f: c * np.random.default_rng(i).lognormal(0, 1) for f, c in row.items()}
+             for i, (n, row) in enumerate(problem.losses.table.items())}  # fmt: skip
+    costs = of.variable_costs(noisy)
+    start = of.decode(select(costs, of.sizes, of.capacity(3.3)))
+    best = refine(problem, costs, start, 3.3, 60)
+    assert problem.losses.evaluate(best) < problem.losses.evaluate(start)
+    assert of.bits_of(best) <= 3.3 + 1e-9
+
+    class Contrary(AnalyticLosses):  # whatever helps on the search windows hurts on the held-out ones
+        def evaluate(self, formats, windows="search"):
+            loss = super().evaluate(formats)
+            return loss if windows == "search" else 0.69 - loss
+
+    contrary = make(tmp_path / "b.jsonl", settings(), Contrary(of))
+    assert refine(contrary, costs, start, 3.3, 20) == start
+
+
+def test_time_is_up_stops_between_evaluations(tmp_path):
+    with pytest.raises(TimeIsUp):
+        solve(tmp_path / "a.jsonl", settings(), deadline=time.monotonic() - 1)
+    assert (tmp_path / "a.jsonl").read_text() == ""
+
+
+def test_max_loss_is_met_with_few_bits(tmp_path):
+    problem = solve(tmp_path / "a.jsonl", settings(points=4), max_loss=0.05)
+    chosen = choose(Budget(max_loss=0.05), problem.space, problem.archive.records)
+    assert chosen.loss <= 0.05
+    of, costs = problem.space, problem.space.variable_costs(problem.losses.table)
+    cheaper = of.decode(select_exact(costs, of.sizes, of.capacity(chosen.bits_per_weight - 0.08)))
+    assert problem.losses.evaluate(cheaper) > 0.05  # nothing much smaller would do
+    with pytest.raises(AmqError, match="least is"):
+        choose(Budget(max_loss=1e-9), problem.space, problem.archive.records)
+
+
+def test_choice_at_an_unevaluated_budget_uses_the_table(tmp_path):
+    problem = solve(tmp_path / "a.jsonl", settings())
+    fit = fit_records(problem.archive.records, problem.losses.table)
+    chosen = choose(Budget(2.9), problem.space, problem.archive.records, problem.losses.table, fit)
+    assert chosen.loss is None and chosen.bits_per_weight <= 2.9
+    assert chosen.predicted == pytest.approx(problem.losses.evaluate(chosen.formats), rel=1e-2)
+    with pytest.raises(AmqError, match=r"reachable range is 2\.5000 to 4\.5000"):
+        choose(Budget(2.0), problem.space, problem.archive.records)
+    with pytest.raises(AmqError, match="above the largest"):
+        choose(Budget(5.0), problem.space, problem.archive.records)
+
+
+def test_ties_and_pins_hold_in_every_solver(tmp_path):
+    of = space(pinned=parse_pins(["layers.1.mlp.up_proj=int8"], linears(), FORMATS), ties=["qv"])
+    losses = AnalyticLosses(of)
+    for solver in ("additive", "paper", "random"):
+        problem = Problem(of, Archive(tmp_path / f"{solver}.jsonl"), losses, solver, 0)
+        problem.cost_tables = {"fisher": lambda: losses.table}
+        get_solver(solver)(problem, settings(solver=solver))
+        for record in problem.archive.records:
+            if record["phase"] in ("front", "initial", "iteration"):
+                formats = record["configuration"]
+                assert formats["layers.1.mlp.up_proj"] == "int8"
+                assert all(formats[f"layers.{b}.attn.q_proj"] == formats[f"layers.{b}.attn.v_proj"] for b in range(4))
+
+
+def test_pareto_hypervolume_and_spread_by_hand():
+    points = np.array([[2.0, 0.7], [3.0, 0.35], [3.0, 0.5], [4.0, 0.35], [4.0, 0.07]])
+    assert pareto_indices(points) == [0, 1, 4]
+    # the box is 2 bits wide and 0.7 high: [3, 4] is dominated from 0.35 up, the end point adds nothing
+    assert hypervolume(points, (2.0, 4.0)) == pytest.approx(0.25, abs=1e-6)
+    assert hypervolume(np.empty((0, 2)), (2.0, 4.0)) == 0.0
+    assert spread(np.array([0.0, 0.1, 5.0, 9.0, 10.0]), [0.0], 2) == [4, 2]
