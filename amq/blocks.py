@@ -99,18 +99,26 @@ class BlockRunner:
             return self.model(input_ids=tokens, use_cache=False).logits[0]
 
     def check(self, tokens: Tensor) -> None:
-        """Raises AmqError unless cutting the model gives the very logits of an uncut forward. tokens: int64 [1, n]."""
+        """Raises AmqError unless the model cut at every boundary gives the very logits of an uncut forward.
+
+        tokens: int64 [1, n].
+        """
+        name = type(self.model).__name__
         with torch.no_grad():
             whole = self.model(input_ids=tokens, use_cache=False).logits[0]
-            middle = self.n_blocks // 2
-            cut = self.hidden(tokens, self.n_blocks, middle, self.hidden(tokens, middle)) if middle else None
-            cut = self.hidden(tokens, self.n_blocks) if cut is None else cut
-            error = float((self.logits(cut[0]) - whole).abs().max() / whole.abs().max())
+            if not bool(torch.isfinite(whole).all()):
+                raise AmqError(f"the logits of {name} are not finite (NaN or infinity): load it in a wider --dtype")
+            refused = f"{name} cannot be run block by block: its blocks at {self.blocks_path} pass on more than one hidden state"
+            try:
+                state = self.hidden(tokens, 1)
+                for boundary in range(1, self.n_blocks):
+                    state = self.hidden(tokens, boundary + 1, boundary, state)
+                cut = self.logits(state[0])
+            except Exception as error:  # the uncut forward ran, so whatever the model's code raises now comes of the cut
+                raise AmqError(f"{refused} ({type(error).__name__}: {error}); this architecture is not supported") from error
+        error = float((cut - whole).abs().max() / whole.abs().max())
         if not error <= 1e-3:
-            raise AmqError(
-                f"{type(self.model).__name__} cannot be run block by block: its blocks at {self.blocks_path} pass on more "
-                f"than one hidden state (logits differ by {error:.1e} relative); this architecture is not supported"
-            )
+            raise AmqError(f"{refused} (logits differ by {error:.1e} relative); this architecture is not supported")
 
     @contextmanager
     def _replaying(self, start: int, hidden: Tensor | None) -> Iterator[None]:

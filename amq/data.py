@@ -1,14 +1,17 @@
 """Token windows for calibration and evaluation.
 
-Text comes from a file, from a `datasets` name, or from CPython's own language reference (`pydoc_data.topics`), which is
-on every machine and needs no network. It is tokenized once and cut into slots of one window; a seeded permutation of the
+Text comes from a file, from a `datasets` name, or from CPython itself, which is on every machine and needs no network:
+`pydoc` is the language reference (`pydoc_data.topics`), `docstrings` is what the standard library's modules say about
+themselves, a second text for evaluation that shares nothing with the first. A text is tokenized once and cut into slots of one window; a seeded permutation of the
 slots is dealt out in order, so that the sets a run asks for (bank, search, confirmation, cost) do not overlap.
 """
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import logging
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +25,7 @@ from amq.errors import AmqError
 
 log = logging.getLogger(__name__)
 
-BUILTIN = "pydoc"
+DOCSTRING_CHARACTERS = 400_000
 DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
@@ -43,7 +46,7 @@ class Corpus:
 def load_corpus(source: str, tokenizer: Any) -> Corpus:
     """Tokenizes a text.
 
-    source: `pydoc` (built in), `wikitext2` or `c4` (training splits, through `datasets`), or the path of a UTF-8 file.
+    source: `pydoc` or `docstrings` (built in), `wikitext2` or `c4` (training splits, through `datasets`), or the path of a UTF-8 file.
     """
     text = load_text(source)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -52,20 +55,43 @@ def load_corpus(source: str, tokenizer: Any) -> Corpus:
 
 def load_text(source: str) -> str:
     """The text behind a source name or path."""
-    if source == BUILTIN:
-        from pydoc_data.topics import topics
-
-        return "\n".join(topics[key] for key in sorted(topics))
+    if source in BUILTIN:
+        return BUILTIN[source]()
     if source in DATASETS:
         return _dataset_text(source)
     path = Path(source).expanduser()
     if not path.is_file():
-        names = ", ".join((BUILTIN, *DATASETS))
+        names = ", ".join((*BUILTIN, *DATASETS))
         raise AmqError(f"no text {source!r}: expected the path of a text file, or one of {names}")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise AmqError(f"{path} is not UTF-8 text: {error}") from None
+
+
+def _pydoc_text() -> str:
+    from pydoc_data.topics import topics
+
+    return "\n".join(topics[key] for key in sorted(topics))
+
+
+def _docstring_text() -> str:
+    """Docstrings of the standard library's modules, in order of file name, read without importing anything."""
+    parts: list[str] = []
+    size = 0
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        tree = ast.parse(path.read_bytes())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+                parts.append(text)
+                size += len(text)
+        if size >= DOCSTRING_CHARACTERS:
+            break
+    return "\n\n".join(parts)
+
+
+BUILTIN = {"pydoc": _pydoc_text, "docstrings": _docstring_text}
+"""Texts that need no network."""
 
 
 def _dataset_text(source: str) -> str:

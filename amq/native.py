@@ -4,6 +4,9 @@
 speed at which memory can be written. It is there to fill one preallocated weight again and again while formats are
 tried. For another dtype or device it computes the reference and copies it: that route is the specification, chosen by
 the caller's `out`, not a fallback; GPU kernels have doors of their own.
+
+`jensen_shannon` is `amq.losses.jensen_shannon` after `log_softmax`, fused: the candidate's logits are read twice, the
+reference once, and nothing of their size is written.
 """
 
 from __future__ import annotations
@@ -83,3 +86,43 @@ def _dequantize_rows(packed: PackedWeight, out: Tensor, isa: str = "") -> None:
         threads=torch.get_num_threads(),
         isa=isa,
     )
+
+
+def jensen_shannon(reference: Tensor, logits: Tensor) -> Tensor:
+    """Jensen–Shannon divergence of softmax(logits) from the reference per token, nats; float64 [tokens].
+
+    reference: log-probabilities, float32 [tokens, vocabulary], contiguous, on CPU; −inf where p = 0.
+    logits: the candidate's, likewise; −inf where q = 0. A token with NaN or +inf in either, or without a logit above
+        −inf, gets NaN.
+    """
+    for name, tensor in (("reference", reference), ("logits", logits)):
+        if tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+            raise AmqError(f"jensen_shannon: {name} must be float32 on cpu, got {tensor.dtype} on {tensor.device}")
+        if tensor.dim() != 2 or tensor.shape[1] == 0:
+            raise AmqError(f"jensen_shannon: {name} must be [tokens, vocabulary], got {list(tensor.shape)}")
+        if not tensor.is_contiguous():
+            raise AmqError(
+                f"jensen_shannon: {name} must be contiguous, got strides {list(tensor.stride())}; "
+                "call .contiguous() on it"
+            )
+    if reference.shape != logits.shape:
+        raise AmqError(
+            f"jensen_shannon: reference and logits must have one shape, got {list(reference.shape)} and "
+            f"{list(logits.shape)}"
+        )
+    return _jensen_shannon_rows(reference, logits)
+
+
+def _jensen_shannon_rows(reference: Tensor, logits: Tensor, isa: str = "") -> Tensor:
+    """The call itself; `isa` as for `_dequantize_rows`."""
+    divergence = torch.empty(len(logits), dtype=torch.float64)
+    cpu_module().jensen_shannon(
+        reference=reference.data_ptr(),
+        logits=logits.data_ptr(),
+        divergence=divergence.data_ptr(),
+        rows=logits.shape[0],
+        vocabulary=logits.shape[1],
+        threads=torch.get_num_threads(),
+        isa=isa,
+    )
+    return divergence

@@ -10,10 +10,14 @@
 #include <string>
 #include <vector>
 
+#include "checks.h"
 #include "cpu/dequantize.h"
+#include "cpu/divergence.h"
 #include "cpu/unit.h"
 
 namespace py = pybind11;
+using amq::find_isa;
+using amq::require;
 
 namespace {
 
@@ -24,18 +28,6 @@ const amq::FormatKernels& find_format(const std::string& name) {
         known += (known.empty() ? "" : ", ") + std::string(format.name);
     }
     throw std::invalid_argument("format: expected one that was compiled in (" + known + "), got '" + name + "'");
-}
-
-amq::Isa find_isa(const std::string& name) {
-    if (name.empty()) return amq::best_isa();
-    for (amq::Isa isa : amq::kIsas)
-        if (amq::isa_name(isa) == name && amq::is_supported(isa)) return isa;
-    throw std::invalid_argument("isa: expected one of isas(), got '" + name + "'");
-}
-
-void require(bool holds, const char* argument, const std::string& expected, int64_t got) {
-    if (!holds)
-        throw std::invalid_argument(std::string(argument) + ": expected " + expected + ", got " + std::to_string(got));
 }
 
 void dequantize(const std::string& format_name, uintptr_t qweight, uintptr_t scale, uintptr_t zero_point, uintptr_t out,
@@ -62,6 +54,20 @@ void dequantize(const std::string& format_name, uintptr_t qweight, uintptr_t sca
     amq::dequantize(format, isa, args, threads);
 }
 
+void jensen_shannon(uintptr_t reference, uintptr_t logits, uintptr_t divergence, int64_t rows, int64_t vocabulary,
+                    int threads, const std::string& isa_name) {
+    const amq::Isa isa = find_isa(isa_name);
+    require(rows >= 0, "rows", "at least 0", rows);
+    require(vocabulary >= 1, "vocabulary", "at least 1", vocabulary);
+    require(threads >= 1, "threads", "at least 1", threads);
+    if (rows == 0) return;
+    for (uintptr_t address : {reference, logits, divergence}) require(address != 0, "address", "not null", 0);
+    const amq::DivergenceArgs args = {reinterpret_cast<const float*>(reference), reinterpret_cast<const float*>(logits),
+                                      reinterpret_cast<double*>(divergence), rows, vocabulary};
+    py::gil_scoped_release release;
+    amq::jensen_shannon(isa, args, threads);
+}
+
 std::map<std::string, std::array<int, 3>> formats() {
     std::map<std::string, std::array<int, 3>> layouts;
     for (const amq::FormatKernels& format : amq::compiled_formats()) layouts[format.name] = format.layout;
@@ -86,4 +92,7 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("zero_point"), py::arg("out"), py::arg("qweight_stride"), py::arg("group_stride"),
           py::arg("out_stride"), py::arg("rows"), py::arg("in_features"), py::arg("group_size"), py::arg("threads"),
           py::arg("isa") = "", "Packed rows at the given addresses -> float32 rows; see csrc/cpu/dequantize.h");
+    m.def("jensen_shannon", &jensen_shannon, py::kw_only(), py::arg("reference"), py::arg("logits"),
+          py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("threads"), py::arg("isa") = "",
+          "Log-probabilities and logits -> float64 divergence per row; see csrc/cpu/divergence.h");
 }

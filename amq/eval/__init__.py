@@ -56,7 +56,7 @@ def evaluate(
     configurations: Sequence[str | Path] = (),
     uniform: str = "",
     *,
-    text: str = "pydoc",
+    text: str = "docstrings",
     max_tokens: int = 16384,
     window_length: int = 512,
     proxy: str = "gptq",

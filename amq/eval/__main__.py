@@ -22,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
     parser.add_argument("--configuration", action="append", default=[], metavar="FILE", help="written by amq.search; may be repeated")
     parser.add_argument("--uniform", default="", metavar="LIST", help=f"uniform formats to compare, of {', '.join(FORMATS)}")
-    parser.add_argument("--text", default="pydoc", help="a text file, wikitext2, c4 or pydoc (default; the text that calibrates)")
+    parser.add_argument("--text", default="docstrings", help="a text file, wikitext2, c4, pydoc or docstrings (default)")
     parser.add_argument("--max-tokens", type=int, default=16384, metavar="N", help="tokens of the text to use (default 16384)")
     parser.add_argument("--window-length", type=int, default=512, metavar="N", help="window and stride (default 512)")
     parser.add_argument("--proxy", default="gptq", choices=list(QUANTIZERS), help="bank of --uniform without --configuration")

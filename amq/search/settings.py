@@ -40,7 +40,7 @@ class SearchSettings:
     tie: str = flag("", "groups whose members share a format per block, such as qkv,gate_up", metavar="GROUPS")
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", choices=tuple(QUANTIZERS))
-    calibration: str = flag("pydoc", "text: a file, wikitext2, c4, or pydoc (built in, no network)", metavar="TEXT")
+    calibration: str = flag("pydoc", "text: a file, wikitext2, c4, or pydoc or docstrings (built in, no network)", metavar="TEXT")
     window_length: int = flag(512, "tokens per window", metavar="N")
     windows: int = flag(4, "windows that the search's loss is measured on", metavar="N")
     confirm_windows: int = flag(4, "windows held out of the search, for error bars and --refine", metavar="N")

@@ -1,11 +1,12 @@
 // The row loops of divergence.h, compiled once per instruction set.
 //
-// Plain loops that the compiler vectorises, so this file has flags of its own (CMakeLists.txt): contraction to fused
-// multiply-adds, `omp simd` for the sums, no floating-point traps. NaN and infinity keep their meaning.
+// Plain loops that the compiler vectorises. For that the file has flags of its own in CMakeLists.txt: `omp simd`, which
+// lets sums be reordered, contraction to fused multiply-adds, no traps. NaN and infinity keep their meaning.
 
 #include "divergence.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -17,7 +18,7 @@
 namespace amq {
 namespace {
 
-constexpr int64_t kBlock = 1024;  // tokens summed in float32 before the sum goes on in double
+constexpr int64_t kBlock = 1024;  // logits summed in float32 before the sum goes on in double
 // Logarithms below this count as this: 256k tokens of e^−64 weigh 4e-23, and nothing on the way becomes subnormal.
 constexpr float kLeast = -64.0f;
 constexpr float kSaturated = 20.0f;  // F(20) = ½ ln 2 but for 6e-8 of it
@@ -49,22 +50,23 @@ AMQ_INLINE float exp_bounded(float x) {
 
 // F(a) for 0 ≤ a ≤ kSaturated, 1e-7 relative: a² times a minimax rational function.
 AMQ_INLINE float divergence_term(float a) {
-    float n = -1.08515171e-08f;
-    n = n * a + 2.06697166e-05f;
-    n = n * a + 3.96547285e-05f;
-    n = n * a + 2.4596968e-03f;
-    n = n * a - 2.12185353e-03f;
-    n = n * a + 0.124999988f;
-    float m = 5.65551831e-05f;
-    m = m * a + 2.41704603e-04f;
-    m = m * a + 4.28439192e-03f;
-    m = m * a + 2.87798814e-02f;
-    m = m * a + 0.136222012f;
-    m = m * a + 0.48302078f;
-    m = m * a + 1.0f;
-    return a * a * n / m;
+    float p = -1.08515171e-08f;
+    p = p * a + 2.06697166e-05f;
+    p = p * a + 3.96547285e-05f;
+    p = p * a + 2.4596968e-03f;
+    p = p * a - 2.12185353e-03f;
+    p = p * a + 0.124999988f;
+    float q = 5.65551831e-05f;
+    q = q * a + 2.41704603e-04f;
+    q = q * a + 4.28439192e-03f;
+    q = q * a + 2.87798814e-02f;
+    q = q * a + 0.136222012f;
+    q = q * a + 0.48302078f;
+    q = q * a + 1.0f;
+    return a * a * p / q;
 }
 
+// NaN may get lost here; the sums below find it.
 AMQ_INLINE float largest(const float* x, int64_t count) {
     float result = -std::numeric_limits<float>::infinity();
 #pragma omp simd reduction(max : result)
@@ -90,11 +92,19 @@ AMQ_INLINE float sum_of_terms(const float* reference, const float* x, int64_t co
     return sum;
 }
 
+// The reference is fetched while the log-sum-exp is computed: with both in memory, 58 instead of 94 µs per 49152 logits
+// (AVX2, one thread of an Intel Xeon with AMX, November 2026).
+AMQ_INLINE void prefetch(const float* x, int64_t count) {
+    constexpr int64_t kCacheLine = 64 / sizeof(float);
+    for (int64_t i = 0; i < count; i += kCacheLine) __builtin_prefetch(x + i, 0, 2);
+}
+
 AMQ_INLINE double divergence_of_row(const float* reference, const float* x, int64_t vocabulary) {
     float shift = -std::numeric_limits<float>::infinity();  // the largest logit so far
     double sum = 0;
     for (int64_t begin = 0; begin < vocabulary; begin += kBlock) {
         const int64_t count = std::min(kBlock, vocabulary - begin);
+        prefetch(reference + begin, count);
         const float larger = std::max(shift, largest(x + begin, count));
         if (larger == -std::numeric_limits<float>::infinity()) continue;
         if (larger > shift) sum *= std::exp(static_cast<double>(shift) - larger);
@@ -116,23 +126,19 @@ AMQ_INLINE void divergence_of_rows(const DivergenceArgs& a, int64_t begin, int64
 
 void rows_portable(const DivergenceArgs& a, int64_t begin, int64_t end) { divergence_of_rows(a, begin, end); }
 
-__attribute__((target("avx2,fma"))) void rows_avx2(const DivergenceArgs& a, int64_t begin, int64_t end) {
-    divergence_of_rows(a, begin, end);
-}
-#ifdef TRY512
-__attribute__((target("avx512f,avx512dq,avx512vl,avx512bw,avx2,fma,prefer-vector-width=512"))) void rows_avx512(const DivergenceArgs& a, int64_t begin, int64_t end) {
-    divergence_of_rows(a, begin, end);
-}
-#endif
+AMQ_TARGET_AVX2 void rows_avx2(const DivergenceArgs& a, int64_t begin, int64_t end) { divergence_of_rows(a, begin, end); }
 
 }  // namespace
 
 void jensen_shannon(Isa isa, const DivergenceArgs& args, int threads) {
-    auto kernel = isa == Isa::portable ? rows_portable : rows_avx2;
-#ifdef TRY512
-    if (static_cast<int>(isa) == 2) kernel = rows_avx512;
-#endif
-    parallel_rows(args.rows, threads, [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
+    using Kernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
+    constexpr std::array<Kernel, kIsas.size()> kKernels = {rows_portable, rows_avx2};
+    // Waking a thread costs a few µs, in which one thread handles about this many logits.
+    constexpr int64_t kLogitsPerThread = 1 << 13;
+    const int64_t useful = 1 + args.rows * args.vocabulary / kLogitsPerThread;
+    const auto kernel = kKernels[static_cast<int>(isa)];
+    parallel_rows(args.rows, static_cast<int>(std::min<int64_t>(threads, useful)),
+                  [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }
 
 }  // namespace amq

@@ -1,0 +1,47 @@
+"""Shared fixtures: a tiny model, the same model as a Hugging Face folder, and a user cache of the test's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty user cache for this test."""
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("AMQ_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def tiny_llama() -> nn.Module:
+    """A random 2-block Llama: hidden 64, vocabulary 256 (bytes), tied embeddings, float32, no gradients."""
+    from tiny_models import tiny_llama
+
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[nn.Module], Path]:
+    """Saves a tiny model and the byte-level tokenizer as a new Hugging Face folder."""
+    from tiny_models import byte_tokenizer
+
+    def make(model: nn.Module) -> Path:
+        folder = tmp_path_factory.mktemp("model")
+        model.save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(make_folder: Callable[[nn.Module], Path]) -> Path:
+    """The model of `tiny_llama` with its tokenizer, as `load_model` loads it; read-only."""
+    from tiny_models import tiny_llama
+
+    return make_folder(tiny_llama())

@@ -1,0 +1,122 @@
+"""Tiny random causal LMs of many architectures, built from their configs, and a byte-level tokenizer: no download."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+HIDDEN = 64
+VOCABULARY = 256
+"""One token per byte: what `byte_tokenizer` produces."""
+
+COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "attn_implementation": "eager",
+}
+QKVO = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+GATED = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A tiny model of one family: `<family>Config` and its causal LM, and what the inventory must find in it."""
+
+    family: str
+    roles: tuple[str, ...]
+    options: dict[str, Any]
+    blocks_path: str = "model.layers"
+    causal_lm: str = ""
+
+    def config(self, **options: Any) -> Any:
+        return getattr(transformers, f"{self.family}Config")(**{**COMMON, **self.options, **options})
+
+    def build(self, seed: int = 0, **options: Any) -> nn.Module:
+        """A seeded model in evaluation mode; every parameter is random, so that norms and biases matter too."""
+        torch.manual_seed(seed)
+        model = getattr(transformers, self.causal_lm or f"{self.family}ForCausalLM")(self.config(**options))
+        return randomized(model.float(), seed)
+
+
+def randomized(model: nn.Module, seed: int, std: float = 0.08) -> nn.Module:
+    """Draws matrices from N(0, std²) and norms and biases from N(their value, 0.05²); evaluation mode, no gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(noise * std if parameter.ndim > 1 else parameter + 0.05 * noise)
+    return model.eval().requires_grad_(False)
+
+
+WINDOWED = {"sliding_window": 16}
+ARCHITECTURES = {
+    "llama": Architecture("Llama", (*QKVO, *GATED), {"tie_word_embeddings": True}),
+    "mistral": Architecture("Mistral", (*QKVO, *GATED), {**WINDOWED, "tie_word_embeddings": False}),
+    "qwen2": Architecture("Qwen2", (*QKVO, *GATED), {"tie_word_embeddings": True}),
+    "qwen3": Architecture("Qwen3", (*QKVO, *GATED), {"head_dim": 32, "tie_word_embeddings": False}),
+    "gemma2": Architecture(
+        "Gemma2", (*QKVO, *GATED), {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0}
+    ),
+    "gemma3": Architecture(
+        "Gemma3Text",
+        (*QKVO, *GATED),
+        {
+            **WINDOWED,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        causal_lm="Gemma3ForCausalLM",
+    ),
+    "phi3": Architecture(
+        "Phi3",
+        ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        {"tie_word_embeddings": False},
+    ),
+    "opt": Architecture(
+        "OPT",
+        ("self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"),
+        {"ffn_dim": 96, "word_embed_proj_dim": HIDDEN, "tie_word_embeddings": True},
+        blocks_path="model.decoder.layers",
+    ),
+    "mixtral": Architecture(
+        "Mixtral", QKVO, {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": False}
+    ),
+}
+
+
+def tiny_llama(seed: int = 0, **options: Any) -> nn.Module:
+    """Two blocks of a Llama with tied embeddings."""
+    return ARCHITECTURES["llama"].build(seed, **{"num_hidden_layers": 2, **options})
+
+
+def byte_tokenizer() -> Any:
+    """A real fast tokenizer without merges: one token per UTF-8 byte."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def random_tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:
+    """int64 [windows, length]."""
+    return torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+Build = Callable[..., nn.Module]
