@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -79,8 +79,11 @@ class WeightBank:
         if fmt not in {f.name for f in self.formats}:
             raise AmqError(f"format {fmt!r} is not in this bank (it has {', '.join(f.name for f in self.formats)})")
         spec = self._specs[linear]
-        file = self._open(_file(self.folder, spec.block, get_format(fmt)))
-        parts = (file.get_tensor(f"{linear}.{part}") for part in ("qweight", "scale", "zero_point"))
+        path = _file(self.folder, spec.block, get_format(fmt))
+        try:
+            parts = [self._open(path).get_tensor(f"{linear}.{part}") for part in ("qweight", "scale", "zero_point")]
+        except SafetensorError as error:
+            raise _damaged(path, error) from error
         return PackedWeight(get_format(fmt), spec.in_features, self.group_size, *parts)
 
     def weight_errors(self) -> dict[str, dict[str, float]]:
@@ -102,7 +105,11 @@ def _open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # safetensors has an exception type of its own, and OSError
-        raise AmqError(f"{path} is damaged ({error}): delete it and run the same command again") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> AmqError:
+    return AmqError(f"{path} is damaged ({error}): delete it and run the same command again")
 
 
 def open_bank(
@@ -196,7 +203,7 @@ def _quantize_block(
         metadata = {"weight_errors": json.dumps(errors[fmt.name])}
         content = tensors[fmt.name]
         write_atomic(_file(folder, block, fmt), lambda path, c=content, m=metadata: save_file(c, path, metadata=m))
-    return " ".join(f"{name} {(sum(e.values()) / energy) ** 0.5:.3f}" for name, e in errors.items())
+    return " ".join(f"{name} {(sum(e.values()) / max(energy, TINY)) ** 0.5:.3f}" for name, e in errors.items())
 
 
 def _square_error(weight: Tensor, packed: PackedWeight) -> float:

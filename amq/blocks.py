@@ -108,17 +108,18 @@ class BlockRunner:
             whole = self.model(input_ids=tokens, use_cache=False).logits[0]
             if not bool(torch.isfinite(whole).all()):
                 raise AmqError(f"the logits of {name} are not finite (NaN or infinity): load it in a wider --dtype")
-            refused = f"{name} cannot be run block by block: its blocks at {self.blocks_path} pass on more than one hidden state"
+            refused = f"{name} cannot be run block by block: its blocks at {self.blocks_path} pass on "
+            refused += "more than one hidden state ({}); this architecture is not supported"
             try:
                 state = self.hidden(tokens, 1)
                 for boundary in range(1, self.n_blocks):
                     state = self.hidden(tokens, boundary + 1, boundary, state)
                 cut = self.logits(state[0])
-            except Exception as error:  # the uncut forward ran, so whatever the model's code raises now comes of the cut
-                raise AmqError(f"{refused} ({type(error).__name__}: {error}); this architecture is not supported") from error
+            except Exception as error:  # the uncut forward ran: what the model's code raises now is due to the cut
+                raise AmqError(refused.format(f"{type(error).__name__}: {error}")) from error
         error = float((cut - whole).abs().max() / whole.abs().max())
         if not error <= 1e-3:
-            raise AmqError(f"{refused} (logits differ by {error:.1e} relative); this architecture is not supported")
+            raise AmqError(refused.format(f"logits differ by {error:.1e} relative"))
 
     @contextmanager
     def _replaying(self, start: int, hidden: Tensor | None) -> Iterator[None]:

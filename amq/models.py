@@ -14,8 +14,9 @@ import logging
 import shutil
 import struct
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,27 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     target = _target_dtype(folder, dtype, device)
     check_memory(_numel(folder) * target.itemsize, f"loading {name} in {str(target).removeprefix('torch.')}", device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=target)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        with _no_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=target)
+            tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise AmqError(f"transformers could not load {name} from {folder}: {error}") from error
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every file it reads; ours is the only progress shown."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 def resolve(name: str) -> Path:
@@ -150,8 +166,9 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     where, file = str(path.parent), path.name
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
+        with _no_progress_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
     except Exception as error:  # gguf and transformers raise many types for a file they cannot read
         raise AmqError(f"{path} cannot be dequantized by transformers: {type(error).__name__}: {error}") from error
     # A GGUF-loaded model refuses save_pretrained; the same weights in a fresh model of the same config do not.

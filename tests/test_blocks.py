@@ -32,7 +32,7 @@ def test_cut_anywhere_is_the_uncut_model(architecture: Architecture) -> None:
             assert torch.equal(state, runner.hidden(tokens, boundary))
             assert torch.equal(final, runner.hidden(tokens, runner.n_blocks, boundary, state))
         for window in range(2):
-            # The head sees [tokens, hidden] instead of [batch, length, hidden]: its matrix product may round differently.
+            # The head's matrix product has another shape than in the uncut forward and may round differently.
             torch.testing.assert_close(runner.logits(final[window]), whole[window], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(runner.logits(final[1][5:9]), whole[1][5:9], rtol=1e-5, atol=1e-5)
         runner.check(tokens[:1])

@@ -91,7 +91,7 @@ def test_models_without_linear_blocks_are_refused() -> None:
 
 @by_architecture
 def test_memory_items_add_up(architecture: Architecture) -> None:
-    """Quantized linears from the formula, everything else at two bytes, and the KV cache: nothing else, nothing twice."""
+    """Quantized linears from the formula, everything else at two bytes, and the KV cache: nothing twice."""
     model = architecture.build()
     found = inventory(model)
     configuration = Configuration.uniform(found.linears, FORMATS["int3"], 32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,7 +67,9 @@ ARCHITECTURES = {
     "qwen2": Architecture("Qwen2", (*QKVO, *GATED), {"tie_word_embeddings": True}),
     "qwen3": Architecture("Qwen3", (*QKVO, *GATED), {"head_dim": 32, "tie_word_embeddings": False}),
     "gemma2": Architecture(
-        "Gemma2", (*QKVO, *GATED), {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0}
+        "Gemma2",
+        (*QKVO, *GATED),
+        {**WINDOWED, "head_dim": 16, "query_pre_attn_scalar": 16, "final_logit_softcapping": 3.0},
     ),
     "gemma3": Architecture(
         "Gemma3Text",
@@ -117,6 +118,3 @@ def byte_tokenizer() -> Any:
 def random_tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:
     """int64 [windows, length]."""
     return torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
-
-
-Build = Callable[..., nn.Module]

@@ -108,9 +108,9 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     try:
         problem = Problem(stage.space, archive, stage.evaluator, settings.solver, settings.seed, progress=progress)
         problem.budget, problem.max_loss = budget.bits, budget.max_loss
-        problem.deadline = None if settings.time is None else started + parse_time(settings.time)
         problem.cost_tables = _cost_tables(settings, stage, problem, output, timings)
-        solution, status = _solve(problem, settings, progress, timings)
+        deadline = None if settings.time is None else started + parse_time(settings.time)
+        solution, status = _solve(problem, settings, progress, timings, deadline)
         _write_tables(output, solution, problem)
         return _finish(problem, settings, stage, solution, budget, status, run, timings, started)
     finally:
@@ -218,11 +218,14 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
     return total
 
 
-def _solve(problem: Problem, settings: SearchSettings, progress: Progress, timings: _Timings) -> tuple[Solution, str]:
+def _solve(
+    problem: Problem, settings: SearchSettings, progress: Progress, timings: _Timings, deadline: float | None
+) -> tuple[Solution, str]:
     planned = _planned_evaluations(settings, problem.space)
     with timings.measure("evaluate"):  # the trial evaluation; every solver starts with it
         trial = problem.evaluate(problem.space.uniform(problem.space.formats[-1]), "uniform")
     progress.say(_plan(problem, planned, trial["seconds"]))
+    problem.deadline = deadline
     solution, status = Solution(), "finished"
     with timings.measure("solve"), progress.stage("search", planned) as problem.step:
         try:

@@ -83,7 +83,7 @@ def choose(
     candidates = [_from_record(r, confirm) for r in search.values() if r["bits_per_weight"] <= bits + 1e-6]
     if table is not None and fit is not None:
         formats = space.decode(select(space.variable_costs(table), space.sizes, space.capacity(bits)))
-        if tuple(sorted(formats.items())) not in search:
+        if not any(r["configuration"] == formats for r in records):  # an infeasible one must not come back as a prediction
             predicted = float(fit.predict(np.array(table_cost(table, formats))))
             candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
     if not candidates:

@@ -126,7 +126,9 @@ AMQ_INLINE void divergence_of_rows(const DivergenceArgs& a, int64_t begin, int64
 
 void rows_portable(const DivergenceArgs& a, int64_t begin, int64_t end) { divergence_of_rows(a, begin, end); }
 
-AMQ_TARGET_AVX2 void rows_avx2(const DivergenceArgs& a, int64_t begin, int64_t end) { divergence_of_rows(a, begin, end); }
+AMQ_TARGET_AVX2 void rows_avx2(const DivergenceArgs& a, int64_t begin, int64_t end) {
+    divergence_of_rows(a, begin, end);
+}
 
 }  // namespace
 

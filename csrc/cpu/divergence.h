@@ -5,8 +5,8 @@
 //     JSD(p, q) = ½ Σ p·ln(p/m) + q·ln(q/m) = Σ max(p, q)·F(a),   m = (p + q)/2
 //     F(a) = ½ [(1 + e^−a)·(ln 2 − ln(1 + e^−a)) − a·e^−a]        0 at a = 0, a²/8 near it, ½ ln 2 as a → ∞
 //
-// Every term is positive and F, of which a² is a factor, is approximated to 1e-7 relative: nothing cancels, so that a loss
-// of 1e-6 keeps four digits, and a relative error δ of Σ e^logit moves the loss by at most about δ of itself.
+// Every term is positive and F, of which a² is a factor, is approximated to 1e-7 relative: nothing cancels, so that a
+// loss of 1e-6 keeps four digits, and a relative error δ of Σ e^logit moves the loss by at most about δ of itself.
 
 #pragma once
 

@@ -4,12 +4,12 @@
 // compiler's `target` attribute. That keeps one translation unit and one set of flags, and, unlike `target_clones`,
 // needs no ifunc support from the C library and lets tests run every variant.
 //
-// `avx2` includes FMA, which hardly a processor with AVX2 lacks; the compiler uses it only in files built with contraction,
-// and dequantize.cpp is not.
+// `avx2` includes FMA, which hardly a processor with AVX2 lacks; the compiler uses it only in files built with
+// contraction, and dequantize.cpp is not.
 //
-// AVX-512 is not among them: built for it, dequantize wrote no faster than for AVX2 (both 30 to 41 GB/s to L2, where one
-// core fills memory at 9 GB/s), and the divergence, at 37 instead of 46 µs per 49152 logits in L2, would save a search
-// less than 1 % (Intel Xeon with AMX, GCC 12, November 2026).
+// AVX-512 is not among them: built for it, dequantize wrote no faster than for AVX2 (both 30 to 41 GB/s to L2, where
+// one core fills memory at 9 GB/s), and the divergence, at 37 instead of 46 µs per 49152 logits in L2, would save a
+// search less than 1 % (Intel Xeon with AMX, GCC 12, November 2026).
 
 #pragma once
 
