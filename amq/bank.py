@@ -203,7 +203,7 @@ def _quantize_block(
         metadata = {"weight_errors": json.dumps(errors[fmt.name])}
         content = tensors[fmt.name]
         write_atomic(_file(folder, block, fmt), lambda path, c=content, m=metadata: save_file(c, path, metadata=m))
-    return " ".join(f"{name} {(sum(e.values()) / max(energy, TINY)) ** 0.5:.3f}" for name, e in errors.items())
+    return " ".join(f"{name} {(sum(e.values()) / (energy or 1.0)) ** 0.5:.3f}" for name, e in errors.items())
 
 
 def _square_error(weight: Tensor, packed: PackedWeight) -> float:

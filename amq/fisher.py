@@ -6,7 +6,8 @@ log-likelihood at a linear's output for token t, x[t] its input and δW = W − 
     ⅛ · mean over t of (g[t] · δW x[t])²          nats per token
 
 For small errors the Jensen–Shannon divergence is an eighth of the Fisher quadratic form, so scores are in loss units.
-What it leaves out: terms between linears, and saturation (the loss cannot exceed ln 2); the search's fit takes both in.
+What it leaves out: terms between linears, terms between tokens (an error that attention hands on from many tokens adds
+up, in v most of all), and saturation (the loss cannot exceed ln 2); the search's fit takes in what it can.
 
 Weights need no gradients. Each pass runs the model once without a graph, keeping the hidden state after every block, and
 then walks back block by block, rebuilding one block's graph at a time: peak memory is the model, one block's activations

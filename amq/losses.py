@@ -27,17 +27,22 @@ def jensen_shannon(reference: Tensor, candidate: Tensor) -> Tensor:
     softplus = torch.nn.functional.softplus(difference)
     p, q = reference.exp(), candidate.exp()
     # softplus(−d) = softplus(d) − d
-    return 0.5 * (p * (LN2 - softplus) + q * (LN2 - softplus + difference)).sum(-1)
+    return 0.5 * (_weighted(p, LN2 - softplus) + _weighted(q, LN2 - softplus + difference)).sum(-1)
 
 
 def kullback_leibler(reference: Tensor, candidate: Tensor) -> Tensor:
     """KL(reference ‖ candidate) per token, nats; arguments as for `jensen_shannon`."""
-    return (reference.exp() * (reference - candidate)).sum(-1)
+    return _weighted(reference.exp(), reference - candidate).sum(-1)
 
 
 def cross_entropy(reference: Tensor, candidate: Tensor) -> Tensor:
     """Cross-entropy of the candidate under the reference per token, nats; arguments as for `jensen_shannon`."""
-    return -(reference.exp() * candidate).sum(-1)
+    return -_weighted(reference.exp(), candidate).sum(-1)
+
+
+def _weighted(weight: Tensor, value: Tensor) -> Tensor:
+    """weight·value, whose limit is 0 where the weight is 0 and the value infinite; NaN weights stay NaN."""
+    return torch.where(weight == 0, 0.0, weight * value)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_tokens, tiny_llama
+from tiny_models import ARCHITECTURES, random_tokens
+from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq import bank as bank_module
@@ -34,7 +35,9 @@ def banks(tmp_path: Path) -> Path:
     return tmp_path / "banks"
 
 
-def build(model: nn.Module, cache: Path, settings: BankSettings = SETTINGS, formats: tuple = (INT2, INT4), **kwargs: Any) -> Any:
+def build(
+    model: nn.Module, cache: Path, settings: BankSettings = SETTINGS, formats: tuple = (INT2, INT4), **kwargs: Any
+) -> Any:
     return open_bank(model, inventory(model), formats, settings, cache=cache, **kwargs)
 
 
@@ -129,7 +132,9 @@ def test_interrupted_build_resumes_to_the_same_bytes(
     assert {n: (folder / n).stat().st_mtime_ns for n in stamps} == stamps, "a finished file was written again"
 
 
-def test_adding_a_format_builds_only_that_one(tiny_llama: nn.Module, banks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adding_a_format_builds_only_that_one(
+    tiny_llama: nn.Module, banks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = build(tiny_llama, banks)
     before = files(first.folder)
     asked = []
@@ -174,13 +179,9 @@ def test_key_depends_on_everything_that_matters(tiny_llama: nn.Module, banks: Pa
     assert len(set(keys)) == len(keys)
     assert RTN.key(fingerprint) == replace(RTN, calibration=CALIBRATION).key(fingerprint)  # rtn reads no calibration
     folder = build(tiny_llama, banks, RTN).folder
-    assert folder == build(tiny_llama_again(), banks, RTN).folder
+    assert folder == build(make_tiny_llama(), banks, RTN).folder
     tiny_llama.model.layers[1].mlp.down_proj.weight[0, 0] += 1e-3
     assert folder != build(tiny_llama, banks, RTN).folder
-
-
-def tiny_llama_again() -> nn.Module:
-    return tiny_llama()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "another file"])
@@ -233,7 +234,9 @@ def test_grams_are_mean_x_xt_of_shared_inputs(name: str, banks: Path, monkeypatc
     parts = inventory(model)
     inputs: dict[str, list[torch.Tensor]] = {s.name: [] for s in parts.linears}
     handles = [
-        get_linear(model, n).register_forward_pre_hook(lambda m, args, n=n: inputs[n].append(args[0].double().flatten(0, -2)))
+        get_linear(model, n).register_forward_pre_hook(
+            lambda m, args, n=n: inputs[n].append(args[0].double().flatten(0, -2))
+        )
         for n in inputs
     ]
     with torch.no_grad():

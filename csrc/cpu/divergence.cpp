@@ -23,6 +23,14 @@ constexpr int64_t kBlock = 1024;  // logits summed in float32 before the sum goe
 constexpr float kLeast = -64.0f;
 constexpr float kSaturated = 20.0f;  // F(20) = ½ ln 2 but for 6e-8 of it
 
+// A limit of which the compiler forgets the value. Clamping to a constant it takes apart into compares and blends, 55 µs
+// per 49152 logits in L2; clamping to a variable is one instruction, 47 µs (GCC 12, AVX2, one thread of an Intel Xeon
+// with AMX, November 2026).
+AMQ_INLINE float opaque(float limit) {
+    asm("" : "+m"(limit));
+    return limit;
+}
+
 // The comparisons below are false for NaN, and so arranged that NaN stays.
 AMQ_INLINE float at_least(float x, float least) { return x < least ? least : x; }
 AMQ_INLINE float at_most(float x, float most) { return x > most ? most : x; }
@@ -75,19 +83,21 @@ AMQ_INLINE float largest(const float* x, int64_t count) {
 }
 
 AMQ_INLINE float sum_of_exp(const float* x, int64_t count, float shift) {
+    const float least = opaque(kLeast);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += exp_bounded(at_least(x[i] - shift, kLeast));
+    for (int64_t i = 0; i < count; ++i) sum += exp_bounded(at_least(x[i] - shift, least));
     return sum;
 }
 
 AMQ_INLINE float sum_of_terms(const float* reference, const float* x, int64_t count, float shift, float log_sum) {
+    const float least = opaque(kLeast), saturated = opaque(kSaturated);
     float sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < count; ++i) {
-        const float log_q = at_least(x[i] - shift - log_sum, kLeast), log_p = at_least(reference[i], kLeast);
+        const float log_q = at_least(x[i] - shift - log_sum, least), log_p = at_least(reference[i], least);
         const float larger = log_p > log_q ? log_p : log_q;
-        sum += exp_bounded(larger) * divergence_term(at_most(std::fabs(log_q - log_p), kSaturated));
+        sum += exp_bounded(larger) * divergence_term(at_most(std::fabs(log_q - log_p), saturated));
     }
     return sum;
 }

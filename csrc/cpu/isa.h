@@ -8,7 +8,7 @@
 // contraction, and dequantize.cpp is not.
 //
 // AVX-512 is not among them: built for it, dequantize wrote no faster than for AVX2 (both 30 to 41 GB/s to L2, where
-// one core fills memory at 9 GB/s), and the divergence, at 37 instead of 46 µs per 49152 logits in L2, would save a
+// one core fills memory at 9 GB/s), and the divergence, at 37 instead of 47 µs per 49152 logits in L2, would save a
 // search less than 1 % (Intel Xeon with AMX, GCC 12, November 2026).
 
 #pragma once
