@@ -24,10 +24,9 @@ LN2 = math.log(2.0)
 def jensen_shannon(reference: Tensor, candidate: Tensor) -> Tensor:
     """JSD per token, nats. reference, candidate: log-probabilities [tokens, vocabulary]; returns [tokens]."""
     difference = candidate - reference
-    softplus = torch.nn.functional.softplus(difference)
+    softplus = torch.nn.functional.softplus
     p, q = reference.exp(), candidate.exp()
-    # softplus(−d) = softplus(d) − d
-    return 0.5 * (_weighted(p, LN2 - softplus) + _weighted(q, LN2 - softplus + difference)).sum(-1)
+    return 0.5 * (_weighted(p, LN2 - softplus(difference)) + _weighted(q, LN2 - softplus(-difference))).sum(-1)
 
 
 def kullback_leibler(reference: Tensor, candidate: Tensor) -> Tensor:

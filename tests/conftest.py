@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +45,14 @@ def tiny_folder(make_folder: Callable[[nn.Module], Path]) -> Path:
     from tiny_models import tiny_llama
 
     return make_folder(tiny_llama())
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """torch on one thread: for tiny models, faster and less at the mercy of what else the machine runs."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

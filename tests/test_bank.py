@@ -24,6 +24,8 @@ from amq.formats import FORMATS
 from amq.linears import get_linear, inventory
 from amq.packing import dequantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 INT2, INT4 = FORMATS["int2"], FORMATS["int4"]
 CALIBRATION = random_tokens(3, 48)
 SETTINGS = BankSettings("gptq", 32, CALIBRATION)

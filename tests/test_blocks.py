@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from amq.blocks import BlockRunner
 from amq.errors import AmqError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 40  # longer than the sliding windows of 16
 
 by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)

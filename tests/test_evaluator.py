@@ -23,6 +23,8 @@ from amq.losses import LN2, LOSSES
 from amq.models import LoadedModel
 from amq.packing import PackedWeight, dequantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("int2", "int3", "int8")
 WINDOWS = {"search": random_tokens(6, 50, seed=1), "confirm": random_tokens(2, 50, seed=2)}
 # 300 and 100 tokens: several chunks of `TOKENS` and a rest, and the windows of one batch

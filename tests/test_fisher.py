@@ -19,6 +19,8 @@ from amq.linears import get_linear, inventory
 from amq.models import LoadedModel
 from amq.packing import dequantize
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 NAMES = ("int2", "int8")
 WINDOWS = random_tokens(2, fisher.TOKENS + 22, seed=5)  # two chunks of head gradients per window
 
@@ -136,5 +138,5 @@ def test_one_linear_s_score_is_its_loss(tiny_llama: nn.Module, tmp_path: Path) -
         for name, buffer in evaluator._buffers.items():
             buffer.copy_(dequantize(bank.get(name, "int8")) if name == chosen else evaluator._full[name])
         predicted = sum(t[chosen]["int8"] for t in tables) / len(tables)
-        # The mean of 2048 squared, nearly normal numbers is off by about sqrt(2 / 2048) = 3 %; losses of q are near 1e-8.
+        # The mean of 2048 squared, nearly normal numbers is off by about sqrt(2 / 2048) = 3 %.
         assert predicted == pytest.approx(evaluator.evaluate({s.name: "int8" for s in linears}), rel=0.12), role

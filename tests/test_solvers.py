@@ -55,6 +55,16 @@ def test_measured_sensitivities_recover_additive_costs(tmp_path):
         get_solver("guess")
 
 
+def test_the_front_has_a_point_at_every_uniform_cost(tmp_path):
+    problem = solve(tmp_path / "a.jsonl", settings(formats="int2,int3,int4,int6", points=6))
+    of, records = problem.space, problem.archive.evaluated()
+    for fmt in of.formats[1:-1]:
+        cost = of.bits_of(of.uniform(fmt))
+        within = [r for r in records if r["phase"] == "front" and r["bits_per_weight"] <= cost + 1e-6]
+        assert min(r["loss"] for r in within) < problem.archive.find(of.uniform(fmt))["loss"]
+    assert len([r for r in records if r["phase"] == "front"]) == 6
+
+
 @pytest.mark.parametrize("solver", ["paper", "random"])
 def test_solvers_beat_the_line_between_uniform_points(tmp_path, solver):
     problem = solve(tmp_path / "a.jsonl", settings(solver=solver, initial=40, iterations=6, per_iteration=8, population=40, generations=8))

@@ -1,7 +1,8 @@
 """The default solver: an additive cost table, exact selection, and true evaluation of the front only.
 
 1. A cost table (linear × format): Fisher scores, measured sensitivities, or plain weight errors.
-2. For each of `points` budgets evenly spaced over the reachable range, and for the wanted budget, the knapsack optimum.
+2. For each of `points` budgets over the reachable range (the uniform formats' costs among them), and for the wanted
+   budget, the knapsack optimum.
 3. True evaluation of those, and a two-parameter fit from summed cost to loss for everything in between.
 4. `refine` more evaluations by local moves around the wanted budget (see `refine.py`).
 """
@@ -16,6 +17,7 @@ from amq.search.knapsack import select, select_exact
 from amq.search.problem import Problem
 from amq.search.refine import refine
 from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform
+from amq.search.space import SearchSpace
 
 BISECTIONS = 5
 
@@ -34,14 +36,28 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     if problem.budget is not None:
         problem.evaluate(configuration(problem.budget), "budget")
     low, high = space.bits_range
-    for bits in np.linspace(low, high, options.points + 2)[1:-1]:
-        problem.evaluate(configuration(float(bits)), "front")
+    for bits in front_budgets(space, options.points):
+        problem.evaluate(configuration(bits), "front")
     if problem.max_loss is not None:
         _bisect(problem, configuration)
     if options.refine:
         budget = problem.budget if problem.budget is not None else (low + high) / 2
         refine(problem, costs, configuration(budget), budget, options.refine)
     return Solution(table=table)
+
+
+def front_budgets(space: SearchSpace, points: int) -> list[float]:
+    """`points` budgets evenly spaced inside the range, each moved to a uniform format's cost where that is nearest.
+
+    So the front has a point at the cost of every uniform configuration, and whether it beats it is measured.
+    """
+    low, high = space.bits_range
+    budgets = np.linspace(low, high, points + 2)[1:-1]
+    for fmt in space.formats[1:-1] if points else ():
+        cost = space.bits_of(space.uniform(fmt))
+        if low < cost < high:
+            budgets[np.abs(budgets - cost).argmin()] = cost
+    return [float(b) for b in budgets]
 
 
 def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) -> None:
