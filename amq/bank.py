@@ -1,9 +1,10 @@
 """WeightBank: every linear in every candidate format, built once, cached on disk, memory-mapped.
 
-The bank is the search's proxy: a configuration is assembled from it without quantizing anything. With an activation-aware
-quantizer (gptq) it is deployable as it stands. It lives under the cache directory in a folder named by a hash of the
-model's weights and the settings, one safetensors file per (block, format): formats are built and added independently, an
-interrupted build goes on at the first missing file, and a second search opens the files at once.
+The bank is the search's proxy: a configuration is assembled from it without quantizing anything. With an
+activation-aware quantizer (gptq) it is deployable as it stands. It lives under the cache directory in a folder named
+by a hash of the model's weights and the settings, one safetensors file per (block, format): formats are built and
+added independently, an interrupted build goes on at the first missing file, and a second search opens the files at
+once.
 
 Building streams block by block through the full-precision model: hidden states at one block boundary are held for the
 calibration windows, the block runs once to collect the second moments of its linears' inputs (shared by linears that
@@ -67,7 +68,9 @@ class BankSettings:
 class WeightBank:
     """Read access to a built bank. `get` returns memory-mapped tensors and costs microseconds."""
 
-    def __init__(self, folder: Path, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], group_size: int) -> None:
+    def __init__(
+        self, folder: Path, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], group_size: int
+    ) -> None:
         self.folder, self.formats, self.group_size = folder, tuple(formats), group_size
         self._specs = {s.name: s for s in linears}
         self._open = lru_cache(maxsize=None)(_open_file)

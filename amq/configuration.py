@@ -37,7 +37,9 @@ class Configuration:
 
     def save(self, path: Path) -> None:
         """Writes `docs/format.md`'s configuration JSON, atomically."""
-        write_json(path, {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats), **self.details})
+        write_json(
+            path, {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats), **self.details}
+        )
 
     @staticmethod
     def load(path: Path) -> Configuration:
@@ -64,7 +66,9 @@ class Configuration:
                 "it was made for another model"
             )
         if missing:
-            raise AmqError(f"the configuration lacks {missing[0]!r} ({len(missing)} linears missing): search this model again")
+            raise AmqError(
+                f"the configuration lacks {missing[0]!r} ({len(missing)} linears missing): search this model again"
+            )
 
     def bytes(self, linears: Iterable[LinearSpec]) -> int:
         """Stored bytes of all linears."""
@@ -92,7 +96,9 @@ def memory_items(
 
     config: the Hugging Face config, needed when `context` > 0.
     """
-    codes = sum(s.out_features * get_format(configuration.formats[s.name]).row_bytes(s.in_features) for s in model.linears)
+    codes = sum(
+        s.out_features * get_format(configuration.formats[s.name]).row_bytes(s.in_features) for s in model.linears
+    )
     items = [
         MemoryItem("linears: codes", codes),
         MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes),

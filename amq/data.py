@@ -2,8 +2,9 @@
 
 Text comes from a file, from a `datasets` name, or from CPython itself, which is on every machine and needs no network:
 `pydoc` is the language reference (`pydoc_data.topics`), `docstrings` is what the standard library's modules say about
-themselves, a second text for evaluation that shares nothing with the first. A text is tokenized once and cut into slots of one window; a seeded permutation of the
-slots is dealt out in order, so that the sets a run asks for (bank, search, confirmation, cost) do not overlap.
+themselves, a second text for evaluation that shares nothing with the first. A text is tokenized once and cut into
+slots of one window; a seeded permutation of the slots is dealt out in order, so that the sets a run asks for (bank,
+search, confirmation, cost) do not overlap.
 """
 
 from __future__ import annotations
@@ -46,7 +47,8 @@ class Corpus:
 def load_corpus(source: str, tokenizer: Any) -> Corpus:
     """Tokenizes a text.
 
-    source: `pydoc` or `docstrings` (built in), `wikitext2` or `c4` (training splits, through `datasets`), or the path of a UTF-8 file.
+    source: `pydoc` or `docstrings` (built in), `wikitext2` or `c4` (training splits, through `datasets`), or the path
+    of a UTF-8 file.
     """
     text = load_text(source)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]

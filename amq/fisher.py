@@ -9,9 +9,9 @@ For small errors the Jensen–Shannon divergence is an eighth of the Fisher quad
 What it leaves out: terms between linears, terms between tokens (an error that attention hands on from many tokens adds
 up, in v most of all), and saturation (the loss cannot exceed ln 2); the search's fit takes in what it can.
 
-Weights need no gradients. Each pass runs the model once without a graph, keeping the hidden state after every block, and
-then walks back block by block, rebuilding one block's graph at a time: peak memory is the model, one block's activations
-and one hidden state per block.
+Weights need no gradients. Each pass runs the model once without a graph, keeping the hidden state after every block,
+and then walks back block by block, rebuilding one block's graph at a time: peak memory is the model, one block's
+activations and one hidden state per block.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def _backward_block(
 ) -> tuple[dict[LinearSpec, tuple[Tensor, Tensor]], Tensor]:
     """Reruns one block with a graph.
 
-    Returns {linear: (inputs [tokens, in_features], output gradients [tokens, out_features])} and the gradient at `entry`.
+    Returns {linear: (inputs [tokens, in_features], output gradients [tokens, out_features])} and the gradient at
+    `entry`.
     """
     inputs: dict[LinearSpec, Tensor] = {}
     outputs: dict[LinearSpec, Tensor] = {}

@@ -8,8 +8,8 @@ first code in the lowest digit:
 
 For power-of-two levels that is the dense little-endian bitstream that GPTQ, AutoRound and MLX use too. A row whose
 length is not a multiple of `unit_codes` ends with a shorter unit, cut to the bytes that its codes need. Everything else
-(pack, unpack, stored bits, checkpoint metadata, tests, benchmarks, native kernels) is derived from these records; adding
-a format is adding one line here plus one decode file per backend.
+(pack, unpack, stored bits, checkpoint metadata, tests, benchmarks, native kernels) is derived from these records;
+adding a format is adding one line here plus one decode file per backend.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class BitFormat:
         if not 2 <= self.levels <= 256:
             raise AmqError(f"format {self.name}: levels must be in [2, 256] (codes are uint8), got {self.levels}")
         if not 1 <= self.unit_bytes <= 7:
-            raise AmqError(f"format {self.name}: unit_bytes must be in [1, 7] (a unit fits an int64), got {self.unit_bytes}")
+            raise AmqError(
+                f"format {self.name}: unit_bytes must be in [1, 7] (a unit fits an int64), got {self.unit_bytes}"
+            )
         if self._bytes_for(self.unit_codes) != self.unit_bytes:
             raise AmqError(
                 f"format {self.name}: {self.unit_codes} codes of {self.levels} levels need "

@@ -140,12 +140,14 @@ def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
     """Refuses linears that cannot be quantized: empty ones, and weights with NaN or infinity."""
     for spec in linears:
         if not spec.numel:
-            raise AmqError(f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized")
+            raise AmqError(
+                f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized"
+            )
         weight = get_linear(model, spec.name).weight
         if not bool(torch.isfinite(weight).all()):
             raise AmqError(
                 f"linear {spec.name} holds {int((~torch.isfinite(weight)).sum())} non-finite weights (NaN or infinity): "
-                "the checkpoint is damaged or was cast to a dtype too narrow for it; load it again or with another --dtype"
+                "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
             )
 
 

@@ -1,6 +1,7 @@
 """Per-token losses between two next-token distributions, from logits; all in nats, all without clamping.
 
-With p the reference and q the candidate distribution, d = ln q − ln p from two log-softmaxes and σ the logistic function:
+With p the reference and q the candidate distribution, d = ln q − ln p from two log-softmaxes and σ the logistic
+function:
 
     JSD(p, q) = ½ KL(p ‖ m) + ½ KL(q ‖ m),  m = (p + q)/2
               = ½ Σ p·(ln 2 − softplus(d)) + q·(ln 2 − softplus(−d))          in [0, ln 2]

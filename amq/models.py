@@ -130,7 +130,9 @@ def _hub_folder(name: str) -> Path:
     try:
         folder = snapshot_download(name, allow_patterns=["*.safetensors", *TOKENIZER_FILES], etag_timeout=5)
     except HFValidationError:
-        raise AmqError(f"unknown model {name!r}: not a folder, a .gguf file, an alias ({aliases}) or a hub id") from None
+        raise AmqError(
+            f"unknown model {name!r}: not a folder, a .gguf file, an alias ({aliases}) or a hub id"
+        ) from None
     except Exception as error:  # any network failure: huggingface_hub passes its HTTP library's exceptions on
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise AmqError(
@@ -144,7 +146,9 @@ def _hub_folder(name: str) -> Path:
 def _gguf_folder(path: Path) -> Path:
     """The cached safetensors folder of a GGUF file, made now if it is not there."""
     with open(path, "rb") as file:
-        key = hashlib.file_digest(file, "blake2b").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _digest(file)
+        key = (
+            hashlib.file_digest(file, "blake2b").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _digest(file)
+        )
     folder = cache_dir() / "models" / f"{path.stem}-{key}"
     if not (folder / "config.json").is_file():
         log.info("dequantizing %s once into %s", path.name, folder)

@@ -90,5 +90,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         return 130
     except MemoryError:
         traceback.print_exc()
-        print("error: out of memory; use --dtype bfloat16, a smaller --cache-memory, or a larger machine", file=sys.stderr)
+        print(
+            "error: out of memory; use --dtype bfloat16, a smaller --cache-memory, or a larger machine", file=sys.stderr
+        )
         return 2

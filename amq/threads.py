@@ -1,8 +1,8 @@
 """Independent pieces of tensor work on Python threads, each piece single-threaded inside.
 
-For long loops of small torch operations this beats torch's own threads twice: there is no barrier per operation, and on a
-shared machine a stolen core delays one piece instead of every operation (measured 2026-11 on a busy 2-core machine: a GPTQ
-block took up to 37 s with torch's threads and 1.9 s on a quiet one).
+For long loops of small torch operations this beats torch's own threads twice: there is no barrier per operation, and
+on a shared machine a stolen core delays one piece instead of every operation (measured 2026-11 on a busy 2-core
+machine: a GPTQ block took up to 37 s with torch's threads and 1.9 s on a quiet one).
 """
 
 from __future__ import annotations

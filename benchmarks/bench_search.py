@@ -52,7 +52,10 @@ def test_bank_build_and_open(stage, benchmark):
     """Build once (seconds in extra_info); what is timed is the second start."""
     benchmark.extra_info.update(build_seconds=round(stage.built, 2), formats=LIST, linears=len(stage.parts.linears))
     opened = benchmark.pedantic(
-        open_bank, (stage.loaded.model, stage.parts, parse_formats(LIST), stage.settings), {"cache": stage.cache}, rounds=5
+        open_bank,
+        (stage.loaded.model, stage.parts, parse_formats(LIST), stage.settings),
+        {"cache": stage.cache},
+        rounds=5,
     )
     name = stage.parts.linears[0].name
     assert opened.get(name, "int3").nbytes == stage.bank.get(name, "int3").nbytes
@@ -68,7 +71,8 @@ def test_evaluation(stage, benchmark):
     benchmark.pedantic(lambda: losses.append(stage.evaluator.evaluate(stage.space.decode(next(points)))), rounds=5)
     model, total = stage.evaluator.seconds_in_model - model, stage.evaluator.seconds - total
     benchmark.extra_info.update(
-        evaluations_per_second=round(1 / benchmark.stats.stats.median, 3), share_outside_model=round(1 - model / total, 4)
+        evaluations_per_second=round(1 / benchmark.stats.stats.median, 3),
+        share_outside_model=round(1 - model / total, 4),
     )
     assert np.isfinite(losses).all()
 
@@ -90,7 +94,9 @@ def test_sensitivities_against_full_evaluations(stage, benchmark, smoke):
     each = (time.perf_counter() - start) / len(sample)
     benchmark.pedantic(sweep, rounds=1)
     cached = benchmark.stats.stats.median / len(linears)
-    benchmark.extra_info.update(seconds_full_each=round(each, 3), seconds_cached_each=round(cached, 3), speed_up=round(each / cached, 3))
+    benchmark.extra_info.update(
+        seconds_full_each=round(each, 3), seconds_cached_each=round(cached, 3), speed_up=round(each / cached, 3)
+    )
     assert full == {name: found[name] for name in sample}  # to the last bit
 
 
@@ -112,15 +118,38 @@ def test_cost_table(stage, benchmark, smoke):
             rounds=1,
         )
     benchmark.extra_info.update(
-        passes=passes, evaluation_seconds=round(evaluation, 3), evaluation_equivalents=round(benchmark.stats.stats.median / evaluation, 2)
+        passes=passes,
+        evaluation_seconds=round(evaluation, 3),
+        evaluation_equivalents=round(benchmark.stats.stats.median / evaluation, 2),
     )
     assert len(tables) == passes
 
 
 def test_peak_memory_of_a_search(model_name, benchmark, smoke, tmp_path):
     """Peak resident memory of a whole `python -m amq.search` in a process of its own (bank from the user's cache)."""
-    small = ["--window-length", "32", "--bank-windows", "4", "--cost-passes", "2", "--windows", "2", "--group-size", "64"]
-    command = [sys.executable, "-m", "amq.search", model_name, "--output", str(tmp_path / "run"), "--points", "4", *(small if smoke else [])]
+    small = [
+        "--window-length",
+        "32",
+        "--bank-windows",
+        "4",
+        "--cost-passes",
+        "2",
+        "--windows",
+        "2",
+        "--group-size",
+        "64",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "amq.search",
+        model_name,
+        "--output",
+        str(tmp_path / "run"),
+        "--points",
+        "4",
+        *(small if smoke else []),
+    ]
     code = (
         "import resource, subprocess, sys; r = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL); "
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20); sys.exit(r.returncode)"

@@ -2,12 +2,12 @@
 
     python benchmarks/compare_solvers.py --seeds 0,1,2 --json benchmarks/results/FILE.json
 
-Protocol: int2/int3/int4 at group 64, loss on 2 windows of 256 tokens of pydoc_data.topics, budgets 2.75, 3.0 … 4.25 bits
-per weight. HV7 is the hypervolume of the best losses at those seven budgets and the two uniform end points, normalised by
-the box up to (4.5 bits, 0.70 nats). A seed changes the text windows, the sampled labels and every random draw of a solver.
-`evaluations` counts true evaluations of the solver; `equivalents` adds everything else it measured (sensitivities, backward
-passes) in units of one evaluation's time, so that a solver cannot hide its cost. A configuration that several methods ask
-for is measured once and charged to each.
+Protocol: int2/int3/int4 at group 64, loss on 2 windows of 256 tokens of pydoc_data.topics, budgets 2.75, 3.0 … 4.25
+bits per weight. HV7 is the hypervolume of the best losses at those seven budgets and the two uniform end points,
+normalised by the box up to (4.5 bits, 0.70 nats). A seed changes the text windows, the sampled labels and every random
+draw of a solver. `evaluations` counts true evaluations of the solver; `equivalents` adds everything else it measured
+(sensitivities, backward passes) in units of one evaluation's time, so that a solver cannot hide its cost. A
+configuration that several methods ask for is measured once and charged to each.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def main() -> int:
     methods = json.loads(f"[{args.methods}]")
     rows = []
     for seed in (int(s) for s in args.seeds.split(",")):
-        base = {"model": args.model, "output": "-", "group_size": 64, "proxy": args.proxy, "windows": 2, "window_length": 256,
-                "points": len(BUDGETS), "seed": seed}  # fmt: skip
+        base = {"model": args.model, "output": "-", "group_size": 64, "proxy": args.proxy, "windows": 2,
+                "window_length": 256, "points": len(BUDGETS), "seed": seed}  # fmt: skip
         timings = _Timings()
         stage = _prepare(SearchSettings.make(**base), LineProgress(), timings)
         losses = MemoLosses(stage.evaluator)
@@ -121,7 +121,9 @@ def run_method(settings: SearchSettings, stage, losses: MemoLosses) -> dict:  # 
     # the 210 sensitivities are measured before the front; the front itself is what the solver chose to evaluate
     chosen = [r for r in archive.evaluated() if r["phase"] != "sensitivity"]
     ends = [stage.space.uniform(FORMATS[n]) for n in ("int2", "int4")]
-    losses = {b: min((r["loss"] for r in chosen if r["bits_per_weight"] <= b + 1e-6), default=np.log(2)) for b in BUDGETS}
+    losses = {
+        b: min((r["loss"] for r in chosen if r["bits_per_weight"] <= b + 1e-6), default=np.log(2)) for b in BUDGETS
+    }
     points = [(b, loss) for b, loss in losses.items()]
     points += [(stage.space.bits_of(e), archive.find(e)["loss"]) for e in ends]
     return {
@@ -143,7 +145,9 @@ def table(rows: list[dict], methods: list[str]) -> str:
         each = ", ".join(format(r["hv7"], ".3f") for r in mine)
         hv = f"{np.median([r['hv7'] for r in mine]):.3f} ({each})"
         cost = np.median([r["equivalents"] for r in mine])
-        lines.append(f"| {method} | {mine[0]['evaluations']}{extra} | {cost:.0f} | " + " | ".join(losses) + f" | {hv} |")
+        lines.append(
+            f"| {method} | {mine[0]['evaluations']}{extra} | {cost:.0f} | " + " | ".join(losses) + f" | {hv} |"
+        )
     return "\n".join(lines)
 
 

@@ -1,7 +1,7 @@
 """What the benchmarks share: which model they measure, and a smoke mode that keeps them from rotting.
 
-`--smoke` replaces the real model by a tiny random one and tiny texts: every line of every benchmark runs in seconds, the
-figures mean nothing. `tests/test_benchmarks.py` runs it.
+`--smoke` replaces the real model by a tiny random one and tiny texts: every line of every benchmark runs in seconds,
+the figures mean nothing. `tests/test_benchmarks.py` runs it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # tiny_models, for
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--smoke", action="store_true", help="tiny random model and texts: checks the benchmarks, measures nothing")
+    parser.addoption(
+        "--smoke", action="store_true", help="tiny random model and texts: checks the benchmarks, measures nothing"
+    )
     parser.addoption("--model", default="smollm2", help="model to measure")
 
 

@@ -1,7 +1,8 @@
 """`make demo`: the main job on a real model, from nothing to a table.
 
-Searches SmolLM2-135M-Instruct over int2/int3/int4/int6, chooses at four budgets from the one run, and measures perplexity
-on a text that neither calibration nor search ever saw. The run folder is kept (runs/demo): a second call resumes it.
+Searches SmolLM2-135M-Instruct over int2/int3/int4/int6, chooses at four budgets from the one run, and measures
+perplexity on a text that neither calibration nor search ever saw. The run folder is kept (runs/demo): a second call
+resumes it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ def main() -> int:
     print(f"at uniform int3's cost the searched model's perplexity is {100 * gain:.1f} % lower")
     print(f"search {searched:.0f} s, everything {time.monotonic() - start:.0f} s; open {args.output}/report.html")
     write_json(args.output / "eval.json", evaluation.json())
-    print(json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows}))
+    print(
+        json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows})
+    )
     return 0
 
 

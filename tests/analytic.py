@@ -41,7 +41,8 @@ class AnalyticLosses:
         weights = rng.lognormal(-4.5, 1.0, len(of.linears))
         names = ("int2", "int3", "int4", "int5", "int6", "int8")
         self.table = {
-            s.name: {f: float(w * 4.0 ** -(i)) for i, f in enumerate(names)} for s, w in zip(of.linears, weights, strict=True)
+            s.name: {f: float(w * 4.0**-(i)) for i, f in enumerate(names)}
+            for s, w in zip(of.linears, weights, strict=True)
         }
         self.calls = 0
         self.nan_when = nan_when
@@ -61,7 +62,15 @@ class AnalyticLosses:
 
 
 def settings(**given) -> SearchSettings:
-    quick = {"initial": 12, "iterations": 2, "per_iteration": 4, "population": 12, "generations": 3, "points": 5, "group_size": 64}
+    quick = {
+        "initial": 12,
+        "iterations": 2,
+        "per_iteration": 4,
+        "population": 12,
+        "generations": 3,
+        "points": 5,
+        "group_size": 64,
+    }
     return SearchSettings.make(model="m", output="o", **{**quick, **given})
 
 

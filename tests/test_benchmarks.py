@@ -29,7 +29,10 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path):
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     command = [sys.executable, "benchmarks/compare_solvers.py", "--model", str(folder), "--seeds", "0",
-               "--methods", '"additive, Fisher","random","paper, scaled to 20"', "--json", str(tmp_path / "c.json")]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "AMQ_CACHE": str(tmp_path)})
+               "--methods", '"additive, Fisher","random","paper, scaled to 20"', "--json",
+               str(tmp_path / "c.json")]  # fmt: skip
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "AMQ_CACHE": str(tmp_path)}
+    )
     assert result.returncode == 0, result.stderr
     assert "| additive, Fisher | 10 |" in result.stdout

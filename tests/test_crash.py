@@ -13,7 +13,7 @@ from amq.search import archive as archive_module
 
 
 def crash_after(writes: int, path, options, torn: bool) -> int:
-    """Runs a search in a child process that dies (no cleanup, like kill -9) at the given fsync; returns its exit code."""
+    """Runs a search in a child process that dies (no cleanup, like kill -9) at the given fsync; its exit code."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])

@@ -32,7 +32,9 @@ def test_exact_equals_brute_force(seed, share):
     low, high = sizes.min(1).sum(), sizes.max(1).sum()
     capacity = low + share * (high - low)
     best = min(
-        total(costs, np.array(p)) for p in itertools.product(range(3), repeat=5) if total(sizes, np.array(p)) <= capacity
+        total(costs, np.array(p))
+        for p in itertools.product(range(3), repeat=5)
+        if total(sizes, np.array(p)) <= capacity
     )
     exact = select_exact(costs, sizes, capacity)
     assert total(sizes, exact) <= capacity + 1e-6

@@ -15,7 +15,8 @@ from amq.search.__main__ import main
 from amq.settings import run_command
 
 QUICK = {
-    "group_size": 64, "window_length": 32, "windows": 2, "confirm_windows": 2, "bank_windows": 4, "cost_passes": 2, "points": 3,
+    "group_size": 64, "window_length": 32, "windows": 2, "confirm_windows": 2, "bank_windows": 4, "cost_passes": 2,
+    "points": 3,
 }  # fmt: skip
 
 
@@ -44,7 +45,10 @@ def command(*arguments, capsys):
 
 
 def archive(run):
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in (run / "archive.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in json.loads(line).items() if k != "seconds"}
+        for line in (run / "archive.jsonl").read_text().splitlines()
+    ]
 
 
 def test_the_run_folder_is_complete_and_true(folder, tmp_path, capsys):
@@ -52,7 +56,16 @@ def test_the_run_folder_is_complete_and_true(folder, tmp_path, capsys):
     status, out, err = command(folder, "--output", run, *flags(**QUICK, target_bits=3.4), capsys=capsys)
     assert status == 0, err
     assert "chosen: " in out and "plan: 14 linears" in err and "hypervolume" in err
-    for name in ("configuration.json", "front.json", "run.json", "cost.json", "report.html", "front.png", "bits.png", "memory.png"):
+    for name in (
+        "configuration.json",
+        "front.json",
+        "run.json",
+        "cost.json",
+        "report.html",
+        "front.png",
+        "bits.png",
+        "memory.png",
+    ):
         assert (run / name).stat().st_size > 0, name
     configuration = Configuration.load(run / "configuration.json")
     details = configuration.details
@@ -67,8 +80,17 @@ def test_the_run_folder_is_complete_and_true(folder, tmp_path, capsys):
     assert all(p["loss_confirm"] is not None for p in front["front"])
 
 
-@pytest.mark.parametrize("options", [{}, {"cost": "sensitivity"}, {"cost": "weight", "proxy": "rtn"}, {"loss": "kl", "proxy": "hqq"},
-                                     {"solver": "random", "initial": 6, "iterations": 0}, {"refine": 3}], ids=str)  # fmt: skip
+VARIANTS = [
+    {},
+    {"cost": "sensitivity"},
+    {"cost": "weight", "proxy": "rtn"},
+    {"loss": "kl", "proxy": "hqq"},
+    {"solver": "random", "initial": 6, "iterations": 0},
+    {"refine": 3},
+]
+
+
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_interrupted_and_resumed_equals_uninterrupted(folder, tmp_path, options):
     settings = {**QUICK, **options, "target_bits": 3.3}
     whole = amq.search(str(folder), tmp_path / "whole", **settings)

@@ -38,7 +38,9 @@ def test_additive_finds_the_known_front(tmp_path):
             best = of.decode(select_exact(costs, of.sizes, of.capacity(record["bits_per_weight"] + 1e-6)))
             assert record["loss"] <= (1 + 1e-6) * losses.evaluate(best)
     fit = fit_records(problem.archive.records, losses.table)
-    assert fit.a == pytest.approx(1.0, rel=1e-3) and fit.p == pytest.approx(1.0, rel=1e-3)  # the loss is this very curve
+    assert fit.a == pytest.approx(1.0, rel=1e-3) and fit.p == pytest.approx(
+        1.0, rel=1e-3
+    )  # the loss is this very curve
     assert fit.spearman == pytest.approx(1.0)
 
 
@@ -67,8 +69,13 @@ def test_the_front_has_a_point_at_every_uniform_cost(tmp_path):
 
 @pytest.mark.parametrize("solver", ["paper", "random"])
 def test_solvers_beat_the_line_between_uniform_points(tmp_path, solver):
-    problem = solve(tmp_path / "a.jsonl", settings(solver=solver, initial=40, iterations=6, per_iteration=8, population=40, generations=8))
-    uniform = np.array([(r["bits_per_weight"], r["loss"]) for r in problem.archive.evaluated() if r["phase"] == "uniform"])
+    problem = solve(
+        tmp_path / "a.jsonl",
+        settings(solver=solver, initial=40, iterations=6, per_iteration=8, population=40, generations=8),
+    )
+    uniform = np.array(
+        [(r["bits_per_weight"], r["loss"]) for r in problem.archive.evaluated() if r["phase"] == "uniform"]
+    )
     assert problem.hypervolume() > hypervolume(uniform, problem.space.bits_range)
 
 

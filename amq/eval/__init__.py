@@ -1,7 +1,7 @@
 """Evaluation: perplexity of the full-precision model, of uniform banks and of configurations, on one text.
 
-Perplexity is exp of the mean negative log-likelihood over disjoint windows (stride = window): in every window of L tokens
-the last L − 1 are predicted from those before them in the same window.
+Perplexity is exp of the mean negative log-likelihood over disjoint windows (stride = window): in every window of L
+tokens the last L − 1 are predicted from those before them in the same window.
 """
 
 from __future__ import annotations
@@ -71,8 +71,10 @@ def evaluate(
 ) -> Evaluation:
     """Perplexities on one text.
 
-    configurations: files written by the search; each is assembled from the very bank it was searched on (its provenance).
-    uniform: comma-separated formats, from the bank that `proxy`, `group_size`, `calibration`, `bank_windows`, `seed` name;
+    configurations: files written by the search; each is assembled from the very bank it was searched on (its
+    provenance).
+    uniform: comma-separated formats, from the bank that `proxy`, `group_size`, `calibration`, `bank_windows`, `seed`
+    name;
         where configurations are given, from the first one's bank.
     text: a file, or a name that `amq.data.load_text` knows; the first `max_tokens` tokens are used.
     Raises AmqError for unusable input before anything is computed.
@@ -182,7 +184,9 @@ class _Banks:
             weight = get_linear(self._loaded.model, spec.name).weight
             if spec.name not in self._buffers:
                 self._buffers[spec.name] = weight.data = torch.empty_like(weight)
-            dequantize_into(self._open[recipe].get(spec.name, configuration.formats[spec.name]), self._buffers[spec.name])
+            dequantize_into(
+                self._open[recipe].get(spec.name, configuration.formats[spec.name]), self._buffers[spec.name]
+            )
 
 
 __all__ = ["Evaluation", "Row", "evaluate", "negative_log_likelihood", "perplexity"]

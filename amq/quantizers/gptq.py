@@ -1,13 +1,13 @@
 """Error-compensated rounding (GPTQ: Frantar et al., ICLR 2023) for several linears and formats at once.
 
-With H = E[x xᵀ] over calibration inputs, the output error of a row is (w − ŵ) H (w − ŵ)ᵀ. Input features are rounded one
-by one, in order of falling H[k, k]; after each, the features still open take up its error through the Cholesky factor of
-H⁻¹. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights (`fitted_grid`
-with importance diag H), so the order is free; and once all codes are fixed, scale and zero point of all groups of a row
-are solved again for the least output error, a linear least-squares problem of 2·n_groups unknowns.
+With H = E[x xᵀ] over calibration inputs, the output error of a row is (w − ŵ) H (w − ŵ)ᵀ. Input features are rounded
+one by one, in order of falling H[k, k]; after each, the features still open take up its error through the Cholesky
+factor of H⁻¹. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights
+(`fitted_grid` with importance diag H), so the order is free; and once all codes are fixed, scale and zero point of all
+groups of a row are solved again for the least output error, a linear least-squares problem of 2·n_groups unknowns.
 
-Rows do not interact, so linears that share an input, at all their formats, are stacked into one tall matrix and one loop
-over the input features serves them all.
+Rows do not interact, so linears that share an input, at all their formats, are stacked into one tall matrix and one
+loop over the input features serves them all.
 """
 
 from __future__ import annotations
@@ -120,8 +120,8 @@ def _refit_rows(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero point of every row's groups for the least output error at fixed codes.
 
-    ŵ = Σ_g scale_g·code_g + offset_g·1_g is linear in its 2·n_groups unknowns θ, so with Φ [in_features, 2·n_groups] the
-    optimum solves (Φᵀ H Φ) θ = Φᵀ H w. A row whose solution is not storable, or not better, keeps its grid.
+    ŵ = Σ_g scale_g·code_g + offset_g·1_g is linear in its 2·n_groups unknowns θ, so with Φ [in_features, 2·n_groups]
+    the optimum solves (Φᵀ H Φ) θ = Φᵀ H w. A row whose solution is not storable, or not better, keeps its grid.
     """
     rows, in_features = weight.shape
     groups = n_groups(in_features, group_size)
@@ -148,13 +148,13 @@ def _refit_rows(
     good = (info == 0).unsqueeze(-1) & (scale > 2.0**-14) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
     good = good.all(-1, keepdim=True)  # groups of a row were solved together: take all or none
     new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero_point, grid[1]))
-    better = _output_error(weight, codes, new, group_size, hessian) < _output_error(weight, codes, grid, group_size, hessian)
+    better = _output_error(weight, codes, new, group_size, hessian) < _output_error(
+        weight, codes, grid, group_size, hessian
+    )
     return torch.where(better.unsqueeze(-1), new[0], grid[0]), torch.where(better.unsqueeze(-1), new[1], grid[1])
 
 
-def _output_error(
-    weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor
-) -> Tensor:
+def _output_error(weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor) -> Tensor:
     """(w − ŵ) H (w − ŵ)ᵀ of each row, [rows]."""
     scale, zero = expand((grid[0], grid[1]), group_size, weight.shape[1])
     error = weight - (codes - zero) * scale

@@ -73,7 +73,9 @@ def fitted_grid(
     return best
 
 
-def _refit(groups: Tensor, codes: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
+def _refit(
+    groups: Tensor, codes: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
     """Least squares w ≈ scale·code + offset within each group; a degenerate group keeps its grid."""
     weighted = importance * codes
     total = importance.sum(-1)

@@ -47,5 +47,7 @@ def _solve(weight: Tensor, fmt: BitFormat, group_size: int) -> tuple[Tensor, Ten
     )
     scale, zero_point = meta["scale"].view(rows, -1).half(), meta["zero"].view(rows, -1).half()
     if not bool(torch.isfinite(scale).all() and torch.isfinite(zero_point).all()):
-        raise AmqError(f"hqq gave a {fmt.name} grid that fp16 cannot hold (group size {group_size}): use --proxy rtn or gptq")
+        raise AmqError(
+            f"hqq gave a {fmt.name} grid that fp16 cannot hold (group size {group_size}): use --proxy rtn or gptq"
+        )
     return codes.view(rows, -1), scale, zero_point

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
 
 
 def search(
-    model: str, output: str, *, preset: str | None = None, resume: bool = False, progress: Progress | None = None, **settings: Any
+    model: str,
+    output: str,
+    *,
+    preset: str | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **settings: Any,
 ) -> SearchResult:
     """Searches `model` and writes the run folder `output`.
 

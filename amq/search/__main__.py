@@ -27,7 +27,9 @@ def _search(argv: Sequence[str]) -> int:
         "`select RUN --target-bits B` chooses again from a finished run.",
     )
     parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
-    parser.add_argument("--output", required=True, metavar="RUN", help="run folder; refused if not empty, unless --resume")
+    parser.add_argument(
+        "--output", required=True, metavar="RUN", help="run folder; refused if not empty, unless --resume"
+    )
     parser.add_argument("--preset", choices=["paper"], help="the paper's setting; single flags still override it")
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     add_flags(parser, SearchSettings)
@@ -57,7 +59,9 @@ def summary(configuration: Configuration) -> str:
     lines = [f"chosen: {details['bits_per_weight']:.4f} bits per weight, {loss}"]
     for item in details["memory"]["items"]:
         if item["bytes"] or item["note"]:
-            lines.append(f"  {item['bytes'] / 2**20:10.2f} MiB  {item['name']}" + (f" ({item['note']})" if item["note"] else ""))
+            lines.append(
+                f"  {item['bytes'] / 2**20:10.2f} MiB  {item['name']}" + (f" ({item['note']})" if item["note"] else "")
+            )
     lines.append(f"  {details['memory']['total'] / 2**20:10.2f} MiB  total")
     return "\n".join(lines)
 
@@ -65,7 +69,9 @@ def summary(configuration: Configuration) -> str:
 def _select(argv: Sequence[str]) -> int:
     from amq.search.select import select_from_run
 
-    parser = argparse.ArgumentParser(prog="python -m amq.search select", description="Chooses again from a finished run.")
+    parser = argparse.ArgumentParser(
+        prog="python -m amq.search select", description="Chooses again from a finished run."
+    )
     parser.add_argument("run", type=Path, help="run folder of an earlier search")
     parser.add_argument("--target-bits", type=float, metavar="B")
     parser.add_argument("--memory", metavar="SIZE")

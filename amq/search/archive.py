@@ -1,8 +1,8 @@
 """The archive: one true evaluation per line of `archive.jsonl`, appended and fsynced before the search goes on.
 
-It is also the memo that makes resuming exact: a resumed search runs from its beginning, and every evaluation it asks for
-that is already in the archive is answered from it, so the lines that follow are those of an uninterrupted run. A line cut
-short by a crash is dropped with a warning and evaluated again.
+It is also the memo that makes resuming exact: a resumed search runs from its beginning, and every evaluation it asks
+for that is already in the archive is answered from it, so the lines that follow are those of an uninterrupted run. A
+line cut short by a crash is dropped with a warning and evaluated again.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ class Archive:
         data = self._path.read_bytes()
         whole, _, rest = data.rpartition(b"\n")
         if rest:
-            log.warning("%s ends in a truncated line (%d bytes): dropped, it will be evaluated again", self._path, len(rest))
+            log.warning(
+                "%s ends in a truncated line (%d bytes): dropped, it will be evaluated again", self._path, len(rest)
+            )
             with open(self._path, "r+b") as file:
                 file.truncate(len(data) - len(rest))
         for number, line in enumerate(whole.splitlines(), 1):
@@ -50,7 +52,9 @@ class Archive:
                 if record["index"] != len(self.records) or any(field not in record for field in FIELDS):
                     raise ValueError(f"expected record {len(self.records)} with fields {', '.join(FIELDS)}")
             except (ValueError, KeyError, TypeError) as error:
-                raise AmqError(f"{self._path} line {number} is damaged ({error}): restore it or start a new run") from None
+                raise AmqError(
+                    f"{self._path} line {number} is damaged ({error}): restore it or start a new run"
+                ) from None
             self._remember(record)
 
     def _remember(self, record: Record) -> None:
@@ -87,7 +91,9 @@ class Archive:
             os.fsync(self._file.fileno())
         except OSError as error:
             if is_disk_full(error):
-                raise AmqError(f"the disk is full: could not append to {self._path}; free space and use --resume") from error
+                raise AmqError(
+                    f"the disk is full: could not append to {self._path}; free space and use --resume"
+                ) from error
             raise
         self._remember(record)
         return record

@@ -68,4 +68,6 @@ def table_cost(table: Mapping[str, Mapping[str, float]], formats: Mapping[str, s
 def fit_records(records: list[dict[str, Any]], table: Mapping[str, Mapping[str, float]]) -> LossFit | None:
     """The fit over feasible archive records on the search windows."""
     used = [r for r in records if r["windows"] == "search" and r["loss"] is not None]
-    return fit_loss(np.array([table_cost(table, r["configuration"]) for r in used]), np.array([r["loss"] for r in used]))
+    return fit_loss(
+        np.array([table_cost(table, r["configuration"]) for r in used]), np.array([r["loss"] for r in used])
+    )

@@ -38,7 +38,7 @@ class TimeIsUp(Exception):
 
 @dataclass
 class Problem:
-    """cost_tables: {kind: () -> table}, each computed when first asked for. deadline: `time.monotonic()` value or None."""
+    """cost_tables: {kind: () -> table}, computed when first asked for. deadline: `time.monotonic()` value or None."""
 
     space: SearchSpace
     archive: Archive
@@ -75,7 +75,9 @@ class Problem:
             self.step(self.status())
         return record
 
-    def sensitivities(self, base: Formats, changes: list[tuple[str, str]], phase: str = "sensitivity") -> dict[tuple[str, str], Record]:
+    def sensitivities(
+        self, base: Formats, changes: list[tuple[str, str]], phase: str = "sensitivity"
+    ) -> dict[tuple[str, str], Record]:
         """One record per (linear, format): that linear so, all others as in `base`."""
         records = {}
         missing = []

@@ -6,7 +6,10 @@ import numpy as np
 
 
 def quality(true: np.ndarray, predicted: np.ndarray) -> dict[str, float]:
-    """true, predicted: float [n] each (a column [n, 1] is refused: it would broadcast). Correlations of constants are 0."""
+    """true, predicted: float [n] each (a column [n, 1] is refused: it would broadcast).
+
+    Correlations of constants are 0.
+    """
     from scipy.stats import kendalltau, spearmanr
 
     if true.ndim != 1 or true.shape != predicted.shape:

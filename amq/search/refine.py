@@ -18,7 +18,9 @@ GROW, SHRINK = 1.3, 0.93
 """Step-size rule: one success in about five keeps sigma where it is."""
 
 
-def refine(problem: Problem, costs: np.ndarray, start: dict[str, str], budget: float, evaluations: int) -> dict[str, str]:
+def refine(
+    problem: Problem, costs: np.ndarray, start: dict[str, str], budget: float, evaluations: int
+) -> dict[str, str]:
     """Spends `evaluations` true evaluations; returns the best confirmed configuration.
 
     costs: [n_variables, n_formats]; start: the configuration to improve, within `budget` bits per weight.

@@ -13,14 +13,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-import amq
 from amq.bank import BankSettings, WeightBank, open_bank
 from amq.configuration import Configuration
 from amq.data import Corpus, WindowSampler, load_corpus
@@ -33,10 +31,10 @@ from amq.linears import Inventory, check_weights, inventory
 from amq.models import LoadedModel, check_memory, load_model, model_fingerprint
 from amq.progress import Progress
 from amq.search.archive import Archive
-from amq.search.fit import fit_records, table_cost
-from amq.search.front import hypervolume, pareto_indices
-from amq.search.knapsack import select
+from amq.search.fit import fit_records
+from amq.search.front import pareto_indices
 from amq.search.problem import Problem, Table, TimeIsUp
+from amq.search.records import cpu_name, describe_model, front_json, provenance, versions
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
@@ -46,8 +44,8 @@ from amq.settings import parse_size, parse_time
 
 log = logging.getLogger(__name__)
 
-CURVE_POINTS = 120
-PACKAGES = ("torch", "transformers", "numpy", "scipy", "hqq", "pymoo", "scikit-learn")
+MOST_CONFIRMED = 24
+"""Points of the front that are measured again on held-out windows."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,9 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     stage = _prepare(settings, progress, timings)
     budget = _budget(settings, stage)
     if previous and previous["model"]["fingerprint"] != stage.fingerprint:
-        raise AmqError(f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output")
+        raise AmqError(
+            f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output"
+        )
     output.mkdir(parents=True, exist_ok=True)
     run = _describe(settings, stage)
     write_json(output / "run.json", run)
@@ -180,7 +180,9 @@ def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
     return Budget(min(max(stage.space.bits_of(stage.space.uniform(middle)), low), high))
 
 
-def _cost_tables(settings: SearchSettings, stage: _Stage, problem: Problem, output: Path, timings: _Timings) -> dict[str, Any]:
+def _cost_tables(
+    settings: SearchSettings, stage: _Stage, problem: Problem, output: Path, timings: _Timings
+) -> dict[str, Any]:
     def timed(make: Any) -> Any:
         def table() -> Table:
             with timings.measure("cost"):
@@ -202,7 +204,10 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
     if path.is_file():
         saved = read_json(path)
         done, total = saved["passes"], saved["cost"]
-    with problem.progress.stage("cost table", max(1, settings.cost_passes - done)) as step, stage.evaluator.full_precision():
+    with (
+        problem.progress.stage("cost table", max(1, settings.cost_passes - done)) as step,
+        stage.evaluator.full_precision(),
+    ):
         passes = fisher_passes(
             stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, start=done
         )
@@ -211,7 +216,9 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
                 n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
             }  # fmt: skip
             done += 1
-            write_json(path, {"schema": "amq/cost/1", "kind": "fisher", "unit": "nats/token", "passes": done, "cost": total})
+            write_json(
+                path, {"schema": "amq/cost/1", "kind": "fisher", "unit": "nats/token", "passes": done, "cost": total}
+            )
             step()
             if done < settings.cost_passes:
                 problem.check_time()
@@ -234,7 +241,9 @@ def _solve(
             status = "stopped"
     problem.step = None
     if status == "stopped":
-        progress.say(f"--time {settings.time} is up: choosing from {len(problem.archive.records)} evaluations (--resume goes on)")
+        progress.say(
+            f"--time {settings.time} is up: choosing from {len(problem.archive.records)} evaluations (--resume goes on)"
+        )
     return solution, status
 
 
@@ -255,8 +264,9 @@ def _plan(problem: Problem, planned: int, seconds: float) -> str:
     pinned = f", {len(space.pinned)} pinned" if space.pinned else ""
     resident = psutil.Process().memory_info().rss / 2**30
     target = f"loss ≤ {problem.max_loss}" if problem.max_loss is not None else f"{problem.budget:.4f} bits per weight"
+    formats = ",".join(space.format_names)
     return (
-        f"plan: {len(space.linears)} linears{pinned}, {len(space.variables)} variables, formats {','.join(space.format_names)}, "
+        f"plan: {len(space.linears)} linears{pinned}, {len(space.variables)} variables, formats {formats}, "
         f"10^{space.log10_size:.0f} configurations of {low:.3f} to {high:.3f} bits per weight; budget {target}\n"
         f"plan: about {planned} evaluations of {seconds:.2f} s (measured) = {planned * seconds / 60:.1f} min, "
         f"and the confirmation of the front; {resident:.2f} GiB resident"
@@ -284,10 +294,10 @@ def _finish(
     with timings.measure("confirm"):
         front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
-    provenance = _provenance(settings, run)
     configuration = to_configuration(
-        chosen, settings.model, settings.group_size, stage.parts, stage.loaded.config, settings.context, provenance
-    )
+        chosen, settings.model, settings.group_size, stage.parts, stage.loaded.config, settings.context,
+        provenance(settings.json(), stage.fingerprint),
+    )  # fmt: skip
     configuration.save(output / "configuration.json")
     content = front_json(problem, front, solution.table, fit)
     write_json(output / "front.json", content)
@@ -311,12 +321,14 @@ def _all_pins(space: SearchSpace, solution: Solution) -> dict[str, Any]:
 
 
 def _confirm(problem: Problem, chosen: dict[str, str], status: str) -> list[dict[str, Any]]:
-    """Measures the uniform points, the front and the chosen configuration on the held-out windows; returns the front."""
-    records = [r for r in problem.archive.evaluated()]
-    points = np.array([(r["bits_per_weight"], r["loss"]) for r in records])
-    front = [records[i] for i in pareto_indices(points)]
-    if len(front) > 24:  # a long paper run: confirm an even selection of its front
-        front_shown = [front[i] for i in np.unique(np.linspace(0, len(front) - 1, 24).round().astype(int))]
+    """Measures the uniform points, the front and the chosen configuration on the held-out windows.
+
+    Returns the front.
+    """
+    records = problem.archive.evaluated()
+    front = [records[i] for i in pareto_indices(problem.points())]
+    if len(front) > MOST_CONFIRMED:  # a long paper run: confirm an even selection of its front
+        front_shown = [front[i] for i in np.unique(np.linspace(0, len(front) - 1, MOST_CONFIRMED).round().astype(int))]
     else:
         front_shown = front
     wanted = [r for r in records if r["phase"] == "uniform"] + front_shown
@@ -333,51 +345,6 @@ def _confirm(problem: Problem, chosen: dict[str, str], status: str) -> list[dict
     return front
 
 
-def front_json(problem: Problem, front: list[dict[str, Any]], table: Table | None, fit: Any) -> dict[str, Any]:
-    """The content of front.json."""
-    space, archive = problem.space, problem.archive
-
-    def confirmed(formats: dict[str, str]) -> float | None:
-        record = archive.find(formats, "confirm")
-        return record["loss"] if record else None
-
-    def predicted(formats: dict[str, str]) -> float | None:
-        return float(fit.predict(table_cost(table, formats))) if fit else None
-
-    uniform = []
-    for fmt in space.formats:
-        record = archive.find(space.uniform(fmt))
-        if record:
-            uniform.append({
-                "name": fmt.name, "bits_per_weight": record["bits_per_weight"], "loss": record["loss"],
-                "loss_confirm": confirmed(space.uniform(fmt)),
-            })  # fmt: skip
-    points = [
-        {
-            "bits_per_weight": r["bits_per_weight"], "loss": r["loss"], "loss_confirm": confirmed(r["configuration"]),
-            "predicted": predicted(r["configuration"]), "archive_index": r["index"], "configuration": r["configuration"],
-        }
-        for r in front
-    ]  # fmt: skip
-    pairs = np.array([(p["bits_per_weight"], p["loss"]) for p in points]).reshape(-1, 2)
-    return {
-        "schema": "amq/front/1", "bits_range": list(space.bits_range), "hypervolume": hypervolume(pairs, space.bits_range),
-        "uniform": uniform, "front": points, "curve": _curve(space, table, fit), "fit": fit.json() if fit else None,
-    }  # fmt: skip
-
-
-def _curve(space: SearchSpace, table: Table | None, fit: Any) -> list[dict[str, float]] | None:
-    """Predicted loss of the knapsack optimum at evenly spaced budgets."""
-    if table is None or fit is None:
-        return None
-    costs = space.variable_costs(table)
-    curve = []
-    for bits in np.linspace(*space.bits_range, CURVE_POINTS):
-        formats = space.decode(select(costs, space.sizes, space.capacity(float(bits) + 1e-9)))
-        curve.append({"bits_per_weight": space.bits_of(formats), "loss": float(fit.predict(table_cost(table, formats)))})
-    return curve
-
-
 def _evaluation_counts(problem: Problem, evaluator: Evaluator, timings: _Timings) -> dict[str, Any]:
     fresh = problem.archive.evaluated()
     seconds = [r["seconds"] for r in fresh if r["phase"] != "sensitivity"]
@@ -388,7 +355,9 @@ def _evaluation_counts(problem: Problem, evaluator: Evaluator, timings: _Timings
         "confirmations": sum(r["windows"] == "confirm" for r in problem.archive.records),
         "seconds_each": each,
         "cost_in_evaluations": round(timings.seconds.get("cost", 0.0) / each, 2) if each else None,
-        "share_outside_model": round(1 - evaluator.seconds_in_model / evaluator.seconds, 4) if evaluator.seconds else None,
+        "share_outside_model": round(1 - evaluator.seconds_in_model / evaluator.seconds, 4)
+        if evaluator.seconds
+        else None,
     }
 
 
@@ -402,54 +371,12 @@ def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
         },
         "settings": settings.json(),
         "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens)},
-        "versions": _versions(),
+        "versions": versions(),
         "machine": {
-            "cpu": _cpu_name(), "system": platform.platform(),
+            "cpu": cpu_name(), "system": platform.platform(),
             "threads": torch.get_num_threads(), "device": settings.device,
         },
         "bank": str(stage.bank.folder),
-        "linears": [
-            {"name": s.name, "block": s.block, "role": s.role, "out_features": s.out_features, "in_features": s.in_features}
-            for s in stage.parts.linears
-        ],
-        "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in stage.parts.others],
-        "head_is_tied": stage.parts.head_is_tied,
-        "kv_cache": _kv_cache(stage),
+        **describe_model(stage.parts, stage.loaded.config),
         "pinned": {n: f.name for n, f in stage.space.pinned.items()},
     }  # fmt: skip
-
-
-def _cpu_name() -> str:
-    """The processor's name; Linux tells it in a file only."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _kv_cache(stage: _Stage) -> dict[str, Any]:
-    """The config's own entries that size a KV cache, so that `select` needs no model."""
-    config = stage.loaded.config.get_text_config()
-    names = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", "layer_types")
-    return {n: getattr(config, n, None) for n in names}
-
-
-def _versions() -> dict[str, str]:
-    found = {"amq": amq.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-def _provenance(settings: SearchSettings, run: dict[str, Any]) -> dict[str, Any]:
-    """What `amq.eval` needs to open the same bank, and where the choice came from."""
-    names = ("proxy", "calibration", "window_length", "bank_windows", "seed", "solver", "cost", "formats", "loss")
-    return {
-        **{n: getattr(settings, n) for n in names},
-        "model_fingerprint": run["model"]["fingerprint"],
-        "amq": amq.__version__,
-    }

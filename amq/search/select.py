@@ -14,6 +14,7 @@ from amq.formats import FORMATS
 from amq.linears import Inventory, LinearSpec, OtherWeight
 from amq.search.archive import Archive
 from amq.search.fit import fit_records
+from amq.search.records import provenance
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace, parse_pins
@@ -69,9 +70,7 @@ def select_from_run(
         bits = None if target_bits is None else check_bits(target_bits, finished.space)
     fit = fit_records(finished.records, finished.table) if finished.table else None
     chosen = choose(Budget(bits, max_loss), finished.space, finished.records, finished.table, fit)
-    names = ("proxy", "calibration", "window_length", "bank_windows", "seed", "solver", "cost", "formats", "loss")
-    provenance = {n: finished.run["settings"][n] for n in names}
-    provenance.update(model_fingerprint=finished.run["model"]["fingerprint"], amq=finished.run["versions"]["amq"])
+    origin = provenance(finished.run["settings"], finished.run["model"]["fingerprint"])
     return to_configuration(
-        chosen, finished.settings.model, finished.settings.group_size, finished.parts, config, context, provenance
+        chosen, finished.settings.model, finished.settings.group_size, finished.parts, config, context, origin
     )

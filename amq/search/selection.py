@@ -48,7 +48,8 @@ def check_bits(bits: float, space: SearchSpace) -> float:
     if not low - 1e-9 <= bits <= high + 1e-9:
         side = "below the smallest" if bits < low else "above the largest"
         raise AmqError(
-            f"a budget of {bits:g} bits per weight is {side} configuration: with formats {','.join(space.format_names)} at "
+            f"a budget of {bits:g} bits per weight is {side} configuration: with "
+            f"formats {','.join(space.format_names)} at "
             f"group {space.group_size} the reachable range is {low:.4f} to {high:.4f}"
         )
     return min(max(bits, low), high)
@@ -70,8 +71,8 @@ def choose(
 ) -> Chosen:
     """The best configuration within the budget.
 
-    records: the archive. Candidates are every feasible record and, with a cost table, the knapsack optimum at the budget;
-    they compare by measured loss, or by predicted loss where none was measured.
+    records: the archive. Candidates are every feasible record and, with a cost table, the knapsack optimum at the
+    budget; they compare by measured loss, or by predicted loss where none was measured.
     """
     search = {_key(r): r for r in records if r["windows"] == "search" and r["loss"] is not None}
     confirm = {_key(r): r["loss"] for r in records if r["windows"] == "confirm" and r["loss"] is not None}
@@ -83,7 +84,9 @@ def choose(
     candidates = [_from_record(r, confirm) for r in search.values() if r["bits_per_weight"] <= bits + 1e-6]
     if table is not None and fit is not None:
         formats = space.decode(select(space.variable_costs(table), space.sizes, space.capacity(bits)))
-        if not any(r["configuration"] == formats for r in records):  # an infeasible one must not come back as a prediction
+        if not any(
+            r["configuration"] == formats for r in records
+        ):  # an infeasible one must not come back as a prediction
             predicted = float(fit.predict(np.array(table_cost(table, formats))))
             candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
     if not candidates:
@@ -111,7 +114,13 @@ def _key(record: Record) -> tuple[tuple[str, str], ...]:
 
 
 def to_configuration(
-    chosen: Chosen, model: str, group_size: int, inventory: Inventory, config: Any, context: int, provenance: dict[str, Any]
+    chosen: Chosen,
+    model: str,
+    group_size: int,
+    inventory: Inventory,
+    config: Any,
+    context: int,
+    provenance: dict[str, Any],
 ) -> Configuration:
     """The configuration file's content."""
     bare = Configuration(chosen.formats, group_size)

@@ -1,8 +1,8 @@
 """Measured sensitivities, and the paper's pruning rule.
 
 A linear's sensitivity is the loss with that linear in the lowest format and all others in the highest (AMQ, §3.2). A
-linear whose sensitivity exceeds `threshold` (2) times the median is pinned to the highest format. The rule is on the loss
-itself, so it depends on the base loss of the uniform highest configuration; the paper's wording is kept.
+linear whose sensitivity exceeds `threshold` (2) times the median is pinned to the highest format. The rule is on the
+loss itself, so it depends on the base loss of the uniform highest configuration; the paper's wording is kept.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def sensitivity_costs(problem: Problem) -> Table:
     changes = [(s.name, f) for s in space.linears if s.name not in space.pinned for f in space.format_names[:-1]]
     records = problem.sensitivities(base, changes)
     zero = float(saturation(np.array(_loss(base_record))))
-    table: Table = {s.name: dict.fromkeys((*space.format_names, *(f.name for f in space.pinned.values())), 0.0) for s in space.linears}
+    table: Table = {
+        s.name: dict.fromkeys((*space.format_names, *(f.name for f in space.pinned.values())), 0.0)
+        for s in space.linears
+    }
     for (name, fmt), record in records.items():
         table[name][fmt] = max(0.0, float(saturation(np.array(_loss(record)))) - zero)
     # a constant for the base makes sums comparable with losses: T(base) is spread over all linears by size

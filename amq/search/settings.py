@@ -18,10 +18,19 @@ SOLVER_NAMES = ("additive", "paper", "random")
 
 PAPER = {
     "solver": "paper", "proxy": "hqq", "surrogate": "rbf", "initial": 250, "population": 200, "generations": 20,
-    "crossover": 0.9, "mutation": 0.1, "per_iteration": 50, "iterations": 200, "prune": 2.0, "formats": "int2,int3,int4",
+    "crossover": 0.9, "mutation": 0.1, "per_iteration": 50, "iterations": 200, "prune": 2.0,
+    "formats": "int2,int3,int4",
     "group_size": 128, "loss": "jsd",
 }  # fmt: skip
 """`--preset paper`: the setting of AMQ (arXiv 2509.12019), §4.1 and appendix."""
+
+
+LEAST = {
+    "window_length": 2, "windows": 1, "confirm_windows": 1, "bank_windows": 1, "cost_passes": 1, "points": 0,
+    "refine": 0, "initial": 2, "iterations": 0, "per_iteration": 1, "population": 4, "generations": 1, "context": 0,
+    "seed": 0,
+}  # fmt: skip
+"""The smallest value of each counting flag."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,14 @@ class SearchSettings:
     model: str
     output: str
     # what to reach
-    target_bits: float | None = flag(None, "budget: average bits per weight of the linears, scales and zero points counted", metavar="B")
+    target_bits: float | None = flag(
+        None, "budget: average bits per weight of the linears, scales and zero points counted", metavar="B"
+    )
     memory: str | None = flag(None, "budget: everything that must be resident, such as 6GiB", metavar="SIZE")
     context: int = flag(0, "tokens of KV cache that --memory must hold besides the weights", metavar="N")
-    max_loss: float | None = flag(None, "budget: the smallest model whose loss stays below this (nats per token)", metavar="L")
+    max_loss: float | None = flag(
+        None, "budget: the smallest model whose loss stays below this (nats per token)", metavar="L"
+    )
     # what to choose from
     formats: str = flag("int2,int3,int4", f"candidate formats, of {', '.join(FORMATS)}", metavar="LIST")
     group_size: int = flag(128, "input features per scale: 32, 64 or 128", metavar="G")
@@ -40,7 +53,9 @@ class SearchSettings:
     tie: str = flag("", "groups whose members share a format per block, such as qkv,gate_up", metavar="GROUPS")
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", choices=tuple(QUANTIZERS))
-    calibration: str = flag("pydoc", "text: a file, wikitext2, c4, or pydoc or docstrings (built in, no network)", metavar="TEXT")
+    calibration: str = flag(
+        "pydoc", "text: a file, wikitext2, c4, or pydoc or docstrings (built in, no network)", metavar="TEXT"
+    )
     window_length: int = flag(512, "tokens per window", metavar="N")
     windows: int = flag(4, "windows that the search's loss is measured on", metavar="N")
     confirm_windows: int = flag(4, "windows held out of the search, for error bars and --refine", metavar="N")
@@ -53,7 +68,9 @@ class SearchSettings:
     points: int = flag(12, "points of the front that are truly evaluated", metavar="N")
     exact: bool = flag(False, "solve every budget by integer programming instead of the Lagrangian with fill")
     refine: int = flag(0, "further true evaluations spent on local moves around the budget", metavar="N")
-    prune: float = flag(2.0, "paper and random: pin linears whose sensitivity exceeds this multiple of the median", metavar="X")
+    prune: float = flag(
+        2.0, "paper and random: pin linears whose sensitivity exceeds this multiple of the median", metavar="X"
+    )
     surrogate: str = flag("rbf", "paper: surrogate model", choices=SURROGATES)
     initial: int = flag(250, "paper and random: initial configurations", metavar="N")
     iterations: int = flag(200, "paper: iterations of fit, evolve, evaluate", metavar="N")
@@ -74,14 +91,14 @@ class SearchSettings:
         check_group_size(self.group_size)
         given = [n for n in ("target_bits", "memory", "max_loss") if getattr(self, n) is not None]
         if len(given) > 1:
-            raise AmqError(f"give one budget, not both --{given[0].replace('_', '-')} and --{given[1].replace('_', '-')}")
+            raise AmqError(
+                f"give one budget, not both --{given[0].replace('_', '-')} and --{given[1].replace('_', '-')}"
+            )
         if self.context and self.memory is None:
             raise AmqError("--context sizes the KV cache within --memory: give --memory too")
         if len(self.bit_formats) < 2:
             raise AmqError(f"--formats {self.formats}: a search needs at least two formats to choose from")
-        for name, least in (("window_length", 2), ("windows", 1), ("confirm_windows", 1), ("bank_windows", 1), ("cost_passes", 1),
-                            ("points", 0), ("refine", 0), ("initial", 2), ("iterations", 0), ("per_iteration", 1),
-                            ("population", 4), ("generations", 1), ("context", 0), ("seed", 0)):  # fmt: skip
+        for name, least in LEAST.items():
             if getattr(self, name) < least:
                 raise AmqError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(self, name)}")
         for size in (self.memory, self.cache_memory):

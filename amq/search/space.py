@@ -22,7 +22,8 @@ from amq.linears import LinearSpec, match_linears
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """linears: all of them, pinned ones included. formats: candidates, cheapest first. pinned: {linear: format name}."""
+    """linears: all of them, pinned ones included. formats: candidates, cheapest first. pinned: {linear: format name}.
+    """
 
     linears: tuple[LinearSpec, ...]
     formats: tuple[BitFormat, ...]
@@ -70,7 +71,9 @@ class SearchSpace:
     @cached_property
     def sizes(self) -> np.ndarray:
         """Stored bytes, int64 [n_variables, n_formats]."""
-        return np.array([[sum(linear_bytes(s, f, self.group_size) for s in v) for f in self.formats] for v in self.variables])
+        return np.array(
+            [[sum(linear_bytes(s, f, self.group_size) for s in v) for f in self.formats] for v in self.variables]
+        )
 
     @cached_property
     def pinned_bytes(self) -> int:
@@ -127,14 +130,16 @@ class SearchSpace:
 
 
 def tie_pattern(tie: str) -> re.Pattern[str]:
-    """`qkv` → roles q, k, v, each alone or followed by `_…` (q_proj); `gate_up` → gate, up. Underscores part the names."""
+    """`qkv` → roles q, k, v, each alone or followed by `_…` (q_proj); `gate_up` → gate, up."""
     names = tie.split("_") if "_" in tie else list(tie)
     if not all(names):
         raise AmqError(f"--tie {tie!r}: expected names like qkv or gate_up")
     return re.compile("(" + "|".join(map(re.escape, names)) + ")(_.*)?")
 
 
-def parse_pins(pins: Sequence[str], linears: tuple[LinearSpec, ...], get_format: Mapping[str, BitFormat]) -> dict[str, BitFormat]:
+def parse_pins(
+    pins: Sequence[str], linears: tuple[LinearSpec, ...], get_format: Mapping[str, BitFormat]
+) -> dict[str, BitFormat]:
     """`REGEX=FORMAT` texts → {linear: format}; later ones win."""
     pinned: dict[str, BitFormat] = {}
     for pin in pins:

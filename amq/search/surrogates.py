@@ -1,7 +1,8 @@
 """Surrogates: regressors from a point (format indices) to loss, behind one interface.
 
-`rbf` is the paper's: cubic radial basis functions with a linear tail (scipy). The tail has dim + 1 coefficients, so below
-dim + 2 distinct points it cannot be fitted and a constant tail is used, which is logged. `mlp` is scikit-learn's.
+`rbf` is the paper's: cubic radial basis functions with a linear tail (scipy). The tail has dim + 1 coefficients, so
+below dim + 2 distinct points it cannot be fitted and a constant tail is used, which is logged. `mlp` is
+scikit-learn's.
 """
 
 from __future__ import annotations

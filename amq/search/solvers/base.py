@@ -60,6 +60,6 @@ def pruned(problem: Problem, threshold: float) -> tuple[SearchSpace, Sensitivity
 
 
 def random_points(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[count, n_variables]; each point draws its own mix of formats first, so that sizes spread over the whole range."""
+    """[count, n_variables]; each point draws its own mix of formats first: sizes spread over the whole range."""
     mixes = rng.dirichlet(np.ones(len(space.formats)), size=count)
     return np.stack([rng.choice(len(space.formats), size=len(space.variables), p=mix) for mix in mixes])

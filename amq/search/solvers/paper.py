@@ -1,8 +1,8 @@
 """The paper's search (AMQ, §3; Algorithm 1): prune, sample, then fit a surrogate, evolve on it, evaluate, repeat.
 
-`--preset paper` is its setting to the letter: 250 initial configurations with the uniform ones among them, NSGA-II with a
-population of 200 for 20 generations, crossover probability 0.9, mutation probability 0.1 (per variable), 50 candidates
-per iteration, 200 iterations.
+`--preset paper` is its setting to the letter: 250 initial configurations with the uniform ones among them, NSGA-II
+with a population of 200 for 20 generations, crossover probability 0.9, mutation probability 0.1 (per variable), 50
+candidates per iteration, 200 iterations.
 """
 
 from __future__ import annotations
@@ -79,7 +79,10 @@ def _candidates(
 def _evolve(
     problem: Problem, space: SearchSpace, surrogate: Surrogate, data: _Data, options: SolverOptions, iteration: int
 ) -> np.ndarray:
-    """NSGA-II (pymoo) on (bits per weight, predicted loss), started from the archive's front; [population, variables]."""
+    """NSGA-II (pymoo) on (bits per weight, predicted loss), started from the archive's front.
+
+    Returns [population, variables].
+    """
     from pymoo.algorithms.moo.nsga2 import NSGA2
     from pymoo.core.mutation import Mutation
     from pymoo.core.problem import Problem as PymooProblem
@@ -105,7 +108,11 @@ def _evolve(
             return np.where(rng.random(x.shape) < options.mutation, redrawn, x)
 
     front = data.x[pareto_indices(np.column_stack([space.bits(data.x), data.y]))][: options.population]
-    start = np.vstack([front, random_points(space, options.population - len(front), rng)]) if len(front) < options.population else front
+    start = (
+        np.vstack([front, random_points(space, options.population - len(front), rng)])
+        if len(front) < options.population
+        else front
+    )
     algorithm = NSGA2(
         pop_size=options.population,
         sampling=start,

@@ -1,0 +1,124 @@
+"""What a run folder's JSON files say: run.json, front.json and a configuration's provenance (docs/format.md)."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import amq
+from amq.linears import Inventory
+from amq.search.fit import LossFit, table_cost
+from amq.search.front import hypervolume
+from amq.search.knapsack import select
+from amq.search.problem import Problem, Table
+from amq.search.space import SearchSpace
+
+CURVE_POINTS = 120
+PACKAGES = ("torch", "transformers", "numpy", "scipy", "hqq", "pymoo", "scikit-learn")
+BANK_SETTINGS = ("proxy", "calibration", "window_length", "bank_windows", "seed")
+"""Settings that name a bank of a model, besides the group size: `amq.eval` opens the same one from them."""
+KV_ENTRIES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
+              "sliding_window", "layer_types")  # fmt: skip
+"""Entries of a model's config that size its KV cache, kept so that `select` needs no model."""
+
+
+def provenance(settings: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
+    """Where a configuration came from, and what names its bank."""
+    names = (*BANK_SETTINGS, "solver", "cost", "formats", "loss")
+    return {**{n: settings[n] for n in names}, "model_fingerprint": fingerprint, "amq": amq.__version__}
+
+
+def front_json(
+    problem: Problem, front: list[dict[str, Any]], table: Table | None, fit: LossFit | None
+) -> dict[str, Any]:
+    """The content of front.json."""
+    space, archive = problem.space, problem.archive
+
+    def confirmed(formats: dict[str, str]) -> float | None:
+        record = archive.find(formats, "confirm")
+        return record["loss"] if record else None
+
+    def predicted(formats: dict[str, str]) -> float | None:
+        return float(fit.predict(table_cost(table, formats))) if fit else None
+
+    uniform = []
+    for fmt in space.formats:
+        record = archive.find(space.uniform(fmt))
+        if record:
+            uniform.append({
+                "name": fmt.name, "bits_per_weight": record["bits_per_weight"], "loss": record["loss"],
+                "loss_confirm": confirmed(space.uniform(fmt)),
+            })  # fmt: skip
+    points = [
+        {
+            "bits_per_weight": r["bits_per_weight"], "loss": r["loss"], "loss_confirm": confirmed(r["configuration"]),
+            "predicted": predicted(r["configuration"]), "archive_index": r["index"],
+            "configuration": r["configuration"],
+        }
+        for r in front
+    ]  # fmt: skip
+    pairs = np.array([(p["bits_per_weight"], p["loss"]) for p in points]).reshape(-1, 2)
+    return {
+        "schema": "amq/front/1", "bits_range": list(space.bits_range),
+        "hypervolume": hypervolume(pairs, space.bits_range),
+        "uniform": uniform, "front": points, "curve": _curve(space, table, fit), "fit": fit.json() if fit else None,
+    }  # fmt: skip
+
+
+def _curve(space: SearchSpace, table: Table | None, fit: LossFit | None) -> list[dict[str, float]] | None:
+    """Predicted loss of the knapsack optimum at evenly spaced budgets."""
+    if table is None or fit is None:
+        return None
+    costs = space.variable_costs(table)
+    curve = []
+    for bits in np.linspace(*space.bits_range, CURVE_POINTS):
+        formats = space.decode(select(costs, space.sizes, space.capacity(float(bits) + 1e-9)))
+        curve.append(
+            {"bits_per_weight": space.bits_of(formats), "loss": float(fit.predict(table_cost(table, formats)))}
+        )
+    return curve
+
+
+def describe_model(parts: Inventory, config: Any) -> dict[str, Any]:
+    """The part of run.json that stands in for the model: its linears, its other weights, and its KV cache."""
+    config = config.get_text_config()
+    return {
+        "linears": [
+            {
+                "name": s.name,
+                "block": s.block,
+                "role": s.role,
+                "out_features": s.out_features,
+                "in_features": s.in_features,
+            }
+            for s in parts.linears
+        ],
+        "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in parts.others],
+        "head_is_tied": parts.head_is_tied,
+        "kv_cache": {name: getattr(config, name, None) for name in KV_ENTRIES},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of amq, Python and the packages that results depend on."""
+    found = {"amq": amq.__version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name; Linux tells it in a file only."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
