@@ -146,7 +146,7 @@ def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
         weight = get_linear(model, spec.name).weight
         if not bool(torch.isfinite(weight).all()):
             raise AmqError(
-                f"linear {spec.name} holds {int((~torch.isfinite(weight)).sum())} non-finite weights (NaN or infinity): "
+                f"linear {spec.name} holds {int((~torch.isfinite(weight)).sum())} non-finite weights: "
                 "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
             )
 
