@@ -129,7 +129,7 @@ def open_bank(
     fingerprint: `model_fingerprint(model)` where the caller has it already.
     """
     folder = (cache or cache_dir() / "banks") / settings.key(fingerprint or model_fingerprint(model))
-    blocks = range(inventory.n_blocks)
+    blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
     missing = {b: fs for b, fs in missing.items() if fs}
     if missing:
@@ -172,7 +172,7 @@ def _build(
             linears = inventory.in_block(block)
             wanted = missing.get(block)
             groups = inputs.advance(linears, collect=bool(wanted)) if inputs else [(linears, None)]
-            if not wanted or not linears:
+            if not wanted:
                 step(f"block {block} is there")
                 continue
             start = time.monotonic()
@@ -237,7 +237,7 @@ class _InputStatistics:
                 self._hidden[i] = self._runner.hidden(tokens, start + 1, start, self._hidden[i])
                 grams.end_of_window()
         self._boundary += 1
-        return grams.groups()
+        return grams.groups() if collect else []
 
 
 class _Grams:
