@@ -69,6 +69,8 @@ def load_text(source: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise AmqError(f"{path} is not UTF-8 text: {error}") from None
+    except OSError as error:
+        raise AmqError(f"{path} cannot be read: {error}") from None
 
 
 def _pydoc_text() -> str:
@@ -127,6 +129,7 @@ class WindowSampler:
     """
 
     def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
+        _check_length(length, 1)
         slots = len(corpus.tokens) // length
         if slots < 1:
             raise AmqError(
@@ -146,11 +149,12 @@ class WindowSampler:
             )  # fmt: skip
 
     def take(self, count: int) -> Tensor:
-        return self._windows[torch.tensor([next(self._order) for _ in range(count)])]
+        return self._windows[torch.tensor([next(self._order) for _ in range(count)], dtype=torch.int64)]
 
 
 def fixed_windows(corpus: Corpus, length: int, max_tokens: int) -> Tensor:
     """The first `max_tokens` tokens as consecutive windows, int64 [n, length]; for perplexity."""
+    _check_length(length, 2)
     count = min(len(corpus.tokens), max_tokens) // length
     if count < 1:
         raise AmqError(
@@ -158,3 +162,8 @@ def fixed_windows(corpus: Corpus, length: int, max_tokens: int) -> Tensor:
             f"less than one window of {length}: give a longer text or a smaller --window-length"
         )
     return corpus.tokens[: count * length].view(count, length)
+
+
+def _check_length(length: int, least: int) -> None:
+    if length < least:
+        raise AmqError(f"a window length of {length} is too small: expected at least {least} (--window-length)")

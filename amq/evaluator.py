@@ -83,28 +83,28 @@ class Evaluator:
         self.seconds += time.perf_counter() - start
         return loss
 
+    @torch.no_grad()  # as a decorator it is off between the steps of this generator
     def sensitivities(
         self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
     ) -> Iterator[tuple[str, str, float]]:
         """(linear, format, loss) for each (linear, format) in `changes`: that linear so, all others as in `base`."""
         tokens = self._batches(self._windows[windows])
-        with torch.no_grad():
+        self.apply(base)
+        hidden: list[Tensor | None] = [None] * len(tokens)
+        boundary = 0
+        for name, fmt in sorted(changes, key=lambda change: self._blocks[change[0]]):
+            start = time.perf_counter()
+            block = self._blocks[name]
+            if block > boundary:
+                hidden = [self._run(t, block, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
+                boundary = block
+            self.apply({**base, name: fmt})
+            last = self._runner.n_blocks
+            final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
+            loss = self._mean_loss(torch.cat([f.flatten(0, 1) for f in final]), windows)
             self.apply(base)
-            hidden: list[Tensor | None] = [None] * len(tokens)
-            boundary = 0
-            for name, fmt in sorted(changes, key=lambda change: self._blocks[change[0]]):
-                start = time.perf_counter()
-                block = self._blocks[name]
-                if block > boundary:
-                    hidden = [self._run(t, block, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
-                    boundary = block
-                self.apply({**base, name: fmt})
-                last = self._runner.n_blocks
-                final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
-                loss = self._mean_loss(torch.cat([f.flatten(0, 1) for f in final]), windows)
-                self.apply(base)
-                self.seconds += time.perf_counter() - start
-                yield name, fmt, loss
+            self.seconds += time.perf_counter() - start
+            yield name, fmt, loss
 
     def apply(self, formats: Mapping[str, str]) -> None:
         """Puts the configuration's weights into the model, touching only linears whose format changes."""

@@ -53,6 +53,8 @@ def read_json(path: Path) -> Any:
         raise AmqError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AmqError(f"{path} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise AmqError(f"{path} cannot be read: {error}") from None
 
 
 def cache_dir() -> Path:

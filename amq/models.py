@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from amq.errors import AmqError
@@ -63,12 +64,20 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     check_memory(_numel(folder) * target.itemsize, f"loading {name} in {str(target).removeprefix('torch.')}", device)
     try:
         with _no_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=target)
+            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=target, output_loading_info=True)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise AmqError(f"transformers could not load {name} from {folder}: {error}") from error
+    _check_complete(folder, info)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name)
+
+
+def _check_complete(path: Path, info: dict[str, Any]) -> None:
+    """Refuses a checkpoint without some of the model's weights, which transformers fills with random numbers."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete")
 
 
 @contextmanager
@@ -171,10 +180,13 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     where, file = str(path.parent), path.name
     try:
         with _no_progress_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=file, dtype=torch.float32)
+            loaded, info = AutoModelForCausalLM.from_pretrained(
+                where, gguf_file=file, dtype=torch.float32, output_loading_info=True
+            )
             tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
     except Exception as error:  # gguf and transformers raise many types for a file they cannot read
         raise AmqError(f"{path} cannot be dequantized by transformers: {type(error).__name__}: {error}") from error
+    _check_complete(path, info)
     # A GGUF-loaded model refuses save_pretrained; the same weights in a fresh model of the same config do not.
     config = loaded.config
     if hasattr(config, "quantization_config"):
@@ -237,7 +249,7 @@ def _numel(folder: Path) -> int:
             for key, entry in header.items():
                 if key != "__metadata__":
                     total += torch.Size(entry["shape"]).numel()
-        except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, OverflowError, MemoryError) as error:
+        except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
             raise AmqError(f"{path} is not a readable safetensors file ({error}): download or save it again") from error
     return total
 
