@@ -34,7 +34,7 @@ from amq.blocks import BlockRunner
 from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.files import cache_dir, write_atomic, write_json
-from amq.formats import BitFormat, get_format
+from amq.formats import BitFormat, check_group_size, get_format
 from amq.linears import Inventory, LinearSpec, get_linear
 from amq.models import fingerprint as content_hash
 from amq.models import model_fingerprint
@@ -128,6 +128,10 @@ def open_bank(
 
     fingerprint: `model_fingerprint(model)` where the caller has it already.
     """
+    get_quantizer(settings.proxy)
+    check_group_size(settings.group_size)
+    if settings.proxy in NEEDS_GRAM and (settings.calibration is None or not len(settings.calibration)):
+        raise AmqError(f"the {settings.proxy} bank needs at least one calibration window (--bank-windows)")
     folder = (cache or cache_dir() / "banks") / settings.key(fingerprint or model_fingerprint(model))
     blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}

@@ -59,6 +59,7 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _check_device(device)
     folder = resolve(name)
     target = _target_dtype(folder, dtype, device)
     check_memory(_numel(folder) * target.itemsize, f"loading {name} in {str(target).removeprefix('torch.')}", device)
@@ -71,6 +72,14 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     _check_complete(folder, info)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name)
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA that is asked for it
+        reason = str(error).strip().splitlines()[0]
+        raise AmqError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def _check_complete(path: Path, info: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type) -> None:
             if field.metadata["choices"]:
                 options["choices"] = list(field.metadata["choices"])
                 options["metavar"] = None
-        shown = field.default not in (None, dataclasses.MISSING, False, "")
+        shown = field.default not in (None, dataclasses.MISSING, "") and field.default is not False  # 0 is shown
         if shown:
             options["help"] += f" (default {field.default})".replace("%", "%%")
         parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS, **options)

@@ -292,6 +292,15 @@ def test_unknown_names(tiny_llama: nn.Module, banks: Path) -> None:
         bank.get("model.layers.0.mlp.up_proj", "int3")
     with pytest.raises(AmqError, match="unknown quantizer 'awq': expected one of gptq, hqq, rtn"):
         build(tiny_llama, banks, BankSettings("awq", 32))
+    with pytest.raises(AmqError, match="group size 100 is not supported: expected one of 32, 64, 128"):
+        build(tiny_llama, banks, BankSettings("rtn", 100))
+
+
+@pytest.mark.parametrize("calibration", [None, CALIBRATION[:0]])
+def test_gptq_needs_calibration(tiny_llama: nn.Module, banks: Path, calibration: torch.Tensor | None) -> None:
+    with pytest.raises(AmqError, match=r"the gptq bank needs at least one calibration window \(--bank-windows\)"):
+        build(tiny_llama, banks, BankSettings("gptq", 32, calibration))
+    build(tiny_llama, banks, BankSettings("rtn", 32, calibration))
 
 
 def test_non_finite_activations_are_refused(tiny_llama: nn.Module, banks: Path) -> None:

@@ -285,7 +285,7 @@ def add_tokenizer(gguf: Any, writer: Any) -> None:
     ("kind", "error"), [("F32", 0.0), ("F16", 2**-11), ("Q8_0", 0.5 / 127 + 2**-11), ("Q4_0", 1 / 7)]
 )
 def test_gguf(kind: str, error: float, gguf_model: Callable[..., Path], tiny_llama: nn.Module) -> None:
-    """error: of a weight, at most, as a share of the largest of its 32. Scales are fp16; 4-bit codes −8…7 clip one side."""
+    """error: of a weight, at most, as a share of the largest of its 32; scales are fp16, 4-bit codes −8…7 clip."""
     loaded = load_model(str(gguf_model(kind)))
     found = dict(loaded.model.named_parameters())
     assert found.keys() == dict(tiny_llama.named_parameters()).keys()

@@ -48,7 +48,13 @@ class Evaluation:
     settings: dict[str, Any]
 
     def json(self) -> dict[str, Any]:
-        return {"schema": "amq/eval/1", "settings": self.settings, "rows": [asdict(r) for r in self.rows]}
+        """JSON has no infinity: a figure that is not finite is null."""
+
+        def finite(value: str | float) -> str | float | None:
+            return value if isinstance(value, str) or math.isfinite(value) else None
+
+        rows = [{name: finite(value) for name, value in asdict(row).items()} for row in self.rows]
+        return {"schema": "amq/eval/1", "settings": self.settings, "rows": rows}
 
 
 def evaluate(
@@ -88,6 +94,7 @@ def evaluate(
     for _, configuration in loaded_configurations:
         configuration.check(parts.linears)
     windows = fixed_windows(load_corpus(text, loaded.tokenizer), window_length, max_tokens)
+    BlockRunner(loaded.model).check(windows[:1, :32].to(loaded.model.get_input_embeddings().weight.device))
     recipe = _Recipe(proxy, group_size, calibration, bank_windows, window_length, seed)
     banks = _Banks(loaded, parts, progress)
     if loaded_configurations:
@@ -113,7 +120,12 @@ def evaluate(
 
 def perplexity(model: torch.nn.Module, windows: Tensor) -> float:
     """exp of the mean negative log-likelihood per predicted token; windows: int64 [n, length]."""
-    return math.exp(negative_log_likelihood(model, windows))
+    return _exp(negative_log_likelihood(model, windows))
+
+
+def _exp(loss: float) -> float:
+    # a broken model's mean log-likelihood can exceed what exp can hold; infinity is then the honest perplexity
+    return math.inf if loss > 700 else math.exp(loss)
 
 
 def negative_log_likelihood(model: torch.nn.Module, windows: Tensor) -> float:
@@ -132,8 +144,7 @@ def negative_log_likelihood(model: torch.nn.Module, windows: Tensor) -> float:
 
 def _row(name: str, loaded: LoadedModel, windows: Tensor, bits: float, size: int) -> Row:
     loss = negative_log_likelihood(loaded.model, windows)
-    # a broken model's mean log-likelihood can exceed what exp can hold; infinity is then the honest perplexity
-    return Row(name, round(bits, 4), math.exp(loss) if loss < 700 else math.inf, loss, size)
+    return Row(name, round(bits, 4), _exp(loss), loss, size)
 
 
 @dataclass(frozen=True)
