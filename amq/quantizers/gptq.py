@@ -21,7 +21,7 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat, n_groups
 from amq.packing import PackedWeight
-from amq.quantizers.grid import expand, fitted_grid, packed, storable, to_groups
+from amq.quantizers.grid import TINY, expand, fitted_grid, packed, storable, to_groups
 from amq.threads import parallel_map
 
 DAMPING = 0.01
@@ -145,7 +145,7 @@ def _refit_rows(
     theta, info = torch.linalg.solve_ex(normal.double(), right.view(rows, -1, 1).double())
     scale, offset = theta.view(rows, 2, groups).float().unbind(1)
     zero_point = -offset / scale
-    good = (info == 0).unsqueeze(-1) & (scale > 2.0**-14) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
+    good = (info == 0).unsqueeze(-1) & (scale > TINY) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
     good = good.all(-1, keepdim=True)  # groups of a row were solved together: take all or none
     new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero_point, grid[1]))
     better = _output_error(weight, codes, new, group_size, hessian) < _output_error(

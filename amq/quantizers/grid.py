@@ -14,7 +14,8 @@ from torch import Tensor
 from amq.formats import BitFormat, n_groups
 from amq.packing import PackedWeight, expand_groups, pack_codes
 
-TINY = 2.0**-14  # the smallest normal fp16: a scale below it would lose precision
+TINY = 2.0**-20
+"""The smallest scale: a subnormal fp16 that still has five significant bits."""
 
 
 def to_groups(weight: Tensor, group_size: int) -> Tensor:
