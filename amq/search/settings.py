@@ -83,7 +83,7 @@ class SearchSettings:
     # how to run
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
     device: str = flag("cpu", "torch device", metavar="DEVICE")
-    cache_memory: str = flag("512MiB", "memory for cached reference distributions", metavar="SIZE")
+    cache_memory: str = flag("256MiB", "memory for cached reference distributions", metavar="SIZE")
     time: str | None = flag(None, "stop evaluating after this long, such as 10min", metavar="T")
 
     def __post_init__(self) -> None:

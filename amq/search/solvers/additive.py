@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from amq.search.knapsack import select, select_exact
 from amq.search.problem import Problem
 from amq.search.refine import refine
+from amq.search.sensitivity import measure
 from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform
 from amq.search.space import SearchSpace
 
@@ -43,7 +45,10 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     if options.refine:
         budget = problem.budget if problem.budget is not None else (low + high) / 2
         refine(problem, costs, configuration(budget), budget, options.refine)
-    return Solution(table=table)
+    if options.cost != "sensitivity":
+        return Solution(table=table)
+    measured = measure(problem, options.prune)  # every loss is in the archive already; this solver pins nothing
+    return Solution(table=table, sensitivity=replace(measured, pinned=()))
 
 
 def front_budgets(space: SearchSpace, points: int) -> list[float]:
