@@ -53,7 +53,7 @@ class Evaluator:
         bank: WeightBank,
         windows: Mapping[str, Tensor],
         loss: str = "jsd",
-        cache_memory: int = 512 << 20,
+        cache_memory: int = 256 << 20,
     ) -> None:
         if loss not in LOSSES:
             raise AmqError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}")
