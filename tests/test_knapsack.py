@@ -30,7 +30,7 @@ def total(table: np.ndarray, point: np.ndarray) -> float:
 def test_exact_equals_brute_force(seed, share):
     costs, sizes = instance(seed, 5)
     low, high = sizes.min(1).sum(), sizes.max(1).sum()
-    capacity = low + share * (high - low)
+    capacity = int(low + share * (high - low))  # sizes are whole bytes
     best = min(
         total(costs, np.array(p))
         for p in itertools.product(range(3), repeat=5)

@@ -92,6 +92,7 @@ def select_exact(costs: np.ndarray, sizes: np.ndarray, capacity: float) -> np.nd
     from scipy.sparse import csr_array
 
     n, m = costs.shape
+    capacity = np.floor(capacity + 1e-6)  # sizes are whole bytes; the solver's tolerance must not buy the next one
     choose_one = csr_array((np.ones(n * m), (np.repeat(np.arange(n), m), np.arange(n * m))), shape=(n, n * m))
     unit = float(sizes.max())
     scale = float(np.abs(costs).max()) or 1.0
