@@ -95,7 +95,8 @@ def select_exact(costs: np.ndarray, sizes: np.ndarray, capacity: float) -> np.nd
     capacity = np.floor(capacity + 1e-6)  # sizes are whole bytes; the solver's tolerance must not buy the next one
     choose_one = csr_array((np.ones(n * m), (np.repeat(np.arange(n), m), np.arange(n * m))), shape=(n, n * m))
     unit = float(sizes.max())
-    scale = float(np.abs(costs).max()) or 1.0
+    # HiGHS stops at an absolute gap of 1e-6, which scipy cannot set: costs are scaled up until that is nothing
+    scale = 1e-4 * float(np.abs(costs).max()) or 1.0
     result = milp(
         costs.ravel() / scale,
         integrality=np.ones(n * m),
@@ -104,7 +105,7 @@ def select_exact(costs: np.ndarray, sizes: np.ndarray, capacity: float) -> np.nd
             LinearConstraint(choose_one, 1, 1),
             LinearConstraint(sizes.reshape(1, -1) / unit, ub=capacity / unit),
         ],
-        options={"mip_rel_gap": 1e-6},
+        options={"mip_rel_gap": 1e-9},
     )
     if result.x is None:
         raise AmqError(f"the budget is below the smallest configuration (integer program: {result.message})")
