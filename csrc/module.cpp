@@ -14,6 +14,7 @@
 #include "cpu/dequantize.h"
 #include "cpu/divergence.h"
 #include "cpu/unit.h"
+#include "modules.h"
 
 namespace py = pybind11;
 using amq::find_isa;
@@ -81,12 +82,20 @@ std::vector<std::string> isas() {
     return names;
 }
 
+std::map<std::string, std::string> missing() {
+    std::map<std::string, std::string> reasons;
+    for (amq::Isa isa : amq::kIsas)
+        if (const char* reason = amq::missing_feature(isa)) reasons[amq::isa_name(isa)] = reason;
+    return reasons;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of amq; call them through amq.native";
     m.def("formats", &formats, "Formats compiled in: {name: [levels, unit_codes, unit_bytes]}");
     m.def("isas", &isas, "Instruction sets that this processor can run, worst first");
+    m.def("missing", &missing, "What this machine lacks, {instruction set: reason}, of those that it cannot run");
     m.def("isa", [] { return amq::isa_name(amq::best_isa()); }, "The instruction set that kernels use by default");
     m.def("dequantize", &dequantize, py::kw_only(), py::arg("format"), py::arg("qweight"), py::arg("scale"),
           py::arg("zero_point"), py::arg("out"), py::arg("qweight_stride"), py::arg("group_stride"),
@@ -95,4 +104,5 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("jensen_shannon", &jensen_shannon, py::kw_only(), py::arg("reference"), py::arg("logits"),
           py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("threads"), py::arg("isa") = "",
           "Log-probabilities and logits -> float64 divergence per row; see csrc/cpu/divergence.h");
+    bind_linear(m);
 }

@@ -94,7 +94,7 @@ void dequantize(const FormatKernels& format, Isa isa, const DequantizeArgs& args
     // Waking a thread costs a few µs, in which one thread writes about this many weights.
     constexpr int64_t kWeightsPerThread = 1 << 15;
     const int64_t useful = 1 + args.rows * args.in_features / kWeightsPerThread;
-    const auto kernel = format.dequantize_rows[static_cast<int>(isa)];
+    const auto kernel = format.dequantize_rows[use_avx2(isa)];
     parallel_rows(args.rows, static_cast<int>(std::min<int64_t>(threads, useful)),
                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

@@ -33,7 +33,7 @@ struct FormatKernels {
     const char* name;
     std::array<int, 3> layout;  // levels, unit_codes, unit_bytes
     int64_t (*row_bytes)(int64_t in_features);
-    void (*dequantize_rows[kIsas.size()])(const DequantizeArgs&, int64_t begin, int64_t end);
+    void (*dequantize_rows[2])(const DequantizeArgs&, int64_t begin, int64_t end);  // portable, AVX2
 };
 
 const std::vector<FormatKernels>& compiled_formats();

@@ -11,8 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-// The decoders below are compiled once per instruction set: they must be inlined into the function that names the set.
-#define AMQ_INLINE inline __attribute__((always_inline))
+#include "isa.h"
 
 namespace amq {
 

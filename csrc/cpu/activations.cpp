@@ -1,0 +1,105 @@
+// The loops of activations.h.
+
+#include "activations.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+namespace amq {
+namespace {
+
+struct Rounded {
+    float scale;
+    int32_t sum;
+};
+
+// Magnitudes compare as their bits do, NaN above infinity above all numbers; a comparison of floats would lose NaN.
+AMQ_INLINE float largest_magnitude(const float* x, int64_t count) {
+    uint32_t largest = 0;
+#pragma omp simd reduction(max : largest)
+    for (int64_t k = 0; k < count; ++k) {
+        uint32_t bits;
+        std::memcpy(&bits, x + k, sizeof bits);
+        bits &= 0x7fffffffu;
+        largest = largest > bits ? largest : bits;
+    }
+    float result;
+    std::memcpy(&result, &largest, sizeof result);
+    return result;
+}
+
+AMQ_INLINE Rounded round_group(const float* x, int64_t count, int8_t* q) {
+    constexpr float kLeast = 0x1p-100f;      // 127 / kLeast is still a number
+    constexpr float kRound = 0x1.8p23f;      // adding it leaves the nearest integer in the lowest bits
+    const float largest = largest_magnitude(x, count);
+    if (!(largest >= kLeast && largest <= std::numeric_limits<float>::max())) {
+        std::memset(q, 0, count);
+        return {largest < kLeast ? 0.0f : std::numeric_limits<float>::quiet_NaN(), 0};
+    }
+    const float inverse = 127.0f / largest;
+    int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t k = 0; k < count; ++k) {
+        const float rounded = x[k] * inverse + kRound;
+        int32_t bits;
+        std::memcpy(&bits, &rounded, sizeof bits);
+        const int8_t value = static_cast<int8_t>(bits);
+        q[k] = value;
+        sum += value;
+    }
+    return {largest / 127.0f, sum};
+}
+
+AMQ_INLINE void quantize(const ActivationArgs& a, int64_t begin, int64_t end) {
+    const Panels& panels = a.panels;
+    alignas(64) int8_t q[kMaxGroup];
+    for (int64_t m = begin; m < end; ++m) {
+        int8_t* out = static_cast<int8_t*>(a.out) + m / panels.rows * panels.panel_size() + m % panels.rows * panels.step;
+        for (int64_t g = 0; g < panels.n_groups; ++g) {
+            const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
+            std::memset(q + count, 0, panels.group_stride - count);
+            const Rounded rounded = m < a.rows ? round_group(a.x + m * a.x_stride + first, count, q)
+                                               : (std::memset(q, 0, count), Rounded{0, 0});
+            a.x_scale[panels.scale_index(m, g)] = rounded.scale;
+            a.x_sum[panels.scale_index(m, g)] = static_cast<float>(rounded.sum);
+            int8_t* group = out + g * panels.group_size();
+            if (panels.rows == 1) {
+                std::memcpy(group, q, panels.group_stride);
+            } else if (panels.step == kStep) {
+                for (int64_t k = 0; k < panels.group_stride; k += kStep)
+                    std::memcpy(group + k * panels.rows, q + k, kStep);
+            } else {
+                for (int64_t k = 0; k < panels.group_stride; k += panels.step)
+                    std::memcpy(group + k * panels.rows, q + k, panels.step);
+            }
+        }
+    }
+}
+
+void quantize_portable(const ActivationArgs& a, int64_t begin, int64_t end) { quantize(a, begin, end); }
+
+AMQ_TARGET_AVX2 void quantize_avx2(const ActivationArgs& a, int64_t begin, int64_t end) { quantize(a, begin, end); }
+
+}  // namespace
+
+void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end) {
+    (use_avx2(isa) ? quantize_avx2 : quantize_portable)(args, begin, end);
+}
+
+void copy_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
+    const Panels& panels = a.panels;
+    for (int64_t m = begin; m < end; ++m) {
+        float* out = static_cast<float*>(a.out) + m / panels.rows * panels.panel_size() + m % panels.rows;
+        for (int64_t g = 0; g < panels.n_groups; ++g, out += panels.group_size()) {
+            const int64_t first = g * a.group_size;
+            const int64_t count = m < a.rows ? std::min(a.group_size, a.in_features - first) : 0;
+            const float* x = a.x + m * a.x_stride + first;
+            for (int64_t k = 0; k < count; ++k) out[k * panels.rows] = x[k];
+            for (int64_t k = count; k < panels.group_stride; ++k) out[k * panels.rows] = 0;
+        }
+    }
+}
+
+}  // namespace amq

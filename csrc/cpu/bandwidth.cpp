@@ -1,0 +1,50 @@
+// The loop of bandwidth.h.
+
+#include "bandwidth.h"
+
+#include <atomic>
+#include <cstring>
+
+#include "threads.h"
+
+namespace amq {
+namespace {
+
+using U64x8 = uint64_t __attribute__((vector_size(64)));
+
+constexpr int64_t kLine = 64, kAhead = 1024;
+
+AMQ_INLINE uint64_t checksum(const uint8_t* data, int64_t begin, int64_t end) {
+    U64x8 sums[4] = {};  // several, so that no addition waits for the one before
+    for (; begin + 4 * kLine <= end; begin += 4 * kLine)
+        for (int i = 0; i < 4; ++i) {
+            U64x8 line;
+            __builtin_prefetch(data + begin + i * kLine + kAhead);
+            std::memcpy(&line, data + begin + i * kLine, sizeof line);
+            sums[i] += line;
+        }
+    uint64_t sum = 0;
+    for (; begin < end; ++begin) sum += data[begin];
+    for (const U64x8& lanes : sums)
+        for (int i = 0; i < 8; ++i) sum += lanes[i];
+    return sum;
+}
+
+uint64_t checksum_portable(const uint8_t* data, int64_t begin, int64_t end) { return checksum(data, begin, end); }
+
+AMQ_TARGET_AVX2 uint64_t checksum_avx2(const uint8_t* data, int64_t begin, int64_t end) {
+    return checksum(data, begin, end);
+}
+
+}  // namespace
+
+uint64_t read_bytes(Isa isa, const uint8_t* data, int64_t bytes, int threads) {
+    const auto kernel = use_avx2(isa) ? checksum_avx2 : checksum_portable;
+    std::atomic<uint64_t> sum{0};
+    parallel_rows(bytes / kLine, threads, [&](int64_t begin, int64_t end) {
+        sum += kernel(data, begin * kLine, end * kLine);
+    });
+    return sum;
+}
+
+}  // namespace amq

@@ -1,0 +1,108 @@
+// y = x · Wᵀ (+ bias) for weights in tiles (tiles.h): one or several linears that share x, each in its own format.
+//
+// Two activation modes. fp32: products of float32 activations with (code − zero_point), scaled per group:
+//
+//     y[m, n] = Σ_g scale[n, g] · Σ_{k ∈ g} (code[n, k] − zero_point[n, g]) · x[m, k]
+//
+// int8: per row and group, x is rounded to q · a with a = max|x| / 127 and integers q (activations.h); dot products of
+// integers are exact, and only the sum over groups is rounded:
+//
+//     y[m, n] = Σ_g scale[n, g] · a[m, g] · (Σ_{k ∈ g} code · q − zero_point[n, g] · Σ_{k ∈ g} q)
+//
+// so that |y − y_fp32| ≤ Σ_g a[m, g]/2 · Σ_{k ∈ g} |W[n, k]|, rounding of float32 aside.
+//
+// Up to kGemvRows rows of x, codes are decoded in registers on their way from memory (gemv). Above, a tile's group is
+// decoded once into a buffer that stays in the first cache and is used for every row (gemm). Which rows lie together in
+// x is the kernel's wish: `Panels` describes it.
+
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "isa.h"
+#include "tiles.h"
+
+namespace amq {
+
+enum class Mode { fp32, int8 };
+
+constexpr int kGemvRows = 4;
+constexpr int kGemmRows = 512;  // rows of x handled at once: their sums for two tiles stay in the second cache
+
+// How x is laid out for a kernel: panels of `rows` rows; within a panel, `step` features of one row, then of the next.
+// A group takes `group_stride` features, padded with zeros. Element (m, k of group g) is at
+//
+//     (m / rows) · n_groups · group_stride · rows + (g · group_stride + k) / step · step · rows + (m % rows) · step + k % step
+//
+// in floats (fp32) or bytes (int8). Scales and sums of int8 groups are at ((m / rows) · n_groups + g) · rows + m % rows.
+struct Panels {
+    int rows, step;
+    int64_t n_groups, group_stride;
+
+    AMQ_INLINE int64_t group_size() const { return group_stride * rows; }  // elements
+    AMQ_INLINE int64_t panel_size() const { return n_groups * group_size(); }
+    AMQ_INLINE int64_t scale_index(int64_t m, int64_t g) const { return (m / rows * n_groups + g) * rows + m % rows; }
+};
+
+// One linear of a call, and the rows of x, as kernels see them.
+struct LinearTask {
+    const uint8_t* data;  // tiles
+    int64_t tile_bytes;   // of a full tile
+    int64_t out_features, in_features, group_size;
+    const float* bias;  // [out_features] or nullptr
+    float* y;           // [rows, y_stride], at this linear's first column
+    int64_t y_stride, rows;
+    Panels panels;
+    const void* x;
+    const float *x_scale, *x_sum;  // int8 only
+
+    AMQ_INLINE int64_t n_groups() const { return ceil_div(in_features, group_size); }
+    AMQ_INLINE int64_t blocks(int64_t group) const {
+        const int64_t features = in_features - group * group_size;
+        return ceil_div(features < group_size ? features : group_size, kBlock);
+    }
+    AMQ_INLINE int lanes(int64_t tile) const {
+        const int64_t left = out_features - tile * kLanes;
+        return left < kLanes ? static_cast<int>(left) : kLanes;
+    }
+};
+
+// Computes tiles begin … end − 1 for all rows.
+using LinearKernel = void (*)(const LinearTask&, int64_t begin, int64_t end);
+
+// The kernels of one format on one instruction set, by mode.
+struct LinearKernels {
+    LinearKernel gemv[2][kGemvRows + 1];  // by the panel's rows: 1, 2 and 4
+    LinearKernel gemm[2];
+    int gemm_rows[2], gemm_step[2];  // the panels that gemm wants
+};
+
+// For each compiled format in the order of amq_formats.h; an empty `gemv` where the layout does not hold it.
+const LinearKernels* linear_kernels_portable();
+const LinearKernels* linear_kernels_avx2();
+const LinearKernels* linear_kernels_avx512();
+const LinearKernels* linear_kernels_avx512vnni();
+const LinearKernels* linear_kernels_amx();
+
+struct LinearPart {
+    int format;  // its place in amq_formats.h
+    const uint8_t* data;
+    int64_t out_features;
+};
+
+// One call: `parts` share x and write side by side into y.
+struct LinearCall {
+    std::vector<LinearPart> parts;
+    const float* x;  // [rows, x_stride], the last dimension contiguous
+    const float* bias;  // [Σ out_features] or nullptr
+    float* y;        // [rows, y_stride]; need not be initialised; must not overlap anything
+    int64_t rows, in_features, group_size, x_stride, y_stride;
+    Mode mode;
+};
+
+// Runs the call on at most `threads` threads. The result does not depend on their number.
+void linear(const LinearCall& call, Isa isa, int threads);
+
+}  // namespace amq

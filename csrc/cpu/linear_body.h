@@ -1,0 +1,346 @@
+// The kernels of linear.h, once for all formats and instruction sets. Included by one file per instruction set, which
+// gives `S`: a vector of 16 lanes and its operations (simd_*.h). Everything here is in an unnamed namespace: the same
+// template compiled with other flags must not be taken for this one by the linker.
+//
+// A format is its bits: `decode` derives shifts and masks from the planes of tiles.h at compile time.
+
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "amq_formats.h"
+#include "linear.h"
+
+namespace amq {
+namespace {
+
+// The stream is read this far ahead of its use: far enough for memory's latency, and near enough that the first cache
+// still holds it (a sweep over 512 to 4096 bytes is in docs/cpu_kernels.md).
+constexpr int kPrefetchBytes = 1024;
+
+// Calls f(std::integral_constant<int, i>) for i in 0 … count − 1, unrolled.
+template <class F, int... i>
+AMQ_INLINE void unroll_sequence(const F& f, std::integer_sequence<int, i...>) {
+    (f(std::integral_constant<int, i>{}), ...);
+}
+template <int count, class F>
+AMQ_INLINE void unroll(const F& f) {
+    unroll_sequence(f, std::make_integer_sequence<int, count>{});
+}
+
+// One step of a block: the codes of 16 rows × 4 features, a byte each. Scalar form, for the code of byte j of a lane:
+//
+//     code = Σ_planes ((line[plane.line + step·w/8] >> (8j + w·(step % (8/w)))) & (2^w − 1)) << plane.offset
+template <class S, int bits, int step>
+AMQ_INLINE typename S::I32 decode(const typename S::I32 (&lines)[bits]) {
+    typename S::I32 codes{};
+    unroll<4>([&](auto index) __attribute__((always_inline)) {
+        constexpr Plane plane = plane_of(bits, index);
+        if constexpr (plane.width == 8) {
+            codes = lines[step];
+        } else if constexpr (plane.width > 0) {
+            constexpr int per_line = 8 / plane.width;
+            constexpr uint32_t mask = ((1u << plane.width) - 1) << plane.offset;
+            const auto line = S::template shift<step % per_line * plane.width - plane.offset>(
+                lines[plane.line + step / per_line]);
+            codes = index == 0 ? S::mask(line, 0x01010101u * mask) : S::mask_or(line, 0x01010101u * mask, codes);
+        }
+    });
+    return codes;
+}
+
+template <class S, int bits>
+AMQ_INLINE void load_block(const uint8_t* block, typename S::I32 (&lines)[bits]) {
+    unroll<bits>([&](auto i) __attribute__((always_inline)) {
+        S::prefetch(block + i * kLineBytes + kPrefetchBytes);
+        lines[i] = S::load(block + i * kLineBytes);
+    });
+}
+
+// The group of `bytes` bytes at `p`, whose lines have `lanes` lanes, with full lines in `buffer`; lanes beyond are 0.
+AMQ_INLINE const uint8_t* widen(const uint8_t* p, int lanes, int64_t lines, uint8_t* buffer) {
+    std::memset(buffer, 0, lines * kLineBytes);
+    std::memcpy(buffer, p, 2 * lanes);                                 // scales
+    std::memcpy(buffer + kLineBytes / 2, p + 2 * lanes, 2 * lanes);  // zero points
+    for (int64_t line = 1; line < lines; ++line)
+        std::memcpy(buffer + line * kLineBytes, p + line * 4 * lanes, 4 * lanes);
+    return buffer;
+}
+
+// Group `index` of a tile, in full lines wherever the tile's rows end.
+template <class S, int bits>
+struct Group {
+    const uint8_t* lines;
+    int64_t blocks;
+    alignas(64) uint8_t widened[kMaxGroupBytes];  // touched for the last tile only
+
+    AMQ_INLINE Group(const LinearTask& task, int64_t tile, int64_t index) : blocks(task.blocks(index)) {
+        const int lanes = task.lanes(tile);
+        const int64_t before = 1 + ceil_div(task.group_size, kBlock) * bits;  // lines of each group before this one
+        lines = task.data + tile * task.tile_bytes + 4 * lanes * before * index;
+        if (lanes < kLanes) lines = widen(lines, lanes, 1 + blocks * bits, widened);
+    }
+    Group(const Group&) = delete;  // `lines` may point into it
+    AMQ_INLINE typename S::F32 scale() const { return S::load_half(lines); }
+    AMQ_INLINE typename S::F32 zero_point() const { return S::load_half(lines + kLineBytes / 2); }
+    AMQ_INLINE const uint8_t* block(int64_t b) const { return lines + kLineBytes * (1 + b * bits); }
+};
+
+template <class S>
+AMQ_INLINE void store_row(const LinearTask& task, int64_t row, int64_t tile, typename S::F32 sum) {
+    float* y = task.y + row * task.y_stride + tile * kLanes;
+    const float* bias = task.bias ? task.bias + tile * kLanes : nullptr;
+    if (const int lanes = task.lanes(tile); lanes == kLanes) {
+        S::store(y, bias ? S::add(sum, S::load_float(bias)) : sum);
+    } else {
+        alignas(64) float all[kLanes];
+        S::store(all, sum);
+        for (int lane = 0; lane < lanes; ++lane) y[lane] = bias ? all[lane] + bias[lane] : all[lane];
+    }
+}
+
+// One group's integer sums of one row onto the row's result; the same operations in gemv and gemm, so that a row's
+// result does not depend on the rows beside it.
+template <class S>
+AMQ_INLINE typename S::F32 add_group(typename S::F32 y, typename S::I32 dot, typename S::F32 scale,
+                                     typename S::F32 zero_point, float x_scale, float x_sum) {
+    const auto centered = S::fnma(zero_point, S::splat(x_sum), S::to_float(dot));
+    return S::fma(S::mul(scale, S::splat(x_scale)), centered, y);
+}
+
+// Up to 4 rows, int8. Where rows are few, several sums per row keep the dot products from waiting for each other.
+template <class S, int bits, int rows>
+void gemv_int8(const LinearTask& task, int64_t begin, int64_t end) {
+    constexpr int chains = 4 / rows;
+    const int64_t n_groups = task.n_groups();
+    for (int64_t tile = begin; tile < end; ++tile) {
+        typename S::F32 y[rows] = {};
+        for (int64_t g = 0; g < n_groups; ++g) {
+            const Group<S, bits> group(task, tile, g);
+            typename S::I32 sum[rows][chains] = {};
+            const uint8_t* x = static_cast<const uint8_t*>(task.x) + g * task.panels.group_size();
+            for (int64_t b = 0; b < group.blocks; ++b, x += kBlock * rows) {
+                typename S::I32 lines[bits];
+                load_block<S, bits>(group.block(b), lines);
+                unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
+                    const auto codes = decode<S, bits, step>(lines);
+                    unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                        auto& s = sum[m][step % chains];
+                        s = S::template dot<bits>(s, codes, x + kStep * (step * rows + m));
+                    });
+                });
+            }
+            const auto scale = group.scale(), zero_point = group.zero_point();
+            unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                unroll<chains - 1>([&](auto c) __attribute__((always_inline)) {
+                    sum[m][0] = S::add_int(sum[m][0], sum[m][c + 1]);
+                });
+                y[m] = add_group<S>(y[m], sum[m][0], scale, zero_point, task.x_scale[g * rows + m],
+                                    task.x_sum[g * rows + m]);
+            });
+        }
+        for (int m = 0; m < rows && m < task.rows; ++m) store_row<S>(task, m, tile, y[m]);
+    }
+}
+
+// Up to 4 rows, fp32.
+template <class S, int bits, int rows>
+void gemv_fp32(const LinearTask& task, int64_t begin, int64_t end) {
+    constexpr int chains = 4 / rows;
+    const int64_t n_groups = task.n_groups();
+    for (int64_t tile = begin; tile < end; ++tile) {
+        typename S::F32 y[rows] = {};
+        for (int64_t g = 0; g < n_groups; ++g) {
+            const Group<S, bits> group(task, tile, g);
+            const auto scale = group.scale(), zero_point = group.zero_point();
+            typename S::F32 sum[rows][chains] = {};
+            const float* x = static_cast<const float*>(task.x) + g * task.panels.group_size();
+            for (int64_t b = 0; b < group.blocks; ++b, x += kBlock * rows) {
+                typename S::I32 lines[bits];
+                load_block<S, bits>(group.block(b), lines);
+                unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
+                    const auto codes = decode<S, bits, step>(lines);
+                    unroll<kStep>([&](auto j) __attribute__((always_inline)) {
+                        const auto weight = S::sub(S::template byte_to_float<j>(codes), zero_point);
+                        unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                            auto& s = sum[m][j % chains];
+                            s = S::fma(weight, S::splat(x[(kStep * step + j) * rows + m]), s);
+                        });
+                    });
+                });
+            }
+            unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                unroll<chains - 1>([&](auto c) __attribute__((always_inline)) {
+                    sum[m][0] = S::add(sum[m][0], sum[m][c + 1]);
+                });
+                y[m] = S::fma(scale, sum[m][0], y[m]);
+            });
+        }
+        for (int m = 0; m < rows && m < task.rows; ++m) store_row<S>(task, m, tile, y[m]);
+    }
+}
+
+// A group of a tile → its steps as bytes [blocks · 8][64].
+template <class S, int bits>
+AMQ_INLINE void decode_group(const Group<S, bits>& group, uint8_t* codes) {
+    for (int64_t b = 0; b < group.blocks; ++b, codes += kSteps * kLineBytes) {
+        typename S::I32 lines[bits];
+        load_block<S, bits>(group.block(b), lines);
+        unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
+            S::store_int(codes + step * kLineBytes, decode<S, bits, step>(lines));
+        });
+    }
+}
+
+// A group of a tile → code − zero_point as float32 [blocks · 32][16].
+template <class S, int bits>
+AMQ_INLINE void decode_group(const Group<S, bits>& group, float* weights) {
+    const auto zero_point = group.zero_point();
+    for (int64_t b = 0; b < group.blocks; ++b, weights += kBlock * kLanes) {
+        typename S::I32 lines[bits];
+        load_block<S, bits>(group.block(b), lines);
+        unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
+            const auto codes = decode<S, bits, step>(lines);
+            unroll<kStep>([&](auto j) __attribute__((always_inline)) {
+                S::store(weights + (kStep * step + j) * kLanes, S::sub(S::template byte_to_float<j>(codes), zero_point));
+            });
+        });
+    }
+}
+
+// What gemm keeps of the tiles in work: their sums over groups for every row, and scale and zero point of the group.
+template <class S, int tiles>
+struct Sums {
+    alignas(64) float values[tiles][kGemmRows][kLanes];
+    typename S::F32 scale[tiles], zero_point[tiles];
+
+    AMQ_INLINE void clear(int64_t rows) {
+        for (auto& tile : values) std::memset(tile, 0, rows * sizeof tile[0]);
+    }
+    AMQ_INLINE void add(int t, int64_t row, typename S::I32 dot, float x_scale, float x_sum) {
+        float* sum = values[t][row];
+        S::store(sum, add_group<S>(S::load_float(sum), dot, scale[t], zero_point[t], x_scale, x_sum));
+    }
+    AMQ_INLINE void add(int t, int64_t row, typename S::F32 dot) {
+        float* sum = values[t][row];
+        S::store(sum, S::fma(scale[t], dot, S::load_float(sum)));
+    }
+    AMQ_INLINE void write(const LinearTask& task, int64_t first_tile) const {
+        for (int64_t row = 0; row < task.rows; ++row)
+            for (int t = 0; t < tiles; ++t) store_row<S>(task, row, first_tile + t, S::load_float(values[t][row]));
+    }
+};
+
+// Many rows for `tiles` tiles from `first` on: each group is decoded once, then multiply(buffer, steps, sums, panel, g)
+// adds it to the sums of a panel of rows. A tile of a group is kMaxGroup · 16 elements of the buffer.
+template <class S, int bits, int tiles, class Element, class Multiply>
+AMQ_INLINE void gemm_tiles(const LinearTask& task, int64_t first, const Multiply& multiply) {
+    alignas(64) Element buffer[tiles][kMaxGroup * kLanes];
+    Sums<S, tiles> sums;
+    const int64_t n_groups = task.n_groups(), n_panels = ceil_div(task.rows, task.panels.rows);
+    sums.clear(n_panels * task.panels.rows);
+    for (int64_t g = 0; g < n_groups; ++g) {
+        for (int t = 0; t < tiles; ++t) {
+            const Group<S, bits> group(task, first + t, g);
+            sums.scale[t] = group.scale();
+            sums.zero_point[t] = group.zero_point();
+            decode_group<S, bits>(group, buffer[t]);
+        }
+        for (int64_t panel = 0; panel < n_panels; ++panel) multiply(buffer, task.blocks(g), sums, panel, g);
+    }
+    sums.write(task, first);
+}
+
+// As many rows and tiles as the registers of S hold sums for.
+template <class S, int bits, int tiles>
+AMQ_INLINE void gemm_int8_tiles(const LinearTask& task, int64_t first) {
+    constexpr int rows = S::kGemmRows;
+    gemm_tiles<S, bits, tiles, uint8_t>(task, first, [&](auto& buffer, int64_t blocks, auto& sums, int64_t panel,
+                                                         int64_t g) __attribute__((always_inline)) {
+        typename S::I32 sum[tiles][rows] = {};
+        const uint8_t* x = static_cast<const uint8_t*>(task.x) + panel * task.panels.panel_size() +
+                           g * task.panels.group_size();
+        for (int64_t step = 0; step < blocks * kSteps; ++step, x += kStep * rows) {
+            typename S::I32 codes[tiles];
+            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                codes[t] = S::load(buffer[t] + step * kLineBytes);
+            });
+            unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                    sum[t][m] = S::template dot<bits>(sum[t][m], codes[t], x + kStep * m);
+                });
+            });
+        }
+        const int64_t at = (panel * task.panels.n_groups + g) * rows;
+        unroll<rows>([&](auto m) __attribute__((always_inline)) {
+            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                sums.add(t, panel * rows + m, sum[t][m], task.x_scale[at + m], task.x_sum[at + m]);
+            });
+        });
+    });
+}
+
+template <class S, int bits, int tiles>
+AMQ_INLINE void gemm_fp32_tiles(const LinearTask& task, int64_t first) {
+    constexpr int rows = S::kGemmRows;
+    gemm_tiles<S, bits, tiles, float>(task, first, [&](auto& buffer, int64_t blocks, auto& sums, int64_t panel,
+                                                       int64_t g) __attribute__((always_inline)) {
+        typename S::F32 sum[tiles][rows] = {};
+        const float* x = static_cast<const float*>(task.x) + panel * task.panels.panel_size() +
+                         g * task.panels.group_size();
+        for (int64_t k = 0; k < blocks * kBlock; ++k, x += rows) {
+            typename S::F32 weights[tiles];
+            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                weights[t] = S::load_float(buffer[t] + k * kLanes);
+            });
+            unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                const auto value = S::splat(x[m]);
+                unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                    sum[t][m] = S::fma(weights[t], value, sum[t][m]);
+                });
+            });
+        }
+        unroll<rows>([&](auto m) __attribute__((always_inline)) {
+            unroll<tiles>([&](auto t) __attribute__((always_inline)) { sums.add(t, panel * rows + m, sum[t][m]); });
+        });
+    });
+}
+
+template <class S, int bits>
+void gemm_int8(const LinearTask& task, int64_t begin, int64_t end) {
+    for (; begin + S::kGemmTiles <= end; begin += S::kGemmTiles) gemm_int8_tiles<S, bits, S::kGemmTiles>(task, begin);
+    for (; begin < end; ++begin) gemm_int8_tiles<S, bits, 1>(task, begin);
+}
+
+template <class S, int bits>
+void gemm_fp32(const LinearTask& task, int64_t begin, int64_t end) {
+    for (; begin + S::kGemmTiles <= end; begin += S::kGemmTiles) gemm_fp32_tiles<S, bits, S::kGemmTiles>(task, begin);
+    for (; begin < end; ++begin) gemm_fp32_tiles<S, bits, 1>(task, begin);
+}
+
+template <class S, int bits>
+constexpr LinearKernels linear_kernels() {
+    if constexpr (bits == 0) {
+        return {};
+    } else {
+        return {{{nullptr, gemv_fp32<S, bits, 1>, gemv_fp32<S, bits, 2>, nullptr, gemv_fp32<S, bits, 4>},
+                 {nullptr, gemv_int8<S, bits, 1>, gemv_int8<S, bits, 2>, nullptr, gemv_int8<S, bits, 4>}},
+                {gemm_fp32<S, bits>, gemm_int8<S, bits>},
+                {S::kGemmRows, S::kGemmRows},
+                {1, kStep}};
+    }
+}
+
+}  // namespace
+}  // namespace amq
+
+// Defines linear_kernels_<isa>() from the vector type S.
+#define AMQ_LINEAR_ENTRY(name, levels, unit_codes, unit_bytes) linear_kernels<S, bits_of(levels)>(),
+#define AMQ_DEFINE_LINEAR_KERNELS(isa)                                                    \
+    namespace amq {                                                                       \
+    const LinearKernels* linear_kernels_##isa() {                                         \
+        static constexpr LinearKernels kernels[] = {AMQ_FORMATS(AMQ_LINEAR_ENTRY)};       \
+        return kernels;                                                                   \
+    }                                                                                     \
+    }

@@ -1,0 +1,107 @@
+// 16 lanes in two AVX2 registers.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace amq {
+namespace {
+
+struct Avx2 {
+    struct I32 {
+        __m256i low, high;
+    };
+    struct F32 {
+        __m256 low, high;
+    };
+    static constexpr int kGemmTiles = 1, kGemmRows = 4;  // 8 of the 16 registers hold sums
+
+    static AMQ_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static AMQ_INLINE I32 load(const void* p) {
+        const __m256i* halves = static_cast<const __m256i*>(p);
+        return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+    }
+    static AMQ_INLINE void store_int(void* p, I32 v) {
+        __m256i* halves = static_cast<__m256i*>(p);
+        _mm256_storeu_si256(halves, v.low);
+        _mm256_storeu_si256(halves + 1, v.high);
+    }
+    static AMQ_INLINE F32 load_float(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+    static AMQ_INLINE void store(float* p, F32 v) {
+        _mm256_storeu_ps(p, v.low);
+        _mm256_storeu_ps(p + 8, v.high);
+    }
+    static AMQ_INLINE F32 load_half(const void* p) {
+        const __m128i* halves = static_cast<const __m128i*>(p);
+        return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
+    }
+
+    // Right by `count` bits, left where it is negative.
+    template <int count>
+    static AMQ_INLINE I32 shift(I32 v) {
+        if constexpr (count > 0) return {_mm256_srli_epi32(v.low, count), _mm256_srli_epi32(v.high, count)};
+        if constexpr (count < 0) return {_mm256_slli_epi32(v.low, -count), _mm256_slli_epi32(v.high, -count)};
+        return v;
+    }
+    static AMQ_INLINE I32 mask(I32 v, uint32_t bits) {
+        const __m256i wide = _mm256_set1_epi32(bits);
+        return {_mm256_and_si256(v.low, wide), _mm256_and_si256(v.high, wide)};
+    }
+    // (v & bits) | other
+    static AMQ_INLINE I32 mask_or(I32 v, uint32_t bits, I32 other) {
+        v = mask(v, bits);
+        return {_mm256_or_si256(v.low, other.low), _mm256_or_si256(v.high, other.high)};
+    }
+
+    // sum + Σ over the four bytes of a lane, codes unsigned, the four at x signed and the same for every lane.
+    template <int bits>
+    static AMQ_INLINE I32 dot(I32 sum, I32 codes, const uint8_t* x) {
+        int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        const __m256i values = _mm256_set1_epi32(word);
+        // Pairs of products must fit 16 bits: codes of 8 bits go in two halves.
+        if constexpr (bits == 8) {
+            const I32 high = mask(shift<4>(codes), 0x0f0f0f0f);
+            codes = mask(codes, 0x0f0f0f0f);
+            sum = add_int(sum, pairs(high, values, 16));
+        }
+        return add_int(sum, pairs(codes, values, 1));
+    }
+    static AMQ_INLINE I32 add_int(I32 a, I32 b) {
+        return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};
+    }
+
+    static AMQ_INLINE F32 to_float(I32 v) { return {_mm256_cvtepi32_ps(v.low), _mm256_cvtepi32_ps(v.high)}; }
+    // Byte j of every lane.
+    template <int j>
+    static AMQ_INLINE F32 byte_to_float(I32 v) {
+        if constexpr (j == 3) return to_float(shift<24>(v));
+        return to_float(mask(shift<8 * j>(v), 0xff));
+    }
+    static AMQ_INLINE F32 splat(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+    static AMQ_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+    static AMQ_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
+    static AMQ_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+    static AMQ_INLINE F32 fma(F32 a, F32 b, F32 c) {  // a·b + c
+        return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+    }
+    static AMQ_INLINE F32 fnma(F32 a, F32 b, F32 c) {  // c − a·b
+        return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+    }
+
+private:
+    static AMQ_INLINE __m256i pairs(__m256i codes, __m256i values, int16_t factor) {
+        return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, values), _mm256_set1_epi16(factor));
+    }
+    static AMQ_INLINE I32 pairs(I32 codes, __m256i values, int16_t factor) {
+        return {pairs(codes.low, values, factor), pairs(codes.high, values, factor)};
+    }
+};
+
+}  // namespace
+}  // namespace amq

@@ -1,0 +1,86 @@
+// 16 lanes in one AVX-512 register. `Vnni` says whether the processor multiplies bytes in one instruction.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+
+namespace amq {
+namespace {
+
+template <bool vnni>
+struct Avx512 {
+    using I32 = __m512i;
+    using F32 = __m512;
+    static constexpr int kGemmTiles = 2, kGemmRows = 8;  // 16 sums in flight hide the latency of either multiplication
+
+    static AMQ_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+    static AMQ_INLINE I32 load(const void* p) { return _mm512_loadu_si512(p); }
+    static AMQ_INLINE void store_int(void* p, I32 v) { _mm512_storeu_si512(p, v); }
+    static AMQ_INLINE F32 load_float(const float* p) { return _mm512_loadu_ps(p); }
+    static AMQ_INLINE void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+    static AMQ_INLINE F32 load_half(const void* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+    }
+
+    // Right by `count` bits, left where it is negative.
+    template <int count>
+    static AMQ_INLINE I32 shift(I32 v) {
+        if constexpr (count > 0) return _mm512_srli_epi32(v, count);
+        if constexpr (count < 0) return _mm512_slli_epi32(v, -count);
+        return v;
+    }
+    static AMQ_INLINE I32 mask(I32 v, uint32_t bits) { return _mm512_and_si512(v, _mm512_set1_epi32(bits)); }
+    // (v & bits) | other
+    static AMQ_INLINE I32 mask_or(I32 v, uint32_t bits, I32 other) {
+        return _mm512_ternarylogic_epi32(v, _mm512_set1_epi32(bits), other, 0xEA);
+    }
+
+    // sum + Σ over the four bytes of a lane, codes unsigned, the four at x signed and the same for every lane.
+    template <int bits>
+    static AMQ_INLINE I32 dot(I32 sum, I32 codes, const uint8_t* x) {
+        int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        const I32 values = _mm512_set1_epi32(word);
+        if constexpr (vnni) return dot_vnni(sum, codes, values);
+        // Pairs of products must fit 16 bits: codes of 8 bits go in two halves.
+        if constexpr (bits == 8) {
+            const I32 low = _mm512_maddubs_epi16(mask(codes, 0x0f0f0f0f), values);
+            const I32 high = _mm512_maddubs_epi16(mask(shift<4>(codes), 0x0f0f0f0f), values);
+            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(high, _mm512_set1_epi16(16)));
+            return _mm512_add_epi32(sum, _mm512_madd_epi16(low, _mm512_set1_epi16(1)));
+        }
+        return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, values), _mm512_set1_epi16(1)));
+    }
+    static AMQ_INLINE I32 add_int(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+
+    static AMQ_INLINE F32 to_float(I32 v) { return _mm512_cvtepi32_ps(v); }
+    // Byte j of every lane.
+    template <int j>
+    static AMQ_INLINE F32 byte_to_float(I32 v) {
+        if constexpr (j == 3) return to_float(shift<24>(v));
+        return to_float(mask(shift<8 * j>(v), 0xff));
+    }
+    static AMQ_INLINE F32 splat(float v) { return _mm512_set1_ps(v); }
+    static AMQ_INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+    static AMQ_INLINE F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+    static AMQ_INLINE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+    static AMQ_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }    // a·b + c
+    static AMQ_INLINE F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }  // c − a·b
+
+private:
+    static AMQ_INLINE I32 dot_vnni(I32 sum, I32 codes, I32 values) {
+#ifdef __AVX512VNNI__
+        return _mm512_dpbusd_epi32(sum, codes, values);
+#else
+        return (void)codes, (void)values, sum;  // not instantiated: the file is built without VNNI
+#endif
+    }
+};
+
+}  // namespace
+}  // namespace amq
