@@ -1,7 +1,7 @@
 """Evaluator: configuration → loss, the mean divergence per token from the full-precision model.
 
-One resident model; every linear's weight is either the full-precision tensor or a working buffer of its own, into which
-the bank's weight is dequantized only when that linear's format changes. The loss is streamed: final hidden states of
+One resident model, into which `LinearSwap` puts the linears whose format changes: dequantized, or as they are for the
+kernels of a backend. The loss is streamed: final hidden states of
 both models (a few MB) are kept, logits exist for `TOKENS` tokens at a time, and the reference log-probabilities are
 cached only as far as `cache_memory` reaches and recomputed from the cached hidden states beyond that.
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ from torch import Tensor
 from amq.bank import WeightBank
 from amq.blocks import BlockRunner
 from amq.errors import AmqError
-from amq.linears import Inventory, get_linear
+from amq.linears import Inventory
 from amq.losses import LOSSES
 from amq.models import LoadedModel
-from amq.native import dequantize_into, jensen_shannon
+from amq.native import jensen_shannon
+from amq.swap import LinearSwap
 
 TOKENS = 128
 """Tokens whose logits exist at once."""
@@ -41,6 +42,8 @@ class Evaluator:
     windows: {name: int64 [windows, length]}, such as `search` and `confirm`.
     loss: `jsd`, `kl` or `ce` (see `amq.losses`).
     cache_memory: bytes that cached reference log-probabilities may take, over all window sets.
+    backend, activations: what multiplies the candidates' linears; see `amq.swap`. The full-precision model, embedding
+        and head are torch's.
 
     `seconds` is the time spent on losses since construction and `seconds_in_model` that part of it in the model's own
     forward (blocks, norm and head); the rest is dequantization and the loss itself, softmax included.
@@ -54,16 +57,15 @@ class Evaluator:
         windows: Mapping[str, Tensor],
         loss: str = "jsd",
         cache_memory: int = 256 << 20,
+        backend: str = "reference",
+        activations: str = "fp32",
     ) -> None:
         if loss not in LOSSES:
             raise AmqError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}")
         self._bank = bank
         self._runner = BlockRunner(loaded.model)
-        self._linears = {s.name: get_linear(loaded.model, s.name) for s in inventory.linears}
+        self._swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), backend, activations)
         self._blocks = {s.name: s.block for s in inventory.linears}
-        self._full = {name: module.weight.data for name, module in self._linears.items()}
-        self._buffers: dict[str, Tensor] = {}
-        self._current: dict[str, str] = {}
         device = loaded.model.get_input_embeddings().weight.device
         self._token_losses = _token_losses(loss, device)
         self._windows = {name: w.to(device) for name, w in windows.items()}
@@ -107,39 +109,15 @@ class Evaluator:
 
     def apply(self, formats: Mapping[str, str]) -> None:
         """Puts the configuration's weights into the model, touching only linears whose format changes."""
-        if formats.keys() != self._linears.keys():
-            odd = sorted(formats.keys() ^ self._linears.keys())[0]
-            raise AmqError(f"the configuration and the model disagree about linear {odd!r}")
-        for name, fmt in formats.items():
-            if self._current.get(name) != fmt:
-                self._set(name, fmt)
-
-    def _set(self, name: str, fmt: str) -> None:
-        full = self._full[name]
-        buffer = self._buffers.get(name)
-        if buffer is None:
-            buffer = self._buffers[name] = torch.empty_like(full)
-        self._current.pop(name, None)  # a failure below must not leave a wrong note of what the buffer holds
-        dequantize_into(self._bank.get(name, fmt), buffer)
-        self._linears[name].weight.data = buffer
-        self._current[name] = fmt
+        self._swap.apply(formats, self._bank)
 
     def restore(self) -> None:
         """Puts the full-precision weights back."""
-        for name, module in self._linears.items():
-            module.weight.data = self._full[name]
-        self._current.clear()
+        self._swap.restore()
 
-    @contextmanager
-    def full_precision(self) -> Iterator[None]:
+    def full_precision(self) -> AbstractContextManager[None]:
         """The full-precision model inside, the configuration that was applied afterwards."""
-        formats = dict(self._current)
-        self.restore()
-        try:
-            yield
-        finally:
-            if formats:
-                self.apply(formats)
+        return self._swap.full_precision()
 
     def _batches(self, windows: Tensor) -> Sequence[Tensor]:
         return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))

@@ -56,6 +56,12 @@ class BitFormat:
         return self.levels - 1
 
     @property
+    def is_dense(self) -> bool:
+        """Whether a packed row is one bitstream: a power of two of levels, and no spare bits in a unit."""
+        bits = self.max_code.bit_length()
+        return self.levels == 1 << bits and 8 * self.unit_bytes == self.unit_codes * bits
+
+    @property
     def code_bits(self) -> float:
         """Stored bits per code, scale and zero point not counted."""
         return 8 * self.unit_bytes / self.unit_codes

@@ -11,13 +11,15 @@ reference once, and nothing of their size is written.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.packing import PackedWeight, dequantize
+from amq.formats import BitFormat
+from amq.packing import PackedWeight, PreparedWeight, dequantize
 
 
 def cpu_module() -> ModuleType:
@@ -46,21 +48,25 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
     if out.device.type != "cpu" or out.dtype != torch.float32:
         out.copy_(dequantize(packed))
         return
-    _check_native(packed)
+    _check_packed(packed, "dequantize")
     _dequantize_rows(packed, out)
 
 
-def _check_native(packed: PackedWeight) -> None:
+def _check_packed(packed: PackedWeight, what: str) -> None:
     for field in ("qweight", "scale", "zero_point"):
         tensor = getattr(packed, field)
         if tensor.device.type != "cpu":
-            raise AmqError(f"dequantize {packed.format.name}: {field} must be on cpu as out is, got {tensor.device}")
+            raise AmqError(f"{what} {packed.format.name}: {field} must be on cpu, got {tensor.device}")
         if not tensor.is_contiguous():
             raise AmqError(
-                f"dequantize {packed.format.name}: {field} must be contiguous, got strides {list(tensor.stride())}; "
+                f"{what} {packed.format.name}: {field} must be contiguous, got strides {list(tensor.stride())}; "
                 "call .contiguous() on it"
             )
-    fmt = packed.format
+    check_compiled(packed.format)
+
+
+def check_compiled(fmt: BitFormat) -> None:
+    """Raises AmqError where `amq._cpu` is missing or was built from another record of this format."""
     compiled = cpu_module().formats()
     if compiled.get(fmt.name) != [fmt.levels, fmt.unit_codes, fmt.unit_bytes]:
         raise AmqError(
@@ -86,6 +92,53 @@ def _dequantize_rows(packed: PackedWeight, out: Tensor, isa: str = "") -> None:
         threads=torch.get_num_threads(),
         isa=isa,
     )
+
+
+def prepare(packed: PackedWeight) -> Tensor:
+    """The tiles of csrc/cpu/tiles.h: uint8, one dimension; of the packed size where 32 divides in_features."""
+    _check_packed(packed, "prepare")
+    fields = (packed.format.name, packed.out_features, packed.in_features, packed.group_size)
+    out = torch.empty(cpu_module().prepared_bytes(*fields), dtype=torch.uint8)
+    cpu_module().prepare(
+        format=packed.format.name,
+        qweight=packed.qweight.data_ptr(),
+        scale=packed.scale.data_ptr(),
+        zero_point=packed.zero_point.data_ptr(),
+        out=out.data_ptr(),
+        out_bytes=out.numel(),
+        qweight_stride=packed.qweight.shape[1],
+        group_stride=packed.scale.shape[1],
+        rows=packed.out_features,
+        in_features=packed.in_features,
+        group_size=packed.group_size,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def linear(
+    x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, isa: str = ""
+) -> Tensor:
+    """y [M, ΣN] = x [M, K] · Wᵀ + bias for weights that `prepare` made; float32, contiguous, on CPU.
+
+    activations: `fp32` or `int8`, as in `amq.ops.linear`, which checks what it is given; the module checks the sizes.
+    isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best.
+    """
+    rows, in_features = x.shape
+    parts = [(w.format.name, w.data.data_ptr(), w.data.numel(), w.out_features) for w in weights]
+    columns = sum(w.out_features for w in weights)
+    y = torch.empty(rows, columns)
+    bias_address = 0 if bias is None else bias.data_ptr()
+    cpu_module().linear(
+        parts, x.data_ptr(), bias_address, y.data_ptr(), rows, in_features, weights[0].group_size, in_features, columns,
+        activations == "int8", torch.get_num_threads(), isa,
+    )  # fmt: skip
+    return y
+
+
+def read_bytes(tensor: Tensor) -> None:
+    """Reads all of a contiguous CPU tensor once with torch's threads, as fast as a plain loop can."""
+    cpu_module().read_bytes(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
 
 
 def jensen_shannon(reference: Tensor, logits: Tensor) -> Tensor:

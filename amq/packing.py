@@ -1,4 +1,4 @@
-"""PackedWeight and the plain-torch pack, unpack and dequantize that specify it.
+"""PackedWeight, PreparedWeight, and the plain-torch pack, unpack and dequantize that specify it.
 
     W[n, k] ≈ (codes[n, k] − zero_point[n, k // group_size]) · scale[n, k // group_size]
 
@@ -66,6 +66,26 @@ class PackedWeight:
         """Output rows `start` to `stop`, as a view: rows are independent in every format."""
         parts = (t[start:stop] for t in (self.qweight, self.scale, self.zero_point))
         return PackedWeight(self.format, self.in_features, self.group_size, *parts)
+
+
+@dataclass(frozen=True)
+class PreparedWeight:
+    """One linear in the layout of the backend that `amq.backends.prepare` made it for.
+
+    backend: a name in `amq.backends.BACKENDS`.
+    data: uint8, one dimension; the layout is the backend's own.
+    """
+
+    backend: str
+    format: BitFormat
+    out_features: int
+    in_features: int
+    group_size: int
+    data: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.numel()
 
 
 def pack_codes(codes: Tensor, fmt: BitFormat) -> Tensor:

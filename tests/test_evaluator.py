@@ -108,7 +108,7 @@ def test_full_precision_loss_is_zero(setup: Setup) -> None:
     """A bank that returns the original weights: every loss must vanish, cross-entropy be the entropy."""
     evaluator = setup.evaluator()
     evaluator.apply(setup.uniform("int8"))
-    for name, buffer in evaluator._buffers.items():
+    for name, buffer in evaluator._swap._buffers.items():
         buffer.copy_(get_linear(setup.original, name).weight)
     assert abs(evaluator.evaluate(setup.uniform("int8"))) < 1e-7
 

@@ -13,8 +13,8 @@ RANKS = {
     "amq.errors": 0, "amq.formats": 0,
     "amq.files": 1, "amq.progress": 1, "amq.threads": 1, "amq.settings": 1, "amq.losses": 1,
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.models": 1, "amq.configuration": 1,
-    "amq.native": 2, "amq.quantizers": 2,
-    "amq.bank": 3,
+    "amq.native": 2, "amq.quantizers": 2, "amq.backends": 2,
+    "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3, "amq.swap": 4,
     "amq.evaluator": 4, "amq.fisher": 4,
     "amq.search": 5,
     "amq.eval": 6,
@@ -22,6 +22,7 @@ RANKS = {
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom
     "amq.configuration": {"amq.linears", "amq.files"}, "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files"},
+    "amq.backends": {"amq.native"}, "amq.quantized_linear": {"amq.ops"}, "amq.evaluator": {"amq.swap"},
     "amq.formats": {"amq.errors"}, "amq.quantizers": set(), "amq.data": set(),
 }  # fmt: skip
 WEIGHT_FREE = {"run", "settings"}  # the files of amq/search that may know models and quantizers

@@ -20,10 +20,10 @@ from amq.blocks import BlockRunner
 from amq.configuration import Configuration, other_items
 from amq.data import WindowSampler, fixed_windows, load_corpus
 from amq.formats import get_format, parse_formats
-from amq.linears import Inventory, check_weights, get_linear, inventory
+from amq.linears import Inventory, check_weights, inventory
 from amq.models import LoadedModel, load_model, model_fingerprint
-from amq.native import dequantize_into
 from amq.progress import Progress
+from amq.swap import LinearSwap
 
 TOKENS = 128
 """Tokens whose logits exist at once."""
@@ -72,6 +72,8 @@ def evaluate(
     seed: int = 0,
     dtype: str = "auto",
     device: str = "cpu",
+    backend: str = "reference",
+    activations: str = "fp32",
     full: bool = True,
     progress: Progress | None = None,
 ) -> Evaluation:
@@ -82,6 +84,7 @@ def evaluate(
     uniform: comma-separated formats, from the bank that `proxy`, `group_size`, `calibration`, `bank_windows`, `seed`
     name;
         where configurations are given, from the first one's bank.
+    backend, activations: what multiplies the quantized linears; see `amq.swap`.
     text: a file, or a name that `amq.data.load_text` knows; the first `max_tokens` tokens are used.
     Raises AmqError for unusable input before anything is computed.
     """
@@ -96,13 +99,30 @@ def evaluate(
     windows = fixed_windows(load_corpus(text, loaded.tokenizer), window_length, max_tokens)
     BlockRunner(loaded.model).check(windows[:1, :32].to(loaded.model.get_input_embeddings().weight.device))
     recipe = _Recipe(proxy, group_size, calibration, bank_windows, window_length, seed)
-    banks = _Banks(loaded, parts, progress)
+    swap = LinearSwap(loaded.model, (s.name for s in parts.linears), backend, activations)
+    banks = _Banks(loaded, parts, swap, progress)
     if loaded_configurations:
         recipe = _Recipe.of(loaded_configurations[0][1], recipe)
     jobs = [(f.name, Configuration.uniform(parts.linears, f, recipe.group_size), recipe) for f in formats]
     jobs += [(name, c, _Recipe.of(c, recipe)) for name, c in loaded_configurations]
     for _, configuration, job_recipe in jobs:
         banks.open(job_recipe, set(configuration.formats.values()))
+    rows = _measure(loaded, parts, banks, jobs, windows, full, progress)
+    settings = {"model": model, "text": text, "tokens": windows.numel(), "window_length": window_length,
+                "stride": window_length, "backend": backend, "activations": activations,
+                "bank": asdict(recipe)}  # fmt: skip
+    return Evaluation(rows, settings)
+
+
+def _measure(
+    loaded: LoadedModel,
+    parts: Inventory,
+    banks: _Banks,
+    jobs: Sequence[tuple[str, Configuration, _Recipe]],
+    windows: Tensor,
+    full: bool,
+    progress: Progress,
+) -> list[Row]:
     rows = []
     with progress.stage("perplexity", len(jobs) + full) as step:
         if full:
@@ -113,9 +133,7 @@ def evaluate(
             size = configuration.bytes(parts.linears) + sum(i.bytes for i in other_items(parts))
             rows.append(_row(name, loaded, windows, configuration.bits_per_weight(parts.linears), size))
             step(f"{name}: {rows[-1].perplexity:.3f}")
-    settings = {"model": model, "text": text, "tokens": windows.numel(), "window_length": window_length,
-                "stride": window_length, "bank": asdict(recipe)}  # fmt: skip
-    return Evaluation(rows, settings)
+    return rows
 
 
 def perplexity(model: torch.nn.Module, windows: Tensor) -> float:
@@ -170,12 +188,12 @@ class _Recipe:
 class _Banks:
     """Opens the banks that a table needs and puts configurations into the model."""
 
-    def __init__(self, loaded: LoadedModel, parts: Inventory, progress: Progress) -> None:
+    def __init__(self, loaded: LoadedModel, parts: Inventory, swap: LinearSwap, progress: Progress) -> None:
         self._loaded, self._parts, self._progress = loaded, parts, progress
         self._fingerprint = model_fingerprint(loaded.model)
         self._open: dict[_Recipe, WeightBank] = {}
         self._names: dict[_Recipe, set[str]] = {}
-        self._buffers: dict[str, Tensor] = {}
+        self._swap = swap
 
     def open(self, recipe: _Recipe, formats: set[str]) -> None:
         """Builds or opens the bank while the model still holds its full-precision weights."""
@@ -191,13 +209,7 @@ class _Banks:
         )  # fmt: skip
 
     def apply(self, configuration: Configuration, recipe: _Recipe) -> None:
-        for spec in self._parts.linears:
-            weight = get_linear(self._loaded.model, spec.name).weight
-            if spec.name not in self._buffers:
-                self._buffers[spec.name] = weight.data = torch.empty_like(weight)
-            dequantize_into(
-                self._open[recipe].get(spec.name, configuration.formats[spec.name]), self._buffers[spec.name]
-            )
+        self._swap.apply(configuration.formats, self._open[recipe])
 
 
 __all__ = ["Evaluation", "Row", "evaluate", "negative_log_likelihood", "perplexity"]

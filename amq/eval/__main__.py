@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from amq.backends import ACTIVATIONS, BACKENDS
 from amq.eval import Evaluation, evaluate
 from amq.files import write_json
 from amq.formats import FORMATS
@@ -44,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="reference", choices=list(BACKENDS), help="what multiplies the linears")
+    parser.add_argument("--activations", default="fp32", choices=ACTIVATIONS, help="int8 needs --backend cpu")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
     args = vars(parser.parse_args(argv))
     path, configurations = args.pop("json"), args.pop("configuration")

@@ -162,7 +162,10 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
             fingerprint=fingerprint,
         )  # fmt: skip
     with timings.measure("reference"):
-        evaluator = Evaluator(loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory))
+        evaluator = Evaluator(
+            loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
+            settings.activations,
+        )  # fmt: skip
     return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint)
 
 

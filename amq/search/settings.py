@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from amq.backends import ACTIVATIONS, BACKENDS, check_activations
 from amq.errors import AmqError
 from amq.formats import FORMATS, check_group_size, parse_formats
 from amq.losses import LOSSES
@@ -83,6 +84,8 @@ class SearchSettings:
     # how to run
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
     device: str = flag("cpu", "torch device", metavar="DEVICE")
+    backend: str = flag("reference", "what multiplies the candidates' linears", choices=tuple(BACKENDS))
+    activations: str = flag("fp32", "int8 rounds activations as deployed; needs --backend cpu", choices=ACTIVATIONS)
     cache_memory: str = flag("256MiB", "memory for cached reference distributions", metavar="SIZE")
     time: str | None = flag(None, "stop evaluating after this long, such as 10min", metavar="T")
 
@@ -96,6 +99,7 @@ class SearchSettings:
             )
         if self.context and self.memory is None:
             raise AmqError("--context sizes the KV cache within --memory: give --memory too")
+        check_activations(self.backend, self.activations)
         if len(self.bit_formats) < 2:
             raise AmqError(f"--formats {self.formats}: a search needs at least two formats to choose from")
         for name, least in LEAST.items():

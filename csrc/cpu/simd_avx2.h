@@ -64,8 +64,8 @@ struct Avx2 {
         int32_t word;
         std::memcpy(&word, x, sizeof word);
         const __m256i values = _mm256_set1_epi32(word);
-        // Pairs of products must fit 16 bits: codes of 8 bits go in two halves.
-        if constexpr (bits == 8) {
+        // Pairs of products must fit 16 bits: wide codes go in two halves.
+        if constexpr (2 * 127 * ((1 << bits) - 1) > INT16_MAX) {
             const I32 high = mask(shift<4>(codes), 0x0f0f0f0f);
             codes = mask(codes, 0x0f0f0f0f);
             sum = add_int(sum, pairs(high, values, 16));

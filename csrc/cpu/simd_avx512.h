@@ -47,8 +47,8 @@ struct Avx512 {
         std::memcpy(&word, x, sizeof word);
         const I32 values = _mm512_set1_epi32(word);
         if constexpr (vnni) return dot_vnni(sum, codes, values);
-        // Pairs of products must fit 16 bits: codes of 8 bits go in two halves.
-        if constexpr (bits == 8) {
+        // Pairs of products must fit 16 bits: wide codes go in two halves.
+        if constexpr (2 * 127 * ((1 << bits) - 1) > INT16_MAX) {
             const I32 low = _mm512_maddubs_epi16(mask(codes, 0x0f0f0f0f), values);
             const I32 high = _mm512_maddubs_epi16(mask(shift<4>(codes), 0x0f0f0f0f), values);
             sum = _mm512_add_epi32(sum, _mm512_madd_epi16(high, _mm512_set1_epi16(16)));

@@ -1,0 +1,131 @@
+"""The linear op: y = x · Wᵀ (+ bias) for prepared weights, and its fused form for several linears that share x.
+
+`linear` checks and calls `torch.ops.amq.linear`, which dispatches to the backend that the weights were prepared for.
+The op has a fake kernel, so torch.compile takes it as one node. It is for inference: gradients do not flow through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from amq.backends import ACTIVATIONS, get_backend
+from amq.errors import AmqError
+from amq.formats import get_format
+from amq.packing import PreparedWeight
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_LIBRARY = torch.library.Library("amq", "DEF")
+_LIBRARY.define(
+    "linear(Tensor x, Tensor[] weights, str[] formats, int[] out_features, int group_size, Tensor? bias, "
+    "str activations, str backend) -> Tensor"
+)
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    bias: Tensor | None = None,
+    activations: str = "int8",
+    name: str = "linear",
+) -> Tensor:
+    """y[…, ΣN] = x[…, K] · Wᵀ for every weight, side by side in the order of `weights`.
+
+    x: float32, bfloat16 or float16 [..., K], on the device of the weights; copied if it is not contiguous. y has its
+        dtype; the arithmetic is float32.
+    weights: of one backend, in_features (K) and group size; each in its own format. One call, one parallel region.
+    bias: [ΣN], any of the dtypes, or None.
+    activations: `fp32` multiplies x as it is; NaN and infinity propagate as in torch. `int8` rounds x per row and group
+        to a · q, a = max|x|/127 and q an integer: |y − y_fp32| ≤ Σ_groups a/2 · Σ_group |W|. A NaN or an infinity in a
+        row makes all of that row's outputs NaN. A row's result does not depend on the rows beside it.
+    name: what to call this linear in errors.
+    Raises AmqError, and computes nothing, where these do not fit together.
+    """
+    first = _check_weights(weights, name)
+    _check_input(x, weights, bias, activations, name)
+    return torch.ops.amq.linear(
+        x,
+        [w.data for w in weights],
+        [w.format.name for w in weights],
+        [w.out_features for w in weights],
+        first.group_size,
+        bias,
+        activations,
+        first.backend,
+    )
+
+
+def _check_weights(weights: Sequence[PreparedWeight], name: str) -> PreparedWeight:
+    if not weights:
+        raise AmqError(f"{name}: expected at least one weight, got none")
+    first = weights[0]
+    for weight in weights[1:]:
+        for field in ("backend", "in_features", "group_size"):
+            expected, got = getattr(first, field), getattr(weight, field)
+            if got != expected:
+                raise AmqError(f"{name}: fused linears must share {field}; expected {expected}, got {got}")
+    return first
+
+
+def _check_input(
+    x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str
+) -> None:
+    in_features, device = weights[0].in_features, weights[0].data.device
+    if x.ndim == 0 or x.shape[-1] != in_features:
+        raise AmqError(f"{name}: x must be [..., {in_features}], got {list(x.shape)}")
+    if x.dtype not in DTYPES:
+        raise AmqError(f"{name}: x must be float32, bfloat16 or float16, got {x.dtype}; convert it with x.float()")
+    if x.device != device:
+        raise AmqError(f"{name}: x is on {x.device}, its weight on {device}; move one of them")
+    if activations not in ACTIVATIONS:
+        raise AmqError(f"{name}: activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise AmqError(f"{name}: quantized linears have no gradient; call it under torch.no_grad()")
+    if bias is not None:
+        out_features = sum(w.out_features for w in weights)
+        if tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES or bias.device != device:
+            raise AmqError(
+                f"{name}: bias must be float32, bfloat16 or float16 [{out_features}] on {device}, "
+                f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
+            )
+
+
+def _linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[str],
+    out_features: Sequence[int],
+    group_size: int,
+    bias: Tensor | None,
+    activations: str,
+    backend: str,
+) -> Tensor:
+    in_features = x.shape[-1]
+    prepared = [
+        PreparedWeight(backend, get_format(fmt), n, in_features, group_size, data)
+        for data, fmt, n in zip(weights, formats, out_features, strict=True)
+    ]
+    rows = x.reshape(-1, in_features).float().contiguous()
+    bias = None if bias is None else bias.float().contiguous()
+    y = get_backend(backend).linear(rows, prepared, bias, activations)
+    return y.to(x.dtype).view(*x.shape[:-1], sum(out_features))
+
+
+def _fake_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[str],
+    out_features: Sequence[int],
+    group_size: int,
+    bias: Tensor | None,
+    activations: str,
+    backend: str,
+) -> Tensor:
+    return x.new_empty(*x.shape[:-1], sum(out_features))
+
+
+_LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("amq::linear", _fake_linear, lib=_LIBRARY)

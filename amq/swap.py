@@ -1,0 +1,82 @@
+"""LinearSwap: puts configurations into a resident model, touching only the linears whose format changes.
+
+With the backend `reference` a linear keeps its module, and its weight becomes a working buffer that the bank's weight
+is dequantized into. With a kernel backend the module itself gives way to a `QuantizedLinear`, so that the model computes
+with the codes, as it will when deployed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from amq.backends import check_activations
+from amq.bank import WeightBank
+from amq.errors import AmqError
+from amq.linears import get_linear
+from amq.native import dequantize_into
+from amq.quantized_linear import QuantizedLinear
+
+
+class LinearSwap:
+    """The quantizable linears of `model`, by dotted name; backend and activations as in `amq.backends`."""
+
+    def __init__(
+        self, model: nn.Module, names: Iterable[str], backend: str = "reference", activations: str = "fp32"
+    ) -> None:
+        check_activations(backend, activations)
+        self._backend, self._activations = backend, activations
+        self._linears = {name: get_linear(model, name) for name in names}
+        self._parents = {name: model.get_submodule(name.rpartition(".")[0]) for name in self._linears}
+        self._full = {name: module.weight.data for name, module in self._linears.items()}
+        self._buffers: dict[str, Tensor] = {}
+        self._current: dict[str, tuple[WeightBank, str]] = {}
+
+    def apply(self, formats: Mapping[str, str], bank: WeightBank) -> None:
+        """Puts {linear: format} into the model, weights taken from `bank`."""
+        if formats.keys() != self._linears.keys():
+            odd = sorted(formats.keys() ^ self._linears.keys())[0]
+            raise AmqError(f"the configuration and the model disagree about linear {odd!r}")
+        for name, fmt in formats.items():
+            if self._current.get(name) != (bank, fmt):
+                self._current.pop(name, None)  # a failure below must not leave a wrong note of what is there
+                (self._dequantize if self._backend == "reference" else self._replace)(name, fmt, bank)
+                self._current[name] = (bank, fmt)
+
+    def _dequantize(self, name: str, fmt: str, bank: WeightBank) -> None:
+        buffer = self._buffers.get(name)
+        if buffer is None:
+            buffer = self._buffers[name] = torch.empty_like(self._full[name])
+        dequantize_into(bank.get(name, fmt), buffer)
+        self._linears[name].weight.data = buffer
+
+    def _replace(self, name: str, fmt: str, bank: WeightBank) -> None:
+        module = QuantizedLinear.from_packed(
+            bank.get(name, fmt), self._linears[name].bias, self._backend, self._activations, name
+        )
+        self._put(name, module)
+
+    def _put(self, name: str, module: nn.Module) -> None:
+        setattr(self._parents[name], name.rpartition(".")[2], module)
+
+    def restore(self) -> None:
+        """Puts the full-precision linears back."""
+        for name, module in self._linears.items():
+            module.weight.data = self._full[name]
+            self._put(name, module)
+        self._current.clear()
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """The full-precision model inside, the configuration that was applied afterwards."""
+        applied = dict(self._current)
+        self.restore()
+        try:
+            yield
+        finally:
+            if applied:
+                (bank,) = {bank for bank, _ in applied.values()}
+                self.apply({name: fmt for name, (_, fmt) in applied.items()}, bank)
