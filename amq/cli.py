@@ -29,13 +29,23 @@ def _eval(argv: Sequence[str] | None) -> int:
 
 
 def _formats(argv: Sequence[str] | None) -> int:
-    argparse.ArgumentParser(prog="amq formats", description="Lists the bit formats.").parse_args(argv)
+    from amq.backends import availability
+    from amq.native import cpu_module
+
+    description = "Lists the bit formats, and which backend runs them on this machine."
+    argparse.ArgumentParser(prog="amq formats", description=description).parse_args(argv)
     sizes = "".join(f"{f'group {g}':>11}" for g in GROUP_SIZES)
     print(f"{'format':8}{'levels':>7}{'unit':>20}{sizes}   (bits per weight, scale and zero point counted)")
     for fmt in FORMATS.values():
         unit = f"{fmt.unit_codes} codes in {fmt.unit_bytes} B"
         bits = "".join(f"{fmt.bits_per_weight(g):11.3f}" for g in GROUP_SIZES)
         print(f"{fmt.name:8}{fmt.levels:7}{unit:>20}{bits}")
+    print(f"\n{'backend':11}{'instructions':14}{''.join(f'{name:>6}' for name in FORMATS)}")
+    for backend, isa, reasons in availability():
+        marks = "".join(f"{'-' if reason else 'yes':>6}" for reason in reasons.values())
+        default = "   (used by default)" if backend == "cpu" and isa == cpu_module().isa() else ""
+        missing = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
+        print(f"{backend:11}{isa:14}{marks}{default}{'   ' if missing else ''}{missing}")
     return 0
 
 

@@ -12,6 +12,7 @@ reference once, and nothing of their size is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
 import torch
@@ -22,8 +23,12 @@ from amq.formats import BitFormat
 from amq.packing import PackedWeight, PreparedWeight, dequantize
 
 
+@lru_cache(maxsize=1)
 def cpu_module() -> ModuleType:
-    """`amq._cpu`, or an error that says how to build it. torch is imported first: both then share OpenMP threads."""
+    """`amq._cpu`, or an error that says how to build it. torch is imported first: both then share OpenMP threads.
+
+    Raises AmqError too where AMQ_CPU_ISA names an instruction set that this machine cannot run.
+    """
     try:
         from amq import _cpu
     except ImportError as error:
@@ -31,6 +36,10 @@ def cpu_module() -> ModuleType:
             f"the native module amq._cpu cannot be imported ({error}); build it with `pip install -e .` in a checkout "
             "of amq (running Python inside a checkout uses that checkout, not an installed amq)"
         ) from error
+    try:
+        _cpu.isa()
+    except ValueError as error:
+        raise AmqError(str(error)) from None
     return _cpu
 
 

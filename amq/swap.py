@@ -1,8 +1,8 @@
 """LinearSwap: puts configurations into a resident model, touching only the linears whose format changes.
 
 With the backend `reference` a linear keeps its module, and its weight becomes a working buffer that the bank's weight
-is dequantized into. With a kernel backend the module itself gives way to a `QuantizedLinear`, so that the model computes
-with the codes, as it will when deployed.
+is dequantized into. With a kernel backend the module itself gives way to a `QuantizedLinear`, so that the model
+computes with the codes, as it will when deployed.
 """
 
 from __future__ import annotations

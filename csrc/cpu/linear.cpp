@@ -50,18 +50,20 @@ private:
     size_t size_ = 0;
 };
 
-struct Plan {
-    std::vector<LinearTask> tasks;
-    std::vector<LinearKernel> kernels;
-    std::vector<int64_t> ends;  // running sums of what the tiles of the parts cost
-    std::vector<int64_t> tile_costs;
+// The tiles of one part, and what they cost together: bytes where few rows wait for memory, tiles where many wait for
+// the multiplications.
+struct Work {
+    LinearTask task;
+    LinearKernel kernel;
+    int64_t n_tiles, tile_cost;
 };
 
 // The kernel for `rows` rows, and the panels that it wants.
-LinearKernel choose(const LinearKernels& kernels, int mode, int64_t rows, Panels& panels) {
+LinearKernel choose(const LinearKernels& kernels, Mode activations, int64_t rows, Panels& panels) {
+    const int mode = static_cast<int>(activations);
     if (rows <= kGemvRows) {
         panels.rows = rows == 3 ? 4 : static_cast<int>(rows);
-        panels.step = mode == static_cast<int>(Mode::int8) ? kStep : 1;
+        panels.step = activations == Mode::int8 ? kStep : 1;
         return kernels.gemv[mode][panels.rows];
     }
     panels.rows = kernels.gemm_rows[mode];
@@ -69,9 +71,10 @@ LinearKernel choose(const LinearKernels& kernels, int mode, int64_t rows, Panels
     return kernels.gemm[mode];
 }
 
-// Activations of rows of the call from `first` on into the workspace; fills what tasks need to find them.
-void make_panels(const LinearCall& call, int64_t first, int64_t rows, Isa isa, int threads, LinearTask& task) {
-    Panels& panels = task.panels;
+// Puts task.rows rows of the call from `first` on into the workspace, and into the task where they are.
+void make_panels(const LinearCall& call, int64_t first, Isa isa, int threads, LinearTask& task) {
+    const Panels& panels = task.panels;
+    const int64_t rows = task.rows;
     const bool int8 = call.mode == Mode::int8;
     const int64_t padded_rows = ceil_div(rows, panels.rows) * panels.rows;
     const size_t x_bytes = padded_rows * panels.n_groups * panels.group_stride * (int8 ? 1 : sizeof(float));
@@ -90,55 +93,56 @@ void make_panels(const LinearCall& call, int64_t first, int64_t rows, Isa isa, i
     task.x_sum = args.x_sum;
 }
 
-// Up to kGemmRows rows of a call.
+std::vector<Work> plan(const LinearCall& call, const LinearKernels* kernels, LinearTask task) {
+    std::vector<Work> work;
+    for (const LinearPart& part : call.parts) {
+        task.data = part.data;
+        task.tile_bytes = tile_bytes(kBits[part.format], call.in_features, call.group_size, kLanes);
+        task.out_features = part.out_features;
+        Panels same;
+        const LinearKernel kernel = choose(kernels[part.format], call.mode, task.rows, same);
+        work.push_back({task, kernel, ceil_div(part.out_features, kLanes), task.rows <= kGemvRows ? task.tile_bytes : 1});
+        task.y += part.out_features;
+        if (task.bias) task.bias += part.out_features;
+    }
+    return work;
+}
+
+// Runs what lies between the costs `begin` and `end` of all work laid end to end. A tile belongs to the range that it
+// begins in.
+void run_range(const std::vector<Work>& work, int64_t begin, int64_t end) {
+    for (const Work& w : work) {
+        const int64_t first = std::clamp<int64_t>(ceil_div(begin, w.tile_cost), 0, w.n_tiles);
+        const int64_t last = std::clamp<int64_t>(ceil_div(end, w.tile_cost), 0, w.n_tiles);
+        if (first < last) w.kernel(w.task, first, last);
+        begin -= w.n_tiles * w.tile_cost;
+        end -= w.n_tiles * w.tile_cost;
+    }
+}
+
+// Up to kGemmRows rows of a call, from row `first` on.
 void run_rows(const LinearCall& call, int64_t first, int64_t rows, Isa isa, int threads) {
     const LinearKernels* kernels = kernels_for(isa);
-    const int mode = static_cast<int>(call.mode);
-    LinearTask shared{};
-    shared.rows = rows;
-    shared.in_features = call.in_features;
-    shared.group_size = call.group_size;
-    shared.y_stride = call.y_stride;
-    LinearKernel kernel = choose(kernels[call.parts[0].format], mode, rows, shared.panels);
-    shared.panels.n_groups = ceil_div(call.in_features, call.group_size);
-    shared.panels.group_stride = ceil_div(call.group_size, std::max(kBlock, shared.panels.step)) *
-                                 std::max(kBlock, shared.panels.step);
-    make_panels(call, first, rows, isa, threads, shared);
+    LinearTask task{};
+    task.rows = rows;
+    task.in_features = call.in_features;
+    task.group_size = call.group_size;
+    task.y = call.y + first * call.y_stride;
+    task.y_stride = call.y_stride;
+    task.bias = call.bias;
+    choose(kernels[call.parts[0].format], call.mode, rows, task.panels);  // all formats want the same panels
+    const int64_t multiple = std::max(kBlock, task.panels.step);
+    task.panels.n_groups = task.n_groups();
+    task.panels.group_stride = ceil_div(call.group_size, multiple) * multiple;
+    make_panels(call, first, isa, threads, task);
 
-    std::vector<LinearTask> tasks;
-    std::vector<LinearKernel> chosen;
-    std::vector<int64_t> ends;
-    int64_t total = 0, column = 0;
-    for (const LinearPart& part : call.parts) {
-        const int bits = kBits[part.format];
-        LinearTask task = shared;
-        task.data = part.data;
-        task.tile_bytes = tile_bytes(bits, call.in_features, call.group_size, kLanes);
-        task.out_features = part.out_features;
-        task.bias = call.bias ? call.bias + column : nullptr;
-        task.y = call.y + first * call.y_stride + column;
-        tasks.push_back(task);
-        Panels same = shared.panels;
-        kernel = choose(kernels[part.format], mode, rows, same);
-        chosen.push_back(kernel);
-        column += part.out_features;
-        // Few rows wait for memory, many for the multiplications.
-        total += ceil_div(part.out_features, kLanes) * (rows <= kGemvRows ? task.tile_bytes : 1);
-        ends.push_back(total);
-    }
-    constexpr int64_t kBytesPerThread = 1 << 14, kTilesPerThread = 1;
-    const int64_t useful = 1 + total / (rows <= kGemvRows ? kBytesPerThread : kTilesPerThread);
-    parallel_rows(total, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
-        int64_t base = 0;
-        for (size_t i = 0; i < tasks.size(); base = ends[i++]) {
-            const int64_t cost = rows <= kGemvRows ? tasks[i].tile_bytes : 1;
-            const int64_t n_tiles = (ends[i] - base) / cost;
-            // A tile belongs to the thread in whose range it begins.
-            const int64_t from = std::clamp<int64_t>(ceil_div(begin - base, cost), 0, n_tiles);
-            const int64_t to = std::clamp<int64_t>(ceil_div(end - base, cost), 0, n_tiles);
-            if (from < to) chosen[i](tasks[i], from, to);
-        }
-    });
+    const std::vector<Work> work = plan(call, kernels, task);
+    int64_t total = 0;
+    for (const Work& w : work) total += w.n_tiles * w.tile_cost;
+    constexpr int64_t kBytesPerThread = 1 << 14;  // what one thread reads while another one wakes up
+    const int64_t useful = rows <= kGemvRows ? 1 + total / kBytesPerThread : total;
+    parallel_rows(total, static_cast<int>(std::min<int64_t>(threads, useful)),
+                  [&](int64_t begin, int64_t end) { run_range(work, begin, end); });
 }
 
 }  // namespace
