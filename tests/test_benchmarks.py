@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_benchmarks_smoke(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--smoke", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "AMQ_CACHE": str(tmp_path)}
+    environment = {**os.environ, "AMQ_CACHE": str(tmp_path), "AMQ_BENCH_PEERS": "none"}  # peers: see below
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "skipped" not in result.stdout
@@ -36,3 +37,23 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "| additive, Fisher | 10 |" in result.stdout
+
+
+def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_path):
+    """Each peer computes the right product or says why it cannot run; what the picture needs is in the JSON."""
+    results, picture = tmp_path / "gemv.json", tmp_path / "gemv.png"
+    command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_gemv.py", "--smoke", "-p", "no:cacheprovider",
+               "-k", "M1-int8 and 64x512 and cold]", f"--benchmark-json={results}"]  # fmt: skip
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "left out: failed" not in result.stdout, result.stdout
+    cases = [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]
+    assert {case["format"] for case in cases} >= {"int2", "int3", "int4"}
+    for case in cases:
+        assert case["versus"]["torch-float32"] > 0 and case["bandwidth_share"] > 0 and case["bytes"] > 0
+        assert case["best_peer"] in case["versus"] if "best_peer" in case else set(case["versus"]) <= {
+            "torch-float32", "torch-bfloat16"}  # fmt: skip
+    command = [sys.executable, "benchmarks/plot_gemv.py", str(results), str(picture), "--shapes", "64x512"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert picture.stat().st_size > 10_000

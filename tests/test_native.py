@@ -226,7 +226,8 @@ def synthetic_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "shim.cpp").write_text(SHIM)
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -ffp-contract=off -fPIC -shared -pthread".split()
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", f"-I{folder}", f"-I{CSRC}"]
-    sources = [str(folder / "shim.cpp"), str(CSRC / "cpu" / "dequantize.cpp")]
+    names = ("dequantize", "isa", "threads")
+    sources = [str(folder / "shim.cpp"), *(str(CSRC / "cpu" / f"{name}.cpp") for name in names)]
     subprocess.run([compiler, *flags, *sources, "-o", str(folder / "shim.so")], check=True)
     return ctypes.CDLL(str(folder / "shim.so"))
 
