@@ -103,11 +103,28 @@ def _dequantize_rows(packed: PackedWeight, out: Tensor, isa: str = "") -> None:
     )
 
 
+HUGE_PAGE = 2 << 20
+
+
+def empty_bytes(count: int) -> Tensor:
+    """uint8 [count], not initialised, on pages of 2 MiB where it is large enough and the system has them.
+
+    Weights so placed are read 10 to 15 % faster (csrc/cpu/linear_body.h). To begin at a page's boundary, up to 2 MiB
+    more are reserved and never touched.
+    """
+    if count < HUGE_PAGE:
+        return torch.empty(count, dtype=torch.uint8)
+    memory = torch.empty(count + HUGE_PAGE, dtype=torch.uint8)
+    out = memory[-memory.data_ptr() % HUGE_PAGE :][:count]
+    cpu_module().advise_huge_pages(out.data_ptr(), count)
+    return out
+
+
 def prepare(packed: PackedWeight) -> Tensor:
     """The tiles of csrc/cpu/tiles.h: uint8, one dimension; of the packed size where 32 divides in_features."""
     _check_packed(packed, "prepare")
     fields = (packed.format.name, packed.out_features, packed.in_features, packed.group_size)
-    out = torch.empty(cpu_module().prepared_bytes(*fields), dtype=torch.uint8)
+    out = empty_bytes(cpu_module().prepared_bytes(*fields))
     cpu_module().prepare(
         format=packed.format.name,
         qweight=packed.qweight.data_ptr(),

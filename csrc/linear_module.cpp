@@ -7,6 +7,10 @@
 #include <tuple>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "amq_formats.h"
 #include "checks.h"
 #include "cpu/bandwidth.h"
@@ -107,6 +111,18 @@ void linear(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr
     amq::linear(call, isa, threads);
 }
 
+// Asks for pages of 2 MiB where the system grants them: reading weights then misses the address cache less often.
+void advise_huge_pages(uintptr_t data, int64_t bytes) {
+    require(bytes == 0 || data != 0, "address", "not null", 0);
+#ifdef MADV_HUGEPAGE
+    constexpr uintptr_t kPage = 1 << 12;
+    const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refusal is no error
+#else
+    (void)data, (void)bytes;
+#endif
+}
+
 uint64_t read_bytes(uintptr_t data, int64_t bytes, int threads) {
     require(bytes >= 0, "bytes", "at least 0", bytes);
     require(bytes == 0 || data != 0, "address", "not null", 0);
@@ -128,6 +144,7 @@ void bind_linear(py::module_& m) {
     m.def("linear", &linear, py::arg("parts"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("x_stride"), py::arg("y_stride"), py::arg("int8"),
           py::arg("threads"), py::arg("isa") = "", "Linears that share x; see csrc/cpu/linear.h");
+    m.def("advise_huge_pages", &advise_huge_pages, py::arg("data"), py::arg("bytes"), "Before memory is first written");
     m.def("read_bytes", &read_bytes, py::arg("data"), py::arg("bytes"), py::arg("threads"),
           "Reads memory, for its bandwidth; see csrc/cpu/bandwidth.h");
 }

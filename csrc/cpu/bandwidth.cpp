@@ -10,27 +10,28 @@
 namespace amq {
 namespace {
 
-using U64x8 = uint64_t __attribute__((vector_size(64)));
+using U64x4 = uint64_t __attribute__((vector_size(32)));
 
 // Of one, two and four streams with and without fetching ahead, this read fastest on one core (docs/cpu_kernels.md).
 constexpr int64_t kLine = 64, kAhead = 512, kStreams = 4;
 
 AMQ_INLINE uint64_t checksum(const uint8_t* data, int64_t begin, int64_t end) {
-    U64x8 sums[4] = {};  // several, so that no addition waits for the one before
-    const int64_t length = (end - begin) / (4 * kLine * kStreams) * 4 * kLine;
-    for (int64_t at = begin; at < begin + length; at += 4 * kLine)
+    U64x4 sums[4] = {};  // several, so that no addition waits for the one before
+    const int64_t length = (end - begin) / (2 * kLine * kStreams) * 2 * kLine;
+    for (const uint8_t *p = data + begin, *stop = p + length; p < stop; p += 2 * kLine)
         for (int64_t stream = 0; stream < kStreams; ++stream)
             for (int i = 0; i < 4; ++i) {
-                const uint8_t* p = data + at + stream * length + i * kLine;
-                U64x8 line;
-                __builtin_prefetch(p + kAhead);
-                std::memcpy(&line, p, sizeof line);
-                sums[i] += line;
+                const uint8_t* half = p + stream * length + i * kLine / 2;
+                U64x4 words;
+                if (i % 2 == 0) __builtin_prefetch(half + kAhead);
+                std::memcpy(&words, half, sizeof words);
+                sums[i] += words;
+                asm volatile("" ::: "memory");  // the compiler would gather the prefetches, which costs a tenth
             }
     uint64_t sum = 0;
     for (begin += kStreams * length; begin < end; ++begin) sum += data[begin];
-    for (const U64x8& lanes : sums)
-        for (int i = 0; i < 8; ++i) sum += lanes[i];
+    for (const U64x4& lanes : sums)
+        for (int i = 0; i < 4; ++i) sum += lanes[i];
     return sum;
 }
 

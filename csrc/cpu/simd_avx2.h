@@ -19,7 +19,6 @@ struct Avx2 {
     struct F32 {
         __m256 low, high;
     };
-    static constexpr int kStreams = 4;                   // of gemv, times rows
     static constexpr int kGemmTiles = 1, kGemmRows = 4;  // 8 of the 16 registers hold sums
 
     static AMQ_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

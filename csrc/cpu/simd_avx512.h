@@ -16,7 +16,6 @@ template <bool vnni>
 struct Avx512 {
     using I32 = __m512i;
     using F32 = __m512;
-    static constexpr int kStreams = 4;                   // of gemv, times rows
     static constexpr int kGemmTiles = 2, kGemmRows = 8;  // 16 sums in flight hide the latency of either multiplication
 
     static AMQ_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }

@@ -14,7 +14,6 @@ struct Portable {
     using I32 = uint32_t __attribute__((vector_size(64)));
     using F32 = float __attribute__((vector_size(64)));
     using Signed = int32_t __attribute__((vector_size(64)));
-    static constexpr int kStreams = 1;
     static constexpr int kGemmTiles = 1, kGemmRows = 4;
 
     static AMQ_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
