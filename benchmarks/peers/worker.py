@@ -28,7 +28,7 @@ from .base import Problem
 
 TOLERANCE = 0.02
 """Relative error of the checked product: rounding x to 8 bits gives 0.007, a misunderstood layout gives over 0.5."""
-WARM_UP, ROUNDS, SECONDS, FEWEST = 2, 20, 6.0, 10
+WARM_UP, ROUNDS, SECONDS, FEWEST = 2, 12, 6.0, 10
 """Rounds before and while measuring; not beyond SECONDS once FEWEST are done."""
 TIMEOUT = 180.0
 """Seconds in which a worker must have built, checked and measured."""
