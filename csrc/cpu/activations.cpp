@@ -56,15 +56,15 @@ AMQ_INLINE void quantize(const ActivationArgs& a, int64_t begin, int64_t end) {
     const Panels& panels = a.panels;
     alignas(64) int8_t q[kMaxGroup];
     for (int64_t m = begin; m < end; ++m) {
-        int8_t* out = static_cast<int8_t*>(a.out) + m / panels.rows * panels.panel_size() + m % panels.rows * panels.step;
-        for (int64_t g = 0; g < panels.n_groups; ++g) {
+        for (int64_t g = 0; g < a.n_groups; ++g) {
+            const int64_t index = panels.index(g, m / panels.rows), row = m % panels.rows;
             const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
             std::memset(q + count, 0, panels.group_stride - count);
             const Rounded rounded = m < a.rows ? round_group(a.x + m * a.x_stride + first, count, q)
                                                : (std::memset(q, 0, count), Rounded{0, 0});
-            a.x_scale[panels.scale_index(m, g)] = rounded.scale;
-            a.x_sum[panels.scale_index(m, g)] = static_cast<float>(rounded.sum);
-            int8_t* group = out + g * panels.group_size();
+            a.x_scale[index * panels.rows + row] = rounded.scale;
+            a.x_sum[index * panels.rows + row] = static_cast<float>(rounded.sum);
+            int8_t* group = static_cast<int8_t*>(a.out) + index * panels.size() + row * panels.step;
             if (panels.rows == 1) {
                 std::memcpy(group, q, panels.group_stride);
             } else if (panels.step == kStep) {
@@ -91,11 +91,11 @@ void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t e
 void copy_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
     const Panels& panels = a.panels;
     for (int64_t m = begin; m < end; ++m) {
-        float* out = static_cast<float*>(a.out) + m / panels.rows * panels.panel_size() + m % panels.rows;
-        for (int64_t g = 0; g < panels.n_groups; ++g, out += panels.group_size()) {
+        for (int64_t g = 0; g < a.n_groups; ++g) {
             const int64_t first = g * a.group_size;
             const int64_t count = m < a.rows ? std::min(a.group_size, a.in_features - first) : 0;
             const float* x = a.x + m * a.x_stride + first;
+            float* out = static_cast<float*>(a.out) + panels.index(g, m / panels.rows) * panels.size() + m % panels.rows;
             for (int64_t k = 0; k < count; ++k) out[k * panels.rows] = x[k];
             for (int64_t k = count; k < panels.group_stride; ++k) out[k * panels.rows] = 0;
         }

@@ -13,7 +13,7 @@ namespace amq {
 // become 0.
 struct ActivationArgs {
     const float* x;
-    int64_t x_stride, rows, in_features, group_size;
+    int64_t x_stride, rows, in_features, group_size, n_groups;
     Panels panels;
     void* out;                // int8 or float
     float *x_scale, *x_sum;   // int8 only

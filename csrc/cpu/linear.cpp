@@ -76,13 +76,13 @@ void make_panels(const LinearCall& call, int64_t first, Isa isa, int threads, Li
     const Panels& panels = task.panels;
     const int64_t rows = task.rows;
     const bool int8 = call.mode == Mode::int8;
-    const int64_t padded_rows = ceil_div(rows, panels.rows) * panels.rows;
-    const size_t x_bytes = padded_rows * panels.n_groups * panels.group_stride * (int8 ? 1 : sizeof(float));
-    const size_t scales = padded_rows * panels.n_groups;
+    const int64_t n_groups = task.n_groups(), padded_rows = panels.n_panels * panels.rows;
+    const size_t x_bytes = padded_rows * n_groups * panels.group_stride * (int8 ? 1 : sizeof(float));
+    const size_t scales = padded_rows * n_groups;
     char* memory = Workspace::get(x_bytes + 2 * scales * sizeof(float) + 64);
     float* x_scale = reinterpret_cast<float*>(memory + ceil_div(x_bytes, 64) * 64);
     const ActivationArgs args = {call.x + first * call.x_stride, call.x_stride, rows, call.in_features,
-                                 call.group_size, panels, memory, x_scale, x_scale + scales};
+                                 call.group_size, n_groups, panels, memory, x_scale, x_scale + scales};
     constexpr int64_t kElementsPerThread = 1 << 15;  // what one thread handles while another one wakes up
     const int64_t useful = 1 + rows * call.in_features / kElementsPerThread;
     parallel_rows(padded_rows, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
@@ -120,7 +120,7 @@ void run_range(const std::vector<Work>& work, int64_t begin, int64_t end) {
     }
 }
 
-// Up to kGemmRows rows of a call, from row `first` on.
+// Up to kCallRows rows of a call, from row `first` on.
 void run_rows(const LinearCall& call, int64_t first, int64_t rows, Isa isa, int threads) {
     const LinearKernels* kernels = kernels_for(isa);
     LinearTask task{};
@@ -132,7 +132,7 @@ void run_rows(const LinearCall& call, int64_t first, int64_t rows, Isa isa, int 
     task.bias = call.bias;
     choose(kernels[call.parts[0].format], call.mode, rows, task.panels);  // all formats want the same panels
     const int64_t multiple = std::max(kBlock, task.panels.step);
-    task.panels.n_groups = task.n_groups();
+    task.panels.n_panels = ceil_div(rows, task.panels.rows);
     task.panels.group_stride = ceil_div(call.group_size, multiple) * multiple;
     make_panels(call, first, isa, threads, task);
 
@@ -148,8 +148,8 @@ void run_rows(const LinearCall& call, int64_t first, int64_t rows, Isa isa, int 
 }  // namespace
 
 void linear(const LinearCall& call, Isa isa, int threads) {
-    for (int64_t first = 0; first < call.rows; first += kGemmRows)
-        run_rows(call, first, std::min<int64_t>(kGemmRows, call.rows - first), isa, threads);
+    for (int64_t first = 0; first < call.rows; first += kCallRows)
+        run_rows(call, first, std::min<int64_t>(kCallRows, call.rows - first), isa, threads);
 }
 
 }  // namespace amq

@@ -28,21 +28,20 @@ namespace amq {
 enum class Mode { fp32, int8 };
 
 constexpr int kGemvRows = 4;
-constexpr int kGemmRows = 512;  // rows of x handled at once: their sums for two tiles stay in the second cache
+constexpr int kCallRows = 512;  // rows of x that are laid out at once
 
-// How x is laid out for a kernel: panels of `rows` rows; within a panel, `step` features of one row, then of the next.
-// A group takes `group_stride` features, padded with zeros. Element (m, k of group g) is at
+// How x is laid out for a kernel: group by group, panels of `rows` rows within a group; within a panel, `step` features of
+// one row, then of the next. A group takes `group_stride` features, padded with zeros. Element (m, k of group g) is at
 //
-//     (m / rows) · n_groups · group_stride · rows + (g · group_stride + k) / step · step · rows + (m % rows) · step + k % step
+//     (g · n_panels + m / rows) · group_stride · rows + k / step · step · rows + m % rows · step + k % step
 //
-// in floats (fp32) or bytes (int8). Scales and sums of int8 groups are at ((m / rows) · n_groups + g) · rows + m % rows.
+// in floats (fp32) or bytes (int8). Scales and sums of int8 groups are at (g · n_panels + m / rows) · rows + m % rows.
 struct Panels {
     int rows, step;
-    int64_t n_groups, group_stride;
+    int64_t n_panels, group_stride;
 
-    AMQ_INLINE int64_t group_size() const { return group_stride * rows; }  // elements
-    AMQ_INLINE int64_t panel_size() const { return n_groups * group_size(); }
-    AMQ_INLINE int64_t scale_index(int64_t m, int64_t g) const { return (m / rows * n_groups + g) * rows + m % rows; }
+    AMQ_INLINE int64_t index(int64_t g, int64_t panel) const { return g * n_panels + panel; }
+    AMQ_INLINE int64_t size() const { return group_stride * rows; }  // elements of one panel of one group
 };
 
 // One linear of a call, and the rows of x, as kernels see them.

@@ -15,7 +15,7 @@ using S = Avx512<true>;
 
 constexpr int kTileRows = 16, kTileFeatures = 64, kTileBytes = kTileRows * kTileFeatures;
 
-// What ldtilecfg reads: tiles 0, 1 hold sums, 2, 3 rows of x, 6, 7 codes; all are 16 rows of 64 bytes.
+// What ldtilecfg reads: tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 codes; all are 16 rows of 64 bytes.
 struct TileConfiguration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -23,43 +23,58 @@ struct TileConfiguration {
 };
 static_assert(sizeof(TileConfiguration) == 64, "as the processor reads it");
 
-// Sums of one panel of x and the group in tiles 6 and 7 → sum[16][16]. A macro, since the compiler's intrinsics put the
-// numbers of tiles into the assembler's text.
-#define AMQ_MULTIPLY_PANEL(name, sum_tile, x_tile)                                           \
-    AMQ_INLINE void name(const uint8_t* x, bool whole, int32_t (&sum)[kTileRows][kLanes]) { \
-        _tile_zero(sum_tile);                                                                \
-        _tile_loadd(x_tile, x, kTileFeatures);                                               \
-        _tile_dpbsud(sum_tile, x_tile, 6);                                                   \
-        if (whole) {                                                                         \
-            _tile_loadd(x_tile, x + kTileBytes, kTileFeatures);                              \
-            _tile_dpbsud(sum_tile, x_tile, 7);                                               \
-        }                                                                                    \
-        _tile_stored(sum_tile, sum, sizeof sum[0]);                                          \
-    }
-AMQ_MULTIPLY_PANEL(multiply_even_panel, 0, 2)
-AMQ_MULTIPLY_PANEL(multiply_odd_panel, 1, 3)
-#undef AMQ_MULTIPLY_PANEL
+using TileSums = int32_t[kTileRows][kLanes];
 
-template <int bits>
-AMQ_INLINE void gemm_amx_tile(const LinearTask& task, int64_t tile) {
-    gemm_tiles<S, bits, 1, uint8_t>(task, tile, [&](auto& buffer, int64_t blocks, auto& sums, int64_t panel,
-                                                    int64_t g) __attribute__((always_inline)) {
-        const uint8_t* x = static_cast<const uint8_t*>(task.x) + panel * task.panels.panel_size() +
-                           g * task.panels.group_size();
-        const bool whole = blocks > kTileFeatures / kBlock;
-        if (panel == 0) {
-            std::memset(buffer[0] + blocks * kSteps * kLineBytes, 0, (blocks % 2) * kSteps * kLineBytes);
-            _tile_loadd(6, buffer[0], kLineBytes);
-            if (whole) _tile_loadd(7, buffer[0] + kTileBytes, kLineBytes);
+// One or two panels of x times one or two tiles of codes → sum[2·panel + tile]. Numbers of tiles are literals because the
+// compiler's intrinsics put them into the assembler's text.
+template <int panels, int tiles, class Buffer>
+AMQ_INLINE void multiply_panels(const uint8_t* const (&x)[2], const Buffer& buffer, int64_t steps, TileSums (&sum)[4]) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < steps; ++step) {
+        _tile_loadd(6, buffer[0] + step * kTileBytes, kLineBytes);
+        if constexpr (tiles == 2) _tile_loadd(7, buffer[1] + step * kTileBytes, kLineBytes);
+        _tile_loadd(4, x[0] + step * kTileBytes, kTileFeatures);
+        _tile_dpbsud(0, 4, 6);
+        if constexpr (tiles == 2) _tile_dpbsud(1, 4, 7);
+        if constexpr (panels == 2) {
+            _tile_loadd(5, x[1] + step * kTileBytes, kTileFeatures);
+            _tile_dpbsud(2, 5, 6);
+            if constexpr (tiles == 2) _tile_dpbsud(3, 5, 7);
         }
-        alignas(64) int32_t sum[kTileRows][kLanes];
-        if (panel % 2 == 0)  // two sets of registers, so that a panel need not wait for the one before
-            multiply_even_panel(x, whole, sum);
-        else
-            multiply_odd_panel(x, whole, sum);
-        const int64_t at = (panel * task.panels.n_groups + g) * kTileRows;
+    }
+    _tile_stored(0, sum[0], sizeof sum[0][0]);
+    if constexpr (tiles == 2) _tile_stored(1, sum[1], sizeof sum[0][0]);
+    if constexpr (panels == 2) _tile_stored(2, sum[2], sizeof sum[0][0]);
+    if constexpr (panels == 2 && tiles == 2) _tile_stored(3, sum[3], sizeof sum[0][0]);
+}
+
+// Multiplies panels `panel` to `panel` + `count` − 1 of the range and adds them to `sums`.
+template <int count, int tiles, class Buffer, class SumsOfTiles>
+AMQ_INLINE void add_panels(const PanelRange<uint8_t>& panels, int64_t panel, const Buffer& buffer, int64_t steps,
+                           SumsOfTiles& sums) {
+    alignas(64) TileSums sum[4];
+    multiply_panels<count, tiles>({panels.x(panel), panels.x(panel + count - 1)}, buffer, steps, sum);
+    for (int p = 0; p < count; ++p) {
+        const float *x_scale = panels.x_scale(panel + p), *x_sum = panels.x_sum(panel + p);
         for (int m = 0; m < kTileRows; ++m)
-            sums.add(0, panel * kTileRows + m, S::load(sum[m]), task.x_scale[at + m], task.x_sum[at + m]);
+            for (int t = 0; t < tiles; ++t)
+                sums.add(t, panels.row(panel + p) + m, S::load(sum[2 * p + t][m]), x_scale[m], x_sum[m]);
+    }
+}
+
+template <int bits, int tiles>
+AMQ_INLINE void gemm_amx_tiles(const LinearTask& task, int64_t first) {
+    gemm_tiles<S, bits, tiles, uint8_t>(task, first, [](auto& buffer, int64_t blocks, auto& sums, auto panels)
+                                                         __attribute__((always_inline)) {
+        if (blocks % 2)  // the group ends within a tile's 64 features
+            for (auto& codes : buffer) std::memset(codes + blocks * kSteps * kLineBytes, 0, kSteps * kLineBytes);
+        const int64_t steps = ceil_div(blocks * kBlock, kTileFeatures);
+        int64_t panel = panels.begin;
+        for (; panel + 1 < panels.end; panel += 2) add_panels<2, tiles>(panels, panel, buffer, steps, sums);
+        if (panel < panels.end) add_panels<1, tiles>(panels, panel, buffer, steps, sums);
     });
 }
 
@@ -67,7 +82,8 @@ template <int bits>
 void gemm_amx(const LinearTask& task, int64_t begin, int64_t end) {
     const TileConfiguration configuration;
     _tile_loadconfig(&configuration);
-    for (int64_t tile = begin; tile < end; ++tile) gemm_amx_tile<bits>(task, tile);
+    for (; begin + 2 <= end; begin += 2) gemm_amx_tiles<bits, 2>(task, begin);
+    if (begin < end) gemm_amx_tiles<bits, 1>(task, begin);
     _tile_release();
 }
 

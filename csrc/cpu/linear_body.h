@@ -169,7 +169,7 @@ AMQ_INLINE void gemv_tiles(const LinearTask& task, int64_t first, int64_t stride
             S::prefetch(group[t].lines + kPrefetchBytes);
             zero_point[t] = group[t].zero_point();
         });
-        const Element* x = static_cast<const Element*>(task.x) + g * task.panels.group_size();
+        const Element* x = static_cast<const Element*>(task.x) + g * task.panels.size();
         const int64_t blocks = task.blocks(g);
         for (int64_t b = 0; b < blocks; ++b, x += kBlock * rows)
             unroll<streams>([&](auto t) __attribute__((always_inline)) {
@@ -227,10 +227,12 @@ AMQ_INLINE void decode_group(const Group<S, bits>& group, int64_t blocks, float*
     }
 }
 
-// What gemm keeps of the tiles in work: their sums over groups for every row, and scale and zero point of the group.
+// What gemm keeps of the tiles in work: their sums over groups for a chunk of rows, so many that they stay in the first
+// cache, and scale and zero point of the group.
 template <class S, int tiles>
 struct Sums {
-    alignas(64) float values[tiles][kGemmRows][kLanes];
+    static constexpr int kRows = 512 / tiles;  // 32 KiB
+    alignas(64) float values[tiles][kRows][kLanes];
     typename S::F32 scale[tiles], zero_point[tiles];
 
     AMQ_INLINE void clear(int64_t rows) {
@@ -244,85 +246,109 @@ struct Sums {
         float* sum = values[t][row];
         S::store(sum, S::fma(scale[t], dot, S::load_float(sum)));
     }
-    AMQ_INLINE void write(const LinearTask& task, int64_t first_tile) const {
-        for (int64_t row = 0; row < task.rows; ++row)
-            for (int t = 0; t < tiles; ++t) store_row<S>(task, row, first_tile + t, S::load_float(values[t][row]));
-    }
 };
 
-// Many rows for `tiles` tiles from `first` on: each group is decoded once, then multiply(buffer, steps, sums, panel, g)
-// adds it to the sums of a panel of rows. A tile of a group is kMaxGroup · 16 elements of the buffer.
+// Panels begin … end − 1 of a group, for which a kernel multiplies.
+template <class Element>
+struct PanelRange {
+    const LinearTask& task;
+    int64_t g, begin, end;
+
+    AMQ_INLINE const Element* x(int64_t panel) const {
+        return static_cast<const Element*>(task.x) + task.panels.index(g, panel) * task.panels.size();
+    }
+    AMQ_INLINE const float* x_scale(int64_t panel) const {
+        return task.x_scale + task.panels.index(g, panel) * task.panels.rows;
+    }
+    AMQ_INLINE const float* x_sum(int64_t panel) const {
+        return task.x_sum + task.panels.index(g, panel) * task.panels.rows;
+    }
+    AMQ_INLINE int64_t row(int64_t panel) const { return (panel - begin) * task.panels.rows; }  // in Sums
+};
+
+// Many rows for `tiles` tiles from `first` on, a chunk of rows after another: each group is decoded once per chunk, then
+// multiply(buffer, blocks, sums, panels) adds it to the sums of the chunk's rows. What a tile's codes take of the buffer
+// is kMaxGroup · 16 elements.
 template <class S, int bits, int tiles, class Element, class Multiply>
 AMQ_INLINE void gemm_tiles(const LinearTask& task, int64_t first, const Multiply& multiply) {
     alignas(64) Element buffer[tiles][kMaxGroup * kLanes];
     Sums<S, tiles> sums;
     Group<S, bits> group;
-    const int64_t n_groups = task.n_groups(), n_panels = ceil_div(task.rows, task.panels.rows);
-    sums.clear(n_panels * task.panels.rows);
-    for (int64_t g = 0; g < n_groups; ++g) {
-        for (int t = 0; t < tiles; ++t) {
-            group.find(task, first + t, g);
-            sums.scale[t] = group.scale();
-            sums.zero_point[t] = group.zero_point();
-            decode_group<S, bits>(group, task.blocks(g), buffer[t]);
+    const int64_t n_groups = task.n_groups(), n_panels = task.panels.n_panels;
+    const int64_t chunk = Sums<S, tiles>::kRows / task.panels.rows;
+    for (int64_t begin = 0; begin < n_panels; begin += chunk) {
+        const int64_t end = begin + chunk < n_panels ? begin + chunk : n_panels;
+        sums.clear((end - begin) * task.panels.rows);
+        for (int64_t g = 0; g < n_groups; ++g) {
+            for (int t = 0; t < tiles; ++t) {
+                group.find(task, first + t, g);
+                sums.scale[t] = group.scale();
+                sums.zero_point[t] = group.zero_point();
+                decode_group<S, bits>(group, task.blocks(g), buffer[t]);
+            }
+            multiply(buffer, task.blocks(g), sums, PanelRange<Element>{task, g, begin, end});
         }
-        for (int64_t panel = 0; panel < n_panels; ++panel) multiply(buffer, task.blocks(g), sums, panel, g);
+        for (int64_t row = begin * task.panels.rows; row < end * task.panels.rows && row < task.rows; ++row)
+            for (int t = 0; t < tiles; ++t)
+                store_row<S>(task, row, first + t, S::load_float(sums.values[t][row - begin * task.panels.rows]));
     }
-    sums.write(task, first);
 }
 
 // As many rows and tiles as the registers of S hold sums for.
 template <class S, int bits, int tiles>
 AMQ_INLINE void gemm_int8_tiles(const LinearTask& task, int64_t first) {
     constexpr int rows = S::kGemmRows;
-    gemm_tiles<S, bits, tiles, uint8_t>(task, first, [&](auto& buffer, int64_t blocks, auto& sums, int64_t panel,
-                                                         int64_t g) __attribute__((always_inline)) {
-        typename S::I32 sum[tiles][rows] = {};
-        const uint8_t* x = static_cast<const uint8_t*>(task.x) + panel * task.panels.panel_size() +
-                           g * task.panels.group_size();
-        for (int64_t step = 0; step < blocks * kSteps; ++step, x += kStep * rows) {
-            typename S::I32 codes[tiles];
-            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                codes[t] = S::load(buffer[t] + step * kLineBytes);
-            });
+    gemm_tiles<S, bits, tiles, uint8_t>(task, first, [](auto& buffer, int64_t blocks, auto& sums, auto panels)
+                                                         __attribute__((always_inline)) {
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            typename S::I32 sum[tiles][rows] = {};
+            const uint8_t* x = panels.x(panel);
+            for (int64_t step = 0; step < blocks * kSteps; ++step, x += kStep * rows) {
+                typename S::I32 codes[tiles];
+                unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                    codes[t] = S::load(buffer[t] + step * kLineBytes);
+                });
+                unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                    unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                        sum[t][m] = S::template dot<bits>(sum[t][m], codes[t], x + kStep * m);
+                    });
+                });
+            }
             unroll<rows>([&](auto m) __attribute__((always_inline)) {
                 unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                    sum[t][m] = S::template dot<bits>(sum[t][m], codes[t], x + kStep * m);
+                    sums.add(t, panels.row(panel) + m, sum[t][m], panels.x_scale(panel)[m], panels.x_sum(panel)[m]);
                 });
             });
         }
-        const int64_t at = (panel * task.panels.n_groups + g) * rows;
-        unroll<rows>([&](auto m) __attribute__((always_inline)) {
-            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                sums.add(t, panel * rows + m, sum[t][m], task.x_scale[at + m], task.x_sum[at + m]);
-            });
-        });
     });
 }
 
 template <class S, int bits, int tiles>
 AMQ_INLINE void gemm_fp32_tiles(const LinearTask& task, int64_t first) {
     constexpr int rows = S::kGemmRows;
-    gemm_tiles<S, bits, tiles, float>(task, first, [&](auto& buffer, int64_t blocks, auto& sums, int64_t panel,
-                                                       int64_t g) __attribute__((always_inline)) {
-        typename S::F32 sum[tiles][rows] = {};
-        const float* x = static_cast<const float*>(task.x) + panel * task.panels.panel_size() +
-                         g * task.panels.group_size();
-        for (int64_t k = 0; k < blocks * kBlock; ++k, x += rows) {
-            typename S::F32 weights[tiles];
-            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                weights[t] = S::load_float(buffer[t] + k * kLanes);
-            });
-            unroll<rows>([&](auto m) __attribute__((always_inline)) {
-                const auto value = S::splat(x[m]);
+    gemm_tiles<S, bits, tiles, float>(task, first, [](auto& buffer, int64_t blocks, auto& sums, auto panels)
+                                                       __attribute__((always_inline)) {
+        for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+            typename S::F32 sum[tiles][rows] = {};
+            const float* x = panels.x(panel);
+            for (int64_t k = 0; k < blocks * kBlock; ++k, x += rows) {
+                typename S::F32 weights[tiles];
                 unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                    sum[t][m] = S::fma(weights[t], value, sum[t][m]);
+                    weights[t] = S::load_float(buffer[t] + k * kLanes);
+                });
+                unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                    const auto value = S::splat(x[m]);
+                    unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                        sum[t][m] = S::fma(weights[t], value, sum[t][m]);
+                    });
+                });
+            }
+            unroll<rows>([&](auto m) __attribute__((always_inline)) {
+                unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                    sums.add(t, panels.row(panel) + m, sum[t][m]);
                 });
             });
         }
-        unroll<rows>([&](auto m) __attribute__((always_inline)) {
-            unroll<tiles>([&](auto t) __attribute__((always_inline)) { sums.add(t, panel * rows + m, sum[t][m]); });
-        });
     });
 }
 
