@@ -95,7 +95,7 @@ def _reference_packed(weight: PreparedWeight) -> PackedWeight:
         weight.format,
         weight.in_features,
         weight.group_size,
-        qweight.view(rows, -1) if rows else qweight.view(0, weight.format.row_bytes(weight.in_features)),
+        qweight.view(rows, weight.format.row_bytes(weight.in_features)),
         scale.view(torch.float16).view(rows, groups),
         zero_point.view(torch.float16).view(rows, groups),
     )
@@ -108,12 +108,13 @@ def quantize_activations(x: Tensor, group_size: int) -> Tensor:
     becomes NaN; one whose magnitudes are all below 2^-100 becomes 0.
     """
     rows, in_features = x.shape
-    groups = torch.nn.functional.pad(x, (0, -in_features % group_size)).view(rows, -1, group_size)
+    padded = torch.nn.functional.pad(x, (0, -in_features % group_size))
+    groups = padded.view(rows, n_groups(in_features, group_size), group_size)
     largest = groups.abs().amax(-1, keepdim=True)
     codes = (groups * (127 / largest)).round()
     rounded = torch.where(largest < 2.0**-100, 0.0, codes * (largest / 127))
     rounded = torch.where(largest.isfinite(), rounded, torch.nan)
-    return rounded.view(rows, -1)[:, :in_features]
+    return rounded.view(padded.shape)[:, :in_features]
 
 
 def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:

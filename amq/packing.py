@@ -94,23 +94,22 @@ def pack_codes(codes: Tensor, fmt: BitFormat) -> Tensor:
         raise AmqError(f"codes must be uint8 [out_features, in_features], got {codes.dtype} {list(codes.shape)}")
     if codes.numel() and int(codes.max()) > fmt.max_code:
         raise AmqError(f"{fmt.name} holds codes up to {fmt.max_code}, got {int(codes.max())}")
-    rows, in_features = codes.shape
+    in_features = codes.shape[1]
     padding = -in_features % fmt.unit_codes
-    units = torch.nn.functional.pad(codes, (0, padding)).view(rows, -1, fmt.unit_codes).to(torch.int64)
+    units = torch.nn.functional.pad(codes, (0, padding)).unflatten(1, (-1, fmt.unit_codes)).to(torch.int64)
     value = (units * _powers(fmt.levels, fmt.unit_codes, codes.device)).sum(-1)  # [rows, units]
     shifts = 8 * torch.arange(fmt.unit_bytes, device=codes.device)
     unit_bytes = (value.unsqueeze(-1) >> shifts) & 0xFF  # [rows, units, unit_bytes]
-    return unit_bytes.view(rows, -1)[:, : fmt.row_bytes(in_features)].to(torch.uint8).contiguous()
+    return unit_bytes.flatten(1)[:, : fmt.row_bytes(in_features)].to(torch.uint8).contiguous()
 
 
 def unpack_codes(qweight: Tensor, fmt: BitFormat, in_features: int) -> Tensor:
     """The inverse of `pack_codes`: uint8 [out_features, in_features]."""
-    rows = qweight.shape[0]
     padding = -qweight.shape[1] % fmt.unit_bytes
-    unit_bytes = torch.nn.functional.pad(qweight, (0, padding)).view(rows, -1, fmt.unit_bytes).to(torch.int64)
+    unit_bytes = torch.nn.functional.pad(qweight, (0, padding)).unflatten(1, (-1, fmt.unit_bytes)).to(torch.int64)
     value = (unit_bytes << 8 * torch.arange(fmt.unit_bytes, device=qweight.device)).sum(-1, keepdim=True)
     codes = (value // _powers(fmt.levels, fmt.unit_codes, qweight.device)) % fmt.levels  # [rows, units, unit_codes]
-    return codes.view(rows, -1)[:, :in_features].to(torch.uint8).contiguous()
+    return codes.flatten(1)[:, :in_features].to(torch.uint8).contiguous()
 
 
 def _powers(base: int, count: int, device: torch.device) -> Tensor:
