@@ -8,7 +8,9 @@
 An id reads backend, format, shape N×K, rows of x, activations, threads, cold or hot, and a forced instruction set:
 `cpu-int3-4096x4096-M1-int8-threads2-cold`. One round multiplies the same x by each of R distinct linears that together
 exceed twice the last-level cache; a time is a round's divided by R. The read bandwidth is measured right before and
-after every case, ours and each peer's, since machines are shared; `bandwidth_share` is GB/s over that.
+after every case, ours and each peer's, since machines are shared; `bandwidth_share` is GB/s over that. `others` is the
+share of the cores' time that went to other processes meanwhile: beside them two threads can take many times as long, by
+how much differs from library to library, so such cases are marked and not to be quoted.
 
 Peers (benchmarks/peers) run in processes of their own, once per shape, rows and threads, right before the first case of
 ours that needs them; those that are not installed are listed with the reason. `versus` in a case's extra_info is peer's
@@ -70,6 +72,8 @@ SHAPES = (
 SMOKE_SHAPES = (Shape(64, 512, "smoke", peers=True), Shape(40, 192, "smoke"))
 DENSE = [peer.name for peer in PEERS.values() if not peer.rival]
 NARROW = [name for name, fmt in FORMATS.items() if fmt.code_bits <= 4]
+BUSY = 0.05
+"""A case during which other processes had more of the cores' time than this is marked."""
 EXACT = 1e-5
 """Relative error allowed to a product of float32 activations; those rounded to 8 bits may have a peer's TOLERANCE."""
 
@@ -129,6 +133,25 @@ def last_level_cache() -> int:
     return max(found)
 
 
+class OtherWork:
+    """The share of all cores' time that went to other processes since its creation.
+
+    Threads that wait for each other by spinning, as those of most of these libraries do, lose many times that share.
+    """
+
+    def __init__(self) -> None:
+        self._start, self._others = time.perf_counter(), self._other_seconds()
+
+    @staticmethod
+    def _other_seconds() -> float:
+        user, nice, system, _, _, irq, soft, stolen, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
+        return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
+
+    def share(self) -> float:
+        elapsed = time.perf_counter() - self._start
+        return round(max(0.0, (self._other_seconds() - self._others) / elapsed / os.cpu_count()), 3)
+
+
 class Stage:
     """What cases share: the buffer that the read bandwidth is measured on, the last weights, the peers' times."""
 
@@ -184,12 +207,13 @@ class Stage:
     def _measure(self, name: str, case: Case) -> dict:
         n, k = case.shape.out_features, case.shape.in_features
         count = math.ceil(self.cold_bytes / PEERS[name].matrix_bytes(n, k)) if case.cold else 1
-        readings = self.bandwidth()
+        readings, others = self.bandwidth(), OtherWork()
         try:
             result = measure(name, Problem(n, k, case.tokens, count, case.threads))
         except RuntimeError as error:
             self.left_out[name] = f"failed: {error}"
             return {}
+        result["others"] = others.share()
         gbps = (result["bytes"] + 4 * case.tokens * (n + k)) / result["seconds"] / 1e9
         bandwidth = statistics.median(readings + self.bandwidth()) / 1e9
         result.update(us=round(result.pop("seconds") * 1e6, 2), us_fastest=round(result.pop("fastest") * 1e6, 2))
@@ -226,18 +250,24 @@ class Summary:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         write = terminalreporter.write_line
         terminalreporter.section("gemv: microseconds per product, GB/s, share of the read bandwidth, best peer")
-        write(f"{'case':58} {'us':>10} {'GB/s':>7} {'share':>6} {'x best':>7}  best peer")
+        write(f"{'case':58} {'us':>10} {'GB/s':>7} {'share':>6}   {'x best':>7}  best peer")
         for case, info in self.stage.rows:
             best = info.get("best_peer")
             versus = f"{info['versus_best']:7.2f}  {best} ({info['peers'][best]['us']:.1f} us)" if best else ""
-            write(f"{case!s:58} {info['us']:10.1f} {info['gbps']:7.2f} {info['bandwidth_share']:6.1%} {versus}")
+            write(f"{case!s:58} {self._figures(info)} {versus}")
         peers = {(name, case.group): r for case, info in self.stage.rows for name, r in info["peers"].items()}
         for (name, group), result in peers.items():
-            share = f"{result['bandwidth_share']:6.1%} {result['detail']}"
-            write(f"{name + ' ' + group:58} {result['us']:10.1f} {result['gbps']:7.2f} {share}")
+            write(f"{name + ' ' + group:58} {self._figures(result)} {result['detail']}")
         for reason in sorted(set(self.stage.left_out.values())):
             names = [name for name, why in self.stage.left_out.items() if why == reason]
             write(f"peers left out: {', '.join(names)}: {reason}")
+        if any(result["others"] > BUSY for result in [*(info for _, info in self.stage.rows), *peers.values()]):
+            write(f"! other processes had over {BUSY:.0%} of the cores' time: not a figure to quote")
+
+    @staticmethod
+    def _figures(result: dict) -> str:
+        busy = "!" if result["others"] > BUSY else " "
+        return f"{result['us']:10.1f} {result['gbps']:7.2f} {result['bandwidth_share']:6.1%} {busy}"
 
 
 @pytest.fixture(scope="module")
@@ -312,9 +342,10 @@ def test_gemv(case: Case, stage: Stage, benchmark) -> None:
     start = time.perf_counter()
     run()
     rounds = min(20, max(10, math.ceil(stage.seconds / (time.perf_counter() - start))))
-    readings = stage.bandwidth()
+    readings, others = stage.bandwidth(), OtherWork()
     benchmark.group = case.group
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
+    others = others.share()
     bandwidth = statistics.median(readings + stage.bandwidth())
     seconds = benchmark.stats.stats.median / len(weights)
     moved = weights[0].nbytes + 4 * case.tokens * (case.shape.out_features + case.shape.in_features)
@@ -331,6 +362,7 @@ def test_gemv(case: Case, stage: Stage, benchmark) -> None:
         "gbps": round(moved / seconds / 1e9, 3),
         "bandwidth_gbps": round(bandwidth / 1e9, 3),
         "bandwidth_share": round(moved / seconds / bandwidth, 4),
+        "others": others,
         "versus": {name: round(ratio, 3) for name, ratio in versus.items()},
         "peers": peers,
     }
