@@ -1,0 +1,112 @@
+"""The CPU kernels' tests once more, with the module built under the address and undefined-behaviour sanitizers.
+
+The build is the one of CMakeLists.txt with AMQ_SANITIZE, in a temporary folder, with flags that make it quick enough to
+be run every time. Accesses are checked by calls, not in line, and leaving a scope poisons nothing; each access is still
+checked. Of undefined behaviour, null and misaligned pointers and the sizes of objects are left to the address sanitizer
+and the processor: the kernels read bytes through memcpy and unaligned loads. GCC 12 takes 30 instead of 140 s of
+processor time for one instruction set that way.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from amq.formats import FORMATS
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("test_linear.py", "test_linear_faults.py", "test_native.py")
+UNCHECKED = "null,alignment,object-size,vptr,nonnull-attribute,returns-nonnull-attribute"
+QUICK = f"-O1 -g1 -fno-var-tracking -fno-sanitize={UNCHECKED} -fno-sanitize-address-use-after-scope"
+QUICK += " --param=asan-instrumentation-with-call-threshold=0"
+"""Flags after CMake's own."""
+
+PLUGIN = """
+import importlib.util, sys
+import torch  # first, as in amq/native.py
+import amq
+spec = importlib.util.spec_from_file_location("amq._cpu", {path!r})
+amq._cpu = sys.modules["amq._cpu"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(amq._cpu)
+"""
+
+
+def runtime_library(name: str) -> Path:
+    """The path of one of g++'s libraries; skips where there is none."""
+    gcc = shutil.which("g++")
+    if gcc is None or not sys.platform.startswith("linux"):
+        pytest.skip("the sanitizer build needs g++ on Linux")
+    asked = subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+    path = Path(asked.stdout.strip())
+    if not path.is_absolute():
+        pytest.skip(f"g++ has no {name}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Builds, and returns the environment in which `-p sanitized` or `import sanitized` puts that module in place."""
+    libraries = [runtime_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
+    pybind11 = pytest.importorskip("pybind11", reason="the sanitizer build needs pybind11")
+    cmake = shutil.which("cmake") or pytest.skip("the sanitizer build needs CMake")
+    folder = tmp_path_factory.mktemp("sanitized")
+    entries = " ".join(f"X({f.name}, {f.levels}, {f.unit_codes}, {f.unit_bytes})" for f in FORMATS.values())
+    (folder / "amq_formats.h").write_text(f"#pragma once\n#define AMQ_FORMATS(X) {entries}\n")
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(folder), "-DAMQ_SANITIZE=ON", "-DCMAKE_CXX_COMPILER=g++"),
+        f"-DAMQ_FORMATS_DIR={folder}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'module'}",
+        f"-DCMAKE_CXX_COMPILE_OBJECT=<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> {QUICK} -o <OBJECT> -c <SOURCE>",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    (module,) = (folder / "module").glob("_cpu*.so")
+    (folder / "sanitized.py").write_text(PLUGIN.format(path=str(module)))
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(map(str, libraries)),
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "PYTHONPATH": str(folder),
+        "OMP_NUM_THREADS": "2",
+    }
+
+
+def run_python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+
+
+def test_the_sanitizer_bites(environment: dict[str, str]) -> None:
+    """x holds one feature less than it should: without this, the test below could pass on a plain module."""
+    code = """
+import sanitized, torch
+from amq._cpu import linear, prepared_bytes
+size = prepared_bytes("int3", 16, 100, 32)
+data, y = torch.zeros(size, dtype=torch.uint8), torch.zeros(16)
+for missing in (0, 1):
+    x = torch.zeros(100 - missing)
+    linear([("int3", data.data_ptr(), size, 16)], x.data_ptr(), 0, y.data_ptr(), 1, 100, 32, 100, 16, False, 1)
+    print("survived", missing, flush=True)
+"""
+    result = run_python(environment, "-c", code)
+    assert result.stdout.split() == ["survived", "0"], result.stderr
+    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
+
+
+def test_kernels_under_the_sanitizers(environment: dict[str, str]) -> None:
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider")
+    result = run_python(environment, *arguments, *(str(ROOT / "tests" / name) for name in TESTS))
+    report = result.stdout[-6000:] + result.stderr[-6000:]
+    assert result.returncode == 0, report
+    assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr, report
+    assert " passed" in result.stdout.splitlines()[-1], report
