@@ -46,6 +46,8 @@ def linear(
     """
     first = _check_weights(weights, name)
     _check_input(x, weights, bias, activations, name)
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return _run(x, weights, bias, activations)  # without torch's dispatcher: 7 instead of 26 µs for a small linear
     return torch.ops.amq.linear(
         x,
         [w.data for w in weights],
@@ -108,10 +110,14 @@ def _linear(
         PreparedWeight(backend, get_format(fmt), n, in_features, group_size, data)
         for data, fmt, n in zip(weights, formats, out_features, strict=True)
     ]
-    rows = x.reshape(-1, in_features).float().contiguous()
+    return _run(x, prepared, bias, activations)
+
+
+def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     bias = None if bias is None else bias.float().contiguous()
-    y = get_backend(backend).linear(rows, prepared, bias, activations)
-    return y.to(x.dtype).view(*x.shape[:-1], sum(out_features))
+    y = get_backend(weights[0].backend).linear(rows, weights, bias, activations)
+    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
 def _fake_linear(

@@ -43,7 +43,7 @@ K = (1, 31, 32, 33, 100, 129, 576, 1000, 1536)
 SHAPES = [
     (M[i % len(M)], N[(i + i // len(M)) % len(N)], k, group_size)
     for i, (group_size, k) in enumerate(itertools.product(GROUP_SIZES, K))
-] + [(513, 17, 200, 64), (4, 125, 576, 128), (3, 100, 129, 32)]
+] + [(513, 17, 200, 64), (300, 33, 100, 32), (140, 50, 161, 64), (4, 125, 576, 128), (3, 100, 129, 32)]
 ELEMENTS = 64
 """An error is averaged over at least so many outputs, so that neither side's luck decides."""
 

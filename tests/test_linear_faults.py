@@ -92,9 +92,7 @@ def test_prepare_never_reads_or_writes_past_the_last_byte(name: str, isa: str) -
     for rows, in_features in itertools.product((1, 5, 17), (1, 3, 31, 33, 64, 100)):
         packed = random_packed(FORMATS[name], rows, in_features, 32)
         with ExitStack() as stack:
-            parts = [
-                stack.enter_context(at_page_edge(t)) for t in (packed.qweight, packed.scale, packed.zero_point)
-            ]
+            parts = [stack.enter_context(at_page_edge(t)) for t in (packed.qweight, packed.scale, packed.zero_point)]
             expected = make_weight(name, rows, in_features, 32).prepared.data
             out = stack.enter_context(at_page_edge(torch.zeros_like(expected)))
             prepare_into(PackedWeight(packed.format, in_features, 32, *parts), out, isa)

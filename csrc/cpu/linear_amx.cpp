@@ -51,17 +51,17 @@ AMQ_INLINE void multiply_panels(const uint8_t* const (&x)[2], const Buffer& buff
     if constexpr (panels == 2 && tiles == 2) _tile_stored(3, sum[3], sizeof sum[0][0]);
 }
 
-// Multiplies panels `panel` to `panel` + `count` − 1 of the range and adds them to `sums`.
-template <int count, int tiles, class Buffer, class SumsOfTiles>
-AMQ_INLINE void add_panels(const PanelRange<uint8_t>& panels, int64_t panel, const Buffer& buffer, int64_t steps,
+// Adds what `multiply_panels` made of panels `panel` and, if `count` is 2, the next one.
+template <int tiles, class SumsOfTiles>
+AMQ_INLINE void add_panels(const PanelRange<uint8_t>& panels, int64_t panel, int64_t count, const TileSums (&sum)[4],
                            SumsOfTiles& sums) {
-    alignas(64) TileSums sum[4];
-    multiply_panels<count, tiles>({panels.x(panel), panels.x(panel + count - 1)}, buffer, steps, sum);
-    for (int p = 0; p < count; ++p) {
+    for (int64_t p = 0; p < count; ++p) {
         const float *x_scale = panels.x_scale(panel + p), *x_sum = panels.x_sum(panel + p);
+        const int64_t row = panels.row(panel + p);
         for (int m = 0; m < kTileRows; ++m)
-            for (int t = 0; t < tiles; ++t)
-                sums.add(t, panels.row(panel + p) + m, S::load(sum[2 * p + t][m]), x_scale[m], x_sum[m]);
+            unroll<tiles>([&](auto t) __attribute__((always_inline)) {
+                sums.add(t, row + m, S::load(sum[2 * p + t][m]), x_scale[m], x_sum[m]);
+            });
     }
 }
 
@@ -72,9 +72,20 @@ AMQ_INLINE void gemm_amx_tiles(const LinearTask& task, int64_t first) {
         if (blocks % 2)  // the group ends within a tile's 64 features
             for (auto& codes : buffer) std::memset(codes + blocks * kSteps * kLineBytes, 0, kSteps * kLineBytes);
         const int64_t steps = ceil_div(blocks * kBlock, kTileFeatures);
-        int64_t panel = panels.begin;
-        for (; panel + 1 < panels.end; panel += 2) add_panels<2, tiles>(panels, panel, buffer, steps, sums);
-        if (panel < panels.end) add_panels<1, tiles>(panels, panel, buffer, steps, sums);
+        // Sums of tiles reach the vector unit through memory. Those of the panels before are added while these are
+        // multiplied.
+        alignas(64) TileSums sum[2][4];
+        int64_t pending = 0;
+        for (int64_t panel = panels.begin; panel < panels.end; panel += 2) {
+            const int64_t count = panel + 1 < panels.end ? 2 : 1;
+            const uint8_t* const x[2] = {panels.x(panel), panels.x(panel + count - 1)};
+            auto& into = sum[(panel - panels.begin) / 2 % 2];
+            count == 2 ? multiply_panels<2, tiles>(x, buffer, steps, into) : multiply_panels<1, tiles>(x, buffer, steps, into);
+            if (pending) add_panels<tiles>(panels, panel - 2, 2, sum[(panel - panels.begin) / 2 % 2 ^ 1], sums);
+            pending = count;
+        }
+        const int64_t last = (panels.end - panels.begin - 1) / 2;
+        add_panels<tiles>(panels, panels.begin + 2 * last, pending, sum[last % 2], sums);
     });
 }
 

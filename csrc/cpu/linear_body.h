@@ -232,18 +232,18 @@ AMQ_INLINE void decode_group(const Group<S, bits>& group, int64_t blocks, float*
 template <class S, int tiles>
 struct Sums {
     static constexpr int kRows = 512 / tiles;  // 32 KiB
-    alignas(64) float values[tiles][kRows][kLanes];
+    alignas(64) float values[kRows][tiles][kLanes];
     typename S::F32 scale[tiles], zero_point[tiles];
 
     AMQ_INLINE void clear(int64_t rows) {
-        for (auto& tile : values) std::memset(tile, 0, rows * sizeof tile[0]);
+        std::memset(values, 0, rows * sizeof values[0]);
     }
     AMQ_INLINE void add(int t, int64_t row, typename S::I32 dot, float x_scale, float x_sum) {
-        float* sum = values[t][row];
+        float* sum = values[row][t];
         S::store(sum, add_group<S>(S::load_float(sum), dot, scale[t], zero_point[t], x_scale, x_sum));
     }
     AMQ_INLINE void add(int t, int64_t row, typename S::F32 dot) {
-        float* sum = values[t][row];
+        float* sum = values[row][t];
         S::store(sum, S::fma(scale[t], dot, S::load_float(sum)));
     }
 };
@@ -290,7 +290,7 @@ AMQ_INLINE void gemm_tiles(const LinearTask& task, int64_t first, const Multiply
         }
         for (int64_t row = begin * task.panels.rows; row < end * task.panels.rows && row < task.rows; ++row)
             for (int t = 0; t < tiles; ++t)
-                store_row<S>(task, row, first + t, S::load_float(sums.values[t][row - begin * task.panels.rows]));
+                store_row<S>(task, row, first + t, S::load_float(sums.values[row - begin * task.panels.rows][t]));
     }
 }
 
