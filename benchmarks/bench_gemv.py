@@ -158,7 +158,7 @@ class Stage:
     def __init__(self, smoke: bool) -> None:
         self.cold_bytes = 2**16 if smoke else 2 * last_level_cache()
         self.reads, self.seconds = (1, 0.0) if smoke else (4, 3.0)
-        self._buffer = torch.ones(self.cold_bytes // 4 + 1)
+        self._buffer = native.empty_bytes(self.cold_bytes).random_()  # on large pages, as weights are
         self._key, self._weights = None, None
         self._peers: dict[tuple, dict | str] = {}
         self.rows: list[tuple[Case, dict]] = []
