@@ -23,7 +23,7 @@ def line(info: dict) -> str:
     busy = " !" if info.get("others", 0) > 0.05 else ""
     peers = sorted(info["versus"].items(), key=lambda item: item[1])
     shown = ", ".join(f"{name} {ratio:.2f}" for name, ratio in peers)
-    cells = (info["shape"].replace("x", "×"), info["format"], f"{info['us']:.0f}{busy}", f"{info['us_below_op']:.0f}",
+    cells = (info["shape"].replace("x", "×"), info["format"], f"{info['us']:.0f}{busy}", f"{info['us_through_op']:.0f}",
              f"{info['gbps']:.1f}", f"{info['bandwidth_share']:.0%}", shown or "–")  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    print("| N×K | format | µs | µs below the op | GB/s | of read bandwidth | peers' time ÷ ours |")
+    print("| N×K | format | µs | µs through the op | GB/s | of read bandwidth | peers' time ÷ ours |")
     print("|---|---|---|---|---|---|---|")
     for info in rows(json.loads(args.file.read_text()), args.threads):
         print(line(info))

@@ -7,10 +7,6 @@
 #include <tuple>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "amq_formats.h"
 #include "checks.h"
 #include "cpu/bandwidth.h"
@@ -75,10 +71,10 @@ void prepare(const std::string& format, uintptr_t qweight, uintptr_t scale, uint
 // (format, address, bytes, out_features)
 using Part = std::tuple<std::string, uintptr_t, int64_t, int64_t>;
 
-void linear(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in_features,
-            int64_t group_size, int64_t x_stride, int64_t y_stride, bool int8, int threads,
-            const std::string& isa_name) {
-    const amq::Isa isa = find_isa(isa_name);
+// Checks everything that the kernels rely on; an empty `parts` of the result means that there is nothing to compute.
+amq::LinearCall make_call(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows,
+                          int64_t in_features, int64_t group_size, int64_t x_stride, int64_t y_stride, bool int8,
+                          int threads) {
     check_sizes(in_features, group_size, threads);
     require(rows >= 0, "rows", "at least 0", rows);
     amq::LinearCall call;
@@ -90,11 +86,11 @@ void linear(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr
             amq::prepared_bytes(amq::tile_bits(index), out_features, in_features, group_size);
         require(bytes == expected, "bytes of a weight", std::to_string(expected), bytes);
         columns += out_features;
-        if (out_features == 0) continue;  // an empty tensor may have no address
+        if (out_features == 0 || rows == 0) continue;  // an empty tensor may have no address
         require(data != 0, "address of a weight", "not null", 0);
         call.parts.push_back({index, reinterpret_cast<const uint8_t*>(data), out_features});
     }
-    if (rows == 0 || columns == 0) return;
+    if (call.parts.empty()) return call;
     require(rows == 1 || x_stride >= in_features, "x_stride", "at least " + std::to_string(in_features), x_stride);
     require(rows == 1 || y_stride >= columns, "y_stride", "at least " + std::to_string(columns), y_stride);
     for (uintptr_t address : {x, y}) require(address != 0, "address", "not null", 0);
@@ -107,20 +103,30 @@ void linear(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr
     call.x_stride = x_stride;
     call.y_stride = y_stride;
     call.mode = int8 ? amq::Mode::int8 : amq::Mode::fp32;
+    return call;
+}
+
+void linear(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows, int64_t in_features,
+            int64_t group_size, int64_t x_stride, int64_t y_stride, bool int8, int threads,
+            const std::string& isa_name) {
+    const amq::Isa isa = find_isa(isa_name);
+    const amq::LinearCall call =
+        make_call(parts, x, bias, y, rows, in_features, group_size, x_stride, y_stride, int8, threads);
+    if (call.parts.empty()) return;
     py::gil_scoped_release release;
     amq::linear(call, isa, threads);
 }
 
-// Asks for pages of 2 MiB where the system grants them: reading weights then misses the address cache less often.
-void advise_huge_pages(uintptr_t data, int64_t bytes) {
-    require(bytes == 0 || data != 0, "address", "not null", 0);
-#ifdef MADV_HUGEPAGE
-    constexpr uintptr_t kPage = 1 << 12;
-    const uintptr_t begin = (data + kPage - 1) / kPage * kPage, end = (data + bytes) / kPage * kPage;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: refusal is no error
-#else
-    (void)data, (void)bytes;
-#endif
+// One call per part, all into the same y, as an engine without Python between its linears makes them.
+void linear_each(const std::vector<Part>& parts, uintptr_t x, uintptr_t y, int64_t rows, int64_t in_features,
+                 int64_t group_size, int64_t y_stride, bool int8, int threads, const std::string& isa_name) {
+    const amq::Isa isa = find_isa(isa_name);
+    std::vector<amq::LinearCall> calls;
+    for (const Part& part : parts)
+        calls.push_back(make_call({part}, x, 0, y, rows, in_features, group_size, in_features, y_stride, int8, threads));
+    py::gil_scoped_release release;
+    for (const amq::LinearCall& call : calls)
+        if (!call.parts.empty()) amq::linear(call, isa, threads);
 }
 
 uint64_t read_bytes(uintptr_t data, int64_t bytes, int threads) {
@@ -144,7 +150,9 @@ void bind_linear(py::module_& m) {
     m.def("linear", &linear, py::arg("parts"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("x_stride"), py::arg("y_stride"), py::arg("int8"),
           py::arg("threads"), py::arg("isa") = "", "Linears that share x; see csrc/cpu/linear.h");
-    m.def("advise_huge_pages", &advise_huge_pages, py::arg("data"), py::arg("bytes"), "Before memory is first written");
+    m.def("linear_each", &linear_each, py::arg("parts"), py::arg("x"), py::arg("y"), py::arg("rows"),
+          py::arg("in_features"), py::arg("group_size"), py::arg("y_stride"), py::arg("int8"), py::arg("threads"),
+          py::arg("isa") = "", "One call of linear per part, into the same y: what benchmarks time");
     m.def("read_bytes", &read_bytes, py::arg("data"), py::arg("bytes"), py::arg("threads"),
           "Reads memory, for its bandwidth; see csrc/cpu/bandwidth.h");
 }
