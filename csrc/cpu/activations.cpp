@@ -55,7 +55,7 @@ AMQ_INLINE Rounded round_group(const float* x, int64_t count, int8_t* q) {
 AMQ_INLINE void quantize(const ActivationArgs& a, int64_t begin, int64_t end) {
     const Panels& panels = a.panels;
     alignas(64) int8_t q[kMaxGroup];
-    for (int64_t m = begin; m < end; ++m) {
+    for (int64_t m = begin * panels.rows; m < end * panels.rows; ++m) {
         for (int64_t g = 0; g < a.n_groups; ++g) {
             const int64_t index = panels.index(g, m / panels.rows), row = m % panels.rows;
             const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
@@ -84,20 +84,21 @@ AMQ_TARGET_AVX2 void quantize_avx2(const ActivationArgs& a, int64_t begin, int64
 
 }  // namespace
 
-void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end) {
+void quantize_panels(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end) {
     (use_avx2(isa) ? quantize_avx2 : quantize_portable)(args, begin, end);
 }
 
-void copy_rows(const ActivationArgs& a, int64_t begin, int64_t end) {
+void copy_panels(const ActivationArgs& a, int64_t begin, int64_t end) {
     const Panels& panels = a.panels;
-    for (int64_t m = begin; m < end; ++m) {
+    for (int64_t panel = begin; panel < end; ++panel) {
+        const int64_t first_row = panel * panels.rows, rows = std::min<int64_t>(panels.rows, a.rows - first_row);
         for (int64_t g = 0; g < a.n_groups; ++g) {
-            const int64_t first = g * a.group_size;
-            const int64_t count = m < a.rows ? std::min(a.group_size, a.in_features - first) : 0;
-            const float* x = a.x + m * a.x_stride + first;
-            float* out = static_cast<float*>(a.out) + panels.index(g, m / panels.rows) * panels.size() + m % panels.rows;
-            for (int64_t k = 0; k < count; ++k) out[k * panels.rows] = x[k];
-            for (int64_t k = count; k < panels.group_stride; ++k) out[k * panels.rows] = 0;
+            const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
+            const float* x = a.x + first_row * a.x_stride + first;
+            float* out = static_cast<float*>(a.out) + panels.index(g, panel) * panels.size();
+            if (rows < panels.rows || count < panels.group_stride) std::fill(out, out + panels.size(), 0.0f);
+            for (int64_t k = 0; k < count; ++k)  // whole lines of `out`, though `rows` streams of x
+                for (int64_t m = 0; m < rows; ++m) out[k * panels.rows + m] = x[m * a.x_stride + k];
         }
     }
 }

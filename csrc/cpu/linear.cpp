@@ -85,8 +85,8 @@ void make_panels(const LinearCall& call, int64_t first, Isa isa, int threads, Li
                                  call.group_size, n_groups, panels, memory, x_scale, x_scale + scales};
     constexpr int64_t kElementsPerThread = 1 << 15;  // what one thread handles while another one wakes up
     const int64_t useful = 1 + rows * call.in_features / kElementsPerThread;
-    parallel_rows(padded_rows, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
-        int8 ? quantize_rows(isa, args, begin, end) : copy_rows(args, begin, end);
+    parallel_rows(panels.n_panels, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
+        int8 ? quantize_panels(isa, args, begin, end) : copy_panels(args, begin, end);
     });
     task.x = memory;
     task.x_scale = args.x_scale;
