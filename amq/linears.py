@@ -69,7 +69,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             continue
-        weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+        weights = sum(m.in_features * m.out_features for m in module.modules() if _is_linear(m))
         if weights and (best is None or weights > best[0]):  # ties go to the outer list, which is walked first
             best = (weights, path, module)
     if best is None:
@@ -77,6 +77,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of decoder blocks that holds nn.Linear modules: nothing to quantize"
         )
     return best[1], best[2]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or what stands in for one (`amq.quantized_linear`) and says its size in the same way."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
 def inventory(model: nn.Module) -> Inventory:

@@ -69,6 +69,17 @@ def quantized(proxy: str, formats: Callable[[str], str], text: str, tmp_path: Pa
     return model
 
 
+def test_kernels_give_the_reference_s_perplexities(tiny_folder: Path, configuration: Path, text: str) -> None:
+    def rows(**backend: str) -> list[float]:
+        flags = dict(text=text, calibration=text, proxy="rtn", full=False, **OPTIONS, **backend)
+        return [row.negative_log_likelihood for row in evaluate(str(tiny_folder), [configuration], "int3", **flags).rows]
+
+    reference = rows()
+    assert rows(backend="cpu") == pytest.approx(reference, rel=1e-5)
+    int8 = rows(backend="cpu", activations="int8")
+    assert int8 == pytest.approx(reference, rel=1e-2) and int8 != reference
+
+
 @pytest.mark.parametrize("proxy", ["rtn", "gptq"])
 def test_rows(tiny_folder: Path, configuration: Path, text: str, proxy: str, tmp_path: Path) -> None:
     mixed = Configuration.load(configuration)
