@@ -72,7 +72,8 @@ def quantized(proxy: str, formats: Callable[[str], str], text: str, tmp_path: Pa
 def test_kernels_give_the_reference_s_perplexities(tiny_folder: Path, configuration: Path, text: str) -> None:
     def rows(**backend: str) -> list[float]:
         flags = dict(text=text, calibration=text, proxy="rtn", full=False, **OPTIONS, **backend)
-        return [row.negative_log_likelihood for row in evaluate(str(tiny_folder), [configuration], "int3", **flags).rows]
+        result = evaluate(str(tiny_folder), [configuration], "int3", **flags)
+        return [row.negative_log_likelihood for row in result.rows]
 
     reference = rows()
     assert rows(backend="cpu") == pytest.approx(reference, rel=1e-5)
