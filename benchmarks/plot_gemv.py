@@ -77,8 +77,8 @@ def draw(axes, cases: list[dict], shape: str, threads: int) -> tuple[list[tuple]
                   markersize=8 if ours else 7, linewidth=1.5, zorder=3 if ours else 2)  # fmt: skip
         marks += [(x, y, label, colour, ours) for x, y, label in places]
     axes.set_ylim(0, 1.12 * max(*readings, *(y for _, y, *_ in marks)))
-    axes.annotate(f"read bandwidth {ceiling:.1f} GB/s", (0.6, min(readings)), xycoords=("axes fraction", "data"),
-                  xytext=(0, -3), textcoords="offset points", ha="center", va="top", fontsize=9,
+    axes.annotate(f"read bandwidth {ceiling:.1f} GB/s", (0.72, min(readings)), xycoords=("axes fraction", "data"),
+                  xytext=(0, -8), textcoords="offset points", ha="center", va="top", fontsize=9,
                   color="#555555")  # fmt: skip
     return marks, ceiling
 
