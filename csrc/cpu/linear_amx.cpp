@@ -99,22 +99,34 @@ void gemm_amx(const LinearTask& task, int64_t begin, int64_t end) {
 }
 
 template <int bits>
-constexpr LinearKernels amx_kernels() {
-    LinearKernels kernels = linear_kernels<S, bits>();
-    if constexpr (bits > 0) {
-        kernels.gemm[static_cast<int>(Mode::int8)] = gemm_amx<bits>;
-        kernels.gemm_rows[static_cast<int>(Mode::int8)] = kTileRows;
-        kernels.gemm_step[static_cast<int>(Mode::int8)] = kTileFeatures;
-    }
-    return kernels;
+constexpr LinearKernel gemm_amx_or_none() {
+    if constexpr (bits > 0) return gemm_amx<bits>;
+    return nullptr;
 }
+
+#define AMQ_AMX_ENTRY(name, levels, unit_codes, unit_bytes) gemm_amx_or_none<bits_of(levels)>(),
+constexpr LinearKernel kGemms[] = {AMQ_FORMATS(AMQ_AMX_ENTRY)};
+constexpr int kFormats = sizeof kGemms / sizeof kGemms[0];
+
+struct Kernels {
+    LinearKernels of_format[kFormats];
+};
 
 }  // namespace
 
-#define AMQ_AMX_ENTRY(name, levels, unit_codes, unit_bytes) amx_kernels<bits_of(levels)>(),
 const LinearKernels* linear_kernels_amx() {
-    static constexpr LinearKernels kernels[] = {AMQ_FORMATS(AMQ_AMX_ENTRY)};
-    return kernels;
+    static const Kernels kernels = [] {
+        Kernels made;
+        for (int i = 0; i < kFormats; ++i) {
+            constexpr int int8 = static_cast<int>(Mode::int8);
+            made.of_format[i] = linear_kernels_avx512vnni()[i];
+            made.of_format[i].gemm[int8] = kGemms[i];
+            made.of_format[i].gemm_rows[int8] = kTileRows;
+            made.of_format[i].gemm_step[int8] = kTileFeatures;
+        }
+        return made;
+    }();
+    return kernels.of_format;
 }
 
 }  // namespace amq
