@@ -12,7 +12,8 @@ namespace {
 
 using U64x4 = uint64_t __attribute__((vector_size(32)));
 
-// Of one, two and four streams with and without fetching ahead, this read fastest on one core (docs/cpu_kernels.md).
+// One thread of an Intel Xeon with AMX, November 2026, GB/s on 4 KiB / 2 MiB pages: one stream 13 / 18, two 16 / 20, four
+// 17 / 20.
 constexpr int64_t kLine = 64, kAhead = 512, kStreams = 4;
 
 AMQ_INLINE uint64_t checksum(const uint8_t* data, int64_t begin, int64_t end) {
