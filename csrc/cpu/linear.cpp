@@ -37,8 +37,8 @@ public:
     static char* get(size_t bytes) {
         static thread_local Workspace workspace;
         if (bytes > workspace.size_) {
-            workspace.size_ = bytes + kAlignment;
-            workspace.memory_.reset(new char[workspace.size_]);
+            workspace.memory_.reset(new char[bytes + kAlignment]);
+            workspace.size_ = bytes;
         }
         const uintptr_t address = reinterpret_cast<uintptr_t>(workspace.memory_.get());
         return workspace.memory_.get() + (kAlignment - address % kAlignment) % kAlignment;
@@ -47,7 +47,7 @@ public:
 private:
     static constexpr size_t kAlignment = 64;
     std::unique_ptr<char[]> memory_;
-    size_t size_ = 0;
+    size_t size_ = 0;  // what can be used wherever the aligned part begins
 };
 
 // The tiles of one part, and what they cost together: bytes where few rows wait for memory, tiles where many wait for
