@@ -88,21 +88,23 @@ def check_compiled(fmt: BitFormat) -> None:
 
 def _dequantize_rows(packed: PackedWeight, out: Tensor, isa: str = "") -> None:
     """The call itself; `isa` forces one of `cpu_module().isas()`, the empty string means the best."""
-    cpu_module().dequantize(
-        format=packed.format.name,
-        qweight=packed.qweight.data_ptr(),
-        scale=packed.scale.data_ptr(),
-        zero_point=packed.zero_point.data_ptr(),
-        out=out.data_ptr(),
-        qweight_stride=packed.qweight.shape[1],
-        group_stride=packed.scale.shape[1],
-        out_stride=out.shape[1],
-        rows=packed.out_features,
-        in_features=packed.in_features,
-        group_size=packed.group_size,
-        threads=torch.get_num_threads(),
-        isa=isa,
-    )
+    cpu_module().dequantize(**_packed_arguments(packed), out=out.data_ptr(), out_stride=out.shape[1], isa=isa)
+
+
+def _packed_arguments(packed: PackedWeight) -> dict[str, str | int]:
+    """What the module's functions that read packed rows have in common."""
+    return {
+        "format": packed.format.name,
+        "qweight": packed.qweight.data_ptr(),
+        "scale": packed.scale.data_ptr(),
+        "zero_point": packed.zero_point.data_ptr(),
+        "qweight_stride": packed.qweight.shape[1],
+        "group_stride": packed.scale.shape[1],
+        "rows": packed.out_features,
+        "in_features": packed.in_features,
+        "group_size": packed.group_size,
+        "threads": torch.get_num_threads(),
+    }
 
 
 HUGE_PAGE = 2 << 20
@@ -129,20 +131,7 @@ def prepare(packed: PackedWeight) -> Tensor:
     _check_packed(packed, "prepare")
     fields = (packed.format.name, packed.out_features, packed.in_features, packed.group_size)
     out = empty_bytes(cpu_module().prepared_bytes(*fields))
-    cpu_module().prepare(
-        format=packed.format.name,
-        qweight=packed.qweight.data_ptr(),
-        scale=packed.scale.data_ptr(),
-        zero_point=packed.zero_point.data_ptr(),
-        out=out.data_ptr(),
-        out_bytes=out.numel(),
-        qweight_stride=packed.qweight.shape[1],
-        group_stride=packed.scale.shape[1],
-        rows=packed.out_features,
-        in_features=packed.in_features,
-        group_size=packed.group_size,
-        threads=torch.get_num_threads(),
-    )
+    cpu_module().prepare(**_packed_arguments(packed), out=out.data_ptr(), out_bytes=out.numel())
     return out
 
 

@@ -224,21 +224,8 @@ def test_prepare_on_any_instruction_set_and_threads(name: str) -> None:
 
 
 def prepare_into(packed: PackedWeight, out: torch.Tensor, isa: str = "", threads: int = 1) -> None:
-    native.cpu_module().prepare(
-        format=packed.format.name,
-        qweight=packed.qweight.data_ptr(),
-        scale=packed.scale.data_ptr(),
-        zero_point=packed.zero_point.data_ptr(),
-        out=out.data_ptr(),
-        out_bytes=out.numel(),
-        qweight_stride=packed.qweight.stride(0),
-        group_stride=packed.scale.stride(0),
-        rows=packed.out_features,
-        in_features=packed.in_features,
-        group_size=packed.group_size,
-        threads=threads,
-        isa=isa,
-    )
+    arguments = native._packed_arguments(packed) | {"threads": threads}
+    native.cpu_module().prepare(**arguments, out=out.data_ptr(), out_bytes=out.numel(), isa=isa)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import pytest
 import torch
+from reference import torch_threads
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -196,16 +195,6 @@ def test_stacked_linears_are_quantized_as_if_alone(name: str) -> None:
             assert float(b.sum()) == pytest.approx(float(a.sum()), rel=1e-2)
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize(("name", "rows"), [("gptq", 40), ("gptq", 1100), ("hqq", 40), ("rtn", 1100)])
 def test_threads_do_not_matter(name: str, rows: int) -> None:
     """The same count gives the same bytes. LAPACK's Cholesky rounds by thread count, which may flip a gptq code."""
@@ -213,7 +202,7 @@ def test_threads_do_not_matter(name: str, rows: int) -> None:
     formats = (FORMATS["int3"], FORMATS["int8"])
     results = {}
     for count in (1, 2, 3, 1, 2, 3):
-        with threads(count):
+        with torch_threads(count):
             found = quantize(name, weight, formats, 64, gram)
             assert torch.get_num_threads() == count
         for fmt in formats:
@@ -224,7 +213,7 @@ def test_threads_do_not_matter(name: str, rows: int) -> None:
 
 
 def test_parallel_map_keeps_order_errors_and_threads() -> None:
-    with threads(3):
+    with torch_threads(3):
         assert parallel_map(lambda i: (i, torch.get_num_threads()), list(range(20))) == [(i, 1) for i in range(20)]
         with ThreadPoolExecutor(1) as pool:  # new threads start from the last count that any thread set
             assert pool.submit(torch.get_num_threads).result() == torch.get_num_threads() == 3
