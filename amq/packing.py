@@ -67,6 +67,10 @@ class PackedWeight:
         parts = (t[start:stop] for t in (self.qweight, self.scale, self.zero_point))
         return PackedWeight(self.format, self.in_features, self.group_size, *parts)
 
+    def to(self, device: torch.device | str) -> PackedWeight:
+        parts = (t.to(device) for t in (self.qweight, self.scale, self.zero_point))
+        return PackedWeight(self.format, self.in_features, self.group_size, *parts)
+
 
 @dataclass(frozen=True)
 class PreparedWeight:

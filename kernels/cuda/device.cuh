@@ -1,0 +1,74 @@
+// What the kernels need from the device, each in one line of PTX or one intrinsic. tests/cuda_shim/ has the same functions
+// for a CPU, where threads are fibers, and is included instead when AMQ_CUDA_SHIM is defined.
+
+#pragma once
+
+#include <cstdint>
+
+#ifdef AMQ_CUDA_SHIM
+#include "cuda_shim.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+namespace amq {
+
+#define AMQ_DEVICE __device__ __forceinline__
+
+// 16 bytes that are read once: past L1, which is for the activations.
+AMQ_DEVICE uint4 load_once(const uint4* address) {
+    uint4 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+
+// What other lanes or warps read too.
+template <class T>
+AMQ_DEVICE T load_shared_by_many(const T* address) {
+    return __ldg(address);
+}
+
+// c += A · B for 16 rows × 16 features × 8 columns; fragments as in the PTX manual, "mma.m16n8k16 .f16".
+AMQ_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __half) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+AMQ_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+// 16 rows × 32 features × 8 columns, unsigned codes times signed activations; "mma.m16n8k32 .u8 .s8".
+AMQ_DEVICE void mma(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, int8_t) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+// The fp16 numbers in the low and high half of a word.
+AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
+
+AMQ_DEVICE float to_float(__half v) { return __half2float(v); }
+AMQ_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+AMQ_DEVICE float to_float(float v) { return v; }
+AMQ_DEVICE void from_float(float v, __half* out) { *out = __float2half_rn(v); }
+AMQ_DEVICE void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
+AMQ_DEVICE float round_even(float v) { return rintf(v); }
+
+AMQ_DEVICE void synchronize() { __syncthreads(); }
+
+template <class Arguments>
+cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments) {
+    kernel<<<blocks, threads, 0, stream>>>(arguments);
+    return cudaGetLastError();
+}
+
+}  // namespace amq
+
+#endif  // AMQ_CUDA_SHIM

@@ -1,0 +1,157 @@
+// The C ABI of the kernels: addresses, sizes and a stream in, a status out. No torch, no CUDA call before a launch, so the
+// library loads on a machine without a driver.
+//
+// Status: 0, or a cudaError_t, or one of Status below. amq/gpu/cuda.py turns it into an error that names the linear.
+
+#include "gemv.cuh"
+#include "quantize.cuh"
+
+namespace amq {
+
+enum Status : int {
+    kOk = 0,
+    kBadRows = -1,       // rows of x outside 1 to kMaxRows
+    kBadSegments = -2,   // none or too many
+    kBadFormat = -3,
+    kBadGroup = -4,
+    kBadDType = -5,
+    kBadSize = -6,       // a count below 1, or an address that is null or not aligned to 16 bytes
+};
+
+template <class Element>
+cudaError_t launch_linear(int group_size, int blocks, int threads, cudaStream_t stream, const LinearArguments& arguments) {
+    switch (group_size) {
+        case 32: return launch(linear_kernel<Element, 32>, blocks, threads, stream, arguments);
+        case 64: return launch(linear_kernel<Element, 64>, blocks, threads, stream, arguments);
+        default: return launch(linear_kernel<Element, 128>, blocks, threads, stream, arguments);
+    }
+}
+
+cudaError_t launch_quantize(int group_size, cudaStream_t stream, const QuantizeArguments& arguments) {
+    const int blocks = arguments.rows * arguments.slabs;
+    switch (group_size) {
+        case 32: return launch(quantize_kernel<32>, blocks, kWarp, stream, arguments);
+        case 64: return launch(quantize_kernel<64>, blocks, kWarp, stream, arguments);
+        default: return launch(quantize_kernel<128>, blocks, kWarp, stream, arguments);
+    }
+}
+
+// Output rows of a block, and planes of a tile, for a format's index; the plane count is that of amq/gpu/layout.py.
+struct Counts {
+    int block_rows, planes;
+};
+
+template <class Format, class Element>
+Counts counts(int in_features) {
+    constexpr int kFeaturesPerWord = kUnit * Fields<Format>::kPerByte;
+    const int rest = (in_features % kSlab + kFeaturesPerWord - 1) / kFeaturesPerWord;
+    return {kBlockRows<Format, Element>, in_features / kSlab * Format::kBits + (rest < Format::kBits ? rest : Format::kBits)};
+}
+
+template <class Element>
+Counts counts_of(int format, int in_features) {
+    switch (format) {
+#define AMQ_CASE(name) \
+    case kIndex_##name: return counts<name, Element>(in_features);
+        AMQ_CUDA_FORMATS(AMQ_CASE)
+#undef AMQ_CASE
+    }
+    return {0, 0};
+}
+
+int64_t code_vectors(int out_features, int planes) {
+    return static_cast<int64_t>((out_features + kTileRows - 1) / kTileRows) * planes * kWarp;
+}
+
+bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
+
+}  // namespace amq
+
+extern "C" {
+
+// Format names in the order of their indices, with their bits: "int2 2 int3 3 …".
+__attribute__((visibility("default"))) const char* amq_cuda_formats() {
+#define AMQ_NAME(name) #name " "
+    return AMQ_CUDA_FORMATS(AMQ_NAME);
+#undef AMQ_NAME
+}
+
+// The text of a cudaError_t.
+__attribute__((visibility("default"))) const char* amq_cuda_error(int status) {
+    return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+
+// Rows of x that one call takes at most.
+__attribute__((visibility("default"))) int amq_cuda_max_rows() { return amq::kMaxRows; }
+
+// y = x · Wᵀ (+ bias), see gemv.cuh.
+//   weights     [n_segments] addresses of prepared weights (16-byte aligned), [n_segments] format indices and output features
+//   x           [rows, in_features] of dtype (0 fp16, 1 bf16), rows x_stride elements apart; likewise y
+//   scratch     null for exact products; else 16-byte aligned memory of amq_cuda_scratch_bytes, for int8 activations
+//   warps       of a block, 1 to 8
+__attribute__((visibility("default"))) int amq_cuda_linear(
+    int n_segments, const int64_t* weights, const int64_t* formats, const int64_t* out_features, int rows, int in_features,
+    int group_size, int dtype, const void* x, int64_t x_stride, const void* bias, void* y, int64_t y_stride, void* scratch,
+    int warps, void* stream) {
+    using namespace amq;
+    if (rows < 1 || rows > kMaxRows) return kBadRows;
+    if (n_segments < 1 || n_segments > kMaxSegments) return kBadSegments;
+    if (group_size != 32 && group_size != 64 && group_size != 128) return kBadGroup;
+    if (dtype != kHalf && dtype != kBfloat16) return kBadDType;
+    if (in_features < 1 || !x || !y || unaligned(scratch) || warps < 1 || warps > kMaxWarps) return kBadSize;
+
+    LinearArguments arguments{};
+    int blocks = 0;
+    int64_t column = 0;
+    arguments.slabs = (in_features + kSlab - 1) / kSlab;
+    for (int i = 0; i < n_segments; ++i) {
+        Segment& segment = arguments.segments[i];
+        if (formats[i] < 0 || formats[i] >= kFormats) return kBadFormat;
+        if (out_features[i] < 1 || out_features[i] > INT32_MAX || !weights[i]) return kBadSize;
+        segment.codes = reinterpret_cast<const uint4*>(weights[i]);
+        if (unaligned(segment.codes)) return kBadSize;
+        segment.format = static_cast<int>(formats[i]);
+        segment.out_features = static_cast<int>(out_features[i]);
+        const Counts sizes = scratch ? counts_of<Int8Element>(segment.format, in_features)
+                                     : counts_of<HalfElement>(segment.format, in_features);
+        segment.planes = sizes.planes;
+        segment.scales = reinterpret_cast<const uint32_t*>(segment.codes + code_vectors(segment.out_features, sizes.planes));
+        segment.first_block = blocks;
+        segment.column = column;
+        blocks += (segment.out_features + sizes.block_rows - 1) / sizes.block_rows;
+        column += segment.out_features;
+    }
+    arguments.n_segments = n_segments;
+    arguments.rows = rows;
+    arguments.in_features = in_features;
+    arguments.dtype = dtype;
+    arguments.aligned = !unaligned(x) && in_features % 8 == 0 && x_stride % 8 == 0;
+    arguments.x = x;
+    arguments.x_stride = x_stride;
+    arguments.bias = bias;
+    arguments.y = y;
+    arguments.y_stride = y_stride;
+    const auto on = static_cast<cudaStream_t>(stream);
+    const int threads = warps * kWarp;
+    if (!scratch) {
+        if (dtype == kHalf) return launch_linear<HalfElement>(group_size, blocks, threads, on, arguments);
+        return launch_linear<Bfloat16Element>(group_size, blocks, threads, on, arguments);
+    }
+    uint32_t* x_codes = static_cast<uint32_t*>(scratch);
+    const int64_t code_words = static_cast<int64_t>(rows) * arguments.slabs * kUnits * kColumns;
+    float* x_scales = reinterpret_cast<float*>(x_codes + code_words);
+    const QuantizeArguments quantize = {x, x_stride, rows, in_features, arguments.slabs, dtype, x_codes, x_scales};
+    if (const cudaError_t status = launch_quantize(group_size, on, quantize)) return status;
+    arguments.x_codes = reinterpret_cast<const uint4*>(x_codes);
+    arguments.x_scales = x_scales;
+    return launch_linear<Int8Element>(group_size, blocks, threads, on, arguments);
+}
+
+// Bytes of scratch that int8 activations take.
+__attribute__((visibility("default"))) int64_t amq_cuda_scratch_bytes(int rows, int in_features, int group_size) {
+    using namespace amq;
+    const int64_t slabs = (in_features + kSlab - 1) / kSlab;
+    return 4 * (rows * slabs * kUnits * kColumns + slabs * (kSlab / group_size) * kMaxRows);
+}
+
+}  // extern "C"
