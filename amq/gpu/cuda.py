@@ -23,6 +23,8 @@ from amq.packing import PreparedWeight
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 """What x may be, with the number that the library knows it by."""
 LOWEST_CAPABILITY = (8, 0)
+X_UNIT, ALIGNMENT = 128, 16
+"""The kernels read x this many features at a time, from addresses that divide by ALIGNMENT."""
 MAX_WARPS = 8
 MAX_SEGMENTS = 4
 WAVE = 2
@@ -63,10 +65,14 @@ class Library:
     ) -> Tensor:
         """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_SEGMENTS weights per launch.
 
-        x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them.
+        x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them. Rows that
+            do not begin at multiples of 16 bytes or whose features do not divide by 128 are copied first.
         """
         rows, in_features = x.shape
         group_size = weights[0].group_size
+        if in_features % X_UNIT or x.data_ptr() % ALIGNMENT or x.stride(0) % (ALIGNMENT // x.element_size()):
+            x = torch.nn.functional.pad(x, (0, -in_features % X_UNIT)).contiguous()  # one launch more, for odd shapes only
+            x = x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
         y = x.new_empty(rows, sum(w.out_features for w in weights))
         scratch = None
         if activations == "int8":
@@ -94,7 +100,7 @@ class Library:
 
     def _explain(self, status: int, x: Tensor, weights: Sequence[PreparedWeight]) -> str:
         parts = ", ".join(f"{w.format.name} [{w.out_features}, {w.in_features}]" for w in weights)
-        what = f"CUDA linear of x {list(x.shape)} {x.dtype} with {parts} at group {weights[0].group_size}"
+        what = f"CUDA linear of {len(x)} rows of {x.dtype} with {parts} at group {weights[0].group_size}"
         if status > 0:
             reason = self._library.amq_cuda_error(status).decode()
             return f"{what} failed with CUDA error {status}: {reason}"

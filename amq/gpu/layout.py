@@ -20,6 +20,7 @@ code 0, scale 0 and zero point 0.
 
     data = codes        uint32 [tiles, planes of a row, 8, 16]
          ‖ scales       uint32 [tiles, slabs, 8, 512 / group_size]: scale (fp16) below, zero_point (fp16) above
+         ‖ slack        the planes that the last slab lacks, so that a kernel may read them and ignore what it finds
 """
 
 from __future__ import annotations
@@ -83,8 +84,12 @@ class Layout:
         return 4 * PLANE_WORDS * self.tiles * self.planes
 
     @property
+    def scale_bytes(self) -> int:
+        return 4 * TILE_ROWS * self.tiles * self.slabs * self.slab_groups
+
+    @property
     def nbytes(self) -> int:
-        return self.code_bytes + 4 * TILE_ROWS * self.tiles * self.slabs * self.slab_groups
+        return self.code_bytes + self.scale_bytes + 4 * PLANE_WORDS * (self.slabs * self.bits - self.planes)
 
 
 def layout_of(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> Layout:
@@ -108,9 +113,9 @@ def prepare(packed: PackedWeight) -> Tensor:
     if reason := why_not(packed.format):
         raise AmqError(f"prepare {packed.format.name} for a GPU: {reason}")
     layout = layout_of(packed.format, packed.out_features, packed.in_features, packed.group_size)
-    data = torch.empty(layout.nbytes, dtype=torch.uint8, device=packed.qweight.device)
+    data = torch.zeros(layout.nbytes, dtype=torch.uint8, device=packed.qweight.device)
     codes = data[: layout.code_bytes].view(torch.int32).view(layout.tiles, layout.planes, TILE_ROWS, COLUMNS)
-    scales = data[layout.code_bytes :].view(torch.int32)
+    scales = data[layout.code_bytes : layout.code_bytes + layout.scale_bytes].view(torch.int32)
     scales = scales.view(layout.tiles, layout.slabs, TILE_ROWS, layout.slab_groups)
     for start in range(0, packed.out_features, PREPARE_ROWS):
         part = packed.rows(start, start + PREPARE_ROWS)

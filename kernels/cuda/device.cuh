@@ -49,6 +49,13 @@ AMQ_DEVICE void mma(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// word & mask | bits: one instruction, which the compiler finds only where not both are constants.
+AMQ_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+    uint32_t v;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(v) : "r"(word), "r"(mask), "r"(bits));
+    return v;
+}
+
 AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
 
 // The fp16 numbers in the low and high half of a word.

@@ -36,32 +36,57 @@ struct Lane {
 };
 
 // What a warp knows of one slab: the planes of its tiles, and its sums.
-template <class Format, class Element>
+template <class Format_, class Element_, int kGroup_>
 struct Work {
+    using Format = Format_;
+    using Element = Element_;
+    static constexpr int kGroup = kGroup_;
     static constexpr int kTiles = 2 * kPairs<Format, Element>;
+    // Fields that stay in place have sums of different scale: a group of two units may have two fields.
+    static constexpr int kSums = Element::kInPlace && Fields<Format>::kPerByte > 1 && kGroup > kUnit ? 2 : 1;
     uint32_t planes[kTiles][4][Format::kBits];
-    typename Element::Sum sums[kPairs<Format, Element>][4];
+    typename Element::Sum sums[kSums][kPairs<Format, Element>][4];
     typename Element::Sum x_sums[4];
     float outputs[kPairs<Format, Element>][4];
 };
 
-template <class Format, class Element>
-AMQ_DEVICE void clear_sums(Work<Format, Element>& work) {
+template <class Work>
+AMQ_DEVICE void clear_sums(Work& work) {
     for (int i = 0; i < 4; ++i) {
         work.x_sums[i] = 0;
-        for (int pair = 0; pair < kPairs<Format, Element>; ++pair) work.sums[pair][i] = 0;
+        for (auto& sums : work.sums)
+            for (auto& sum : sums) sum[i] = 0;
     }
 }
 
-// All planes of a slab. Tiles and planes that do not exist repeat the last one: their outputs are dropped, their x is 0.
+// Where a lane finds its tiles' words: offsets of a block's tiles. Tiles past the last one repeat it; their outputs are dropped.
 template <class Format, class Element>
-AMQ_DEVICE void load_planes(Work<Format, Element>& work, const Segment& segment, int first_tile, int slab, int lane) {
+struct Tiles {
+    uint32_t codes[2 * kPairs<Format, Element>];   // in vectors of 16 bytes
+    uint32_t scales[2 * kPairs<Format, Element>];  // in words, for kSlab / kGroup groups a slab
+};
+
+template <class Format, class Element, int kGroup>
+AMQ_DEVICE Tiles<Format, Element> locate_tiles(const LinearArguments& arguments, const Segment& segment, int block, Lane lane) {
+    Tiles<Format, Element> tiles;
     const int last_tile = (segment.out_features - 1) / kTileRows;
-    for (int tile = 0; tile < work.kTiles; ++tile) {
-        const int64_t from = static_cast<int64_t>(min(first_tile + tile, last_tile)) * segment.planes;
+    for (int i = 0; i < 2 * kPairs<Format, Element>; ++i) {
+        const uint32_t tile = min(block * 2 * kPairs<Format, Element> + i, last_tile);
+        tiles.codes[i] = tile * segment.planes * kWarp + 4 * lane.row + lane.column;
+        tiles.scales[i] = (tile * arguments.slabs * kTileRows + lane.row) * (kSlab / kGroup);
+    }
+    return tiles;
+}
+
+// All planes of a slab. Planes that the last slab lacks are whatever follows: their codes meet no x.
+template <class Work>
+AMQ_DEVICE void load_planes(Work& work, const Segment& segment,
+                            const Tiles<typename Work::Format, typename Work::Element>& tiles, int slab) {
+    using Format = typename Work::Format;
+    for (int tile = 0; tile < Work::kTiles; ++tile) {
+        const uint4* from = segment.codes + (tiles.codes[tile] + slab * Format::kBits * kWarp);
         for (int word = 0; word < Format::kBits; ++word) {
-            const int plane = min(slab * Format::kBits + word, segment.planes - 1);
-            const uint4 v = load_once(segment.codes + (from + plane) * kWarp + lane);
+            const uint4 v = load_once(from + word * kWarp);
             work.planes[tile][0][word] = v.x;
             work.planes[tile][1][word] = v.y;
             work.planes[tile][2][word] = v.z;
@@ -70,23 +95,25 @@ AMQ_DEVICE void load_planes(Work<Format, Element>& work, const Segment& segment,
     }
 }
 
-// sums += codes · x for two columns of x's fragment, b0 and b1, where `mask` picks the bytes of a fragment that take part.
-template <class Format, class Element, int kUnitIndex>
-AMQ_DEVICE void multiply(Work<Format, Element>& work, int column, int shift, uint32_t mask, uint32_t b0, uint32_t b1) {
-    using F = Fields<Format>;
-    constexpr int kWord = kUnitIndex / F::kPerByte;
+// sums += codes · x for two columns of x's fragment, b0 and b1. shift: of the half (fp16, bf16); mask: of the bytes of a
+// fragment that take part (int8).
+template <int kUnitIndex, class Work>
+AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, uint32_t b0, uint32_t b1) {
+    using Format = typename Work::Format;
+    using Element = typename Work::Element;
+    constexpr int kWord = kUnitIndex / Fields<Format>::kPerByte;
+    constexpr int kField = kUnitIndex % Fields<Format>::kPerByte * Fields<Format>::kBits;
     constexpr typename Element::Type kKind{};
-    shift += kUnitIndex % F::kPerByte * F::kBits;
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair) {
-        uint32_t words[4];  // (tile, column): as a fragment wants them, rows first
+        auto& sums = work.sums[kUnitIndex % Work::kSums][pair];
+        uint32_t words[4], a[4];  // (tile, column): as a fragment wants them, rows first
         for (int i = 0; i < 4; ++i)
-            words[i] = Format::template byte_word<kWord>(work.planes[2 * pair + i % 2][column + i / 2]);
-        uint32_t a[4];
-        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 0>(words[i], shift) & mask;
-        mma(work.sums[pair], a, b0, b1, kKind);
+            words[i] = Format::template byte_word<kWord>(work.planes[2 * pair + i % 2][column + i / 2]) >> shift;
+        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 0>(words[i], kField) & mask;
+        mma(sums, a, b0, b1, kKind);
         if constexpr (Element::template kParts<Format> > 1) {
-            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 1>(words[i], shift) & mask;
-            mma(work.sums[pair], a, b0, b1, kKind);
+            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 1>(words[i], kField) & mask;
+            mma(sums, a, b0, b1, kKind);
         }
     }
     const uint32_t one = Element::one() & mask;
@@ -101,83 +128,119 @@ struct Scales {
 };
 
 template <class Format, class Element, int kGroup>
-AMQ_DEVICE Scales<Format, Element> load_scales(const LinearArguments& arguments, const Segment& segment, int first_tile, int slab,
-                                      int group, Lane lane) {
+AMQ_DEVICE Scales<Format, Element> load_scales(const LinearArguments& arguments, const Segment& segment,
+                                               const Tiles<Format, Element>& tiles, int slab, int group, Lane lane) {
     constexpr int kSlabGroups = kSlab / kGroup;
     Scales<Format, Element> scales;
-    const int last_tile = (segment.out_features - 1) / kTileRows;
-    for (int tile = 0; tile < 2 * kPairs<Format, Element>; ++tile) {
-        const int64_t slab_of_tile = static_cast<int64_t>(min(first_tile + tile, last_tile)) * arguments.slabs + slab;
-        const uint32_t* word = segment.scales + (slab_of_tile * kTileRows + lane.row) * kSlabGroups + group;
-        scales.weights[tile] = load_shared_by_many(word);
-    }
+    for (int tile = 0; tile < 2 * kPairs<Format, Element>; ++tile)
+        scales.weights[tile] =
+            load_shared_by_many(segment.scales + (tiles.scales[tile] + slab * kTileRows * kSlabGroups) + group);
     scales.x = {1.0f, 1.0f};
     if constexpr (std::is_same_v<Element, Int8Element>) {
-        const float* x_scale = arguments.x_scales + (slab * kSlabGroups + group) * kMaxRows + 2 * lane.column;
+        const float* x_scale = arguments.x_scales + (slab * kSlabGroups * kMaxRows + 2 * lane.column) + group * kMaxRows;
         scales.x = load_shared_by_many(reinterpret_cast<const float2*>(x_scale));
     }
     return scales;
 }
 
-// A group is done: its sums become outputs.
-template <class Format, class Element>
-AMQ_DEVICE void finish_group(Work<Format, Element>& work, const Scales<Format, Element>& scales) {
+// What a sum of unit kUnitIndex is multiplied with for the field that its codes stayed in.
+template <class Work, int kUnitIndex>
+constexpr float kUnscale =
+    Work::Element::kInPlace
+        ? 1.0f / (1 << (kUnitIndex % Fields<typename Work::Format>::kPerByte * Fields<typename Work::Format>::kBits))
+        : 1.0f;
+
+// A group is done, of which kUnitIndex is the last unit: its sums become outputs.
+template <int kUnitIndex, class Work>
+AMQ_DEVICE void finish_group(Work& work, const Scales<typename Work::Format, typename Work::Element>& scales) {
+    using Format = typename Work::Format;
+    using Element = typename Work::Element;
     constexpr float kOffset = Element::template kOffset<Format>;
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
         for (int half = 0; half < 2; ++half) {  // rows 0 to 7 and 8 to 15 of the fragment
             const float2 v = unpack_halves(scales.weights[2 * pair + half]);
             for (int i = 0; i < 2; ++i) {  // the lane's two columns
-                const float sum = static_cast<float>(work.sums[pair][2 * half + i]);
-                const float x_sum = static_cast<float>(work.x_sums[2 * half + i]);
+                const int at = 2 * half + i;
+                float sum = kUnscale<Work, kUnitIndex> * static_cast<float>(work.sums[kUnitIndex % Work::kSums][pair][at]);
+                if constexpr (Work::kSums > 1) {
+                    constexpr int kOther = kUnitIndex ^ 1;
+                    sum += kUnscale<Work, kOther> * static_cast<float>(work.sums[kOther % 2][pair][at]);
+                }
                 const float scale = v.x * (i ? scales.x.y : scales.x.x);
-                work.outputs[pair][2 * half + i] += scale * (sum - (v.y + kOffset) * x_sum);
+                work.outputs[pair][at] += scale * (sum - (v.y + kOffset) * static_cast<float>(work.x_sums[at]));
             }
         }
     clear_sums(work);
 }
 
-// Unit kUnitIndex of a slab, 64 features: one field of one byte word. First half, then second, 32 features each.
-template <class Format, class Element, int kUnitIndex>
-AMQ_DEVICE void multiply_unit(Work<Format, Element>& work, const LinearArguments& arguments, int slab, int x_row, int half,
-                              Lane lane) {
-    const auto* x = static_cast<const typename Element::Type*>(arguments.x) + x_row * arguments.x_stride;
-    const int feature = slab * kSlab + kUnitIndex * kUnit + half * kUnit / 2 + 8 * lane.column;
-    const uint4 v = load_features(x, feature, arguments.in_features, arguments.aligned);
-    multiply<Format, Element, kUnitIndex>(work, 0, 8 * half, ~0u, v.x, v.y);
-    multiply<Format, Element, kUnitIndex>(work, 2, 8 * half, ~0u, v.z, v.w);
+// Half of unit kUnitIndex of a slab, 32 features. `x`: the lane's row of x, its first feature of the slab.
+template <int kUnitIndex, class Work>
+AMQ_DEVICE void multiply_half(Work& work, const uint4* x, int half) {
+    const uint4 v = load_shared_by_many(x + (2 * kUnitIndex + half) * kUnit / 2 / 8);
+    multiply<kUnitIndex>(work, 0, 8 * half, ~0u, v.x, v.y);
+    multiply<kUnitIndex>(work, 2, 8 * half, ~0u, v.z, v.w);
 }
 
 // A byte fragment covers both halves at once, in `half` 0; where they are different groups, a mask takes one at a time.
-template <class Format, int kUnitIndex, bool kSplit>
-AMQ_DEVICE void multiply_unit_int8(Work<Format, Int8Element>& work, const LinearArguments& arguments, int slab, int x_row,
-                                   int half, Lane lane) {
+template <int kUnitIndex, class Work>
+AMQ_DEVICE void multiply_half_int8(Work& work, const uint4* x, int half) {
+    constexpr bool kSplit = Work::kGroup < kUnit;
     if (!kSplit && half > 0) return;
-    const int64_t unit = (static_cast<int64_t>(x_row) * arguments.slabs + slab) * kUnits + kUnitIndex;
-    const uint4 v = load_shared_by_many(arguments.x_codes + unit * 4 + lane.column);
+    const uint4 v = load_shared_by_many(x + kUnitIndex * 4);
     const uint32_t mask = kSplit ? 0x00ff00ffu << 8 * half : ~0u;
-    multiply<Format, Int8Element, kUnitIndex>(work, 0, 0, mask, v.x, v.y);
-    multiply<Format, Int8Element, kUnitIndex>(work, 2, 0, mask, v.z, v.w);
+    multiply<kUnitIndex>(work, 0, 0, mask, v.x, v.y);
+    multiply<kUnitIndex>(work, 2, 0, mask, v.z, v.w);
 }
 
-template <class Format, class Element, int kGroup, int... kUnitIndices>
-AMQ_DEVICE void multiply_slab(Work<Format, Element>& work, const LinearArguments& arguments, const Segment& segment,
-                              int first_tile, int slab, int x_row, Lane lane,
-                              std::integer_sequence<int, kUnitIndices...>) {
+// The lane's row of x at a slab: 8 numbers per vector, or the codes of quantize.cuh.
+template <class Element>
+AMQ_DEVICE const uint4* locate_x(const LinearArguments& arguments, int x_row, int slab, Lane lane) {
+    if constexpr (std::is_same_v<Element, Int8Element>)
+        return arguments.x_codes + ((x_row * arguments.slabs + slab) * kUnits * 4 + lane.column);
+    const auto* row = static_cast<const typename Element::Type*>(arguments.x) + x_row * arguments.x_stride;
+    return reinterpret_cast<const uint4*>(row + (slab * kSlab + 8 * lane.column));
+}
+
+// Half of a unit, and the group that begins or ends with it.
+template <int kUnitIndex, class Work>
+AMQ_DEVICE void multiply_half_and_finish(Work& work, const uint4* x, int half,
+                                         const Scales<typename Work::Format, typename Work::Element>& scales) {
+    if constexpr (std::is_same_v<typename Work::Element, Int8Element>)
+        multiply_half_int8<kUnitIndex>(work, x, half);
+    else
+        multiply_half<kUnitIndex>(work, x, half);
+    if ((kUnitIndex * kUnit + (half + 1) * kUnit / 2) % Work::kGroup == 0) finish_group<kUnitIndex>(work, scales);
+}
+
+// A quarter of a slab: two units, a whole number of groups.
+template <int kQuarter, class Work>
+AMQ_DEVICE void multiply_quarter(Work& work, const LinearArguments& arguments, const Segment& segment,
+                                 const Tiles<typename Work::Format, typename Work::Element>& tiles, int slab,
+                                 const uint4* x, Lane lane) {
+    using Format = typename Work::Format;
+    using Element = typename Work::Element;
     Scales<Format, Element> scales;
-    (
-        [&] {
-            for (int half = 0; half < 2; ++half) {
-                const int feature = kUnitIndices * kUnit + half * kUnit / 2;
-                if (feature % kGroup == 0)
-                    scales = load_scales<Format, Element, kGroup>(arguments, segment, first_tile, slab, feature / kGroup, lane);
-                if constexpr (std::is_same_v<Element, Int8Element>)
-                    multiply_unit_int8<Format, kUnitIndices, (kGroup < kUnit)>(work, arguments, slab, x_row, half, lane);
-                else
-                    multiply_unit<Format, Element, kUnitIndices>(work, arguments, slab, x_row, half, lane);
-                if ((feature + kUnit / 2) % kGroup == 0) finish_group(work, scales);
-            }
-        }(),
-        ...);
+#pragma unroll
+    for (int half = 0; half < 4; ++half) {
+        const int feature = 2 * kUnit * kQuarter + half * kUnit / 2;
+        if (feature % Work::kGroup == 0)
+            scales = load_scales<Format, Element, Work::kGroup>(arguments, segment, tiles, slab, feature / Work::kGroup, lane);
+        if (half < 2)
+            multiply_half_and_finish<2 * kQuarter>(work, x, half, scales);
+        else
+            multiply_half_and_finish<2 * kQuarter + 1>(work, x, half - 2, scales);
+    }
+}
+
+// Quarters past the end of x are skipped, by all lanes alike.
+template <class Work, int... kQuarters>
+AMQ_DEVICE void multiply_slab(Work& work, const LinearArguments& arguments, const Segment& segment,
+                              const Tiles<typename Work::Format, typename Work::Element>& tiles, int slab, int x_row,
+                              Lane lane, std::integer_sequence<int, kQuarters...>) {
+    const uint4* x = locate_x<typename Work::Element>(arguments, x_row, slab, lane);
+    const int features = arguments.in_features - slab * kSlab;
+    ((2 * kUnit * kQuarters < features ? multiply_quarter<kQuarters>(work, arguments, segment, tiles, slab, x, lane) : void()),
+     ...);
 }
 
 AMQ_DEVICE void store(const LinearArguments& arguments, int row, int64_t column, float value) {
@@ -196,19 +259,17 @@ using Partials = float[kMaxWarps][2 * kTileRows * kMaxPairs][kMaxRows];
 template <class Format, class Element, int kGroup>
 AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& segment, int block, Partials& partials) {
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-    const int lane_index = threadIdx.x % kWarp;
-    const Lane lane = {lane_index / 4, lane_index % 4};
-    const int first_tile = block * 2 * kPairs<Format, Element>;
+    const Lane lane = {static_cast<int>(threadIdx.x) % kWarp / 4, static_cast<int>(threadIdx.x) % 4};
     const int x_row = min(lane.row, arguments.rows - 1);
+    const auto tiles = locate_tiles<Format, Element, kGroup>(arguments, segment, block, lane);
 
-    Work<Format, Element> work;
+    Work<Format, Element, kGroup> work;
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
         for (int i = 0; i < 4; ++i) work.outputs[pair][i] = 0.0f;
     clear_sums(work);
     for (int slab = warp; slab < arguments.slabs; slab += warps) {
-        load_planes(work, segment, first_tile, slab, lane_index);
-        multiply_slab<Format, Element, kGroup>(work, arguments, segment, first_tile, slab, x_row, lane,
-                                               std::make_integer_sequence<int, kUnits>());
+        load_planes(work, segment, tiles, slab);
+        multiply_slab(work, arguments, segment, tiles, slab, x_row, lane, std::make_integer_sequence<int, kUnits / 2>());
     }
 
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair)

@@ -86,7 +86,9 @@ __attribute__((visibility("default"))) int amq_cuda_max_rows() { return amq::kMa
 
 // y = x · Wᵀ (+ bias), see gemv.cuh.
 //   weights     [n_segments] addresses of prepared weights (16-byte aligned), [n_segments] format indices and output features
-//   x           [rows, in_features] of dtype (0 fp16, 1 bf16), rows x_stride elements apart; likewise y
+//   x           [rows, in_features and zeros up to a multiple of 128] of dtype (0 fp16, 1 bf16), rows x_stride elements apart and
+//               at multiples of 16 bytes
+//   y           [rows, all output features], rows y_stride elements apart
 //   scratch     null for exact products; else 16-byte aligned memory of amq_cuda_scratch_bytes, for int8 activations
 //   warps       of a block, 1 to 8
 __attribute__((visibility("default"))) int amq_cuda_linear(
@@ -98,7 +100,7 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     if (n_segments < 1 || n_segments > kMaxSegments) return kBadSegments;
     if (group_size != 32 && group_size != 64 && group_size != 128) return kBadGroup;
     if (dtype != kHalf && dtype != kBfloat16) return kBadDType;
-    if (in_features < 1 || !x || !y || unaligned(scratch) || warps < 1 || warps > kMaxWarps) return kBadSize;
+    if (in_features < 1 || !x || unaligned(x) || x_stride % 8 || !y || unaligned(scratch) || warps < 1 || warps > kMaxWarps) return kBadSize;
 
     LinearArguments arguments{};
     int blocks = 0;
@@ -125,7 +127,6 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     arguments.rows = rows;
     arguments.in_features = in_features;
     arguments.dtype = dtype;
-    arguments.aligned = !unaligned(x) && in_features % 8 == 0 && x_stride % 8 == 0;
     arguments.x = x;
     arguments.x_stride = x_stride;
     arguments.bias = bias;

@@ -44,8 +44,7 @@ struct LinearArguments {
     int in_features;
     int slabs;
     int dtype;               // of x, bias and y
-    bool aligned;            // rows of x begin at multiples of 16 bytes and in_features divides by 8
-    const void* x;           // [rows, in_features]
+    const void* x;           // [rows, in_features, then zeros up to a multiple of 2 * kUnit], rows at multiples of 16 bytes
     int64_t x_stride;
     const void* bias;        // [all out_features] or null
     void* y;                 // [rows, all out_features]

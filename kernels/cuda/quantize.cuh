@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kWarp) quantize_kernel(QuantizeArguments argum
                 word |= (static_cast<uint32_t>(code) & 0xffu) << 8 * (half + 2 * i);
             }
             const int feature = slab * kSlab + unit * kUnit + half * kUnit / 2;
-            if (column == 0) arguments.x_scales[feature / kGroup * kMaxRows + row] = scale;
+            if (column == 0 && feature % kGroup == 0) arguments.x_scales[feature / kGroup * kMaxRows + row] = scale;
         }
         arguments.x_codes[((static_cast<int64_t>(row) * arguments.slabs + slab) * kUnits + unit) * kColumns + column] = word;
     }

@@ -74,4 +74,5 @@ def sanitizer_environment(races: bool = False) -> dict[str, str]:
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1",
+        "OMP_NUM_THREADS": "1",  # torch's OpenMP is not instrumented, so its barriers would look like races
     }

@@ -1,0 +1,263 @@
+"""Launches the Triton kernels (`kernels/triton/`) on weights in the layout of `amq/gpu/layout.py`.
+
+Up to four weights that share x go into one launch, each in its own format; more go into several. A call allocates its
+output and nothing else and never waits for the GPU, so that it can be captured in a CUDA graph. Triton compiles a kernel
+at its first use, for each combination of formats, K, group size, dtype and launch parameters, but not for each number of
+rows above the gemv's: run a model once before capturing it.
+
+Without a GPU the kernels run in Triton's interpreter, on CPU tensors, where TRITON_INTERPRET=1 is set before Triton is
+imported: for tests only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.formats import BitFormat
+from amq.gpu import layout
+from amq.packing import PreparedWeight
+
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_SEGMENTS = 4
+"""Weights in one launch."""
+MAX_GEMV_ROWS = 16
+"""Rows of x that one gemv can hold."""
+DEQUANTIZE_ROWS = 32
+"""Rows that one program of `dequantize` writes, a slab of each."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The parameters of one launch. They change speed, and slabs_per_step the order of the gemv's sums.
+
+    block_m: rows of x to a program of the gemm: 16, 32, 64 or 128; 0 takes the gemv, at most 16 rows.
+    block_n: output rows to a program; the gemm wants a multiple of 16 · num_warps, the gemv of
+        8 · num_warps / slabs_per_step, which it divides among the threads of a warp.
+    slabs_per_step: the gemv's slabs of 512 input features at once, a power of two up to 8 · num_warps.
+    num_warps, num_stages: Triton's; the gemm's shared memory grows with the stages.
+    """
+
+    block_m: int
+    block_n: int
+    slabs_per_step: int
+    num_warps: int
+    num_stages: int
+
+
+def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
+    """The launch parameters for x of `rows` rows and weights of at most `bits` bits, out_features together.
+
+    slabs_per_step depends on in_features alone: so a fused launch and separate ones agree to the last bit.
+    """
+    if rows <= 4:
+        slabs = min(8, 1 << (max(1, in_features // layout.SLAB).bit_length() - 1))
+        thread_rows = 4 if bits * rows <= 4 else 2
+        return Launch(0, thread_rows * 8 // slabs, slabs, 1, 1)
+    block_m = next((size for size in (16, 32, 64) if rows <= size), 64)
+    return Launch(block_m, 64, 1, 4, 2 if block_m <= 32 else 1)
+
+
+def why_not(fmt: BitFormat) -> str | None:
+    """None if these kernels run `fmt` on this machine, else the reason and the remedy."""
+    if reason := layout.why_not(fmt):
+        return reason
+    try:
+        kernels = _kernels()
+    except AmqError as error:
+        return str(error)
+    if fmt.name not in kernels.decoders:
+        return f"it has no decode file: add kernels/triton/{fmt.name}.py and its line in kernels/triton/__init__.py"
+    if not kernels.interpreted and not torch.cuda.is_available():
+        return (
+            "torch finds no GPU (torch.cuda.is_available() is False): install a driver and a torch that is built for "
+            "it; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests"
+        )
+    return None
+
+
+def linear(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    bias: Tensor | None = None,
+    activations: str = "fp32",
+    name: str = "linear",
+    choose: Callable[[int, int, int, int], Launch] = choose,
+) -> Tensor:
+    """y[M, ΣN] = x[M, K] · Wᵀ (+ bias) for every weight, side by side in the order of `weights`.
+
+    x: float16 or bfloat16 [M, K], contiguous, on the device of the weights; y has its dtype. Sums are float32; up to the
+        rows that `choose` gives to the gemv, products are too, above that weights are rounded to x's dtype.
+    weights: at least one, all with K input features and one group size; each in its own format.
+    bias: float16, bfloat16 or float32 [ΣN], or None.
+    activations: "fp32"; these kernels have no int8 mode.
+    name: what to call this linear in errors.
+    Raises AmqError, and computes nothing, where these do not fit together.
+    """
+    _check(x, weights, bias, activations, name)
+    y = x.new_empty(x.shape[0], sum(w.out_features for w in weights))
+    linear_into(y, x, weights, bias, choose)
+    return y
+
+
+def linear_into(
+    y: Tensor,
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    bias: Tensor | None = None,
+    choose: Callable[[int, int, int, int], Launch] = choose,
+) -> None:
+    """`linear` without its checks, into y [M, ΣN]: contiguous, of any float dtype."""
+    out_features = [w.out_features for w in weights]
+    bits = max(w.format.max_code.bit_length() for w in weights)
+    launch = choose(x.shape[0], sum(out_features), x.shape[1], bits)
+    with _on_device(x):
+        for first in range(0, len(weights), MAX_SEGMENTS):
+            start = sum(out_features[:first])
+            some = slice(first, first + MAX_SEGMENTS)
+            part = None if bias is None else bias[start:]
+            _launch_segments(y[:, start:], x, weights[some], part, launch)
+
+
+def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """W [out_features, in_features] in `dtype` (a float), bit-equal to `amq.packing.dequantize`."""
+    if reason := why_not(weight.format):
+        raise AmqError(f"dequantize {weight.format.name} with Triton: {reason}")
+    _check_data([weight], weight.data.device, "dequantize")
+    kernels = _kernels()
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.data.device)
+    blocks = -(-weight.out_features // DEQUANTIZE_ROWS) * -(-weight.in_features // layout.SLAB)
+    bits, byte_words, _ = kernels.decoders[weight.format.name]
+    with _on_device(out):
+        if blocks:
+            kernels.dequantize[(blocks,)](
+                out,
+                weight.data.view(torch.int32),
+                weight.out_features,
+                BITS=bits,
+                BYTE_WORDS=byte_words,
+                K=weight.in_features,
+                GROUP_SIZE=weight.group_size,
+                BLOCK_N=DEQUANTIZE_ROWS,
+                num_warps=4,
+            )
+    return out
+
+
+def _launch_segments(
+    y: Tensor, x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, launch: Launch
+) -> None:
+    """One launch for up to MAX_SEGMENTS weights: writes the first ΣN columns of y [M, row stride of y]."""
+    kernels = _kernels()
+    formats = tuple(dict.fromkeys(w.format.name for w in weights))
+    shared = dict(
+        FORMATS=tuple(kernels.decoders[name] for name in formats),
+        KINDS=tuple(formats.index(w.format.name) for w in weights),
+        K=x.shape[1],
+        GROUP_SIZE=weights[0].group_size,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    blocks = sum(-(-w.out_features // launch.block_n) for w in weights)
+    arguments = (y, bias, tuple(w.data.view(torch.int32) for w in weights), tuple(w.out_features for w in weights))
+    if blocks == 0 or x.shape[0] == 0:
+        return
+    if launch.block_m == 0:
+        lane_rows = 8 * launch.num_warps // launch.slabs_per_step
+        if x.shape[0] > MAX_GEMV_ROWS or lane_rows == 0 or launch.block_n % lane_rows:
+            raise AmqError(f"a gemv of {x.shape[0]} rows cannot take {launch}; its docstring says what each may be")
+        shared |= dict(
+            M=x.shape[0], SLABS=launch.slabs_per_step, LANE_ROWS=lane_rows, THREAD_ROWS=launch.block_n // lane_rows
+        )
+        kernels.gemv[(blocks,)](x, *arguments, y.stride(0), **shared)
+        return
+    row_warps = launch.num_warps // launch.slabs_per_step
+    if launch.slabs_per_step not in (1, launch.num_warps) or launch.block_n % (16 * row_warps):
+        raise AmqError(f"a gemm cannot take {launch}; its docstring says what each may be")
+    blocks *= -(-x.shape[0] // launch.block_m)
+    shared |= dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, WARPS=launch.num_warps, SLABS=launch.slabs_per_step)
+    kernels.gemm[(blocks,)](x, *arguments, y.stride(0), x.shape[0], **shared)
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> SimpleNamespace:
+    """The kernels, imported at first use: gemv, gemm, dequantize, decoders, and whether they are interpreted."""
+    try:
+        import triton
+    except ImportError as error:
+        raise AmqError(f"the package triton cannot be imported ({error}): pip install triton") from error
+    from amq import _triton
+    from amq._triton import dequantize, gemm, gemv
+
+    return SimpleNamespace(
+        gemv=gemv.gemv,
+        gemm=gemm.gemm,
+        dequantize=dequantize.dequantize,
+        decoders=_triton.DECODERS,
+        interpreted=not isinstance(gemv.gemv, triton.JITFunction),
+    )
+
+
+def _on_device(tensor: Tensor) -> torch.cuda.device | nullcontext:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str) -> None:
+    if not weights:
+        raise AmqError(f"{name}: expected at least one weight, got none")
+    if activations != "fp32":
+        raise AmqError(f"{name}: the Triton kernels have activations fp32 only, got {activations!r}; use backend cuda")
+    for weight in weights:
+        if reason := why_not(weight.format):
+            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {reason}")
+        for field in ("in_features", "group_size"):
+            expected, got = getattr(weights[0], field), getattr(weight, field)
+            if got != expected:
+                raise AmqError(f"{name}: fused linears must share {field}; expected {expected}, got {got}")
+    in_features = weights[0].in_features
+    if x.ndim != 2 or x.shape[1] != in_features or not x.is_contiguous():
+        raise AmqError(
+            f"{name}: x must be [rows, {in_features}] and contiguous, got {list(x.shape)} with strides "
+            f"{list(x.stride())}; x.reshape(-1, {in_features}).contiguous() makes it so"
+        )
+    if x.dtype not in DTYPES:
+        raise AmqError(f"{name}: x must be float16 or bfloat16, got {x.dtype}; convert it with x.to(torch.bfloat16)")
+    _check_data(weights, x.device, name)
+    out_features = sum(w.out_features for w in weights)
+    if bias is not None and (
+        tuple(bias.shape) != (out_features,)
+        or bias.dtype not in (*DTYPES, torch.float32)
+        or bias.device != x.device
+        or not bias.is_contiguous()
+    ):
+        raise AmqError(
+            f"{name}: bias must be float32, bfloat16 or float16 [{out_features}], contiguous, on {x.device}, "
+            f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
+        )
+
+
+def _check_data(weights: Sequence[PreparedWeight], device: torch.device, name: str) -> None:
+    """That every weight is data of the layout, on `device`, and that the kernels can reach it there."""
+    on_gpu = not _kernels().interpreted
+    if on_gpu != (device.type == "cuda"):
+        wanted = "a GPU" if on_gpu else "the CPU (TRITON_INTERPRET is set)"
+        raise AmqError(f"{name}: the Triton kernels run on {wanted}, but the tensors are on {device}; move them")
+    for weight in weights:
+        sizes = layout.layout_of(weight.format, weight.out_features, weight.in_features, weight.group_size)
+        data = weight.data
+        if data.device != device:
+            raise AmqError(f"{name}: x is on {device}, its weight on {data.device}; move one of them")
+        if data.dtype != torch.uint8 or tuple(data.shape) != (sizes.nbytes,) or not data.is_contiguous():
+            raise AmqError(
+                f"{name}: the data of an {weight.format.name} weight [{weight.out_features}, {weight.in_features}] at "
+                f"group {weight.group_size} must be uint8 [{sizes.nbytes}], got {data.dtype} {list(data.shape)}; "
+                "make it with amq.gpu.layout.prepare"
+            )
