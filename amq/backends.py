@@ -1,12 +1,14 @@
 """Backends: which of them runs which format on this machine, why not where one does not, and the layout each wants.
 
 A backend repacks a `PackedWeight` once at load (`prepare`) and multiplies with what came out (`linear`); the file on
-disk never changes for a kernel's sake. Two exist:
+disk never changes for a kernel's sake.
 
 - `reference` dequantizes and multiplies in plain torch. It runs everywhere and is what the others are tested against.
 - `cpu` is `amq._cpu`: tiles of 16 output rows (csrc/cpu/tiles.h), AVX-512 VNNI and AMX down to portable C++.
+- `triton` runs on NVIDIA and AMD GPUs (kernels/triton).
+- `cuda` runs on NVIDIA GPUs: kernels/cuda for the few rows of a decode step, Triton for more, on the same weights.
 
-Nothing here falls back on its own: `choose_backend` takes `reference` when asked, or logs why it had to.
+Nothing here falls back on its own: `choose_backend` takes a slower one when asked, or logs why it had to.
 """
 
 from __future__ import annotations
@@ -21,10 +23,13 @@ from torch import Tensor
 from amq import native
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format, n_groups
+from amq.gpu import cuda, layout, triton
 from amq.packing import PackedWeight, PreparedWeight, dequantize
 
 ACTIVATIONS = ("fp32", "int8")
 """fp32: exact products. int8: x is rounded to 8 bits per row and group at run time; see `amq.ops.linear`."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +39,20 @@ class Backend:
     """What a backend can do.
 
     why_not: format → None if it runs here, else the reason.
-    prepare: packed weight → uint8 data.
-    linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x and y float32, all on one device.
+    prepare: packed weight → uint8 data on its device.
+    linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x contiguous, y of its dtype, the bias of any
+        in DTYPES, all on one device.
+    dtypes, activations: what x may be, and what may be done to it.
+    device: the type of device that it multiplies on, None for any.
     """
 
     name: str
     why_not: Callable[[BitFormat], str | None]
     prepare: Callable[[PackedWeight], Tensor]
     linear: Callable[[Tensor, Sequence[PreparedWeight], Tensor | None, str], Tensor]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    activations: tuple[str, ...] = ACTIVATIONS
+    device: str | None = None
 
 
 def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
@@ -63,22 +74,27 @@ def get_backend(name: str) -> Backend:
 
 
 def check_activations(backend: str, activations: str) -> None:
-    """Refuses unknown names, and int8 on `reference`, which a model's evaluation runs as plain torch linears."""
-    get_backend(backend)
+    """Refuses unknown names, a mode that the backend lacks, and int8 on `reference`, which a model's evaluation runs as
+    plain torch linears."""
+    chosen = get_backend(backend)
     if activations not in ACTIVATIONS:
         raise AmqError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
-    if backend == "reference" and activations != "fp32":
-        raise AmqError(f"--activations {activations} needs a kernel backend: add --backend cpu")
+    if activations not in chosen.activations or (backend == "reference" and activations != "fp32"):
+        able = [b.name for b in BACKENDS.values() if activations in b.activations and b.name != "reference"]
+        raise AmqError(f"--activations {activations} does not go with backend {backend}: take --backend {' or '.join(able)}")
 
 
-def choose_backend(formats: Iterable[str]) -> str:
-    """`cpu` where it runs all of `formats`, else `reference`, with the reason logged as a warning."""
-    for name in formats:
-        reason = BACKENDS["cpu"].why_not(get_format(name))
-        if reason is not None:
-            log.warning("backend reference instead of cpu: %s: %s", name, reason)
-            return "reference"
-    return "cpu"
+def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
+    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a warning."""
+    records = [get_format(name) for name in formats]
+    for backend in BACKENDS.values():
+        if backend.device not in (device, None):
+            continue
+        reasons = [(fmt.name, reason) for fmt in records if (reason := backend.why_not(fmt)) is not None]
+        if not reasons:
+            return backend.name
+        log.warning("backend %s is passed over: %s: %s", backend.name, *reasons[0])
+    raise AssertionError("unreachable: `reference` runs everything everywhere")
 
 
 def _reference_prepare(packed: PackedWeight) -> Tensor:
@@ -118,10 +134,27 @@ def quantize_activations(x: Tensor, group_size: int) -> Tensor:
 
 
 def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    rows = x.float()
     if activations == "int8":
-        x = quantize_activations(x, weights[0].group_size)
-    y = torch.cat([x @ dequantize(_reference_packed(weight)).T for weight in weights], dim=-1)
-    return y if bias is None else y + bias
+        rows = quantize_activations(rows, weights[0].group_size)
+    y = torch.cat([rows @ dequantize(_reference_packed(weight)).T for weight in weights], dim=-1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _cpu_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    return native.linear(x.float(), weights, None if bias is None else bias.float().contiguous(), activations).to(x.dtype)
+
+
+def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    return triton.linear(x, weights, bias)
+
+
+def _cuda_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    if x.shape[0] <= cuda.max_rows():
+        return cuda.linear(x, weights, None if bias is None else bias.to(x.dtype).contiguous(), activations)
+    if activations == "int8":  # what a small batch computes with, so that a row does not depend on how many there are
+        x = quantize_activations(x.float(), weights[0].group_size).to(x.dtype)
+    return triton.linear(x, weights, bias)
 
 
 def _cpu_why_not(fmt: BitFormat) -> str | None:
@@ -132,13 +165,22 @@ def _cpu_why_not(fmt: BitFormat) -> str | None:
     return None if fmt.is_dense else f"tiles hold dense bitstreams only, not {fmt.levels} levels in {fmt.unit_bytes} B"
 
 
+def _cuda_why_not(fmt: BitFormat) -> str | None:
+    return cuda.why_not(fmt) or triton.why_not(fmt)
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", _cpu_why_not, native.prepare, native.linear),
+        Backend("cpu", _cpu_why_not, native.prepare, _cpu_linear, device="cpu"),
+        Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, HALVES, device="cuda"),
+        Backend("triton", triton.why_not, layout.prepare, _triton_linear, HALVES, ("fp32",), device="cuda"),
         Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear),
     )
 }
+"""Every backend by name; of those for one device, the fastest first."""
 
 
 def availability() -> list[tuple[str, str, dict[str, str | None]]]:
@@ -148,5 +190,8 @@ def availability() -> list[tuple[str, str, dict[str, str | None]]]:
     for isa in (*module.isas(), *module.missing()):
         missing = module.missing().get(isa)
         rows.append(("cpu", isa, {name: missing or _cpu_why_not(fmt) for name, fmt in FORMATS.items()}))
-    rows.append(("reference", "torch", {name: None for name in FORMATS}))
+    for backend in BACKENDS.values():
+        if backend.name != "cpu":
+            where = "torch" if backend.device is None else "gpu"
+            rows.append((backend.name, where, {name: backend.why_not(fmt) for name, fmt in FORMATS.items()}))
     return rows

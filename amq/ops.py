@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amq.backends import ACTIVATIONS, get_backend
+from amq.backends import ACTIVATIONS, DTYPES, get_backend
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.packing import PreparedWeight
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 _LIBRARY = torch.library.Library("amq", "DEF")
 _LIBRARY.define(
@@ -35,7 +33,8 @@ def linear(
     """y[…, ΣN] = x[…, K] · Wᵀ for every weight, side by side in the order of `weights`.
 
     x: float32, bfloat16 or float16 [..., K], on the device of the weights; copied if it is not contiguous. y has its
-        dtype; the arithmetic is float32.
+        dtype. GPU backends take bfloat16 and float16 only. Products of codes are exact and summed in float32, but for
+        Triton's at many rows, which multiplies with weights rounded to x's dtype, as torch does.
     weights: of one backend, in_features (K) and group size; each in its own format. One call, one parallel region.
     bias: [ΣN], any of the dtypes, or None.
     activations: `fp32` multiplies x as it is; NaN and infinity in x propagate as in torch (a group is summed before it
@@ -79,12 +78,24 @@ def _check_input(
     in_features, device = weights[0].in_features, weights[0].data.device
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise AmqError(f"{name}: x must be [..., {in_features}], got {list(x.shape)}")
-    if x.dtype not in DTYPES:
-        raise AmqError(f"{name}: x must be float32, bfloat16 or float16, got {x.dtype}; convert it with x.float()")
+    backend = get_backend(weights[0].backend)
+    if x.dtype not in backend.dtypes:
+        able = " or ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
+        raise AmqError(
+            f"{name}: x must be {able} for backend {backend.name}, got {x.dtype}; convert it with x.to({backend.dtypes[0]})"
+        )
     if x.device != device:
         raise AmqError(f"{name}: x is on {x.device}, its weight on {device}; move one of them")
     if activations not in ACTIVATIONS:
         raise AmqError(f"{name}: activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    if activations not in backend.activations:
+        able = ", ".join(backend.activations)
+        raise AmqError(f"{name}: backend {backend.name} takes activations {able}, not {activations}")
+    if backend.device not in (None, device.type) and device.type != "meta":
+        raise AmqError(
+            f"{name}: backend {backend.name} multiplies on {backend.device}, its weight is on {device}; move the weight "
+            f"and x there, or prepare the weight for another backend"
+        )
     if x.requires_grad and torch.is_grad_enabled():
         raise AmqError(f"{name}: quantized linears have no gradient; call it under torch.no_grad()")
     if bias is not None:
@@ -115,10 +126,9 @@ def _linear(
 
 
 def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
     y = get_backend(weights[0].backend).linear(rows, weights, bias, activations)
-    return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+    return y.view(*x.shape[:-1], y.shape[1])
 
 
 def _fake_linear(

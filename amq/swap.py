@@ -54,8 +54,9 @@ class LinearSwap:
         self._linears[name].weight.data = buffer
 
     def _replace(self, name: str, fmt: str, bank: WeightBank) -> None:
+        packed = bank.get(name, fmt).to(self._full[name].device)
         module = QuantizedLinear.from_packed(
-            bank.get(name, fmt), self._linears[name].bias, self._backend, self._activations, name
+            packed, self._linears[name].bias, self._backend, self._activations, name
         )
         self._put(name, module)
 

@@ -13,7 +13,7 @@ RANKS = {
     "amq.errors": 0, "amq.formats": 0,
     "amq.files": 1, "amq.progress": 1, "amq.threads": 1, "amq.settings": 1, "amq.losses": 1,
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.models": 1, "amq.configuration": 1,
-    "amq.native": 2, "amq.quantizers": 2, "amq.backends": 2,
+    "amq.native": 2, "amq.quantizers": 2, "amq.gpu": 2, "amq.backends": 2,
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3, "amq.swap": 4,
     "amq.evaluator": 4, "amq.fisher": 4,
     "amq.search": 5,
@@ -22,9 +22,10 @@ RANKS = {
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom
     "amq.configuration": {"amq.linears", "amq.files"}, "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files"},
-    "amq.backends": {"amq.native"}, "amq.quantized_linear": {"amq.ops"}, "amq.evaluator": {"amq.swap"},
+    "amq.backends": {"amq.native", "amq.gpu"}, "amq.quantized_linear": {"amq.ops"}, "amq.evaluator": {"amq.swap"},
     "amq.formats": {"amq.errors"}, "amq.quantizers": set(), "amq.data": set(),
 }  # fmt: skip
+SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
 WEIGHT_FREE = {"run", "settings"}  # the files of amq/search that may know models and quantizers
 
 
@@ -55,7 +56,7 @@ def test_a_file_imports_lower_ranks_only(path):
     assert me in RANKS, f"{me} has no rank: add it to RANKS, and say in docs/decisions.md why it is there"
     for name in imports(path):
         other = package_of(name)
-        if other in ("amq", me, "amq._cpu") or name == "amq.__version__":
+        if other in ("amq", me, "amq._cpu", "amq._triton") or name == "amq.__version__":
             continue
         allowed = RANKS[other] < RANKS[me] or other in SAME_RANK.get(me, set())
         assert allowed, f"{module} (rank {RANKS[me]}) imports {name} (rank {RANKS[other]})"
@@ -72,7 +73,9 @@ def test_search_never_sees_a_weight(path):
 
 def test_no_bit_width_outside_the_format_files():
     literal = re.compile(r"\bn?bits\s*==\s*\d|\[\s*2\s*,\s*3\s*,\s*4\s*\]|levels\s*==\s*\d+\b(?!\s*<<)")
-    for path in [*sources(), *(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]:
+    formats = re.compile(r"int\d+\.(cuh|py)")
+    native = [p for folder in ("csrc", "kernels") for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES]
+    for path in [*sources(), *(p for p in native if not formats.fullmatch(p.name))]:
         found = literal.search(path.read_text())
         assert not found, f"{path.relative_to(ROOT)} spells a bit-width: {found[0]}"
 

@@ -243,7 +243,7 @@ def test_spare_bits_of_a_row_do_not_matter(name: str) -> None:
         assert torch.equal(backends.prepare(soiled).data, backends.prepare(packed).data)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", ("cpu", "reference"))
 def test_the_packed_weight_can_go(backend: str) -> None:
     packed = random_packed(FORMATS["int3"], 33, 100, 32)
     watched = [weakref.ref(t.untyped_storage()) for t in (packed.qweight, packed.scale, packed.zero_point)]

@@ -25,7 +25,9 @@ from amq.quantized_linear import QuantizedLinear
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HALVES = (torch.bfloat16, torch.float16)
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+HOST = [backend.name for backend in BACKENDS.values() if backend.device != "cuda"]
+"""Those that multiply without a GPU."""
+every_backend = pytest.mark.parametrize("backend", HOST)
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -93,8 +95,8 @@ X = torch.zeros(2, 100)
     (
         (torch.zeros(2, 99), {}, r"q_proj: x must be \[..., 100\], got \[2, 99\]"),
         (torch.tensor(1.0), {}, r"q_proj: x must be \[..., 100\], got \[\]"),
-        (X.int(), {}, "q_proj: x must be float32, bfloat16 or float16, got torch.int32; convert it"),
-        (X.double(), {}, "got torch.float64; convert it with x.float()"),
+        (X.int(), {}, "q_proj: x must be float32 or bfloat16 or float16 for backend cpu, got torch.int32; convert it"),
+        (X.double(), {}, r"got torch.float64; convert it with x.to\(torch.float32\)"),
         (X.to("meta"), {}, "q_proj: x is on meta, its weight on cpu; move one of them"),
         (X, {"activations": "int7"}, "q_proj: activations must be one of fp32, int8, got 'int7'"),
         (X, {"bias": torch.zeros(32)}, r"q_proj: bias must be .* \[33\] on cpu, got torch.float32 \[32\] on cpu"),
@@ -127,12 +129,12 @@ def test_weight_errors_name_the_linear() -> None:
     other = backends.prepare(make_weight("int3", 33, 64, 32).packed)
     with pytest.raises(AmqError, match="mlp: fused linears must share in_features; expected 100, got 64"):
         refused([prepared(), other])
-    with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, reference"):
+    with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, cuda, triton, reference"):
         refused([replace(prepared(), backend="gpu")])
 
 
 def test_prepare_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, reference"):
+    with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, cuda, triton, reference"):
         backends.prepare(random_packed(FORMATS["int3"], 4, 64, 32), "gpu")
     ternary = random_packed(SYNTHETIC[0], 4, 64, 32)
     with pytest.raises(AmqError, match="backend cpu cannot run ternary: format ternary .* is not compiled into"):
@@ -161,7 +163,7 @@ def test_choose_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
     monkeypatch.setitem(FORMATS, "ternary", SYNTHETIC[0])
     with caplog.at_level(logging.WARNING):
         assert backends.choose_backend(["int3", "ternary"]) == "reference"
-    assert "backend reference instead of cpu: ternary: format ternary" in caplog.text
+    assert "backend cpu is passed over: ternary: format ternary" in caplog.text
     assert "rebuild it with `pip install -e .`" in caplog.text
     with pytest.raises(AmqError, match="unknown format 'int99'"):
         backends.choose_backend(["int99"])
@@ -170,7 +172,7 @@ def test_choose_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 def test_check_activations() -> None:
     for backend, mode in (("cpu", "int8"), ("cpu", "fp32"), ("reference", "fp32")):
         backends.check_activations(backend, mode)
-    with pytest.raises(AmqError, match="--activations int8 needs a kernel backend: add --backend cpu"):
+    with pytest.raises(AmqError, match="--activations int8 does not go with backend reference: take --backend cpu or cuda"):
         backends.check_activations("reference", "int8")
     with pytest.raises(AmqError, match="activations must be one of fp32, int8, got 'int4'"):
         backends.check_activations("cpu", "int4")
@@ -188,7 +190,10 @@ def test_availability_lists_everything_compiled(capsys: pytest.CaptureFixture[st
     assert [backend for backend, _, _ in rows].count("reference") == 1
     for backend, isa, reasons in rows:
         assert list(reasons) == list(FORMATS)
-        assert set(reasons.values()) == {module.missing().get(isa) if backend == "cpu" else None}
+        if BACKENDS[backend].device != "cuda":
+            assert set(reasons.values()) == {module.missing().get(isa) if backend == "cpu" else None}
+        elif not torch.cuda.is_available():
+            assert all(reasons.values())
     assert COMMANDS["formats"]([]) == 0
     printed = capsys.readouterr().out
     table = printed.split("\n\n")[1].splitlines()[1:]

@@ -1,8 +1,8 @@
 """Launches the Triton kernels (`kernels/triton/`) on weights in the layout of `amq/gpu/layout.py`.
 
 Up to four weights that share x go into one launch, each in its own format; more go into several. A call allocates its
-output and nothing else and never waits for the GPU, so that it can be captured in a CUDA graph. Triton compiles a kernel
-at its first use, for each combination of formats, K, group size, dtype and launch parameters, but not for each number of
+output and nothing else and never waits for the GPU, so that it can be captured in a CUDA graph. Triton compiles at the
+first use of each combination of formats, K, group size, dtypes and launch parameters, though not for each number of
 rows above the gemv's: run a model once before capturing it.
 
 Without a GPU the kernels run in Triton's interpreter, on CPU tensors, where TRITON_INTERPRET=1 is set before Triton is
@@ -36,13 +36,14 @@ DEQUANTIZE_ROWS = 32
 
 @dataclass(frozen=True)
 class Launch:
-    """The parameters of one launch. They change speed, and slabs_per_step the order of the gemv's sums.
+    """The parameters of one launch. They change speed, and slabs_per_step the order of the sums too.
 
-    block_m: rows of x to a program of the gemm: 16, 32, 64 or 128; 0 takes the gemv, at most 16 rows.
-    block_n: output rows to a program; the gemm wants a multiple of 16 · num_warps, the gemv of
-        8 · num_warps / slabs_per_step, which it divides among the threads of a warp.
-    slabs_per_step: the gemv's slabs of 512 input features at once, a power of two up to 8 · num_warps.
-    num_warps, num_stages: Triton's; the gemm's shared memory grows with the stages.
+    block_m: rows of x to a program of the gemm: 16, 32, 64 or 128; 0 takes the gemv, for at most 16 rows.
+    block_n: output rows to a program. The gemv wants a multiple of 8 · num_warps / slabs_per_step: that many go to
+        different threads, and each thread takes 1, 2, 4, … rows. The gemm wants one of 16 · num_warps / slabs_per_step.
+    slabs_per_step: slabs of 512 input features at once: in the gemv a power of two up to 8 · num_warps; in the gemm
+        num_warps, which then divide K among them, or 1, where they divide the output rows.
+    num_warps, num_stages: Triton's. With more stages the gemm keeps x and the weights of a slab in shared memory.
     """
 
     block_m: int
@@ -55,14 +56,26 @@ class Launch:
 def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
     """The launch parameters for x of `rows` rows and weights of at most `bits` bits, out_features together.
 
-    slabs_per_step depends on in_features alone: so a fused launch and separate ones agree to the last bit.
+    Reasoned from compiled code, not measured. Per weight the gemv takes 3.3 to 5 instructions for one row of x and 2
+    more for each further row, the gemm 5.3 for up to 16 rows; so two rows are where they meet. Up to 32 rows of x,
+    warps divide K: a small weight has few rows. slabs_per_step depends on rows and in_features alone, so that a fused
+    launch and separate ones agree to the last bit.
     """
-    if rows <= 4:
-        slabs = min(8, 1 << (max(1, in_features // layout.SLAB).bit_length() - 1))
-        thread_rows = 4 if bits * rows <= 4 else 2
-        return Launch(0, thread_rows * 8 // slabs, slabs, 1, 1)
-    block_m = next((size for size in (16, 32, 64) if rows <= size), 64)
-    return Launch(block_m, 64, 1, 4, 2 if block_m <= 32 else 1)
+    if rows <= 2:
+        slabs = _slabs_per_step(in_features, 8)
+        return Launch(0, (4 if bits <= 4 else 2) * 8 // slabs, slabs, 1, 1)
+    if rows <= 32:
+        slabs = _slabs_per_step(in_features, 4)
+        return Launch(16 if rows <= 16 else 32, 16, slabs, slabs, 1)
+    return Launch(64, 64, 1, 4, 1)
+
+
+def _slabs_per_step(in_features: int, most: int) -> int:
+    """The largest power of two, up to `most`, that computes at most an eighth of the slabs in vain."""
+    slabs = -(-in_features // layout.SLAB)
+    while most > 1 and -slabs % most > slabs // 8:
+        most //= 2
+    return most
 
 
 def why_not(fmt: BitFormat) -> str | None:
@@ -93,8 +106,8 @@ def linear(
 ) -> Tensor:
     """y[M, ΣN] = x[M, K] · Wᵀ (+ bias) for every weight, side by side in the order of `weights`.
 
-    x: float16 or bfloat16 [M, K], contiguous, on the device of the weights; y has its dtype. Sums are float32; up to the
-        rows that `choose` gives to the gemv, products are too, above that weights are rounded to x's dtype.
+    x: float16 or bfloat16 [M, K], contiguous, on the device of the weights; y has its dtype. Sums are float32. In the
+        gemv (`choose` says for how many rows) products are too; in the gemm weights are first rounded to x's dtype.
     weights: at least one, all with K input features and one group size; each in its own format.
     bias: float16, bfloat16 or float32 [ΣN], or None.
     activations: "fp32"; these kernels have no int8 mode.
