@@ -38,9 +38,8 @@ log = logging.getLogger(__name__)
 class Backend:
     """What a backend can do.
 
-    why_not: format → None if it runs here, else the reason.
-    prepare: packed weight → uint8 data on its device.
-    linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x contiguous, y of its dtype, the bias of any
+    why_not: format → None if it runs here, else the reason. prepare: packed weight → uint8 data on its device. linear:
+    (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x contiguous, y of its dtype, the bias of any
         in DTYPES, all on one device.
     dtypes, activations: what x may be, and what may be done to it.
     device: the type of device that it multiplies on, None for any.
@@ -81,11 +80,14 @@ def check_activations(backend: str, activations: str) -> None:
         raise AmqError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
     if activations not in chosen.activations or (backend == "reference" and activations != "fp32"):
         able = [b.name for b in BACKENDS.values() if activations in b.activations and b.name != "reference"]
-        raise AmqError(f"--activations {activations} does not go with backend {backend}: take --backend {' or '.join(able)}")
+        raise AmqError(
+            f"--activations {activations} does not go with backend {backend}: take --backend {' or '.join(able)}"
+        )
 
 
 def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
-    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a warning."""
+    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a
+    warning."""
     records = [get_format(name) for name in formats]
     for backend in BACKENDS.values():
         if backend.device not in (device, None):
@@ -142,7 +144,9 @@ def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor
 
 
 def _cpu_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
-    return native.linear(x.float(), weights, None if bias is None else bias.float().contiguous(), activations).to(x.dtype)
+    return native.linear(x.float(), weights, None if bias is None else bias.float().contiguous(), activations).to(
+        x.dtype
+    )
 
 
 def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
@@ -185,13 +189,21 @@ BACKENDS: dict[str, Backend] = {
 
 def availability() -> list[tuple[str, str, dict[str, str | None]]]:
     """(backend, instruction set, {format: None or the reason why not}) for everything compiled, missing or not."""
-    rows = []
-    module = native.cpu_module()
-    for isa in (*module.isas(), *module.missing()):
-        missing = module.missing().get(isa)
-        rows.append(("cpu", isa, {name: missing or _cpu_why_not(fmt) for name, fmt in FORMATS.items()}))
+    rows = _cpu_availability()
     for backend in BACKENDS.values():
         if backend.name != "cpu":
             where = "torch" if backend.device is None else "gpu"
             rows.append((backend.name, where, {name: backend.why_not(fmt) for name, fmt in FORMATS.items()}))
     return rows
+
+
+def _cpu_availability() -> list[tuple[str, str, dict[str, str | None]]]:
+    try:
+        module = native.cpu_module()
+    except AmqError as error:
+        return [("cpu", "none", dict.fromkeys(FORMATS, str(error)))]
+    missing = module.missing()
+    return [
+        ("cpu", isa, {name: missing.get(isa) or _cpu_why_not(fmt) for name, fmt in FORMATS.items()})
+        for isa in (*module.isas(), *missing)
+    ]

@@ -43,8 +43,9 @@ def _formats(argv: Sequence[str] | None) -> int:
     print(f"\n{'backend':11}{'instructions':14}{''.join(f'{name:>6}' for name in FORMATS)}")
     for backend, isa, reasons in availability():
         marks = "".join(f"{'-' if reason else 'yes':>6}" for reason in reasons.values())
-        default = "   (used by default)" if backend == "cpu" and isa == cpu_module().isa() else ""
         missing = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
+        used = backend == "cpu" and not missing and isa == cpu_module().isa()
+        default = "   (used by default)" if used else ""
         print(f"{backend:11}{isa:14}{marks}{default}{'   ' if missing else ''}{missing}")
     return 0
 

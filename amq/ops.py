@@ -82,7 +82,8 @@ def _check_input(
     if x.dtype not in backend.dtypes:
         able = " or ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
         raise AmqError(
-            f"{name}: x must be {able} for backend {backend.name}, got {x.dtype}; convert it with x.to({backend.dtypes[0]})"
+            f"{name}: x must be {able} for backend {backend.name}, got {x.dtype}; "
+            f"convert it with x.to({backend.dtypes[0]})"
         )
     if x.device != device:
         raise AmqError(f"{name}: x is on {x.device}, its weight on {device}; move one of them")
@@ -93,8 +94,8 @@ def _check_input(
         raise AmqError(f"{name}: backend {backend.name} takes activations {able}, not {activations}")
     if backend.device not in (None, device.type) and device.type != "meta":
         raise AmqError(
-            f"{name}: backend {backend.name} multiplies on {backend.device}, its weight is on {device}; move the weight "
-            f"and x there, or prepare the weight for another backend"
+            f"{name}: backend {backend.name} multiplies on {backend.device}, its weight is on {device}; "
+            "move the weight and x there, or prepare the weight for another backend"
         )
     if x.requires_grad and torch.is_grad_enabled():
         raise AmqError(f"{name}: quantized linears have no gradient; call it under torch.no_grad()")

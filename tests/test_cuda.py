@@ -1,8 +1,9 @@
-"""The CUDA kernels on a CPU: the very sources of kernels/cuda, through the door of amq/gpu/cuda.py, on the shim's fibers.
+"""The CUDA kernels on a CPU: the very sources of kernels/cuda, through the door of amq/gpu/cuda.py, on the shim's
+fibers.
 
 Fragment layouts, masks, shifts, tails, barriers and addresses are what runs here; speed, the compiler's SASS and the
-hardware's own rounding inside a tensor-core product are not. AMQ_TEST_CUDA_LIBRARY names another build: test_the_sanitizers
-runs this file again that way, under the address and the thread sanitizer.
+hardware's own rounding inside a tensor-core product are not. AMQ_TEST_CUDA_LIBRARY names another build:
+test_the_sanitizers runs this file again that way, under the address and the thread sanitizer.
 """
 
 from __future__ import annotations
@@ -83,9 +84,7 @@ def test_fused_is_separate(library: cuda.Library, dtype: torch.dtype, mode: str)
     weights = [prepared(p) for p in packed]
     x, bias = torch.randn(3, 640).to(dtype), torch.randn(sum(sizes)).to(dtype)
     fused = library.linear(x, weights, bias, mode, 0, 2)
-    separate = [
-        library.linear(x, [w], part, mode, 0, 2) for w, part in zip(weights, bias.split(sizes), strict=True)
-    ]
+    separate = [library.linear(x, [w], part, mode, 0, 2) for w, part in zip(weights, bias.split(sizes), strict=True)]
     assert torch.equal(fused, torch.cat(separate, -1))
 
 

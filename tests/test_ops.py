@@ -172,7 +172,9 @@ def test_choose_backend(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptu
 def test_check_activations() -> None:
     for backend, mode in (("cpu", "int8"), ("cpu", "fp32"), ("reference", "fp32")):
         backends.check_activations(backend, mode)
-    with pytest.raises(AmqError, match="--activations int8 does not go with backend reference: take --backend cpu or cuda"):
+    with pytest.raises(
+        AmqError, match="--activations int8 does not go with backend reference: take --backend cpu or cuda"
+    ):
         backends.check_activations("reference", "int8")
     with pytest.raises(AmqError, match="activations must be one of fp32, int8, got 'int4'"):
         backends.check_activations("cpu", "int4")

@@ -196,7 +196,9 @@ def test_tied_modules_are_swapped_in_a_shared_parent(setup: Setup) -> None:
 
 
 def test_wrong_choices(setup: Setup) -> None:
-    with pytest.raises(AmqError, match="--activations int8 does not go with backend reference: take --backend cpu or cuda"):
+    with pytest.raises(
+        AmqError, match="--activations int8 does not go with backend reference: take --backend cpu or cuda"
+    ):
         LinearSwap(setup.model, setup.names, "reference", "int8")
     with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, cuda, triton, reference"):
         LinearSwap(setup.model, setup.names, "gpu")

@@ -1,7 +1,8 @@
 """The door to the compiled CUDA kernels (`amq/_cuda.so`, kernels/cuda): tensors in, addresses and a stream out.
 
-The library links CUDA's runtime statically and knows no torch, so it loads on any machine, and is loaded when it is first
-asked for. It multiplies up to `max_rows()` rows of x; `amq.backends` gives larger batches to Triton, on the same weights.
+The library links CUDA's runtime statically and knows no torch, so it loads on any machine, and is loaded when it is
+first asked for. It multiplies up to `max_rows()` rows of x; `amq.backends` gives larger batches to Triton, on the same
+weights.
 """
 
 from __future__ import annotations
@@ -65,13 +66,16 @@ class Library:
     ) -> Tensor:
         """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_SEGMENTS weights per launch.
 
-        x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them. Rows that
+        x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them. Rows
+        that
             do not begin at multiples of 16 bytes or whose features do not divide by 128 are copied first.
         """
         rows, in_features = x.shape
         group_size = weights[0].group_size
         if in_features % X_UNIT or x.data_ptr() % ALIGNMENT or x.stride(0) % (ALIGNMENT // x.element_size()):
-            x = torch.nn.functional.pad(x, (0, -in_features % X_UNIT)).contiguous()  # one launch more, for odd shapes only
+            x = torch.nn.functional.pad(
+                x, (0, -in_features % X_UNIT)
+            ).contiguous()  # one launch more, for odd shapes only
             x = x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
         y = x.new_empty(rows, sum(w.out_features for w in weights))
         scratch = None

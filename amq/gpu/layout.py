@@ -1,8 +1,8 @@
 """The layout of prepared weights on a GPU, shared by the Triton and the CUDA kernels.
 
-A weight is cut into *tiles* of 8 output rows and *slabs* of 512 input features. One slab of one tile in a format of b bits
-is b *planes*; a plane is 8 rows × 16 columns of 32-bit words, 512 bytes. So one warp reads a plane with one 128-bit load per
-lane, lane 4·row + column/4, as tensor-core fragments want it, and every byte of a cache line is used.
+A weight is cut into *tiles* of 8 output rows and *slabs* of 512 input features. One slab of one tile in a format of b
+bits is b *planes*; a plane is 8 rows × 16 columns of 32-bit words, 512 bytes. So one warp reads a plane with one
+128-bit load per lane, lane 4·row + column/4, as tensor-core fragments want it, and every byte of a cache line is used.
 
 Each (row, column) of a slab owns 32 codes, in *byte words*: 32-bit words whose four bytes hold the same bit fields.
 With F = 8 // b fields of b bits in a byte, code (i, h, c, p), 0 ≤ i < 8, h and p in {0, 1}, 0 ≤ c < 16, is
@@ -10,13 +10,13 @@ With F = 8 // b fields of b bits in a byte, code (i, h, c, p), 0 ≤ i < 8, h an
     input feature   512·slab + 64·i + 32·h + 2·c + p
     where           byte word i // F of column c, byte h + 2·p, bits from (i % F)·b on
 
-so that one shift and one mask give a pair of neighbouring features in the two halves of a word (fp16 fragments), or four
-codes in its bytes (int8 fragments); and 32 neighbouring features, never more than a group, share (i, h). Byte word w < b is
-plane w. Where F·b < 8, the spare top bits of the bytes, plane 0's lowest, are a stream that holds the other 32/(4·F) − b
-byte words, F·b bits of each byte at a time.
+so that one shift and one mask give a pair of neighbouring features in the two halves of a word (fp16 fragments), or
+four codes in its bytes (int8 fragments); and 32 neighbouring features, never more than a group, share (i, h). Byte
+word w < b is plane w. Where F·b < 8, the spare top bits of the bytes, plane 0's lowest, are a stream that holds the
+other 32/(4·F) − b byte words, F·b bits of each byte at a time.
 
-A last slab of fewer features keeps only the planes that hold some. Missing rows, and features past the end of a row, have
-code 0, scale 0 and zero point 0.
+A last slab of fewer features keeps only the planes that hold some. Missing rows, and features past the end of a row,
+have code 0, scale 0 and zero point 0.
 
     data = codes        uint32 [tiles, planes of a row, 8, 16]
          ‖ scales       uint32 [tiles, slabs, 8, 512 / group_size]: scale (fp16) below, zero_point (fp16) above

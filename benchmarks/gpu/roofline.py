@@ -1,0 +1,249 @@
+"""What the CUDA kernels cost, read from compiled code: instructions, registers and bytes per weight, and what that
+allows.
+
+    python benchmarks/gpu/roofline.py [--json FILE]
+
+compiles kernels/cuda for each architecture that nvcc knows, one kernel per format and kind of activation so that a
+format's loop can be told from another's, disassembles it, and prints the tables of docs/gpu_roofline.md. Nothing runs
+on a GPU. The gates of tests/test_cuda_compile.py read the same rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from amq.formats import FORMATS
+from amq.gpu.layout import layout_of
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = ROOT / "kernels" / "cuda"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+ELEMENTS = {"HalfElement": "fp16", "Bfloat16Element": "bf16", "Int8Element": "int8"}
+GROUP_SIZE = 128
+SLAB_FEATURES = 512
+
+PROBE = """
+#include "gemv.cuh"
+namespace amq {{
+template <class Format, class Element, int kRows>  // kRows: for the reader of the compiled code
+__global__ void __maxnreg__(Element::kRegisters) probe(LinearArguments arguments) {{
+    __shared__ Partials partials;
+    multiply_rows<Format, Element, {group}>(arguments, arguments.segments[0], blockIdx.x, partials);
+}}
+#define AMQ_PROBE(f) \\
+    template __global__ void probe<f, HalfElement, kBlockRows<f, HalfElement>>(LinearArguments); \\
+    template __global__ void probe<f, Bfloat16Element, kBlockRows<f, Bfloat16Element>>(LinearArguments); \\
+    template __global__ void probe<f, Int8Element, kBlockRows<f, Int8Element>>(LinearArguments);
+AMQ_CUDA_FORMATS(AMQ_PROBE)
+}}  // namespace amq
+"""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU's data sheet. tensor: fp16 multiply-adds with fp32 sums per clock and multiprocessor, through mma.sync."""
+
+    name: str
+    architecture: int
+    gigabytes_per_second: float
+    multiprocessors: int
+    gigahertz: float
+    tensor: int
+
+
+GPUS = (
+    Gpu("RTX 3090", 86, 936, 82, 1.695, 256),
+    Gpu("RTX 4090", 89, 1008, 128, 2.52, 256),
+    Gpu("H200", 90, 4800, 132, 1.755, 1024),
+)
+"""Data sheets; for H200 mma.sync is taken at half the rate of wgmma."""
+ISSUE_SLOTS = 4
+"""Warp instructions per clock and multiprocessor."""
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+
+
+@dataclass(frozen=True)
+class Loop:
+    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows."""
+
+    format: str
+    activations: str
+    architecture: int
+    registers: int
+    stack: int
+    rows: int
+    instructions: int
+    products: int
+    wide_loads: int
+    plane_loads: int
+
+    @property
+    def per_weight(self) -> float:
+        """Lane instructions per weight: each of the warp's 32 lanes holds its share of the slab's rows."""
+        return self.instructions / (self.rows * SLAB_FEATURES / 32)
+
+
+@lru_cache
+def tool(name: str) -> str:
+    """The path of a CUDA tool: on PATH, or the one inside Triton's wheel."""
+    if found := shutil.which(name):
+        return found
+    try:
+        import triton
+    except ImportError:
+        raise FileNotFoundError(f"{name} is neither on PATH nor in a triton package") from None
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def known_architectures() -> tuple[int, ...]:
+    """Those of ARCHITECTURES that nvcc knows."""
+    listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return tuple(a for a in ARCHITECTURES if f"sm_{a}" in listed)
+
+
+def read_loops(architectures: tuple[int, ...]) -> list[Loop]:
+    """Every format and kind of activation, compiled from one PTX for each of `architectures`."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, ptx = Path(folder, "probe.cu"), Path(folder, "probe.ptx")
+        source.write_text(PROBE.format(group=GROUP_SIZE))
+        compile_ptx = [
+            "nvcc",
+            "-O3",
+            "-std=c++17",
+            f"-I{KERNELS}",
+            "-arch=compute_80",
+            "-ptx",
+            str(source),
+            "-o",
+            str(ptx),
+        ]
+        subprocess.run(compile_ptx, check=True)
+        loops = []
+        for architecture in architectures:
+            cubin = Path(folder, f"{architecture}.cubin")
+            subprocess.run([tool("ptxas"), "-O3", f"-arch=sm_{architecture}", str(ptx), "-o", str(cubin)], check=True)
+            loops += _read_cubin(cubin, architecture)
+        return loops
+
+
+def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
+    usage = _run("cuobjdump", "-res-usage", cubin)
+    code = _run("nvdisasm", "-c", cubin)
+    loops = []
+    for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
+        name = section.split(",")[0].strip()
+        match = re.search(r"probeINS_\d(int\d+)ENS_\d+(\w+?Element)ELi(\d+)E", name)
+        if not match:
+            continue
+        fmt, element, rows = match[1], match[2], int(match[3])
+        registers, stack = re.search(rf"{name}:\s*REG:(\d+) STACK:(\d+)", usage).groups()
+        body = _largest_loop(section)
+        count = Counter(_opcode(line) for line in body)
+        wide = sum(n for op, n in count.items() if op.startswith("LDG") and ".128" in op)
+        products = sum(n for op, n in count.items() if op.startswith(("HMMA", "IMMA")))
+        planes = rows // 8 * FORMATS[fmt].max_code.bit_length()
+        fields = (fmt, ELEMENTS[element], architecture, int(registers), int(stack), rows)
+        loops.append(Loop(*fields, len(body), products, wide, planes))
+    return loops
+
+
+def _run(name: str, *arguments: str | Path) -> str:
+    return subprocess.run([tool(name), *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+
+
+def _opcode(line: str) -> str:
+    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
+
+
+def _largest_loop(section: str) -> list[str]:
+    """The instructions between a backward branch and its target, for the longest such stretch; NOPs not counted."""
+    instructions, labels, best = [], {}, (0, 0)
+    for line in section.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif text := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
+            if target := re.search(r"BRA.*`\((\.L_x_\d+)\)", text[1]):
+                start = labels.get(target[1], len(instructions))
+                best = max(best, (start, len(instructions) + 1), key=lambda b: b[1] - b[0])
+            instructions.append(text[1].strip())
+    return [line for line in instructions[slice(*best)] if _opcode(line) != "NOP"]
+
+
+def expected(gpu: Gpu, loop: Loop, shape: tuple[int, int]) -> dict[str, float]:
+    """Microseconds that memory, the issue slots and the tensor cores need at least for one product, each alone."""
+    out_features, in_features = shape
+    weights = out_features * in_features
+    size = layout_of(FORMATS[loop.format], out_features, in_features, GROUP_SIZE).nbytes + 2 * (
+        out_features + in_features
+    )
+    clocks = 1e3 * gpu.multiprocessors * gpu.gigahertz  # per microsecond
+    per_product = 16 * 8 * (16 if loop.activations != "int8" else 32)  # multiply-adds
+    rate = gpu.tensor * (1 if loop.activations != "int8" else 2)
+    return {
+        "memory": size / gpu.gigabytes_per_second / 1e3,
+        "issue": weights * loop.per_weight / 32 / (ISSUE_SLOTS * clocks),
+        "tensor": weights / (loop.rows * SLAB_FEATURES) * loop.products * per_product / (rate * clocks),
+        "fp16": 2 * weights / gpu.gigabytes_per_second / 1e3,
+    }
+
+
+def tables(loops: list[Loop]) -> str:
+    """Markdown: what was compiled, and what it allows on each GPU."""
+    lines = ["| format | activations | rows per block | " + " | ".join(f"sm_{a}" for a in _architectures(loops)) + " |"]
+    lines.append("|---|---|---|" + "---|" * len(_architectures(loops)))
+    for fmt in FORMATS:
+        for activations in ELEMENTS.values():
+            row = [loop for loop in loops if (loop.format, loop.activations) == (fmt, activations)]
+            cells = " | ".join(f"{loop.per_weight:.2f} ({loop.registers})" for loop in row)
+            lines.append(f"| {fmt} | {activations} | {row[0].rows} | {cells} |")
+    lines += [
+        "",
+        "| GPU | N × K | format | memory µs | issue slots | tensor cores | at most × fp16 |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for gpu in GPUS:
+        for shape in SHAPES:
+            for loop in loops:
+                if loop.architecture != gpu.architecture or loop.activations != "fp16":
+                    continue
+                if FORMATS[loop.format].max_code.bit_length() > FORMATS["int4"].max_code.bit_length():
+                    continue
+                t = expected(gpu, loop, shape)
+                bound = max(t["memory"], t["issue"], t["tensor"])
+                lines.append(
+                    f"| {gpu.name} | {shape[0]} × {shape[1]} | {loop.format} | {t['memory']:.1f} "
+                    f"| {100 * t['issue'] / t['memory']:.0f} % | {100 * t['tensor'] / t['memory']:.0f} % "
+                    f"| {t['fp16'] / bound:.1f} |"
+                )
+    return "\n".join(lines)
+
+
+def _architectures(loops: list[Loop]) -> list[int]:
+    return sorted({loop.architecture for loop in loops})
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    arguments = parser.parse_args()
+    loops = read_loops(known_architectures())
+    print(tables(loops))
+    if arguments.json:
+        arguments.json.write_text(
+            json.dumps([asdict(loop) | {"per_weight": loop.per_weight} for loop in loops], indent=1)
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

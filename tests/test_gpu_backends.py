@@ -1,0 +1,136 @@
+"""How the GPU backends are chosen and called; the kernels have files of their own. No GPU: the doors are stood in
+for."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from reference import make_weight
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from amq import backends, ops
+from amq.errors import AmqError
+from amq.formats import FORMATS
+from amq.gpu import layout
+from amq.packing import PreparedWeight
+
+ROWS = 8
+"""What the stand-in of the CUDA library takes at most."""
+
+
+def prepared(backend: str, device: str = "cpu") -> PreparedWeight:
+    packed = make_weight("int3", 24, 640, 64).packed
+    return PreparedWeight(backend, packed.format, 24, 640, 64, layout.prepare(packed).to(device))
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor]]:
+    """Stand-ins for both doors that note (door, x)."""
+    seen: list[tuple[str, Tensor]] = []
+
+    def door(name: str, x: Tensor, weights: list[PreparedWeight], *_: object) -> Tensor:
+        seen.append((name, x))
+        return x.new_zeros(len(x), sum(w.out_features for w in weights))
+
+    monkeypatch.setattr(backends.cuda, "max_rows", lambda: ROWS)
+    monkeypatch.setattr(backends.cuda, "linear", lambda *a: door("cuda", *a))
+    monkeypatch.setattr(backends.triton, "linear", lambda *a: door("triton", *a))
+    return seen
+
+
+def test_few_rows_go_to_cuda_and_more_to_triton(calls: list) -> None:
+    linear = backends.get_backend("cuda").linear
+    for rows, door in ((1, "cuda"), (ROWS, "cuda"), (ROWS + 1, "triton")):
+        x = torch.randn(rows, 640).half()
+        assert linear(x, [prepared("cuda")], None, "fp32").shape == (rows, 24)
+        assert calls.pop() == (door, x)
+    backends.get_backend("triton").linear(x[:1], [prepared("triton")], None, "fp32")
+    assert calls.pop()[0] == "triton"
+
+
+def test_int8_with_many_rows_computes_with_the_same_activations(calls: list) -> None:
+    x = torch.randn(ROWS + 1, 640).half()
+    backends.get_backend("cuda").linear(x, [prepared("cuda")], None, "int8")
+    door, given = calls.pop()
+    assert door == "triton" and torch.equal(given, backends.quantize_activations(x.float(), 64).half())
+
+
+def test_a_bias_gets_the_dtype_of_x(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(backends.cuda, "linear", lambda x, weights, bias, activations: seen.append(bias.dtype) or x)
+    backends.get_backend("cuda").linear(torch.randn(1, 640).bfloat16(), [prepared("cuda")], torch.zeros(24), "fp32")
+    assert seen == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_errors_name_the_linear_and_the_remedy(backend: str) -> None:
+    weight, x = prepared(backend), torch.zeros(1, 640)
+    with pytest.raises(
+        AmqError, match=rf"q: x must be float16 or bfloat16 for backend {backend}, got torch.float32; conv"
+    ):
+        ops.linear(x, [weight], activations="fp32", name="q")
+    with pytest.raises(AmqError, match=rf"q: backend {backend} multiplies on cuda, its weight is on cpu; move"):
+        ops.linear(x.half(), [weight], activations="fp32", name="q")
+    if backend == "triton":
+        with pytest.raises(AmqError, match="q: backend triton takes activations fp32, not int8"):
+            ops.linear(x.half(), [weight], activations="int8", name="q")
+        with pytest.raises(AmqError, match="int8 does not go with backend triton: take --backend cpu or cuda"):
+            backends.check_activations("triton", "int8")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_prepared_for_one(caplog: pytest.LogCaptureFixture) -> None:
+    packed = make_weight("int3", 24, 640, 64).packed
+    for backend in ("cuda", "triton"):
+        with pytest.raises(AmqError, match=f"backend {backend} cannot run int3: "):
+            backends.prepare(packed, backend)
+    assert backends.choose_backend(FORMATS, "cuda") == "reference"
+    assert "backend cuda is passed over: int2: " in caplog.text and "backend triton is passed over" in caplog.text
+
+
+def test_choose_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def able(name: str, reason: str | None) -> None:
+        old = backends.BACKENDS[name]
+        fields = {field: getattr(old, field) for field in old.__dataclass_fields__} | {"why_not": lambda fmt: reason}
+        monkeypatch.setitem(backends.BACKENDS, name, backends.Backend(**fields))
+
+    able("cuda", None)
+    assert backends.choose_backend(FORMATS, "cuda") == "cuda" and not caplog.records
+    able("cuda", "it is Tuesday")
+    able("triton", None)
+    assert backends.choose_backend(FORMATS, "cuda") == "triton"
+    assert caplog.messages == ["backend cuda is passed over: int2: it is Tuesday"]
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_the_op_traces_on_fake_gpu_tensors(backend: str) -> None:
+    """Shape, dtype and device come out right without a GPU, so torch.compile can plan with the op."""
+    size = prepared(backend).nbytes
+    with FakeTensorMode():
+        data = torch.empty(size, dtype=torch.uint8, device="cuda")
+        weight = PreparedWeight(backend, FORMATS["int3"], 24, 640, 64, data)
+        x = torch.empty(2, 5, 640, dtype=torch.bfloat16, device="cuda")
+        y = ops.linear(x, [weight, weight], activations="fp32", name="qk")
+    assert (y.shape, y.dtype, y.device.type) == ((2, 5, 48), torch.bfloat16, "cuda")
+
+
+def test_prepared_for_either_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = {name: backends.BACKENDS[name] for name in ("cuda", "triton")}
+    packed = make_weight("int4", 24, 640, 128).packed
+    assert torch.equal(*(record.prepare(packed) for record in records.values()))
+
+
+def test_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many as there are slabs at most; all of them where the rows alone leave multiprocessors idle."""
+    monkeypatch.setattr(backends.cuda, "_multiprocessors", lambda device: 132)
+
+    def warps(out_features: int, in_features: int) -> int:
+        x = SimpleNamespace(shape=(1, in_features), device=SimpleNamespace(index=0))
+        return backends.cuda._warps(x, [SimpleNamespace(out_features=out_features)])
+
+    assert warps(1024, 4096) == 8
+    assert warps(14336, 4096) == 4
+    assert warps(14336, 576) == 2
