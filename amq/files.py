@@ -59,6 +59,8 @@ def read_json(path: Path) -> Any:
 
 def cache_dir() -> Path:
     """Where models and banks are cached: `$AMQ_CACHE`, else `amq` under the user's cache directory."""
+    if chosen := os.environ.get("AMQ_CACHE"):
+        return Path(chosen)
     from platformdirs import user_cache_dir
 
-    return Path(os.environ.get("AMQ_CACHE") or user_cache_dir("amq"))
+    return Path(user_cache_dir("amq"))

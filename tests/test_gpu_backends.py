@@ -3,7 +3,7 @@ for."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from amq import backends, ops
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.gpu import layout
+from amq.gpu import layout, tuning
 from amq.packing import PreparedWeight
 
 ROWS = 8
@@ -123,14 +123,16 @@ def test_prepared_for_either_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(*(record.prepare(packed) for record in records.values()))
 
 
-def test_warps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as there are slabs at most; all of them where the rows alone leave multiprocessors idle."""
-    monkeypatch.setattr(backends.cuda, "_multiprocessors", lambda device: 132)
-
-    def warps(out_features: int, in_features: int) -> int:
-        x = SimpleNamespace(shape=(1, in_features), device=SimpleNamespace(index=0))
-        return backends.cuda._warps(x, [SimpleNamespace(out_features=out_features)])
-
-    assert warps(1024, 4096) == 8
-    assert warps(14336, 4096) == 4
-    assert warps(14336, 576) == 2
+def test_warps_follow_the_table(monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As many as there are slabs at most; what was measured on this GPU goes before that; a broken table is named."""
+    assert [backends.cuda._warps(k) for k in (64, 1024, 4096)] == [1, 2, 4]
+    monkeypatch.setattr(tuning, "_gpu", lambda: "Test GPU/1")
+    path = tuning.save("Test GPU/1", {tuning.cuda_key(4096): {"parameters": 8, "microseconds": 1.5}}, {"torch": "0"})
+    assert path.parent == cache / "gpu" and path.name == "Test-GPU-1.json"
+    tuning.save("Test GPU/1", {tuning.cuda_key(1024): {"parameters": 1, "microseconds": 1.5}}, {"torch": "0"})
+    assert [backends.cuda._warps(k) for k in (64, 1024, 4096)] == [1, 1, 8]
+    path.write_text("[]")
+    tuning._entries.cache_clear()
+    with pytest.raises(AmqError, match="Test-GPU-1.json is not a table of schema .* delete it, and run `python -m amq.gpu"):
+        backends.cuda._warps(4096)
+    tuning._entries.cache_clear()

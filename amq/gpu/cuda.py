@@ -18,7 +18,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat
-from amq.gpu import layout
+from amq.gpu import layout, tuning
 from amq.packing import PreparedWeight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -28,8 +28,8 @@ X_UNIT, ALIGNMENT = 128, 16
 """The kernels read x this many features at a time, from addresses that divide by ALIGNMENT."""
 MAX_WARPS = 8
 MAX_SEGMENTS = 4
-WAVE = 2
-"""Blocks per multiprocessor below which a launch takes MAX_WARPS warps per block instead of half as many."""
+WARPS = 4
+"""Warps of a block where nothing was measured: three such blocks fit a multiprocessor, of MAX_WARPS only one."""
 
 
 class Library:
@@ -173,17 +173,9 @@ def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
         with torch.cuda.device(x.device):
             return linear(x, weights, bias, activations)
     stream = torch.cuda.current_stream().cuda_stream
-    return library().linear(x, weights, bias, activations, stream, _warps(x, weights))
+    return library().linear(x, weights, bias, activations, stream, _warps(x.shape[1]))
 
 
-def _warps(x: Tensor, weights: Sequence[PreparedWeight]) -> int:
-    """Half of MAX_WARPS where there are blocks for every multiprocessor, all of them where there are not."""
-    rows = sum(w.out_features for w in weights)
-    few = rows < WAVE * 4 * layout.TILE_ROWS * _multiprocessors(x.device.index)
-    slabs = -(-x.shape[1] // layout.SLAB)
-    return min(MAX_WARPS if few else MAX_WARPS // 2, slabs)
-
-
-@lru_cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def _warps(in_features: int) -> int:
+    """Warps of a block, which share out the slabs: as measured on this GPU, else WARPS."""
+    return tuning.look_up(tuning.cuda_key(in_features)) or min(WARPS, -(-in_features // layout.SLAB))

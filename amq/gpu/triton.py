@@ -229,8 +229,8 @@ def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
     if activations != "fp32":
         raise AmqError(f"{name}: the Triton kernels have activations fp32 only, got {activations!r}; use backend cuda")
     for weight in weights:
-        if reason := why_not(weight.format):
-            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {reason}")
+        if weight.format.name not in _kernels().decoders:
+            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {why_not(weight.format)}")
         for field in ("in_features", "group_size"):
             expected, got = getattr(weights[0], field), getattr(weight, field)
             if got != expected:
@@ -259,10 +259,6 @@ def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
 
 def _check_data(weights: Sequence[PreparedWeight], device: torch.device, name: str) -> None:
     """That every weight is data of the layout, on `device`, and that the kernels can reach it there."""
-    on_gpu = not _kernels().interpreted
-    if on_gpu != (device.type == "cuda"):
-        wanted = "a GPU" if on_gpu else "the CPU (TRITON_INTERPRET is set)"
-        raise AmqError(f"{name}: the Triton kernels run on {wanted}, but the tensors are on {device}; move them")
     for weight in weights:
         sizes = layout.layout_of(weight.format, weight.out_features, weight.in_features, weight.group_size)
         data = weight.data
@@ -274,3 +270,9 @@ def _check_data(weights: Sequence[PreparedWeight], device: torch.device, name: s
                 f"group {weight.group_size} must be uint8 [{sizes.nbytes}], got {data.dtype} {list(data.shape)}; "
                 "make it with amq.gpu.layout.prepare"
             )
+        if data.data_ptr() % 16:
+            raise AmqError(f"{name}: a weight's data must start at a multiple of 16 bytes; copy it with data.clone()")
+    on_gpu = not _kernels().interpreted
+    if on_gpu != (device.type == "cuda"):
+        wanted = "a GPU" if on_gpu else "the CPU (TRITON_INTERPRET is set)"
+        raise AmqError(f"{name}: the Triton kernels run on {wanted}, but the tensors are on {device}; move them")
