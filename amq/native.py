@@ -57,7 +57,7 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
     if not out.is_contiguous():
         raise AmqError(f"dequantize {packed.format.name}: out must be contiguous, got strides {list(out.stride())}")
     if out.device.type != "cpu" or out.dtype != torch.float32:
-        out.copy_(dequantize(packed))
+        out.copy_(dequantize(packed.to(out.device)))
         return
     _check_packed(packed, "dequantize")
     _dequantize_rows(packed, out)
