@@ -24,7 +24,7 @@ import roofline  # noqa: E402
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one", allow_module_level=True)
 
-REGISTERS = {"fp16": 168, "bf16": 168, "int8": 184}
+REGISTERS = {"fp16": 128, "bf16": 128, "int8": 128}
 """kRegisters in kernels/cuda/elements.cuh: three blocks of four warps on a multiprocessor of 65,536 registers, or
 two."""
 INSTRUCTIONS = {

@@ -6,10 +6,6 @@ compiler takes the code (tests/test_triton_compile.py). Its bfloat16 is wrong, w
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported; no other test of this process imports it
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -28,10 +24,13 @@ from amq.gpu.triton import Launch, choose, dequantize, linear, linear_into, why_
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
 
-triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+with pytest.MonkeyPatch.context() as patch:  # read where a kernel is defined: nothing before this may import Triton
+    patch.setenv("TRITON_INTERPRET", "1")
+    triton = pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    import triton.language as tl
+    from triton.runtime import interpreter
 
-import triton.language as tl  # noqa: E402
-from triton.runtime import interpreter  # noqa: E402
+    launcher._kernels()
 
 CASES = ((24, 1100, 64), (13, 577, 32), (40, 512, 128), (8, 64, 32))
 """out_features, in_features, group_size: ragged last slab, odd everything, exact, less than a slab."""
@@ -78,6 +77,12 @@ def assert_close(y: Tensor, x: Tensor, packed: PackedWeight, bias: Tensor | None
     largest = x.double().abs() @ reference(codes, torch.float64).T + (0 if bias is None else bias.double().abs())
     assert not y.isnan().any()
     assert ((y.double() - expected).abs() <= unit * largest).all(), ((y.double() - expected).abs() / largest).max()
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For these tests alone: other tests of this process see a machine without a GPU."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(autouse=True)
@@ -284,7 +289,7 @@ def test_errors_name_the_linear_and_the_remedy() -> None:
         ("q: x must be float16 or bfloat16, got torch.float32; convert it", {"x": x.float()}),
         (r"q: bias must be .* \[8\], .* got torch.float16 \[7\]", {"bias": x[0, :7]}),
         (r"data of an int4 weight \[8, 64\] at group 32 must be uint8 .*layout.prepare", {"weights": [cut]}),
-        ("run on the CPU .* tensors are on meta; move them", {"x": x.to("meta")}),
+        ("q: x is on meta, its weight on cpu; move one of them", {"x": x.to("meta")}),
     ):
         with pytest.raises(AmqError, match=message):
             linear(**({"x": x, "weights": [weight], "name": "q"} | change))
@@ -301,4 +306,5 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "_kernels", lambda: kernels)
     assert "add kernels/triton/int4.py" in why_not(FORMATS["int4"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TRITON_INTERPRET")
     assert "torch finds no GPU" in why_not(FORMATS["int2"])

@@ -11,6 +11,7 @@ imported: for tests only.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -58,15 +59,16 @@ def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
 
     Reasoned from compiled code, not measured. Per weight the gemv takes 3.3 to 5 instructions for one row of x and 2
     more for each further row, the gemm 5.3 for up to 16 rows; so two rows are where they meet. Up to 32 rows of x,
-    warps divide K: a small weight has few rows. slabs_per_step depends on rows and in_features alone, so that a fused
-    launch and separate ones agree to the last bit.
+    warps divide K: a small weight has few rows. A large one takes more of them to a program, for x comes once to each.
+    slabs_per_step depends on rows and in_features alone, so that fused and separate launches agree to the last bit.
     """
     if rows <= 2:
         slabs = _slabs_per_step(in_features, 8)
         return Launch(0, (4 if bits <= 4 else 2) * 8 // slabs, slabs, 1, 1)
     if rows <= 32:
         slabs = _slabs_per_step(in_features, 4)
-        return Launch(16 if rows <= 16 else 32, 16, slabs, slabs, 1)
+        block_n = 32 if rows <= 16 and out_features >= 8192 else 16
+        return Launch(16 if rows <= 16 else 32, block_n, slabs, slabs, 1)
     return Launch(64, 64, 1, 4, 1)
 
 
@@ -88,7 +90,7 @@ def why_not(fmt: BitFormat) -> str | None:
         return str(error)
     if fmt.name not in kernels.decoders:
         return f"it has no decode file: add kernels/triton/{fmt.name}.py and its line in kernels/triton/__init__.py"
-    if not kernels.interpreted and not torch.cuda.is_available():
+    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         return (
             "torch finds no GPU (torch.cuda.is_available() is False): install a driver and a torch that is built for "
             "it; TRITON_INTERPRET=1 runs the kernels on CPU tensors, for tests"
@@ -141,8 +143,8 @@ def linear_into(
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """W [out_features, in_features] in `dtype` (a float), bit-equal to `amq.packing.dequantize`."""
-    if reason := why_not(weight.format):
-        raise AmqError(f"dequantize {weight.format.name} with Triton: {reason}")
+    if weight.format.name not in _kernels().decoders:
+        raise AmqError(f"dequantize {weight.format.name} with Triton: {why_not(weight.format)}")
     _check_data([weight], weight.data.device, "dequantize")
     kernels = _kernels()
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.data.device)

@@ -3,8 +3,9 @@
     <cache>/gpu/<GPU>.json = {"schema": "amq/gpu-tuning/1", "gpu", "torch", "triton", "date",
                               "entries": {key: {"parameters": …, "microseconds": …, "tried": …}}}
 
-A key names the kernel and what its best parameters depend on. What no entry covers gets the parameters that were reasoned
-out on paper. The table is read once per process; nothing is measured, written or compiled anew while a model is served.
+A key names the kernel and what its best parameters depend on. What no entry covers gets the parameters that were
+reasoned out on paper. The table is read once per process; nothing is measured, written or compiled anew while a model
+is served.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ struct HalfElement {
     using Type = __half;
     static constexpr bool kInPlace = true;
     static constexpr float kFinal = 16777216.0f;  // 2^24
-    static constexpr int kWeightRegisters = 64;
-    static constexpr int kRegisters = 168;  // room for 12 warps on a multiprocessor
+    static constexpr int kWeightRegisters = 48;
+    static constexpr int kRegisters = 128;  // room for two blocks of eight warps on a multiprocessor
 
     template <class Format>
     static constexpr int kParts = 1;
@@ -42,8 +42,8 @@ struct Bfloat16Element {
     using Type = __nv_bfloat16;
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
-    static constexpr int kWeightRegisters = 64;
-    static constexpr int kRegisters = 168;  // room for 12 warps on a multiprocessor
+    static constexpr int kWeightRegisters = 48;
+    static constexpr int kRegisters = 128;  // room for two blocks of eight warps on a multiprocessor
     static constexpr int kMantissa = 7;
 
     template <class Format>
@@ -64,8 +64,8 @@ struct Int8Element {
     using Type = int8_t;
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
-    static constexpr int kWeightRegisters = 64;
-    static constexpr int kRegisters = 184;
+    static constexpr int kWeightRegisters = 48;
+    static constexpr int kRegisters = 128;
 
     template <class Format>
     static constexpr int kParts = 1;

@@ -10,11 +10,15 @@ wants row lane // 4 and, with the operand width that Triton takes here, features
 take the 32 features of a step in the order half, lane, rest. And its rows come in pairs of 8, then over warps: so the
 row dimensions of a tile are [8 in a tile, warps, rest], reordered to rest, warp, pair, 8.
 
+For few rows of x the warps of a program divide K, SLABS of them a slab each, as a batched product whose batch is summed
+at the end: x too then goes from memory to the registers of the one warp that wants it, and the loop has no exchange and
+no barrier. Otherwise they divide the output rows and share x through shared memory.
+
 What limits it: one trip of the loop is a whole slab, 512 features, because a format's spare bits span all planes of
-one. With x pipelined through shared memory that is 1 KiB of it per row of x and stage, so large BLOCK_M leave few
-stages. On sm_90, where Triton makes it `wgmma`, both operands are rearranged first. Weights are decoded again for every
-BLOCK_M rows of x: 5 instructions each, hidden behind the tensor cores only from BLOCK_M = 64 on. For thousands of rows,
-dequantizing once and calling cuBLAS is the better plan.
+one, so that pipelining x (more stages) takes 1 KiB of shared memory per row of x and stage. The large form has two
+barriers a step on `mma.sync`, and on sm_90, where Triton makes it `wgmma`, x is rearranged first. Weights are decoded
+again for every BLOCK_M rows of x, 5 instructions each, hidden behind the tensor cores only from BLOCK_M = 64 on. For
+thousands of rows, dequantizing once and calling cuBLAS is the better plan.
 """
 
 import triton
