@@ -124,8 +124,8 @@ def test_prepared_for_either_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_warps_follow_the_table(monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """As many as there are slabs at most; what was measured on this GPU goes before that; a broken table is named."""
-    assert [backends.cuda._warps(k) for k in (64, 1024, 4096)] == [1, 2, 4]
+    """Slabs shared out evenly; what was measured on this GPU goes before that; a broken table is named."""
+    assert [backends.cuda._warps(k) for k in (64, 1024, 4096, 11008, 14336)] == [1, 2, 4, 4, 4]
     monkeypatch.setattr(tuning, "_gpu", lambda: "Test GPU/1")
     path = tuning.save("Test GPU/1", {tuning.cuda_key(4096): {"parameters": 8, "microseconds": 1.5}}, {"torch": "0"})
     assert path.parent == cache / "gpu" and path.name == "Test-GPU-1.json"
@@ -133,6 +133,8 @@ def test_warps_follow_the_table(monkeypatch: pytest.MonkeyPatch, cache: Path, ca
     assert [backends.cuda._warps(k) for k in (64, 1024, 4096)] == [1, 1, 8]
     path.write_text("[]")
     tuning._entries.cache_clear()
-    with pytest.raises(AmqError, match="Test-GPU-1.json is not a table of schema .* delete it, and run `python -m amq.gpu"):
+    with pytest.raises(
+        AmqError, match="Test-GPU-1.json is not a table of schema .* delete it, and run `python -m amq.gpu"
+    ):
         backends.cuda._warps(4096)
     tuning._entries.cache_clear()

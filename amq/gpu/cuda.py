@@ -26,10 +26,9 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 LOWEST_CAPABILITY = (8, 0)
 X_UNIT, ALIGNMENT = 128, 16
 """The kernels read x this many features at a time, from addresses that divide by ALIGNMENT."""
-MAX_WARPS = 8
+MAX_WARPS, WARPS = 8, 4
+"""Warps of a block: what the kernels take, and what is assumed best: three such blocks fit a multiprocessor."""
 MAX_SEGMENTS = 4
-WARPS = 4
-"""Warps of a block where nothing was measured: three such blocks fit a multiprocessor, of MAX_WARPS only one."""
 
 
 class Library:
@@ -177,5 +176,10 @@ def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
 
 
 def _warps(in_features: int) -> int:
-    """Warps of a block, which share out the slabs: as measured on this GPU, else WARPS."""
-    return tuning.look_up(tuning.cuda_key(in_features)) or min(WARPS, -(-in_features // layout.SLAB))
+    """Warps of a block, which share out the slabs: as measured on this GPU, else the fewest that take as few
+    rounds as WARPS would."""
+    if measured := tuning.look_up(tuning.cuda_key(in_features)):
+        return measured
+    slabs = -(-in_features // layout.SLAB)
+    rounds = -(-slabs // WARPS)
+    return -(-slabs // rounds)

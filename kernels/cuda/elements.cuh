@@ -6,10 +6,10 @@
 //                    128 + c, and 128 joins the zero point. A code of 8 bits does not fit there; its nibbles do, one by one.
 //   Int8Element      Codes and rounded activations as bytes, sums exact in int32.
 //
-// Members: Sum and Type, of a sum and of x; kInPlace, whether fragments keep the shift of their field; kParts<Format>, fragments per code; fragment<Format, part>(byte word, shift of
+// Members: Sum and Type, of a sum and of x; kInPlace, whether fragments may keep the shift of their field; kParts<Format>, fragments per code; fragment<Format, part>(byte word, shift of
 // the field); one(),
 // the fragment of a weight of one; kOffset<Format>, what fragments exceed codes by; kFinal, what sums are multiplied with at
-// last; kWeightRegisters, of a lane for one slab of a warp's rows, and kRegisters, of a lane at most.
+// last; kWeightRegisters, of a lane, that one slab of a warp's rows may take.
 
 #pragma once
 
@@ -23,7 +23,6 @@ struct HalfElement {
     static constexpr bool kInPlace = true;
     static constexpr float kFinal = 16777216.0f;  // 2^24
     static constexpr int kWeightRegisters = 48;
-    static constexpr int kRegisters = 128;  // room for two blocks of eight warps on a multiprocessor
 
     template <class Format>
     static constexpr int kParts = 1;
@@ -43,7 +42,6 @@ struct Bfloat16Element {
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
     static constexpr int kWeightRegisters = 48;
-    static constexpr int kRegisters = 128;  // room for two blocks of eight warps on a multiprocessor
     static constexpr int kMantissa = 7;
 
     template <class Format>
@@ -65,7 +63,6 @@ struct Int8Element {
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
     static constexpr int kWeightRegisters = 48;
-    static constexpr int kRegisters = 128;
 
     template <class Format>
     static constexpr int kParts = 1;

@@ -23,6 +23,11 @@ namespace amq {
 
 constexpr int kMaxWarps = 8;
 
+// Of a lane: three blocks of four warps fit a multiprocessor, or two where groups of 32 want twice the scales.
+template <int kGroup>
+constexpr int kRegisters = kGroup < kUnit ? 208 : 168;
+
+
 // Pairs of tiles (16 output rows, one fragment) of a block: fewer for wider codes, so that a slab fits the registers.
 template <class Format, class Element>
 constexpr int kPairs = Element::kWeightRegisters / (2 * 4 * Format::kBits) >= 2 ? 2 : 1;
@@ -42,7 +47,7 @@ struct Work {
     using Element = Element_;
     static constexpr int kGroup = kGroup_;
     static constexpr int kTiles = 2 * kPairs<Format, Element>;
-    // Fields that stay in place have sums of different scale: a group of two units may have two fields.
+    // Fields that stay in place have sums of different scale, and a group of two units may have two fields.
     static constexpr int kSums = Element::kInPlace && Fields<Format>::kPerByte > 1 && kGroup > kUnit ? 2 : 1;
     uint32_t planes[kTiles][4][Format::kBits];
     typename Element::Sum sums[kSums][kPairs<Format, Element>][4];
@@ -59,32 +64,32 @@ AMQ_DEVICE void clear_sums(Work& work) {
     }
 }
 
-// Where a lane finds its tiles' words: offsets of a block's tiles. Tiles past the last one repeat it; their outputs are dropped.
-template <class Format, class Element>
-struct Tiles {
-    uint32_t codes[2 * kPairs<Format, Element>];   // in vectors of 16 bytes
-    uint32_t scales[2 * kPairs<Format, Element>];  // in words, for kSlab / kGroup groups a slab
-};
+// What a warp works on, and where its lane finds the words of each tile of slab 0. Tiles past the last one repeat it; their
+// outputs are dropped.
+template <class Work>
+struct Place {
+    const LinearArguments& arguments;
+    const uint4* codes;
+    const uint32_t* scales;
+    Lane lane;
+    uint32_t codes_from[Work::kTiles], scales_from[Work::kTiles];
 
-template <class Format, class Element, int kGroup>
-AMQ_DEVICE Tiles<Format, Element> locate_tiles(const LinearArguments& arguments, const Segment& segment, int block, Lane lane) {
-    Tiles<Format, Element> tiles;
-    const int last_tile = (segment.out_features - 1) / kTileRows;
-    for (int i = 0; i < 2 * kPairs<Format, Element>; ++i) {
-        const uint32_t tile = min(block * 2 * kPairs<Format, Element> + i, last_tile);
-        tiles.codes[i] = tile * segment.planes * kWarp + 4 * lane.row + lane.column;
-        tiles.scales[i] = (tile * arguments.slabs * kTileRows + lane.row) * (kSlab / kGroup);
+    AMQ_DEVICE Place(const LinearArguments& arguments, const Segment& segment, int block, Lane lane)
+        : arguments(arguments), codes(segment.codes), scales(segment.scales), lane(lane) {
+        for (int i = 0; i < Work::kTiles; ++i) {
+            const uint32_t tile = min(block * Work::kTiles + i, (segment.out_features - 1) / kTileRows);
+            codes_from[i] = tile * segment.planes * kWarp + 4 * lane.row + lane.column;
+            scales_from[i] = (tile * arguments.slabs * kTileRows + lane.row) * (kSlab / Work::kGroup);
+        }
     }
-    return tiles;
-}
+};
 
 // All planes of a slab. Planes that the last slab lacks are whatever follows: their codes meet no x.
 template <class Work>
-AMQ_DEVICE void load_planes(Work& work, const Segment& segment,
-                            const Tiles<typename Work::Format, typename Work::Element>& tiles, int slab) {
+AMQ_DEVICE void load_planes(Work& work, const Place<Work>& place, int slab) {
     using Format = typename Work::Format;
     for (int tile = 0; tile < Work::kTiles; ++tile) {
-        const uint4* from = segment.codes + (tiles.codes[tile] + slab * Format::kBits * kWarp);
+        const uint4* from = place.codes + (place.codes_from[tile] + slab * Format::kBits * kWarp);
         for (int word = 0; word < Format::kBits; ++word) {
             const uint4 v = load_once(from + word * kWarp);
             work.planes[tile][0][word] = v.x;
@@ -103,16 +108,18 @@ AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, uint3
     using Element = typename Work::Element;
     constexpr int kWord = kUnitIndex / Fields<Format>::kPerByte;
     constexpr int kField = kUnitIndex % Fields<Format>::kPerByte * Fields<Format>::kBits;
+    constexpr int kStay = Element::kInPlace ? kField : 0;
+    shift += kField - kStay;
     constexpr typename Element::Type kKind{};
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair) {
         auto& sums = work.sums[kUnitIndex % Work::kSums][pair];
         uint32_t words[4], a[4];  // (tile, column): as a fragment wants them, rows first
         for (int i = 0; i < 4; ++i)
             words[i] = Format::template byte_word<kWord>(work.planes[2 * pair + i % 2][column + i / 2]) >> shift;
-        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 0>(words[i], kField) & mask;
+        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 0>(words[i], kStay) & mask;
         mma(sums, a, b0, b1, kKind);
         if constexpr (Element::template kParts<Format> > 1) {
-            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 1>(words[i], kField) & mask;
+            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 1>(words[i], kStay) & mask;
             mma(sums, a, b0, b1, kKind);
         }
     }
@@ -121,24 +128,22 @@ AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, uint3
 }
 
 // What turns a group's sums into outputs: its scales and zero points per tile, and its x's scale per column.
-template <class Format, class Element>
+template <class Work>
 struct Scales {
-    uint32_t weights[2 * kPairs<Format, Element>];
+    uint32_t weights[Work::kTiles];
     float2 x;
 };
 
-template <class Format, class Element, int kGroup>
-AMQ_DEVICE Scales<Format, Element> load_scales(const LinearArguments& arguments, const Segment& segment,
-                                               const Tiles<Format, Element>& tiles, int slab, int group, Lane lane) {
-    constexpr int kSlabGroups = kSlab / kGroup;
-    Scales<Format, Element> scales;
-    for (int tile = 0; tile < 2 * kPairs<Format, Element>; ++tile)
-        scales.weights[tile] =
-            load_shared_by_many(segment.scales + (tiles.scales[tile] + slab * kTileRows * kSlabGroups) + group);
+template <class Work>
+AMQ_DEVICE Scales<Work> load_scales(const Place<Work>& place, int slab, int group) {
+    Scales<Work> scales;
+    const uint32_t of_slab = slab * kTileRows * (kSlab / Work::kGroup);
+    for (int tile = 0; tile < Work::kTiles; ++tile)
+        scales.weights[tile] = load_shared_by_many(place.scales + (place.scales_from[tile] + of_slab) + group);
     scales.x = {1.0f, 1.0f};
-    if constexpr (std::is_same_v<Element, Int8Element>) {
-        const float* x_scale = arguments.x_scales + (slab * kSlabGroups * kMaxRows + 2 * lane.column) + group * kMaxRows;
-        scales.x = load_shared_by_many(reinterpret_cast<const float2*>(x_scale));
+    if constexpr (std::is_same_v<typename Work::Element, Int8Element>) {
+        const int row = slab * (kSlab / Work::kGroup) * kMaxRows + 2 * place.lane.column;
+        scales.x = load_shared_by_many(reinterpret_cast<const float2*>(place.arguments.x_scales + row + group * kMaxRows));
     }
     return scales;
 }
@@ -152,7 +157,7 @@ constexpr float kUnscale =
 
 // A group is done, of which kUnitIndex is the last unit: its sums become outputs.
 template <int kUnitIndex, class Work>
-AMQ_DEVICE void finish_group(Work& work, const Scales<typename Work::Format, typename Work::Element>& scales) {
+AMQ_DEVICE void finish_group(Work& work, const Scales<Work>& scales) {
     using Format = typename Work::Format;
     using Element = typename Work::Element;
     constexpr float kOffset = Element::template kOffset<Format>;
@@ -203,8 +208,7 @@ AMQ_DEVICE const uint4* locate_x(const LinearArguments& arguments, int x_row, in
 
 // Half of a unit, and the group that begins or ends with it.
 template <int kUnitIndex, class Work>
-AMQ_DEVICE void multiply_half_and_finish(Work& work, const uint4* x, int half,
-                                         const Scales<typename Work::Format, typename Work::Element>& scales) {
+AMQ_DEVICE void multiply_half_and_finish(Work& work, const uint4* x, int half, const Scales<Work>& scales) {
     if constexpr (std::is_same_v<typename Work::Element, Int8Element>)
         multiply_half_int8<kUnitIndex>(work, x, half);
     else
@@ -214,17 +218,12 @@ AMQ_DEVICE void multiply_half_and_finish(Work& work, const uint4* x, int half,
 
 // A quarter of a slab: two units, a whole number of groups.
 template <int kQuarter, class Work>
-AMQ_DEVICE void multiply_quarter(Work& work, const LinearArguments& arguments, const Segment& segment,
-                                 const Tiles<typename Work::Format, typename Work::Element>& tiles, int slab,
-                                 const uint4* x, Lane lane) {
-    using Format = typename Work::Format;
-    using Element = typename Work::Element;
-    Scales<Format, Element> scales;
+AMQ_DEVICE void multiply_quarter(Work& work, const Place<Work>& place, int slab, const uint4* x) {
+    Scales<Work> scales;
 #pragma unroll
     for (int half = 0; half < 4; ++half) {
         const int feature = 2 * kUnit * kQuarter + half * kUnit / 2;
-        if (feature % Work::kGroup == 0)
-            scales = load_scales<Format, Element, Work::kGroup>(arguments, segment, tiles, slab, feature / Work::kGroup, lane);
+        if (feature % Work::kGroup == 0) scales = load_scales(place, slab, feature / Work::kGroup);
         if (half < 2)
             multiply_half_and_finish<2 * kQuarter>(work, x, half, scales);
         else
@@ -234,13 +233,11 @@ AMQ_DEVICE void multiply_quarter(Work& work, const LinearArguments& arguments, c
 
 // Quarters past the end of x are skipped, by all lanes alike.
 template <class Work, int... kQuarters>
-AMQ_DEVICE void multiply_slab(Work& work, const LinearArguments& arguments, const Segment& segment,
-                              const Tiles<typename Work::Format, typename Work::Element>& tiles, int slab, int x_row,
-                              Lane lane, std::integer_sequence<int, kQuarters...>) {
-    const uint4* x = locate_x<typename Work::Element>(arguments, x_row, slab, lane);
-    const int features = arguments.in_features - slab * kSlab;
-    ((2 * kUnit * kQuarters < features ? multiply_quarter<kQuarters>(work, arguments, segment, tiles, slab, x, lane) : void()),
-     ...);
+AMQ_DEVICE void multiply_slab(Work& work, const Place<Work>& place, int slab, int x_row,
+                              std::integer_sequence<int, kQuarters...>) {
+    const uint4* x = locate_x<typename Work::Element>(place.arguments, x_row, slab, place.lane);
+    const int features = place.arguments.in_features - slab * kSlab;
+    ((2 * kUnit * kQuarters < features ? multiply_quarter<kQuarters>(work, place, slab, x) : void()), ...);
 }
 
 AMQ_DEVICE void store(const LinearArguments& arguments, int row, int64_t column, float value) {
@@ -261,15 +258,15 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& s
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const Lane lane = {static_cast<int>(threadIdx.x) % kWarp / 4, static_cast<int>(threadIdx.x) % 4};
     const int x_row = min(lane.row, arguments.rows - 1);
-    const auto tiles = locate_tiles<Format, Element, kGroup>(arguments, segment, block, lane);
 
     Work<Format, Element, kGroup> work;
+    const Place<decltype(work)> place(arguments, segment, block, lane);
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
         for (int i = 0; i < 4; ++i) work.outputs[pair][i] = 0.0f;
     clear_sums(work);
     for (int slab = warp; slab < arguments.slabs; slab += warps) {
-        load_planes(work, segment, tiles, slab);
-        multiply_slab(work, arguments, segment, tiles, slab, x_row, lane, std::make_integer_sequence<int, kUnits / 2>());
+        load_planes(work, place, slab);
+        multiply_slab(work, place, slab, x_row, std::make_integer_sequence<int, kUnits / 2>());
     }
 
     for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
@@ -288,7 +285,7 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& s
 }
 
 template <class Element, int kGroup>
-__global__ void __maxnreg__(Element::kRegisters) linear_kernel(LinearArguments arguments) {
+__global__ void __maxnreg__(kRegisters<kGroup>) linear_kernel(LinearArguments arguments) {
     __shared__ Partials partials;
     int index = arguments.n_segments - 1;
     while (static_cast<int>(blockIdx.x) < arguments.segments[index].first_block) --index;

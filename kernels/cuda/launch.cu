@@ -18,15 +18,6 @@ enum Status : int {
     kBadSize = -6,       // a count below 1, or an address that is null or not aligned to 16 bytes
 };
 
-template <class Element>
-cudaError_t launch_linear(int group_size, int blocks, int threads, cudaStream_t stream, const LinearArguments& arguments) {
-    switch (group_size) {
-        case 32: return launch(linear_kernel<Element, 32>, blocks, threads, stream, arguments);
-        case 64: return launch(linear_kernel<Element, 64>, blocks, threads, stream, arguments);
-        default: return launch(linear_kernel<Element, 128>, blocks, threads, stream, arguments);
-    }
-}
-
 cudaError_t launch_quantize(int group_size, cudaStream_t stream, const QuantizeArguments& arguments) {
     const int blocks = arguments.rows * arguments.slabs;
     switch (group_size) {
@@ -36,7 +27,7 @@ cudaError_t launch_quantize(int group_size, cudaStream_t stream, const QuantizeA
     }
 }
 
-// Output rows of a block, and planes of a tile, for a format's index; the plane count is that of amq/gpu/layout.py.
+// Output rows of a block, and planes of a tile as amq/gpu/layout.py counts them, for a format's index.
 struct Counts {
     int block_rows, planes;
 };
@@ -56,11 +47,30 @@ Counts counts_of(int format, int in_features) {
         AMQ_CUDA_FORMATS(AMQ_CASE)
 #undef AMQ_CASE
     }
-    return {0, 0};
+    return {1, 0};
 }
 
-int64_t code_vectors(int out_features, int planes) {
-    return static_cast<int64_t>((out_features + kTileRows - 1) / kTileRows) * planes * kWarp;
+// Divides the grid among the segments and launches: `arguments` with everything but blocks, columns, planes and scales.
+template <class Element>
+cudaError_t launch_segments(int group_size, int threads, cudaStream_t stream, LinearArguments arguments) {
+    int blocks = 0;
+    int64_t column = 0;
+    for (int i = 0; i < arguments.n_segments; ++i) {
+        Segment& segment = arguments.segments[i];
+        const Counts sizes = counts_of<Element>(segment.format, arguments.in_features);
+        const int64_t tiles = (segment.out_features + kTileRows - 1) / kTileRows;
+        segment.planes = sizes.planes;
+        segment.scales = reinterpret_cast<const uint32_t*>(segment.codes + tiles * sizes.planes * kWarp);
+        segment.first_block = blocks;
+        segment.column = column;
+        blocks += (segment.out_features + sizes.block_rows - 1) / sizes.block_rows;
+        column += segment.out_features;
+    }
+    switch (group_size) {
+        case 32: return launch(linear_kernel<Element, 32>, blocks, threads, stream, arguments);
+        case 64: return launch(linear_kernel<Element, 64>, blocks, threads, stream, arguments);
+        default: return launch(linear_kernel<Element, 128>, blocks, threads, stream, arguments);
+    }
 }
 
 bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
@@ -103,9 +113,6 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     if (in_features < 1 || !x || unaligned(x) || x_stride % 8 || !y || unaligned(scratch) || warps < 1 || warps > kMaxWarps) return kBadSize;
 
     LinearArguments arguments{};
-    int blocks = 0;
-    int64_t column = 0;
-    arguments.slabs = (in_features + kSlab - 1) / kSlab;
     for (int i = 0; i < n_segments; ++i) {
         Segment& segment = arguments.segments[i];
         if (formats[i] < 0 || formats[i] >= kFormats) return kBadFormat;
@@ -114,18 +121,11 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
         if (unaligned(segment.codes)) return kBadSize;
         segment.format = static_cast<int>(formats[i]);
         segment.out_features = static_cast<int>(out_features[i]);
-        const Counts sizes = scratch ? counts_of<Int8Element>(segment.format, in_features)
-                                     : counts_of<HalfElement>(segment.format, in_features);
-        segment.planes = sizes.planes;
-        segment.scales = reinterpret_cast<const uint32_t*>(segment.codes + code_vectors(segment.out_features, sizes.planes));
-        segment.first_block = blocks;
-        segment.column = column;
-        blocks += (segment.out_features + sizes.block_rows - 1) / sizes.block_rows;
-        column += segment.out_features;
     }
     arguments.n_segments = n_segments;
     arguments.rows = rows;
     arguments.in_features = in_features;
+    arguments.slabs = (in_features + kSlab - 1) / kSlab;
     arguments.dtype = dtype;
     arguments.x = x;
     arguments.x_stride = x_stride;
@@ -135,8 +135,8 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     const auto on = static_cast<cudaStream_t>(stream);
     const int threads = warps * kWarp;
     if (!scratch) {
-        if (dtype == kHalf) return launch_linear<HalfElement>(group_size, blocks, threads, on, arguments);
-        return launch_linear<Bfloat16Element>(group_size, blocks, threads, on, arguments);
+        if (dtype == kHalf) return launch_segments<HalfElement>(group_size, threads, on, arguments);
+        return launch_segments<Bfloat16Element>(group_size, threads, on, arguments);
     }
     uint32_t* x_codes = static_cast<uint32_t*>(scratch);
     const int64_t code_words = static_cast<int64_t>(rows) * arguments.slabs * kUnits * kColumns;
@@ -145,7 +145,7 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     if (const cudaError_t status = launch_quantize(group_size, on, quantize)) return status;
     arguments.x_codes = reinterpret_cast<const uint4*>(x_codes);
     arguments.x_scales = x_scales;
-    return launch_linear<Int8Element>(group_size, blocks, threads, on, arguments);
+    return launch_segments<Int8Element>(group_size, threads, on, arguments);
 }
 
 // Bytes of scratch that int8 activations take.

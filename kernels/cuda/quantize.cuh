@@ -36,7 +36,7 @@ AMQ_DEVICE float scale_of(float largest, float* scale) {
         return 0.0f;
     }
     *scale = largest < 0x1p-100f ? 0.0f : largest / 127.0f;
-    return largest < 0x1p-100f ? 0.0f : 127.0f / largest;
+    return largest < 0x1p-100f ? 0.0f : 1.0f / largest * 127.0f;  // in the order in which torch divides
 }
 
 // One warp per row and slab: pass p of four takes units 2p and 2p + 1, one column per lane.

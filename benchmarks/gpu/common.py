@@ -1,0 +1,337 @@
+"""What the parts of the GPU suite share: the device, its clock, random weights, and the file that results go to.
+
+`Device` is the only place that knows whether there is a GPU. With `smoke` it stands a CPU in for one: CUDA kernels come
+from the shim of tests/cuda_shim, Triton's from its interpreter, a graph is a plain call, and no time is taken: every
+figure that comes from one is None, so that a smoke run cannot be mistaken for a measurement.
+
+The suite runs from a checkout with nothing installed and without `amq._cpu`. Only `amq._triton` has another place there
+(kernels/triton) than after an installation; `load_triton_kernels` registers it, always from the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small functions: a pool would take longer to start
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from amq.formats import BitFormat, n_groups  # noqa: E402
+from amq.gpu import cuda, layout, triton, tuning  # noqa: E402
+from amq.packing import PackedWeight, PreparedWeight, dequantize  # noqa: E402
+
+COLD = 4
+"""Weights rotate over copies that together are this many times as large as the L2 cache."""
+ROUNDS = 11
+"""Timed replays of one graph."""
+UNTIMED = 2
+"""Replays before those."""
+SHIM_WARPS = 4
+"""Of a smoke run, where amq cannot look the GPU up."""
+DENSE_ROWS = 2048
+"""Rows dequantized at once: bounds the temporaries."""
+
+
+def load_triton_kernels() -> None:
+    """kernels/triton of this checkout as `amq._triton`."""
+    folder = ROOT / "kernels" / "triton"
+    spec = importlib.util.spec_from_file_location(
+        "amq._triton", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["amq._triton"] = module
+    spec.loader.exec_module(module)
+    sys.modules["amq"]._triton = module
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds per call: the median of ROUNDS replays, the fastest and the slowest; None in a smoke run."""
+
+    us: float | None
+    us_fastest: float | None
+    us_slowest: float | None
+    launches: int
+
+    def fields(self) -> dict:
+        return {"us": self.us, "us_fastest": self.us_fastest, "us_slowest": self.us_slowest, "launches": self.launches}
+
+
+class Clock:
+    """What is left of a part's share of the time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.start = time.monotonic()
+        self.end = self.start + seconds
+
+    def left(self) -> float:
+        return self.end - time.monotonic()
+
+    def spent(self) -> float:
+        return round(time.monotonic() - self.start, 1)
+
+
+class Device:
+    """A GPU, or with `smoke` the CPU in its place."""
+
+    def __init__(self, smoke: bool) -> None:
+        self.smoke = smoke
+        if smoke:
+            os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are loaded
+            torch.set_num_threads(1)
+        elif not torch.cuda.is_available():
+            raise SystemExit("torch finds no GPU here; --smoke runs the same code on a CPU and measures nothing")
+        self.torch = torch.device("cpu" if smoke else "cuda:0")
+        self.properties = None if smoke else torch.cuda.get_device_properties(0)
+        self.cold_bytes = 1 if smoke else COLD * self.properties.L2_cache_size
+        self._stream = None if smoke else torch.cuda.Stream()
+        load_triton_kernels()
+
+    def why_not(self, backend: str, fmt: BitFormat) -> str | None:
+        """None if `backend` can run `fmt`, else the reason."""
+        if backend == "cuda" and self.smoke:
+            return None if fmt.name in cuda.library().formats else "the shim was built without it"
+        return (cuda if backend == "cuda" else triton).why_not(fmt)
+
+    def synchronize(self) -> None:
+        if not self.smoke:
+            torch.cuda.synchronize()
+
+    def multiply(
+        self,
+        backend: str,
+        x: Tensor,
+        weights: Sequence[PreparedWeight],
+        bias: Tensor | None = None,
+        activations: str = "fp32",
+        warps: int | None = None,
+    ) -> Tensor:
+        """x · Wᵀ (+ bias) through `amq.gpu.cuda` or `amq.gpu.triton`, on the current stream.
+
+        warps: of a block of the CUDA kernel; None leaves them to amq.
+        """
+        if backend == "triton":
+            return triton.linear(x, weights, bias)
+        if warps is None and not self.smoke:
+            return cuda.linear(x, weights, bias, activations)
+        stream = 0 if self.smoke else torch.cuda.current_stream().cuda_stream
+        return cuda.library().linear(x, weights, bias, activations, stream, warps or SHIM_WARPS)
+
+    def capture(self, function: Callable[[], Tensor | None]) -> tuple[Callable[[], object], Tensor | None]:
+        """Runs `function` once, then captures it in a CUDA graph. Returns what replays it, and what it returned while
+        it was captured, which a replay overwrites."""
+        if self.smoke:
+            output = function()
+            return (lambda: function() if output is None else output.copy_(function())), output
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            function()
+            self._stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            try:
+                output = function()
+            except BaseException:
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        torch.cuda.current_stream().wait_stream(self._stream)
+        return graph.replay, output
+
+    def replay(self, replay: Callable[[], object], calls: int, rounds: int = ROUNDS) -> Timing:
+        """Times a captured function of `calls` calls."""
+        if self.smoke:
+            return Timing(None, None, None, calls)
+        self._stream.wait_stream(torch.cuda.current_stream())
+        readings = []
+        with torch.cuda.stream(self._stream):
+            for i in range(UNTIMED + rounds):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                replay()
+                end.record()
+                end.synchronize()
+                if i >= UNTIMED:
+                    readings.append(start.elapsed_time(end) * 1e3 / calls)
+        return Timing(*(round(f(readings), 3) for f in (statistics.median, min, max)), calls)
+
+    def time(self, calls: Sequence[Callable[[], object]], launches: int) -> Timing:
+        """Microseconds per call of `calls` in turn, `launches` of them in one graph: nothing is launched from Python
+        while the clock runs. What they return is dropped."""
+
+        def run() -> None:
+            for i in range(launches):
+                calls[i % len(calls)]()
+
+        replay, _ = self.capture(run)
+        return self.replay(replay, launches)
+
+
+def random_packed(
+    fmt: BitFormat, out_features: int, in_features: int, group_size: int, where: torch.device
+) -> PackedWeight:
+    """Random bytes as codes, fractional zero points among them, scales that give weights of about 0.02."""
+    shape = (out_features, n_groups(in_features, group_size))
+    codes = torch.randint(0, 256, (out_features, fmt.row_bytes(in_features)), dtype=torch.uint8, device=where)
+    scale = 0.07 / fmt.levels * (0.5 + torch.rand(shape, device=where))
+    zero_point = fmt.max_code * torch.rand(shape, device=where)
+    return PackedWeight(fmt, in_features, group_size, codes, scale.half(), zero_point.half())
+
+
+def prepare(packed: PackedWeight, backend: str) -> PreparedWeight:
+    """`packed` in the layout of the GPU backends, wherever it lies."""
+    fields = (packed.format, packed.out_features, packed.in_features, packed.group_size)
+    return PreparedWeight(backend, *fields, layout.prepare(packed))
+
+
+def copy_of(weight: PreparedWeight) -> PreparedWeight:
+    """The same weight elsewhere in memory."""
+    fields = (weight.backend, weight.format, weight.out_features, weight.in_features, weight.group_size)
+    return PreparedWeight(*fields, weight.data.clone())
+
+
+def dense(packed: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """W [out_features, in_features] by the reference, on the device of `packed`."""
+    starts = range(0, packed.out_features, DENSE_ROWS)
+    return torch.cat([dequantize(packed.rows(start, start + DENSE_ROWS), dtype) for start in starts])
+
+
+def stored_bytes(weights: Sequence[PreparedWeight]) -> int:
+    """Codes, scales and zero points as the file holds them; padding of the layout is not counted."""
+    return sum(w.format.stored_bytes(w.out_features, w.in_features, w.group_size) for w in weights)
+
+
+def ratio(a: float | None, b: float | None, digits: int = 3) -> float | None:
+    """a / b; None where one of them was not measured."""
+    return None if a is None or b is None else round(a / b, digits)
+
+
+def bandwidths(device: Device) -> dict[str, float | None]:
+    """GB/s of torch's copy of a large buffer, bytes read and written, and of its sum of one, bytes read."""
+    count = 2**10 if device.smoke else 2**28  # 1 GiB of float32: many times any L2
+    source = torch.rand(count, device=device.torch)
+    target = torch.empty_like(source)
+    copy = device.time([lambda: target.copy_(source)], 4)
+    read = device.time([lambda: source.sum()], 4)
+    return {"copy": ratio(2 * source.nbytes / 1e3, copy.us, 1), "read": ratio(source.nbytes / 1e3, read.us, 1)}
+
+
+def is_broken(device: Device) -> bool:
+    """Whether the process's GPU context is gone, so that whatever it does next fails too."""
+    try:
+        device.synchronize()
+        torch.zeros(1, device=device.torch).item()
+    except RuntimeError:
+        return True
+    return False
+
+
+def output_of(*command: str) -> str:
+    """The output of a command, or why there is none."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=ROOT)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"unknown: {error}"
+    return result.stdout.strip() or f"unknown: {result.stderr.strip()[:200]}"
+
+
+def sources_digest() -> str:
+    """Tells which kernels ran even where there is no git."""
+    files = [f for folder in ("kernels/cuda", "kernels/triton", "amq/gpu") for f in (ROOT / folder).glob("*.*")]
+    digest = hashlib.sha256()
+    for file in sorted(f for f in files if f.suffix in (".py", ".cu", ".cuh")):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def machine(device: Device) -> dict:
+    """Where and with what this ran."""
+    import triton as triton_package
+
+    gpu = {}
+    if not device.smoke:
+        p = device.properties
+        query = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
+        answer = output_of("nvidia-smi", f"--query-gpu={query}", "--format=csv")
+        gpu = {
+            "gpu": p.name,
+            "capability": f"{p.major}.{p.minor}",
+            "multiprocessors": p.multi_processor_count,
+            "l2_bytes": p.L2_cache_size,
+            "memory_bytes": p.total_memory,
+            "nvidia_smi": answer.splitlines(),
+        }
+    return {
+        **gpu,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": os.environ.get("AMQ_COMMIT") or output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        "sources": sources_digest(),
+        "library": str(os.environ.get("AMQ_CUDA_LIBRARY", "amq/_cuda.so")),
+        "tuning": tuning_table(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton_package.__version__,
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def tuning_table(device: Device) -> str:
+    """Whether launch parameters come from measurements made before (`amq.gpu.tuning`)."""
+    path = None if device.smoke else tuning.table_path(device.properties.name)
+    return f"launch parameters from {path}" if path and path.exists() else "no table: launch parameters as reasoned"
+
+
+def record(folder: Path, section: str, content: object, smoke: bool) -> None:
+    """Puts `content` into suite.json at once, so that what was measured survives a run that is cut short."""
+    path = folder / "suite.json"
+    result = json.loads(path.read_text()) if path.exists() else {}
+    result["smoke"] = smoke
+    if smoke:
+        result["note"] = "a smoke run on a CPU: nothing was measured, every figure is null"
+    result[section] = content
+    write_json(path, result)
+
+
+def write_json(path: Path, content: object) -> None:
+    """All of it or nothing."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def say(text: str) -> None:
+    """One line of the log, with the time since this process began."""
+    print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+
+STARTED = time.monotonic()
+
+
+def arguments(description: str, seconds: float) -> argparse.ArgumentParser:
+    """What every part takes."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("folder", type=Path, help="where the results go")
+    parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: checks the code, measures nothing")
+    parser.add_argument("--seconds", type=float, default=seconds, help="what does not fit into them is left out")
+    parser.add_argument("--part", type=int, help="for workers that this script starts itself")
+    parser.add_argument("--of", type=int, default=1, help="likewise")
+    return parser
