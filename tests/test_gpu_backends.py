@@ -4,6 +4,7 @@ for."""
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from amq import backends, ops
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.gpu import layout, tuning
+from amq.gpu import layout, tune, tuning
 from amq.packing import PreparedWeight
 
 ROWS = 8
@@ -121,6 +122,38 @@ def test_prepared_for_either_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     records = {name: backends.BACKENDS[name] for name in ("cuda", "triton")}
     packed = make_weight("int4", 24, 640, 128).packed
     assert torch.equal(*(record.prepare(packed) for record in records.values()))
+
+
+def test_tune_measures_and_remembers(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The fastest candidate is what the launchers use from then on; one that does not run is left out and named."""
+    times = iter((3.0, 2.0, 1.0))
+
+    def timed(product: object, x: Tensor, weights: list) -> float:
+        time = next(times, 5.0)
+        if time == 2.0:
+            raise AmqError("out of resource: shared memory")
+        return time
+
+    monkeypatch.setattr(tune, "DEVICE", "cpu")
+    monkeypatch.setattr(tune, "OUT_FEATURES", 16)
+    monkeypatch.setattr(tune, "microseconds", timed)
+    monkeypatch.setattr(tuning, "_gpu", lambda: "Test GPU/2")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU/2")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=1 << 16))
+    for door in (backends.cuda, backends.triton):
+        monkeypatch.setattr(door, "why_not", lambda fmt: None)
+    assert tune.main(["--in-features", "1024", "--rows", "1", "--formats", "int3"]) == 0
+    paper = backends.triton.choose(1, 16, 1024, 3)
+    best = backends.triton.measured(1, 16, 1024, 3)
+    assert best != paper and (best.slabs_per_step, best.num_warps) == (paper.slabs_per_step, paper.num_warps)
+    assert backends.triton.measured(1, 16, 2048, 3) == backends.triton.choose(1, 16, 2048, 3)
+    assert backends.triton.dense_rows() == 2 * tune.DENSE_ROWS[-1]  # equally fast: the gemm keeps everything
+    assert backends.cuda._warps(1024) == 1
+    assert "is left out: out of resource: shared memory" in caplog.text
+    assert "3 entries in" in capsys.readouterr().out
+    tuning._entries.cache_clear()
 
 
 def test_warps_follow_the_table(monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -262,6 +262,16 @@ def test_choice_is_possible_and_does_not_depend_on_the_outputs(rows: int, in_fea
         assert launch.block_n % (lane_rows if launch.block_m == 0 else 2 * lane_rows) == 0
 
 
+def test_many_rows_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From `dense_rows` rows on: the dequantized weights and one product each, bias included."""
+    monkeypatch.setattr(launcher, "DENSE_ROWS", 4)
+    weights = [prepared(random_packed(FORMATS[name], 24, 640, 64)) for name in ("int2", "int5")]
+    x, bias = inputs(4, 640), torch.randn(48).half()
+    dense = torch.cat([dequantize(weight, torch.float16) for weight in weights])
+    assert torch.equal(linear(x, weights, bias), torch.nn.functional.linear(x, dense) + bias)
+    assert not torch.equal(linear(x[:3], weights, bias), linear(x, weights, bias)[:3])  # another way, other roundings
+
+
 def test_extreme_inputs() -> None:
     """The whole range of fp16 and most of bf16's; NaN and infinity reach their row and no other."""
     packed = random_packed(FORMATS["int4"], 13, 128, 64)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat
-from amq.gpu import layout
+from amq.gpu import layout, tuning
 from amq.packing import PreparedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -54,6 +54,14 @@ class Launch:
     num_stages: int
 
 
+Choose = Callable[[int, int, int, int], Launch]
+"""(rows of x, out_features together, in_features, bits at most) → the parameters of a launch."""
+
+DENSE_ROWS = 256
+"""Rows of x from which `linear` dequantizes and lets torch multiply, where `amq.gpu.tune` has measured no other number:
+on paper the dequantized weight then costs a quarter of the product's time, and less with every row more."""
+
+
 def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
     """The launch parameters for x of `rows` rows and weights of at most `bits` bits, out_features together.
 
@@ -70,6 +78,17 @@ def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
         block_n = 32 if rows <= 16 and out_features >= 8192 else 16
         return Launch(16 if rows <= 16 else 32, block_n, slabs, slabs, 1)
     return Launch(64, 64, 1, 4, 1)
+
+
+def measured(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
+    """What `amq.gpu.tune` found fastest on this GPU, else what `choose` reasons."""
+    found = tuning.look_up(tuning.triton_key(rows, in_features, bits))
+    return Launch(*found) if found else choose(rows, out_features, in_features, bits)
+
+
+def dense_rows() -> int:
+    """Rows of x from which `linear` dequantizes: a number for the whole GPU, so that fused and separate calls agree."""
+    return tuning.look_up(tuning.DENSE_KEY) or DENSE_ROWS
 
 
 def _slabs_per_step(in_features: int, most: int) -> int:
@@ -104,7 +123,7 @@ def linear(
     bias: Tensor | None = None,
     activations: str = "fp32",
     name: str = "linear",
-    choose: Callable[[int, int, int, int], Launch] = choose,
+    choose: Choose | None = None,
 ) -> Tensor:
     """y[M, ΣN] = x[M, K] · Wᵀ (+ bias) for every weight, side by side in the order of `weights`.
 
@@ -114,11 +133,25 @@ def linear(
     bias: float16, bfloat16 or float32 [ΣN], or None.
     activations: "fp32"; these kernels have no int8 mode.
     name: what to call this linear in errors.
-    Raises AmqError, and computes nothing, where these do not fit together.
+    choose: the launch parameters; None takes `measured`, and from `dense_rows` rows on dequantizes each weight into a
+        buffer that lives as long as the call, and multiplies with torch.
+    Raises AmqError, and computes nothing, where these do not fit together or Triton cannot compile or launch.
     """
     _check(x, weights, bias, activations, name)
+    if choose is None and x.shape[0] >= dense_rows():
+        y = torch.cat([torch.nn.functional.linear(x, dequantize(weight, x.dtype)) for weight in weights], dim=-1)
+        return y if bias is None else y.add_(bias)
     y = x.new_empty(x.shape[0], sum(w.out_features for w in weights))
-    linear_into(y, x, weights, bias, choose)
+    try:
+        linear_into(y, x, weights, bias, choose or measured)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, _kernels().error) as error:
+        formats = ", ".join(w.format.name for w in weights)
+        raise AmqError(
+            f"{name}: Triton cannot compile or launch {formats} for {len(x)} rows of {x.dtype} and {x.shape[1]} input "
+            f"features on {x.device}: {error}; Triton needs a C compiler (CC), and --backend reference needs no Triton"
+        ) from error
     return y
 
 
@@ -127,7 +160,7 @@ def linear_into(
     x: Tensor,
     weights: Sequence[PreparedWeight],
     bias: Tensor | None = None,
-    choose: Callable[[int, int, int, int], Launch] = choose,
+    choose: Choose = choose,
 ) -> None:
     """`linear` without its checks, into y [M, ΣN]: contiguous, of any float dtype."""
     out_features = [w.out_features for w in weights]
@@ -203,9 +236,11 @@ def _launch_segments(
 
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
-    """The kernels, imported at first use: gemv, gemm, dequantize, decoders, and whether they are interpreted."""
+    """The kernels, imported at first use: gemv, gemm, dequantize, decoders, whether they are
+    interpreted, and the class of Triton's errors."""
     try:
         import triton
+        from triton.errors import TritonError
     except ImportError as error:
         raise AmqError(f"the package triton cannot be imported ({error}): pip install triton") from error
     from amq import _triton
@@ -217,6 +252,7 @@ def _kernels() -> SimpleNamespace:
         dequantize=dequantize.dequantize,
         decoders=_triton.DECODERS,
         interpreted=not isinstance(gemv.gemv, triton.JITFunction),
+        error=TritonError,
     )
 
 

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from datetime import date
-from functools import partial
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -26,10 +26,12 @@ from amq.formats import BitFormat, check_group_size, get_format
 from amq.gpu import cuda, layout, triton, tuning
 from amq.packing import PreparedWeight
 
+DEVICE = "cuda"
 OUT_FEATURES = 4096
 REPLAYS = 7
 LAUNCHES = 20
 """Of one graph."""
+DENSE_ROWS = (32, 64, 128, 256, 512)
 L2_TIMES = 3
 """The rotation takes at least so many times the L2 cache."""
 
@@ -41,7 +43,7 @@ Product = Callable[[Tensor, PreparedWeight], Tensor]
 def random_weight(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> PreparedWeight:
     """Random bytes as codes, scales near 0.01 and zero points near the middle: valid, made in no time, on the GPU."""
     sizes = layout.layout_of(fmt, out_features, in_features, group_size)
-    data = torch.randint(0, 256, (sizes.nbytes,), dtype=torch.uint8, device="cuda")
+    data = torch.randint(0, 256, (sizes.nbytes,), dtype=torch.uint8, device=DEVICE)
     pairs = data[sizes.code_bytes : sizes.code_bytes + sizes.scale_bytes].view(torch.float16).view(-1, 2)
     pairs[:, 0] = 0.01
     pairs[:, 1] = fmt.levels / 2
@@ -88,32 +90,46 @@ def best(
 
 def cuda_candidates(in_features: int) -> dict[str, tuple[object, Product]]:
     slabs = -(-in_features // layout.SLAB)
-    stream = partial(lambda: torch.cuda.current_stream().cuda_stream)
 
     def product(warps: int) -> Product:
-        return lambda x, weight: cuda.library().linear(x, [weight], None, "fp32", stream(), warps)
+        def run(x: Tensor, weight: PreparedWeight) -> Tensor:
+            stream = torch.cuda.current_stream().cuda_stream
+            return cuda.library().linear(x, [weight], None, "fp32", stream, warps)
+
+        return run
 
     return {f"warps {n}": (n, product(n)) for n in (1, 2, 4, cuda.MAX_WARPS) if n <= slabs}
 
 
 def triton_candidates(rows: int, in_features: int, bits: int) -> dict[str, tuple[object, Product]]:
-    """Variations of the launch that was reasoned out on paper, which is the first, and the dense product."""
-    paper = triton.reasoned(rows, OUT_FEATURES, in_features, bits)
-    launches = [paper]
-    if isinstance(paper, triton.Launch) and paper.block_m == 0:
-        launches += [replace(paper, block_n=paper.block_n * factor) for factor in (2, 4)]
-    elif isinstance(paper, triton.Launch):
-        launches += [replace(paper, num_stages=stages) for stages in (1, 2, 3)]
-    if rows >= triton.DENSE_CANDIDATE_ROWS:
-        launches += [triton.DENSE]
+    """Variations of the launch that was reasoned out on paper, which is the first; all sum in its order."""
+    paper = triton.choose(rows, OUT_FEATURES, in_features, bits)
+    launches = [paper, replace(paper, block_n=2 * paper.block_n)]
+    if paper.block_m == 0:
+        launches += [replace(paper, block_n=paper.block_n // 2), replace(paper, block_n=4 * paper.block_n)]
+    else:
+        launches += [replace(paper, num_stages=stages) for stages in (2, 3)]
 
-    def product(launch: triton.Launch | str) -> Product:
+    def product(launch: triton.Launch) -> Product:
         return lambda x, weight: triton.linear(x, [weight], choose=lambda *_: launch)
 
-    return {
-        str(launch): (list(astuple(launch)) if launch != triton.DENSE else launch, product(launch))
-        for launch in launches
-    }
+    return {str(launch): (list(astuple(launch)), product(launch)) for launch in launches if launch.block_n}
+
+
+def dense_rows(weights: list[PreparedWeight]) -> dict:
+    """The entry of tuning.DENSE_KEY: the fewest rows of DENSE_ROWS from which the dense product wins for good."""
+    in_features = weights[0].in_features
+    tried, fewest = {}, 2 * DENSE_ROWS[-1]
+    for rows in reversed(DENSE_ROWS):
+        x = torch.randn(rows, in_features, dtype=torch.float16, device=DEVICE)
+        gemm = microseconds(lambda x, weight: triton.linear(x, [weight], choose=triton.measured), x, weights)
+        dense = microseconds(lambda x, weight: x @ triton.dequantize(weight, x.dtype).T, x, weights)
+        tried[str(rows)] = [round(gemm, 2), round(dense, 2)]
+        if dense >= gemm:
+            break
+        fewest = rows
+    print(f"{tuning.DENSE_KEY}: {fewest}; rows: [gemm µs, dense µs] {tried}", flush=True)
+    return {"parameters": fewest, "tried": tried}
 
 
 def tune(
@@ -127,13 +143,14 @@ def tune(
             size = layout.layout_of(fmt, OUT_FEATURES, features, group_size).nbytes
             weights = [random_weight(fmt, OUT_FEATURES, features, group_size) for _ in range(-(-L2_TIMES * l2 // size))]
             for count in rows:
-                x = torch.randn(count, features, dtype=torch.float16, device="cuda")
+                x = torch.randn(count, features, dtype=torch.float16, device=DEVICE)
                 bits = fmt.max_code.bit_length()
                 key = tuning.triton_key(count, features, bits)
                 entries[key] = best(key, triton_candidates(count, features, bits), x, weights)
             if fmt == formats[0] and cuda.why_not(fmt) is None:
-                key, x = tuning.cuda_key(features), torch.randn(1, features, dtype=torch.float16, device="cuda")
+                key, x = tuning.cuda_key(features), torch.randn(1, features, dtype=torch.float16, device=DEVICE)
                 entries[key] = best(key, cuda_candidates(features), x, weights)
+    entries[tuning.DENSE_KEY] = dense_rows(weights)
     return {key: entry for key, entry in entries.items() if entry is not None}
 
 
@@ -150,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise AmqError(f"nothing to tune: Triton cannot run {fmt.name}: {reason}")
     numbers = [[int(n) for n in text.split(",")] for text in (arguments.in_features, arguments.rows)]
     entries = tune(*numbers, formats, check_group_size(arguments.group_size))
-    versions = {"torch": torch.__version__, "triton": triton.version(), "date": date.today().isoformat()}
+    versions = {"torch": torch.__version__, "triton": version("triton"), "date": date.today().isoformat()}
     print(f"{len(entries)} entries in {tuning.save(torch.cuda.get_device_name(), entries, versions)}")
     return 0
 

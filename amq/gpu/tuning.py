@@ -22,6 +22,9 @@ from amq.files import cache_dir, read_json, write_json
 
 SCHEMA = "amq/gpu-tuning/1"
 
+DENSE_KEY = "triton dense rows>="
+"""Rows of x from which dequantizing and a torch product are faster than the gemm."""
+
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +39,7 @@ def cuda_key(in_features: int) -> str:
 
 
 def triton_key(rows: int, in_features: int, bits: int) -> str:
-    """A Triton launch; rows in powers of two. Not of out_features, for the same reason."""
+    """A Triton launch; rows in powers of two. What is tuned there does not change the order of sums."""
     return f"triton rows<={1 << (rows - 1).bit_length()} in_features={in_features} bits={bits}"
 
 

@@ -213,7 +213,7 @@ def tables(loops: list[Loop]) -> str:
     ]
     for gpu in GPUS:
         for shape in SHAPES:
-            for loop in loops:
+            for loop in sorted(loops, key=lambda loop: list(FORMATS).index(loop.format)):
                 if loop.architecture != gpu.architecture or loop.activations != "fp16":
                     continue
                 if FORMATS[loop.format].max_code.bit_length() > FORMATS["int4"].max_code.bit_length():
