@@ -33,12 +33,26 @@ GEMM_REGISTERS = 128
 
 
 def compiled(requests: list[dict]) -> list[dict]:
-    """The rows of tests/triton_compile.py for `requests`."""
+    """The rows of tests/triton_compile.py for `requests`, from as many processes as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, Path(__file__).with_name("triton_compile.py"), json.dumps(requests)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
+    script, workers = Path(__file__).with_name("triton_compile.py"), min(os.cpu_count(), len(requests))
+    shares = [requests[worker::workers] for worker in range(workers)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, json.dumps(share)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for share in shares
+    ]
+    rows: list[dict] = [{}] * len(requests)
+    for worker, process in enumerate(processes):
+        output, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
+        rows[worker::workers] = json.loads(output)
+    return rows
 
 
 def each(formats: list[list[str]], targets: tuple[str, ...], **more) -> list[dict]:

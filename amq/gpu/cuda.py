@@ -8,6 +8,7 @@ weights.
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -29,6 +30,9 @@ X_UNIT, ALIGNMENT = 128, 16
 MAX_WARPS, WARPS = 8, 4
 """Warps of a block: what the kernels take, and what is assumed best: three such blocks fit a multiprocessor."""
 MAX_SEGMENTS = 4
+
+
+log = logging.getLogger(__name__)
 
 
 class Library:
@@ -72,10 +76,7 @@ class Library:
         rows, in_features = x.shape
         group_size = weights[0].group_size
         if in_features % X_UNIT or x.data_ptr() % ALIGNMENT or x.stride(0) % (ALIGNMENT // x.element_size()):
-            x = torch.nn.functional.pad(
-                x, (0, -in_features % X_UNIT)
-            ).contiguous()  # one launch more, for odd shapes only
-            x = x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+            x = _aligned(x)
         y = x.new_empty(rows, sum(w.out_features for w in weights))
         scratch = None
         if activations == "int8":
@@ -109,6 +110,23 @@ class Library:
             return f"{what} failed with CUDA error {status}: {reason}"
         reason = REFUSALS.get(status, "unknown status")
         return f"{what} was refused ({status}): {reason}"
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """A copy of x as the kernels read it: zeros up to a multiple of X_UNIT features, rows at multiples of ALIGNMENT."""
+    _warn_of_copies(x.shape[1])
+    x = torch.nn.functional.pad(x, (0, -x.shape[1] % X_UNIT)).contiguous()
+    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+
+
+@lru_cache
+def _warn_of_copies(in_features: int) -> None:
+    """Once for each number of features."""
+    log.warning(
+        "CUDA linears of %d input features copy x before each product, one launch more: the kernels want %d to divide "
+        "in_features, and rows that begin at multiples of %d bytes",
+        *(in_features, X_UNIT, ALIGNMENT),
+    )
 
 
 REFUSALS = {
