@@ -39,9 +39,9 @@ def linear(
     bias: [ΣN], any of the dtypes, or None.
     activations: `fp32` multiplies x as it is; NaN and infinity in x propagate as in torch (a group is summed before it
         is scaled, so that x beyond 1e34 may overflow where torch does not; on a GPU, an infinity may give NaN). `int8`
-        rounds x per row and group to a · q, a = max|x|/127 and q an integer: |y − y_fp32| ≤ Σ_groups a/2 · Σ_group |W|. A NaN or an infinity in a
-        row makes all of that row's outputs NaN. A row's result does not depend on the rows beside it (on a GPU: nor
-        on how many there are, up to rounding).
+        rounds x per row and group to a · q, a = max|x|/127 and q an integer: |y − y_fp32| ≤ Σ_groups a/2 · Σ_group |W|.
+        A NaN or an infinity in a row makes all of that row's outputs NaN. A row's result does not depend on the rows
+        beside it (on a GPU: nor on how many there are, up to rounding).
     name: what to call this linear in errors.
     Raises AmqError, and computes nothing, where these do not fit together.
     """
