@@ -114,6 +114,14 @@ class CMakeBuild(build_ext):
             subprocess.run(configure, check=True)
             subprocess.run([cmake, "--build", folder, "--target", "native", "--parallel"], check=True)
 
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install; setuptools knows of `_cpu` only."""
+        super().copy_extensions_to_source()
+        built, installed = Path(self.build_lib, "amq", "_cuda.so"), ROOT / "amq" / "_cuda.so"
+        installed.unlink(missing_ok=True)  # one of an earlier build would be of other sources
+        if built.exists():
+            shutil.copy(built, installed)
+
 
 def packages() -> tuple[list[str], dict[str, str]]:
     """Packages and their folders. Triton kernels live outside `amq/` (kernels/ holds device code) but install in it."""
