@@ -212,8 +212,13 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.
     monkeypatch.setattr(cuda, "library", lambda: library)
     if not torch.cuda.is_available():
         assert "install a CUDA build of torch" in cuda.why_not(FORMATS["int3"]) or "no NVIDIA GPU" in cuda._no_device()
-    monkeypatch.setattr(library, "formats", {"int2": 0})
-    assert "no file in kernels/cuda; the library holds int2" in cuda.why_not(FORMATS["int3"])
+    assert library.bits == {name: fmt.max_code.bit_length() for name, fmt in FORMATS.items()}
+    for bits in ({"int2": 2}, {"int2": 2, "int3": 4}):
+        monkeypatch.setattr(library, "bits", bits)
+        assert (
+            "kernels/cuda has no file for it, or one for other codes; the library holds int2 (2 bits)"
+            in cuda.why_not(FORMATS["int3"])
+        )
 
 
 @pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from cuda_shim.build import runtime_library
 
 from amq.formats import FORMATS
 
@@ -34,18 +35,6 @@ spec = importlib.util.spec_from_file_location("amq._cpu", {path!r})
 amq._cpu = sys.modules["amq._cpu"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(amq._cpu)
 """
-
-
-def runtime_library(name: str) -> Path:
-    """The path of one of g++'s libraries; skips where there is none."""
-    gcc = shutil.which("g++")
-    if gcc is None or not sys.platform.startswith("linux"):
-        pytest.skip("the sanitizer build needs g++ on Linux")
-    asked = subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
-    path = Path(asked.stdout.strip())
-    if not path.is_absolute():
-        pytest.skip(f"g++ has no {name}")
-    return path
 
 
 @pytest.fixture(scope="module")

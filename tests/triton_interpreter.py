@@ -310,9 +310,10 @@ def test_errors_name_the_linear_and_the_remedy() -> None:
 def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(why_not(fmt) is None for fmt in FORMATS.values())
     assert "dense bitstreams only" in why_not(SYNTHETIC[0])
-    kernels = SimpleNamespace(decoders={"int2": ()}, interpreted=False)
+    kernels = SimpleNamespace(decoders={"int2": (2,), "int3": (4,)}, interpreted=False)
     monkeypatch.setattr(launcher, "_kernels", lambda: kernels)
-    assert "add kernels/triton/int4.py" in why_not(FORMATS["int4"])
+    for name in ("int3", "int4"):
+        assert f"it has no decode file, or one for other codes: add kernels/triton/{name}.py" in why_not(FORMATS[name])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "torch finds no GPU" in why_not(FORMATS["int2"])

@@ -50,8 +50,9 @@ class Library:
             *("amq_cuda_linear", integer, integer, longs, longs, longs, integer, integer, integer, integer),
             *(address, long, address, address, long, address, integer, address),
         )
-        names = self._library.amq_cuda_formats().decode().split()
-        self.formats = {name: index for index, name in enumerate(names)}
+        words = self._library.amq_cuda_formats().decode().split()
+        self.formats = {name: index for index, name in enumerate(words[::2])}
+        self.bits = dict(zip(words[::2], map(int, words[1::2]), strict=True))
         self.max_rows: int = self._library.amq_cuda_max_rows()
 
     def _declare(self, name: str, result: type, *arguments: type) -> None:
@@ -160,8 +161,10 @@ def why_not(fmt: BitFormat) -> str | None:
     if reason := layout.why_not(fmt):
         return reason
     try:
-        if fmt.name not in library().formats:
-            return f"it has no file in kernels/cuda; the library holds {', '.join(library().formats)}"
+        bits = library().bits.get(fmt.name)
+        if bits != fmt.max_code.bit_length():
+            held = ", ".join(f"{name} ({bits} bits)" for name, bits in library().bits.items())
+            return f"kernels/cuda has no file for it, or one for other codes; the library holds {held}"
     except AmqError as error:
         return str(error)
     return _no_device()

@@ -3,6 +3,8 @@
 //
 // Status: 0, or a cudaError_t, or one of Status below. amq/gpu/cuda.py turns it into an error that names the linear.
 
+#include <string>
+
 #include "gemv.cuh"
 #include "quantize.cuh"
 
@@ -79,10 +81,11 @@ bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address
 
 extern "C" {
 
-// Format names in the order of their indices, with their bits: "int2 2 int3 3 …".
+// Format names and their bits, in the order of their indices: "int2 2 int3 3 …".
 __attribute__((visibility("default"))) const char* amq_cuda_formats() {
-#define AMQ_NAME(name) #name " "
-    return AMQ_CUDA_FORMATS(AMQ_NAME);
+#define AMQ_NAME(name) #name " " + std::to_string(amq::name::kBits) + " " +
+    static const std::string names = AMQ_CUDA_FORMATS(AMQ_NAME) std::string();
+    return names.c_str();
 #undef AMQ_NAME
 }
 

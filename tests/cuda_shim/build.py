@@ -32,7 +32,7 @@ def runtime_library(name: str) -> Path:
     """The path of one of g++'s libraries; skips where there is none."""
     gcc = shutil.which("g++")
     if gcc is None or not sys.platform.startswith("linux"):
-        pytest.skip("the CUDA shim needs g++ on Linux")
+        pytest.skip("sanitizers and the CUDA shim need g++ on Linux")
     asked = subprocess.run([gcc, f"-print-file-name={name}"], capture_output=True, text=True, check=True)
     path = Path(asked.stdout.strip())
     if not path.is_absolute():
