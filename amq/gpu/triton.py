@@ -108,7 +108,10 @@ def why_not(fmt: BitFormat) -> str | None:
     except AmqError as error:
         return str(error)
     if kernels.decoders.get(fmt.name, (0,))[0] != fmt.max_code.bit_length():
-        return f"it has no decode file, or one for other codes: add kernels/triton/{fmt.name}.py and its line in kernels/triton/__init__.py"
+        return (
+            f"it has no decode file, or one for other codes: add kernels/triton/{fmt.name}.py and its line in "
+            "kernels/triton/__init__.py"
+        )
     if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         return (
             "torch finds no GPU (torch.cuda.is_available() is False): install a driver and a torch that is built for "
