@@ -124,6 +124,14 @@ def test_prepared_for_either_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(*(record.prepare(packed) for record in records.values()))
 
 
+@pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
+def test_prepared_size(fmt) -> None:
+    """The packed size where slabs and tiles fill; near it for real models' other widths."""
+    for rows, in_features, more in ((4096, 4096, 1), (4096, 14336, 1), (4096, 11008, 1.01), (1536, 576, 1.4)):
+        size = layout.layout_of(fmt, rows, in_features, 128).nbytes
+        assert 1 <= size / fmt.stored_bytes(rows, in_features, 128) <= more
+
+
 def test_tune_measures_and_remembers(
     monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
