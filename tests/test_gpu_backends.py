@@ -127,7 +127,7 @@ def test_prepared_for_either_is_the_same(monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 def test_prepared_size(fmt) -> None:
     """The packed size where slabs and tiles fill; near it for real models' other widths."""
-    for rows, in_features, more in ((4096, 4096, 1), (4096, 14336, 1), (4096, 11008, 1.01), (1536, 576, 1.4)):
+    for rows, in_features, more in ((4096, 4096, 1), (4096, 14336, 1), (4096, 11008, 1.02), (1536, 576, 1.4)):
         size = layout.layout_of(fmt, rows, in_features, 128).nbytes
         assert 1 <= size / fmt.stored_bytes(rows, in_features, 128) <= more
 
