@@ -58,7 +58,8 @@ def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
     """`packed` in the layout of `backend`; the caller may drop `packed` afterwards.
 
     It takes the packed size where its blocks divide the shape: on the CPU 32 input features (else at most 1.02 × it for
-    real linears), on a GPU 512 input features and 8 output rows (1.00 to 1.02 × for 11008 features, 1.02 to 1.4 × for 576).
+    real linears), on a GPU 512 input features and 8 output rows (1.00 to 1.02 × it for 11008 features, 1.02 to 1.4 ×
+    for 576).
     """
     chosen = get_backend(backend)
     reason = chosen.why_not(packed.format)

@@ -195,7 +195,12 @@ def test_refusals(library: cuda.Library) -> None:
     moved = PreparedWeight("cuda", weight.format, 24, 64, 64, torch.zeros(weight.nbytes + 1, dtype=torch.uint8)[1:])
     with pytest.raises(AmqError, match=r"\(-6\)"):
         library.linear(x[:1], [moved], None, "fp32", 0, 2)
-    odd = PreparedWeight("cuda", weight.format, 24, 64, 48, weight.data)
+    with pytest.raises(
+        AmqError, match=r"int4 weight \[24, 64\] at group 64 must be uint8 \[\d+\], got torch.uint8 .*prepare"
+    ):
+        library.linear(x[:1], [PreparedWeight("cuda", weight.format, 24, 64, 64, weight.data[16:])], None, "fp32", 0, 2)
+    size = layout.layout_of(weight.format, 24, 64, 48).nbytes
+    odd = PreparedWeight("cuda", weight.format, 24, 64, 48, torch.zeros(size, dtype=torch.uint8))
     with pytest.raises(AmqError, match=r"\(-4\): a group size other than"):
         library.linear(x[:1], [odd], None, "fp32", 0, 2)
 
