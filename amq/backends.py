@@ -38,9 +38,10 @@ log = logging.getLogger(__name__)
 class Backend:
     """What a backend can do.
 
-    why_not: format → None if it runs here, else the reason. prepare: packed weight → uint8 data on its device. linear:
-    (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x contiguous, y of its dtype, the bias of any
-        in DTYPES, all on one device.
+    why_not: format → None if it runs here, else the reason.
+    prepare: packed weight → uint8 data on its device.
+    linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x and bias contiguous, y of x's dtype, the
+        bias of any in DTYPES, all on one device.
     dtypes, activations: what x may be, and what may be done to it.
     device: the type of device that it multiplies on, None for any.
     """
@@ -65,8 +66,7 @@ def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
     reason = chosen.why_not(packed.format)
     if reason is not None:
         raise AmqError(f"backend {backend} cannot run {packed.format.name}: {reason}")
-    fields = (packed.format, packed.out_features, packed.in_features, packed.group_size)
-    return PreparedWeight(backend, *fields, chosen.prepare(packed))
+    return PreparedWeight.of(packed, backend, chosen.prepare(packed))
 
 
 def get_backend(name: str) -> Backend:
@@ -149,9 +149,7 @@ def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor
 
 
 def _cpu_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
-    return native.linear(x.float(), weights, None if bias is None else bias.float().contiguous(), activations).to(
-        x.dtype
-    )
+    return native.linear(x.float(), weights, None if bias is None else bias.float(), activations).to(x.dtype)
 
 
 def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
@@ -160,7 +158,7 @@ def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | 
 
 def _cuda_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
     if x.shape[0] <= cuda.max_rows():
-        return cuda.linear(x, weights, None if bias is None else bias.to(x.dtype).contiguous(), activations)
+        return cuda.linear(x, weights, None if bias is None else bias.to(x.dtype), activations)
     if activations == "int8":  # what a small batch computes with, so that a row does not depend on how many there are
         x = quantize_activations(x.float(), weights[0].group_size).to(x.dtype)
     return triton.linear(x, weights, bias)
@@ -178,14 +176,12 @@ def _cuda_why_not(fmt: BitFormat) -> str | None:
     return cuda.why_not(fmt) or triton.why_not(fmt)
 
 
-HALVES = (torch.float16, torch.bfloat16)
-
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", _cpu_why_not, native.prepare, _cpu_linear, device="cpu"),
-        Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, HALVES, device="cuda"),
-        Backend("triton", triton.why_not, layout.prepare, _triton_linear, HALVES, ("fp32",), device="cuda"),
+        Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
+        Backend("triton", triton.why_not, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"),
         Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear),
     )
 }

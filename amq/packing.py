@@ -9,6 +9,7 @@ against it, and the on-disk format (docs/format.md) is what it writes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,9 +88,25 @@ class PreparedWeight:
     group_size: int
     data: Tensor
 
+    @classmethod
+    def of(cls, packed: PackedWeight, backend: str, data: Tensor) -> PreparedWeight:
+        """`packed`, of which `backend` made `data`."""
+        return cls(backend, packed.format, packed.out_features, packed.in_features, packed.group_size, data)
+
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+
+def check_fused(weights: Sequence[PreparedWeight], fields: Sequence[str], name: str) -> None:
+    """That there are weights, and that they agree in `fields`: what one call of the linear `name` can multiply."""
+    if not weights:
+        raise AmqError(f"{name}: expected at least one weight, got none")
+    for weight in weights[1:]:
+        for field in fields:
+            expected, got = getattr(weights[0], field), getattr(weight, field)
+            if got != expected:
+                raise AmqError(f"{name}: fused linears must share {field}; expected {expected}, got {got}")
 
 
 def pack_codes(codes: Tensor, fmt: BitFormat) -> Tensor:

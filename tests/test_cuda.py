@@ -42,8 +42,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> cuda.Library:
 
 
 def prepared(packed: PackedWeight) -> PreparedWeight:
-    fields = (packed.format, packed.out_features, packed.in_features, packed.group_size)
-    return PreparedWeight("cuda", *fields, layout.prepare(packed))
+    return PreparedWeight.of(packed, "cuda", layout.prepare(packed))
 
 
 def rmse(a: Tensor, b: Tensor) -> float:

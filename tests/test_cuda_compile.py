@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
 
 import roofline  # noqa: E402
+import sass  # noqa: E402
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one", allow_module_level=True)
@@ -67,8 +67,7 @@ def test_the_installed_library() -> None:
     library = ROOT / "amq" / "_cuda.so"
     if not library.exists():
         pytest.skip("amq was installed without its CUDA library")
-    dump = [roofline.tool("cuobjdump"), "-res-usage", str(library)]
-    usage = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+    usage = sass.run("cuobjdump", "-res-usage", library)
     assert {int(a) for a in re.findall(r"elf code:.*?arch = sm_(\d+)", usage, re.S)} == {
         *roofline.known_architectures()
     }

@@ -24,7 +24,7 @@ ROWS = 8
 
 def prepared(backend: str, device: str = "cpu") -> PreparedWeight:
     packed = make_weight("int3", 24, 640, 64).packed
-    return PreparedWeight(backend, packed.format, 24, 640, 64, layout.prepare(packed).to(device))
+    return PreparedWeight.of(packed, backend, layout.prepare(packed).to(device))
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -29,7 +28,10 @@ from amq.gpu import layout
 from amq.gpu import triton as launcher
 from amq.packing import PreparedWeight
 
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "gpu"))
+
+import sass  # noqa: E402
+
 KERNELS = launcher._kernels()
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -104,19 +106,8 @@ def machine_code(cubin: bytes) -> tuple[dict[str, int], list[str], list[str]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage, code = (
-            subprocess.run([TOOLS / tool, option, file.name], capture_output=True, text=True, check=True).stdout
-            for tool, option in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-        )
-    instructions, labels, loop = [], {}, []
-    for label, text in re.findall(r"^(?:(\.L_x_\d+):|\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;)", code, re.MULTILINE):
-        if label:
-            labels[label] = len(instructions)
-            continue
-        instructions.append(re.sub(r"^@\S+ ", "", text))
-        jump = re.search(r"BRA.*`\((\.L_x_\d+)\)", text)
-        body = instructions[labels[jump[1]] :] if jump and jump[1] in labels else []
-        loop = max(loop, body if len(body) > 1 else [], key=len)  # a jump to itself ends every kernel
+        usage, code = sass.run("cuobjdump", "-res-usage", file.name), sass.run("nvdisasm", "-c", file.name)
+    instructions, loop = sass.instructions_and_loop(code)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return resources, instructions, loop or instructions
 

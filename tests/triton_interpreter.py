@@ -45,8 +45,7 @@ GEMM_SPLIT = Launch(block_m=64, block_n=64, slabs_per_step=2, num_warps=2, num_s
 
 
 def prepared(packed: PackedWeight) -> PreparedWeight:
-    fields = (packed.format, packed.out_features, packed.in_features, packed.group_size)
-    return PreparedWeight("triton", *fields, layout.prepare(packed))
+    return PreparedWeight.of(packed, "triton", layout.prepare(packed))
 
 
 def inputs(rows: int, in_features: int, dtype: torch.dtype = torch.float16) -> Tensor:

@@ -70,13 +70,12 @@ class Library:
         """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_SEGMENTS weights per launch.
 
         x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them. Rows
-        that
-            do not begin at multiples of 16 bytes or whose features do not divide by 128 are copied first.
+            that do not begin at multiples of 16 bytes or whose features do not divide by 128 are copied first.
         """
         rows, in_features = x.shape
         group_size = weights[0].group_size
         for weight in weights:
-            _check_data(weight)
+            layout.check_data(weight, "CUDA linear")
         if in_features % X_UNIT or x.data_ptr() % ALIGNMENT or x.stride(0) % (ALIGNMENT // x.element_size()):
             x = _aligned(x)
         y = x.new_empty(rows, sum(w.out_features for w in weights))
@@ -112,23 +111,6 @@ class Library:
             return f"{what} failed with CUDA error {status}: {reason}"
         reason = REFUSALS.get(status, "unknown status")
         return f"{what} was refused ({status}): {reason}"
-
-
-def _check_data(weight: PreparedWeight) -> None:
-    """The kernels read as many bytes as the shape says, whatever is there."""
-    expected = _data_bytes(weight.format, weight.out_features, weight.in_features, weight.group_size)
-    data = weight.data
-    if data.dtype != torch.uint8 or data.numel() != expected:
-        raise AmqError(
-            f"the data of an {weight.format.name} weight [{weight.out_features}, {weight.in_features}] at group "
-            f"{weight.group_size} must be uint8 [{expected}], got {data.dtype} {list(data.shape)}; "
-            "make it with amq.gpu.layout.prepare"
-        )
-
-
-@lru_cache
-def _data_bytes(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> int:
-    return layout.layout_of(fmt, out_features, in_features, group_size).nbytes
 
 
 def _aligned(x: Tensor) -> Tensor:

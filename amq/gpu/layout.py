@@ -26,13 +26,14 @@ have code 0, scale 0 and zero point 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat, n_groups
-from amq.packing import PackedWeight, unpack_codes
+from amq.packing import PackedWeight, PreparedWeight, unpack_codes
 
 TILE_ROWS = 8
 COLUMNS = 16
@@ -102,6 +103,22 @@ def why_not(fmt: BitFormat) -> str | None:
     if not fmt.is_dense:
         return f"planes hold dense bitstreams only, not {fmt.levels} levels in {fmt.unit_bytes} B"
     return None
+
+
+def check_data(weight: PreparedWeight, name: str) -> None:
+    """That `weight` of the linear `name` holds what its shape says: kernels read that much, whatever is there."""
+    shape = (weight.out_features, weight.in_features)
+    expected, data = _data_bytes(weight.format, *shape, weight.group_size), weight.data
+    if data.dtype != torch.uint8 or tuple(data.shape) != (expected,) or not data.is_contiguous():
+        raise AmqError(
+            f"{name}: the data of an {weight.format.name} weight {list(shape)} at group {weight.group_size} must be "
+            f"uint8 [{expected}], got {data.dtype} {list(data.shape)}; make it with amq.gpu.layout.prepare"
+        )
+
+
+@lru_cache
+def _data_bytes(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> int:
+    return layout_of(fmt, out_features, in_features, group_size).nbytes
 
 
 PREPARE_ROWS = 512

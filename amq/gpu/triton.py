@@ -24,7 +24,7 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.gpu import layout, tuning
-from amq.packing import PreparedWeight
+from amq.packing import PreparedWeight, check_fused
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_SEGMENTS = 4
@@ -239,8 +239,8 @@ def _launch_segments(
 
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
-    """The kernels, imported at first use: gemv, gemm, dequantize, decoders, whether they are
-    interpreted, and the class of Triton's errors."""
+    """The kernels, imported at first use: gemv, gemm, dequantize, decoders, whether they are interpreted, and the class
+    of Triton's errors."""
     try:
         import triton
         from triton.errors import TritonError
@@ -265,17 +265,12 @@ def _on_device(tensor: Tensor) -> torch.cuda.device | nullcontext:
 
 
 def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str) -> None:
-    if not weights:
-        raise AmqError(f"{name}: expected at least one weight, got none")
+    check_fused(weights, ("in_features", "group_size"), name)
     if activations != "fp32":
         raise AmqError(f"{name}: the Triton kernels have activations fp32 only, got {activations!r}; use backend cuda")
     for weight in weights:
         if weight.format.name not in _kernels().decoders:
             raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {why_not(weight.format)}")
-        for field in ("in_features", "group_size"):
-            expected, got = getattr(weights[0], field), getattr(weight, field)
-            if got != expected:
-                raise AmqError(f"{name}: fused linears must share {field}; expected {expected}, got {got}")
     in_features = weights[0].in_features
     if x.ndim != 2 or x.shape[1] != in_features or not x.is_contiguous():
         raise AmqError(
@@ -301,17 +296,10 @@ def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
 def _check_data(weights: Sequence[PreparedWeight], device: torch.device, name: str) -> None:
     """That every weight is data of the layout, on `device`, and that the kernels can reach it there."""
     for weight in weights:
-        sizes = layout.layout_of(weight.format, weight.out_features, weight.in_features, weight.group_size)
-        data = weight.data
-        if data.device != device:
-            raise AmqError(f"{name}: x is on {device}, its weight on {data.device}; move one of them")
-        if data.dtype != torch.uint8 or tuple(data.shape) != (sizes.nbytes,) or not data.is_contiguous():
-            raise AmqError(
-                f"{name}: the data of an {weight.format.name} weight [{weight.out_features}, {weight.in_features}] at "
-                f"group {weight.group_size} must be uint8 [{sizes.nbytes}], got {data.dtype} {list(data.shape)}; "
-                "make it with amq.gpu.layout.prepare"
-            )
-        if data.data_ptr() % 16:
+        if weight.data.device != device:
+            raise AmqError(f"{name}: x is on {device}, its weight on {weight.data.device}; move one of them")
+        layout.check_data(weight, name)
+        if weight.data.data_ptr() % 16:
             raise AmqError(f"{name}: a weight's data must start at a multiple of 16 bytes; copy it with data.clone()")
     on_gpu = not _kernels().interpreted
     if on_gpu != (device.type == "cuda"):

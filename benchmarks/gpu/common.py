@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,14 +197,12 @@ def random_packed(
 
 def prepare(packed: PackedWeight, backend: str) -> PreparedWeight:
     """`packed` in the layout of the GPU backends, wherever it lies."""
-    fields = (packed.format, packed.out_features, packed.in_features, packed.group_size)
-    return PreparedWeight(backend, *fields, layout.prepare(packed))
+    return PreparedWeight.of(packed, backend, layout.prepare(packed))
 
 
 def copy_of(weight: PreparedWeight) -> PreparedWeight:
     """The same weight elsewhere in memory."""
-    fields = (weight.backend, weight.format, weight.out_features, weight.in_features, weight.group_size)
-    return PreparedWeight(*fields, weight.data.clone())
+    return replace(weight, data=weight.data.clone())
 
 
 def dense(packed: PackedWeight, dtype: torch.dtype) -> Tensor:

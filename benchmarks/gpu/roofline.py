@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
+
+import sass
 
 from amq.formats import FORMATS
 from amq.gpu.layout import layout_of
@@ -41,9 +41,9 @@ __global__ void __maxnreg__(kRegisters<{group}>) probe(LinearArguments arguments
     multiply_rows<Format, Element, {group}>(arguments, arguments.segments[0], blockIdx.x, partials);
 }}
 #define AMQ_PROBE(f) \\
-    template __global__ void probe<f, HalfElement, kBlockRows<f, HalfElement>>(LinearArguments); \\
-    template __global__ void probe<f, Bfloat16Element, kBlockRows<f, Bfloat16Element>>(LinearArguments); \\
-    template __global__ void probe<f, Int8Element, kBlockRows<f, Int8Element>>(LinearArguments);
+    template __global__ void probe<f, HalfElement, kBlockRows<f>>(LinearArguments); \\
+    template __global__ void probe<f, Bfloat16Element, kBlockRows<f>>(LinearArguments); \\
+    template __global__ void probe<f, Int8Element, kBlockRows<f>>(LinearArguments);
 AMQ_CUDA_FORMATS(AMQ_PROBE)
 }}  // namespace amq
 """
@@ -93,18 +93,6 @@ class Loop:
         return self.instructions / (self.rows * SLAB_FEATURES / 32)
 
 
-@lru_cache
-def tool(name: str) -> str:
-    """The path of a CUDA tool: on PATH, or the one inside Triton's wheel."""
-    if found := shutil.which(name):
-        return found
-    try:
-        import triton
-    except ImportError:
-        raise FileNotFoundError(f"{name} is neither on PATH nor in a triton package") from None
-    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
-
-
 def known_architectures() -> tuple[int, ...]:
     """Those of ARCHITECTURES that nvcc knows."""
     listed = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
@@ -131,14 +119,14 @@ def read_loops(architectures: tuple[int, ...]) -> list[Loop]:
         loops = []
         for architecture in architectures:
             cubin = Path(folder, f"{architecture}.cubin")
-            subprocess.run([tool("ptxas"), "-O3", f"-arch=sm_{architecture}", str(ptx), "-o", str(cubin)], check=True)
+            sass.run("ptxas", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin)
             loops += _read_cubin(cubin, architecture)
         return loops
 
 
 def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
-    usage = _run("cuobjdump", "-res-usage", cubin)
-    code = _run("nvdisasm", "-c", cubin)
+    usage = sass.run("cuobjdump", "-res-usage", cubin)
+    code = sass.run("nvdisasm", "-c", cubin)
     loops = []
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
         name = section.split(",")[0].strip()
@@ -147,36 +135,15 @@ def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
             continue
         fmt, element, rows = match[1], match[2], int(match[3])
         registers, stack = re.search(rf"{name}:\s*REG:(\d+) STACK:(\d+)", usage).groups()
-        body = _largest_loop(section)
-        count = Counter(_opcode(line) for line in body)
+        _, loop = sass.instructions_and_loop(section)
+        opcodes = [text.split()[0] for text in loop if not text.startswith("NOP")]
+        count = Counter(opcodes)
         wide = sum(n for op, n in count.items() if op.startswith("LDG") and ".128" in op)
         products = sum(n for op, n in count.items() if op.startswith(("HMMA", "IMMA")))
         planes = rows // 8 * FORMATS[fmt].max_code.bit_length()
         fields = (fmt, ELEMENTS[element], architecture, int(registers), int(stack), rows)
-        loops.append(Loop(*fields, len(body), products, wide, planes))
+        loops.append(Loop(*fields, len(opcodes), products, wide, planes))
     return loops
-
-
-def _run(name: str, *arguments: str | Path) -> str:
-    return subprocess.run([tool(name), *map(str, arguments)], capture_output=True, text=True, check=True).stdout
-
-
-def _opcode(line: str) -> str:
-    return re.sub(r"^@!?U?P\w+\s+", "", line).split()[0]
-
-
-def _largest_loop(section: str) -> list[str]:
-    """The instructions between a backward branch and its target, for the longest such stretch; NOPs not counted."""
-    instructions, labels, best = [], {}, (0, 0)
-    for line in section.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line.strip()):
-            labels[label[1]] = len(instructions)
-        elif text := re.match(r"\s*/\*[0-9a-f]+\*/\s+(.*?);", line):
-            if target := re.search(r"BRA.*`\((\.L_x_\d+)\)", text[1]):
-                start = labels.get(target[1], len(instructions))
-                best = max(best, (start, len(instructions) + 1), key=lambda b: b[1] - b[0])
-            instructions.append(text[1].strip())
-    return [line for line in instructions[slice(*best)] if _opcode(line) != "NOP"]
 
 
 def expected(gpu: Gpu, loop: Loop, shape: tuple[int, int]) -> dict[str, float]:

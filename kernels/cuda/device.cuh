@@ -63,7 +63,6 @@ AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterp
 
 AMQ_DEVICE float to_float(__half v) { return __half2float(v); }
 AMQ_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
-AMQ_DEVICE float to_float(float v) { return v; }
 AMQ_DEVICE void from_float(float v, __half* out) { *out = __float2half_rn(v); }
 AMQ_DEVICE void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
 AMQ_DEVICE float round_even(float v) { return rintf(v); }

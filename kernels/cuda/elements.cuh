@@ -6,10 +6,9 @@
 //                    128 + c, and 128 joins the zero point. A code of 8 bits does not fit there; its nibbles do, one by one.
 //   Int8Element      Codes and rounded activations as bytes, sums exact in int32.
 //
-// Members: Sum and Type, of a sum and of x; kInPlace, whether fragments may keep the shift of their field; kParts<Format>, fragments per code; fragment<Format, part>(byte word, shift of
-// the field); one(),
-// the fragment of a weight of one; kOffset<Format>, what fragments exceed codes by; kFinal, what sums are multiplied with at
-// last; kWeightRegisters, of a lane, that one slab of a warp's rows may take.
+// Members: Sum and Type, of a sum and of x; kInPlace, whether fragments may keep the shift of their field; kParts<Format>,
+// fragments per code; fragment<Format, part>(byte word, shift of the field); one(), the fragment of a weight of one;
+// kOffset<Format>, what fragments exceed codes by; kFinal, what sums are multiplied with at last.
 
 #pragma once
 
@@ -17,17 +16,19 @@
 
 namespace amq {
 
-struct HalfElement {
-    using Sum = float;
-    using Type = __half;
-    static constexpr bool kInPlace = true;
-    static constexpr float kFinal = 16777216.0f;  // 2^24
-    static constexpr int kWeightRegisters = 48;
-
+// A code is one fragment, and nothing else.
+struct PlainCodes {
     template <class Format>
     static constexpr int kParts = 1;
     template <class Format>
     static constexpr float kOffset = 0.0f;
+};
+
+struct HalfElement : PlainCodes {
+    using Sum = float;
+    using Type = __half;
+    static constexpr bool kInPlace = true;
+    static constexpr float kFinal = 16777216.0f;  // 2^24
 
     template <class Format, int kPart>
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {
@@ -41,7 +42,6 @@ struct Bfloat16Element {
     using Type = __nv_bfloat16;
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
-    static constexpr int kWeightRegisters = 48;
     static constexpr int kMantissa = 7;
 
     template <class Format>
@@ -57,17 +57,11 @@ struct Bfloat16Element {
     AMQ_DEVICE static uint32_t one() { return 0x3f803f80u; }
 };
 
-struct Int8Element {
+struct Int8Element : PlainCodes {
     using Sum = int32_t;
     using Type = int8_t;
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
-    static constexpr int kWeightRegisters = 48;
-
-    template <class Format>
-    static constexpr int kParts = 1;
-    template <class Format>
-    static constexpr float kOffset = 0.0f;
 
     template <class Format, int kPart>
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {

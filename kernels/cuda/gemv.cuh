@@ -26,15 +26,15 @@ constexpr int kMaxWarps = 8;
 // Of a lane: three blocks of four warps fit a multiprocessor, or two where groups of 32 want twice the scales.
 template <int kGroup>
 constexpr int kRegisters = kGroup < kUnit ? 208 : 168;
-
+constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of a warp's rows
 
 // Pairs of tiles (16 output rows, one fragment) of a block: fewer for wider codes, so that a slab fits the registers.
-template <class Format, class Element>
-constexpr int kPairs = Element::kWeightRegisters / (2 * 4 * Format::kBits) >= 2 ? 2 : 1;
+template <class Format>
+constexpr int kPairs = kWeightRegisters / (2 * 4 * Format::kBits) >= 2 ? 2 : 1;
 constexpr int kMaxPairs = 2;
 
-template <class Format, class Element>
-constexpr int kBlockRows = 2 * kTileRows * kPairs<Format, Element>;
+template <class Format>
+constexpr int kBlockRows = 2 * kTileRows * kPairs<Format>;
 
 struct Lane {
     int row, column;  // of a tile, and of the four groups of four columns
@@ -46,13 +46,13 @@ struct Work {
     using Format = Format_;
     using Element = Element_;
     static constexpr int kGroup = kGroup_;
-    static constexpr int kTiles = 2 * kPairs<Format, Element>;
+    static constexpr int kTiles = 2 * kPairs<Format>;
     // Fields that stay in place have sums of different scale, and a group of two units may have two fields.
     static constexpr int kSums = Element::kInPlace && Fields<Format>::kPerByte > 1 && kGroup > kUnit ? 2 : 1;
     uint32_t planes[kTiles][4][Format::kBits];
-    typename Element::Sum sums[kSums][kPairs<Format, Element>][4];
+    typename Element::Sum sums[kSums][kPairs<Format>][4];
     typename Element::Sum x_sums[4];
-    float outputs[kPairs<Format, Element>][4];
+    float outputs[kPairs<Format>][4];
 };
 
 template <class Work>
@@ -111,7 +111,7 @@ AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, uint3
     constexpr int kStay = Element::kInPlace ? kField : 0;
     shift += kField - kStay;
     constexpr typename Element::Type kKind{};
-    for (int pair = 0; pair < kPairs<Format, Element>; ++pair) {
+    for (int pair = 0; pair < kPairs<Format>; ++pair) {
         auto& sums = work.sums[kUnitIndex % Work::kSums][pair];
         uint32_t words[4], a[4];  // (tile, column): as a fragment wants them, rows first
         for (int i = 0; i < 4; ++i)
@@ -161,7 +161,7 @@ AMQ_DEVICE void finish_group(Work& work, const Scales<Work>& scales) {
     using Format = typename Work::Format;
     using Element = typename Work::Element;
     constexpr float kOffset = Element::template kOffset<Format>;
-    for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
+    for (int pair = 0; pair < kPairs<Format>; ++pair)
         for (int half = 0; half < 2; ++half) {  // rows 0 to 7 and 8 to 15 of the fragment
             const float2 v = unpack_halves(scales.weights[2 * pair + half]);
             for (int i = 0; i < 2; ++i) {  // the lane's two columns
@@ -261,7 +261,7 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& s
 
     Work<Format, Element, kGroup> work;
     const Place<decltype(work)> place(arguments, segment, block, lane);
-    for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
+    for (int pair = 0; pair < kPairs<Format>; ++pair)
         for (int i = 0; i < 4; ++i) work.outputs[pair][i] = 0.0f;
     clear_sums(work);
     for (int slab = warp; slab < arguments.slabs; slab += warps) {
@@ -269,14 +269,14 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& s
         multiply_slab(work, place, slab, x_row, std::make_integer_sequence<int, kUnits / 2>());
     }
 
-    for (int pair = 0; pair < kPairs<Format, Element>; ++pair)
+    for (int pair = 0; pair < kPairs<Format>; ++pair)
         for (int i = 0; i < 4; ++i)
             partials[warp][2 * kTileRows * pair + kTileRows * (i / 2) + lane.row][2 * lane.column + i % 2] =
                 work.outputs[pair][i];
     synchronize();
-    for (int i = threadIdx.x; i < kBlockRows<Format, Element> * arguments.rows; i += blockDim.x) {
-        const int n = i % kBlockRows<Format, Element>, row = i / kBlockRows<Format, Element>;
-        const int out = block * kBlockRows<Format, Element> + n;
+    for (int i = threadIdx.x; i < kBlockRows<Format> * arguments.rows; i += blockDim.x) {
+        const int n = i % kBlockRows<Format>, row = i / kBlockRows<Format>;
+        const int out = block * kBlockRows<Format> + n;
         if (out >= segment.out_features) continue;
         float sum = 0.0f;
         for (int w = 0; w < warps; ++w) sum += partials[w][n][row];

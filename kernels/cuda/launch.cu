@@ -4,6 +4,7 @@
 // Status: 0, or a cudaError_t, or one of Status below. amq/gpu/cuda.py turns it into an error that names the linear.
 
 #include <string>
+#include <type_traits>
 
 #include "gemv.cuh"
 #include "quantize.cuh"
@@ -20,32 +21,37 @@ enum Status : int {
     kBadSize = -6,       // a count below 1, or an address that is null or not aligned to 16 bytes
 };
 
-cudaError_t launch_quantize(int group_size, cudaStream_t stream, const QuantizeArguments& arguments) {
-    const int blocks = arguments.rows * arguments.slabs;
+// `call` with the group size as a constant.
+template <class Call>
+cudaError_t with_group(int group_size, Call call) {
     switch (group_size) {
-        case 32: return launch(quantize_kernel<32>, blocks, kWarp, stream, arguments);
-        case 64: return launch(quantize_kernel<64>, blocks, kWarp, stream, arguments);
-        default: return launch(quantize_kernel<128>, blocks, kWarp, stream, arguments);
+        case 32: return call(std::integral_constant<int, 32>());
+        case 64: return call(std::integral_constant<int, 64>());
+        default: return call(std::integral_constant<int, 128>());
     }
 }
+
+int slabs_of(int in_features) { return (in_features + kSlab - 1) / kSlab; }
+
+// Words of scratch that the codes of int8 activations take; their scales follow.
+int64_t x_code_words(int rows, int slabs) { return static_cast<int64_t>(rows) * slabs * kUnits * kColumns; }
 
 // Output rows of a block, and planes of a tile as amq/gpu/layout.py counts them, for a format's index.
 struct Counts {
     int block_rows, planes;
 };
 
-template <class Format, class Element>
+template <class Format>
 Counts counts(int in_features) {
     constexpr int kFeaturesPerWord = kUnit * Fields<Format>::kPerByte;
     const int rest = (in_features % kSlab + kFeaturesPerWord - 1) / kFeaturesPerWord;
-    return {kBlockRows<Format, Element>, in_features / kSlab * Format::kBits + (rest < Format::kBits ? rest : Format::kBits)};
+    return {kBlockRows<Format>, in_features / kSlab * Format::kBits + (rest < Format::kBits ? rest : Format::kBits)};
 }
 
-template <class Element>
 Counts counts_of(int format, int in_features) {
     switch (format) {
 #define AMQ_CASE(name) \
-    case kIndex_##name: return counts<name, Element>(in_features);
+    case kIndex_##name: return counts<name>(in_features);
         AMQ_CUDA_FORMATS(AMQ_CASE)
 #undef AMQ_CASE
     }
@@ -59,7 +65,7 @@ cudaError_t launch_segments(int group_size, int threads, cudaStream_t stream, Li
     int64_t column = 0;
     for (int i = 0; i < arguments.n_segments; ++i) {
         Segment& segment = arguments.segments[i];
-        const Counts sizes = counts_of<Element>(segment.format, arguments.in_features);
+        const Counts sizes = counts_of(segment.format, arguments.in_features);
         const int64_t tiles = (segment.out_features + kTileRows - 1) / kTileRows;
         segment.planes = sizes.planes;
         segment.scales = reinterpret_cast<const uint32_t*>(segment.codes + tiles * sizes.planes * kWarp);
@@ -68,11 +74,9 @@ cudaError_t launch_segments(int group_size, int threads, cudaStream_t stream, Li
         blocks += (segment.out_features + sizes.block_rows - 1) / sizes.block_rows;
         column += segment.out_features;
     }
-    switch (group_size) {
-        case 32: return launch(linear_kernel<Element, 32>, blocks, threads, stream, arguments);
-        case 64: return launch(linear_kernel<Element, 64>, blocks, threads, stream, arguments);
-        default: return launch(linear_kernel<Element, 128>, blocks, threads, stream, arguments);
-    }
+    return with_group(group_size, [&](auto group) {
+        return launch(linear_kernel<Element, group()>, blocks, threads, stream, arguments);
+    });
 }
 
 bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
@@ -113,7 +117,8 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     if (n_segments < 1 || n_segments > kMaxSegments) return kBadSegments;
     if (group_size != 32 && group_size != 64 && group_size != 128) return kBadGroup;
     if (dtype != kHalf && dtype != kBfloat16) return kBadDType;
-    if (in_features < 1 || !x || unaligned(x) || x_stride % 8 || !y || unaligned(scratch) || warps < 1 || warps > kMaxWarps) return kBadSize;
+    if (in_features < 1 || !x || unaligned(x) || x_stride % 8 || !y || unaligned(scratch)) return kBadSize;
+    if (warps < 1 || warps > kMaxWarps) return kBadSize;
 
     LinearArguments arguments{};
     for (int i = 0; i < n_segments; ++i) {
@@ -128,7 +133,7 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     arguments.n_segments = n_segments;
     arguments.rows = rows;
     arguments.in_features = in_features;
-    arguments.slabs = (in_features + kSlab - 1) / kSlab;
+    arguments.slabs = slabs_of(in_features);
     arguments.dtype = dtype;
     arguments.x = x;
     arguments.x_stride = x_stride;
@@ -142,10 +147,12 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
         return launch_segments<Bfloat16Element>(group_size, threads, on, arguments);
     }
     uint32_t* x_codes = static_cast<uint32_t*>(scratch);
-    const int64_t code_words = static_cast<int64_t>(rows) * arguments.slabs * kUnits * kColumns;
-    float* x_scales = reinterpret_cast<float*>(x_codes + code_words);
+    float* x_scales = reinterpret_cast<float*>(x_codes + x_code_words(rows, arguments.slabs));
     const QuantizeArguments quantize = {x, x_stride, rows, in_features, arguments.slabs, dtype, x_codes, x_scales};
-    if (const cudaError_t status = launch_quantize(group_size, on, quantize)) return status;
+    const cudaError_t status = with_group(group_size, [&](auto group) {
+        return launch(quantize_kernel<group()>, rows * arguments.slabs, kWarp, on, quantize);
+    });
+    if (status) return status;
     arguments.x_codes = reinterpret_cast<const uint4*>(x_codes);
     arguments.x_scales = x_scales;
     return launch_segments<Int8Element>(group_size, threads, on, arguments);
@@ -154,8 +161,8 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
 // Bytes of scratch that int8 activations take.
 __attribute__((visibility("default"))) int64_t amq_cuda_scratch_bytes(int rows, int in_features, int group_size) {
     using namespace amq;
-    const int64_t slabs = (in_features + kSlab - 1) / kSlab;
-    return 4 * (rows * slabs * kUnits * kColumns + slabs * (kSlab / group_size) * kMaxRows);
+    const int slabs = slabs_of(in_features);
+    return 4 * (x_code_words(rows, slabs) + static_cast<int64_t>(slabs) * (kSlab / group_size) * kMaxRows);
 }
 
 }  // extern "C"
