@@ -1,0 +1,271 @@
+"""A quantized model on disk: safetensors, config.json, and a hash of every tensor (docs/format.md).
+
+`write_checkpoint` writes a whole folder or none; `open_checkpoint` reads one without transformers, tensors
+memory-mapped. Hashes stand in the header of the safetensors file that holds the tensors, so that shards can be moved
+and a folder saved again by transformers (`amq.hf`) carries its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from amq.configuration import Configuration
+from amq.errors import AmqError
+from amq.files import read_json, write_folder, write_json
+from amq.formats import BitFormat, check_group_size, get_format
+from amq.packing import PackedWeight
+
+METHOD = "amq"
+"""`quant_method` in config.json."""
+VERSION = 1
+PARTS = ("qweight", "scale", "zero_point")
+HASHES = "amq_hashes"
+"""Key of a safetensors header: JSON {tensor name: hash}."""
+SHARD_SIZE = 4 << 30
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """What config.json says under `quantization_config`.
+
+    formats: {linear: format name}, every quantized linear of the model.
+    shapes: {linear: (out_features, in_features)}; bytes alone do not tell how many codes the last unit of a row holds.
+    quantizer: the method that made the weights, such as `gptq`; for information.
+    shared_inputs: groups of linears that read one tensor (q, k, v), which a runtime may multiply in one call.
+    """
+
+    formats: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, int]]
+    group_size: int
+    quantizer: str = ""
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+
+    def json(self) -> dict[str, Any]:
+        records = {name: asdict(get_format(name)) for name in sorted(set(self.formats.values()))}
+        return {
+            "quant_method": METHOD,
+            "version": VERSION,
+            "group_size": self.group_size,
+            "quantizer": self.quantizer,
+            "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
+            "formats": dict(self.formats),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "shared_inputs": [list(group) for group in self.shared_inputs],
+        }
+
+    @staticmethod
+    def parse(data: Any, source: str) -> QuantizationRecord:
+        """Reads `quantization_config`; `source` names the file in errors. Unknown keys are ignored."""
+        if not isinstance(data, Mapping) or data.get("quant_method") != METHOD:
+            found = data.get("quant_method") if isinstance(data, Mapping) else None
+            raise AmqError(f"{source}: expected quantization_config.quant_method {METHOD!r}, found {found!r}")
+        if data.get("version") != VERSION:
+            raise AmqError(
+                f"{source}: checkpoint version {data.get('version')!r} is not known to this amq, which reads "
+                f"{VERSION}: upgrade amq"
+            )
+        formats, shapes, group_size = data.get("formats"), data.get("shapes"), data.get("group_size")
+        if not (
+            isinstance(formats, Mapping) and formats and isinstance(shapes, Mapping) and isinstance(group_size, int)
+        ):
+            raise AmqError(f"{source}: quantization_config lacks 'formats', 'shapes' or 'group_size'; it is damaged")
+        if odd := sorted(formats.keys() ^ shapes.keys()):
+            raise AmqError(f"{source}: linear {odd[0]!r} has a format or a shape, but not both; the file is damaged")
+        for name in sorted(set(formats.values())):
+            _check_record(get_format(name), data.get("records", {}).get(name), source)
+        shared = tuple(tuple(group) for group in data.get("shared_inputs", ()))
+        for name in (n for group in shared for n in group if n not in formats):
+            raise AmqError(f"{source}: shared_inputs names {name!r}, which has no format; the file is damaged")
+        sizes = {name: (int(shape[0]), int(shape[1])) for name, shape in shapes.items()}
+        return QuantizationRecord(dict(formats), sizes, check_group_size(group_size), data.get("quantizer", ""), shared)
+
+
+def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
+    expected = {"levels": fmt.levels, "unit_codes": fmt.unit_codes, "unit_bytes": fmt.unit_bytes}
+    if record != expected:
+        raise AmqError(f"{source}: format {fmt.name} was written as {record}, this amq knows it as {expected}")
+
+
+class Checkpoint:
+    """Read access to a folder; tensors are memory-mapped. Made by `open_checkpoint`."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
+        self.folder, self.config, self.record = folder, config, record
+        self._files = {name: file for file in map(open_file, safetensors_files(folder)) for name in file.keys()}
+        missing = [n for linear in record.formats for n in part_names(linear) if n not in self._files]
+        if missing:
+            raise AmqError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: the checkpoint is incomplete")
+
+    @property
+    def configuration(self) -> Configuration:
+        return Configuration(self.record.formats, self.record.group_size)
+
+    @property
+    def other_names(self) -> list[str]:
+        """Tensors that are not part of a packed weight: embeddings, norms, biases."""
+        packed = {name for linear in self.record.formats for name in part_names(linear)}
+        return [name for name in self._files if name not in packed]
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._files:
+            raise AmqError(f"{self.folder} has no tensor {name!r}")
+        return self._files[name].get_tensor(name)
+
+    def packed(self, linear: str) -> PackedWeight:
+        """One quantized linear, by dotted name; raises AmqError unless its tensors have the recorded shape."""
+        if linear not in self.record.formats:
+            raise AmqError(f"{self.folder} has no quantized linear {linear!r}")
+        return check_parts(linear, self.record, *(self.tensor(name) for name in part_names(linear)))
+
+
+def part_names(linear: str) -> list[str]:
+    return [f"{linear}.{part}" for part in PARTS]
+
+
+def check_parts(
+    linear: str, record: QuantizationRecord, qweight: Tensor, scale: Tensor, zero_point: Tensor
+) -> PackedWeight:
+    """The three tensors of `linear` as a PackedWeight of the recorded shape and format, or an error that names it."""
+    out_features, in_features = record.shapes[linear]
+    try:
+        packed = PackedWeight(
+            get_format(record.formats[linear]), in_features, record.group_size, qweight, scale, zero_point
+        )
+    except AmqError as error:
+        raise AmqError(f"{linear}: {error}; the checkpoint is damaged") from None
+    if packed.out_features != out_features:
+        raise AmqError(f"{linear}: expected {out_features} output rows, got {packed.out_features}; it is damaged")
+    return packed
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether `folder` holds a model that amq quantized."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
+    """Opens a quantized folder.
+
+    verify: read all tensors once and compare their hashes.
+    Raises AmqError naming the file or tensor that is missing, truncated, altered or of an unknown version.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json")
+    record = QuantizationRecord.parse(config.get("quantization_config"), str(folder / "config.json"))
+    checkpoint = Checkpoint(folder, config, record)
+    if verify:
+        for path in safetensors_files(folder):
+            verify_file(path)
+    return checkpoint
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: those that its index names, else all."""
+    if (folder / INDEX).is_file():
+        paths = [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+    else:
+        paths = sorted(folder.glob("*.safetensors"))
+    for path in paths:
+        if not path.is_file():
+            raise AmqError(f"{path} is missing: the checkpoint is incomplete")
+    if not paths:
+        raise AmqError(f"{folder} has no *.safetensors: not a checkpoint")
+    return paths
+
+
+def open_file(path: Path) -> Any:
+    """A safetensors file, mapped; a truncated one is an error that names it."""
+    try:
+        return safe_open(path, framework="pt")
+    except Exception as error:  # safetensors has an exception type of its own, and OSError
+        raise AmqError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again") from error
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """BLAKE2b of a tensor's bytes, 16 bytes as hex."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
+
+
+def hashes_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Header entries for a file of `tensors`."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # hashlib releases the GIL
+        hashes = dict(zip(tensors, pool.map(tensor_hash, tensors.values()), strict=True))
+    return {"format": "pt", HASHES: json.dumps(hashes)}
+
+
+def verify_file(path: Path) -> None:
+    """Raises AmqError unless every tensor of the file has the hash that its header gives."""
+    file = open_file(path)
+    try:
+        expected = json.loads((file.metadata() or {})[HASHES])
+    except (KeyError, ValueError):
+        raise AmqError(f"{path} has no hashes of its tensors: it was not written by amq, or was altered") from None
+    for name, found in json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES]).items():
+        if expected.get(name) != found:
+            raise AmqError(f"{path}: tensor {name} is not what was written (its hash differs); copy the file again")
+
+
+def write_checkpoint(
+    output: Path,
+    config: Mapping[str, Any],
+    record: QuantizationRecord,
+    packed: Mapping[str, PackedWeight],
+    others: Mapping[str, Tensor],
+    extras: Callable[[Path], None] | None = None,
+    shard_size: int = SHARD_SIZE,
+) -> None:
+    """Writes a whole checkpoint folder, or nothing.
+
+    output: must not exist, or be empty.
+    config: the model's config.json without `quantization_config`.
+    packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once.
+    extras: called with the folder before it gets its name: tokenizer, model card, logs.
+    shard_size: bytes per safetensors file.
+    """
+    tensors = {f"{n}.{part}": getattr(weight, part) for n, weight in packed.items() for part in PARTS} | dict(others)
+
+    def write(folder: Path) -> None:
+        shards = list(_shards(tensors, shard_size))
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        names = names if len(shards) > 1 else ["model.safetensors"]
+        for name, shard in zip(names, shards, strict=True):
+            save_file({n: t.contiguous() for n, t in shard.items()}, folder / name, metadata=hashes_metadata(shard))
+        if len(shards) > 1:
+            weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
+            total = sum(t.numel() * t.element_size() for t in tensors.values())
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(folder / "config.json", {**config, "quantization_config": record.json()})
+        if extras:
+            extras(folder)
+
+    write_folder(output, write)
+
+
+def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shard and size + bytes_ > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor
+        size += bytes_
+    yield shard
