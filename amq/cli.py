@@ -28,6 +28,12 @@ def _eval(argv: Sequence[str] | None) -> int:
     return main(argv)
 
 
+def _export(argv: Sequence[str] | None) -> int:
+    from amq.export.__main__ import main
+
+    return main(argv)
+
+
 def _formats(argv: Sequence[str] | None) -> int:
     from amq.backends import availability
     from amq.native import cpu_module
@@ -50,7 +56,13 @@ def _formats(argv: Sequence[str] | None) -> int:
     return 0
 
 
-COMMANDS: dict[str, Command] = {"search": _search, "select": _select, "eval": _eval, "formats": _formats}
+COMMANDS: dict[str, Command] = {
+    "search": _search,
+    "select": _select,
+    "eval": _eval,
+    "export": _export,
+    "formats": _formats,
+}
 
 
 def main() -> int:

@@ -1,0 +1,95 @@
+"""Exports: a quantized checkpoint written as what other tools load.
+
+One module per target, `amq/export/<name>.py` (`-` becomes `_`), imported when it is asked for. Each has
+
+    def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]
+        Writes the export's files into an existing empty folder and returns facts for the user, {phrase: value}: what
+        maps to what, the extra error. Raises AmqError with the reason, before it writes anything, when the checkpoint
+        cannot be expressed in the target.
+
+    LOADING: str
+        Markdown for the export's README.md: which tool loads the folder, what to install, and the lines that load it;
+        `{folder}` stands for the folder's name.
+
+`amq/export/common.py` holds what several of them need: the checks of groups, formats and zero points, config.json
+without amq's part, and weight files in shards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amq.checkpoint import Checkpoint, open_checkpoint
+from amq.errors import AmqError
+from amq.files import check_new_folder, write_folder
+
+
+@dataclass(frozen=True)
+class Export:
+    """help: one line. model_folder: whether the result is a Hugging Face folder, with the tokenizer in it."""
+
+    help: str
+    model_folder: bool = True
+
+
+EXPORTS = {
+    "gptq": Export("GPTQ with per-module `dynamic` rules, for gptqmodel"),
+    "mlx": Export("MLX safetensors, lossless, for mlx-lm on Apple silicon"),
+    "auto-round": Export("AutoRound, symmetric, for transformers and vLLM"),
+    "gguf": Export("GGUF with a type per tensor, for llama.cpp", model_folder=False),
+    "recipe": Export("settings for people who quantize with llama.cpp, AutoRound or GPTQModel", model_folder=False),
+}
+
+TOKENIZER_FILES = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
+    "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
+    """Exports the quantized folder `source` to the format `to`, as the folder `output`; returns the format's facts.
+
+    output: must not exist, or be empty; it is written whole or not at all, and `source` is only read.
+    Raises AmqError when the checkpoint is damaged, or cannot be expressed in the format.
+    """
+    if to not in EXPORTS:
+        raise AmqError(f"unknown export {to!r}: expected one of {', '.join(EXPORTS)}")
+    output, source = Path(output), Path(source)
+    check_new_folder(output)
+    checkpoint = open_checkpoint(source)
+    module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
+    facts: dict[str, Any] = {}
+
+    def write(folder: Path) -> None:
+        facts.update(module.write(checkpoint, folder))
+        if EXPORTS[to].model_folder:
+            for path in sorted({p for pattern in TOKENIZER_FILES for p in source.glob(pattern) if p.is_file()}):
+                shutil.copyfile(path, folder / path.name)
+        readme = _readme(checkpoint, to, module.LOADING.replace("{folder}", output.name), facts)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+
+    write_folder(output, write)
+    return facts
+
+
+def _readme(checkpoint: Checkpoint, to: str, loading: str, facts: dict[str, Any]) -> str:
+    record = checkpoint.record
+    counts = Counter(record.formats.values())
+    formats = ", ".join(f"{count} linears {name}" for name, count in sorted(counts.items()))
+    lines = [
+        f"# {checkpoint.folder.resolve().name}, exported as {to}",
+        "",
+        f"Made by `python -m amq.export --to {to}` from an amq checkpoint: {formats}; group size {record.group_size}.",
+        "",
+        loading.strip(),
+        "",
+        "## What maps to what",
+        "",
+        *(f"- {phrase}: {value}" for phrase, value in facts.items()),
+    ]
+    return "\n".join(lines) + "\n"

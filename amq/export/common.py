@@ -1,0 +1,116 @@
+"""What several exports need: checks that a checkpoint can be expressed, its plain config, weight files in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from amq.checkpoint import INDEX, SHARD_SIZE, Checkpoint
+from amq.errors import AmqError
+from amq.files import write_json
+from amq.formats import FORMATS, BitFormat, get_format
+from amq.packing import PackedWeight
+
+
+def check_formats(checkpoint: Checkpoint, names: Iterable[str], target: str) -> None:
+    """Refuses a checkpoint with a format that `target` does not have; `names` are those that it has."""
+    for linear, fmt in checkpoint.record.formats.items():
+        if fmt not in names:
+            raise AmqError(
+                f"{target} has no {fmt}, which {linear} uses: search and quantize again with --formats "
+                f"{','.join(n for n in FORMATS if n in names)}"
+            )
+
+
+def check_full_groups(checkpoint: Checkpoint, target: str) -> None:
+    """Refuses a checkpoint in which a row does not end with a whole group."""
+    size = checkpoint.record.group_size
+    for linear, (_, in_features) in checkpoint.record.shapes.items():
+        if in_features % size:
+            raise AmqError(
+                f"{target} cannot hold {linear}: its {in_features} input features are not a multiple of the group "
+                f"size {size}; quantize again with a --group-size that divides {in_features}"
+            )
+
+
+def whole_zero_points(linear: str, packed: PackedWeight, target: str) -> Tensor:
+    """int32 [out_features, n_groups] in [0, max_code], or an error that names the linear."""
+    zero_point = packed.zero_point.float()
+    whole = zero_point.round()
+    odd = (whole != zero_point) | (whole < 0) | (whole > packed.format.max_code)
+    if bool(odd.any()):
+        raise AmqError(
+            f"{target} holds whole zero points from 0 to {packed.format.max_code}; {linear} has "
+            f"{float(zero_point[odd][0]):g} and {int(odd.sum()) - 1} more such: quantize again with "
+            "`python -m amq.quantize … --zero-point integer` (or symmetric)"
+        )
+    return whole.to(torch.int32)
+
+
+def middle(fmt: BitFormat) -> int:
+    """The zero point of a symmetric grid, 2^(bits−1): one more code lies below it than above."""
+    return fmt.levels // 2
+
+
+def is_symmetric(packed: PackedWeight) -> bool:
+    """Whether all zero points are the middle code."""
+    return bool((packed.zero_point == middle(packed.format)).all())
+
+
+def packed_linears(checkpoint: Checkpoint) -> Iterator[tuple[str, PackedWeight]]:
+    """Every quantized linear, one at a time."""
+    for linear in checkpoint.record.formats:
+        yield linear, checkpoint.packed(linear)
+
+
+def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json without what only amq reads."""
+    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    auto_map = {k: v for k, v in checkpoint.config.get("auto_map", {}).items() if not v.startswith("modeling_amq.")}
+    return {**config, "auto_map": auto_map} if auto_map else config
+
+
+def other_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """Embeddings, norms and biases as they are."""
+    for name in checkpoint.other_names:
+        yield name, checkpoint.tensor(name)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_size: int = SHARD_SIZE) -> None:
+    """Writes model.safetensors, or shards and their index, holding at most one shard in memory."""
+    shards: list[dict[str, Tensor]] = [{}]
+    files: list[list[str]] = []
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shards[0], folder / f"{len(files)}.part", metadata={"format": "pt"})
+        files.append(list(shards[0]))
+        shards[0] = {}
+
+    for name, tensor in tensors:
+        bytes_ = tensor.numel() * tensor.element_size()
+        if shards[0] and size + bytes_ > shard_size:
+            flush()
+            size = 0
+        shards[0][name] = tensor.contiguous()
+        size, total = size + bytes_, total + bytes_
+    flush()
+    if len(files) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(files):
+        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{i}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def formats_of(checkpoint: Checkpoint) -> dict[str, BitFormat]:
+    """{linear: its record}."""
+    return {linear: get_format(name) for linear, name in checkpoint.record.formats.items()}
