@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from amq.blocks import BlockRunner
+from amq.calibration import CalibrationStream
 from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.files import cache_dir, write_atomic, write_json
@@ -42,8 +40,6 @@ from amq.native import dequantize_into
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
-
-log = logging.getLogger(__name__)
 
 VERSION = 1
 """Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
@@ -167,15 +163,18 @@ def _build(
     progress: Progress,
 ) -> None:
     quantize = get_quantizer(settings.proxy)
-    inputs = None
-    if settings.proxy in NEEDS_GRAM:
-        inputs = _InputStatistics(model, settings.calibration)
+    stream = CalibrationStream(model, settings.calibration) if settings.proxy in NEEDS_GRAM else None
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():
         for block in range(max(missing) + 1):
             linears = inventory.in_block(block)
             wanted = missing.get(block)
-            groups = inputs.advance(linears, collect=bool(wanted)) if inputs else [(linears, None)]
+            if stream is None:
+                groups = [(tuple(linears), None)]
+            elif wanted:
+                groups = [(group.linears, group.gram) for group in stream.measure(linears, advance=True)]
+            else:
+                stream.advance()
             if not wanted:
                 step(f"block {block} is there")
                 continue
@@ -186,7 +185,7 @@ def _build(
 
 def _quantize_block(
     model: nn.Module,
-    groups: list[tuple[list[LinearSpec], Tensor | None]],
+    groups: Sequence[tuple[Sequence[LinearSpec], Tensor | None]],
     formats: Sequence[BitFormat],
     group_size: int,
     quantize: Callable[..., list[dict[str, PackedWeight]]],
@@ -217,74 +216,3 @@ def _square_error(weight: Tensor, packed: PackedWeight) -> float:
     restored = torch.empty(weight.shape, dtype=torch.float32)
     dequantize_into(packed, restored)
     return float(restored.sub_(weight.float()).square_().sum(dtype=torch.float64))
-
-
-class _InputStatistics:
-    """Moves calibration windows through the model block by block and collects E[x xᵀ] of each block's linears."""
-
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
-        self._model, self._runner = model, BlockRunner(model)
-        device = model.get_input_embeddings().weight.device
-        self._windows = [w.unsqueeze(0).to(device) for w in windows]
-        self._hidden: list[Tensor | None] = [None] * len(windows)
-        self._boundary = 0
-        self._runner.check(self._windows[0][:, :32])
-
-    def advance(self, linears: Sequence[LinearSpec], collect: bool) -> list[tuple[list[LinearSpec], Tensor | None]]:
-        """Runs the next block; returns its linears grouped by shared input, each group with its mean x xᵀ."""
-        grams = _Grams(self._model, linears)
-        with ExitStack() as stack:
-            if collect:
-                stack.enter_context(grams)
-            for i, tokens in enumerate(self._windows):
-                start = self._boundary
-                self._hidden[i] = self._runner.hidden(tokens, start + 1, start, self._hidden[i])
-                grams.end_of_window()
-        self._boundary += 1
-        return grams.groups() if collect else []
-
-
-class _Grams:
-    """Forward hooks that sum x xᵀ per distinct input tensor of a set of linears."""
-
-    def __init__(self, model: nn.Module, linears: Sequence[LinearSpec]) -> None:
-        self._modules = {s: get_linear(model, s.name) for s in linears}
-        self._leaders: dict[LinearSpec, LinearSpec] = {}  # linear → the first linear that read the same tensor
-        self._sums: dict[LinearSpec, Tensor] = {}
-        self._counts: dict[LinearSpec, int] = {}
-        self._seen: dict[tuple[Any, ...], tuple[LinearSpec, Tensor]] = {}  # holds inputs alive, so pointers stay unique
-
-    def __enter__(self) -> _Grams:
-        self._handles = [
-            m.register_forward_hook(lambda module, args, output, s=s: self._add(s, args[0]))
-            for s, m in self._modules.items()
-        ]
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-    def _add(self, spec: LinearSpec, x: Tensor) -> None:
-        leader, _ = self._seen.setdefault((x.data_ptr(), x.shape, x.stride()), (spec, x))
-        if self._leaders.setdefault(spec, leader) != leader:
-            raise AmqError(f"{spec.name} shared its input with {self._leaders[spec].name} once and not another time")
-        if leader is not spec:
-            return
-        rows = x.reshape(-1, x.shape[-1]).float()
-        gram = self._sums.setdefault(spec, torch.zeros(rows.shape[1], rows.shape[1], device=x.device))
-        gram.addmm_(rows.t(), rows)
-        self._counts[spec] = self._counts.get(spec, 0) + len(rows)
-
-    def end_of_window(self) -> None:
-        self._seen.clear()
-
-    def groups(self) -> list[tuple[list[LinearSpec], Tensor | None]]:
-        result = []
-        for leader, gram in self._sums.items():
-            members = [s for s in self._modules if self._leaders.get(s) == leader]
-            result.append((members, (gram / self._counts[leader]).cpu()))
-        for spec in (s for s in self._modules if s not in self._leaders):
-            log.warning("%s saw no calibration token: rounded as if its inputs were white noise", spec.name)
-            result.append(([spec], torch.eye(spec.in_features)))
-        return result
