@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.linears import find_blocks
 
+TOKENS = 128
+"""Tokens whose logits exist at once, wherever logits are computed from final hidden states: a vocabulary is large."""
+
 
 class _Replay(nn.Module):
     """Stands in for a block that need not run: returns `hidden`, or its own input when `hidden` is None."""

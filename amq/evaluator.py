@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from amq.bank import WeightBank
-from amq.blocks import BlockRunner
+from amq.blocks import TOKENS, BlockRunner
 from amq.errors import AmqError
 from amq.linears import Inventory
 from amq.losses import LOSSES
@@ -28,8 +28,6 @@ from amq.models import LoadedModel
 from amq.native import jensen_shannon
 from amq.swap import LinearSwap
 
-TOKENS = 128
-"""Tokens whose logits exist at once."""
 ROWS = 16
 """Tokens whose loss torch computes at once, so that its temporaries stay in the CPU's cache."""
 BATCH_TOKENS = 1024

@@ -23,12 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from amq.bank import WeightBank
-from amq.blocks import BlockRunner
+from amq.blocks import TOKENS, BlockRunner
 from amq.linears import Inventory, LinearSpec, get_linear
 from amq.native import dequantize_into
-
-TOKENS = 128
-"""Tokens whose logits exist at once."""
 
 Table = dict[str, dict[str, float]]
 """{linear: {format: cost}}"""
