@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,6 +34,20 @@ HASHES = "amq_hashes"
 """Key of a safetensors header: JSON {tensor name: hash}."""
 SHARD_SIZE = 4 << 30
 INDEX = "model.safetensors.index.json"
+
+AUTO_CLASS = "AutoModelForCausalLM"
+REMOTE_MODULE = "modeling_amq"
+REMOTE_CODE = '''"""Lets transformers load this folder with trust_remote_code=True; `import amq` does so without it."""
+
+import amq  # noqa: F401  (pip install amq)
+from transformers import {architecture}
+
+
+class Amq{architecture}({architecture}):
+    """The same model; the import above is what makes its quantized weights known."""
+'''
+"""Without amq, transformers loads an unknown quant_method as random weights and only warns. Its check of a module's
+imports stops that, and says `pip install amq`."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +90,25 @@ class QuantizationRecord:
                 f"{source}: checkpoint version {data.get('version')!r} is not known to this amq, which reads "
                 f"{VERSION}: upgrade amq"
             )
-        formats, shapes, group_size = data.get("formats"), data.get("shapes"), data.get("group_size")
-        if not (
-            isinstance(formats, Mapping) and formats and isinstance(shapes, Mapping) and isinstance(group_size, int)
-        ):
-            raise AmqError(f"{source}: quantization_config lacks 'formats', 'shapes' or 'group_size'; it is damaged")
-        if odd := sorted(formats.keys() ^ shapes.keys()):
+        try:
+            return QuantizationRecord._parse(data, source)
+        except AmqError:
+            raise
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise AmqError(f"{source}: quantization_config is damaged ({type(error).__name__}: {error})") from error
+
+    @staticmethod
+    def _parse(data: Mapping[str, Any], source: str) -> QuantizationRecord:
+        formats, group_size = dict(data["formats"]), check_group_size(data["group_size"])
+        sizes = {name: (int(shape[0]), int(shape[1])) for name, shape in data["shapes"].items()}
+        if odd := sorted(formats.keys() ^ sizes.keys()):
             raise AmqError(f"{source}: linear {odd[0]!r} has a format or a shape, but not both; the file is damaged")
         for name in sorted(set(formats.values())):
-            _check_record(get_format(name), data.get("records", {}).get(name), source)
+            _check_record(get_format(name), data["records"].get(name), source)
         shared = tuple(tuple(group) for group in data.get("shared_inputs", ()))
         for name in (n for group in shared for n in group if n not in formats):
             raise AmqError(f"{source}: shared_inputs names {name!r}, which has no format; the file is damaged")
-        sizes = {name: (int(shape[0]), int(shape[1])) for name, shape in shapes.items()}
-        return QuantizationRecord(dict(formats), sizes, check_group_size(group_size), data.get("quantizer", ""), shared)
+        return QuantizationRecord(formats, sizes, group_size, data.get("quantizer", ""), shared)
 
 
 def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
@@ -103,10 +122,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
         self.folder, self.config, self.record = folder, config, record
-        self._files = {name: file for file in map(open_file, safetensors_files(folder)) for name in file.keys()}
-        missing = [n for linear in record.formats for n in part_names(linear) if n not in self._files]
-        if missing:
-            raise AmqError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: the checkpoint is incomplete")
+        self._files = open_files(safetensors_files(folder))
+        check_complete(folder, [n for linear in record.formats for n in part_names(linear)], self._files)
 
     @property
     def configuration(self) -> Configuration:
@@ -197,10 +214,24 @@ def open_file(path: Path) -> Any:
         raise AmqError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again") from error
 
 
+def open_files(paths: Iterable[Path]) -> dict[str, Any]:
+    """{tensor name: open file that holds it}."""
+    return {name: file for file in map(open_file, paths) for name in file.keys()}
+
+
+def check_complete(folder: Path, names: Iterable[str], found: Container[str]) -> None:
+    """Raises AmqError unless all tensors `names` are `found` in `folder`."""
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise AmqError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: the checkpoint is incomplete")
+
+
 def tensor_hash(tensor: Tensor) -> str:
-    """BLAKE2b of a tensor's bytes, 16 bytes as hex."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
+    """BLAKE2b of a tensor's dtype, shape and bytes, 16 bytes as hex; see docs/format.md."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def hashes_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -238,6 +269,9 @@ def write_checkpoint(
     packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once.
     extras: called with the folder before it gets its name: tokenizer, model card, logs.
     shard_size: bytes per safetensors file.
+
+    Where config names the model's class, the folder also gets a `modeling_amq.py`, for people who load it with
+    trust_remote_code=True and without `import amq`: see `REMOTE_CODE`.
     """
     tensors = {f"{n}.{part}": getattr(weight, part) for n, weight in packed.items() for part in PARTS} | dict(others)
 
@@ -251,11 +285,20 @@ def write_checkpoint(
             weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
             total = sum(t.numel() * t.element_size() for t in tensors.values())
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-        write_json(folder / "config.json", {**config, "quantization_config": record.json()})
+        write_json(folder / "config.json", {**_with_remote_code(config, folder), "quantization_config": record.json()})
         if extras:
             extras(folder)
 
     write_folder(output, write)
+
+
+def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Writes modeling_amq.py; returns `config` with the key by which transformers finds it."""
+    architecture = next(iter(config.get("architectures") or ()), "")
+    if not architecture:
+        return dict(config)
+    (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE.format(architecture=architecture), encoding="utf-8")
+    return {**config, "auto_map": {AUTO_CLASS: f"{REMOTE_MODULE}.Amq{architecture}"}}
 
 
 def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:

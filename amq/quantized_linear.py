@@ -1,12 +1,26 @@
-"""QuantizedLinear: an `nn.Linear` whose weight stays in its bit format and is multiplied by a backend's kernel."""
+"""Linears whose weight stays in its bit format and is multiplied by a backend's kernel.
+
+`QuantizedLinear` holds a prepared weight. `StoredLinear` belongs to a checkpoint: it holds the packed weight as the
+file gave it (memory-mapped, on the CPU) and prepares it when it first meets an input on a device, so that loading costs
+nothing, `.to(device)` and device maps need no care, and the model can be saved again bit for bit. `SharedInput` joins
+linears that read one tensor into one call of the kernel, inside a model that knows nothing of it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from amq.backends import prepare
+from amq.backends import check_activations, choose_backend, prepare
+from amq.checkpoint import PARTS
+from amq.errors import AmqError
+from amq.formats import BitFormat
 from amq.ops import linear
 from amq.packing import PackedWeight, PreparedWeight
 
@@ -59,3 +73,165 @@ class QuantizedLinear(nn.Module):
             f"format={weight.format.name}, group_size={weight.group_size}, backend={weight.backend}, "
             f"activations={self.activations}"
         )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the linears of one model are multiplied.
+
+    backend: a name in `amq.backends.BACKENDS`, or None for the first that runs all `formats` on the input's device.
+    """
+
+    activations: str
+    backend: str | None
+    formats: tuple[str, ...]
+
+    def backend_on(self, device: torch.device) -> str:
+        """Raises AmqError where the backend lacks `activations`."""
+        name = self.backend or _choose(self.formats, device.type)
+        check_activations(name, self.activations)
+        return name
+
+
+_choose = cache(choose_backend)  # it logs what it passes over: once per model and kind of device is enough
+
+
+class StoredLinear(QuantizedLinear):
+    """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
+
+    packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
+    shared: set where this linear's input is another one's too.
+    """
+
+    packed: PackedWeight | None
+    shared: SharedInput | None
+
+    def __init__(
+        self,
+        fmt: BitFormat,
+        shape: tuple[int, int],
+        group_size: int,
+        execution: Execution,
+        bias: Tensor | None = None,
+        name: str = "linear",
+    ) -> None:
+        # While transformers loads, an empty buffer of the weight's size stands in for it: device maps count buffers.
+        empty = torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
+        super().__init__(PreparedWeight("", fmt, *shape, group_size, empty), bias, execution.activations, name)
+        self.execution, self.packed, self.shared = execution, None, None
+
+    def store(self, packed: PackedWeight) -> None:
+        """Takes the weight, which has the format and shape that this linear was made for."""
+        self.packed = packed
+        self._forget()
+
+    def _forget(self) -> None:
+        self.data = None
+        self._weight = replace(self._weight, backend="", data=torch.empty(0, dtype=torch.uint8, device="meta"))
+
+    def prepared(self, device: torch.device) -> PreparedWeight:
+        """The weight on `device`, prepared now if it is not there yet."""
+        weight = self._weight  # read once: another thread may prepare too
+        if weight.backend and weight.data.device == device:
+            return weight
+        if self.packed is None:
+            raise AmqError(f"{self.name} has no weight yet: load it with from_pretrained, or give it one with store()")
+        weight = prepare(self.packed.to(device), self.execution.backend_on(device))
+        self._weight, self.data = weight, weight.data
+        return weight
+
+    @property
+    def weight(self) -> PreparedWeight:
+        return self.prepared(torch.device("cpu") if self.data is None else self.data.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shared is not None and not torch.compiler.is_compiling():
+            return self.shared.linear(self, x)
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        return linear(x, (self.prepared(x.device),), self.bias, self.activations, self.name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        super()._apply(fn, recurse)
+        if self.packed is not None and self.data is not self._weight.data:
+            self._forget()  # the layout of one device's backend is of no use on another
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed is not None:
+            destination.update({prefix + part: getattr(self.packed, part) for part in PARTS})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        names = [prefix + part for part in PARTS]
+        missing = [name for name in names if name not in state_dict]
+        if missing:
+            missing_keys.extend(missing if strict else [])
+        else:
+            parts = (state_dict[name].cpu() for name in names)
+            self.store(PackedWeight(self._weight.format, self.in_features, self._weight.group_size, *parts))
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
+
+
+class SharedInput:
+    """Linears that read one tensor, multiplied in one call; they agree on having a bias.
+
+    The first that is called with x computes all; each of the others takes its own result when it is called with that
+    very tensor, and computes alone with any other. Only a weak reference to x is kept, and results that nobody takes go
+    when x goes. Threads that run one model at once see each other's x as another tensor.
+    """
+
+    def __init__(self, members: Sequence[StoredLinear]) -> None:
+        self.members = tuple(members)
+        self._waiting: _Waiting | None = None
+        for member in members:
+            member.shared = self
+
+    def __getstate__(self) -> dict[str, Any]:  # a copied model has seen no x
+        return {"members": self.members, "_waiting": None}
+
+    def linear(self, member: StoredLinear, x: Tensor) -> Tensor:
+        waiting = self._waiting
+        found = waiting.results.pop(id(member), None) if waiting is not None else None
+        if waiting is None or found is None:
+            return self._all(member, x)
+        return found if waiting.is_for(x) else member.alone(x)
+
+    def _all(self, member: StoredLinear, x: Tensor) -> Tensor:
+        weights = [m.prepared(x.device) for m in self.members]
+        biases = [m.bias for m in self.members if m.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        y = linear(x, weights, bias, member.activations, f"{member.name} and those that share its input")
+        parts = y.split([w.out_features for w in weights], dim=-1)
+        # nn.Linear gives contiguous results, and model code may count on it; of a single row this copies nothing
+        results = {id(m): part.contiguous() for m, part in zip(self.members, parts, strict=True)}
+        mine = results.pop(id(member))
+        self._waiting = _Waiting(x, results)
+        return mine
+
+
+class _Waiting:
+    """Results for the tensor x that have not been asked for."""
+
+    def __init__(self, x: Tensor, results: dict[int, Tensor]) -> None:
+        self.results = results
+        self._version = _version(x)
+        self._x = weakref.ref(x, lambda _: results.clear())
+
+    def is_for(self, x: Tensor) -> bool:
+        return self._x() is x and self._version == _version(x)
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place; tensors made under torch.inference_mode do not count theirs."""
+    return 0 if x.is_inference() else x._version

@@ -23,7 +23,8 @@ RANKS = {
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom
     "amq.configuration": {"amq.linears", "amq.files"}, "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files"},
-    "amq.backends": {"amq.native", "amq.gpu"}, "amq.quantized_linear": {"amq.ops"}, "amq.evaluator": {"amq.swap"},
+    "amq.backends": {"amq.native", "amq.gpu"}, "amq.evaluator": {"amq.swap"},
+    "amq.quantized_linear": {"amq.ops", "amq.checkpoint"},
     "amq.formats": {"amq.errors"}, "amq.quantizers": set(), "amq.data": set(),
 }  # fmt: skip
 SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}

@@ -1,0 +1,233 @@
+"""transformers loads, runs and saves amq checkpoints: AutoModelForCausalLM.from_pretrained(DIR) after `import amq`.
+
+transformers calls `AmqQuantizer` around its own loading. Before it, the checkpoint's files are verified, and the
+quantized linears of the still empty model become `StoredLinear`s; transformers then loads every other tensor, places it
+and casts it as it always does; afterwards each quantized linear takes its tensors, memory-mapped and as they are. So no
+dtype or device argument touches them. Saving writes them back with their hashes.
+
+`import amq` imports this file at the moment when transformers loads its quantizers (amq/__init__.py).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from amq.checkpoint import (
+    AUTO_CLASS,
+    HASHES,
+    METHOD,
+    PARTS,
+    QuantizationRecord,
+    check_complete,
+    check_parts,
+    hashes_metadata,
+    open_files,
+    part_names,
+    verify_file,
+)
+from amq.errors import AmqError
+from amq.formats import get_format
+from amq.linears import get_linear
+from amq.native import dequantize_into
+from amq.packing import PackedWeight
+from amq.quantized_linear import Execution, SharedInput, StoredLinear
+
+NEEDS = "5.23"
+"""The transformers that the checks below were written against."""
+
+
+class AmqConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json; given to from_pretrained, it says how to run a checkpoint.
+
+    activations: `fp32` multiplies exactly, `int8` rounds activations to 8 bits, which is faster; see `amq.ops.linear`.
+    backend: a name in `amq.backends.BACKENDS`; None takes the fastest for the device that the input is on.
+    fuse: linears that read one tensor are multiplied in one call; the result is the same.
+    verify: compare the hash of every tensor before anything is computed; False loads without reading the files.
+    stored: what the checkpoint's config.json says, unknown keys included; empty where a caller writes
+        `AmqConfig(activations="int8")`.
+    """
+
+    def __init__(
+        self,
+        activations: str = "fp32",
+        backend: str | None = None,
+        fuse: bool = True,
+        verify: bool = True,
+        **stored: Any,
+    ) -> None:
+        self.quant_method = METHOD
+        self.activations, self.backend, self.fuse, self.verify = activations, backend, fuse, verify
+        self.stored = stored
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What from_pretrained's argument overrides."""
+        return {name: getattr(self, name) for name in ("activations", "backend", "fuse", "verify")}
+
+    def to_dict(self) -> dict[str, Any]:
+        """How it was loaded is not part of what is saved."""
+        return dict(self.stored)
+
+
+class AmqQuantizer(HfQuantizer):
+    """The hooks that transformers calls around loading and saving."""
+
+    quantization_config: AmqConfig
+
+    def __init__(self, quantization_config: AmqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if not self.pre_quantized:
+            raise AmqError("this model is not quantized: run `python -m amq.quantize` and load the folder it writes")
+        self._packed: dict[str, PackedWeight] = {}
+        self._record = QuantizationRecord.parse(quantization_config.stored, "config.json")
+
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuses maps that would need linears moved to and fro while the model runs."""
+        devices = {str(device) for device in device_map.values()} if isinstance(device_map, Mapping) else set()
+        if "disk" in devices or ("cpu" in devices and len(devices) > 1):
+            raise AmqError(
+                f"device_map puts parts of the model on {', '.join(sorted(devices))}: amq does not move weights while "
+                'the model runs; take device_map="cpu", more or larger GPUs, or a smaller --target-bits'
+            )
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        files = [Path(name) for name in checkpoint_files or ()]
+        if not files or any(file.suffix != ".safetensors" for file in files):
+            raise AmqError(
+                f"transformers {transformers.__version__} gave amq no safetensors files to load (got {files}): load a "
+                f"checkpoint folder by its path, with transformers {NEEDS} or newer"
+            )
+        for file in files if self.quantization_config.verify else ():
+            verify_file(file)
+        tensors = open_files(files)
+        record = self._record
+        check_complete(files[0].parent, (n for linear in record.formats for n in part_names(linear)), tensors)
+        config = self.quantization_config
+        execution = Execution(config.activations, config.backend, tuple(sorted(set(record.formats.values()))))
+        for name in record.formats:
+            self._packed[name] = check_parts(
+                name, record, *(tensors[n].get_tensor(n) for n in part_names(name))
+            )  # memory-mapped, nothing is read yet
+            _replace(model, name, _stored_linear(model, name, record, execution))
+        check_complete(files[0].parent, _expected_names(model, tensors.keys()), tensors)
+        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
+        model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.({'|'.join(PARTS)})$"}
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        linears = {name: model.get_submodule(name) for name in self._packed}
+        for name, module in linears.items():
+            module.store(self._packed.pop(name))
+        if self.quantization_config.fuse:
+            for group in self._record.shared_inputs:
+                for has_bias in (False, True):
+                    members = [linears[name] for name in group if (linears[name].bias is not None) == has_bias]
+                    if len(members) > 1:
+                        SharedInput(members)
+        model.requires_grad_(False)  # else every call outside torch.no_grad() would ask for gradients that do not exist
+        model._weight_conversions = []  # tensors are saved by the names of this model's modules, as they were loaded
+        if type(model).__module__.startswith("transformers.") and hasattr(model.config, "auto_map"):
+            model.config.auto_map.pop(AUTO_CLASS, None)  # save_pretrained does not copy the file that it names
+
+    def get_state_dict_and_metadata(
+        self, model: nn.Module, *_: Any, **__: Any
+    ) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """The header of every shard gets the hashes of all tensors: transformers gives all shards one header."""
+        state = model.state_dict()
+        return state, {HASHES: hashes_metadata(state)[HASHES]}
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has it as text
+        for name, module in list(_stored_linears(model)):
+            _replace(model, name, _dense(module, model.device, dtype or torch.float32))
+        return model
+
+    def is_serializable(self, *_: Any, **__: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def _stored_linear(model: nn.Module, name: str, record: QuantizationRecord, execution: Execution) -> StoredLinear:
+    """An empty StoredLinear in place of the nn.Linear `name`, or an error where the two are not of one shape."""
+    linear = get_linear(model, name)
+    shape = (linear.out_features, linear.in_features)
+    if shape != record.shapes[name]:
+        raise AmqError(
+            f"{name}: the model's config.json makes it {list(shape)}, the checkpoint has {list(record.shapes[name])}: "
+            "config.json was altered, or belongs to another model"
+        )
+    return StoredLinear(get_format(record.formats[name]), shape, record.group_size, execution, linear.bias, name)
+
+
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _stored_linears(model: nn.Module) -> Iterator[tuple[str, StoredLinear]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredLinear))
+
+
+def _expected_names(model: nn.Module, found: Any) -> list[str]:
+    """Every tensor that the model wants besides packed weights; of tied ones, one is enough."""
+    tied = model.all_tied_weights_keys  # {name: the name that it shares its tensor with}
+    present = {name for pair in tied.items() if not found.isdisjoint(pair) for name in pair}
+    optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return [n for n in model.state_dict() if n not in present and not any(p.search(n) for p in optional)]
+
+
+def _dense(module: StoredLinear, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+    """The nn.Linear that `module` stands for, its weight dequantized in float32 and rounded once."""
+    if module.packed is None:
+        raise AmqError(f"{module.name} has no weight yet: nothing to dequantize")
+    linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+    weight = torch.empty(module.out_features, module.in_features)
+    dequantize_into(module.packed, weight)
+    linear.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    if module.bias is not None:
+        linear.bias = nn.Parameter(module.bias.to(device, dtype), requires_grad=False)
+    return linear.eval()
+
+
+class _TooOld(QuantizationConfigMixin):
+    """Stands in for AmqConfig where transformers lacks what amq needs; the error comes when a checkpoint is loaded."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        raise AmqError(
+            f"transformers {transformers.__version__} cannot load amq checkpoints: amq needs {NEEDS} or newer; "
+            f"run `pip install 'transformers>={NEEDS}'`"
+        )
+
+
+def register() -> None:
+    """Makes transformers know `quant_method` amq; called once, on import."""
+    hooks = ("register_quantizer", "register_quantization_config", "LOADING_ATTRIBUTES_CONFIG_TYPES")
+    if METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
+        return
+    if not all(hasattr(auto, hook) for hook in hooks):
+        auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _TooOld
+        return
+    auto.register_quantization_config(METHOD)(AmqConfig)
+    auto.register_quantizer(METHOD)(AmqQuantizer)
+    # There is no function for this one: without it, from_pretrained ignores AmqConfig(activations=…).
+    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, AmqConfig)
+
+
+register()
