@@ -14,6 +14,7 @@ import logging
 import shutil
 import struct
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,11 +53,12 @@ class LoadedModel:
         return self.model.config
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedModel:
+def load_model(name: str, dtype: str = "auto", device: str = "cpu", **options: Any) -> LoadedModel:
     """Loads MODEL.
 
-    name: `smollm2`, a folder with config.json and safetensors, a .gguf file, or a hub id.
+    name: `smollm2`, a folder with config.json and safetensors (one that amq quantized, too), a .gguf file, or a hub id.
     dtype: `auto` (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16.
+    options: for from_pretrained, such as `quantization_config`, which says how a quantized folder runs.
     Raises AmqError when it cannot be found or read, or does not fit the free memory.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -64,11 +66,17 @@ def load_model(name: str, dtype: str = "auto", device: str = "cpu") -> LoadedMod
     _check_device(device)
     folder = resolve(name)
     target = _target_dtype(folder, dtype, device)
-    check_memory(_numel(folder) * target.itemsize, f"loading {name} in {str(target).removeprefix('torch.')}", device)
+    check_memory(
+        _loaded_bytes(folder, target.itemsize), f"loading {name} in {str(target).removeprefix('torch.')}", device
+    )
     try:
-        with _no_progress_bars():
-            model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=target, output_loading_info=True)
+        with _quietly():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=target, output_loading_info=True, **options
+            )
             tokenizer = AutoTokenizer.from_pretrained(folder)
+    except AmqError:  # of a folder that amq quantized
+        raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise AmqError(f"transformers could not load {name} from {folder}: {error}") from error
     _check_complete(folder, info)
@@ -92,14 +100,17 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every file it reads; ours is the only progress shown."""
+def _quietly() -> Iterator[None]:
+    """transformers draws a bar for every file it reads, where ours is the only progress shown, and warns whenever a
+    `quantization_config` says how to run a quantized folder."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "You passed `quantization_config`")
+            yield
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
@@ -190,7 +201,7 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     where, file = str(path.parent), path.name
     try:
-        with _no_progress_bars():
+        with _quietly():
             loaded, info = AutoModelForCausalLM.from_pretrained(
                 where, gguf_file=file, dtype=torch.float32, output_loading_info=True
             )
@@ -250,8 +261,11 @@ def _target_dtype(folder: Path, dtype: str, device: str) -> torch.dtype:
     return DTYPES.get(config.get("dtype") or config.get("torch_dtype"), torch.bfloat16)
 
 
-def _numel(folder: Path) -> int:
-    """Elements in all safetensors of a folder, from their headers (8-byte length, then JSON)."""
+def _loaded_bytes(folder: Path, itemsize: int) -> int:
+    """Bytes of all safetensors of a folder with `itemsize` bytes per element; packed weights (U8) stay as they are.
+
+    From the files' headers: 8-byte length, then JSON.
+    """
     total = 0
     for path in folder.glob("*.safetensors"):
         try:
@@ -259,7 +273,7 @@ def _numel(folder: Path) -> int:
                 header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
             for key, entry in header.items():
                 if key != "__metadata__":
-                    total += torch.Size(entry["shape"]).numel()
+                    total += torch.Size(entry["shape"]).numel() * (1 if entry["dtype"] == "U8" else itemsize)
         except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
             raise AmqError(f"{path} is not a readable safetensors file ({error}): download or save it again") from error
     return total

@@ -1,28 +1,57 @@
-"""`python -m amq.eval MODEL`: one table of perplexities, and its JSON."""
+"""`python -m amq.eval MODEL…`: one table of perplexities and task figures, and its JSON."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from amq.backends import ACTIVATIONS, BACKENDS
-from amq.eval import Evaluation, evaluate
+from amq.eval import TaskSettings, evaluate, table
 from amq.files import write_json
 from amq.formats import FORMATS
 from amq.progress import terminal_progress
 from amq.quantizers import QUANTIZERS
-from amq.settings import run_command
+from amq.settings import add_flags, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    command = COMMANDS.get(argv[0]) if argv else None
+    return command(argv[1:]) if command else _evaluate(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {}
+"""Sub-commands, which import their modules when they run; a first argument that is none of them is a model."""
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    args = vars(_parser().parse_args(argv))
+    path, configurations, text = args.pop("json"), args.pop("configuration"), args.pop("text")
+    given = {f.name: args.pop(f.name) for f in fields(TaskSettings) if f.name in args}
+    tasks = TaskSettings(**given) if given else None
+    if text is None:
+        text = "" if tasks else "docstrings"
+    result = evaluate(configurations=configurations, text=text, tasks=tasks, progress=terminal_progress(), **args)
+    print(table(result))
+    if path:
+        write_json(path, result.json())
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m amq.eval", description="Perplexity of a model and its quantized forms."
+        prog="python -m amq.eval", description="Perplexity and task figures of models and their quantized forms."
     )
-    parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
+    parser.add_argument(
+        "model",
+        nargs="+",
+        help="hub id, folder, .gguf file, or the alias smollm2; a folder that amq quantized runs as it is",
+    )
     parser.add_argument(
         "--configuration", action="append", default=[], metavar="FILE", help="written by amq.search; may be repeated"
     )
@@ -30,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--uniform", default="", metavar="LIST", help=f"uniform formats to compare, of {', '.join(FORMATS)}"
     )
     parser.add_argument(
-        "--text", default="docstrings", help="a text file, wikitext2, c4, pydoc or docstrings (default)"
+        "--dequantized", action="store_true", help="a quantized folder also as plain torch linears: a second row"
     )
+    parser.add_argument("--text", help="a text file, wikitext2, c4, pydoc or docstrings (default; with --tasks, none)")
     parser.add_argument(
         "--max-tokens", type=int, default=16384, metavar="N", help="tokens of the text to use (default 16384)"
     )
@@ -45,29 +75,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--backend", default="reference", choices=list(BACKENDS), help="what multiplies the linears")
-    parser.add_argument("--activations", default="fp32", choices=ACTIVATIONS, help="int8 needs --backend cpu")
+    parser.add_argument(
+        "--backend",
+        choices=list(BACKENDS),
+        help="what multiplies quantized linears (default: reference for "
+        "--configuration and --uniform, the device's fastest for a quantized folder)",
+    )
+    parser.add_argument("--activations", default="fp32", choices=ACTIVATIONS, help="int8 needs --backend cpu or cuda")
+    add_flags(parser, TaskSettings)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
-    args = vars(parser.parse_args(argv))
-    path, configurations = args.pop("json"), args.pop("configuration")
-    result = evaluate(configurations=configurations, progress=terminal_progress(), **args)
-    print(table(result))
-    if path:
-        write_json(path, result.json())
-    return 0
-
-
-def table(result: Evaluation) -> str:
-    """The rows as aligned text."""
-    s = result.settings
-    width = max(len(r.name) for r in result.rows) if result.rows else 4
-    lines = [f"perplexity on {s['text']}: {s['tokens']} tokens, window = stride = {s['window_length']}",
-             f"{'':{width}}  bits/weight  weights MiB  perplexity"]  # fmt: skip
-    for row in result.rows:
-        lines.append(
-            f"{row.name:{width}}  {row.bits_per_weight:11.3f}  {row.weight_bytes / 2**20:11.1f}  {row.perplexity:10.3f}"
-        )
-    return "\n".join(lines)
+    return parser
 
 
 if __name__ == "__main__":

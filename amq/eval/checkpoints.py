@@ -1,0 +1,49 @@
+"""A checkpoint as it runs in the runtime, and dequantized into plain torch linears."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from amq.backends import check_activations, choose_backend
+from amq.checkpoint import Checkpoint, open_checkpoint
+from amq.configuration import OTHER_BYTES
+from amq.linears import LinearSpec
+from amq.models import LoadedModel, load_model
+
+
+def open_all(folders: Iterable[str]) -> dict[str, Checkpoint]:
+    """The checkpoints at `folders`, hashes verified, before any of them is loaded."""
+    return {folder: open_checkpoint(Path(folder).expanduser()) for folder in folders}
+
+
+def runtime_backend(checkpoints: Iterable[Checkpoint], backend: str | None, activations: str, device: str) -> str:
+    """`backend`, or the fastest one on `device` that runs the formats of all `checkpoints`: a table compares like."""
+    formats = {fmt for checkpoint in checkpoints for fmt in checkpoint.record.formats.values()}
+    chosen = backend or choose_backend(sorted(formats), torch.device(device).type)
+    check_activations(chosen, activations)
+    return chosen
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    return checkpoint.configuration.bits_per_weight(_linears(checkpoint))
+
+
+def weight_bytes(checkpoint: Checkpoint) -> int:
+    """All weights: linears as stored, everything else in 16 bits."""
+    others = sum(checkpoint.tensor(name).numel() for name in checkpoint.other_names)
+    return checkpoint.configuration.bytes(_linears(checkpoint)) + OTHER_BYTES * others
+
+
+def _linears(checkpoint: Checkpoint) -> list[LinearSpec]:
+    return [LinearSpec(name, 0, name, *shape) for name, shape in checkpoint.record.shapes.items()]
+
+
+def load(name: str, dtype: str, device: str, backend: str, activations: str) -> LoadedModel:
+    """The model as it runs in the runtime; `open_all` has verified it."""
+    from amq.hf import AmqConfig
+
+    how = AmqConfig(activations=activations, backend=backend, verify=False)
+    return load_model(name, dtype, device, quantization_config=how)

@@ -1,0 +1,66 @@
+"""What is measured of every form of a model: perplexity on one text, and tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from amq.blocks import BlockRunner
+from amq.data import fixed_windows, load_corpus
+from amq.errors import AmqError
+from amq.eval.perplexity import exp, negative_log_likelihood
+from amq.eval.result import Row
+from amq.eval.tasks import TaskRow, TaskRunner
+from amq.models import LoadedModel
+from amq.progress import Progress
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of a loaded model, a row of the table: `apply` puts it into the model."""
+
+    name: str
+    bits_per_weight: float
+    weight_bytes: int
+    apply: Callable[[], object] = lambda: None
+
+
+@dataclass
+class Measure:
+    """text: empty for no perplexity. tasks: None for no tasks. The first model's tokenizer sets the windows."""
+
+    text: str
+    window_length: int
+    max_tokens: int
+    tasks: TaskRunner | None
+    progress: Progress
+    rows: list[Row] = field(default_factory=list)
+    task_rows: list[TaskRow] = field(default_factory=list)
+    windows: Tensor | None = None
+
+    def prepare(self, loaded: LoadedModel) -> None:
+        """Refuses a model that cannot be measured like those before it; to be called while nothing is swapped in."""
+        if not self.text:
+            return
+        windows = fixed_windows(load_corpus(self.text, loaded.tokenizer), self.window_length, self.max_tokens)
+        if self.windows is not None and not windows.equal(self.windows):
+            raise AmqError(
+                f"{loaded.name} splits the text {self.text!r} into other tokens than the model before it, so that "
+                "perplexities per token do not compare: evaluate them apart"
+            )
+        self.windows = windows
+        BlockRunner(loaded.model).check(windows[:1, :32].to(loaded.model.get_input_embeddings().weight.device))
+
+    def run(self, loaded: LoadedModel, forms: Sequence[Form]) -> None:
+        with self.progress.stage("perplexity" if self.text else "tasks", len(forms)) as step:
+            for form in forms:
+                form.apply()
+                loss = None if self.windows is None else negative_log_likelihood(loaded.model, self.windows)
+                perplexity = None if loss is None else exp(loss)
+                bits = round(form.bits_per_weight, 4)
+                self.rows.append(Row(form.name, bits, perplexity, loss, form.weight_bytes))
+                if self.tasks:
+                    self.task_rows += self.tasks.run(loaded, form.name)
+                step(form.name if perplexity is None else f"{form.name}: {perplexity:.3f}")

@@ -1,0 +1,158 @@
+"""`evaluate`: models, their quantized forms and checkpoints on one text and on tasks, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from amq.checkpoint import Checkpoint, is_checkpoint
+from amq.configuration import Configuration, other_items
+from amq.errors import AmqError
+from amq.eval import checkpoints
+from amq.eval.banks import Banks, Recipe
+from amq.eval.measure import Form, Measure
+from amq.eval.result import Evaluation
+from amq.eval.tasks import TaskRunner, TaskSettings
+from amq.formats import BitFormat, parse_formats
+from amq.linears import check_weights, inventory
+from amq.models import load_model
+from amq.progress import Progress
+from amq.swap import LinearSwap
+
+
+def evaluate(
+    model: str | Sequence[str],
+    configurations: Sequence[str | Path] = (),
+    uniform: str = "",
+    *,
+    text: str = "docstrings",
+    max_tokens: int = 16384,
+    window_length: int = 512,
+    proxy: str = "gptq",
+    group_size: int = 128,
+    calibration: str = "pydoc",
+    bank_windows: int = 24,
+    seed: int = 0,
+    dtype: str = "auto",
+    device: str = "cpu",
+    backend: str | None = None,
+    activations: str = "fp32",
+    full: bool = True,
+    dequantized: bool = False,
+    tasks: TaskSettings | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Perplexities on one text, and figures of tasks.
+
+    model: one or several; a folder that amq quantized runs as it is, any other model in full precision.
+    configurations: files written by the search; each is assembled from the very bank it was searched on (its
+        provenance).
+    uniform: comma-separated formats, from the bank that `proxy`, `group_size`, `calibration`, `bank_windows`, `seed`
+        name; where configurations are given, from the first one's bank.
+    backend, activations: what multiplies the quantized linears; see `amq.swap`. None: `reference` for banks, and for
+        checkpoints the fastest on `device` that runs their formats.
+    dequantized: every checkpoint also as plain torch linears.
+    text: a file, or a name that `amq.data.load_text` knows, of which the first `max_tokens` tokens are used; or empty.
+    Raises AmqError for unusable input before anything is computed; for a tokenizer unlike the first when it is loaded.
+    """
+    names = [model] if isinstance(model, str) else list(model)
+    opened = checkpoints.open_all(name for name in names if is_checkpoint(Path(name).expanduser()))
+    _check(names, opened, bool(configurations or uniform), dequantized, bool(text or tasks))
+    found = [(Path(p).stem, Configuration.load(Path(p))) for p in configurations]
+    formats = parse_formats(uniform) if uniform else ()
+    recipe = Recipe(proxy, group_size, calibration, bank_windows, window_length, seed)
+    recipe = Recipe.of(found[0][1], recipe) if found else recipe
+    if opened:
+        backend = checkpoints.runtime_backend(opened.values(), backend, activations, device)
+    runner = TaskRunner(tasks) if tasks else None
+    measure = Measure(text, window_length, max_tokens, runner, progress or Progress())
+    run = _Run(measure, dtype, device, backend or "reference", activations)
+    for name, label in zip(names, _labels(names, opened), strict=True):
+        if name in opened:
+            run.checkpoint(name, label, opened[name], dequantized)
+        else:
+            run.plain(name, label, formats, found, recipe, full)
+    settings: dict[str, Any] = {
+        "model": ", ".join(names), "text": text, "tokens": 0 if measure.windows is None else measure.windows.numel(),
+        "window_length": window_length, "stride": window_length, "backend": run.backend, "activations": activations,
+        "bank": asdict(recipe),
+    }  # fmt: skip
+    return Evaluation(measure.rows, settings | ({"tasks": runner.settings} if runner else {}), tuple(measure.task_rows))
+
+
+def _check(
+    names: Sequence[str], opened: dict[str, Checkpoint], quantizing: bool, dequantized: bool, measuring: bool
+) -> None:
+    if not names:
+        raise AmqError("no model is given")
+    if odd := next((name for name in names if names.count(name) > 1), None):
+        raise AmqError(f"model {odd} is given twice")
+    if quantizing and opened:
+        raise AmqError(f"{next(iter(opened))} is quantized already: --configuration and --uniform want a plain model")
+    if quantizing and len(names) > 1:
+        raise AmqError(f"--configuration and --uniform want one model, got {len(names)}: {', '.join(names)}")
+    if dequantized and not opened:
+        raise AmqError(f"--dequantized wants a folder that amq quantized, {names[0]} is not one")
+    if not measuring:
+        raise AmqError("nothing to measure: give a text or tasks")
+
+
+def _labels(names: Sequence[str], opened: dict[str, Checkpoint]) -> list[str]:
+    """A checkpoint is called by its folder's name, a plain model `full`; by what was given where that is ambiguous."""
+    short = [Path(name).resolve().name if name in opened else "full" for name in names]
+    return [label if short.count(label) == 1 else name for label, name in zip(short, names, strict=True)]
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Loads one model after another, each in a call of its own so that it is gone before the next."""
+
+    measure: Measure
+    dtype: str
+    device: str
+    backend: str
+    activations: str
+
+    def plain(
+        self,
+        name: str,
+        label: str,
+        formats: Sequence[BitFormat],
+        configurations: Sequence[tuple[str, Configuration]],
+        recipe: Recipe,
+        full: bool,
+    ) -> None:
+        """A model in full precision, then uniform formats and configurations from their banks."""
+        loaded = load_model(name, self.dtype, self.device)
+        parts = inventory(loaded.model)
+        check_weights(loaded.model, parts.linears)
+        for _, configuration in configurations:
+            configuration.check(parts.linears)
+        self.measure.prepare(loaded)
+        swap = LinearSwap(loaded.model, (s.name for s in parts.linears), self.backend, self.activations)
+        banks = Banks(loaded, parts, swap, self.measure.progress)
+        jobs = [(f.name, Configuration.uniform(parts.linears, f, recipe.group_size), recipe) for f in formats]
+        jobs += [(stem, c, Recipe.of(c, recipe)) for stem, c in configurations]
+        forms = [Form(label, 16.0, 2 * parts.numel)] if full else []
+        for title, configuration, of in jobs:
+            banks.open(of, set(configuration.formats.values()))
+            size = configuration.bytes(parts.linears) + sum(item.bytes for item in other_items(parts))
+            bits = configuration.bits_per_weight(parts.linears)
+            forms.append(Form(title, bits, size, lambda c=configuration, r=of: banks.apply(c, r)))
+        self.measure.run(loaded, forms)
+
+    def checkpoint(self, name: str, label: str, checkpoint: Checkpoint, dequantized: bool) -> None:
+        """A checkpoint as the backend runs it, and as plain torch linears; `reference` means the latter alone."""
+        loaded = checkpoints.load(name, self.dtype, self.device, self.backend, self.activations)
+        bits, size = checkpoints.bits_per_weight(checkpoint), checkpoints.weight_bytes(checkpoint)
+        forms = [Form(label, bits, size)]
+        plain = Form(f"{label} dequantized", bits, size, loaded.model.dequantize)
+        if self.backend == "reference":
+            plain.apply()
+            forms = [replace(plain, apply=lambda: None)]
+        elif dequantized:
+            forms.append(plain)
+        self.measure.prepare(loaded)
+        self.measure.run(loaded, forms)
