@@ -22,6 +22,9 @@ from amq.linears import LinearSpec, get_linear
 
 log = logging.getLogger(__name__)
 
+SAMPLE = 32
+"""Tokens of `CalibrationStream.sample`, and of the check that the model can be run block by block."""
+
 
 @dataclass(frozen=True)
 class InputGroup:
@@ -43,7 +46,7 @@ class CalibrationStream:
         self._windows = [w.unsqueeze(0).to(device) for w in windows]
         self._hidden: list[Tensor | None] = [None] * len(windows)
         self.boundary = 0
-        self.runner.check(self._windows[0][:, :32])
+        self.runner.check(self._windows[0][:, :SAMPLE])
 
     def measure(self, linears: Sequence[LinearSpec], advance: bool = False) -> list[InputGroup]:
         """Runs the next block on every window and returns `linears`, all of that block, grouped by input.
@@ -59,6 +62,12 @@ class CalibrationStream:
         """Moves the hidden states behind the next block."""
         self._run(lambda: None, True)
 
+    def sample(self) -> Tensor:
+        """The next block's output on the first tokens of the first window, with the weights of this moment."""
+        start, hidden = self.boundary, self._hidden[0]
+        hidden = None if hidden is None else hidden[:, :SAMPLE]
+        return self.runner.hidden(self._windows[0][:, :SAMPLE], start + 1, start, hidden)
+
     def _run(self, after_window: Callable[[], None], advance: bool) -> None:
         start = self.boundary
         for i, tokens in enumerate(self._windows):
@@ -71,6 +80,27 @@ class CalibrationStream:
                 self._hidden[i] = hidden
             after_window()
         self.boundary += advance
+
+
+def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], tokens: Tensor) -> tuple[tuple[str, ...], ...]:
+    """Names of linears that read one tensor, in groups of two or more; tokens: int64 [1, length] to look with."""
+    readers: dict[int, list[str]] = {}
+    kept: list[Tensor] = []  # alive, so that an id stays one tensor's
+
+    def note(spec: LinearSpec, x: Tensor) -> None:
+        kept.append(x)
+        readers.setdefault(id(x), []).append(spec.name)
+
+    handles = [
+        get_linear(model, s.name).register_forward_pre_hook(lambda module, args, s=s: note(s, args[0])) for s in linears
+    ]
+    try:
+        with torch.no_grad():
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(tuple(names) for names in readers.values() if len(names) > 1)
 
 
 class _Grams:

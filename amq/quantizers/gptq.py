@@ -33,7 +33,11 @@ ROWS = 512
 
 
 def quantize(
-    weights: Sequence[Tensor], formats: Sequence[BitFormat], group_size: int, gram: Tensor | None
+    weights: Sequence[Tensor],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    gram: Tensor | None,
+    zero_points: str = "fractional",
 ) -> list[dict[str, PackedWeight]]:
     """See `amq.quantizers.Quantizer`. gram: float32 [in_features, in_features], the mean of x xᵀ; required."""
     if gram is None:
@@ -42,7 +46,9 @@ def quantize(
     order = hessian.diagonal().argsort(descending=True, stable=True)
     # Upper Cholesky factor of H⁻¹ in that order: row k tells how later features make up for an error at k.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    problem = _Problem(hessian, order, torch.linalg.cholesky(inverse, upper=True), tuple(formats), group_size)
+    problem = _Problem(
+        hessian, order, torch.linalg.cholesky(inverse, upper=True), tuple(formats), group_size, zero_points
+    )
     chunks = torch.cat([w.float() for w in weights]).split(ROWS)
     solved = parallel_map(problem.solve, chunks)  # per chunk, per format: codes, scale, zero_point
     results: list[dict[str, PackedWeight]] = [{} for _ in weights]
@@ -79,15 +85,17 @@ class _Problem:
     factor: Tensor
     formats: tuple[BitFormat, ...]
     group_size: int
+    zero_points: str
 
     def solve(self, weight: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """(codes float32 [rows, in_features], scale, zero_point [rows, n_groups]) of some rows in every format."""
         importance = to_groups(self.hessian.diagonal().unsqueeze(0), self.group_size)[0]
         groups = to_groups(weight, self.group_size)
-        grids = [fitted_grid(groups, importance, fmt) for fmt in self.formats]
+        grids = [fitted_grid(groups, importance, fmt, self.zero_points) for fmt in self.formats]
         solutions = []
         for grid, codes in zip(grids, self._round(weight, grids), strict=True):
-            solutions.append((codes, *_refit_rows(weight, codes, grid, self.group_size, self.hessian)))
+            refit = _refit_rows if self.zero_points == "fractional" else _refit_scales
+            solutions.append((codes, *refit(weight, codes, grid, self.group_size, self.hessian)))
         return solutions
 
     def _round(self, weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
@@ -148,10 +156,41 @@ def _refit_rows(
     good = (info == 0).unsqueeze(-1) & (scale > TINY) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
     good = good.all(-1, keepdim=True)  # groups of a row were solved together: take all or none
     new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero_point, grid[1]))
+    return _better_rows(weight, codes, new, grid, group_size, hessian)
+
+
+def _refit_scales(
+    weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor
+) -> tuple[Tensor, Tensor]:
+    """As `_refit_rows` with the zero points as they are: n_groups unknowns, one basis vector per group."""
+    rows, in_features = weight.shape
+    groups = n_groups(in_features, group_size)
+    steps = to_groups(codes - expand(grid, group_size, in_features)[1], group_size)
+    target = to_groups(weight @ hessian, group_size)
+    normal = torch.empty(rows, groups, groups)
+    for g in range(groups):
+        span = slice(g * group_size, min((g + 1) * group_size, in_features))
+        product = to_groups(steps[:, g, : span.stop - span.start] @ hessian[span], group_size)
+        normal[:, g] = (product * steps).sum(-1)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)
+    normal += torch.diag_embed(ridge.unsqueeze(-1).expand(-1, groups))
+    right = (steps * target).sum(-1, keepdim=True)
+    scale, info = torch.linalg.solve_ex(normal.double(), right.double())
+    scale = scale.squeeze(-1).float()
+    good = ((info == 0).unsqueeze(-1) & (scale > TINY)).all(-1, keepdim=True)
+    new = storable(torch.where(good, scale, grid[0]), grid[1])
+    return _better_rows(weight, codes, new, grid, group_size, hessian)
+
+
+def _better_rows(
+    weight: Tensor, codes: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...], group_size: int, hessian: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`new` for the rows whose output error it lowers, `old` for the others."""
     better = _output_error(weight, codes, new, group_size, hessian) < _output_error(
-        weight, codes, grid, group_size, hessian
+        weight, codes, old, group_size, hessian
     )
-    return torch.where(better.unsqueeze(-1), new[0], grid[0]), torch.where(better.unsqueeze(-1), new[1], grid[1])
+    better = better.unsqueeze(-1)
+    return torch.where(better, new[0], old[0]), torch.where(better, new[1], old[1])
 
 
 def _output_error(weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amq.errors import AmqError
 from amq.formats import BitFormat, n_groups
 from amq.packing import PackedWeight, expand_groups, pack_codes
 
@@ -26,18 +27,46 @@ def to_groups(weight: Tensor, group_size: int) -> Tensor:
     return padded.view(rows, groups, group_size)
 
 
+ZERO_POINTS = ("fractional", "integer", "symmetric")
+"""What a zero point may be: any fp16 number; a whole code; levels // 2 everywhere. Other tools' formats need the last
+two."""
+
+
 def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds a grid to fp16 and returns it as float32."""
     return scale.clamp(min=TINY, max=65504.0).half().float(), zero_point.half().float()
 
 
-def minmax_grid(groups: Tensor, fmt: BitFormat, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+def minmax_grid(
+    groups: Tensor, fmt: BitFormat, shrink: float = 1.0, zero_points: str = "fractional"
+) -> tuple[Tensor, Tensor]:
     """The grid that spans each group's range (and zero), its ends moved towards zero by the factor `shrink`."""
     low = groups.amin(-1).clamp(max=0.0) * shrink
     high = groups.amax(-1).clamp(min=0.0) * shrink
+    return range_grid(low, high, fmt, zero_points)
+
+
+def range_grid(low: Tensor, high: Tensor, fmt: BitFormat, zero_points: str = "fractional") -> tuple[Tensor, Tensor]:
+    """The grid from `low` ≤ 0 to `high` ≥ 0, of any equal shapes; `zero_points` as in `ZERO_POINTS`."""
+    if zero_points == "symmetric":
+        middle = float(symmetric_zero(fmt))
+        scale, zero_point = storable(torch.maximum(-low / middle, high / (fmt.max_code - middle)), low)
+        return scale, torch.full_like(zero_point, middle)
     scale = (high - low) / fmt.max_code
     scale, _ = storable(scale, scale)
-    return storable(scale, (-low / scale).clamp(0, fmt.max_code))
+    zero_point = (-low / scale).clamp(0, fmt.max_code)
+    return storable(scale, zero_point.round() if zero_points == "integer" else zero_point)
+
+
+def symmetric_zero(fmt: BitFormat) -> int:
+    """The zero point of a symmetric grid, the same for all groups: as many levels below it as above, and one more."""
+    return fmt.levels // 2
+
+
+def check_zero_points(zero_points: str) -> str:
+    if zero_points not in ZERO_POINTS:
+        raise AmqError(f"zero points must be one of {', '.join(ZERO_POINTS)}, got {zero_points!r}")
+    return zero_points
 
 
 def encode(groups: Tensor, scale: Tensor, zero_point: Tensor, fmt: BitFormat) -> Tensor:
@@ -52,7 +81,12 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 
 def fitted_grid(
-    groups: Tensor, importance: Tensor, fmt: BitFormat, shrinks: tuple[float, ...] = (1.0, 0.85, 0.7), refits: int = 3
+    groups: Tensor,
+    importance: Tensor,
+    fmt: BitFormat,
+    zero_points: str = "fractional",
+    shrinks: tuple[float, ...] = (1.0, 0.85, 0.7),
+    refits: int = 3,
 ) -> tuple[Tensor, Tensor]:
     """The clipped asymmetric grid with the least error Σ importance·(w − ŵ)², per group.
 
@@ -60,9 +94,9 @@ def fitted_grid(
     best grid seen is kept. importance: float32 [n_groups, group_size], ≥ 0, the mean square of each input feature.
     """
     best_error = torch.full(groups.shape[:2], torch.inf)
-    best = minmax_grid(groups, fmt)
+    best = minmax_grid(groups, fmt, zero_points=zero_points)
     for shrink in shrinks:
-        scale, zero_point = minmax_grid(groups, fmt, shrink)
+        scale, zero_point = minmax_grid(groups, fmt, shrink, zero_points)
         for step in range(refits + 1):
             codes = encode(groups, scale, zero_point, fmt)
             error = decode(codes, scale, zero_point).sub_(groups).square_().mul_(importance).sum(-1)
@@ -70,8 +104,18 @@ def fitted_grid(
             best_error = torch.where(better, error, best_error)
             best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
             if step < refits:
-                scale, zero_point = _refit(groups, codes, importance, scale, zero_point)
+                refit = _refit if zero_points == "fractional" else _refit_scale
+                scale, zero_point = refit(groups, codes, importance, scale, zero_point)
     return best
+
+
+def _refit_scale(
+    groups: Tensor, codes: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Least squares w ≈ scale·(code − zero_point) within each group, zero_point as it is."""
+    steps = codes - zero_point.unsqueeze(-1)
+    new_scale = (importance * steps * groups).sum(-1) / (importance * steps * steps).sum(-1)
+    return storable(torch.where(torch.isfinite(new_scale) & (new_scale > TINY), new_scale, scale), zero_point)
 
 
 def _refit(

@@ -18,9 +18,17 @@ from amq.quantizers.grid import packed
 
 
 def quantize(
-    weights: Sequence[Tensor], formats: Sequence[BitFormat], group_size: int, gram: Tensor | None = None
+    weights: Sequence[Tensor],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    gram: Tensor | None = None,
+    zero_points: str = "fractional",
 ) -> list[dict[str, PackedWeight]]:
     """See `amq.quantizers.Quantizer`; `gram` is not used."""
+    if zero_points != "fractional":
+        raise AmqError(
+            f"the hqq library solves for fractional zero points, not {zero_points} ones: use rtn, awq or gptq"
+        )
     return [{fmt.name: _one(weight, fmt, group_size) for fmt in formats} for weight in weights]
 
 

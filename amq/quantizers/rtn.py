@@ -12,14 +12,18 @@ from amq.quantizers.grid import encode, minmax_grid, packed, to_groups
 
 
 def quantize(
-    weights: Sequence[Tensor], formats: Sequence[BitFormat], group_size: int, gram: Tensor | None = None
+    weights: Sequence[Tensor],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    gram: Tensor | None = None,
+    zero_points: str = "fractional",
 ) -> list[dict[str, PackedWeight]]:
     """See `amq.quantizers.Quantizer`; `gram` is not used."""
-    return [{fmt.name: _one(weight, fmt, group_size) for fmt in formats} for weight in weights]
+    return [{fmt.name: _one(weight, fmt, group_size, zero_points) for fmt in formats} for weight in weights]
 
 
-def _one(weight: Tensor, fmt: BitFormat, group_size: int) -> PackedWeight:
+def _one(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str) -> PackedWeight:
     groups = to_groups(weight, group_size)
-    scale, zero_point = minmax_grid(groups, fmt)
+    scale, zero_point = minmax_grid(groups, fmt, zero_points=zero_points)
     codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : weight.shape[1]]
     return packed(codes, scale, zero_point, fmt, group_size)

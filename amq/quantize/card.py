@@ -1,0 +1,85 @@
+"""The model card: what was done to the model, how good it is, and how to run it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import amq
+from amq.checkpoint import QuantizationRecord
+from amq.files import write_text
+
+TEMPLATE = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [amq, quantized, mixed-bit]
+---
+# {name}
+
+{model}, its {count} linears quantized by [amq](https://pypi.org/project/amq/) {version} (method `{method}`, group size
+{group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
+
+| format | linears |
+|---|---|
+{formats}
+
+| in memory | MiB |
+|---|---|
+{memory}
+{perplexity}
+## Run it
+
+```
+pip install amq
+python -m amq.generate {name} --prompt "Why is the sky blue?"
+python -m amq.eval {name}
+```
+
+```python
+import amq  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Without `import amq` transformers fills the linears with random numbers and only warns.
+
+`configuration.json` says which linear has which format, `quantization.json` how each of them came out. Made with
+{windows} calibration windows of {window_length} tokens of `{calibration}`, seed {seed}, in {seconds:.0f} s.
+"""
+
+
+def write_card(folder: Path, name: str, record: QuantizationRecord, log: dict[str, Any]) -> None:
+    """Writes README.md; log: the content of quantization.json."""
+    settings = log["settings"]
+    counts = Counter(record.formats.values())
+    memory = [(i["name"], i["bytes"]) for i in log["memory"]["items"] if i["bytes"]]
+    memory.append(("**total**", log["memory"]["total"]))
+    text = TEMPLATE.format(
+        name=name,
+        model=settings["model"],
+        count=len(record.formats),
+        version=amq.__version__,
+        method=settings["method"],
+        group_size=record.group_size,
+        bits=log["bits_per_weight"],
+        formats="\n".join(f"| {fmt} | {counts[fmt]} |" for fmt in sorted(counts)),
+        memory="\n".join(f"| {item} | {size / 2**20:.1f} |" for item, size in memory),
+        perplexity=_perplexity(log["perplexity"]),
+        windows=settings["windows"],
+        window_length=settings["window_length"],
+        calibration=settings["calibration"],
+        seed=settings["seed"],
+        seconds=log["seconds"],
+    )
+    write_text(folder / "README.md", text)
+
+
+def _perplexity(figures: dict[str, Any] | None) -> str:
+    if figures is None:
+        return ""
+    rows = "\n".join(f"| {n} | {'broken' if v is None else f'{v:.3f}'} |" for n, v in figures["rows"].items())
+    head = f"perplexity on {figures['tokens']} tokens of `{figures['text']}`, windows of {figures['window_length']}"
+    return f"\n| {head} | |\n|---|---|\n{rows}\n"

@@ -1,0 +1,108 @@
+"""Finds what makes the input of a group of linears, so that a factor per channel can move from one into the other.
+
+W·x = (W·s)·(x/s), and x/s is made by scaling the rows of what produces x: the weight of a norm, or the linear before
+(up → down, v → o, fc1 → relu → fc2). Which module that is, and which of its channels feeds which input feature (under
+grouped-query attention one channel of v feeds several of o), differs between architectures and is not written down
+anywhere. So it is tried out: a candidate's channels are multiplied by random powers of two, the linears' input
+features are divided by them, and where the block's output stays as it was, the candidate is the producer. Powers of two
+change no rounding, so the output stays equal to the last bit or moves a lot. A norm that multiplies by 1 + weight
+(Gemma) is tried as such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from amq.linears import LinearSpec, get_linear
+
+TOLERANCE = 1e-3
+"""Largest change of the block's output, relative to its largest value: rounding of 1 + weight, nothing else."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Input feature k of the linears in a group is channel `index[k]` of the module `producer`.
+
+    offset: 1 where the module multiplies by 1 + weight, else 0.
+    """
+
+    producer: str
+    index: Tensor
+    offset: float = 0.0
+
+
+def find_fold(
+    model: nn.Module,
+    block: str,
+    group: Sequence[LinearSpec],
+    head_dim: int | None,
+    run: Callable[[], Tensor],
+) -> Fold | None:
+    """The producer of `group`'s input inside the module `block`, or None where no candidate passes.
+
+    head_dim: features per attention head, for v → o with fewer key-value heads.
+    run: the block's output on some tokens, with the weights that the model has at that moment.
+    """
+    before = run()
+    limit = TOLERANCE * float(before.abs().max())
+    generator = torch.Generator().manual_seed(0)
+    for fold in _candidates(model, block, group, head_dim):
+        channels = int(fold.index.max()) + 1
+        factors = 2.0 ** torch.randint(-1, 2, (channels,), generator=generator)
+        if float(factors.max()) == float(factors.min()):
+            factors[0] *= 2
+        undo = [(t, t.data.clone()) for t in _touched(model, fold, group)]
+        try:
+            apply_fold(model, fold, group, factors)
+            difference = float((run() - before).abs().max())
+        finally:
+            for parameter, saved in undo:
+                parameter.data.copy_(saved)
+        if difference <= limit:
+            return fold
+    return None
+
+
+def apply_fold(model: nn.Module, fold: Fold, group: Sequence[LinearSpec], factors: Tensor) -> None:
+    """Multiplies the producer's channels by `factors` [channels] and divides the group's input features by them."""
+    module = model.get_submodule(fold.producer)
+    factors = factors.to(module.weight.device, torch.float32)
+    rows = factors.unsqueeze(-1) if module.weight.ndim == 2 else factors
+    scaled = (module.weight.data.float() + fold.offset) * rows - fold.offset
+    module.weight.data.copy_(scaled)
+    if getattr(module, "bias", None) is not None:
+        module.bias.data.copy_(module.bias.data.float() * factors)
+    for spec in group:
+        weight = get_linear(model, spec.name).weight
+        weight.data.copy_(weight.data.float() / factors[fold.index.to(weight.device)])
+
+
+def _touched(model: nn.Module, fold: Fold, group: Sequence[LinearSpec]) -> list[Tensor]:
+    producer = model.get_submodule(fold.producer)
+    biases = [producer.bias] if getattr(producer, "bias", None) is not None else []
+    return [producer.weight, *biases, *(get_linear(model, s.name).weight for s in group)]
+
+
+def _candidates(model: nn.Module, block: str, group: Sequence[LinearSpec], head_dim: int | None) -> Iterator[Fold]:
+    """Modules of the block whose channels could be the input features: vectors of weights first, then linears."""
+    features = group[0].in_features
+    members = {spec.name for spec in group}
+    straight = torch.arange(features)
+    modules = [(f"{block}.{n}", m) for n, m in model.get_submodule(block).named_modules() if n]
+    for name, module in modules:
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and tuple(weight.shape) == (features,):
+            yield Fold(name, straight)
+            yield Fold(name, straight, 1.0)
+    for name, module in modules:
+        if not isinstance(module, nn.Linear) or name in members or features % module.out_features:
+            continue
+        if module.out_features == features:
+            yield Fold(name, straight)
+        elif head_dim and module.out_features % head_dim == 0:
+            heads = torch.arange(module.out_features).view(-1, head_dim)
+            yield Fold(name, heads.repeat_interleave(features // module.out_features, dim=0).flatten())

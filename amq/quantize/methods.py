@@ -1,0 +1,185 @@
+"""The methods that quantize one block, and the stream that calls them: model → one `BlockResult` after the other.
+
+A calibrated method sees the inputs that the quantized blocks before it produce, measures all its linears' inputs once,
+moves scales between producers and linears (`awq`), and rounds. Blocks before the current one hold their dequantized
+weights, so memory is the model, one block's statistics and the hidden states of the calibration windows.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from amq.calibration import CalibrationStream, InputGroup
+from amq.errors import AmqError
+from amq.formats import get_format
+from amq.linears import Inventory, LinearSpec, get_linear
+from amq.native import dequantize_into
+from amq.packing import PackedWeight
+from amq.quantize.fold import Fold, apply_fold, find_fold
+from amq.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantizers.awq import search_scale
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Method:
+    """rounding: a name in `amq.quantizers.QUANTIZERS`. scales: whether AWQ's scales are searched and folded first."""
+
+    rounding: str
+    scales: bool = False
+    help: str = ""
+
+    @property
+    def calibrated(self) -> bool:
+        return self.scales or self.rounding in NEEDS_GRAM
+
+
+METHODS = {
+    "awq": Method("clip", True, "activation-aware scales and asymmetric clipping"),
+    "gptq": Method("gptq", False, "error-compensated rounding, block by block"),
+    "awq+gptq": Method("gptq", True, "activation-aware scales, then error-compensated rounding"),
+    "clip": Method("clip", False, "asymmetric clipping alone"),
+    "hqq": Method("hqq", False, "half-quadratic quantization, no calibration"),
+    "rtn": Method("rtn", False, "round to nearest, no calibration"),
+}
+"""Methods that quantize here; `bank` and `autoround` (amq/quantize/run.py) take weights that others made."""
+
+
+@dataclass
+class BlockResult:
+    """One finished block.
+
+    packed: {linear: weight}. changed: {parameter name: new value} of norms and biases that took a scale.
+    errors: {linear: ‖(W − Ŵ)x‖/‖Wx‖ over calibration inputs, or ‖W − Ŵ‖/‖W‖ without calibration}; W after folding.
+    notes: what a user should know of, such as which scales could not be folded.
+    """
+
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class BlockQuantizer:
+    """Quantizes `model` in place, one block per call, in order.
+
+    formats: {linear: format name}. windows: int64 [windows, length], or None for methods without calibration.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inventory: Inventory,
+        formats: Mapping[str, str],
+        group_size: int,
+        method: Method,
+        windows: Tensor | None,
+        zero_points: str = "fractional",
+    ) -> None:
+        self._model, self._inventory = model, inventory
+        self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
+        self._group_size, self._method, self._zero_points = group_size, method, zero_points
+        self._stream = CalibrationStream(model, windows) if method.calibrated else None
+        self._head_dim = _head_dim(model.config)
+        self._block = 0
+
+    @torch.no_grad()
+    def quantize_next(self) -> BlockResult:
+        """The next block's result; the model then holds its dequantized weights."""
+        linears = self._inventory.in_block(self._block)
+        result = BlockResult()
+        if self._stream is None:
+            for spec in linears:
+                self._round((spec,), None, result)
+        else:
+            groups = self._stream.measure(linears)
+            if self._method.scales:
+                groups = self._scale(groups, result)
+            for group in groups:
+                self._round(group.linears, group.gram, result)
+        self._finish(result)
+        return result
+
+    @torch.no_grad()
+    def skip(self, result: BlockResult) -> None:
+        """Takes a block that an earlier run finished."""
+        for name, value in result.changed.items():
+            self._model.get_parameter(name).data.copy_(value)
+        self._finish(result)
+
+    def _finish(self, result: BlockResult) -> None:
+        for name, packed in result.packed.items():
+            weight = get_linear(self._model, name).weight.data
+            buffer = torch.empty(weight.shape, dtype=torch.float32)
+            dequantize_into(packed, buffer)
+            weight.copy_(buffer)
+        if self._stream is not None:
+            self._stream.advance()
+        self._block += 1
+
+    def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
+        quantize = get_quantizer(self._method.rounding)
+        for spec in specs:
+            fmt = self._formats[spec.name]
+            weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
+            try:
+                packed = quantize([weight], [fmt], self._group_size, gram, self._zero_points)[0][fmt.name]
+            except AmqError as error:
+                raise AmqError(f"{spec.name}: {error}") from None
+            result.packed[spec.name] = packed
+            result.errors[spec.name] = _relative_error(weight, packed, gram)
+
+    def _scale(self, groups: Sequence[InputGroup], result: BlockResult) -> list[InputGroup]:
+        """Searches every group's scales and moves them into their producers; returns the groups as they are then.
+
+        All scales are searched on the weights as they were: a producer's rows get a factor each, which leaves the
+        relative error of rounding them alone.
+        """
+        scaled = []
+        block = f"{self._inventory.blocks_path}.{self._block}"
+        for group in groups:
+            fold = find_fold(self._model, block, group.linears, self._head_dim, self._stream.sample)
+            if fold is None:
+                result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
+                scaled.append(group)
+                continue
+            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in group.linears]
+            formats = [self._formats[s.name] for s in group.linears]
+            scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
+            factors = torch.ones(int(fold.index.max()) + 1)
+            factors[fold.index] = 1 / scale
+            apply_fold(self._model, fold, group.linears, factors)
+            scaled.append(InputGroup(group.linears, group.gram / scale.unsqueeze(1) / scale))
+            self._note_changes(fold, result)
+        return scaled
+
+    def _note_changes(self, fold: Fold, result: BlockResult) -> None:
+        """Keeps the parameters of a producer that stay in the checkpoint as they are: norms, and biases of linears."""
+        module = self._model.get_submodule(fold.producer)
+        for name, parameter in module.named_parameters(recurse=False):
+            if fold.producer not in self._formats or name != "weight":
+                result.changed[f"{fold.producer}.{name}"] = parameter.data.clone()
+
+
+def _relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:
+    restored = torch.empty(weight.shape, dtype=torch.float32)
+    dequantize_into(packed, restored)
+    error = restored.sub_(weight)
+
+    def energy(rows: Tensor) -> float:
+        return float((rows if gram is None else rows @ gram).mul_(rows).sum(dtype=torch.float64))
+
+    return math.sqrt(max(energy(error), 0.0) / max(energy(weight.clone()), 1e-30))
+
+
+def _head_dim(config: object) -> int | None:
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)

@@ -1,0 +1,233 @@
+"""One quantization from settings to checkpoint folder: load, quantize block by block, write, describe."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.calibration import shared_inputs
+from amq.checkpoint import QuantizationRecord, write_checkpoint
+from amq.configuration import Configuration, memory_items, memory_json
+from amq.data import WindowSampler, fixed_windows, load_corpus
+from amq.errors import AmqError
+from amq.eval.perplexity import perplexity
+from amq.files import check_new_folder, write_json
+from amq.formats import get_format
+from amq.linears import Inventory, check_weights, inventory
+from amq.models import LoadedModel, load_model, model_fingerprint
+from amq.progress import Progress
+from amq.quantize.card import write_card
+from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult
+from amq.quantize.settings import QuantizeSettings
+from amq.quantize.work import WorkFolder
+
+SCHEMA = "amq/quantization/1"
+SHARING_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class QuantizeResult:
+    """output: the checkpoint folder. log: the content of its quantization.json."""
+
+    output: Path
+    log: dict[str, Any]
+
+
+def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Progress | None = None) -> QuantizeResult:
+    """Quantizes a model into a checkpoint folder; raises AmqError for bad input before anything is written."""
+    progress = progress or Progress()
+    started = time.monotonic()
+    settings.check()
+    output = Path(settings.output)
+    check_new_folder(output)
+    loaded = load_model(settings.model, settings.dtype, settings.device)
+    parts = inventory(loaded.model)
+    check_weights(loaded.model, parts.linears)
+    configuration = _configuration(settings, parts)
+    fingerprint = model_fingerprint(loaded.model)
+    _check_provenance(configuration, fingerprint, settings.model)
+    corpus = load_corpus(settings.calibration, loaded.tokenizer)
+    windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
+    record = QuantizationRecord(
+        dict(configuration.formats),
+        {s.name: (s.out_features, s.in_features) for s in parts.linears},
+        configuration.group_size,
+        settings.method,
+        shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device)),
+    )
+    identity = settings.identity(fingerprint, dict(configuration.formats), configuration.group_size)
+    perplexities = _Perplexities(settings, loaded, progress)
+    source = _source(settings, loaded, parts, configuration, windows, fingerprint, progress)
+    work = WorkFolder(output, identity, record, resume)
+    perplexities.measure("full")
+    results = _blocks(source, work, parts.n_blocks, progress)
+    perplexities.measure(settings.method)
+    log = {
+        "schema": SCHEMA,
+        "settings": asdict(settings),
+        "model": {"name": settings.model, "fingerprint": fingerprint},
+        "calibration_sha256": corpus.sha256,
+        "bits_per_weight": round(configuration.bits_per_weight(parts.linears), 4),
+        "memory": memory_json(memory_items(parts, configuration)),
+        "perplexity": perplexities.figures,
+        "linears": _linears(parts, configuration, results),
+        "notes": sorted({note for result in results for note in result.notes}),
+        "seconds": round(time.monotonic() - started, 1),
+        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+    }
+    _write(output, loaded, parts, record, configuration, results, log)
+    work.remove()
+    return QuantizeResult(output, log)
+
+
+def _configuration(settings: QuantizeSettings, parts: Inventory) -> Configuration:
+    if settings.uniform:
+        return Configuration.uniform(parts.linears, get_format(settings.uniform), settings.group_size)
+    configuration = Configuration.load(Path(settings.configuration))
+    configuration.check(parts.linears)
+    return configuration
+
+
+def _check_provenance(configuration: Configuration, fingerprint: str, model: str) -> None:
+    made_for = (configuration.details.get("provenance") or {}).get("model_fingerprint")
+    if made_for and made_for != fingerprint:
+        raise AmqError(
+            f"the configuration was searched on other weights than those of {model}: search this model, or remove "
+            "model_fingerprint from the file's provenance if you know that it fits"
+        )
+
+
+def _source(
+    settings: QuantizeSettings,
+    loaded: LoadedModel,
+    parts: Inventory,
+    configuration: Configuration,
+    windows: Tensor,
+    fingerprint: str,
+    progress: Progress,
+) -> BlockQuantizer:
+    """What yields block after block."""
+    model, formats, group_size = loaded.model, configuration.formats, configuration.group_size
+    if settings.method in METHODS:
+        method = METHODS[settings.method]
+        calibration = windows if method.calibrated else None
+        return BlockQuantizer(model, parts, formats, group_size, method, calibration, settings.zero_points)
+    raise AmqError(f"unknown method {settings.method!r}")
+
+
+def _blocks(source: BlockQuantizer, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
+    """Every block's result, from the work folder where it is there."""
+    results = []
+    with progress.stage("quantize", count) as step:
+        for block in range(count):
+            result = work.load(block)
+            if result is None:
+                start = time.monotonic()
+                work.save(block, source.quantize_next())
+                result = work.load(block)  # mapped, so that finished blocks take no memory
+                step(f"block {block}: {_errors(result)}, {time.monotonic() - start:.1f} s")
+            else:
+                source.skip(result)
+                step(f"block {block} is there")
+            results.append(result)
+    return results
+
+
+def _errors(result: BlockResult) -> str:
+    """`relative error q_proj int3 0.12 …`, linears by the last part of their names."""
+    shown = [
+        f"{name.rpartition('.')[2]} {result.packed[name].format.name} {error:.3f}"
+        for name, error in result.errors.items()
+    ]
+    return "relative error " + " ".join(shown)
+
+
+def _linears(parts: Inventory, configuration: Configuration, results: list[BlockResult]) -> dict[str, dict[str, Any]]:
+    errors = {name: error for result in results for name, error in result.errors.items()}
+    return {
+        s.name: {
+            "format": configuration.formats[s.name],
+            "shape": [s.out_features, s.in_features],
+            "relative_error": errors.get(s.name),
+        }
+        for s in parts.linears
+    }
+
+
+class _Perplexities:
+    """Perplexity of the model in memory, before and after: what the model card shows."""
+
+    def __init__(self, settings: QuantizeSettings, loaded: LoadedModel, progress: Progress) -> None:
+        self._model, self._progress = loaded.model, progress
+        self.figures: dict[str, Any] | None = None
+        if settings.perplexity == "none":
+            return
+        corpus = load_corpus(settings.perplexity, loaded.tokenizer)
+        self._windows = fixed_windows(corpus, settings.window_length, settings.perplexity_tokens)
+        self.figures = {
+            "text": settings.perplexity,
+            "tokens": self._windows.numel(),
+            "window_length": settings.window_length,
+            "rows": {},
+        }
+
+    def measure(self, name: str) -> None:
+        if self.figures is None:
+            return
+        with self._progress.stage("perplexity", 1) as step:
+            value = perplexity(self._model, self._windows)
+            step(f"{name}: {value:.3f}")
+        self.figures["rows"][name] = value if math.isfinite(value) else None
+
+
+def _write(
+    output: Path,
+    loaded: LoadedModel,
+    parts: Inventory,
+    record: QuantizationRecord,
+    configuration: Configuration,
+    results: list[BlockResult],
+    log: dict[str, Any],
+) -> None:
+    packed = {name: weight for result in results for name, weight in result.packed.items()}
+    others, dtype = _other_tensors(loaded.model, packed)
+
+    def extras(folder: Path) -> None:
+        loaded.tokenizer.save_pretrained(folder)
+        if loaded.model.generation_config is not None:
+            loaded.model.generation_config.save_pretrained(folder)
+        configuration.save(folder / "configuration.json")
+        write_json(folder / "quantization.json", log)
+        write_card(folder, output.name, record, log)
+
+    config = {**loaded.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
+    write_checkpoint(output, config, record, packed, others, extras)
+
+
+def _other_tensors(model: nn.Module, packed: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
+    """Everything that stays unquantized, in 16 bits, shared tensors once; and that dtype.
+
+    A model in float32 becomes float16, or bfloat16 where float16 would overflow.
+    """
+    taken = {f"{name}.weight" for name in packed}
+    kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors = {
+        name: tensor.detach().cpu()
+        for name, tensor in model.state_dict().items()
+        if name not in taken and (name in kept or name not in parameters)
+    }
+    floats = [t for t in tensors.values() if t.is_floating_point()]
+    dtype = next((t.dtype for t in floats if t.dtype.itemsize == 2), None)
+    if dtype is None:
+        largest = max((float(t.abs().max()) for t in floats if t.numel()), default=0.0)
+        dtype = torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16
+    return {n: t.to(dtype) if t.dtype == torch.float32 else t for n, t in tensors.items()}, dtype

@@ -1,0 +1,50 @@
+"""The settings of one quantization: the command line of `python -m amq.quantize`, and what makes two runs the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from amq.errors import AmqError
+from amq.quantize.methods import METHODS
+from amq.quantizers.grid import ZERO_POINTS
+from amq.settings import flag
+
+OTHER_METHODS = ("bank", "autoround")
+DEFAULT_METHOD = "awq"
+
+
+@dataclass(frozen=True)
+class QuantizeSettings:
+    """Every field is a flag of the same name; `model` is the positional argument."""
+
+    model: str
+    output: str = flag("", "folder of the checkpoint; must not exist, or be empty", metavar="DIR")
+    configuration: str = flag("", "configuration.json of a search", metavar="FILE")
+    uniform: str = flag("", "one format for all linears, instead of --configuration", metavar="FORMAT")
+    group_size: int = flag(128, "input features per scale, with --uniform", metavar="G")
+    method: str = flag(DEFAULT_METHOD, "how the weights are rounded", choices=(*METHODS, *OTHER_METHODS))
+    zero_points: str = flag("fractional", "other tools' formats need integer or symmetric ones", choices=ZERO_POINTS)
+    calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", metavar="TEXT")
+    windows: int = flag(32, "calibration windows", metavar="N")
+    window_length: int = flag(512, "tokens per window", metavar="N")
+    seed: int = flag(0, "of the choice of windows", metavar="N")
+    dtype: str = flag("auto", "dtype to compute in: auto, float32, bfloat16, float16", metavar="DTYPE")
+    device: str = flag("cpu", "where the model runs", metavar="DEVICE")
+    perplexity: str = flag("docstrings", "text for the model card's perplexities, or none", metavar="TEXT")
+    perplexity_tokens: int = flag(8192, "tokens of it", metavar="N")
+
+    def check(self) -> None:
+        """Refuses what no run could use; raises AmqError."""
+        if bool(self.configuration) == bool(self.uniform):
+            raise AmqError("give one of --configuration FILE and --uniform FORMAT")
+        if not self.output:
+            raise AmqError("--output DIR is missing: where to write the checkpoint")
+        if self.windows < 1:
+            raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
+
+    def identity(self, fingerprint: str, formats: dict[str, str], group_size: int) -> dict[str, Any]:
+        """What a finished block depends on: a resumed run must have the same."""
+        names = ("method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype")
+        given = asdict(self)
+        return {**{n: given[n] for n in names}, "model": fingerprint, "formats": formats, "group_size": group_size}
