@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
@@ -42,8 +43,10 @@ from amq.native import dequantize_into
 from amq.packing import PackedWeight
 from amq.quantized_linear import Execution, SharedInput, StoredLinear
 
-NEEDS = "5.23"
-"""The transformers that the checks below were written against."""
+NEEDS = "5.14"
+"""The oldest transformers that this was run with."""
+HOOKS = ("register_quantizer", "register_quantization_config", "LOADING_ATTRIBUTES_CONFIG_TYPES")
+"""What `register` wants of transformers.quantizers.auto."""
 
 
 class AmqConfig(QuantizationConfigMixin):
@@ -121,8 +124,8 @@ class AmqQuantizer(HfQuantizer):
             )  # memory-mapped, nothing is read yet
             _replace(model, name, _stored_linear(model, name, record, execution))
         check_complete(files[0].parent, _expected_names(model, tensors.keys()), tensors)
-        ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-        model._keys_to_ignore_on_load_unexpected = ignored | {rf"\.({'|'.join(PARTS)})$"}
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         linears = {name: model.get_submodule(name) for name in self._packed}
@@ -217,11 +220,10 @@ class _TooOld(QuantizationConfigMixin):
 
 
 def register() -> None:
-    """Makes transformers know `quant_method` amq; called once, on import."""
-    hooks = ("register_quantizer", "register_quantization_config", "LOADING_ATTRIBUTES_CONFIG_TYPES")
+    """Makes transformers know `quant_method` amq, or refuse it with a reason. Called on import, once or more."""
     if METHOD in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:
         return
-    if not all(hasattr(auto, hook) for hook in hooks):
+    if Version(transformers.__version__) < Version(NEEDS) or not all(hasattr(auto, hook) for hook in HOOKS):
         auto.AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = _TooOld
         return
     auto.register_quantization_config(METHOD)(AmqConfig)
