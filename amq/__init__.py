@@ -17,14 +17,12 @@ from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["evaluate", "search"]
+__all__ = ["evaluate", "quantize", "search"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "search":
-        from importlib import import_module
-
-        return import_module("amq.search")
+    if name in ("quantize", "search"):
+        return importlib.import_module(f"amq.{name}")
     if name == "evaluate":
         from amq.eval import evaluate
 

@@ -29,13 +29,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from amq.calibration import CalibrationStream
-from amq.configuration import linear_bytes
+from amq.configuration import Configuration, linear_bytes
+from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
 from amq.files import cache_dir, write_atomic, write_json
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.linears import Inventory, LinearSpec, get_linear
+from amq.models import LoadedModel, model_fingerprint
 from amq.models import fingerprint as content_hash
-from amq.models import model_fingerprint
 from amq.native import dequantize_into
 from amq.packing import PackedWeight
 from amq.progress import Progress
@@ -59,6 +60,35 @@ class BankSettings:
         if self.proxy in NEEDS_GRAM:
             parts.append(content_hash([("calibration", self.calibration)]))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True)
+class BankRecipe:
+    """What names a bank of one model in the words of a command line: `BankSettings` with the text by its name."""
+
+    proxy: str
+    group_size: int
+    calibration: str
+    bank_windows: int
+    window_length: int
+    seed: int
+
+    def of(self, configuration: Configuration) -> BankRecipe:
+        """The bank that a configuration was searched on; what its provenance does not say is taken from here."""
+        provenance = configuration.details.get("provenance") or {}
+        names = ("proxy", "calibration", "bank_windows", "window_length", "seed")
+        given = {n: provenance.get(n, getattr(self, n)) for n in names}
+        return BankRecipe(group_size=configuration.group_size, **given)
+
+    def open(
+        self, loaded: LoadedModel, parts: Inventory, formats: set[str], progress: Progress, fingerprint: str
+    ) -> WeightBank:
+        """Opens or builds it, for a model that holds its full-precision weights."""
+        corpus = load_corpus(self.calibration, loaded.tokenizer)
+        windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
+        records = sorted((get_format(n) for n in formats), key=lambda f: f.code_bits)
+        settings = BankSettings(self.proxy, self.group_size, windows)
+        return open_bank(loaded.model, parts, records, settings, progress, fingerprint=fingerprint)
 
 
 class WeightBank:

@@ -72,10 +72,6 @@ class CalibrationStream:
         start = self.boundary
         for i, tokens in enumerate(self._windows):
             hidden = self.runner.hidden(tokens, start + 1, start, self._hidden[i])
-            if not bool(torch.isfinite(hidden).all()):
-                raise AmqError(
-                    f"the output of block {start} is not finite (NaN or infinity): load the model in a wider --dtype"
-                )
             if advance:
                 self._hidden[i] = hidden
             after_window()
@@ -141,6 +137,11 @@ class _Grams:
     def groups(self) -> list[InputGroup]:
         result = []
         for leader, gram in self._sums.items():
+            if not bool(torch.isfinite(gram).all()):
+                raise AmqError(
+                    f"the inputs of {leader.name} are not finite (NaN or infinity) on the calibration text: "
+                    "load the model in a wider --dtype"
+                )
             members = tuple(s for s in self._leaders if self._leaders[s] == leader)
             result.append(InputGroup(members, (gram / self._counts[leader]).cpu()))
         for spec in (s for s in self._modules if s not in self._leaders):

@@ -22,6 +22,12 @@ def _select(argv: Sequence[str] | None) -> int:
     return _search(["select", *(argv or ())])
 
 
+def _quantize(argv: Sequence[str] | None) -> int:
+    from amq.quantize.__main__ import main
+
+    return main(argv)
+
+
 def _eval(argv: Sequence[str] | None) -> int:
     from amq.eval.__main__ import main
 
@@ -30,6 +36,12 @@ def _eval(argv: Sequence[str] | None) -> int:
 
 def _export(argv: Sequence[str] | None) -> int:
     from amq.export.__main__ import main
+
+    return main(argv)
+
+
+def _generate(argv: Sequence[str] | None) -> int:
+    from amq.generate import main
 
     return main(argv)
 
@@ -59,8 +71,10 @@ def _formats(argv: Sequence[str] | None) -> int:
 COMMANDS: dict[str, Command] = {
     "search": _search,
     "select": _select,
+    "quantize": _quantize,
     "eval": _eval,
     "export": _export,
+    "generate": _generate,
     "formats": _formats,
 }
 

@@ -17,8 +17,8 @@ RANKS = {
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3, "amq.checkpoint": 3,
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,
     "amq.search": 5,
-    "amq.quantize": 6, "amq.eval": 7, "amq.export": 6,
-    "amq.runtime": 7,
+    "amq.eval": 6, "amq.quantize": 7, "amq.export": 6,
+    "amq.runtime": 7, "amq.generate": 8,
     "amq.cli": 9,
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom

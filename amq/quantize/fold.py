@@ -67,18 +67,28 @@ def find_fold(
     return None
 
 
-def apply_fold(model: nn.Module, fold: Fold, group: Sequence[LinearSpec], factors: Tensor) -> None:
-    """Multiplies the producer's channels by `factors` [channels] and divides the group's input features by them."""
+def apply_fold(
+    model: nn.Module, fold: Fold, group: Sequence[LinearSpec], factors: Tensor, stored: torch.dtype = torch.float32
+) -> Tensor:
+    """Multiplies the producer's channels by `factors` [channels] and divides the group's input features by them.
+
+    stored: what a norm's weight will be rounded to in the checkpoint; the factors become those that rounding leaves.
+    Returns the factors.
+    """
     module = model.get_submodule(fold.producer)
-    factors = factors.to(module.weight.device, torch.float32)
-    rows = factors.unsqueeze(-1) if module.weight.ndim == 2 else factors
-    scaled = (module.weight.data.float() + fold.offset) * rows - fold.offset
+    before = module.weight.data.float() + fold.offset
+    factors = factors.to(before.device, torch.float32)
+    scaled = before * (factors.unsqueeze(-1) if before.ndim == 2 else factors) - fold.offset
+    if before.ndim == 1:
+        scaled = scaled.to(stored).float()
+        factors = torch.where(before == 0, factors, (scaled + fold.offset) / before)
     module.weight.data.copy_(scaled)
     if getattr(module, "bias", None) is not None:
         module.bias.data.copy_(module.bias.data.float() * factors)
     for spec in group:
         weight = get_linear(model, spec.name).weight
         weight.data.copy_(weight.data.float() / factors[fold.index.to(weight.device)])
+    return factors
 
 
 def _touched(model: nn.Module, fold: Fold, group: Sequence[LinearSpec]) -> list[Tensor]:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +68,19 @@ class BlockResult:
     notes: list[str] = field(default_factory=list)
 
 
+class BlockSource(Protocol):
+    """Makes the blocks' results in order: `make(0)`, `finish(…)`, `make(1)`, …; one made before is only finished."""
+
+    def make(self, block: int) -> BlockResult: ...
+
+    def finish(self, result: BlockResult) -> None: ...
+
+
 class BlockQuantizer:
     """Quantizes `model` in place, one block per call, in order.
 
     formats: {linear: format name}. windows: int64 [windows, length], or None for methods without calibration.
+    stored: dtype that norms will have in the checkpoint.
     """
 
     def __init__(
@@ -82,47 +92,35 @@ class BlockQuantizer:
         method: Method,
         windows: Tensor | None,
         zero_points: str = "fractional",
+        stored: torch.dtype = torch.float32,
     ) -> None:
         self._model, self._inventory = model, inventory
         self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
-        self._group_size, self._method, self._zero_points = group_size, method, zero_points
+        self._group_size, self._method, self._zero_points, self._stored = group_size, method, zero_points, stored
         self._stream = CalibrationStream(model, windows) if method.calibrated else None
         self._head_dim = _head_dim(model.config)
-        self._block = 0
 
     @torch.no_grad()
-    def quantize_next(self) -> BlockResult:
-        """The next block's result; the model then holds its dequantized weights."""
-        linears = self._inventory.in_block(self._block)
+    def make(self, block: int) -> BlockResult:
+        """Quantizes the next block, whose number is `block`."""
+        linears = self._inventory.in_block(block)
         result = BlockResult()
         if self._stream is None:
-            for spec in linears:
-                self._round((spec,), None, result)
-        else:
-            groups = self._stream.measure(linears)
-            if self._method.scales:
-                groups = self._scale(groups, result)
-            for group in groups:
-                self._round(group.linears, group.gram, result)
-        self._finish(result)
+            self._round(linears, None, result)
+            return result
+        groups = self._stream.measure(linears)
+        if self._method.scales:
+            groups = self._scale(f"{self._inventory.blocks_path}.{block}", groups, result)
+        for group in groups:
+            self._round(group.linears, group.gram, result)
         return result
 
     @torch.no_grad()
-    def skip(self, result: BlockResult) -> None:
-        """Takes a block that an earlier run finished."""
-        for name, value in result.changed.items():
-            self._model.get_parameter(name).data.copy_(value)
-        self._finish(result)
-
-    def _finish(self, result: BlockResult) -> None:
-        for name, packed in result.packed.items():
-            weight = get_linear(self._model, name).weight.data
-            buffer = torch.empty(weight.shape, dtype=torch.float32)
-            dequantize_into(packed, buffer)
-            weight.copy_(buffer)
+    def finish(self, result: BlockResult) -> None:
+        """Leaves that block's dequantized weights in the model and goes on; `result` may be of an earlier run."""
+        install(self._model, result)
         if self._stream is not None:
             self._stream.advance()
-        self._block += 1
 
     def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
         quantize = get_quantizer(self._method.rounding)
@@ -134,16 +132,15 @@ class BlockQuantizer:
             except AmqError as error:
                 raise AmqError(f"{spec.name}: {error}") from None
             result.packed[spec.name] = packed
-            result.errors[spec.name] = _relative_error(weight, packed, gram)
+            result.errors[spec.name] = relative_error(weight, packed, gram)
 
-    def _scale(self, groups: Sequence[InputGroup], result: BlockResult) -> list[InputGroup]:
+    def _scale(self, block: str, groups: Sequence[InputGroup], result: BlockResult) -> list[InputGroup]:
         """Searches every group's scales and moves them into their producers; returns the groups as they are then.
 
         All scales are searched on the weights as they were: a producer's rows get a factor each, which leaves the
         relative error of rounding them alone.
         """
         scaled = []
-        block = f"{self._inventory.blocks_path}.{self._block}"
         for group in groups:
             fold = find_fold(self._model, block, group.linears, self._head_dim, self._stream.sample)
             if fold is None:
@@ -155,7 +152,8 @@ class BlockQuantizer:
             scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
             factors = torch.ones(int(fold.index.max()) + 1)
             factors[fold.index] = 1 / scale
-            apply_fold(self._model, fold, group.linears, factors)
+            factors = apply_fold(self._model, fold, group.linears, factors, self._stored)
+            scale = 1 / factors.cpu()[fold.index]
             scaled.append(InputGroup(group.linears, group.gram / scale.unsqueeze(1) / scale))
             self._note_changes(fold, result)
         return scaled
@@ -168,7 +166,19 @@ class BlockQuantizer:
                 result.changed[f"{fold.producer}.{name}"] = parameter.data.clone()
 
 
-def _relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:
+def install(model: nn.Module, result: BlockResult) -> None:
+    """Puts a block's dequantized weights and changed parameters into `model`."""
+    for name, value in result.changed.items():
+        model.get_parameter(name).data.copy_(value)
+    for name, packed in result.packed.items():
+        weight = get_linear(model, name).weight.data
+        buffer = torch.empty(weight.shape, dtype=torch.float32)
+        dequantize_into(packed, buffer)
+        weight.copy_(buffer)
+
+
+def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:
+    """‖(W − Ŵ)x‖/‖Wx‖, root mean square over tokens and rows; without `gram` ‖W − Ŵ‖/‖W‖."""
     restored = torch.empty(weight.shape, dtype=torch.float32)
     dequantize_into(packed, restored)
     error = restored.sub_(weight)

@@ -13,20 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amq.bank import BankRecipe
 from amq.calibration import shared_inputs
 from amq.checkpoint import QuantizationRecord, write_checkpoint
 from amq.configuration import Configuration, memory_items, memory_json
 from amq.data import WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
 from amq.eval.perplexity import perplexity
-from amq.files import check_new_folder, write_json
+from amq.files import check_new_folder, read_json, write_json
 from amq.formats import get_format
 from amq.linears import Inventory, check_weights, inventory
-from amq.models import LoadedModel, load_model, model_fingerprint
+from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
 from amq.progress import Progress
 from amq.quantize.card import write_card
-from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult
-from amq.quantize.settings import QuantizeSettings
+from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
+from amq.quantize.sources import BankSource
 from amq.quantize.work import WorkFolder
 
 SCHEMA = "amq/quantization/1"
@@ -65,7 +67,8 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     )
     identity = settings.identity(fingerprint, dict(configuration.formats), configuration.group_size)
     perplexities = _Perplexities(settings, loaded, progress)
-    source = _source(settings, loaded, parts, configuration, windows, fingerprint, progress)
+    stored = _stored_dtype(settings, loaded.model)
+    source = _source(settings, loaded, parts, configuration, windows, fingerprint, stored, progress)
     work = WorkFolder(output, identity, record, resume)
     perplexities.measure("full")
     results = _blocks(source, work, parts.n_blocks, progress)
@@ -83,7 +86,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-    _write(output, loaded, parts, record, configuration, results, log)
+    _write(output, loaded, record, configuration, results, log, stored)
     work.remove()
     return QuantizeResult(output, log)
 
@@ -112,32 +115,38 @@ def _source(
     configuration: Configuration,
     windows: Tensor,
     fingerprint: str,
+    stored: torch.dtype,
     progress: Progress,
-) -> BlockQuantizer:
-    """What yields block after block."""
+) -> BlockSource:
+    """What makes block after block."""
     model, formats, group_size = loaded.model, configuration.formats, configuration.group_size
     if settings.method in METHODS:
         method = METHODS[settings.method]
         calibration = windows if method.calibrated else None
-        return BlockQuantizer(model, parts, formats, group_size, method, calibration, settings.zero_points)
-    raise AmqError(f"unknown method {settings.method!r}")
+        return BlockQuantizer(model, parts, formats, group_size, method, calibration, settings.zero_points, stored)
+    if settings.method == "bank":
+        names = ("calibration", "window_length", "seed")
+        recipe = BankRecipe(
+            "gptq", group_size, bank_windows=settings.windows, **{n: getattr(settings, n) for n in names}
+        ).of(configuration)
+        bank = recipe.open(loaded, parts, set(formats.values()), progress, fingerprint)
+        return BankSource(model, parts, formats, bank)
+    raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
 
 
-def _blocks(source: BlockQuantizer, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
+def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
     """Every block's result, from the work folder where it is there."""
     results = []
     with progress.stage("quantize", count) as step:
         for block in range(count):
-            result = work.load(block)
-            if result is None:
-                start = time.monotonic()
-                work.save(block, source.quantize_next())
-                result = work.load(block)  # mapped, so that finished blocks take no memory
-                step(f"block {block}: {_errors(result)}, {time.monotonic() - start:.1f} s")
-            else:
-                source.skip(result)
-                step(f"block {block} is there")
-            results.append(result)
+            start = time.monotonic()
+            note = "is there"
+            if work.load(block) is None:
+                work.save(block, source.make(block))
+                note = ""
+            results.append(work.load(block))  # mapped, so that finished blocks take no memory
+            source.finish(results[-1])
+            step(f"block {block}: {note or _errors(results[-1])}, {time.monotonic() - start:.1f} s")
     return results
 
 
@@ -191,14 +200,14 @@ class _Perplexities:
 def _write(
     output: Path,
     loaded: LoadedModel,
-    parts: Inventory,
     record: QuantizationRecord,
     configuration: Configuration,
     results: list[BlockResult],
     log: dict[str, Any],
+    dtype: torch.dtype,
 ) -> None:
     packed = {name: weight for result in results for name, weight in result.packed.items()}
-    others, dtype = _other_tensors(loaded.model, packed)
+    others = _other_tensors(loaded.model, packed, dtype)
 
     def extras(folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
@@ -212,22 +221,23 @@ def _write(
     write_checkpoint(output, config, record, packed, others, extras)
 
 
-def _other_tensors(model: nn.Module, packed: Mapping[str, Any]) -> tuple[dict[str, Tensor], torch.dtype]:
-    """Everything that stays unquantized, in 16 bits, shared tensors once; and that dtype.
-
-    A model in float32 becomes float16, or bfloat16 where float16 would overflow.
-    """
+def _other_tensors(model: nn.Module, packed: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that stays unquantized, float32 as `dtype`, shared tensors once."""
     taken = {f"{name}.weight" for name in packed}
     kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tensors = {
-        name: tensor.detach().cpu()
+    return {
+        name: tensor.detach().cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype)
         for name, tensor in model.state_dict().items()
         if name not in taken and (name in kept or name not in parameters)
     }
-    floats = [t for t in tensors.values() if t.is_floating_point()]
-    dtype = next((t.dtype for t in floats if t.dtype.itemsize == 2), None)
-    if dtype is None:
-        largest = max((float(t.abs().max()) for t in floats if t.numel()), default=0.0)
-        dtype = torch.float16 if largest < torch.finfo(torch.float16).max else torch.bfloat16
-    return {n: t.to(dtype) if t.dtype == torch.float32 else t for n, t in tensors.items()}, dtype
+
+
+def _stored_dtype(settings: QuantizeSettings, model: nn.Module) -> torch.dtype:
+    """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it does not overflow."""
+    config = read_json(resolve(settings.model) / "config.json")
+    own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
+    if own is not None and own.itemsize == 2:
+        return own
+    largest = max(float(p.abs().max()) for p in model.parameters() if p.numel())
+    return torch.float16 if largest < torch.finfo(torch.float16).max / 4 else torch.bfloat16

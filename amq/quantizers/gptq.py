@@ -12,6 +12,7 @@ loop over the input features serves them all.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from amq.formats import BitFormat, n_groups
 from amq.packing import PackedWeight
 from amq.quantizers.grid import TINY, expand, fitted_grid, packed, storable, to_groups
 from amq.threads import parallel_map
+
+log = logging.getLogger(__name__)
 
 DAMPING = 0.01
 """Added to the diagonal of H, as a share of its mean; raised tenfold until the Cholesky factor exists."""
@@ -71,6 +74,8 @@ def damped(gram: Tensor) -> Tensor:
     while share < 1e3:
         hessian = gram + torch.eye(len(gram)) * (share * mean)
         if int(torch.linalg.cholesky_ex(hessian).info) == 0:
+            if share > DAMPING:
+                log.warning("the calibration inputs give a singular matrix: damping raised to %g of its mean", share)
             return hessian
         share *= 10
     raise AmqError("the calibration inputs give a singular matrix even with heavy damping: use more calibration text")
