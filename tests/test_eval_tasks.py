@@ -14,7 +14,7 @@ from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq.errors import AmqError
-from amq.eval import TaskSettings, evaluate
+from amq.eval import TaskSettings, evaluate, table
 from amq.eval.__main__ import main
 from amq.settings import run_command
 
@@ -45,15 +45,21 @@ metric_list:
 
 
 @pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def task(tmp_path: Path) -> Path:
     """A folder with `common_sense.yaml`, `other.yaml` and their questions."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "questions.json").write_text(json.dumps(QUESTIONS))
     for name in ("common_sense", "other"):
         (folder / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "questions.json"))
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets", raising=False)
     return folder / "common_sense.yaml"
+
+
+@pytest.fixture
+def lm_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips where lm-eval is not installed; what it reads is cached in the test's own folder."""
+    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra, not a test requirement")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +88,10 @@ def accuracy(model: nn.Module, count: int) -> float:
     return right / count
 
 
+@pytest.mark.usefixtures("lm_eval")
 def test_a_task_file_on_a_model_and_its_quantized_form(
     folder: Path, task: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra, not a test requirement")
     path = tmp_path / "out.json"
     flags = ["--tasks", f"{task},other", "--task-path", str(task.parent), "--limit", "4", "--batch-size", "3"]
     quantized = ["--uniform", "int2", "--proxy", "rtn", "--group-size", "32"]
@@ -105,15 +111,21 @@ def test_a_task_file_on_a_model_and_its_quantized_form(
     assert lines[4].split()[:6] == ["full", "common_sense", "acc", f"{p:.4f}", "±", f"{full['stderr']:.4f}"]
 
 
-def test_perplexity_and_examples(folder: Path, task: Path, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra, not a test requirement")
+@pytest.mark.usefixtures("lm_eval")
+def test_perplexity_and_a_group_with_examples(folder: Path, task: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("some words to read " * 20)
-    settings = TaskSettings(str(task), num_fewshot=1)
+    group = "group: both\ntask: [common_sense, other]\naggregate_metric_list: [{metric: acc}]\n"
+    task.with_name("both.yaml").write_text(group)
+    settings = TaskSettings("both", str(task.parent), num_fewshot=1)
     result = evaluate(str(folder), text=str(text), window_length=64, tasks=settings)
     assert result.rows[0].perplexity > 1
-    (row,) = result.tasks
-    assert row.num_fewshot == 1 and row.count == len(QUESTIONS)
+    assert [row.task for row in result.tasks] == ["common_sense", "other", "both"]
+    first, second, both = result.tasks
+    assert first.num_fewshot == second.num_fewshot == 1 and first.count == len(QUESTIONS)
+    assert both.value == first.value == second.value
+    lines = table(result).splitlines()
+    assert lines[1].split()[-1] == "perplexity" and lines[-1].endswith("(group, 1-shot)")
 
 
 @pytest.mark.parametrize(
@@ -139,8 +151,8 @@ def test_missing_package(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         evaluate("no model is loaded for this", tasks=TaskSettings(str(task)))
 
 
+@pytest.mark.usefixtures("lm_eval")
 def test_tasks_that_cannot_be_run(tiny_folder: Path, task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra, not a test requirement")
     from lm_eval.tasks import TaskManager
 
     everything = TaskManager.__init__
@@ -149,7 +161,7 @@ def test_tasks_that_cannot_be_run(tiny_folder: Path, task: Path, monkeypatch: py
         "__init__",
         lambda self, include_defaults, **options: everything(self, include_defaults=False, **options),
     )
-    with pytest.raises(AmqError, match=r"unknown task 'nonesuch': lm-eval, .*/tasks has no such"):
+    with pytest.raises(AmqError, match=r"neither lm-eval nor .*/tasks has a task 'nonesuch'"):
         evaluate("no model", tasks=TaskSettings("common_sense,nonesuch", task_path=str(task.parent)))
     task.with_name("questions.json").unlink()
     with pytest.raises(AmqError, match=r"common_sense.yaml could not be loaded: .*questions.json"):
@@ -159,7 +171,7 @@ def test_tasks_that_cannot_be_run(tiny_folder: Path, task: Path, monkeypatch: py
         evaluate("no model", tasks=TaskSettings(str(task)))
 
 
+@pytest.mark.usefixtures("lm_eval")
 def test_a_tokenizer_without_a_first_token(tiny_folder: Path, task: Path) -> None:
-    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra, not a test requirement")
     with pytest.raises(AmqError, match="its tokenizer has neither a bos nor an eos token"):
         evaluate(str(tiny_folder), text="", tasks=TaskSettings(str(task)))

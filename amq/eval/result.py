@@ -69,8 +69,8 @@ def _task_figures(result: Evaluation) -> Iterator[str]:
     yield f"tasks of lm-eval {result.settings['tasks']['lm_eval']}, value ± standard error"
     for row in result.tasks:
         names = "  ".join(f"{getattr(row, n):{width}}" for n, width in widths.items())
-        asked = "" if row.count is None else f"{row.count} questions"
-        shots = f", {row.num_fewshot}-shot" if row.num_fewshot else ""
         error = "" if row.stderr is None else f" ± {row.stderr:.4f}"
-        note = "" if row.filter == "none" else f", {row.filter}"
-        yield f"{names}  {row.value:8.4f}{error}  ({asked}{shots}{note})"
+        notes = ["group" if row.count is None else f"{row.count} questions"]
+        notes += [f"{row.num_fewshot}-shot"] if row.num_fewshot else []
+        notes += [row.filter] if row.filter != "none" else []
+        yield f"{names}  {row.value:8.4f}{error}  ({', '.join(notes)})"

@@ -77,9 +77,10 @@ def evaluate(
     settings: dict[str, Any] = {
         "model": ", ".join(names), "text": text, "tokens": 0 if measure.windows is None else measure.windows.numel(),
         "window_length": window_length, "stride": window_length, "backend": run.backend, "activations": activations,
-        "bank": asdict(recipe),
     }  # fmt: skip
-    return Evaluation(measure.rows, settings | ({"tasks": runner.settings} if runner else {}), tuple(measure.task_rows))
+    settings |= {} if opened else {"bank": asdict(recipe)}
+    settings |= {"tasks": runner.settings} if runner else {}
+    return Evaluation(measure.rows, settings, tuple(measure.task_rows))
 
 
 def _check(

@@ -1,7 +1,8 @@
 """Tasks of the lm-eval package (zero-shot and few-shot accuracy), run in process on a model that is loaded already.
 
 A task is a YAML file of the user's, or a name that lm-eval knows. lm-eval's own tasks read their questions from the
-Hugging Face hub; a YAML with `dataset_path: json` and `data_files` needs no network.
+Hugging Face hub; a YAML with `dataset_path: json` and `data_files` needs no network (a relative path in it starts from
+where the command runs).
 """
 
 from __future__ import annotations
@@ -133,11 +134,8 @@ def _load(settings: TaskSettings) -> Any:
     if not set(wanted) <= set(tasks.all_tasks):
         tasks = manager(include_defaults=True)  # reads 15,000 files: seconds
     if unknown := sorted(set(wanted) - set(tasks.all_tasks)):
-        where = f", {settings.task_path}" if settings.task_path else ""
-        raise AmqError(
-            f"unknown task {unknown[0]!r}: lm-eval{where} has no such; give the path of a task YAML, or its folder "
-            "with --task-path"
-        )
+        where = f"neither lm-eval nor {settings.task_path} has" if settings.task_path else "lm-eval does not have"
+        raise AmqError(f"{where} a task {unknown[0]!r}: give the path of a task YAML, or its folder with --task-path")
     try:
         return tasks.load(settings.names)
     except Exception as error:  # lm-eval, datasets and their HTTP library raise many types
