@@ -65,7 +65,7 @@ class Evaluator:
         self._swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), backend, activations)
         self._blocks = {s.name: s.block for s in inventory.linears}
         device = loaded.model.get_input_embeddings().weight.device
-        self._token_losses = _token_losses(loss, device)
+        self._token_losses = token_losses(loss, device)
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self.seconds = self.seconds_in_model = 0.0
         with torch.no_grad():
@@ -163,7 +163,7 @@ class Evaluator:
         return total / len(hidden)
 
 
-def _token_losses(loss: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def token_losses(loss: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """(reference log-probabilities, candidate logits), float32 [tokens, vocabulary] each → losses [tokens].
 
     `amq.losses` is the specification; on CPU the default loss has a fused kernel, which takes a fifth of torch's time.

@@ -25,7 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return command(argv[1:]) if command else _evaluate(argv)
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {}
+def _order(argv: Sequence[str]) -> int:
+    from amq.eval.order import main
+
+    return main(argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"order": _order}
 """Sub-commands, which import their modules when they run; a first argument that is none of them is a model."""
 
 

@@ -1,22 +1,20 @@
 """`python -m amq.eval order MODEL`: does the proxy rank configurations as the deployed quantizer does?
 
-AMQ's claim (order equivalence) is what makes a search on a cheap bank worth anything. Random configurations spread over
-the budget are evaluated twice, assembled from the proxy's bank and quantized as they would be deployed, both by their
-divergence from the full-precision model; Spearman's and Kendall's coefficients compare the two orders. Configurations
-of very different size rank themselves, so the coefficient among those of about equal size is reported too: there
-a search has to choose.
+AMQ's claim (order equivalence) is what makes a search on a cheap proxy worth anything. Random configurations spread
+over the budget are quantized by each method, and the orders of their losses (divergence per token from the full-
+precision model) are compared by Spearman's and Kendall's coefficients. Configurations of very different size rank
+themselves, so the coefficient among those of about equal size is reported too: that is where a search has to choose.
 
-Deployed quantizers work with full-precision inputs here (as AWQ does), not with those of the blocks quantized before:
-a group of linears then depends on its own formats only, is quantized once per combination that occurs, and 50
-configurations cost about as much as five.
+All methods work with full-precision inputs here (as AWQ does), not with those of the blocks quantized before: what a
+group of linears becomes depends on its own formats only, and is computed once per combination that occurs. The model
+is walked once, block by block, with the hidden states of every method and configuration beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +23,27 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amq.bank import BankRecipe
+from amq.blocks import TOKENS, BlockRunner
 from amq.calibration import CalibrationStream, InputGroup
 from amq.configuration import Configuration
 from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
-from amq.evaluator import Evaluator
-from amq.files import check_new_folder, write_json
-from amq.formats import get_format, parse_formats
-from amq.linears import Inventory, check_weights, get_linear, inventory
-from amq.models import LoadedModel, load_model, model_fingerprint
-from amq.packing import PackedWeight
+from amq.evaluator import token_losses
+from amq.files import write_json
+from amq.formats import BitFormat, check_group_size, get_format, parse_formats
+from amq.linears import LinearSpec, check_weights, get_linear, inventory
+from amq.models import load_model
+from amq.packing import dequantize
 from amq.progress import Progress, terminal_progress
-from amq.quantize.fold import Fold, find_fold
-from amq.quantize.methods import METHODS, Method, head_dim, quantize_group
-from amq.settings import add_flags, flag, run_command
+from amq.quantize.fold import find_fold
+from amq.quantize.methods import METHODS, Method, head_dim
+from amq.quantizers import get_quantizer
+from amq.quantizers.awq import search_scale
+from amq.settings import add_flags, flag
 
 BANDS = 5
-"""Configurations are compared with those of about their size in this many bands."""
+"""Bands of size within which configurations are compared; ten or so in each."""
+Formats = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,220 @@ class OrderSettings:
     samples: int = flag(50, "configurations", metavar="N")
     formats: str = flag("int2,int3,int4", "formats that they mix", metavar="LIST")
     group_size: int = flag(128, "input features per scale", metavar="G")
-    proxy: str = flag("hqq", "banks that rank them: hqq, rtn, clip, gptq; several with commas", metavar="LIST")
-    deployed: str = flag("awq,gptq", "quantizers that they are deployed with", metavar="LIST")
+    proxy: str = flag("hqq", "methods that a search would rank them with", metavar="LIST")
+    deployed: str = flag("awq,gptq", "methods that they would be deployed with", metavar="LIST")
     calibration: str = flag("pydoc", "text of calibration and loss, on different windows", metavar="TEXT")
-    bank_windows: int = flag(24, "calibration windows", metavar="N")
+    calibration_windows: int = flag(24, "windows that the methods see", metavar="N")
     windows: int = flag(2, "windows that the loss is measured on", metavar="N")
     window_length: int = flag(512, "tokens per window", metavar="N")
     seed: int = flag(0, "of configurations and windows", metavar="N")
+    dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m amq.eval order", description="Rank correlation between a proxy's losses and deployed ones."
+    )
+    parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
+    add_flags(parser, OrderSettings)
+    settings = OrderSettings(**vars(parser.parse_args(argv)))
+    result = order_equivalence(settings, terminal_progress())
+    print(table(result))
+    print(f"wrote {settings.output}/order.json, order.png")
+    return 0
+
+
+def order_equivalence(settings: OrderSettings, progress: Progress | None = None) -> dict[str, Any]:
+    """Measures, writes order.json and order.png into `settings.output`, and returns the content of the first."""
+    progress = progress or Progress()
+    start = time.monotonic()
+    methods = {name: _method(name) for name in (*_names(settings.proxy), *_names(settings.deployed))}
+    check_group_size(settings.group_size)
+    if settings.samples < 2 * BANDS:
+        raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
+    loaded = load_model(settings.model, settings.dtype)
+    parts = inventory(loaded.model)
+    check_weights(loaded.model, parts.linears)
+    deal = WindowSampler(load_corpus(settings.calibration, loaded.tokenizer), settings.window_length, settings.seed)
+    calibration, windows = deal.take(settings.calibration_windows), deal.take(settings.windows)
+    configurations = spread_configurations(
+        parts.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
+    )
+    walk = _Walk(loaded.model, settings.group_size, methods, configurations, windows)
+    stream = CalibrationStream(loaded.model, calibration)
+    with progress.stage("order", parts.n_blocks) as step:
+        for block in range(parts.n_blocks):
+            path = f"{parts.blocks_path}.{block}"
+            groups = stream.measure(parts.in_block(block))
+            folds = [find_fold(loaded.model, path, g.linears, head_dim(loaded.config), stream.sample) for g in groups]
+            stream.advance()  # before the weights change
+            walk.block(block, groups, [None if fold is None else fold.index for fold in folds])
+            step()
+    losses = walk.losses(progress)
+    bits = [Configuration(c, settings.group_size).bits_per_weight(parts.linears) for c in configurations]
+    pairs = [(p, d) for p in _names(settings.proxy) for d in _names(settings.deployed)]
+    result = {
+        "schema": "amq/order/1",
+        "settings": asdict(settings),
+        "bits_per_weight": [round(b, 4) for b in bits],
+        "losses": losses,
+        "correlations": [{"proxy": p, "deployed": d, **correlations(losses[p], losses[d], bits)} for p, d in pairs],
+        "seconds": round(time.monotonic() - start, 1),
+    }
+    output = Path(settings.output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "order.json", result)
+    _plot(result, output / "order.png")
+    return result
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _method(name: str) -> Method:
+    if name not in METHODS:
+        raise AmqError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
+    return METHODS[name]
+
+
+def spread_configurations(
+    linears: Sequence[LinearSpec], formats: Sequence[BitFormat], group_size: int, samples: int, seed: int
+) -> list[Formats]:
+    """Random configurations whose mean position between the cheapest and the dearest format is spread evenly.
+
+    Each linear draws its format by itself: near an end of the range from the formats of that end, with probabilities
+    that a normal density of one format's width around the wanted position gives.
+    """
+    generator = np.random.default_rng(seed)
+    positions = np.arange(len(formats))
+    result = []
+    for index in range(samples):
+        wanted = (index + 0.5) / samples * (len(formats) - 1)
+        weights = np.exp(-((positions - wanted) ** 2))
+        drawn = generator.choice(len(formats), size=len(linears), p=weights / weights.sum())
+        result.append({spec.name: formats[i].name for spec, i in zip(linears, drawn, strict=True)})
+    return result
+
+
+def correlations(proxy: Sequence[float], deployed: Sequence[float], bits: Sequence[float]) -> dict[str, float]:
+    """Spearman and Kendall over all, and the mean of Spearman's coefficient within bands of neighbours in size."""
+    from scipy.stats import kendalltau, spearmanr
+
+    bands = np.array_split(np.argsort(bits, kind="stable"), BANDS)
+    p, d = np.array(proxy), np.array(deployed)
+    within = [float(spearmanr(p[band], d[band]).statistic) for band in bands]
+    return {
+        "spearman": float(spearmanr(p, d).statistic),
+        "kendall": float(kendalltau(p, d).statistic),
+        "spearman_within_bands": float(np.mean(within)),
+    }
+
+
+class _Walk:
+    """Hidden states of every method and configuration at one block boundary, and what moves them on."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        group_size: int,
+        methods: dict[str, Method],
+        configurations: list[Formats],
+        windows: Tensor,
+    ) -> None:
+        self._model, self._runner, self._group_size = model, BlockRunner(model), group_size
+        self._methods, self._configurations, self._windows = methods, configurations, windows
+        self._hidden: dict[str, list[Tensor | None]] = {name: [None] * len(configurations) for name in methods}
+        self._reference: Tensor | None = None
+
+    @torch.no_grad()
+    def block(self, block: int, groups: Sequence[InputGroup], ties: Sequence[Tensor | None]) -> None:
+        """ties: per group, which producer's channel each input feature is, or None where no scale can be folded."""
+        linears = {s.name: get_linear(self._model, s.name) for group in groups for s in group.linears}
+        full = {name: module.weight.data for name, module in linears.items()}
+        self._reference = self._runner.hidden(self._windows, block + 1, block, self._reference)
+        for name, method in self._methods.items():
+            known: dict[tuple[str, ...], list[Tensor]] = {}
+            for index, formats in enumerate(self._configurations):
+                for group, tie in zip(groups, ties, strict=True):
+                    key = tuple(f"{s.name} {formats[s.name]}" for s in group.linears)
+                    if key not in known:
+                        wanted = [get_format(formats[s.name]) for s in group.linears]
+                        weights = [full[s.name].float() for s in group.linears]
+                        known[key] = effective_weights(weights, wanted, self._group_size, group.gram, method, tie)
+                    for spec, weight in zip(group.linears, known[key], strict=True):
+                        linears[spec.name].weight.data = weight.to(full[spec.name].dtype)
+                states = self._hidden[name]
+                states[index] = self._runner.hidden(self._windows, block + 1, block, states[index])
+            for linear, module in linears.items():
+                module.weight.data = full[linear]
+
+    @torch.no_grad()
+    def losses(self, progress: Progress) -> dict[str, list[float]]:
+        """Per method, each configuration's mean Jensen–Shannon divergence per token, nats."""
+        reference = self._reference.flatten(0, 1).split(TOKENS)
+        divergence = token_losses("jsd", self._reference.device)
+        totals = {name: np.zeros(len(self._configurations)) for name in self._methods}
+        with progress.stage("losses", len(reference)) as step:
+            for chunk, hidden in enumerate(reference):
+                expected = self._logits(hidden).log_softmax(-1)
+                for name, states in self._hidden.items():
+                    for index, state in enumerate(states):
+                        found = self._logits(state.flatten(0, 1).split(TOKENS)[chunk])
+                        totals[name][index] += float(divergence(expected, found).sum(dtype=torch.float64))
+                step()
+        return {name: [float(t) / self._windows.numel() for t in total] for name, total in totals.items()}
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return self._runner.logits(hidden).float().contiguous()
+
+
+def effective_weights(
+    weights: Sequence[Tensor],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    gram: Tensor,
+    method: Method,
+    tie: Tensor | None,
+) -> list[Tensor]:
+    """What linears that share an input multiply with after `method`, scales undone: float32, shaped like `weights`."""
+    scale = torch.ones(len(gram))
+    if method.scales and tie is not None:
+        scale, _ = search_scale(weights, formats, group_size, gram, tie=tie)
+    quantize, scaled = get_quantizer(method.rounding), gram / scale.unsqueeze(1) / scale
+    packed = [
+        quantize([weight * scale], [fmt], group_size, scaled)[0][fmt.name]
+        for weight, fmt in zip(weights, formats, strict=True)
+    ]
+    return [dequantize(p) / scale for p in packed]
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{'proxy':10}{'deployed':12}{'Spearman':>10}{'Kendall':>10}{'Spearman, equal size':>22}"]
+    for row in result["correlations"]:
+        lines.append(
+            f"{row['proxy']:10}{row['deployed']:12}{row['spearman']:10.3f}{row['kendall']:10.3f}"
+            f"{row['spearman_within_bands']:22.3f}"
+        )
+    return "\n".join(lines)
+
+
+def _plot(result: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = result["correlations"]
+    figure, axes = pyplot.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.2), squeeze=False, layout="constrained")
+    for axis, row in zip(axes[0], rows, strict=True):
+        x, y = result["losses"][row["proxy"]], result["losses"][row["deployed"]]
+        points = axis.scatter(x, y, c=result["bits_per_weight"], cmap="viridis", s=26)
+        axis.set(xscale="log", yscale="log", xlabel=f"{row['proxy']} proxy, nats per token")
+        axis.set(ylabel=f"{row['deployed']} deployed, nats per token")
+        axis.set_title(f"Spearman {row['spearman']:.3f}, at equal size {row['spearman_within_bands']:.2f}", fontsize=10)
+        axis.grid(alpha=0.3, which="both")
+    figure.colorbar(points, ax=axes[0], label="bits per weight")
+    figure.suptitle("Does the proxy rank configurations as the deployed quantizer does?", fontsize=11)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -98,7 +98,7 @@ class BlockQuantizer:
         self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
         self._group_size, self._method, self._zero_points, self._stored = group_size, method, zero_points, stored
         self._stream = CalibrationStream(model, windows) if method.calibrated else None
-        self._head_dim = _head_dim(model.config)
+        self._head_dim = head_dim(model.config)
 
     @torch.no_grad()
     def make(self, block: int) -> BlockResult:
@@ -189,7 +189,8 @@ def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) ->
     return math.sqrt(max(energy(error), 0.0) / max(energy(weight.clone()), 1e-30))
 
 
-def _head_dim(config: object) -> int | None:
+def head_dim(config: object) -> int | None:
+    """Features per attention head, by a Hugging Face config."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(config, "num_attention_heads", None)
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
