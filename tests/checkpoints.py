@@ -1,0 +1,45 @@
+"""Small quantized checkpoints for tests: every linear of a tiny model in one of the formats, by turns, from RTN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tiny_models import byte_tokenizer
+from torch import nn
+
+from amq.checkpoint import QuantizationRecord, write_checkpoint
+from amq.formats import FORMATS
+from amq.linears import get_linear, inventory
+from amq.quantizers import rtn
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, **options: Any) -> Path:
+    """Writes `model` quantized into `folder`; `options` go to `write_checkpoint`."""
+    packed, shapes, names = {}, {}, list(FORMATS)
+    linears = inventory(model).linears
+    for i, spec in enumerate(linears):
+        fmt = FORMATS[names[i % len(names)]]
+        packed[spec.name] = rtn.quantize([get_linear(model, spec.name).weight], [fmt], group_size)[0][fmt.name]
+        shapes[spec.name] = (spec.out_features, spec.in_features)
+    groups = [
+        tuple(s.name for s in linears if s.block == block and s.name.rpartition(".")[2] in roles)
+        for block in range(linears[-1].block + 1)
+        for roles in SHARED
+    ]
+    record = QuantizationRecord(
+        {name: weight.format.name for name, weight in packed.items()}, shapes, group_size, "rtn",
+        tuple(group for group in groups if len(group) > 1),
+    )  # fmt: skip
+    left_out = {f"{name}.weight" for name in packed} | set(model.all_tied_weights_keys)
+    others = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+    def extras(path: Path) -> None:
+        byte_tokenizer().save_pretrained(path)
+        model.generation_config.save_pretrained(path)
+
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    write_checkpoint(folder, config, record, packed, others, extras, **options)
+    return folder
