@@ -10,10 +10,10 @@ from torch import Tensor
 from amq.blocks import BlockRunner
 from amq.data import fixed_windows, load_corpus
 from amq.errors import AmqError
-from amq.eval.perplexity import exp, negative_log_likelihood
 from amq.eval.result import Row
 from amq.eval.tasks import TaskRow, TaskRunner
 from amq.models import LoadedModel
+from amq.perplexity import exp, negative_log_likelihood
 from amq.progress import Progress
 
 

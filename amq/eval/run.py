@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from amq.bank import BankRecipe
 from amq.checkpoint import Checkpoint, is_checkpoint
 from amq.configuration import Configuration, other_items
 from amq.errors import AmqError
 from amq.eval import checkpoints
-from amq.eval.banks import Banks, Recipe
+from amq.eval.banks import Banks
 from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation
 from amq.eval.tasks import TaskRunner, TaskSettings
@@ -62,8 +63,8 @@ def evaluate(
     _check(names, opened, bool(configurations or uniform), dequantized, bool(text or tasks))
     found = [(Path(p).stem, Configuration.load(Path(p))) for p in configurations]
     formats = parse_formats(uniform) if uniform else ()
-    recipe = Recipe(proxy, group_size, calibration, bank_windows, window_length, seed)
-    recipe = Recipe.of(found[0][1], recipe) if found else recipe
+    recipe = BankRecipe(proxy, group_size, calibration, bank_windows, window_length, seed)
+    recipe = recipe.of(found[0][1]) if found else recipe
     if opened:
         backend = checkpoints.runtime_backend(opened.values(), backend, activations, device)
     runner = TaskRunner(tasks) if tasks else None
@@ -122,7 +123,7 @@ class _Run:
         label: str,
         formats: Sequence[BitFormat],
         configurations: Sequence[tuple[str, Configuration]],
-        recipe: Recipe,
+        recipe: BankRecipe,
         full: bool,
     ) -> None:
         """A model in full precision, then uniform formats and configurations from their banks."""
@@ -135,7 +136,7 @@ class _Run:
         swap = LinearSwap(loaded.model, (s.name for s in parts.linears), self.backend, self.activations)
         banks = Banks(loaded, parts, swap, self.measure.progress)
         jobs = [(f.name, Configuration.uniform(parts.linears, f, recipe.group_size), recipe) for f in formats]
-        jobs += [(stem, c, Recipe.of(c, recipe)) for stem, c in configurations]
+        jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
         forms = [Form(label, 16.0, 2 * parts.numel)] if full else []
         for title, configuration, of in jobs:
             banks.open(of, set(configuration.formats.values()))

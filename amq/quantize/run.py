@@ -19,11 +19,11 @@ from amq.checkpoint import QuantizationRecord, write_checkpoint
 from amq.configuration import Configuration, memory_items, memory_json
 from amq.data import WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
-from amq.eval.perplexity import perplexity
 from amq.files import check_new_folder, read_json, write_json
 from amq.formats import get_format
 from amq.linears import Inventory, check_weights, inventory
 from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
+from amq.perplexity import perplexity
 from amq.progress import Progress
 from amq.quantize.card import write_card
 from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource

@@ -1,0 +1,138 @@
+"""Perplexity of every quantization method at several sizes, in one table: `python benchmarks/quality.py --json FILE`.
+
+Each configuration is quantized in memory, as `python -m amq.quantize` does before it writes, and measured on texts that
+calibration did not see. Rows are added to FILE as they are done, and a second call goes on with what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from amq.bank import BankRecipe
+from amq.configuration import Configuration
+from amq.data import WindowSampler, fixed_windows, load_corpus
+from amq.files import read_json, write_json
+from amq.formats import get_format
+from amq.linears import inventory
+from amq.models import load_model, model_fingerprint
+from amq.perplexity import perplexity
+from amq.progress import Progress
+from amq.quantize.methods import METHODS, BlockQuantizer, BlockSource
+from amq.quantize.sources import BankSource
+from amq.search.records import cpu_name
+
+SCHEMA = "amq/quality/1"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--configuration", action="append", default=[], type=Path, metavar="FILE")
+    parser.add_argument("--uniform", default="", metavar="LIST", help="formats, such as int3,int4")
+    parser.add_argument("--group-size", type=int, default=64, metavar="G", help="of --uniform")
+    parser.add_argument("--method", default="rtn,hqq,bank,awq,gptq", metavar="LIST")
+    parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="default: docstrings")
+    parser.add_argument("--max-tokens", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--calibration", default="pydoc")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, required=True, metavar="FILE")
+    args = parser.parse_args()
+    content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "machine": cpu_name(), "rows": []}
+    measure(args, content)
+    print(table(content["rows"]))
+
+
+def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
+    """Adds the missing rows to `content` and writes it after each."""
+    loaded = load_model(args.model)
+    parts = inventory(loaded.model)
+    fingerprint = model_fingerprint(loaded.model)
+    texts = args.text or ["docstrings"]
+    windows = {Path(t).name: fixed_windows(load_corpus(t, loaded.tokenizer), 512, args.max_tokens) for t in texts}
+    corpus = load_corpus(args.calibration, loaded.tokenizer)
+    calibration = WindowSampler(corpus, 512, args.seed).take(args.windows)
+    jobs = [(f"uniform {f}", Configuration.uniform(parts.linears, get_format(f), args.group_size))
+            for f in args.uniform.split(",") if f]  # fmt: skip
+    jobs += [(f"searched {path.stem}", Configuration.load(path)) for path in args.configuration]
+
+    def add(**row: Any) -> None:
+        row["perplexity"] = {name: round(perplexity(loaded.model, w), 3) for name, w in windows.items()}
+        print(json.dumps(row), flush=True)
+        content["rows"].append(row)
+        write_json(args.json, content)
+
+    def done(**key: Any) -> bool:
+        return any(all(row.get(k) == v for k, v in key.items()) for row in content["rows"])
+
+    if not done(method="full"):
+        add(name="full precision", method="full", group_size=None, bits=16.0)
+    for name, configuration in jobs:
+        for method in args.method.split(","):
+            key = {"name": name, "method": method, "group_size": configuration.group_size,
+                   "windows": args.windows, "calibration": args.calibration, "seed": args.seed}  # fmt: skip
+            if done(**key):
+                continue
+            with untouched(loaded.model):
+                start = time.perf_counter()
+                source = block_source(method, loaded, parts, configuration, calibration, args, fingerprint)
+                for block in range(parts.n_blocks):
+                    source.finish(source.make(block))
+                seconds = round(time.perf_counter() - start, 1)
+                add(**key, bits=round(configuration.bits_per_weight(parts.linears), 3), seconds=seconds)
+
+
+def block_source(
+    method: str, loaded: Any, parts: Any, configuration: Configuration, calibration: torch.Tensor,
+    args: argparse.Namespace, fingerprint: str,
+) -> BlockSource:  # fmt: skip
+    formats, group_size = configuration.formats, configuration.group_size
+    if method == "bank":
+        recipe = BankRecipe("gptq", group_size, args.calibration, 24, 512, args.seed).of(configuration)
+        bank = recipe.open(loaded, parts, set(formats.values()), Progress(), fingerprint)
+        return BankSource(loaded.model, parts, formats, bank)
+    chosen = METHODS[method]
+    windows = calibration if chosen.calibrated else None
+    return BlockQuantizer(loaded.model, parts, formats, group_size, chosen, windows)
+
+
+@contextmanager
+def untouched(model: torch.nn.Module) -> Iterator[None]:
+    """Puts the model's parameters back."""
+    saved = {name: parameter.data.clone() for name, parameter in model.named_parameters()}
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.data.copy_(saved[name])
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One Markdown table per text: configurations down, methods across."""
+    methods = list(dict.fromkeys(row["method"] for row in rows if row["method"] != "full"))
+    keys = sorted({(r["group_size"], r["bits"], r["name"]) for r in rows if r["method"] != "full"})
+    full = next((r["perplexity"] for r in rows if r["method"] == "full"), {})
+    parts = []
+    for text in full:
+        head = ["group", "bits/weight", "configuration", *methods]
+        lines = [f"{text}, full precision {full[text]:.2f}:", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+        for group_size, bits, name in keys:
+            cells = {
+                r["method"]: r["perplexity"][text] for r in rows if (r["group_size"], r["name"]) == (group_size, name)
+            }
+            shown = [f"{cells[m]:.2f}" if m in cells else "" for m in methods]
+            lines.append(f"| {group_size} | {bits:.3f} | {name} | {' | '.join(shown)} |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    main()
