@@ -40,6 +40,6 @@ def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, **opti
         byte_tokenizer().save_pretrained(path)
         model.generation_config.save_pretrained(path)
 
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
     write_checkpoint(folder, config, record, packed, others, extras, **options)
     return folder

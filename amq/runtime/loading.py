@@ -54,7 +54,10 @@ def _load_checkpoint(folder: Path, device: str, backend: str | None, activations
 
     from amq.hf import AmqConfig
 
-    on_cpu = torch.device(device).type == "cpu"
+    try:
+        on_cpu = torch.empty(0, device=device).is_cpu
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA that is asked for it
+        raise AmqError(f"device {device!r} cannot be used here: {str(error).strip().splitlines()[0]}") from error
     target = DTYPES[dtype] if dtype != "auto" else torch.float32 if on_cpu else "auto"
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
@@ -65,7 +68,7 @@ def _load_checkpoint(folder: Path, device: str, backend: str | None, activations
                 folder, dtype=target, quantization_config=AmqConfig(activations=activations, backend=backend)
             )
         model.to(device)
-    except (OSError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise AmqError(f"transformers could not load {folder} on {device}: {error}") from error
     finally:
         if bars:

@@ -1,0 +1,383 @@
+"""transformers and amq checkpoints: load, run, save, reload; what damaged ones say; linears that share an input."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import pickle
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from checkpoints import tiny_checkpoint
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tiny_models import ARCHITECTURES, random_tokens
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import amq.hf
+from amq import ops, quantized_linear
+from amq.checkpoint import HASHES, hashes_metadata, open_checkpoint, verify_file
+from amq.errors import AmqError
+from amq.hf import AmqConfig
+from amq.quantized_linear import QuantizedLinear, StoredLinear
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:You passed `quantization_config`"),
+]
+
+TOKENS = random_tokens(2, 20)
+QKV = tuple(f"model.layers.1.self_attn.{role}_proj" for role in "qkv")
+MAKERS: dict[str, Callable[[], nn.Module]] = {
+    "llama": ARCHITECTURES["llama"].build,
+    "qwen2": ARCHITECTURES["qwen2"].build,  # q, k and v have biases
+    "phi3": ARCHITECTURES["phi3"].build,  # one linear for q, k, v and one for gate, up
+    "untied": lambda: ARCHITECTURES["llama"].build(tie_word_embeddings=False),
+    "mixtral": ARCHITECTURES["mixtral"].build,  # transformers renames and merges tensors of its original checkpoints
+    "opt": ARCHITECTURES["opt"].build,  # every linear has a bias
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        return path if path.exists() else tiny_checkpoint(MAKERS[name](), path)
+
+    return folder
+
+
+@pytest.fixture
+def damaged(folders: Callable[[str], Path], tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(folders("llama"), tmp_path / "damaged"))
+
+
+def load(folder: Path, how: AmqConfig | None = None, **options: Any) -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, **options, **({"quantization_config": how} if how else {}))
+
+
+def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_load_run_save_reload(name: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whole, in shards, and dequantized to a plain model; logits are the plain model's within float32 rounding."""
+    model, info = AutoModelForCausalLM.from_pretrained(folders(name), output_loading_info=True)
+    assert not any(info.values()), info
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, StoredLinear)}
+    checkpoint = open_checkpoint(folders(name))
+    assert linears.keys() == checkpoint.record.formats.keys()
+    logits = model(TOKENS).logits
+    for folder, size in ((tmp_path / "one", "1GB"), (tmp_path / "shards", "40KB")):
+        model.save_pretrained(folder, max_shard_size=size)
+        again = load(folder)
+        assert_same_tensors(model, again)
+        assert torch.equal(again(TOKENS).logits, logits)
+        assert open_checkpoint(folder).record == checkpoint.record  # and the hashes of every file hold
+    plain = load(folders(name)).dequantize()
+    assert not any(isinstance(m, QuantizedLinear) for m in plain.modules())
+    difference = (plain(TOKENS).logits - logits).abs().max() / logits.abs().max()
+    assert 0 < difference < 3e-6
+    plain.save_pretrained(tmp_path / "plain")
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert_same_tensors(load(tmp_path / "plain"), plain)
+
+
+def test_every_shard_carries_its_hashes(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    load(folders("llama")).save_pretrained(tmp_path, max_shard_size="40KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        verify_file(shard)
+        with safe_open(shard, "pt") as file:
+            assert set(file.keys()) <= json.loads(file.metadata()[HASHES]).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_dtype_does_not_touch_quantized_weights(dtype: torch.dtype, folders: Callable[[str], Path]) -> None:
+    model = load(folders("qwen2"), dtype=dtype)
+    assert model(TOKENS).logits.dtype == dtype
+    checkpoint = open_checkpoint(folders("qwen2"))
+    for name in checkpoint.record.formats:
+        module = model.get_submodule(name)
+        assert module.bias is None or module.bias.dtype == dtype
+        for part, stored in vars(checkpoint.packed(name)).items():
+            assert not isinstance(stored, Tensor) or torch.equal(getattr(module.packed, part), stored)
+
+
+def test_weights_are_mapped_and_prepared_when_used(folders: Callable[[str], Path]) -> None:
+    model = load(folders("llama"))
+    linears = [m for m in model.modules() if isinstance(m, StoredLinear)]
+    assert all(m.data is None for m in linears) and "backend=," in repr(linears[0])
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    spans = [tuple(int(end, 16) for end in m[0].split("-")) for m in maps if m[-1].endswith("/llama/model.safetensors")]
+    for module in linears:
+        address = module.packed.qweight.data_ptr()
+        assert any(start <= address < end for start, end in spans), module.name
+    model(TOKENS)
+    assert all(m.weight.backend == "cpu" for m in linears)
+    model.to("meta")
+    assert all(m.data is None and m.packed.qweight.device.type == "cpu" for m in linears)
+
+
+def test_state_dict_loads_into_another_model(folders: Callable[[str], Path]) -> None:
+    model, other = load(folders("llama")), load(folders("llama"))
+    state = {name: tensor + (tensor.dtype == torch.float16) for name, tensor in model.state_dict().items()}
+    other(TOKENS)  # prepared weights must go
+    other.load_state_dict(state)
+    assert not torch.equal(other(TOKENS).logits, model(TOKENS).logits)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(TOKENS).logits, model(TOKENS).logits)
+    del state[f"{QKV[0]}.scale"]
+    with pytest.raises(RuntimeError, match=f"Missing key.*{QKV[0]}.scale"):
+        other.load_state_dict(state)
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}])
+def test_device_maps(device_map: Any, folders: Callable[[str], Path]) -> None:
+    pytest.importorskip("accelerate", reason="transformers wants accelerate for a device_map")
+    model = load(folders("llama"), device_map=device_map)
+    assert torch.equal(model(TOKENS).logits, load(folders("llama"))(TOKENS).logits)
+
+
+def test_device_maps_that_need_offloading_are_refused(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """`auto` counts the quantized weights: the whole model has about 190 KB, of which they are 120."""
+    pytest.importorskip("accelerate", reason="transformers wants accelerate for a device_map")
+    with pytest.raises(AmqError, match="disk: amq does not move weights"):
+        load(folders("llama"), device_map="auto", max_memory={"cpu": "100KB"}, offload_folder=tmp_path)
+    with pytest.raises(AmqError, match="cpu, cuda:0: amq does not move weights"):
+        load(folders("llama"), device_map={"model": "cpu", "lm_head": "cuda:0"})
+
+
+def test_loading_attributes(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    exact, rounded = load(folders("llama")), load(folders("llama"), AmqConfig(activations="int8", backend="cpu"))
+    assert not torch.equal(exact(TOKENS).logits, rounded(TOKENS).logits)
+    rounded.save_pretrained(tmp_path)
+    assert "activations" not in json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    reference = load(folders("llama"), AmqConfig(backend="reference"))
+    assert torch.allclose(reference(TOKENS).logits, exact(TOKENS).logits, atol=1e-5)
+    with pytest.raises(AmqError, match="unknown backend 'gpu'"):
+        load(folders("llama"), AmqConfig(backend="gpu"))(TOKENS)
+    with pytest.raises(AmqError, match="int8 does not go with backend reference"):
+        load(folders("llama"), AmqConfig(activations="int8", backend="reference"))(TOKENS)
+
+
+def test_pipeline(folders: Callable[[str], Path]) -> None:
+    pipe = transformers.pipeline("text-generation", str(folders("llama")))
+    assert pipe("hello", max_new_tokens=4, do_sample=False)[0]["generated_text"].startswith("hello")
+
+
+def test_remote_code_and_none(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """trust_remote_code loads the same model; plain loading does not ask, and saves no dangling auto_map."""
+    remote, plain = load(folders("llama"), trust_remote_code=True), load(folders("llama"))
+    assert type(remote).__name__ == "AmqLlamaForCausalLM" and type(plain).__name__ == "LlamaForCausalLM"
+    assert torch.equal(remote(TOKENS).logits, plain(TOKENS).logits)
+    remote.save_pretrained(tmp_path / "remote")
+    plain.save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "remote" / "modeling_amq.py").exists()
+    assert not json.loads((tmp_path / "plain" / "config.json").read_text()).get("auto_map")
+
+
+def test_saving_into_the_folder_it_was_loaded_from(damaged: Path) -> None:
+    model = load(damaged)
+    model.save_pretrained(damaged)
+    again = load(damaged)
+    assert_same_tensors(model, again)
+    assert torch.equal(model(TOKENS).logits, again(TOKENS).logits)
+
+
+def test_importing_amq_loads_neither_torch_nor_transformers() -> None:
+    code = "import amq, sys; assert not {'torch', 'transformers', 'amq.hf'} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_registration_follows_the_module_that_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for transformers' quantizers, which take seconds to import."""
+    (tmp_path / "stand_in.py").write_text("HERE = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(amq._Registration, "MODULE", "stand_in")
+    monkeypatch.setattr(sys, "meta_path", [amq._Registration, *sys.meta_path])
+    seen: list[Any] = []
+    monkeypatch.setattr(amq.importlib, "import_module", lambda name: seen.append((name, sys.modules["stand_in"].HERE)))
+    import stand_in
+
+    assert stand_in.HERE and seen == [("amq.hf", True)] and amq._Registration not in sys.meta_path
+
+
+def test_registering_twice_and_an_old_transformers(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    amq.hf.register()
+    mapping = {k: v for k, v in amq.hf.auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if k != "amq"}
+    monkeypatch.setattr(amq.hf.auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", mapping)
+    monkeypatch.setattr(transformers, "__version__", "5.2.0")
+    amq.hf.register()
+    with pytest.raises(AmqError, match="transformers 5.2.0 cannot load amq checkpoints: amq needs"):
+        load(folders("llama"))
+
+
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    edit(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_damaged_tensors_are_refused(damaged: Path) -> None:
+    path = damaged / "model.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(AmqError, match=r"model.safetensors: tensor .* is not what was written"):
+        load(damaged)
+    load(damaged, AmqConfig(verify=False))
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AmqError, match="model.safetensors cannot be read"):
+        load(damaged)
+
+
+@pytest.mark.parametrize("gone", ["model.norm.weight", "model.embed_tokens.weight", f"{QKV[1]}.zero_point"])
+def test_missing_tensors_are_refused(gone: str, damaged: Path) -> None:
+    """transformers itself would fill them with random numbers."""
+    path = damaged / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if name != gone}
+    save_file(tensors, path, metadata=hashes_metadata(tensors))
+    with pytest.raises(AmqError, match=f"damaged lacks .* such as {gone}"):
+        load(damaged)
+
+
+def test_damaged_configs_are_refused(damaged: Path) -> None:
+    edit_config(damaged, lambda c: c["quantization_config"].update(colour="red"))
+    load(damaged)
+    edit_config(damaged, lambda c: c.update(intermediate_size=97))
+    with pytest.raises(
+        AmqError, match=r"gate_proj: the model's config.json makes it \[97, 64\], the checkpoint has \[96"
+    ):
+        load(damaged)
+    edit_config(damaged, lambda c: c.update(intermediate_size=96, num_hidden_layers=2))
+    with pytest.raises(AmqError, match="layers.2.* is not in this LlamaForCausalLM"):
+        load(damaged)
+    edit_config(damaged, lambda c: c["quantization_config"].update(version=99))
+    with pytest.raises(AmqError, match="checkpoint version 99 is not known"):
+        load(damaged)
+
+
+def test_a_model_that_is_not_quantized(tiny_folder: Path) -> None:
+    with pytest.raises(AmqError, match="not quantized: run `python -m amq.quantize`"):
+        load(tiny_folder, AmqConfig())
+
+
+# Linears that share an input
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of weights in every call of the kernel."""
+    seen: list[int] = []
+
+    def counted(x: Tensor, weights: Any, *rest: Any) -> Tensor:
+        seen.append(len(weights))
+        return ops.linear(x, weights, *rest)
+
+    monkeypatch.setattr(quantized_linear, "linear", counted)
+    return seen
+
+
+@pytest.mark.parametrize("activations", ["fp32", "int8"])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+def test_fused_equals_unfused(name: str, activations: str, folders: Callable[[str], Path], calls: list[int]) -> None:
+    fused = load(folders(name), AmqConfig(activations=activations))
+    alone = load(folders(name), AmqConfig(activations=activations, fuse=False))
+    for tokens in (TOKENS, TOKENS[:1, :1]):
+        expected = alone(tokens).logits
+        assert calls == [1] * 7 * 3
+        calls.clear()
+        assert torch.equal(fused(tokens).logits, expected)
+        assert calls == [3, 1, 2, 1] * 3
+        calls.clear()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fused.generate(TOKENS, **options), alone.generate(TOKENS, **options))
+    with torch.inference_mode():
+        assert torch.equal(fused(TOKENS).logits, alone(TOKENS).logits)
+
+
+@pytest.fixture
+def qkv(folders: Callable[[str], Path]) -> list[StoredLinear]:
+    model = load(folders("qwen2"))
+    return [model.get_submodule(name) for name in QKV]
+
+
+def test_only_the_very_same_input_is_shared(qkv: list[StoredLinear], calls: list[int]) -> None:
+    q, k, v = qkv
+    x, other = torch.randn(2, 1, 3, 64)
+    expected = [m.alone(t) for t in (x, other) for m in qkv]
+    calls.clear()
+    assert torch.equal(q(x), expected[0]) and torch.equal(k(other), expected[4]) and torch.equal(v(x), expected[2])
+    assert calls == [3, 1]
+    assert torch.equal(v(other), expected[5]) and torch.equal(q(other), expected[3])
+    assert calls == [3, 1, 3]
+    x.add_(1)
+    q(x)
+    x.sub_(1)  # the same tensor, but not the same numbers
+    assert torch.allclose(k(x), expected[1], atol=1e-5)
+    assert all(m(x).is_contiguous() for m in qkv)
+
+
+def test_slots_keep_nothing_alive(qkv: list[StoredLinear]) -> None:
+    q, k, v = qkv
+    x = torch.randn(5, 64)
+    watched = weakref.ref(x)
+    y = q(x)
+    storage = weakref.ref(q.shared._waiting.results[id(k)].untyped_storage())
+    assert storage() is not None
+    del x
+    gc.collect()
+    assert watched() is None and storage() is None  # k and v were never asked for
+    x = torch.randn(5, 64)
+    y = q(x), k(x), v(x)
+    assert not q.shared._waiting.results
+    for copied in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
+        assert copied.shared is not q.shared and copied.shared.members[0] is copied
+        assert torch.equal(copied(x), y[0])
+
+
+def test_threads_do_not_mix_their_inputs(qkv: list[StoredLinear]) -> None:
+    inputs = [torch.randn(2, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    expected = [[m.alone(x) for m in qkv] for x in inputs]
+
+    def run(i: int) -> bool:
+        return all(torch.equal(m(inputs[i]), y) for _ in range(50) for m, y in zip(qkv, expected[i], strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(run, range(4)))
+
+
+@pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile: no C++ compiler on PATH")
+def test_compiled(qkv: list[StoredLinear]) -> None:
+    """Without a graph break, once the weights are prepared; each linear is then a node of its own."""
+
+    def attend(x: Tensor) -> Tensor:
+        q, k, v = (m(x) for m in qkv)
+        return torch.cat([q, k * 2, v], dim=-1)
+
+    x = torch.randn(2, 64)
+    with torch.no_grad():
+        expected = attend(x)
+        assert torch.allclose(torch.compile(attend, fullgraph=True, backend="eager")(x), expected, atol=1e-6)
