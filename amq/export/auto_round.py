@@ -29,13 +29,17 @@ transformers with auto-round (`pip install auto-round`; into an environment that
 `pip install --no-deps auto-round py-cpuinfo`):
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoRoundConfig, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="bfloat16")
+settings = AutoRoundConfig(backend="torch")  # leave this away on a GPU
+model = AutoModelForCausalLM.from_pretrained("{folder}", dtype="bfloat16", quantization_config=settings)
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ids = model.generate(**tokenizer("The capital of France is", return_tensors="pt").to(model.device), max_new_tokens=20)
 print(tokenizer.decode(ids[0]))
 ```
+
+On a CPU ask for `backend="torch"`. Where the package auto-round-lib is installed, auto-round takes its kernels by
+itself, and with 2 bits (version 0.16.0) they returned other numbers than the weights do.
 """
 
 
@@ -70,7 +74,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
 def vllm_obstacles(checkpoint: Checkpoint, symmetric: bool) -> list[str]:
     """Why vLLM cannot load the export, each with the remedy; empty when it can."""
     record = checkpoint.record
-    reasons = [] if symmetric else ["it wants symmetric groups (`python -m amq.quantize … --zero-point symmetric`)"]
+    reasons = [] if symmetric else ["it wants symmetric groups (`python -m amq.quantize … --zero-points symmetric`)"]
     odd = sorted({fmt for fmt in record.formats.values() if bits(fmt) not in VLLM_BITS})
     if odd:
         known = " and ".join(map(str, VLLM_BITS))

@@ -47,7 +47,7 @@ def whole_zero_points(linear: str, packed: PackedWeight, target: str) -> Tensor:
         raise AmqError(
             f"{target} holds whole zero points from 0 to {packed.format.max_code}; {linear} has "
             f"{float(zero_point[odd][0]):g} and {int(odd.sum()) - 1} more such: quantize again with "
-            "`python -m amq.quantize … --zero-point integer` (or symmetric)"
+            "`python -m amq.quantize … --zero-points integer` (or symmetric)"
         )
     return whole.to(torch.int32)
 
