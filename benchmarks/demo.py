@@ -1,8 +1,8 @@
-"""`make demo`: the main job on a real model, from nothing to a table.
+"""`make demo`: the main job on a real model, from nothing to a table and a checkpoint that answers.
 
-Searches SmolLM2-135M-Instruct over int2/int3/int4/int6, chooses at four budgets from the one run, and measures
-perplexity on a text that neither calibration nor search ever saw. The run folder is kept (runs/demo): a second call
-resumes it.
+Searches SmolLM2-135M-Instruct over int2/int3/int4/int6, chooses at four budgets from the one run, measures perplexity
+on a text that neither calibration nor search ever saw, writes a checkpoint at 4 bits per weight and asks it something.
+The run folder is kept (runs/demo): a second call resumes it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,17 @@ from pathlib import Path
 import amq
 from amq.eval.__main__ import table
 from amq.files import write_json
-from amq.progress import terminal_progress
+from amq.progress import Progress, terminal_progress
+from amq.quantize.__main__ import summary as quantized_summary
+from amq.quantize.work import partial_folder
+from amq.runtime import Sampling, generate, load
 from amq.search.__main__ import summary
 from amq.search.select import select_from_run
 
 FORMATS = "int2,int3,int4,int6"
 BUDGETS = (3.5, 4.0, 5.0)
+CHECKPOINT_BITS = 4.0
+PROMPT = "What is the capital of France, and what is it known for?"
 
 
 def main() -> int:
@@ -51,12 +56,30 @@ def main() -> int:
     rows = {r.name: r.perplexity for r in evaluation.rows}
     gain = 1 - rows["searched-at-int3-cost"] / rows["int3"]
     print(f"at uniform int3's cost the searched model's perplexity is {100 * gain:.1f} % lower")
+    checkpoint = _quantize(args, progress)
     print(f"search {searched:.0f} s, everything {time.monotonic() - start:.0f} s; open {args.output}/report.html")
+    print(f"ask it more: python -m amq.generate {checkpoint} --chat --prompt …")
     write_json(args.output / "eval.json", evaluation.json())
     print(
         json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows})
     )
     return 0
+
+
+def _quantize(args: argparse.Namespace, progress: Progress) -> Path:
+    """Writes the checkpoint (unless an earlier call did) and lets it answer."""
+    folder = args.output / "checkpoint"
+    if not folder.exists():
+        configuration = args.output / f"searched-{CHECKPOINT_BITS}.json"
+        settings = {"configuration": str(configuration), "perplexity": args.text, "perplexity_tokens": args.max_tokens}
+        resume = partial_folder(folder).exists()
+        print(quantized_summary(amq.quantize(args.model, folder, resume=resume, progress=progress, **settings)))
+    print(f"> {PROMPT}")
+    answer = generate(load(folder), [{"role": "user", "content": PROMPT}], Sampling(max_new_tokens=60))
+    for piece in answer:
+        print(piece, end="", flush=True)
+    print(f"\n({answer.tokens_per_second:.1f} tokens per second)")
+    return folder
 
 
 if __name__ == "__main__":

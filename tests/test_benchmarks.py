@@ -57,3 +57,31 @@ def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_pat
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert picture.stat().st_size > 10_000
+
+
+def test_quality_table_goes_on_with_what_is_missing(tmp_path, cache, monkeypatch, capsys):
+    """Two methods on a tiny model; a second call measures nothing that is there and adds the third."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import quality
+    from tiny_models import byte_tokenizer, tiny_llama
+
+    folder, results = tmp_path / "model", tmp_path / "quality.json"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(15_000)))
+
+    def run(methods: str) -> str:
+        arguments = f"quality --model {folder} --uniform int3 --group-size 32 --method {methods} --text {text} "
+        arguments += f"--calibration {text} --windows 2 --max-tokens 1024 --json {results}"
+        monkeypatch.setattr(sys, "argv", arguments.split())
+        quality.main()
+        return capsys.readouterr().out
+
+    run("rtn,awq")
+    first = json.loads(results.read_text())["rows"]
+    assert [row["method"] for row in first] == ["full", "rtn", "awq"]
+    shown = run("rtn,awq,bank")
+    rows = json.loads(results.read_text())["rows"]
+    assert rows[:3] == first and rows[3]["method"] == "bank"
+    assert "| 32 | 4.000 | uniform int3 |" in shown
