@@ -48,6 +48,8 @@ SOURCES = {
     "mixed symmetric": Source(("int2", "int3", "int4"), "symmetric"),
     "mixed tied symmetric": Source(("int2", "int3", "int4"), "symmetric", tied=True),
     "mixed to int8": Source(("int4", "int5", "int6", "int8"), "integer"),
+    "int4 fractional": Source(("int4",), "fractional"),
+    "all fractional": Source(("int2", "int3", "int4", "int5", "int6", "int8"), "fractional"),
 }
 
 ROWS = [
@@ -64,6 +66,14 @@ ROWS = [
     ("auto-round", "mixed to int8", "auto-round"),
     ("auto-round", "int4 symmetric", "auto-round-own-choice"),
     ("auto-round", "mixed tied symmetric", "auto-round-own-choice"),
+    ("mlx", "int4 fractional", "mlx-lm"),
+    ("mlx", "all fractional", "mlx-lm"),
+    ("gguf", "int4 fractional", "llama.cpp"),
+    ("gguf", "int4 fractional", "llama.cpp-float32"),
+    ("gguf", "all fractional", "llama.cpp"),
+    ("gguf", "all fractional", "llama.cpp-float32"),
+    ("gguf", "mixed symmetric", "llama.cpp"),
+    ("gguf", "mixed symmetric", "llama.cpp-float32"),
 ]
 """(export, checkpoint of SOURCES, loader of export_loaders.LOADERS)."""
 
@@ -73,6 +83,9 @@ INSTALL = {
     "transformers-gptq": "as gptqmodel, and VENV/bin/pip install --no-deps optimum",
     "auto-round": "VENV/bin/pip install --no-deps auto-round py-cpuinfo",
     "auto-round-own-choice": "as auto-round, and VENV/bin/pip install --no-deps auto-round-lib",
+    "mlx-lm": "VENV/bin/pip install --no-deps mlx mlx-cpu mlx-lm",
+    "llama.cpp": "VENV/bin/pip install --no-deps llama-cpp-python diskcache  # compiles llama.cpp, 10 minutes",
+    "llama.cpp-float32": "as llama.cpp",
 }
 
 

@@ -21,19 +21,26 @@ from amq.errors import AmqError
 from amq.export.architecture import attention_window, rope_type, with_flat_rope
 from amq.export.common import plain_config
 from amq.export.gguf_tokenizer import read_tokenizer
-from amq.export.gguf_types import BLOCK, REQUANTIZED, BlockType, decode, encode, find_type
+from amq.export.gguf_types import BLOCK, REQUANTIZED, TYPES, BlockType, decode, encode, find_type
 from amq.packing import PackedWeight, dequantize
 
 FILE = "model.gguf"
-LOADING = f"""\
+LOADING = f"""
+## Loading
+
 Run `{FILE}` with [llama.cpp](https://github.com/ggml-org/llama.cpp) or what is built on it:
 
-    llama-cli -m {{folder}}/{FILE} -p "Hello"
+```
+llama-cli -m {{folder}}/{FILE} -p "The capital of France is"
+```
 
-or in Python, with `pip install llama-cpp-python`:
+or in Python (`pip install llama-cpp-python`, which compiles it):
 
-    from llama_cpp import Llama
-    print(Llama("{{folder}}/{FILE}")("Hello", max_tokens=32)["choices"][0]["text"])"""
+```python
+from llama_cpp import Llama
+
+print(Llama("{{folder}}/{FILE}")("The capital of France is", max_tokens=20)["choices"][0]["text"])
+```"""
 
 FAMILIES = {"llama": ("llama", True), "mistral": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False)}
 """model_type → llama.cpp's name, and whether it wants the rows of q and k in its own order."""
@@ -231,6 +238,11 @@ def _facts(tallies: Mapping[tuple[str, str, bool], Tally], config: Mapping[str, 
     for (fmt, type_, kept), tally in sorted(tallies.items()):
         note = "rounding to fp16" if kept else "quantized again"
         facts[f"{fmt} → {type_}" + ("" if kept else " (no type holds its codes)")] = tally.phrase(note)
+    with_minimum = {kind.name for kind in TYPES if kind.offset is None}
+    if any(type_ in with_minimum for _, type_, _ in tallies):
+        facts["smaller and exact"] = (
+            "with `amq quantize --zero-points symmetric`: Q4_0 and Q5_0 instead of Q4_1 and Q5_1"
+        )
     if window := attention_window(config):
         facts["context"] = f"{window} positions, the model's sliding window, which llama.cpp's llama does not have"
     return facts

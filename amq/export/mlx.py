@@ -32,12 +32,17 @@ GROUP_BYTES = 8
 CHECKED = ("gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """Model types whose export was loaded with mlx-lm and compared (benchmarks/export_matrix.py)."""
 
-LOADING = """\
-Load it with [mlx-lm](https://pypi.org/project/mlx-lm) (`pip install mlx-lm`; on Linux also `mlx-cpu`):
+LOADING = """
+## Loading
 
-    from mlx_lm import generate, load
-    model, tokenizer = load("{folder}")
-    print(generate(model, tokenizer, prompt="Hello"))
+With [mlx-lm](https://pypi.org/project/mlx-lm) (`pip install mlx-lm`; on Linux also `mlx-cpu`):
+
+```python
+from mlx_lm import generate, load
+
+model, tokenizer = load("{folder}")
+print(generate(model, tokenizer, prompt="The capital of France is"))
+```
 
 Scales and biases are float32, which makes the weights exact, and activations float32 too."""
 
