@@ -25,6 +25,7 @@ from amq.linears import Inventory, check_weights, inventory
 from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
 from amq.perplexity import perplexity
 from amq.progress import Progress
+from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.card import write_card
 from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
@@ -131,6 +132,9 @@ def _source(
         ).of(configuration)
         bank = recipe.open(loaded, parts, set(formats.values()), progress, fingerprint)
         return BankSource(model, parts, formats, bank)
+    if settings.method == "autoround":
+        iterations, zero_points = settings.autoround_iterations, settings.zero_points
+        return AutoRoundSource(loaded, parts, formats, group_size, windows, zero_points, iterations, settings.seed)
     raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
 
 

@@ -25,6 +25,7 @@ class QuantizeSettings:
     group_size: int = flag(128, "input features per scale, with --uniform", metavar="G")
     method: str = flag(DEFAULT_METHOD, "how the weights are rounded", choices=(*METHODS, *OTHER_METHODS))
     zero_points: str = flag("fractional", "other tools' formats need integer or symmetric ones", choices=ZERO_POINTS)
+    autoround_iterations: int = flag(50, "tuning steps per block of autoround, whose own default is 200", metavar="N")
     calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", metavar="TEXT")
     windows: int = flag(32, "calibration windows", metavar="N")
     window_length: int = flag(512, "tokens per window", metavar="N")
@@ -45,6 +46,7 @@ class QuantizeSettings:
 
     def identity(self, fingerprint: str, formats: dict[str, str], group_size: int) -> dict[str, Any]:
         """What a finished block depends on: a resumed run must have the same."""
-        names = ("method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype")
+        names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
+        names += ["autoround_iterations"] if self.method == "autoround" else []
         given = asdict(self)
         return {**{n: given[n] for n in names}, "model": fingerprint, "formats": formats, "group_size": group_size}
