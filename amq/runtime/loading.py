@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-
-import torch
-from safetensors import SafetensorError
 
 from amq.backends import ACTIVATIONS, get_backend
 from amq.checkpoint import is_checkpoint
 from amq.errors import AmqError
-from amq.models import DTYPES, LoadedModel, load_model
-
-FULL_PRECISION_TAKES = "the model is not quantized: --activations and --backend are for folders that amq.quantize wrote"
+from amq.models import LoadedModel, load_model
 
 
 def load(
@@ -34,49 +28,18 @@ def load(
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     Raises AmqError when the folder is damaged or cannot be found, or an argument does not fit.
     """
-    if dtype != "auto" and dtype not in DTYPES:
-        raise AmqError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
     folder = Path(model).expanduser()
     if not is_checkpoint(folder):
         if backend is not None or activations is not None:
-            raise AmqError(f"{model}: {FULL_PRECISION_TAKES}")
+            raise AmqError(
+                f"{model}: the model is not quantized; activations and backend are for folders that amq.quantize wrote"
+            )
         return load_model(str(model), dtype, device)
     if activations not in (None, *ACTIVATIONS):
         raise AmqError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
     if backend is not None:
         get_backend(backend)
-    return _load_checkpoint(folder, device, backend, activations or "int8", dtype)
-
-
-def _load_checkpoint(folder: Path, device: str, backend: str | None, activations: str, dtype: str) -> LoadedModel:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
     from amq.hf import AmqConfig
 
-    try:
-        on_cpu = torch.empty(0, device=device).is_cpu
-    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA that is asked for it
-        raise AmqError(f"device {device!r} cannot be used here: {str(error).strip().splitlines()[0]}") from error
-    target = DTYPES[dtype] if dtype != "auto" else torch.float32 if on_cpu else "auto"
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # it says that ours is used
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=target, quantization_config=AmqConfig(activations=activations, backend=backend)
-            )
-        model.to(device)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise AmqError(f"transformers could not load {folder} on {device}: {error}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        raise AmqError(
-            f"{folder} has no usable tokenizer ({error}): copy the original model's tokenizer files"
-        ) from error
-    return LoadedModel(model.eval(), tokenizer, str(folder))
+    how = AmqConfig(activations=activations or "int8", backend=backend)
+    return load_model(str(folder), dtype, device, quantization_config=how)
