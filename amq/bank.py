@@ -42,7 +42,7 @@ from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
 
-VERSION = 1
+VERSION = 2
 """Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
 
 

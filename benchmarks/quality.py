@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--method", default="rtn,hqq,bank,awq,gptq", metavar="LIST")
     parser.add_argument("--text", action="append", default=[], metavar="TEXT", help="default: docstrings")
     parser.add_argument("--max-tokens", type=int, default=8192)
-    parser.add_argument("--windows", type=int, default=32, help="calibration windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--calibration", default="pydoc")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")

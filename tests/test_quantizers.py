@@ -14,7 +14,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
 from amq.packing import PackedWeight, dequantize, expand_groups, unpack_codes
 from amq.quantizers import QUANTIZERS, get_quantizer
-from amq.quantizers.gptq import damped
+from amq.quantizers.gptq import DAMPING, damped
 from amq.quantizers.grid import TINY, expand, fitted_grid, to_groups
 from amq.threads import parallel_map
 
@@ -131,7 +131,7 @@ def test_importance_directs_gptq() -> None:
     packed = quantize("gptq", weight, (FORMATS["int3"],), 128, gram)["int3"]
     plain = quantize("gptq", weight, (FORMATS["int3"],), 128, torch.eye(128))["int3"]
     error, even = ((dequantize(p) - weight).square().mean(0) for p in (packed, plain))
-    assert float(error[strong].mean()) < 0.8 * float(even[strong].mean())
+    assert float(error[strong].mean()) < 0.85 * float(even[strong].mean())
     assert float(error[~strong].mean()) > float(even[~strong].mean())
 
 
@@ -264,7 +264,7 @@ def test_scale_of_the_inputs_does_not_matter(scale: float) -> None:
 
 def test_damping_is_a_share_of_the_mean() -> None:
     gram = random_gram(32)
-    torch.testing.assert_close(damped(gram), gram + 0.01 * gram.diagonal().mean() * torch.eye(32))
+    torch.testing.assert_close(damped(gram), gram + DAMPING * gram.diagonal().mean() * torch.eye(32))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -11,7 +11,7 @@ from amq.quantizers.grid import ZERO_POINTS
 from amq.settings import flag
 
 OTHER_METHODS = ("bank", "autoround")
-DEFAULT_METHOD = "awq"
+DEFAULT_METHOD = "gptq"
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class QuantizeSettings:
     zero_points: str = flag("fractional", "other tools' formats need integer or symmetric ones", choices=ZERO_POINTS)
     autoround_iterations: int = flag(50, "tuning steps per block of autoround, whose own default is 200", metavar="N")
     calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", metavar="TEXT")
-    windows: int = flag(32, "calibration windows", metavar="N")
+    windows: int = flag(64, "calibration windows", metavar="N")
     window_length: int = flag(512, "tokens per window", metavar="N")
     seed: int = flag(0, "of the choice of windows", metavar="N")
     dtype: str = flag("auto", "dtype to compute in: auto, float32, bfloat16, float16", metavar="DTYPE")

@@ -27,8 +27,11 @@ from amq.threads import parallel_map
 
 log = logging.getLogger(__name__)
 
-DAMPING = 0.01
-"""Added to the diagonal of H, as a share of its mean; raised tenfold until the Cholesky factor exists."""
+DAMPING = 0.1
+"""Added to the diagonal of H, as a share of its mean; raised tenfold until the Cholesky factor exists. More than the
+paper's 0.01, because calibration text is not what the model will read: on SmolLM2, calibrated on the language reference
+and measured on WikiText, 0.1 lowers the output error at int2 and int3 by 4 to 5 %, and raises it by 2 to 3 % on the
+reference."""
 BLOCK = 64
 """Input features whose errors are spread at once."""
 ROWS = 512
