@@ -38,7 +38,7 @@ ids = model.generate(**tokenizer("The capital of France is", return_tensors="pt"
 print(tokenizer.decode(ids[0]))
 ```
 
-Where the package auto-round-lib is installed, auto-round takes its CPU kernels by itself. They are faster and less
+Where the package auto-round-lib is installed, auto-round takes its CPU kernels by itself. They are less
 exact: 0.6 % off in each linear's output (version 0.16.0, at 2 and 4 bits), which a model at 2 bits amplifies. The torch
 backend multiplies by the very weights of the checkpoint.
 """
