@@ -67,7 +67,8 @@ def llama_cpp_float32(folder: str, tokens: list[int]) -> tuple[np.ndarray, dict]
         writer = gguf.GGUFWriter(f"{temporary}/float32.gguf", reader.fields["general.architecture"].contents())
         for name, field in reader.fields.items():
             if not name.startswith(("GGUF.", "general.architecture")):
-                writer.add_key_value(name, field.contents(), field.types[0], (*field.types[1:], None)[-2])
+                element = field.types[-1] if len(field.types) > 1 else None
+                writer.add_key_value(name, field.contents(), field.types[0], element)
         for tensor in reader.tensors:
             writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
         writer.write_header_to_file()

@@ -46,7 +46,9 @@ def tokenizer() -> object:
     return fast
 
 
-def make_checkpoint(folder: Path, family: str = "llama", group_size: int = 32, **options) -> Checkpoint:
+def make_checkpoint(
+    folder: Path, family: str = "llama", group_size: int = 32, dtype: torch.dtype = torch.float32, **options
+) -> Checkpoint:
     """A tiny model, its linears rounded to all formats in turn."""
     model = ARCHITECTURES[family].build(**{"num_hidden_layers": 2, **options})
     linears = inventory(model).linears
@@ -57,7 +59,7 @@ def make_checkpoint(folder: Path, family: str = "llama", group_size: int = 32, *
         for name, fmt in formats.items()
     }
     shapes = {s.name: (s.out_features, s.in_features) for s in linears}
-    others = {n: p.detach() for n, p in model.named_parameters() if n.removesuffix(".weight") not in packed}
+    others = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n.removesuffix(".weight") not in packed}
     record = QuantizationRecord(formats, shapes, group_size)
     write_checkpoint(folder, model.config.to_dict(), record, packed, others, extras=tokenizer().save_pretrained)
     return open_checkpoint(folder)
@@ -114,6 +116,14 @@ def test_mlx_folder(checkpoint, tmp_path):
         *checkpoint.other_names,
     }
     assert "down_proj" in facts["ragged groups"]
+
+
+def test_mlx_computes_in_float32_where_the_checkpoint_has_16_bits(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "m", dtype=torch.bfloat16)
+    mlx_export.write(checkpoint, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert tensors["model.embed_tokens.weight"].dtype == torch.bfloat16
+    assert tensors["model.norm.weight"].dtype == torch.float32
 
 
 def test_mlx_itself_dequantizes_to_our_weights(checkpoint, tmp_path):

@@ -92,7 +92,8 @@ def _tensors(checkpoint: Checkpoint, sizes: dict[str, int]) -> Iterator[tuple[st
     for linear, packed in packed_linears(checkpoint):
         for part, tensor in mlx_weight(packed, sizes[linear]).items():
             yield f"{linear}.{part}", tensor
-    yield from other_tensors(checkpoint)
+    for name, tensor in other_tensors(checkpoint):  # a norm with 16-bit weights would round what it returns to them
+        yield name, tensor.float() if tensor.ndim == 1 else tensor
 
 
 def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
