@@ -131,11 +131,10 @@ def read_off(module: nn.Module, name: str, fmt: BitFormat, group_size: int) -> P
     """
     weight, scale, zero = module.weight.detach().cpu(), getattr(module, "scale", None), getattr(module, "zp", None)
     if scale is None or zero is None:
-        raise AmqError(f"auto-round left {name} unquantized: leave it out of the configuration, or use --method gptq")
+        raise AmqError(f"auto-round left {name} unquantized: use --method gptq, which takes every linear")
     rows, in_features = weight.shape
-    scale = scale.half().float().reshape(rows, -1)
-    zero = torch.as_tensor(zero, dtype=torch.float32).expand_as(scale) if not isinstance(zero, Tensor) else zero.float()
-    zero = zero.reshape(rows, -1)
+    scale = scale.half().float().view(rows, -1)
+    zero = torch.as_tensor(zero).float().expand_as(scale)  # one number for all groups if symmetric
     groups = to_groups(weight, group_size)
     codes = (groups / scale.unsqueeze(-1)).round_() + zero.unsqueeze(-1)
     restored = decode(codes, scale, zero)
