@@ -40,7 +40,9 @@ def write_folder(output: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
     try:
         write(temporary)
-        temporary.chmod(0o777 & ~_umask())  # mkdtemp's is for its owner only
+        mask = _umask()
+        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors write for their owner only
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
         if output.exists():
             output.rmdir()
         temporary.rename(output)

@@ -93,7 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="checkpoints and exports are kept here, and reused")
     parser.add_argument("--python", action="append", default=[], metavar="LOADER=PYTHON")
-    parser.add_argument("--text", type=Path, default=Path("/work/shared/data/wikitext2_valid.txt"))
+    parser.add_argument("--text", type=Path, required=True, metavar="FILE", help="text; its first 64 tokens are used")
     parser.add_argument("--loaders", default="", help="only these, of " + ", ".join(INSTALL))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

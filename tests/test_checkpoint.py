@@ -181,3 +181,14 @@ def test_remote_code_names_the_models_class(folder: Path) -> None:
     assert "import amq" in code and "class AmqLlamaForCausalLM(LlamaForCausalLM)" in code
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert file.metadata()["format"] == "pt"
+
+
+def test_a_checkpoint_can_be_read_by_those_who_may_read_other_new_files(tmp_path):
+    from amq.files import write_folder
+
+    def write(folder: Path) -> None:
+        (folder / "file").touch(mode=0o600)
+
+    write_folder(tmp_path / "out", write)
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "out" / "file").stat().st_mode == (tmp_path / "plain").stat().st_mode

@@ -15,6 +15,7 @@ from amq.errors import AmqError
 from amq.files import write_json
 from amq.formats import FORMATS, BitFormat, get_format
 from amq.packing import PackedWeight
+from amq.quantizers.grid import symmetric_zero
 
 
 def check_formats(checkpoint: Checkpoint, names: Iterable[str], target: str) -> None:
@@ -52,14 +53,9 @@ def whole_zero_points(linear: str, packed: PackedWeight, target: str) -> Tensor:
     return whole.to(torch.int32)
 
 
-def middle(fmt: BitFormat) -> int:
-    """The zero point of a symmetric grid, 2^(bits−1): one more code lies below it than above."""
-    return fmt.levels // 2
-
-
 def is_symmetric(packed: PackedWeight) -> bool:
     """Whether all zero points are the middle code."""
-    return bool((packed.zero_point == middle(packed.format)).all())
+    return bool((packed.zero_point == symmetric_zero(packed.format)).all())
 
 
 def packed_linears(checkpoint: Checkpoint) -> Iterator[tuple[str, PackedWeight]]:
