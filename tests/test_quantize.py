@@ -23,9 +23,10 @@ from amq.quantize import run as quantize_run
 from amq.quantize.fold import apply_fold, find_fold
 from amq.quantize.methods import METHODS
 from amq.quantize.work import partial_folder
+from amq.quantizers import clip
 from amq.quantizers.awq import search_scale
 from amq.quantizers.clip import clipped_grid, diagonal_blocks
-from amq.quantizers.grid import ZERO_POINTS, decode, encode, minmax_grid, symmetric_zero, to_groups
+from amq.quantizers.grid import ZERO_POINTS, symmetric_zero
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 SMALL = {"windows": 3, "window_length": 48, "perplexity": "none", "calibration": "docstrings"}
@@ -154,9 +155,9 @@ def test_scales_lower_the_rounding_error_and_respect_ties() -> None:
     assert torch.equal(scale[:32], scale[32:])
 
     def error(factors: torch.Tensor) -> float:
-        groups = to_groups(weights[0] * factors, 32)
-        grid = minmax_grid(groups, fmt)
-        difference = decode(encode(groups, *grid, fmt), *grid).flatten(1) / factors - weights[0]
+        gram_of_scaled = gram / factors.unsqueeze(1) / factors
+        packed = clip.quantize([weights[0] * factors], [fmt], 32, gram_of_scaled)[0][fmt.name]
+        difference = dequantize(packed) / factors - weights[0]
         return float(((difference @ gram) * difference).sum())
 
     best, _ = search_scale(weights[:1], [fmt], 32, gram)

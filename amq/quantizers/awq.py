@@ -1,7 +1,9 @@
 """Activation-aware scales (AWQ: Lin et al., MLSys 2024): factors per input feature that make rounding do less harm.
 
 Important features get larger weights and so a finer grid: W·s is rounded in place of W, and x/s takes x's place, by
-changing what makes x (`amq.quantize.fold`). The search is over one number: s = rms(x)^α.
+changing what makes x (`amq.quantize.fold`). The search is over one number: s = rms(x)^α. Each α is judged by what
+rounding with clipped ranges leaves, because ranges will be clipped: judged without, scales are chosen that only do what
+clipping does better (on SmolLM2 at int3 they raise the error of v by a sixth).
 """
 
 from __future__ import annotations
@@ -13,10 +15,14 @@ import torch
 from torch import Tensor
 
 from amq.formats import BitFormat
-from amq.quantizers.grid import decode, encode, minmax_grid, to_groups
+from amq.quantizers.clip import ROWS, clipped_grid, diagonal_blocks
+from amq.quantizers.grid import decode, encode, to_groups
+from amq.threads import parallel_map
 
-EXPONENTS = tuple(i / 20 for i in range(20))
+EXPONENTS = tuple(i / 16 for i in range(13))
 """α of the search; 0 leaves the weight alone."""
+SHRINKS = (1.0, 0.85, 0.7)
+"""Clipping during the search, of both ends alike."""
 
 
 def search_scale(
@@ -32,17 +38,21 @@ def search_scale(
     weights: [out_features_i, in_features] each; formats: one per weight. gram: float32
     [in_features, in_features], the mean of x xᵀ.
     tie: int64 [in_features], features with equal numbers get equal factors; None: all are free.
-    The error is that of the outputs, summed over the weights, ranges unclipped.
+    The error is that of each linear's outputs over their energy, summed: q and k, whose outputs are large, must not
+    decide for v.
     """
     power = gram.diagonal().clamp(min=1e-12)
     power = power if tie is None else _tied(power, tie)
+    blocks = diagonal_blocks(gram, group_size)
+    energies = [float(((w.float() @ gram) * w).sum()) for w in weights]
     best, best_error, best_exponent = torch.ones_like(power), math.inf, 0.0
     for exponent in EXPONENTS:
         scale = power.sqrt() ** exponent
         scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
+        scaled = blocks * _outer_inverse(scale, group_size)
         error = sum(
-            _rounding_error(w.float(), scale, fmt, group_size, gram, zero_points)
-            for w, fmt in zip(weights, formats, strict=True)
+            _rounding_error(w.float(), scale, fmt, group_size, gram, scaled, zero_points) / max(energy, 1e-30)
+            for w, fmt, energy in zip(weights, formats, energies, strict=True)
         )
         if error < best_error:
             best, best_error, best_exponent = scale, error, exponent
@@ -54,12 +64,22 @@ def _tied(power: Tensor, tie: Tensor) -> Tensor:
     return (sums / torch.bincount(tie).clamp(min=1))[tie]
 
 
+def _outer_inverse(scale: Tensor, group_size: int) -> Tensor:
+    """1/(s[i]·s[j]) within each group, [n_groups, group_size, group_size]; 0 in what pads a ragged group."""
+    inverse = to_groups((1 / scale).unsqueeze(0), group_size)[0]
+    return inverse.unsqueeze(1) * inverse.unsqueeze(2)
+
+
 def _rounding_error(
-    weight: Tensor, scale: Tensor, fmt: BitFormat, group_size: int, gram: Tensor, zero_points: str
+    weight: Tensor, scale: Tensor, fmt: BitFormat, group_size: int, gram: Tensor, blocks: Tensor, zero_points: str
 ) -> float:
-    """Σ_rows (w − ŵ) H (w − ŵ)ᵀ where ŵ·scale is w·scale rounded to nearest."""
-    groups = to_groups(weight * scale, group_size)
-    grid = minmax_grid(groups, fmt, zero_points=zero_points)
-    rounded = decode(encode(groups, *grid, fmt), *grid).flatten(1)[:, : weight.shape[1]]
-    error = rounded.div_(scale).sub_(weight)
-    return float(((error @ gram) * error).sum())
+    """Σ_rows (w − ŵ) H (w − ŵ)ᵀ where ŵ·scale is w·scale rounded to clipped ranges; blocks: of x/scale."""
+
+    def solve(rows: Tensor) -> float:
+        groups = to_groups(rows * scale, group_size)
+        grid = clipped_grid(groups, blocks, fmt, zero_points, SHRINKS, apart=False)
+        rounded = decode(encode(groups, *grid, fmt), *grid).flatten(1)[:, : rows.shape[1]]
+        error = rounded.div_(scale).sub_(rows)
+        return float(((error @ gram) * error).sum())
+
+    return sum(parallel_map(solve, weight.split(ROWS)))

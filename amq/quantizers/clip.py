@@ -7,6 +7,7 @@ et al., MLSys 2024) made asymmetric. Together with the scales of `amq.quantizers
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -57,25 +58,29 @@ def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
 
 
 def clipped_grid(
-    groups: Tensor, blocks: Tensor, fmt: BitFormat, zero_points: str = "fractional"
+    groups: Tensor,
+    blocks: Tensor,
+    fmt: BitFormat,
+    zero_points: str = "fractional",
+    shrinks: Sequence[float] = SHRINKS,
+    apart: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The range of every group, both ends shrunk separately, with the least Σ_t (Σ_k (w − ŵ)[k]·x[t, k])².
 
     groups: float32 [rows, n_groups, group_size]. blocks: float32 [n_groups, group_size, group_size], E[x xᵀ] within
-    each group. Returns scale and zero_point, [rows, n_groups].
+    each group. shrinks: what each end is tried at. apart: all pairs of them, else both ends alike.
+    Returns scale and zero_point, [rows, n_groups].
     """
     low, high = groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)
     best_error = torch.full(low.shape, torch.inf)
     best = range_grid(low, high, fmt, zero_points)
-    for low_shrink in SHRINKS:
-        for high_shrink in SHRINKS:
-            if zero_points == "symmetric" and low_shrink != high_shrink:
-                continue  # the wider end decides alone
-            grid = range_grid(low * low_shrink, high * high_shrink, fmt, zero_points)
-            error = decode(encode(groups, *grid, fmt), *grid).sub_(groups)
-            moved = torch.bmm(error.transpose(0, 1), blocks).transpose(0, 1)
-            cost = (moved * error).sum(-1)
-            better = cost < best_error
-            best_error = torch.where(better, cost, best_error)
-            best = (torch.where(better, grid[0], best[0]), torch.where(better, grid[1], best[1]))
+    apart = apart and zero_points != "symmetric"  # of a symmetric range the wider end decides alone
+    for low_shrink, high_shrink in product(shrinks, shrinks) if apart else zip(shrinks, shrinks, strict=True):
+        grid = range_grid(low * low_shrink, high * high_shrink, fmt, zero_points)
+        error = decode(encode(groups, *grid, fmt), *grid).sub_(groups)
+        moved = torch.bmm(error.transpose(0, 1), blocks).transpose(0, 1)
+        cost = (moved * error).sum(-1)
+        better = cost < best_error
+        best_error = torch.where(better, cost, best_error)
+        best = (torch.where(better, grid[0], best[0]), torch.where(better, grid[1], best[1]))
     return best
