@@ -14,8 +14,9 @@ NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py
 
+# Two processes, a file of tests in one of them: most tests keep one core busy, and those that compile wait for two.
 test: .venv/.installed
-	$(BIN)/python -m pytest -q tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest -q benchmarks

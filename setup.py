@@ -50,7 +50,7 @@ INSTALL_REQUIRES = [
 
 EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6"],
-    "test": ["pytest>=8", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"],
+    "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"],
     "datasets": ["datasets>=2.19"],
     "tasks": ["lm-eval>=0.4.13", "accelerate>=0.26"],
 }

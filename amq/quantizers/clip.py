@@ -62,20 +62,17 @@ def clipped_grid(
     blocks: Tensor,
     fmt: BitFormat,
     zero_points: str = "fractional",
-    shrinks: Sequence[float] = SHRINKS,
-    apart: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The range of every group, both ends shrunk separately, with the least Σ_t (Σ_k (w − ŵ)[k]·x[t, k])².
 
     groups: float32 [rows, n_groups, group_size]. blocks: float32 [n_groups, group_size, group_size], E[x xᵀ] within
-    each group. shrinks: what each end is tried at. apart: all pairs of them, else both ends alike.
-    Returns scale and zero_point, [rows, n_groups].
+    each group. Returns scale and zero_point, [rows, n_groups].
     """
     low, high = groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)
     best_error = torch.full(low.shape, torch.inf)
     best = range_grid(low, high, fmt, zero_points)
-    apart = apart and zero_points != "symmetric"  # of a symmetric range the wider end decides alone
-    for low_shrink, high_shrink in product(shrinks, shrinks) if apart else zip(shrinks, shrinks, strict=True):
+    alike = zero_points == "symmetric"  # the wider end of a range decides alone
+    for low_shrink, high_shrink in zip(SHRINKS, SHRINKS, strict=True) if alike else product(SHRINKS, SHRINKS):
         grid = range_grid(low * low_shrink, high * high_shrink, fmt, zero_points)
         error = decode(encode(groups, *grid, fmt), *grid).sub_(groups)
         moved = torch.bmm(error.transpose(0, 1), blocks).transpose(0, 1)
