@@ -38,7 +38,7 @@ from amq.progress import Progress, terminal_progress
 from amq.quantize.fold import find_fold
 from amq.quantize.methods import METHODS, Method, head_dim
 from amq.quantizers import get_quantizer
-from amq.quantizers.awq import search_scale
+from amq.quantizers.awq import candidate_scales, scale_errors
 from amq.settings import add_flags, flag
 
 BANDS = 5
@@ -188,17 +188,15 @@ class _Walk:
         full = {name: module.weight.data for name, module in linears.items()}
         self._reference = self._runner.hidden(self._windows, block + 1, block, self._reference)
         for name, method in self._methods.items():
-            known: dict[tuple[str, ...], list[Tensor]] = {}
+            quantized = [
+                QuantizedGroup(group, [full[s.name].float() for s in group.linears], self._group_size, method, tie)
+                for group, tie in zip(groups, ties, strict=True)
+            ]
+            states = self._hidden[name]
             for index, formats in enumerate(self._configurations):
-                for group, tie in zip(groups, ties, strict=True):
-                    key = tuple(f"{s.name} {formats[s.name]}" for s in group.linears)
-                    if key not in known:
-                        wanted = [get_format(formats[s.name]) for s in group.linears]
-                        weights = [full[s.name].float() for s in group.linears]
-                        known[key] = effective_weights(weights, wanted, self._group_size, group.gram, method, tie)
-                    for spec, weight in zip(group.linears, known[key], strict=True):
-                        linears[spec.name].weight.data = weight.to(full[spec.name].dtype)
-                states = self._hidden[name]
+                for group in quantized:
+                    for linear, weight in group.weights(formats).items():
+                        linears[linear].weight.data = weight.to(full[linear].dtype)
                 states[index] = self._runner.hidden(self._windows, block + 1, block, states[index])
             for linear, module in linears.items():
                 module.weight.data = full[linear]
@@ -223,24 +221,46 @@ class _Walk:
         return self._runner.logits(hidden).float().contiguous()
 
 
-def effective_weights(
-    weights: Sequence[Tensor],
-    formats: Sequence[BitFormat],
-    group_size: int,
-    gram: Tensor,
-    method: Method,
-    tie: Tensor | None,
-) -> list[Tensor]:
-    """What linears that share an input multiply with after `method`, scales undone: float32, shaped like `weights`."""
-    scale = torch.ones(len(gram))
-    if method.scales and tie is not None:
-        scale, _ = search_scale(weights, formats, group_size, gram, tie=tie)
-    quantize, scaled = get_quantizer(method.rounding), gram / scale.unsqueeze(1) / scale
-    packed = [
-        quantize([weight * scale], [fmt], group_size, scaled)[0][fmt.name]
-        for weight, fmt in zip(weights, formats, strict=True)
-    ]
-    return [dequantize(p) / scale for p in packed]
+class QuantizedGroup:
+    """What linears that share an input multiply with after `method`, for any formats; each piece is computed once.
+
+    weights: float32 [out_features_i, in_features] each. tie: as in `amq.quantizers.awq.candidate_scales`, or None where
+    no scale can be folded.
+    """
+
+    def __init__(
+        self, group: InputGroup, weights: Sequence[Tensor], group_size: int, method: Method, tie: Tensor | None
+    ) -> None:
+        self._full = {spec.name: weight for spec, weight in zip(group.linears, weights, strict=True)}
+        self._gram, self._group_size, self._rounding = group.gram, group_size, get_quantizer(method.rounding)
+        self._scales = torch.ones(1, len(group.gram))
+        if method.scales and tie is not None:
+            self._scales = candidate_scales(group.gram, tie)
+        self._errors: dict[tuple[str, str], Tensor] = {}
+        self._weights: dict[tuple[str, str, int], Tensor] = {}
+
+    def weights(self, formats: Formats) -> dict[str, Tensor]:
+        """{linear: float32 weight}, scales undone, with the scales that are best for these formats together."""
+        best = 0
+        if len(self._scales) > 1:
+            best = int(torch.stack([self._error(name, formats[name]) for name in self._full]).sum(0).argmin())
+        return {name: self._weight(name, formats[name], best) for name in self._full}
+
+    def _error(self, name: str, fmt: str) -> Tensor:
+        if (name, fmt) not in self._errors:
+            self._errors[name, fmt] = scale_errors(
+                self._full[name], get_format(fmt), self._group_size, self._gram, self._scales
+            )
+        return self._errors[name, fmt]
+
+    def _weight(self, name: str, fmt: str, best: int) -> Tensor:
+        key = (name, fmt, best)
+        if key not in self._weights:
+            scale = self._scales[best]
+            gram = self._gram / scale.unsqueeze(1) / scale
+            packed = self._rounding([self._full[name] * scale], [get_format(fmt)], self._group_size, gram)[0][fmt]
+            self._weights[key] = dequantize(packed) / scale
+        return self._weights[key]
 
 
 def table(result: dict[str, Any]) -> str:

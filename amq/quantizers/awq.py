@@ -9,7 +9,6 @@ of the rows is enough for that.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +23,6 @@ EXPONENTS = tuple(i / 16 for i in range(9))
 """α of the search; 0 leaves the weight alone."""
 SAMPLE = 256
 """Rows of each weight that the search looks at, evenly spread."""
-PIECE = 64
-"""Rows that a thread works on at once."""
 
 
 def search_scale(
@@ -38,52 +35,53 @@ def search_scale(
 ) -> tuple[Tensor, float]:
     """Factors s [in_features] for the linears that share one input, each measured at its own format, and their α.
 
-    weights: [out_features_i, in_features] each; formats: one per weight. gram: float32
-    [in_features, in_features], the mean of x xᵀ.
+    weights: [out_features_i, in_features] each; formats: one per weight. gram: float32 [in_features, in_features], the
+    mean of x xᵀ. tie: as for `candidate_scales`.
+    """
+    scales = candidate_scales(gram, tie)
+    errors = [
+        scale_errors(w, fmt, group_size, gram, scales, zero_points) for w, fmt in zip(weights, formats, strict=True)
+    ]
+    best = int(torch.stack(errors).sum(0).argmin())
+    return scales[best], EXPONENTS[best]
+
+
+def candidate_scales(gram: Tensor, tie: Tensor | None = None) -> Tensor:
+    """rms(x)^α for every α of `EXPONENTS`, [exponents, in_features], the middle of its range at 1.
+
     tie: int64 [in_features], features with equal numbers get equal factors; None: all are free.
-    The error is that of each linear's outputs over their energy, summed: q and k, whose outputs are large, must not
-    decide for v.
     """
     power = gram.diagonal().clamp(min=1e-12)
-    power = power if tie is None else _tied(power, tie)
+    if tie is not None:
+        sums = torch.zeros(int(tie.max()) + 1).index_add_(0, tie, power)
+        power = (sums / torch.bincount(tie).clamp(min=1))[tie]
+    scales = power.sqrt() ** torch.tensor(EXPONENTS).unsqueeze(1)
+    middle = (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
+    return (scales / middle).clamp(1e-4, 1e4)
+
+
+def scale_errors(
+    weight: Tensor,
+    fmt: BitFormat,
+    group_size: int,
+    gram: Tensor,
+    scales: Tensor,
+    zero_points: str = "fractional",
+) -> Tensor:
+    """What rounding to clipped ranges does to a linear's outputs under each of `scales`, as a share of their energy.
+
+    A share, because q and k, whose outputs are large, must not decide for v. Returns float64 [exponents].
+    """
+    sample = weight.float()[:: max(1, len(weight) // SAMPLE)]
     blocks = diagonal_blocks(gram, group_size)
-    samples = [w.float()[:: max(1, len(w) // SAMPLE)] for w in weights]
-    energies = [float(((w @ gram) * w).sum()) for w in samples]
-    best, best_error, best_exponent = torch.ones_like(power), math.inf, 0.0
-    for exponent in EXPONENTS:
-        scale = power.sqrt() ** exponent
-        scale = (scale / (scale.max() * scale.min()).sqrt()).clamp(1e-4, 1e4)
-        scaled = blocks * _outer_inverse(scale, group_size)
-        error = sum(
-            _rounding_error(w, scale, fmt, group_size, gram, scaled, zero_points) / max(energy, 1e-30)
-            for w, fmt, energy in zip(samples, formats, energies, strict=True)
-        )
-        if error < best_error:
-            best, best_error, best_exponent = scale, error, exponent
-    return best, best_exponent
 
-
-def _tied(power: Tensor, tie: Tensor) -> Tensor:
-    sums = torch.zeros(int(tie.max()) + 1).index_add_(0, tie, power)
-    return (sums / torch.bincount(tie).clamp(min=1))[tie]
-
-
-def _outer_inverse(scale: Tensor, group_size: int) -> Tensor:
-    """1/(s[i]·s[j]) within each group, [n_groups, group_size, group_size]; 0 in what pads a ragged group."""
-    inverse = to_groups((1 / scale).unsqueeze(0), group_size)[0]
-    return inverse.unsqueeze(1) * inverse.unsqueeze(2)
-
-
-def _rounding_error(
-    weight: Tensor, scale: Tensor, fmt: BitFormat, group_size: int, gram: Tensor, blocks: Tensor, zero_points: str
-) -> float:
-    """Σ_rows (w − ŵ) H (w − ŵ)ᵀ where ŵ·scale is w·scale rounded to clipped ranges; blocks: of x/scale."""
-
-    def solve(rows: Tensor) -> float:
-        groups = to_groups(rows * scale, group_size)
-        grid = clipped_grid(groups, blocks, fmt, zero_points)
-        rounded = decode(encode(groups, *grid, fmt), *grid).flatten(1)[:, : rows.shape[1]]
-        error = rounded.div_(scale).sub_(rows)
+    def error_of(scale: Tensor) -> float:
+        inverse = to_groups((1 / scale).unsqueeze(0), group_size)[0]
+        groups = to_groups(sample * scale, group_size)
+        grid = clipped_grid(groups, blocks * inverse.unsqueeze(1) * inverse.unsqueeze(2), fmt, zero_points)
+        rounded = decode(encode(groups, *grid, fmt), *grid).flatten(1)[:, : sample.shape[1]]
+        error = rounded.div_(scale).sub_(sample)
         return float(((error @ gram) * error).sum())
 
-    return sum(parallel_map(solve, weight.split(PIECE)))
+    energy = float(((sample @ gram) * sample).sum())
+    return torch.tensor(parallel_map(error_of, list(scales)), dtype=torch.float64) / max(energy, 1e-30)
