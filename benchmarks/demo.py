@@ -67,11 +67,14 @@ def main() -> int:
 
 
 def _quantize(args: argparse.Namespace, progress: Progress) -> Path:
-    """Writes the checkpoint (unless an earlier call did) and lets it answer."""
+    """Writes the checkpoint (unless an earlier call did) and lets it answer.
+
+    `bank` takes seconds; the default method takes some minutes and is better.
+    """
     folder = args.output / "checkpoint"
     if not folder.exists():
         configuration = args.output / f"searched-{CHECKPOINT_BITS}.json"
-        settings = {"configuration": str(configuration), "perplexity": args.text, "perplexity_tokens": args.max_tokens}
+        settings = {"method": "bank", "configuration": str(configuration), "perplexity": "none"}
         resume = partial_folder(folder).exists()
         print(quantized_summary(amq.quantize(args.model, folder, resume=resume, progress=progress, **settings)))
     print(f"> {PROMPT}")
