@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+"""For commands that run pytest: pytest-benchmark measures nothing in what looks like a worker of pytest-xdist."""
 
 
 def test_benchmarks_smoke(tmp_path):
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--smoke", "-p", "no:cacheprovider"]
-    environment = {**os.environ, "AMQ_CACHE": str(tmp_path), "AMQ_BENCH_PEERS": "none"}  # peers: see below
+    environment = {**ENVIRONMENT, "AMQ_CACHE": str(tmp_path), "AMQ_BENCH_PEERS": "none"}  # peers: see below
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "skipped" not in result.stdout
@@ -44,7 +46,7 @@ def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_pat
     results, picture = tmp_path / "gemv.json", tmp_path / "gemv.png"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_gemv.py", "--smoke", "-p", "no:cacheprovider",
                "-k", "M1-int8 and 64x512 and cold]", f"--benchmark-json={results}"]  # fmt: skip
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert ": failed: " not in result.stdout, result.stdout
     cases = [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]
