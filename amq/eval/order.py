@@ -277,7 +277,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     rows = result["correlations"]
     figure, axes = pyplot.subplots(1, len(rows), figsize=(4.6 * len(rows), 4.2), squeeze=False, layout="constrained")
@@ -287,7 +287,11 @@ def _plot(result: dict[str, Any], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel=f"{row['proxy']} proxy, nats per token")
         axis.set(ylabel=f"{row['deployed']} deployed, nats per token")
         axis.set_title(f"Spearman {row['spearman']:.3f}, at equal size {row['spearman_within_bands']:.2f}", fontsize=10)
-        axis.grid(alpha=0.3, which="both")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter(ticker.NullFormatter())
+        axis.grid(alpha=0.3)
     figure.colorbar(points, ax=axes[0], label="bits per weight")
     figure.suptitle("Does the proxy rank configurations as the deployed quantizer does?", fontsize=11)
     figure.savefig(path, dpi=130)
