@@ -267,6 +267,8 @@ def test_a_configuration_of_something_else_is_refused(
 def test_other_bad_input(tiny_folder: Path, tmp_path: Path, configuration: Path, make_folder: Callable) -> None:
     with pytest.raises(AmqError, match="give one of --configuration FILE and --uniform FORMAT"):
         run(tiny_folder, tmp_path / "out", configuration, uniform="int4")
+    with pytest.raises(AmqError, match="the bank has fractional zero points, not integer ones"):
+        run(tiny_folder, tmp_path / "out", configuration, method="bank", zero_points="integer")
     with pytest.raises(AmqError, match="less than one window"):
         run(tiny_folder, tmp_path / "out", configuration, window_length=100_000)
     (tmp_path / "full").mkdir()

@@ -41,6 +41,8 @@ class QuantizeSettings:
             raise AmqError("give one of --configuration FILE and --uniform FORMAT")
         if not self.output:
             raise AmqError("--output DIR is missing: where to write the checkpoint")
+        if self.method == "bank" and self.zero_points != "fractional":
+            raise AmqError(f"the bank has fractional zero points, not {self.zero_points} ones: use --method gptq")
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
 
