@@ -37,7 +37,7 @@ from amq.formats import BitFormat, check_group_size, get_format
 from amq.linears import Inventory, LinearSpec, get_linear
 from amq.models import LoadedModel, model_fingerprint
 from amq.models import fingerprint as content_hash
-from amq.native import dequantize_into
+from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
@@ -243,6 +243,4 @@ def _quantize_block(
 
 
 def _square_error(weight: Tensor, packed: PackedWeight) -> float:
-    restored = torch.empty(weight.shape, dtype=torch.float32)
-    dequantize_into(packed, restored)
-    return float(restored.sub_(weight.float()).square_().sum(dtype=torch.float64))
+    return float(dequantized(packed).sub_(weight.float()).square_().sum(dtype=torch.float64))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -276,15 +276,7 @@ def write_checkpoint(
     tensors = {f"{n}.{part}": getattr(weight, part) for n, weight in packed.items() for part in PARTS} | dict(others)
 
     def write(folder: Path) -> None:
-        shards = list(_shards(tensors, shard_size))
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        names = names if len(shards) > 1 else ["model.safetensors"]
-        for name, shard in zip(names, shards, strict=True):
-            save_file({n: t.contiguous() for n, t in shard.items()}, folder / name, metadata=hashes_metadata(shard))
-        if len(shards) > 1:
-            weight_map = {n: name for name, shard in zip(names, shards, strict=True) for n in shard}
-            total = sum(t.numel() * t.element_size() for t in tensors.values())
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_tensors(folder, tensors.items(), shard_size, hashes_metadata)
         write_json(folder / "config.json", {**_with_remote_code(config, folder), "quantization_config": record.json()})
         if extras:
             extras(folder)
@@ -301,14 +293,39 @@ def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]
     return {**config, "auto_map": {AUTO_CLASS: f"{REMOTE_MODULE}.Amq{architecture}"}}
 
 
-def _shards(tensors: Mapping[str, Tensor], limit: int) -> Iterator[dict[str, Tensor]]:
-    shard: dict[str, Tensor] = {}
-    size = 0
-    for name, tensor in tensors.items():
+def write_tensors(
+    folder: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    shard_size: int = SHARD_SIZE,
+    metadata: Callable[[Mapping[str, Tensor]], dict[str, str]] = lambda shard: {"format": "pt"},
+) -> None:
+    """Writes model.safetensors, or shards and their index, holding at most one shard in memory.
+
+    metadata: what a shard's header says, from its tensors.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    files: list[list[str]] = []
+    size = total = 0
+
+    def flush() -> None:
+        save_file(shards[0], folder / f"{len(files)}.part", metadata=metadata(shards[0]))
+        files.append(list(shards[0]))
+        shards[0] = {}
+
+    for name, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
-        if shard and size + bytes_ > limit:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += bytes_
-    yield shard
+        if shards[0] and size + bytes_ > shard_size:
+            flush()
+            size = 0
+        shards[0][name] = tensor.contiguous()
+        size, total = size + bytes_, total + bytes_
+    flush()
+    if len(files) == 1:
+        (folder / "0.part").rename(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(files):
+        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
+        (folder / f"{i}.part").rename(folder / file)
+        weight_map |= dict.fromkeys(names, file)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -39,7 +39,7 @@ from amq.checkpoint import (
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.linears import get_linear
-from amq.native import dequantize_into
+from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.quantized_linear import Execution, SharedInput, StoredLinear
 
@@ -201,9 +201,7 @@ def _dense(module: StoredLinear, device: torch.device, dtype: torch.dtype) -> nn
     if module.packed is None:
         raise AmqError(f"{module.name} has no weight yet: nothing to dequantize")
     linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-    weight = torch.empty(module.out_features, module.in_features)
-    dequantize_into(module.packed, weight)
-    linear.weight = nn.Parameter(weight.to(device, dtype), requires_grad=False)
+    linear.weight = nn.Parameter(dequantized(module.packed).to(device, dtype), requires_grad=False)
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias.to(device, dtype), requires_grad=False)
     return linear.eval()

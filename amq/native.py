@@ -63,6 +63,13 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
     _dequantize_rows(packed, out)
 
 
+def dequantized(packed: PackedWeight) -> Tensor:
+    """A new float32 tensor [out_features, in_features] on the CPU that holds the dequantized weight."""
+    out = torch.empty(packed.out_features, packed.in_features)
+    dequantize_into(packed, out)
+    return out
+
+
 def _check_packed(packed: PackedWeight, what: str) -> None:
     for field in ("qweight", "scale", "zero_point"):
         tensor = getattr(packed, field)

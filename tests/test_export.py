@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
 
-from amq.checkpoint import Checkpoint, QuantizationRecord, open_checkpoint, write_checkpoint
+from amq.checkpoint import Checkpoint, QuantizationRecord, open_checkpoint, write_checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export import EXPORTS, export
 from amq.export.__main__ import main
-from amq.export.common import write_tensors
 from amq.export.gptq import dynamic_rules
 from amq.formats import FORMATS, get_format
 from amq.linears import inventory

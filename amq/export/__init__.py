@@ -11,8 +11,8 @@ One module per target, `amq/export/<name>.py` (`-` becomes `_`), imported when i
         Markdown for the export's README.md: which tool loads the folder, what to install, and the lines that load it;
         `{folder}` stands for the folder's name.
 
-`amq/export/common.py` holds what several of them need: the checks of groups, formats and zero points, config.json
-without amq's part, and weight files in shards.
+`amq/export/common.py` holds what several of them need: the checks of groups, formats and zero points, and config.json
+without amq's part; `amq.checkpoint.write_tensors` writes weight files in shards.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amq.checkpoint import Checkpoint
-from amq.export.common import plain_config, write_tensors
+from amq.checkpoint import Checkpoint, write_tensors
+from amq.export.common import plain_config
 from amq.export.gptq import bits, check, commonest, split_block, tensors
 from amq.files import write_json
 

@@ -1,18 +1,15 @@
-"""What several exports need: checks that a checkpoint can be expressed, its plain config, weight files in shards."""
+"""What several exports need: checks that a checkpoint can be expressed, and its plain config."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from amq.checkpoint import INDEX, SHARD_SIZE, Checkpoint
+from amq.checkpoint import Checkpoint
 from amq.errors import AmqError
-from amq.files import write_json
 from amq.formats import FORMATS, BitFormat, get_format
 from amq.packing import PackedWeight
 from amq.quantizers.grid import symmetric_zero
@@ -75,36 +72,6 @@ def other_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """Embeddings, norms and biases as they are."""
     for name in checkpoint.other_names:
         yield name, checkpoint.tensor(name)
-
-
-def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_size: int = SHARD_SIZE) -> None:
-    """Writes model.safetensors, or shards and their index, holding at most one shard in memory."""
-    shards: list[dict[str, Tensor]] = [{}]
-    files: list[list[str]] = []
-    size = total = 0
-
-    def flush() -> None:
-        save_file(shards[0], folder / f"{len(files)}.part", metadata={"format": "pt"})
-        files.append(list(shards[0]))
-        shards[0] = {}
-
-    for name, tensor in tensors:
-        bytes_ = tensor.numel() * tensor.element_size()
-        if shards[0] and size + bytes_ > shard_size:
-            flush()
-            size = 0
-        shards[0][name] = tensor.contiguous()
-        size, total = size + bytes_, total + bytes_
-    flush()
-    if len(files) == 1:
-        (folder / "0.part").rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for i, names in enumerate(files):
-        file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
-        (folder / f"{i}.part").rename(folder / file)
-        weight_map |= dict.fromkeys(names, file)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def formats_of(checkpoint: Checkpoint) -> dict[str, BitFormat]:

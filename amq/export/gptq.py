@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint
+from amq.checkpoint import Checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export.common import (
     check_formats,
@@ -26,7 +26,6 @@ from amq.export.common import (
     packed_linears,
     plain_config,
     whole_zero_points,
-    write_tensors,
 )
 from amq.files import write_json
 from amq.formats import FORMATS, get_format

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint
+from amq.checkpoint import Checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export.architecture import attention_window, with_flat_rope
-from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config, write_tensors
+from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config
 from amq.files import write_json
 from amq.formats import FORMATS, BitFormat, n_groups
 from amq.packing import PackedWeight

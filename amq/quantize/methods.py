@@ -7,7 +7,6 @@ weights, so memory is the model, one block's statistics and the hidden states of
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,11 @@ from amq.calibration import CalibrationStream, InputGroup
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.linears import Inventory, LinearSpec, get_linear
-from amq.native import dequantize_into
+from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.quantize.fold import Fold, apply_fold, find_fold
 from amq.quantizers import NEEDS_GRAM, get_quantizer
 from amq.quantizers.awq import search_scale
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,17 +168,12 @@ def install(model: nn.Module, result: BlockResult) -> None:
     for name, value in result.changed.items():
         model.get_parameter(name).data.copy_(value)
     for name, packed in result.packed.items():
-        weight = get_linear(model, name).weight.data
-        buffer = torch.empty(weight.shape, dtype=torch.float32)
-        dequantize_into(packed, buffer)
-        weight.copy_(buffer)
+        get_linear(model, name).weight.data.copy_(dequantized(packed))
 
 
 def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:
     """‖(W − Ŵ)x‖/‖Wx‖, root mean square over tokens and rows; without `gram` ‖W − Ŵ‖/‖W‖."""
-    restored = torch.empty(weight.shape, dtype=torch.float32)
-    dequantize_into(packed, restored)
-    error = restored.sub_(weight)
+    error = dequantized(packed).sub_(weight)
 
     def energy(rows: Tensor) -> float:
         return float((rows if gram is None else rows @ gram).mul_(rows).sum(dtype=torch.float64))

@@ -144,13 +144,14 @@ def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progres
     with progress.stage("quantize", count) as step:
         for block in range(count):
             start = time.monotonic()
-            note = "is there"
-            if work.load(block) is None:
+            result, note = work.load(block), "is there"
+            if result is None:
                 work.save(block, source.make(block))
-                note = ""
-            results.append(work.load(block))  # mapped, so that finished blocks take no memory
-            source.finish(results[-1])
-            step(f"block {block}: {note or _errors(results[-1])}, {time.monotonic() - start:.1f} s")
+                result = work.load(block)  # mapped, so that finished blocks take no memory
+                note = _errors(result)
+            source.finish(result)
+            results.append(result)
+            step(f"block {block}: {note}, {time.monotonic() - start:.1f} s")
     return results
 
 
