@@ -46,11 +46,18 @@ INSTALL_REQUIRES = [
     "plotly>=5.18",
     "psutil>=5.9",
     "platformdirs>=4",
+    "tokenizers>=0.21",
+    "jinja2>=3.1",
 ]
 
+SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6"],
-    "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"],
+    "test": [
+        *("pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"),
+        *(*SERVE, "openai>=1.60", "httpx>=0.27"),
+    ],
+    "serve": SERVE,
     "datasets": ["datasets>=2.19"],
     "tasks": ["lm-eval>=0.4.13", "accelerate>=0.26"],
 }

@@ -18,7 +18,7 @@ RANKS = {
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,
     "amq.search": 5,
     "amq.quantize": 6, "amq.eval": 7, "amq.export": 6,
-    "amq.runtime": 7, "amq.generate": 8,
+    "amq.runtime": 7, "amq.generate": 8, "amq.serve": 8, "amq.bench": 8,
     "amq.cli": 9,
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom

@@ -1,0 +1,70 @@
+"""What runs a model: `Engine`, forward passes over many sequences at once with their KV cache.
+
+A pass takes *segments*: consecutive tokens of a sequence each, one token of a sequence that is being decoded, many of one
+whose prompt is read. Several sequences share a pass, so several users share the reading of the weights.
+
+Engines are used from one thread. They know tokens, not text; amq.runtime.scheduler makes passes out of requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Slot:
+    """A sequence's place in the KV cache, made by `Engine.open`.
+
+    length: positions computed so far. capacity: positions that it has room for.
+    """
+
+    def __init__(self, capacity: int, length: int = 0) -> None:
+        self.capacity, self.length = capacity, length
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`tokens` continue the sequence of `slot`; `logits`: whether those after the last token are wanted."""
+
+    slot: Slot
+    tokens: Sequence[int]
+    logits: bool = True
+
+
+class Engine(Protocol):
+    """A loaded model.
+
+    banner: one line for people: which path runs it, on what, with which formats.
+    context: positions that a sequence may have. max_rows: tokens of one pass, over all its segments.
+    max_sequences: slots that can be open at once.
+    """
+
+    banner: str
+    vocab_size: int
+    context: int
+    max_rows: int
+    max_sequences: int
+
+    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
+        """Room for a prompt and `new_tokens` more; None while other sequences hold what it needs.
+
+        The slot's `length` may be above 0 where an earlier sequence began with the same tokens: the caller goes on from
+        there (always at most len(prompt) − 1, so that there is a token to compute).
+        Raises AmqError where it could never fit.
+        """
+
+    def close(self, slot: Slot) -> None:
+        """Gives the slot back; once per slot."""
+
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """Runs one pass and moves every slot's `length` on.
+
+        Returns float32 [segments with `logits`, vocab_size] on the CPU, in their order; valid until the next pass.
+        Raises AmqError for more than `max_rows` tokens, a slot beyond its capacity, a token outside the vocabulary.
+        """
+
+    def cached_tokens(self) -> tuple[int, int]:
+        """Positions of the KV cache in use by open slots, and all there are."""
