@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from amq.packing import PackedWeight
 
 METHOD = "amq"
 """`quant_method` in config.json."""
-VERSION = 1
+VERSIONS = (1, 2)
+"""1: only linears are packed. 2: an embedding is, too, which a reader of version 1 would look for in vain."""
 PARTS = ("qweight", "scale", "zero_point")
 HASHES = "amq_hashes"
 """Key of a safetensors header: JSON {tensor name: hash}."""
@@ -58,6 +59,9 @@ class QuantizationRecord:
     shapes: {linear: (out_features, in_features)}; bytes alone do not tell how many codes the last unit of a row holds.
     quantizer: the method that made the weights, such as `gptq`; for information.
     shared_inputs: groups of linears that read one tensor (q, k, v), which a runtime may multiply in one call.
+    head: the linear behind the blocks (`lm_head`), where it is one of `formats`; else empty.
+    embedding: {embedding: linear} where an embedding's row i is row i of that packed linear: tied weights. Such an
+        embedding has no tensor of its own.
     """
 
     formats: Mapping[str, str]
@@ -65,18 +69,27 @@ class QuantizationRecord:
     group_size: int
     quantizer: str = ""
     shared_inputs: tuple[tuple[str, ...], ...] = ()
+    head: str = ""
+    embedding: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def block_shapes(self) -> dict[str, tuple[int, int]]:
+        """`shapes` without the head's: the linears that a configuration names and bits per weight are counted of."""
+        return {name: shape for name, shape in self.shapes.items() if name != self.head}
 
     def json(self) -> dict[str, Any]:
         records = {name: asdict(get_format(name)) for name in sorted(set(self.formats.values()))}
         return {
             "quant_method": METHOD,
-            "version": VERSION,
+            "version": VERSIONS[bool(self.embedding)],
             "group_size": self.group_size,
             "quantizer": self.quantizer,
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
             "formats": dict(self.formats),
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "shared_inputs": [list(group) for group in self.shared_inputs],
+            **({"head": self.head} if self.head else {}),
+            **({"embedding": dict(self.embedding)} if self.embedding else {}),
         }
 
     @staticmethod
@@ -85,10 +98,10 @@ class QuantizationRecord:
         if not isinstance(data, Mapping) or data.get("quant_method") != METHOD:
             found = data.get("quant_method") if isinstance(data, Mapping) else None
             raise AmqError(f"{source}: expected quantization_config.quant_method {METHOD!r}, found {found!r}")
-        if data.get("version") != VERSION:
+        if data.get("version") not in VERSIONS:
             raise AmqError(
                 f"{source}: checkpoint version {data.get('version')!r} is not known to this amq, which reads "
-                f"{VERSION}: upgrade amq"
+                f"{' and '.join(map(str, VERSIONS))}: upgrade amq"
             )
         try:
             return QuantizationRecord._parse(data, source)
@@ -108,7 +121,11 @@ class QuantizationRecord:
         shared = tuple(tuple(group) for group in data.get("shared_inputs", ()))
         for name in (n for group in shared for n in group if n not in formats):
             raise AmqError(f"{source}: shared_inputs names {name!r}, which has no format; the file is damaged")
-        return QuantizationRecord(formats, sizes, group_size, data.get("quantizer", ""), shared)
+        head, embedding = data.get("head", ""), dict(data.get("embedding", {}))
+        for key, name in (*((("head", head),) if head else ()), *(("embedding", n) for n in embedding.values())):
+            if name not in formats:
+                raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
+        return QuantizationRecord(formats, sizes, group_size, data.get("quantizer", ""), shared, head, embedding)
 
 
 def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
@@ -127,11 +144,13 @@ class Checkpoint:
 
     @property
     def configuration(self) -> Configuration:
-        return Configuration(self.record.formats, self.record.group_size)
+        """Of the linears in the blocks, as a search makes it: without the head."""
+        formats = {name: self.record.formats[name] for name in self.record.block_shapes}
+        return Configuration(formats, self.record.group_size)
 
     @property
     def other_names(self) -> list[str]:
-        """Tensors that are not part of a packed weight: embeddings, norms, biases."""
+        """Tensors that are not part of a packed weight: norms, biases, an embedding that no head is tied to."""
         packed = {name for linear in self.record.formats for name in part_names(linear)}
         return [name for name in self._files if name not in packed]
 

@@ -16,8 +16,8 @@ from amq.quantizers import rtn
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, **options: Any) -> Path:
-    """Writes `model` quantized into `folder`; `options` go to `write_checkpoint`."""
+def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, head: str = "", **options: Any) -> Path:
+    """Writes `model` quantized into `folder`, the head as the format `head`; `options` go to `write_checkpoint`."""
     packed, shapes, names = {}, {}, list(FORMATS)
     linears = inventory(model).linears
     for i, spec in enumerate(linears):
@@ -29,11 +29,17 @@ def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, **opti
         for block in range(linears[-1].block + 1)
         for roles in SHARED
     ]
+    embedding = {}
+    if head:
+        weight = model.get_output_embeddings().weight
+        packed["lm_head"] = rtn.quantize([weight], [FORMATS[head]], group_size)[0][head]
+        shapes["lm_head"] = tuple(weight.shape)
+        embedding = {name.removesuffix(".weight"): "lm_head" for name in model.all_tied_weights_keys.values()}
     record = QuantizationRecord(
         {name: weight.format.name for name, weight in packed.items()}, shapes, group_size, "rtn",
-        tuple(group for group in groups if len(group) > 1),
+        tuple(group for group in groups if len(group) > 1), "lm_head" if head else "", embedding,
     )  # fmt: skip
-    left_out = {f"{name}.weight" for name in packed} | set(model.all_tied_weights_keys)
+    left_out = {f"{name}.weight" for name in (*packed, *embedding)} | set(model.all_tied_weights_keys)
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 
     def extras(path: Path) -> None:

@@ -113,7 +113,7 @@ def test_a_missing_shard_is_named(tiny_llama: torch.nn.Module, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 2}, "checkpoint version 2 is not known to this amq"),
+        ({"version": 3}, "checkpoint version 3 is not known to this amq"),
         ({"version": None}, "checkpoint version None"),
         ({"quant_method": "gptq"}, "expected quantization_config.quant_method 'amq', found 'gptq'"),
         ({"group_size": 48}, "group size 48 is not supported"),
@@ -122,6 +122,9 @@ def test_a_missing_shard_is_named(tiny_llama: torch.nn.Module, tmp_path: Path) -
         ({"formats": [1]}, "is damaged"),
         ({"records": {}}, "format int2 was written as None"),
         ({"shared_inputs": [["model.nowhere"]]}, "shared_inputs names 'model.nowhere'"),
+        ({"head": "lm_head"}, "head names 'lm_head', which has no format"),
+        ({"embedding": {"model.embed_tokens": "lm_head"}}, "embedding names 'lm_head', which has no format"),
+        ({"embedding": 3}, "is damaged"),
     ],
 )
 def test_a_damaged_record_is_refused(copy: Path, values: dict[str, Any], message: str) -> None:
@@ -143,6 +146,23 @@ def test_shapes_are_checked(copy: Path) -> None:
 def test_unknown_keys_are_ignored(copy: Path) -> None:
     change(copy, colour="red")
     assert isinstance(open_checkpoint(copy).record, QuantizationRecord)
+
+
+def test_a_packed_head_and_its_embedding(tmp_path: Path, folder: Path) -> None:
+    """One packed tensor for a tied pair, and a version that older readers refuse; untied, the old version."""
+    from tiny_models import tiny_llama
+
+    for tied in (True, False):
+        path = tiny_checkpoint(tiny_llama(tie_word_embeddings=tied), tmp_path / str(tied), head="int8")
+        record = open_checkpoint(path).record
+        assert record.head == "lm_head" and record.embedding == ({"model.embed_tokens": "lm_head"} if tied else {})
+        assert record.formats["lm_head"] == "int8" and open_checkpoint(path).packed("lm_head").out_features == 256
+        assert "lm_head" not in record.block_shapes and "lm_head" not in open_checkpoint(path).configuration.formats
+        assert ("model.embed_tokens.weight" in open_checkpoint(path).other_names) != tied
+        assert "lm_head.weight" not in open_checkpoint(path).other_names
+        assert json.loads((path / "config.json").read_text())["quantization_config"]["version"] == 1 + tied
+    stored = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert stored["version"] == 1 and not stored.keys() & {"head", "embedding"}
 
 
 def test_a_full_disk_leaves_nothing_behind(

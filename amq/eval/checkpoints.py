@@ -10,6 +10,7 @@ import torch
 from amq.backends import check_activations, choose_backend
 from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.configuration import OTHER_BYTES
+from amq.formats import get_format
 from amq.linears import LinearSpec
 from amq.models import LoadedModel, load_model
 
@@ -28,17 +29,17 @@ def runtime_backend(checkpoints: Iterable[Checkpoint], backend: str | None, acti
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
-    return checkpoint.configuration.bits_per_weight(_linears(checkpoint))
+    """Of the linears in the blocks, as everywhere: a quantized head is counted in `weight_bytes` only."""
+    linears = [LinearSpec(name, 0, name, *shape) for name, shape in checkpoint.record.block_shapes.items()]
+    return checkpoint.configuration.bits_per_weight(linears)
 
 
 def weight_bytes(checkpoint: Checkpoint) -> int:
-    """All weights: linears as stored, everything else in 16 bits."""
+    """All weights: packed ones as stored, everything else in 16 bits."""
     others = sum(checkpoint.tensor(name).numel() for name in checkpoint.other_names)
-    return checkpoint.configuration.bytes(_linears(checkpoint)) + OTHER_BYTES * others
-
-
-def _linears(checkpoint: Checkpoint) -> list[LinearSpec]:
-    return [LinearSpec(name, 0, name, *shape) for name, shape in checkpoint.record.shapes.items()]
+    record = checkpoint.record
+    sizes = (get_format(record.formats[n]).stored_bytes(*s, record.group_size) for n, s in record.shapes.items())
+    return sum(sizes) + OTHER_BYTES * others
 
 
 def load(name: str, dtype: str, device: str, backend: str, activations: str) -> LoadedModel:
