@@ -1,0 +1,241 @@
+"""How the next token is chosen: greedily, or drawn with temperature, top-k, top-p, min-p and penalties.
+
+The order is transformers': penalties, temperature, top-k, top-p, min-p; the tokens that survive and their
+probabilities are the same. Every filter keeps the likeliest tokens up to some rank, so only those that may survive are
+sorted, not the vocabulary: first the few likeliest, and more only where these lack the mass that top-p asks for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from amq.errors import AmqError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FIRST_CANDIDATES = 256
+"""Tokens that are looked at before top-p looks at all; of a language model they mostly suffice."""
+COLUMNS_PER_TOKEN = 4
+MAX_LOGPROBS = 20
+"""OpenAI's limit of `top_logprobs`."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen and when a text ends.
+
+    temperature: 0 takes the likeliest token (of equals the lowest id); else logits are divided by it and a token drawn.
+    top_k, top_p: draw from the k likeliest tokens (0: all), and from the likeliest that together have probability p.
+    min_p: draw from tokens at least min_p times as likely as the likeliest.
+    repetition_penalty: logits of tokens in the prompt and the new text are divided by it, negative ones multiplied.
+    presence_penalty, frequency_penalty: taken from a new token's logit once, and as often as it occurred.
+    seed: of the draws; None draws differently every time.
+    max_new_tokens: the model's context ends a text too.
+    stop: texts that end the generation where they appear; they are not part of the output.
+    logprobs: None, or of how many of the likeliest tokens log probabilities are wanted beside the chosen one's.
+    ignore_end: go on after an end token, for benchmarks.
+    Raises AmqError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_new_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    ignore_end: bool = False
+
+    def __post_init__(self) -> None:
+        real, whole = (int, float, np.floating, np.integer), (int, np.integer)
+        ranges: tuple[tuple[str, tuple[type, ...], Any, str], ...] = (
+            ("temperature", real, lambda x: x >= 0, "0 or more"),
+            ("top_k", whole, lambda x: x >= 0, "0 (off) or more"),
+            ("top_p", real, lambda x: 0 < x <= 1, "above 0 and at most 1"),
+            ("min_p", real, lambda x: 0 <= x <= 1, "from 0 to 1"),
+            ("repetition_penalty", real, lambda x: 0.01 <= x <= 100, "from 0.01 to 100"),
+            ("presence_penalty", real, lambda x: -2 <= x <= 2, "from -2 to 2"),
+            ("frequency_penalty", real, lambda x: -2 <= x <= 2, "from -2 to 2"),
+            ("max_new_tokens", whole, lambda x: x >= 1, "at least 1"),
+        )
+        for name, types, fits, expected in ranges:
+            value = getattr(self, name)
+            if not _is_number(value, types) or not fits(value):
+                kind = "a whole number, " if types is whole else ""
+                raise AmqError(f"{name} must be {kind}{expected}, got {value!r}")
+        if self.seed is not None and not _is_number(self.seed, whole):
+            raise AmqError(f"seed must be a whole number or None, got {self.seed!r}")
+        if self.logprobs is not None and not (_is_number(self.logprobs, whole) and 0 <= self.logprobs <= MAX_LOGPROBS):
+            raise AmqError(f"logprobs must be None or a whole number from 0 to {MAX_LOGPROBS}, got {self.logprobs!r}")
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise AmqError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+
+
+def _is_number(value: Any, types: tuple[type, ...]) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A chosen token.
+
+    logprob: its log probability, if wanted. top: the likeliest tokens and theirs, likeliest first.
+    Both are of the model's own distribution: temperature 1, before penalties and filters.
+    """
+
+    token: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Chooses the tokens of one text: keeps its own random generator and the tokens that penalties look at."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        drawn = sampling.temperature > 0
+        # numpy takes no negative seed
+        self._random = (
+            np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64) if drawn else None
+        )
+        self._repeats = sampling.repetition_penalty != 1
+        self._counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
+        self._seen = np.unique(np.asarray(prompt, dtype=np.int64)) if self._repeats else np.empty(0, np.int64)
+        self._new: dict[int, int] = {}
+
+    def choose(self, logits: Tensor) -> Choice:
+        """The next token.
+
+        logits: float32 [vocabulary] on the CPU, not changed.
+        Raises AmqError where they hold NaN or an infinity above all else.
+        """
+        raw = logits.numpy()
+        largest = raw[raw.argmax()]  # numpy's argmax stops at a NaN
+        if not math.isfinite(largest):
+            raise AmqError(
+                f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
+                "overflow; try --dtype float32, or quantize it again"
+            )
+        scores = self._penalized(raw) if self._repeats or self._counts else raw
+        token = int(scores.argmax()) if self._random is None else self._draw(scores)
+        self._remember(token)
+        if self.sampling.logprobs is None:
+            return Choice(token)
+        return _with_logprobs(token, raw, float(largest), self.sampling.logprobs)
+
+    def _remember(self, token: int) -> None:
+        if self._repeats and token not in self._new:
+            self._seen = np.union1d(self._seen, token)
+        if self._repeats or self._counts:
+            self._new[token] = self._new.get(token, 0) + 1
+
+    def _penalized(self, raw: np.ndarray) -> np.ndarray:
+        how, scores = self.sampling, raw.copy()
+        if self._repeats:
+            seen = scores[self._seen]
+            scores[self._seen] = np.where(seen < 0, seen * how.repetition_penalty, seen / how.repetition_penalty)
+        if self._counts and self._new:
+            tokens = np.fromiter(self._new, np.int64, len(self._new))
+            counts = np.fromiter(self._new.values(), np.float32, len(self._new))
+            scores[tokens] -= how.frequency_penalty * counts + how.presence_penalty
+        return scores
+
+    def _draw(self, scores: np.ndarray) -> int:
+        tokens, weights = survivors(scores, self.sampling)
+        sums = np.cumsum(weights, dtype=np.float64)
+        assert self._random is not None
+        place = np.searchsorted(sums, self._random.random() * sums[-1], side="right")
+        place = min(place, np.searchsorted(sums, sums[-1]))  # the product may round up to the sum itself
+        return int(place) if tokens is None else int(tokens[place])
+
+
+def survivors(scores: np.ndarray, how: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
+    """Tokens that may be drawn, and their weights, which are probabilities but for a factor.
+
+    scores: float32 [vocabulary], penalties applied; the largest is finite.
+    Returns int64 [n] (None: all tokens, by id) and float [n].
+    """
+    largest = scores[scores.argmax()]
+    if how.top_k:
+        tokens = _likeliest(scores, how.top_k)
+        last = scores[tokens[min(how.top_k, len(tokens)) - 1]]
+        tokens = tokens[scores[tokens] >= last]  # equals of the last one survive too, as in transformers
+        weights = _weights(scores[tokens], largest, how.temperature)
+        keep = _rank(weights, weights.sum(), how)
+        return tokens[:keep], weights[:keep]
+    weights = _weights(scores, largest, how.temperature)
+    if how.top_p == 1:
+        if how.min_p == 0:
+            return None, weights
+        tokens = np.flatnonzero(weights >= how.min_p)
+        return tokens, weights[tokens]
+    total = weights.sum(dtype=np.float64)
+    tokens = _likeliest(scores, FIRST_CANDIDATES)
+    some = weights[tokens]
+    if some.sum(dtype=np.float64) < how.top_p * total and some[-1] >= how.min_p:
+        return _many(weights, total, how)
+    keep = _rank(some, total, how)
+    return tokens[:keep], some[:keep]
+
+
+def _many(weights: np.ndarray, total: float, how: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """`survivors` where they may be thousands: sorts values, which is much faster than sorting ids by them."""
+    # tokens of at most (1 - p) / vocabulary cannot make up more than the 1 - p that is left out: none of them survives
+    tokens = np.flatnonzero(weights > (1 - how.top_p) * total / len(weights))
+    some = weights[tokens]
+    values = -np.sort(-some)
+    keep = _rank(values, total, how)
+    kept = some >= values[keep - 1]
+    equals = np.flatnonzero(some == values[keep - 1])
+    kept[equals[len(equals) - (int(kept.sum()) - keep) :]] = False  # of equals, the lowest ids
+    return tokens[kept], some[kept]
+
+
+def _weights(scores: np.ndarray, largest: np.floating, temperature: float) -> np.ndarray:
+    """exp(score / temperature), the largest 1."""
+    weights = scores - largest
+    with np.errstate(over="ignore"):  # −∞ of a tiny temperature is a weight of 0, as it should be
+        weights *= np.float32(1 / max(temperature, 1e-30))
+    return np.exp(weights, out=weights)
+
+
+def _rank(weights: np.ndarray, total: float, how: Sampling) -> int:
+    """How many of `weights`, largest first, top-p and min-p leave; at least 1."""
+    keep = len(weights)
+    if how.top_p < 1:
+        before = np.cumsum(weights, dtype=np.float64) - weights
+        keep = int(np.searchsorted(before, how.top_p * total))
+    if how.min_p > 0:
+        keep = min(keep, int(np.searchsorted(-weights, -how.min_p, side="right")))
+    return max(keep, 1)
+
+
+def _likeliest(scores: np.ndarray, count: int) -> np.ndarray:
+    """Ids of the `count` largest scores, and of some more, largest first, of equals the lowest id; no `count` beyond.
+
+    The scores are laid out in rows, and the largest of each column taken: `count` columns reach the count-th largest of
+    these, so at least `count` scores do, and only those that do are sorted.
+    """
+    rows = min(64, len(scores) // (COLUMNS_PER_TOKEN * count))
+    if rows < 2:
+        return np.argsort(-scores, kind="stable")
+    columns = len(scores) // rows
+    tops = scores[: rows * columns].reshape(rows, columns).max(axis=0)
+    tokens = np.flatnonzero(scores >= np.partition(tops, columns - count)[columns - count])
+    return tokens[np.argsort(-scores[tokens], kind="stable")]
+
+
+def _with_logprobs(token: int, raw: np.ndarray, largest: float, count: int) -> Choice:
+    log_sum = largest + math.log(np.exp(raw - np.float32(largest)).sum(dtype=np.float64))
+    top = _likeliest(raw, count)[:count] if count else ()
+    return Choice(token, float(raw[token]) - log_sum, tuple((int(t), float(raw[t]) - log_sum) for t in top))
