@@ -33,6 +33,7 @@ def summary(result: QuantizeResult) -> str:
     log = result.log
     lines = [
         f"{len(log['linears'])} linears at {log['bits_per_weight']:.4f} bits per weight, "
+        f"{log['head']['name'] + ' ' + log['head']['format'] + ', ' if log['head'] else ''}"
         f"{log['memory']['total'] / 2**20:.1f} MiB with everything else; {log['seconds']:.0f} s, "
         f"peak memory {log['peak_memory_bytes'] / 2**30:.2f} GiB"
     ]

@@ -19,7 +19,7 @@ tags: [amq, quantized, mixed-bit]
 
 {model}, its {count} linears quantized by [amq](https://pypi.org/project/amq/) {version} (method `{method}`, group size
 {group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
-
+{head}
 | format | linears |
 |---|---|
 {formats}
@@ -54,17 +54,18 @@ Without `import amq` transformers fills the linears with random numbers and only
 def write_card(folder: Path, name: str, record: QuantizationRecord, log: dict[str, Any]) -> None:
     """Writes README.md; log: the content of quantization.json."""
     settings = log["settings"]
-    counts = Counter(record.formats.values())
+    counts = Counter(record.formats[name] for name in record.block_shapes)
     memory = [(i["name"], i["bytes"]) for i in log["memory"]["items"] if i["bytes"]]
     memory.append(("**total**", log["memory"]["total"]))
     text = TEMPLATE.format(
         name=name,
         model=settings["model"],
-        count=len(record.formats),
+        count=len(record.block_shapes),
         version=amq.__version__,
         method=settings["method"],
         group_size=record.group_size,
         bits=log["bits_per_weight"],
+        head=_head(log["head"]),
         formats="\n".join(f"| {fmt} | {counts[fmt]} |" for fmt in sorted(counts)),
         memory="\n".join(f"| {item} | {size / 2**20:.1f} |" for item, size in memory),
         perplexity=_perplexity(log["perplexity"]),
@@ -75,6 +76,13 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: dict[st
         seconds=log["seconds"],
     )
     write_text(folder / "README.md", text)
+
+
+def _head(head: dict[str, Any] | None) -> str:
+    if head is None:
+        return ""
+    what = "lm_head and the embedding tied to it are one" if head["embedding"] else "lm_head is an"
+    return f"Besides them, the {what} {head['format']} weight of {head['bytes'] / 2**20:.1f} MiB.\n"
 
 
 def _perplexity(figures: dict[str, Any] | None) -> str:

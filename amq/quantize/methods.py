@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -94,8 +95,13 @@ class BlockQuantizer:
         self._model, self._inventory = model, inventory
         self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
         self._group_size, self._method, self._zero_points, self._stored = group_size, method, zero_points, stored
-        self._stream = CalibrationStream(model, windows) if method.calibrated else None
+        self._windows = windows
         self._head_dim = head_dim(model.config)
+
+    @cached_property
+    def _stream(self) -> CalibrationStream | None:
+        """Starts with the first block: what the embedding holds then counts."""
+        return CalibrationStream(self._model, self._windows) if self._method.calibrated else None
 
     @torch.no_grad()
     def make(self, block: int) -> BlockResult:

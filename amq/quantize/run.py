@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,12 @@ from amq.files import check_new_folder, read_json, write_json
 from amq.formats import get_format
 from amq.linears import Inventory, check_weights, inventory
 from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
+from amq.packing import PackedWeight
 from amq.perplexity import perplexity
 from amq.progress import Progress
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.card import write_card
+from amq.quantize.head import Head, find_head, head_json, quantize_head, with_head
 from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
@@ -59,19 +61,20 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     _check_provenance(configuration, fingerprint, settings.model)
     corpus = load_corpus(settings.calibration, loaded.tokenizer)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
-    record = QuantizationRecord(
-        dict(configuration.formats),
-        {s.name: (s.out_features, s.in_features) for s in parts.linears},
-        configuration.group_size,
-        settings.method,
-        shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device)),
-    )
-    identity = settings.identity(fingerprint, dict(configuration.formats), configuration.group_size)
+    head = find_head(loaded.model, settings.head)
+    sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
+    record = _record(configuration, parts, settings.method, sharing, head)
+    identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size)
     perplexities = _Perplexities(settings, loaded, progress)
     stored = _stored_dtype(settings, loaded.model)
     source = _source(settings, loaded, parts, configuration, windows, fingerprint, stored, progress)
     work = WorkFolder(output, identity, record, resume)
     perplexities.measure("full")
+    others: dict[str, PackedWeight] = {}
+    head_log = None
+    if head is not None:
+        others[head.name], error = quantize_head(loaded.model, head, record.group_size, settings.zero_points)
+        head_log = head_json(head, others[head.name], error)
     results = _blocks(source, work, parts.n_blocks, progress)
     perplexities.measure(settings.method)
     log = {
@@ -80,16 +83,41 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         "model": {"name": settings.model, "fingerprint": fingerprint},
         "calibration_sha256": corpus.sha256,
         "bits_per_weight": round(configuration.bits_per_weight(parts.linears), 4),
-        "memory": memory_json(memory_items(parts, configuration)),
+        "memory": memory_json(with_head(memory_items(parts, configuration), head_log)),
         "perplexity": perplexities.figures,
         "linears": _linears(parts, configuration, results),
+        "head": head_log,
         "notes": sorted({note for result in results for note in result.notes}),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
-    _write(output, loaded, record, configuration, results, log, stored)
+    packed = {name: weight for result in results for name, weight in result.packed.items()} | others
+    _write(output, loaded, record, configuration, packed, log, stored)
     work.remove()
     return QuantizeResult(output, log)
+
+
+def _record(
+    configuration: Configuration,
+    parts: Inventory,
+    method: str,
+    sharing: tuple[tuple[str, ...], ...],
+    head: Head | None,
+) -> QuantizationRecord:
+    formats = dict(configuration.formats)
+    shapes = {s.name: (s.out_features, s.in_features) for s in parts.linears}
+    if head is None:
+        return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing)
+    embedding = {head.embedding: head.name} if head.embedding else {}
+    return QuantizationRecord(
+        {**formats, head.name: head.format.name},
+        {**shapes, head.name: head.shape},
+        configuration.group_size,
+        method,
+        sharing,
+        head.name,
+        embedding,
+    )
 
 
 def _configuration(settings: QuantizeSettings, parts: Inventory) -> Configuration:
@@ -207,12 +235,11 @@ def _write(
     loaded: LoadedModel,
     record: QuantizationRecord,
     configuration: Configuration,
-    results: list[BlockResult],
+    packed: Mapping[str, PackedWeight],
     log: dict[str, Any],
     dtype: torch.dtype,
 ) -> None:
-    packed = {name: weight for result in results for name, weight in result.packed.items()}
-    others = _other_tensors(loaded.model, packed, dtype)
+    others = _other_tensors(loaded.model, (*packed, *record.embedding), dtype)
 
     def extras(folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
@@ -226,8 +253,8 @@ def _write(
     write_checkpoint(output, config, record, packed, others, extras)
 
 
-def _other_tensors(model: nn.Module, packed: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that stays unquantized, float32 as `dtype`, shared tensors once."""
+def _other_tensors(model: nn.Module, packed: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that stays unquantized, float32 as `dtype`, shared tensors once; packed: modules, by their names."""
     taken = {f"{name}.weight" for name in packed}
     kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}

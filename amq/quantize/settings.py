@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amq.errors import AmqError
+from amq.formats import get_format
+from amq.quantize.head import NONE
 from amq.quantize.methods import METHODS
 from amq.quantizers.grid import ZERO_POINTS
 from amq.settings import flag
@@ -26,6 +28,9 @@ class QuantizeSettings:
     method: str = flag(DEFAULT_METHOD, "how the weights are rounded", choices=(*METHODS, *OTHER_METHODS))
     zero_points: str = flag("fractional", "other tools' formats need integer or symmetric ones", choices=ZERO_POINTS)
     autoround_iterations: int = flag(50, "tuning steps per block of autoround, whose own default is 200", metavar="N")
+    head: str = flag(
+        NONE, f"format of the lm_head and of an embedding tied to it; {NONE} leaves both", metavar="FORMAT"
+    )
     calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", metavar="TEXT")
     windows: int = flag(64, "calibration windows", metavar="N")
     window_length: int = flag(512, "tokens per window", metavar="N")
@@ -43,6 +48,8 @@ class QuantizeSettings:
             raise AmqError("--output DIR is missing: where to write the checkpoint")
         if self.method == "bank" and self.zero_points != "fractional":
             raise AmqError(f"the bank has fractional zero points, not {self.zero_points} ones: use --method gptq")
+        if self.head != NONE:
+            get_format(self.head)
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
 

@@ -1,0 +1,111 @@
+"""`--head FORMAT`: the lm_head packed like any linear, and with it the embedding where the two are tied.
+
+The head of a small model is a large part of what it stores and of what every token reads, and in 8 bits it loses next
+to nothing. It is rounded to nearest, without calibration: each group takes the grid of least squared error. Tied
+embeddings are then read from the packed head (`amq.quantized_embedding`), so that one copy is left of both. A quantizer
+that sees calibration inputs sees those of the embedding as it will be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.configuration import MemoryItem
+from amq.errors import AmqError
+from amq.formats import BitFormat, check_group_size, get_format
+from amq.linears import get_linear
+from amq.native import dequantized
+from amq.packing import PackedWeight
+from amq.quantize.methods import relative_error
+from amq.quantizers.grid import encode, fitted_grid, packed, to_groups
+from amq.threads import parallel_map
+
+NONE = "none"
+ROWS = 512
+"""Rows rounded at once, by one thread."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """A head that is to be quantized.
+
+    name: its dotted name. embedding: that of the embedding which shares its weight; empty where none does.
+    """
+
+    name: str
+    embedding: str
+    format: BitFormat
+    shape: tuple[int, int]
+
+
+def find_head(model: nn.Module, fmt: str) -> Head | None:
+    """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
+    if fmt == NONE:
+        return None
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if not isinstance(head, nn.Linear):
+        found = "none" if head is None else f"a {type(head).__name__}"
+        raise AmqError(f"--head {fmt}: the head must be an nn.Linear, this model has {found}; use --head {NONE}")
+    names = {id(module): name for name, module in model.named_modules()}
+    if not bool(torch.isfinite(head.weight).all()):
+        raise AmqError(f"{names[id(head)]} holds non-finite weights: the model is damaged, load it again")
+    tied = getattr(embedding, "weight", None) is head.weight
+    if tied and type(embedding) is not nn.Embedding:
+        raise AmqError(
+            f"--head {fmt}: the embedding is tied to the head and is a {type(embedding).__name__}, which does more "
+            f"than to look up rows; only an nn.Embedding can read a packed head: use --head {NONE}"
+        )
+    shape = (head.out_features, head.in_features)
+    return Head(names[id(head)], names[id(embedding)] if tied else "", get_format(fmt), shape)
+
+
+def quantize_head(model: nn.Module, head: Head, group_size: int, zero_points: str) -> tuple[PackedWeight, float]:
+    """Rounds the head and leaves the result in `model`, and so in a tied embedding; with it ‖W − Ŵ‖/‖W‖."""
+    parameter = get_linear(model, head.name).weight
+    weight = parameter.detach().float().cpu()
+    result = round_to_grid(weight, head.format, group_size, zero_points)
+    error = relative_error(weight, result, None)
+    parameter.data.copy_(dequantized(result))
+    return result, error
+
+
+def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str) -> PackedWeight:
+    """[rows, in_features] to nearest on the grid of least squared error, which is fitted to every group."""
+    importance = to_groups(torch.ones(1, weight.shape[1]), check_group_size(group_size))[0]
+
+    def solve(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = to_groups(rows, group_size)
+        scale, zero_point = fitted_grid(groups, importance, fmt, zero_points)
+        codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]]
+        return codes.to(torch.uint8), scale, zero_point
+
+    parts = parallel_map(solve, weight.split(ROWS))
+    return packed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), fmt, group_size)
+
+
+def head_json(head: Head, weight: PackedWeight, error: float) -> dict[str, Any]:
+    """What quantization.json says of it."""
+    return {
+        "name": head.name,
+        "format": head.format.name,
+        "shape": list(head.shape),
+        "bytes": weight.nbytes,
+        "relative_error": error,
+        "embedding": head.embedding or None,
+    }
+
+
+def with_head(items: tuple[MemoryItem, ...], head: Mapping[str, Any] | None) -> tuple[MemoryItem, ...]:
+    """`amq.configuration.memory_items` with the head as `head` (of `head_json`) stores it, in place of 16 bits."""
+    if head is None:
+        return items
+    tied = head["embedding"] is not None
+    changed = {"lm_head": MemoryItem("lm_head", head["bytes"], head["format"])}
+    if tied:
+        changed["embeddings"] = MemoryItem("embeddings", 0, "tied to the lm_head: the same bytes")
+    return tuple(changed.get(item.name, item) for item in items)
