@@ -134,7 +134,7 @@ def test_penalties_look_at_the_right_tokens() -> None:
         2,
         0,
         0,
-    ]  # 0 was in the prompt; then all three are seen
+    ]  # 0 is in the prompt; then all are seen
     presence = Sampler(Sampling(presence_penalty=0.15), [0, 0])  # the prompt does not count
     assert [presence.choose(logits).token for _ in range(4)] == [0, 1, 0, 0]
     frequency = Sampler(Sampling(frequency_penalty=0.15), [])

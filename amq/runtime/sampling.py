@@ -104,10 +104,8 @@ class Sampler:
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
         self.sampling = sampling
         drawn = sampling.temperature > 0
-        # numpy takes no negative seed
-        self._random = (
-            np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64) if drawn else None
-        )
+        seed = None if sampling.seed is None else sampling.seed % 2**64  # numpy takes no negative ones
+        self._random = np.random.default_rng(seed) if drawn else None
         self._repeats = sampling.repetition_penalty != 1
         self._counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._seen = np.unique(np.asarray(prompt, dtype=np.int64)) if self._repeats else np.empty(0, np.int64)

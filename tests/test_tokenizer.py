@@ -1,0 +1,249 @@
+"""amq.runtime.tokenizer against transformers' tokenizers: ids, chats, text piece by piece, stop texts, errors."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import byte_tokenizer
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Inner
+
+from amq.errors import AmqError
+from amq.files import cache_dir
+from amq.runtime.tokenizer import TextStream, Tokenizer
+
+TEXTS = ("", "hello", "  two  spaces ", "naïve 日本語 🙂 \x00\n\t", "<|im_start|>user\nhi<|im_end|>", "a" * 300)
+CHAT = [
+    {"role": "system", "content": "Be <brief> & kind."},
+    {"role": "user", "content": "Was heißt 🙂?", "name": None},
+    {"role": "assistant", "content": "x"},
+    {"role": "user", "content": ""},
+]
+TEMPLATE = """{%- for m in messages %}
+    {%- if m.role == 'system' %}{% continue %}{% endif %}
+    {%- if m.content == 'stop' %}{{ raise_exception('no stop, ' ~ bos_token) }}{% endif %}
+{{ bos_token }}[{{ m.role }}] {% generation %}{{ m | tojson }}{% endgeneration %} {{ strftime_now('%Y') | length }}
+{% endfor %}
+{% if add_generation_prompt %}>{% endif %}"""
+
+
+def bpe_with_specials() -> Any:
+    """The byte tokenizer with an end token, a template, and added tokens that no byte alphabet can write."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    tokenizer.add_tokens([AddedToken("日本", normalized=False), AddedToken("x y", normalized=False)])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def sentencepiece_like() -> Any:
+    """As Llama 2's: ▁ for spaces, one of them in front of the text, bytes for what the vocabulary lacks."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnop", "▁a", "▁b", "é"]
+    merges = [("▁", "a"), ("▁", "b")]
+    inner = Inner(
+        models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    inner.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, add_bos_token=True, **names)
+
+
+def metaspace() -> Any:
+    """A decoder that `_Decoding` does not know."""
+    inner = Inner(models.Unigram([("<unk>", 0.0), ("▁", -2.0), ("▁hello", -1.0), ("lo", -2.0), ("h", -3.0)], 0))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+
+
+MADE = {
+    "bytes": byte_tokenizer,
+    "added": bpe_with_specials,
+    "sentencepiece": sentencepiece_like,
+    "metaspace": metaspace,
+}
+
+
+@pytest.fixture(scope="module", params=[*MADE, "smollm2"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Tokenizer]:
+    """(transformers' tokenizer, ours) from one folder."""
+    if request.param == "smollm2":
+        folders = sorted((cache_dir() / "models").glob("SmolLM2*"))
+        if not folders:
+            pytest.skip("SmolLM2 is not in the cache: python -m amq.eval smollm2 puts it there")
+        folder = folders[0]
+    else:
+        folder = tmp_path_factory.mktemp("tokenizer")
+        MADE[request.param]().save_pretrained(folder)
+    return transformers.PreTrainedTokenizerFast.from_pretrained(folder), Tokenizer.from_folder(folder)
+
+
+def streamed(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
+    stream = TextStream(tokenizer, stop)
+    return "".join([stream.push(token) for token in tokens]) + stream.finish()
+
+
+def test_encodes_and_decodes_as_transformers_does(pair: tuple[Any, Tokenizer]) -> None:
+    theirs, ours = pair
+    copied = Tokenizer.from_transformers(theirs, [])
+    for text in TEXTS:
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text) == copied.encode(text) == ids
+        assert ours.decode(ids) == copied.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+        assert streamed(ours, ids) == streamed(copied, ids) == ours.decode(ids)
+    assert ours.has_template == copied.has_template == bool(theirs.chat_template)
+    if theirs.chat_template:
+        text = theirs.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode_chat(CHAT) == copied.encode_chat(CHAT) == ids
+
+
+def test_pieces_join_to_the_whole(pair: tuple[Any, Tokenizer]) -> None:
+    theirs, ours = pair
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(st.integers(0, len(theirs) - 1), max_size=60))
+    def any_tokens(tokens: list[int]) -> None:
+        if not ours.decoding.replaced:  # see TextStream: byte fallback takes back what was valid
+            assert streamed(ours, tokens) == theirs.decode(tokens, skip_special_tokens=True)
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
+    def any_text(text: str) -> None:
+        tokens = theirs(text)["input_ids"]
+        assert streamed(ours, tokens) == theirs.decode(tokens, skip_special_tokens=True)
+
+    any_tokens()
+    any_text()
+
+
+def test_characters_come_whole_and_wrong_bytes_come_at_once() -> None:
+    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
+    byte = {ours.token_bytes(i): i for i in range(256)}
+    assert sorted(byte) == [bytes([b]) for b in range(256)]
+
+    def pieces(data: bytes) -> list[str]:
+        stream = TextStream(ours)
+        return [stream.push(byte[bytes([b])]) for b in data] + [stream.finish()]
+
+    assert pieces("é🙂a".encode()) == ["", "é", "", "", "", "🙂", "a", ""]
+    assert pieces(b"\xff\xffa") == ["�", "�", "a", ""]
+    assert pieces(b"\xe6\x97a\xe6") == ["", "", "�a", "", "�"]
+    assert ours.token_text(byte[b"\xe6"]) == "�" and ours.token_text(byte[b"a"]) == "a"
+    assert ours.token_bytes(9999) == b"" and ours.decode([9999]) == "" and TextStream(ours).push(9999) == ""
+
+
+def test_sentencepiece_bytes_and_leading_space() -> None:
+    ours = Tokenizer.from_transformers(sentencepiece_like(), [2])
+    tokens = ours.encode("a b日")
+    assert tokens[0] == 1  # the tokenizer's own beginning
+    stream = TextStream(ours)
+    assert [stream.push(t) for t in tokens] == ["", "a", " b", "", "", "日"]
+    assert [ours.token_text(t) for t in tokens[:3]] == ["<s>", " a", " b"]
+    wrong = [ours.token_bytes(t) for t in tokens[3:]]
+    assert b"".join(wrong).decode() == "日"
+    assert streamed(ours, [3 + 0xFF, 3 + 0x61]) == "�a"
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.text("abé", max_size=30),
+    st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_stop_texts_are_cut_off_and_never_shown_in_part(text: str, stop: list[str]) -> None:
+    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
+    first = min(((place + len(s), place) for s in stop if (place := text.find(s)) >= 0), default=(0, None))[1]
+    stream, shown = TextStream(ours, stop), ""
+    for token in ours.encode(text):
+        shown += stream.push(token)
+        assert text[:first].startswith(shown)
+    assert stream.stopped == (first is not None)
+    assert shown + stream.finish() == text[:first]
+    assert stream.push(0) == "" if first is not None else True
+
+
+def test_a_stop_text_waits_only_as_long_as_it_may_come() -> None:
+    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
+    stream = TextStream(ours, ("</end>", "\n\n"))
+    assert [stream.push(t) for t in ours.encode("a</enx\nb\n\nc")] == [
+        *("a", "", "", "", "", "</enx", "", "\nb", "", "", "")
+    ]  # fmt: skip
+    assert stream.stopped and stream.finish() == ""
+
+
+def test_what_a_template_refuses(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_transformers(bpe_with_specials(), [])
+    with pytest.raises(AmqError, match="no stop, <s>"):
+        tokenizer.encode_chat([{"role": "user", "content": "stop"}])
+    for template in ("{% for", "{{ messages[0].content + 1 }}", "{{ ''.__class__.__mro__[1].__subclasses__() }}"):
+        broken = bpe_with_specials()
+        broken.chat_template = template
+        with pytest.raises(AmqError, match="chat template"):
+            Tokenizer.from_transformers(broken, []).encode_chat(CHAT)
+    with pytest.raises(AmqError, match="has no chat template"):
+        Tokenizer.from_transformers(byte_tokenizer(), []).encode_chat(CHAT)
+
+
+def test_text_that_is_not_unicode() -> None:
+    with pytest.raises(AmqError, match="lone surrogate"):
+        Tokenizer.from_transformers(byte_tokenizer(), []).encode("a\ud800")
+
+
+def test_end_tokens_and_ends_of_a_text(tmp_path: Path) -> None:
+    bpe_with_specials().save_pretrained(tmp_path)
+    end = Tokenizer.from_folder(tmp_path).encode("</s>")[0]
+    assert Tokenizer.from_folder(tmp_path).end_ids == {end}  # by its name, where no config has one
+    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
+    assert Tokenizer.from_folder(tmp_path).end_ids == {7}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
+    assert Tokenizer.from_folder(tmp_path).end_ids == {3, 4}
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**config, "add_bos_token": True, "add_eos_token": True})
+    )
+    assert Tokenizer.from_folder(tmp_path).encode("")[-1] == end
+    (tmp_path / "chat_template.jinja").unlink()
+    assert not Tokenizer.from_folder(tmp_path).has_template
+    named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}!"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
+    assert len(Tokenizer.from_folder(tmp_path).encode_chat(CHAT)) == 2
+
+
+def test_limits_in_the_file_cut_nothing(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    tokenizer.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert len(Tokenizer.from_folder(tmp_path).encode("0123456789")) == 10
+
+
+def test_missing_and_damaged_files(tmp_path: Path) -> None:
+    with pytest.raises(AmqError, match=r"tokenizer\.json does not exist"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(AmqError, match=r"tokenizer\.json cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(AmqError, match="is not a fast one"):
+        Tokenizer.from_transformers(object(), [])
+
+
+def test_transformers_is_not_imported(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    code = (
+        "import sys; from amq.runtime.tokenizer import Tokenizer; from amq.runtime import sampling, scheduler\n"
+        f"t = Tokenizer.from_folder({str(tmp_path)!r}); t.decode(t.encode('x'))\n"
+        "from amq.runtime.chat import render_chat; render_chat('x', [], {})\n"
+        "sys.exit('transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
