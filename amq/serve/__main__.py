@@ -1,0 +1,59 @@
+"""`python -m amq.serve MODEL`: loads a model and answers OpenAI's API until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import sys
+from collections.abc import Sequence
+
+from amq.errors import AmqError
+from amq.settings import add_flags, run_command
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        from amq.serve import Server, ServeSettings, bind, create_app
+        from amq.serve.server import url
+    except ModuleNotFoundError as error:
+        raise AmqError(f"the server needs {error.name}: pip install 'amq[serve]'") from None
+    from amq.runtime import load
+
+    parser = argparse.ArgumentParser(prog="python -m amq.serve", description="Serves a model with OpenAI's API.")
+    parser.add_argument("model", metavar="MODEL", help="a folder that amq.quantize wrote; or hub id, folder, smollm2")
+    add_flags(parser, ServeSettings)
+    given = vars(parser.parse_args(argv))
+    model = given.pop("model")
+    if "api_key" not in given and (key := os.environ.get("AMQ_API_KEY")):
+        given["api_key"] = [key]
+    settings = ServeSettings(**given)
+    listener = bind(settings)
+    runtime = load(
+        model,
+        settings.device,
+        settings.backend,
+        settings.activations,
+        settings.dtype,
+        context=settings.context,
+        max_sequences=settings.max_sequences,
+        threads=settings.threads,
+    )
+    app = create_app(runtime, settings)
+    gc.collect()
+    gc.freeze()  # what is loaded stays: no collection has to look at it again
+    Server(app, settings, lambda: print(_line(app, url(listener)), file=sys.stderr, flush=True)).run([listener])
+    return 0
+
+
+def _line(app, address: str) -> str:
+    service = app.state.service
+    engine = service.runtime.engine
+    return (
+        f"{engine.banner}; {service.model} at {address}, {engine.max_sequences} slots of at most {engine.context} "
+        f"positions, KV cache of {engine.cached_tokens()[1]} positions"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,258 @@
+"""`create_app`: the routes, who may use them, and how errors look."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import anyio
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from amq.errors import AmqError
+from amq.serve.answers import Answer, ChatShape, CompletionShape, Shape
+from amq.serve.metrics import Metrics
+from amq.serve.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, parse
+from amq.serve.settings import ServeSettings
+from amq.serve.worker import Job, Worker
+
+PAGE = Path(__file__).with_name("page.html")
+ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
+BODY_SECONDS = 60.0
+"""How long a client may take to send a request's body."""
+
+if TYPE_CHECKING:
+    from amq.runtime.loading import Runtime
+
+R = TypeVar("R", bound=GenerationRequest)
+
+
+class Service:
+    """What the routes share."""
+
+    def __init__(self, runtime: Runtime, settings: ServeSettings) -> None:
+        self.runtime, self.settings = runtime, settings
+        self.model = settings.model_name or runtime.name
+        self.created = int(time.time())
+        self.metrics = Metrics()
+        self.worker = Worker(runtime, settings, self.metrics)
+        self.encoders = ThreadPoolExecutor(1, "amq-encode")  # a long prompt must not hold up other clients' tokens
+        self.keys = [_digest(key.encode()) for key in settings.api_key]
+        context = runtime.engine.context
+        self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
+
+    async def read(self, request: Request, kind: type[R]) -> R:
+        """The request's body. Raises ApiError."""
+        self.worker.admit()
+        declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if declared != "application/json":  # else any web page could make a browser send requests here
+            raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
+        body = parse(kind, await read_body(request, self.settings.max_body_bytes))
+        self.check_model(body.model)
+        return body
+
+    def check_model(self, name: str) -> None:
+        if name != self.model:
+            message = f"the model {name!r} does not exist; this server has {self.model!r}"
+            raise ApiError(404, message, "model_not_found", "model")
+
+    async def encode(self, param: str, make: Callable[[], list[int]]) -> list[int]:
+        """A prompt's token ids. Raises ApiError where it is empty or too long."""
+        try:
+            tokens = await asyncio.get_running_loop().run_in_executor(self.encoders, make)
+        except AmqError as error:
+            raise ApiError(400, str(error), "invalid_value", param) from None
+        if not tokens:
+            raise ApiError(400, f"{param} is empty: give some text", "invalid_value", param)
+        if len(tokens) > self.prompt_limit:
+            message = f"{param} has {len(tokens)} tokens; this server takes at most {self.prompt_limit}"
+            raise ApiError(400, message, "context_length_exceeded", param)
+        return tokens
+
+    def answer(self, request: Request, body: GenerationRequest, tokens: list[int], shape: Shape) -> Answer:
+        """Queues the request. Raises ApiError."""
+        job = Job(tokens, body.sampling(self.settings.max_new_tokens), self.client(request), request.state.created)
+        self.worker.submit(job)
+        return Answer(self.worker, job, shape, body.stream)
+
+    def client(self, request: Request) -> str:
+        """Whose turn it is: the key's where there are several, else the address's."""
+        if len(self.keys) > 1:
+            return request.headers["authorization"]
+        return request.client.host if request.client else ""
+
+    def allowed(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Compares digests with every key, in a time that tells nothing about them."""
+        scheme, _, key = dict(headers).get(b"authorization", b"").partition(b" ")
+        given = _digest(key.strip())
+        matches = [hmac.compare_digest(given, key) for key in self.keys]
+        return not self.keys or (scheme.lower() == b"bearer" and any(matches))
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """Raises ApiError 413 for more than `limit` bytes, 408 for a client that takes too long."""
+    too_large = ApiError(413, f"the body is larger than {limit} bytes", "request_too_large")
+    if request.headers.get("content-length", "0").isdigit() and int(request.headers.get("content-length", 0)) > limit:
+        raise too_large
+    parts, size = [], 0
+    try:
+        with anyio.fail_after(BODY_SECONDS):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large
+                parts.append(part)
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", "timeout") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client left") from None
+    return b"".join(parts)
+
+
+class Gate:
+    """In front of everything: asks for the key, notes when a request came, counts it."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app, self.service = app, service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        status, path = 499, scope["path"]
+        scope.setdefault("state", {})["created"] = time.perf_counter()
+
+        async def counted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            if (path.startswith("/v1/") or path == "/metrics") and not self.service.allowed(scope["headers"]):
+                error = ApiError(
+                    401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key"
+                )
+                await error.response()(scope, receive, counted)
+            else:
+                await self.app(scope, receive, counted)
+        finally:
+            endpoint = next((e for e in ENDPOINTS if path == e or path.startswith(e + "/") and e != "/"), "other")
+            self.service.metrics.requests.labels(endpoint, status).inc()
+
+
+def create_app(runtime: Runtime, settings: ServeSettings) -> FastAPI:
+    """The ASGI app that serves `runtime`; its `state.service` holds worker and metrics.
+
+    The worker's thread starts and ends with the app's lifespan.
+    """
+    service = Service(runtime, settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.worker.start()
+        yield
+        await service.worker.stop()
+        service.encoders.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="amq", lifespan=lifespan, openapi_url=None)  # its documentation pages load from the internet
+    app.state.service = service
+    _add_generation(app, service)
+    _add_information(app, service)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _defect)
+    app.add_middleware(Gate, service=service)
+    if settings.cors:
+        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def _add_generation(app: FastAPI, service: Service) -> None:
+    tokenizer, vocabulary = service.runtime.tokenizer, service.runtime.engine.vocab_size
+
+    @app.post("/v1/completions", response_model=None)
+    async def completions(request: Request) -> Response:
+        body = await service.read(request, CompletionRequest)
+        if isinstance(body.prompt, str):
+            tokens = await service.encode("prompt", lambda: tokenizer.encode(body.prompt))
+        elif all(0 <= token < vocabulary for token in body.prompt):
+            tokens = await service.encode("prompt", lambda: body.prompt)
+        else:
+            raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
+        echo = ""
+        if body.echo:
+            echo = body.prompt if isinstance(body.prompt, str) else tokenizer.decode(tokens)
+        shape = CompletionShape(service.model, tokenizer, body.logprobs is not None, body.with_usage, echo)
+        return service.answer(request, body, tokens, shape)
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def chat(request: Request) -> Response:
+        body = await service.read(request, ChatRequest)
+        tokens = await service.encode("messages", lambda: tokenizer.encode_chat(body.conversation()))
+        shape = ChatShape(service.model, tokenizer, body.logprobs, body.with_usage)
+        return service.answer(request, body, tokens, shape)
+
+
+def _add_information(app: FastAPI, service: Service) -> None:
+    card = {"id": service.model, "object": "model", "created": service.created, "owned_by": "amq"}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [card]}
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> dict[str, Any]:
+        service.check_model(name)
+        return card
+
+    @app.get("/health")
+    async def health() -> JSONResponse:
+        worker = service.worker
+        status = "draining" if worker.draining else "failed" if worker.failed else "ok"
+        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html", headers={"X-Content-Type-Options": "nosniff"})
+
+
+async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+    return error.response()
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """Unknown paths and methods."""
+    message = {
+        404: f"there is no {request.url.path}",
+        405: f"{request.url.path} does not take {request.method}",
+    }.get(error.status_code, str(error.detail))
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    answer = ApiError(error.status_code, message, code).response()
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _defect(request: Request, error: Exception) -> JSONResponse:
+    """uvicorn logs the traceback; the client learns nothing of it."""
+    return ApiError(500, "the server failed on this request", "internal_error").response()

@@ -1,0 +1,113 @@
+"""uvicorn around the app: the listening socket, readers that do not read, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from amq.errors import AmqError
+from amq.serve.settings import ServeSettings
+from amq.serve.worker import Worker
+
+CLOSE_SECONDS = 5
+"""After the drain: how long the last bytes may take to reach their readers."""
+
+
+def bind(settings: ServeSettings) -> socket.socket:
+    """Reserves the address, without listening yet. Raises AmqError where it is taken or does not exist.
+
+    Done before the model is loaded, so that a taken port is noticed at once; until the model is there, connections are
+    refused, which every probe understands.
+    """
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise AmqError(f"cannot listen on {settings.host} port {settings.port}: {error}; try another --port") from None
+    return listener
+
+
+def url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def protocol(write_timeout: float) -> type[H11Protocol]:
+    """A connection that is dropped when its reader leaves the full write buffer alone for `write_timeout` seconds."""
+
+    class Connection(H11Protocol):
+        _stuck: asyncio.TimerHandle | None = None
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self._stuck = self.loop.call_later(write_timeout, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self._stuck is not None:
+                self._stuck.cancel()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            if self._stuck is not None:
+                self._stuck.cancel()
+            super().connection_lost(exc)
+
+    return Connection
+
+
+class Server(uvicorn.Server):
+    """Runs an app of `create_app`.
+
+    The first SIGTERM or SIGINT drains: it goes on listening, answers 503, and ends when the running requests have
+    finished or after `drain` seconds. A second one ends the process at once.
+    """
+
+    def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol(settings.write_timeout),
+                loop="asyncio",
+                ws="none",
+                log_level="warning",
+                access_log=False,
+                timeout_graceful_shutdown=CLOSE_SECONDS,
+                server_header=False,
+            )
+        )
+        self._worker: Worker = app.state.service.worker
+        self._drain, self._ready, self._deadline = settings.drain, ready, 0.0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """uvicorn would raise the signal again at the end, and the process would not exit with 0."""
+        if self._deadline:
+            os._exit(128 + sig)
+        self.drain()
+
+    def drain(self) -> None:
+        self._deadline = time.monotonic() + self._drain
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._deadline:
+            if not self._worker.draining:
+                self._worker.drain()
+            if time.monotonic() >= self._deadline:
+                self._worker.abort()
+            if self._worker.idle:
+                return True
+        return await super().on_tick(counter)

@@ -1,0 +1,299 @@
+"""The one thread that owns engine and scheduler, and the jobs that pass between it and the event loop.
+
+The event loop submits and cancels under a lock; the thread takes jobs from the fair queue when a slot is free, steps
+the scheduler, and hands over what a step made with one `call_soon_threadsafe`, however many requests it served. With
+nothing to do it sleeps on a condition. What is below "in the thread" runs there, everything else on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from amq.errors import AmqError
+from amq.runtime.sampling import Sampling
+from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.serve.metrics import Metrics
+from amq.serve.protocol import ApiError
+from amq.serve.queue import FairQueue
+from amq.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from amq.runtime.loading import Runtime
+
+log = logging.getLogger("amq.serve")
+
+BUFFERED_PIECES = 1024
+"""Pieces that a stream may lag behind; `write_timeout` seconds above it end the request."""
+
+RETRY_SECONDS = (1, 120)
+POSITIONS_SECONDS = 0.1
+"""How often the use of the KV cache is looked at; a scrape sees no more."""
+
+STOP_SECONDS = 10.0
+"""How long the end of the server waits for the pass that is running."""
+
+
+class Job:
+    """A request from the time it is accepted until its last piece. Times are of time.perf_counter."""
+
+    def __init__(self, prompt: Sequence[int], sampling: Sampling, client: str, created: float) -> None:
+        self.prompt, self.sampling, self.client, self.created = prompt, sampling, client, created
+        self.request: Request = None  # type: ignore[assignment]  # the worker makes it
+        self.started = self.first = self.last = 0.0  # got a slot; its first and latest token
+        self.finished: str | None = None  # as Piece.finished, once nothing more will come
+        self.failure: ApiError | None = None
+        self.timer: asyncio.TimerHandle | None = None
+        self.lagging = 0.0  # since when too many pieces wait to be sent
+        self.refused: ApiError | None = None  # why the scheduler did not take it
+        self._pieces: list[Piece] = []
+        self._reader: asyncio.Future[None] | None = None
+
+    def add(self, piece: Piece) -> int:
+        """Returns how many pieces wait to be sent."""
+        self._pieces.append(piece)
+        self.wake()
+        return len(self._pieces)
+
+    def wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+    async def pieces(self) -> list[Piece]:
+        """All that came since the last call, at least one. Raises the ApiError that ended the request."""
+        while not self._pieces and self.failure is None:
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        if self.failure is not None:
+            raise self.failure
+        pieces, self._pieces = self._pieces, []
+        return pieces
+
+
+class Worker:
+    """Runs jobs. `start` and `stop` it on the event loop that uses it."""
+
+    def __init__(self, runtime: Runtime, settings: ServeSettings, metrics: Metrics) -> None:
+        self.engine, self.settings, self.metrics = runtime.engine, settings, metrics
+        self.draining = self.failed = False
+        self.positions = self.engine.cached_tokens()  # of the KV cache, used and total, after the latest pass
+        self._scheduler = Scheduler(runtime.engine, runtime.tokenizer)
+        self._wake = threading.Condition()
+        self._waiting: FairQueue[Job] = FairQueue()
+        self._leaving: list[Job] = []
+        self._stopping = False
+        self._live: set[Job] = set()
+        self._seconds = 1.0  # that a request held its slot, recently
+        self._inside: set[Job] = set()  # what the scheduler has; the thread's
+        self._arrivals: list[tuple[Job, Piece, float]] = []  # of this pass; the thread's
+        self._looked = 0.0  # when `positions` was read
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="amq-engine", daemon=True)
+        metrics.gauge("amq_queue_length", "Requests that wait for a slot", lambda: len(self._waiting))
+        metrics.gauge("amq_active", "Requests that hold a slot", lambda: len(self._live) - len(self._waiting))
+        metrics.gauge("amq_kv_positions_used", "Positions of the KV cache in use", lambda: self.positions[0])
+        metrics.gauge("amq_kv_positions_total", "Positions of the KV cache", lambda: self.positions[1])
+
+    # on the event loop
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """Ends what still runs, and the thread."""
+        self.drain()
+        self.abort()
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+
+    @property
+    def idle(self) -> bool:
+        return not self._live
+
+    def admit(self) -> None:
+        """Raises ApiError 503 while draining, 500 when the engine's thread has ended."""
+        if self.draining:
+            raise _draining()
+        if self.failed:
+            raise _failed()
+
+    def submit(self, job: Job) -> None:
+        """Queues a job. Raises ApiError 429 when too many wait, 503 while draining."""
+        self.admit()
+        job.request = Request(job.prompt, job.sampling, partial(self._arrived, job))
+        full = len(self._live) >= self.settings.queue + self.engine.max_sequences
+        with self._wake:
+            refused = self._waiting.push(job, full)
+            self._wake.notify()
+        if refused is not None:
+            self.metrics.rejected.inc()
+            if refused is job:
+                raise self._full()
+            self._end(refused, "error", self._full())
+        self._live.add(job)
+        left = self.settings.timeout - (time.perf_counter() - job.created)
+        job.timer = asyncio.get_running_loop().call_later(left, self.cancel, job, "timeout", self._late())
+
+    def cancel(self, job: Job, reason: str, failure: ApiError | None = None) -> None:
+        """Ends a job, waiting or running; nothing happens if it has ended."""
+        if job.finished is not None:
+            return
+        self.metrics.cancelled.labels(reason).inc()
+        self._end(job, "cancelled", failure)
+        with self._wake:
+            if not self._waiting.remove(job):
+                self._leaving.append(job)
+                self._wake.notify()
+
+    def drain(self) -> None:
+        """From now on nothing is accepted; who waits is sent away, who runs goes on."""
+        self.draining = True
+        with self._wake:
+            waiting = self._waiting.clear()
+        for job in waiting:
+            self.metrics.cancelled.labels("drain").inc()
+            self._end(job, "cancelled", _draining())
+
+    def abort(self) -> None:
+        """Ends what runs."""
+        for job in list(self._live):
+            self.cancel(job, "drain", _draining())
+
+    def _end(self, job: Job, finished: str, failure: ApiError | None = None) -> None:
+        job.finished, job.failure = finished, failure
+        self._live.discard(job)
+        if job.timer is not None:
+            job.timer.cancel()
+        job.wake()
+
+    def _full(self) -> ApiError:
+        rounds = (len(self._waiting) + 1) / self.engine.max_sequences
+        seconds = min(max(math.ceil(self._seconds * rounds), RETRY_SECONDS[0]), RETRY_SECONDS[1])
+        return ApiError(429, "too many requests are waiting: try again later", "rate_limit_exceeded", None, seconds)
+
+    def _late(self) -> ApiError:
+        return ApiError(504, f"the request took longer than {self.settings.timeout:g} s", "timeout")
+
+    def _deliver(self, arrivals: list[tuple[Job, Piece, float]]) -> None:
+        """What a pass of the engine made."""
+        for job, piece, now in arrivals:
+            if job.finished is not None:
+                continue  # it was cancelled meanwhile
+            if piece.choices:
+                self._count(job, len(piece.choices), now)
+            if piece.finished in ("error", "cancelled"):
+                log.error("a request failed: %s", job.refused or job.request.error or piece.finished)
+                self._end(job, "error", job.refused or _failed())
+                continue
+            waiting = job.add(piece)
+            if piece.finished is not None:
+                held = now - job.started
+                self._seconds += 0.2 * (held - self._seconds)
+                self._end(job, piece.finished)
+            elif waiting <= BUFFERED_PIECES:
+                job.lagging = 0.0
+            elif not job.lagging:
+                job.lagging = now
+            elif now - job.lagging > self.settings.write_timeout:
+                self.cancel(job, "slow_reader", ApiError(504, "the answer was not read fast enough", "slow_reader"))
+
+    def _count(self, job: Job, tokens: int, now: float) -> None:
+        metrics = self.metrics
+        if job.first:
+            metrics.between_tokens.observe(now - job.last)
+        else:
+            job.first = now
+            metrics.first_token.observe(now - job.created)
+            metrics.prompt_tokens.inc(len(job.request.prompt))
+            metrics.cached_tokens.inc(job.request.cached_tokens)
+        job.last = now
+        metrics.new_tokens.inc(tokens)
+        metrics.speed.add(tokens, now)
+
+    def _died(self) -> None:
+        """The thread is gone: an engine whose slots cannot even be closed is of no more use."""
+        self.failed = True
+        for job in list(self._live):
+            self._end(job, "error", _failed())
+
+    # in the thread
+
+    def _run(self) -> None:
+        moving = False
+        try:
+            while True:
+                with self._wake:
+                    admitted = self._next()
+                    while not (self._stopping or self._leaving or admitted or moving):
+                        self._wake.wait()
+                        admitted = self._next()
+                    if self._stopping:
+                        return
+                    leaving, self._leaving = self._leaving, []
+                for job in leaving:
+                    self._scheduler.cancel(job.request)
+                for job in admitted:
+                    self._enter(job)
+                moving = self._step()
+                self._hand_over()
+        except Exception:
+            log.critical("the engine's thread ended: the server answers nothing any more", exc_info=True)
+            self._loop.call_soon_threadsafe(self._died)
+
+    def _arrived(self, job: Job, piece: Piece) -> None:
+        """The scheduler's listener."""
+        self._arrivals.append((job, piece, time.perf_counter()))
+
+    def _next(self) -> list[Job]:
+        """Jobs for the free slots; none while the scheduler itself has one waiting for room in the KV cache."""
+        if self._scheduler.waiting:
+            return []
+        free = self.engine.max_sequences - self._scheduler.running
+        taken = (self._waiting.pop() for _ in range(min(free, len(self._waiting))))
+        return [job for job in taken if job is not None]
+
+    def _enter(self, job: Job) -> None:
+        job.started = time.perf_counter()
+        try:
+            self._scheduler.submit(job.request)
+        except AmqError as error:
+            job.refused = ApiError(400, str(error), "invalid_value")
+            job.request.listener(Piece("", (), "error"))
+        else:
+            self._inside.add(job)
+
+    def _step(self) -> bool:
+        try:
+            return self._scheduler.step()
+        except Exception:
+            log.exception("a pass of the engine failed: the requests in it are ended")
+            for job in list(self._inside):
+                self._scheduler.cancel(job.request)
+            return True
+
+    def _hand_over(self) -> None:
+        now = time.perf_counter()
+        ended = [job for job, piece, _ in self._arrivals if piece.finished is not None]
+        self._inside.difference_update(ended)
+        if ended or now - self._looked > POSITIONS_SECONDS:
+            self.positions, self._looked = self.engine.cached_tokens(), now
+        if self._arrivals:
+            arrivals, self._arrivals = self._arrivals, []
+            self._loop.call_soon_threadsafe(self._deliver, arrivals)
+
+
+def _draining() -> ApiError:
+    return ApiError(503, "the server is shutting down: try again later", "draining", None, RETRY_SECONDS[0])
+
+
+def _failed() -> ApiError:
+    return ApiError(500, "the model failed on this request", "engine_failure")
