@@ -6,7 +6,6 @@ Starts a server on DIR, asks in headless Chromium and takes the picture in the m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +17,7 @@ import chromium  # noqa: E402
 
 QUESTIONS = (
     "What is the capital of France?",
-    "Write a Python function that adds the numbers in a list, and explain it.",
+    "Write a Python function that adds up a list of numbers, and explain it.",
 )
 
 
@@ -57,9 +56,8 @@ def main() -> None:
 
 
 def ask(page: chromium.Page, text: str) -> None:
-    page.run(
-        f"document.querySelector('#message').value = {json.dumps(text)}; document.querySelector('#message').focus()"
-    )
+    page.run("document.querySelector('#message').focus()")
+    page.write(text)
     page.press("Enter")
 
 
