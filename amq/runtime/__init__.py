@@ -1,16 +1,18 @@
 """Runs a model: loads a checkpoint (or a full-precision model) with its tokenizer, and streams generated text.
 
     from amq.runtime import load, generate
-    loaded = load("smollm2-4bit")
-    for piece in generate(loaded, "The capital of France is"):
+    runtime = load("smollm2-4bit")
+    for piece in generate(runtime, "The capital of France is"):
         print(piece, end="", flush=True)
 
-The stages that make a checkpoint (amq.search, quantizers and what they import) are never imported from here.
+The stages that make a checkpoint (amq.search, quantizers and what they import) are never imported from here, and
+transformers only where a model needs it.
 """
 
 from __future__ import annotations
 
-from amq.runtime.generation import Generation, Sampling, generate
-from amq.runtime.loading import load
+from amq.runtime.generation import Generation, generate
+from amq.runtime.loading import Runtime, load
+from amq.runtime.sampling import Sampling
 
-__all__ = ["Generation", "Sampling", "generate", "load"]
+__all__ = ["Generation", "Runtime", "Sampling", "generate", "load"]

@@ -1,13 +1,35 @@
-"""`load`: a folder that amq quantized, or any full-precision model, ready to generate."""
+"""`load`: a folder that amq quantized, or any full-precision model, ready to generate.
+
+A quantized model of a family that the native engine knows runs on it, and transformers is not even imported. Every
+other one runs in transformers' own forward; the engine's banner says which it is, and why.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from amq.backends import ACTIVATIONS, get_backend
 from amq.checkpoint import is_checkpoint
 from amq.errors import AmqError
-from amq.models import LoadedModel, load_model
+from amq.runtime.engine import Engine
+from amq.runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A loaded model.
+
+    name: as the user gave it. device: where it runs, such as `cpu` or `cuda:0`.
+    weight_bytes: of the weights that one decoded token reads.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    weight_bytes: int
+    device: str = "cpu"
 
 
 def load(
@@ -16,8 +38,11 @@ def load(
     backend: str | None = None,
     activations: str | None = None,
     dtype: str = "auto",
-) -> LoadedModel:
-    """Loads MODEL with its tokenizer, in evaluation mode.
+    context: int | None = None,
+    max_sequences: int = 1,
+    threads: int | None = None,
+) -> Runtime:
+    """Loads MODEL with its tokenizer.
 
     model: a folder that `amq.quantize` wrote; or what `amq.models.load_model` takes, which then runs in plain torch.
     device: where everything but packed weights goes; those are prepared there when they are first used.
@@ -26,20 +51,82 @@ def load(
         Triton, say fp32.
     dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
         checkpoint's own elsewhere), float32, bfloat16 or float16.
+    context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
+    max_sequences: that run at once.
+    threads: on the CPU; None leaves torch's number.
     Raises AmqError when the folder is damaged or cannot be found, or an argument does not fit.
     """
     folder = Path(model).expanduser()
-    if not is_checkpoint(folder):
-        if backend is not None or activations is not None:
-            raise AmqError(
-                f"{model}: the model is not quantized; activations and backend are for folders that amq.quantize wrote"
-            )
-        return load_model(str(model), dtype, device)
+    quantized = is_checkpoint(folder)
+    _check(model, quantized, backend, activations, max_sequences, threads)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+    if find_spec("amq.runtime.native_engine") is None:  # TODO: goes when it is there
+        why = "the native engine is not there yet"
+    elif not quantized:
+        why = "the model is not quantized"
+    elif device != "cpu" or backend not in (None, "cpu") or dtype not in ("auto", "float32"):
+        why = "the native engine is for device cpu, backend cpu and float32"
+    else:
+        from amq.runtime.native_engine import Unsupported, open_native
+
+        try:
+            engine = open_native(folder, activations or "int8", context, max_sequences, threads)
+        except Unsupported as reason:
+            why = str(reason)
+        else:
+            return Runtime(str(model), engine, Tokenizer.from_folder(folder), engine.weight_bytes)
+    return _load_torch(str(model), quantized, device, backend, activations, dtype, context, max_sequences, why)
+
+
+def _check(
+    model: Path | str,
+    quantized: bool,
+    backend: str | None,
+    activations: str | None,
+    max_sequences: int,
+    threads: int | None,
+) -> None:
+    if not quantized and (backend is not None or activations is not None):
+        raise AmqError(
+            f"{model}: the model is not quantized; activations and backend are for folders that amq.quantize wrote"
+        )
     if activations not in (None, *ACTIVATIONS):
         raise AmqError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
     if backend is not None:
         get_backend(backend)
-    from amq.hf import AmqConfig
+    if max_sequences < 1:
+        raise AmqError(f"max_sequences must be at least 1, got {max_sequences}")
+    if threads is not None and threads < 1:
+        raise AmqError(f"threads must be at least 1, got {threads}")
 
-    how = AmqConfig(activations=activations or "int8", backend=backend)
-    return load_model(str(folder), dtype, device, quantization_config=how)
+
+def _load_torch(
+    model: str,
+    quantized: bool,
+    device: str,
+    backend: str | None,
+    activations: str | None,
+    dtype: str,
+    context: int | None,
+    max_sequences: int,
+    why: str,
+) -> Runtime:
+    from amq.models import load_model
+    from amq.runtime.torch_engine import TorchEngine
+
+    how = {}
+    if quantized:
+        from amq.hf import AmqConfig
+
+        how = {"quantization_config": AmqConfig(activations=activations or "int8", backend=backend)}
+    loaded = load_model(str(Path(model).expanduser()) if quantized else model, dtype, device, **how)
+    engine = TorchEngine(loaded.model, context, max_sequences, why=why)
+    ends = loaded.model.generation_config.eos_token_id
+    if ends is None:
+        ends = loaded.tokenizer.eos_token_id
+    end_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    tokenizer = Tokenizer.from_transformers(loaded.tokenizer, end_ids)
+    return Runtime(model, engine, tokenizer, engine.weight_bytes, str(loaded.model.device))

@@ -1,0 +1,270 @@
+"""`TorchEngine`: any causal LM of transformers, run by its own forward; quantized linears inside multiply with ours.
+
+Sequences have a KV cache each and run one after another. On a CPU caches grow; on CUDA they are preallocated, and the
+decode step of each is a CUDA graph, captured once at load, because there a step costs more to launch than to compute.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.quantized_linear import QuantizedLinear, StoredLinear
+from amq.runtime.engine import Segment, Slot
+
+MAX_ROWS = 512
+CONTEXT = 4096
+"""Where neither the caller nor the model says one."""
+GRAPH_CONTEXT = 8192
+"""On CUDA the caches are allocated at load: no more than this unless the caller asks for it."""
+WARM_UPS = 3
+
+Step = Callable[[], Tensor]
+Capture = Callable[[Step], Step]
+
+log = logging.getLogger(__name__)
+
+
+class _Growing:
+    """A sequence whose cache grows as it goes."""
+
+    def __init__(self, forward: Callable[[Tensor, Any], Tensor], config: Any, device: torch.device) -> None:
+        from transformers import DynamicCache
+
+        self._forward, self._device, self._cache = forward, device, DynamicCache(config=config)
+
+    def run(self, tokens: Sequence[int]) -> Tensor:
+        return self._forward(torch.tensor([tokens], device=self._device), self._cache)
+
+
+class _Captured:
+    """A place for sequences of up to `context` positions, one after another, with a captured decode step.
+
+    transformers' static cache keeps its length in a tensor and moves it on itself, so the captured step needs nothing
+    but the token. Its sliding windows count in Python instead, which a graph cannot: here every layer keeps all
+    positions, and the model's mask does the sliding.
+    """
+
+    def __init__(
+        self,
+        forward: Callable[[Tensor, Any], Tensor],
+        layers: int,
+        context: int,
+        device: torch.device,
+        capture: Capture,
+    ) -> None:
+        from transformers.cache_utils import Cache, StaticLayer
+
+        self._forward, self._device = forward, device
+        self._cache = Cache(layers=[StaticLayer(context) for _ in range(layers)])
+        self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
+
+        def step() -> Tensor:
+            return forward(self._token, self._cache)
+
+        for _ in range(WARM_UPS):  # allocates the cache, prepares weights, compiles what is compiled when first used
+            step()
+            self.reset()
+        self._step = capture(step)
+        self.reset()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        for layer in self._cache.layers:
+            layer.reset()
+
+    def run(self, tokens: Sequence[int]) -> Tensor:
+        if len(tokens) > 1:
+            return self._forward(torch.tensor([tokens], device=self._device), self._cache)
+        self._token.fill_(tokens[0])
+        return self._step()
+
+
+class _TorchSlot(Slot):
+    def __init__(self, capacity: int, sequence: _Growing | _Captured) -> None:
+        super().__init__(capacity)
+        self.sequence = sequence
+
+
+class TorchEngine:
+    """An `Engine` (amq.runtime.engine) over a causal LM of transformers, in evaluation mode on its device.
+
+    context: positions of a sequence at most; None takes the model's own, on CUDA at most GRAPH_CONTEXT.
+    why: the reason that this engine runs the model, for the banner.
+    capture: makes a decode step into one that runs without Python; None takes a CUDA graph on CUDA, else nothing.
+    weight_bytes: that one decoded token reads: all linears and norms, the embedding only where it is the head too; of
+        mixtures of experts, all experts.
+    Raises AmqError for a context that the model does not have.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        context: int | None = None,
+        max_sequences: int = 1,
+        max_rows: int = MAX_ROWS,
+        why: str = "",
+        capture: Capture | None = None,
+    ) -> None:
+        self._model = model
+        self._config = model.config.get_text_config(decoder=True)
+        self._device = model.get_input_embeddings().weight.device
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        self.vocab_size, self.max_rows = self._config.vocab_size, max_rows
+        if not 1 <= max_sequences <= max_rows:
+            raise AmqError(f"max_sequences must be from 1 to {max_rows}, got {max_sequences}")
+        self.max_sequences = max_sequences
+        if capture is None and self._device.type == "cuda":
+            capture = _cuda_graph(self._device)
+        self.context = self._context(context, GRAPH_CONTEXT if capture is not None else None)
+        self.weight_bytes = weight_bytes(model)
+        self._free: list[_Captured] | None = None
+        how = "" if capture is None else self._capture(capture)
+        self._open: set[Slot] = set()
+        self.banner = f"transformers on {self._device}, {str(model.dtype).removeprefix('torch.')}, {_linears(model)}"
+        self.banner += f"{how}; context {self.context}{f' ({why})' if why else ''}"
+
+    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
+        """See `Engine`. Nothing of earlier sequences is kept: `length` is 0."""
+        capacity = len(prompt) + new_tokens
+        if capacity > self.context:
+            raise AmqError(
+                f"a prompt of {len(prompt)} tokens and {new_tokens} new ones do not fit the context of {self.context}"
+            )
+        if len(self._open) == self.max_sequences:
+            return None
+        if self._free is None:
+            slot = _TorchSlot(capacity, _Growing(self._forward, self._config, self._device))
+        else:
+            slot = _TorchSlot(capacity, self._free.pop())
+            slot.sequence.reset()
+        self._open.add(slot)
+        return slot
+
+    def close(self, slot: Slot) -> None:
+        """See `Engine`."""
+        self._open.remove(slot)
+        if self._free is not None:
+            self._free.append(slot.sequence)
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """See `Engine`."""
+        self._check(segments)
+        rows = []
+        for segment in segments:
+            logits = segment.slot.sequence.run(list(segment.tokens))
+            segment.slot.length += len(segment.tokens)
+            if segment.logits:
+                rows.append(logits.float().cpu())  # now: the next replay may write where this one's logits are
+        return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+
+    def cached_tokens(self) -> tuple[int, int]:
+        """See `Engine`."""
+        return sum(slot.length for slot in self._open), self.max_sequences * self.context
+
+    def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
+        """int64 [1, n] → [vocabulary], after the last of them."""
+        return self._model(input_ids=tokens, past_key_values=cache, use_cache=True, **self._keep).logits[0, -1]
+
+    def _check(self, segments: Sequence[Segment]) -> None:
+        rows = sum(len(segment.tokens) for segment in segments)
+        if rows > self.max_rows:
+            raise AmqError(f"a pass has {rows} tokens, expected at most {self.max_rows}")
+        for segment in segments:
+            slot, tokens = segment.slot, segment.tokens
+            if slot not in self._open:
+                raise AmqError("a segment's slot is closed, or of another engine")
+            if not tokens or slot.length + len(tokens) > slot.capacity:
+                raise AmqError(
+                    f"{len(tokens)} tokens after {slot.length} in a slot for {slot.capacity}: expected at least one, "
+                    "and none beyond it"
+                )
+            if min(tokens) < 0 or max(tokens) >= self.vocab_size:
+                raise AmqError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
+
+    def _context(self, asked: int | None, most: int | None) -> int:
+        own = getattr(self._config, "max_position_embeddings", None)
+        if asked is None:
+            return min(own or CONTEXT, most or own or CONTEXT)
+        if asked < 2 or (own is not None and asked > own):
+            raise AmqError(f"context must be from 2 to the model's {own or 'limit'}, got {asked}")
+        return asked
+
+    def _capture(self, capture: Capture) -> str:
+        """Makes the places for sequences with their decode steps; returns what the banner says of it."""
+        from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
+
+        layers = StaticCache(config=self._config, max_cache_len=1).layers
+        odd = {type(layer).__name__ for layer in layers} - {StaticLayer.__name__, StaticSlidingWindowLayer.__name__}
+        if odd:
+            return self._uncaptured(f"its {odd.pop()} keeps other state than keys and values")
+        places = range(self.max_sequences)
+        try:
+            with torch.inference_mode():
+                self._free = [
+                    _Captured(self._forward, len(layers), self.context, self._device, capture) for _ in places
+                ]
+        except RuntimeError as error:  # of memory for the caches, or an operation that a graph cannot hold
+            return self._uncaptured(str(error).strip().splitlines()[0])
+        return ", decode steps captured"
+
+    def _uncaptured(self, reason: str) -> str:
+        self._free = None
+        log.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
+        return f", no CUDA graphs ({reason})"
+
+
+def _cuda_graph(device: torch.device) -> Capture:
+    """Captures steps on `device` in CUDA graphs; they share their scratch memory, since they never run at once."""
+    pool = torch.cuda.graph_pool_handle()
+
+    def capture(step: Step) -> Step:
+        with torch.cuda.device(device):
+            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step()  # libraries allocate their workspaces for the stream that a graph is captured on
+            torch.cuda.current_stream().wait_stream(side)
+            with torch.cuda.graph(graph, pool=pool, stream=side):
+                result = step()
+
+        def replay() -> Tensor:
+            graph.replay()
+            return result
+
+        return replay
+
+    return capture
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """See `TorchEngine`."""
+    head = model.get_output_embeddings()
+    seen, total = set(), 0
+    for module in model.modules():
+        if isinstance(module, StoredLinear):
+            total += module.packed.nbytes if module.packed is not None else 0
+        elif isinstance(module, QuantizedLinear):
+            total += module.weight.nbytes
+        for parameter in module.parameters(recurse=False):
+            looked_up = isinstance(module, nn.Embedding) and parameter is not getattr(head, "weight", None)
+            if not looked_up and id(parameter) not in seen:
+                seen.add(id(parameter))
+                total += parameter.nbytes
+    return total
+
+
+def _linears(model: nn.Module) -> str:
+    quantized = [module for module in model.modules() if isinstance(module, StoredLinear)]
+    if not quantized:
+        return "not quantized"
+    execution = quantized[0].execution
+    return f"{len(quantized)} linears in {', '.join(execution.formats)} ({execution.activations} activations)"
