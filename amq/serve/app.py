@@ -30,6 +30,9 @@ from amq.serve.worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
+SHORT_TEXT = 2**13
+"""Characters that are tokenized on the event loop: a few milliseconds, during which the engine goes on."""
+
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
 
@@ -48,7 +51,8 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.worker = Worker(runtime, settings, self.metrics)
-        self.encoders = ThreadPoolExecutor(1, "amq-encode")  # a long prompt must not hold up other clients' tokens
+        self.encoder = ThreadPoolExecutor(1, "amq-encode")  # long texts take one core at most, however many come
+        self.encoding = 0
         self.keys = [_digest(key.encode()) for key in settings.api_key]
         context = runtime.engine.context
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
@@ -68,10 +72,10 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {self.model!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    async def encode(self, param: str, make: Callable[[], list[int]]) -> list[int]:
-        """A prompt's token ids. Raises ApiError where it is empty or too long."""
+    async def encode(self, param: str, size: int, make: Callable[[], list[int]]) -> list[int]:
+        """Token ids of a prompt of `size` characters. Raises ApiError where it is empty or too long."""
         try:
-            tokens = await asyncio.get_running_loop().run_in_executor(self.encoders, make)
+            tokens = make() if size <= SHORT_TEXT else await self._encode_long(make)
         except AmqError as error:
             raise ApiError(400, str(error), "invalid_value", param) from None
         if not tokens:
@@ -80,6 +84,16 @@ class Service:
             message = f"{param} has {len(tokens)} tokens; this server takes at most {self.prompt_limit}"
             raise ApiError(400, message, "context_length_exceeded", param)
         return tokens
+
+    async def _encode_long(self, make: Callable[[], list[int]]) -> list[int]:
+        """In a thread, so that nobody else's tokens wait for it."""
+        if self.encoding > self.settings.queue:
+            raise self.worker.full()
+        self.encoding += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.encoder, make)
+        finally:
+            self.encoding -= 1
 
     def answer(self, request: Request, body: GenerationRequest, tokens: list[int], shape: Shape) -> Answer:
         """Queues the request. Raises ApiError."""
@@ -169,7 +183,7 @@ def create_app(runtime: Runtime, settings: ServeSettings) -> FastAPI:
         service.worker.start()
         yield
         await service.worker.stop()
-        service.encoders.shutdown(wait=False, cancel_futures=True)
+        service.encoder.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="amq", lifespan=lifespan, openapi_url=None)  # its documentation pages load from the internet
     app.state.service = service
@@ -191,9 +205,9 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def completions(request: Request) -> Response:
         body = await service.read(request, CompletionRequest)
         if isinstance(body.prompt, str):
-            tokens = await service.encode("prompt", lambda: tokenizer.encode(body.prompt))
+            tokens = await service.encode("prompt", len(body.prompt), lambda: tokenizer.encode(body.prompt))
         elif all(0 <= token < vocabulary for token in body.prompt):
-            tokens = await service.encode("prompt", lambda: body.prompt)
+            tokens = await service.encode("prompt", 0, lambda: body.prompt)
         else:
             raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
         echo = ""
@@ -205,7 +219,8 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
         body = await service.read(request, ChatRequest)
-        tokens = await service.encode("messages", lambda: tokenizer.encode_chat(body.conversation()))
+        size = sum(len(message.content) for message in body.messages)
+        tokens = await service.encode("messages", size, lambda: tokenizer.encode_chat(body.conversation()))
         shape = ChatShape(service.model, tokenizer, body.logprobs, body.with_usage)
         return service.answer(request, body, tokens, shape)
 

@@ -134,11 +134,10 @@ class Worker:
         with self._wake:
             refused = self._waiting.push(job, full)
             self._wake.notify()
+        if refused is job:
+            raise self.full()
         if refused is not None:
-            self.metrics.rejected.inc()
-            if refused is job:
-                raise self._full()
-            self._end(refused, "error", self._full())
+            self._end(refused, "error", self.full())
         self._live.add(job)
         left = self.settings.timeout - (time.perf_counter() - job.created)
         job.timer = asyncio.get_running_loop().call_later(left, self.cancel, job, "timeout", self._late())
@@ -175,7 +174,9 @@ class Worker:
             job.timer.cancel()
         job.wake()
 
-    def _full(self) -> ApiError:
+    def full(self) -> ApiError:
+        """The answer to one request too many; when to come back is estimated from how long requests took lately."""
+        self.metrics.rejected.inc()
         rounds = (len(self._waiting) + 1) / self.engine.max_sequences
         seconds = min(max(math.ceil(self._seconds * rounds), RETRY_SECONDS[0]), RETRY_SECONDS[1])
         return ApiError(429, "too many requests are waiting: try again later", "rate_limit_exceeded", None, seconds)
