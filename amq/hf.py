@@ -41,6 +41,7 @@ from amq.formats import get_format
 from amq.linears import get_linear
 from amq.native import dequantized
 from amq.packing import PackedWeight
+from amq.quantized_embedding import StoredEmbedding
 from amq.quantized_linear import Execution, SharedInput, StoredLinear
 
 NEEDS = "5.14"
@@ -123,6 +124,11 @@ class AmqQuantizer(HfQuantizer):
                 name, record, *(tensors[n].get_tensor(n) for n in part_names(name))
             )  # memory-mapped, nothing is read yet
             _replace(model, name, _stored_linear(model, name, record, execution))
+        for name, linear in record.embedding.items():
+            _replace(model, name, _stored_embedding(model, name, linear))
+            _untie(model, name)
+        if record.head:
+            model.resize_token_embeddings = _refuse_resizing
         check_complete(files[0].parent, _expected_names(model, tensors.keys()), tensors)
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
@@ -151,8 +157,15 @@ class AmqQuantizer(HfQuantizer):
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has it as text
+        embeddings = {n: m for n, m in model.named_modules() if isinstance(m, StoredEmbedding)}
+        dense = {}
         for name, module in list(_stored_linears(model)):
-            _replace(model, name, _dense(module, model.device, dtype or torch.float32))
+            dense[module] = _dense(module, model.device, dtype or torch.float32)
+            _replace(model, name, dense[module])
+        for name, module in embeddings.items():
+            _replace(model, name, _dense_embedding(module, dense[module.head].weight))
+            _tie_again(model)
+        model.__dict__.pop("resize_token_embeddings", None)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -177,6 +190,51 @@ def _stored_linear(model: nn.Module, name: str, record: QuantizationRecord, exec
             "config.json was altered, or belongs to another model"
         )
     return StoredLinear(get_format(record.formats[name]), shape, record.group_size, execution, linear.bias, name)
+
+
+def _stored_embedding(model: nn.Module, name: str, linear: str) -> StoredEmbedding:
+    """In place of the nn.Embedding `name`, whose rows the packed weight of `linear` has."""
+    head, embedding = model.get_submodule(linear), _get_embedding(model, name)
+    shape = (embedding.num_embeddings, embedding.embedding_dim)
+    if shape != (head.out_features, head.in_features):
+        raise AmqError(
+            f"{name}: the model's config.json makes it {list(shape)}, but it is tied to {linear} of "
+            f"{[head.out_features, head.in_features]}: config.json was altered, or belongs to another model"
+        )
+    return StoredEmbedding(head, embedding.weight.dtype, embedding.padding_idx)
+
+
+def _get_embedding(model: nn.Module, name: str) -> nn.Embedding:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise AmqError(f"embedding {name!r} is not in this {type(model).__name__}") from None
+    if type(module) is not nn.Embedding:
+        raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Embedding")
+    return module
+
+
+def _untie(model: nn.Module, embedding: str) -> None:
+    """Takes the embedding out of what transformers ties after loading, and whenever it is asked to: there is one copy
+    already. config.tie_word_embeddings stays: it tells what the model is."""
+    weight = f"{embedding}.weight"
+    model.all_tied_weights_keys = {k: v for k, v in model.all_tied_weights_keys.items() if weight not in (k, v)}
+    model._tied_weights_keys = dict(model.all_tied_weights_keys)  # of this model; its class keeps its own
+
+
+def _refuse_resizing(*_: Any, **__: Any) -> None:
+    """In place of model.resize_token_embeddings, which would change the embedding before it fails at the head."""
+    raise AmqError(
+        "the head of this model is quantized, its vocabulary cannot change: call model.dequantize() first, or resize "
+        "the original model and quantize that"
+    )
+
+
+def _tie_again(model: nn.Module) -> None:
+    """Undoes `_untie`, for a model that has plain linears again."""
+    model.__dict__.pop("_tied_weights_keys", None)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -205,6 +263,13 @@ def _dense(module: StoredLinear, device: torch.device, dtype: torch.dtype) -> nn
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias.to(device, dtype), requires_grad=False)
     return linear.eval()
+
+
+def _dense_embedding(module: StoredEmbedding, weight: nn.Parameter) -> nn.Embedding:
+    """The nn.Embedding that `module` stands for, around the very weight of the head."""
+    embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
+    embedding.weight = weight
+    return embedding.eval()
 
 
 class _TooOld(QuantizationConfigMixin):

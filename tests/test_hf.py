@@ -30,6 +30,8 @@ from amq import ops, quantized_linear
 from amq.checkpoint import HASHES, hashes_metadata, open_checkpoint, verify_file
 from amq.errors import AmqError
 from amq.hf import AmqConfig
+from amq.packing import dequantize
+from amq.quantized_embedding import StoredEmbedding
 from amq.quantized_linear import QuantizedLinear, StoredLinear
 
 pytestmark = [
@@ -100,6 +102,64 @@ def test_load_run_save_reload(name: str, folders: Callable[[str], Path], tmp_pat
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
     assert_same_tensors(load(tmp_path / "plain"), plain)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_packed_head(family: str, tmp_path: Path) -> None:
+    """Tied, the embedding reads the packed head; nothing that transformers does ties, renews or stores it anew."""
+    original = ARCHITECTURES[family].build(num_hidden_layers=2)
+    tied = original.config.tie_word_embeddings
+    model, info = AutoModelForCausalLM.from_pretrained(
+        tiny_checkpoint(original, tmp_path / "in", head="int6"), output_loading_info=True
+    )
+    assert not any(info.values()) and model.config.tie_word_embeddings is tied and model.all_tied_weights_keys == {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert isinstance(head, StoredLinear) and isinstance(embedding, StoredEmbedding if tied else nn.Embedding)
+    rows = dequantize(head.packed) if tied else original.get_input_embeddings().weight
+    assert torch.equal(embedding(TOKENS), rows[TOKENS]) and embedding(TOKENS).shape == (2, 20, 64)
+    logits = model(TOKENS).logits
+    model.tie_weights()
+    for folder, size in ((tmp_path / "one", "1GB"), (tmp_path / "shards", "40KB")):
+        model.save_pretrained(folder, max_shard_size=size)
+        assert_same_tensors(model, load(folder))
+        assert torch.equal(load(folder)(TOKENS).logits, logits)
+        assert open_checkpoint(folder).record == open_checkpoint(tmp_path / "in").record
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(TOKENS).logits, logits)
+    assert not tied or copied.get_input_embeddings().head is copied.get_output_embeddings()
+    ids = model.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    for size in (300, None):
+        with pytest.raises(AmqError, match=r"call model.dequantize\(\) first"):
+            model.resize_token_embeddings(size)
+    plain = copied.dequantize()
+    assert (plain.get_input_embeddings().weight is plain.get_output_embeddings().weight) == tied
+    assert 0 < (plain(TOKENS).logits - logits).abs().max() / logits.abs().max() < 3e-6
+    assert torch.equal(plain.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0), ids)
+    plain.save_pretrained(tmp_path / "plain")
+    assert_same_tensors(load(tmp_path / "plain"), plain)
+    plain.resize_token_embeddings(300, mean_resizing=False)
+    assert plain(TOKENS).logits.shape[-1] == 300
+
+
+def test_an_embedding_that_reads_a_packed_head(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(ARCHITECTURES["llama"].build(num_hidden_layers=2), tmp_path / "in", head="int4")
+    model = load(folder, dtype=torch.bfloat16)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert embedding(TOKENS).dtype == torch.bfloat16
+    model.to(torch.float32)
+    assert embedding(TOKENS).dtype == torch.float32
+    compiled = torch.compile(embedding, backend="eager")
+    assert torch.equal(compiled(TOKENS), embedding(TOKENS)) and torch.equal(embedding(TOKENS.int()), embedding(TOKENS))
+    for outside in (-1, 256):
+        with pytest.raises(IndexError):
+            embedding(torch.tensor([outside]))
+    state = {name: tensor + (tensor.dtype == torch.float16) for name, tensor in model.state_dict().items()}
+    assert not any("embed_tokens" in name for name in state)
+    model.load_state_dict(state)
+    assert torch.equal(embedding(TOKENS), dequantize(head.packed)[TOKENS])
+    edit_config(folder, lambda c: c["quantization_config"].update(embedding={"model.norm": "lm_head"}))
+    with pytest.raises(AmqError, match="'model.norm' is a LlamaRMSNorm, expected an nn.Embedding"):
+        load(folder)
 
 
 def test_every_shard_carries_its_hashes(folders: Callable[[str], Path], tmp_path: Path) -> None:

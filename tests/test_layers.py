@@ -15,6 +15,7 @@ RANKS = {
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.models": 1, "amq.configuration": 1,
     "amq.native": 2, "amq.quantizers": 2, "amq.calibration": 2, "amq.perplexity": 2, "amq.gpu": 2, "amq.backends": 2,
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3, "amq.checkpoint": 3,
+    "amq.quantized_embedding": 3,
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,
     "amq.search": 5,
     "amq.quantize": 6, "amq.eval": 7, "amq.export": 6,
@@ -24,7 +25,7 @@ RANKS = {
 SAME_RANK = {  # within a rank: who may import whom
     "amq.configuration": {"amq.linears", "amq.files"}, "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files"},
     "amq.backends": {"amq.native", "amq.gpu"}, "amq.evaluator": {"amq.swap"},
-    "amq.quantized_linear": {"amq.ops", "amq.checkpoint"},
+    "amq.quantized_linear": {"amq.ops", "amq.checkpoint"}, "amq.quantized_embedding": {"amq.quantized_linear"},
     "amq.formats": {"amq.errors"}, "amq.quantizers": set(), "amq.data": set(),
 }  # fmt: skip
 SUFFIXES = {".cpp", ".h", ".cu", ".cuh", ".py"}
