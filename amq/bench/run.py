@@ -1,0 +1,312 @@
+"""The whole measurement: start-up, then every case with repetitions that alternate between engines, then perplexity."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+from amq.bench import llama_cpp
+from amq.bench.cases import Case
+from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
+from amq.bench.own import OwnEngine
+from amq.bench.peers import Peer, PeerMissing, open_peer
+from amq.bench.worker import Worker, WorkerFailed
+from amq.errors import AmqError
+from amq.progress import Progress, Step
+
+SCHEMA = "amq/bench/1"
+OURS = "amq"
+STARTUP_PROMPT = "The capital of France is"
+STARTUP_REPETITIONS = 3
+COUNTED = (
+    "a prompt is timed until the logits after its last token are there; a decoded token of amq includes choosing the "
+    "likeliest, one of llama.cpp (as of llama-bench) chooses nothing; tokens/s of several sequences are their sum"
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `python -m amq.bench` was asked for; see its --help."""
+
+    model: str
+    cases: tuple[Case, ...]
+    repetitions: int
+    threads: int
+    seed: int = 0
+    device: str = "cpu"
+    backend: str | None = None
+    activations: str | None = None
+    dtype: str = "auto"
+    startup: bool = True
+    peers: bool = False
+    gguf: str = "auto"
+    perplexity: str | None = None
+    max_tokens: int = 8192
+    window_length: int = 512
+
+    def load_options(self) -> dict[str, Any]:
+        """For `amq.runtime.load`, with room for the largest case and no more."""
+        positions = [case.positions for case in self.cases] + ([self.window_length + 1] if self.perplexity else [])
+        return {
+            **{"device": self.device, "backend": self.backend, "activations": self.activations, "dtype": self.dtype},
+            **{"context": max(positions), "max_sequences": max(case.sequences for case in self.cases)},
+            "threads": self.threads,
+        }
+
+
+@dataclass
+class Engine:
+    """One of the engines that take turns: its facts, its configuration by kind of case, and its processes."""
+
+    name: str
+    facts: dict[str, Any]
+    workers: dict[bool, Worker]
+    configurations: dict[bool, str]
+
+
+def bench(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+    """Measures and returns what --json writes.
+
+    Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
+    """
+    progress = progress or Progress()
+    left_out: dict[str, str] = {}
+    with ExitStack() as stack:
+        startup = start_up(settings, progress) if settings.startup else []
+        ours = Worker(OwnEngine, settings.model, settings.seed, settings.load_options())
+        stack.callback(ours.close)
+        engines = [Engine(OURS, ours.call("facts"), {False: ours, True: ours}, {False: "", True: ""})]
+        if startup:
+            engines[0].facts["startup_seconds"] = startup
+        trials: list[dict[str, Any]] = []
+        if settings.peers:
+            try:
+                peer = _open_peer(settings, progress)
+                stack.callback(peer.close)
+                trials = peer.trials
+                engines.append(_engine(peer))
+            except PeerMissing as reason:
+                left_out[llama_cpp.NAME] = str(reason)
+        readings = _readings(settings, engines[0].facts["weight_bytes"])
+        rows = _rows(settings, engines, readings, left_out, progress)
+        for engine in engines:
+            _after(engine)
+        text = _perplexities(settings, engines, left_out, progress) if settings.perplexity else None
+    return _result(settings, engines, rows, readings, {"perplexity": text, "trials": trials, "left_out": left_out})
+
+
+def start_up(settings: Settings, progress: Progress) -> list[float]:
+    """Seconds from starting `python -m amq.generate` until its first text came, a few times."""
+    command = [
+        sys.executable,
+        "-m",
+        "amq.generate",
+        settings.model,
+        "--prompt",
+        STARTUP_PROMPT,
+        "--max-new-tokens",
+        "1",
+    ]
+    command += ["--device", settings.device, "--dtype", settings.dtype, "--threads", str(settings.threads)]
+    command += ["--backend", settings.backend] if settings.backend else []
+    command += ["--activations", settings.activations] if settings.activations else []
+    seconds = []
+    count = min(STARTUP_REPETITIONS, settings.repetitions)
+    with progress.stage("start-up", count) as step:
+        for _ in range(count):
+            with tempfile.TemporaryFile("w+") as errors:
+                start = time.perf_counter()
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
+                process.stdout.read(1)
+                seconds.append(time.perf_counter() - start)
+                process.communicate()
+                if process.returncode:
+                    errors.seek(0)
+                    lines = errors.read().strip().splitlines() or ["no message"]
+                    raise AmqError(
+                        f"python -m amq.generate {settings.model} failed: {lines[-1].removeprefix('error: ')}"
+                    )
+            step()
+    return seconds
+
+
+def _open_peer(settings: Settings, progress: Progress) -> Peer:
+    with progress.stage("peer's ways", len(llama_cpp.CONFIGURATIONS)) as step:
+        return open_peer(settings.model, settings.device, settings.gguf, settings.threads, settings.seed, step)
+
+
+def _engine(peer: Peer) -> Engine:
+    workers = {decode: peer.worker(decode) for decode in (False, True)}
+    return Engine(llama_cpp.NAME, peer.facts, workers, {d: str(c) for d, c in peer.chosen.items()})
+
+
+def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
+    import torch
+
+    torch.set_num_threads(settings.threads)
+    large = buffer_bytes() if settings.device == "cpu" else 1 << 30
+    return [
+        Reading("memory", max(large, weight_bytes), settings.device),
+        Reading("model", weight_bytes, settings.device),
+    ]
+
+
+def _rows(
+    settings: Settings, engines: list[Engine], readings: list[Reading], left_out: dict[str, str], progress: Progress
+) -> list[dict[str, Any]]:
+    """One row per case and engine; an engine that fails (not ours) is dropped from `engines`, with the reason."""
+    measured: list[tuple[Case, Engine, list[dict[str, Any]]]] = []
+    with progress.stage("measuring", len(settings.cases) * (settings.repetitions + 1)) as step:
+        for case in settings.cases:
+            for reading in readings:
+                reading.sample()
+            samples = _alternate(case, settings.repetitions, engines, left_out, step)
+            measured += [(case, engine, samples[engine.name]) for engine in engines]
+    for reading in readings:
+        reading.sample()
+    return [_row(settings, case, engine, samples, readings) for case, engine, samples in measured]
+
+
+def _alternate(
+    case: Case, repetitions: int, engines: list[Engine], left_out: dict[str, str], step: Step
+) -> dict[str, list[dict[str, Any]]]:
+    """Figures of every repetition but the first, which warms up; who goes first alternates."""
+    samples: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
+    for repetition in range(repetitions + 1):
+        for engine in engines[:: 1 if repetition % 2 else -1]:
+            try:
+                figures = engine.workers[case.decode].call("measure", case, repetition)
+            except (AmqError, WorkerFailed) as error:
+                _drop(engine, engines, left_out, f"{case.name}: {error}", error)
+                continue
+            if repetition:
+                samples[engine.name].append(figures)
+        step(case.name)
+    return samples
+
+
+def _drop(engine: Engine, engines: list[Engine], left_out: dict[str, str], reason: str, error: Exception) -> None:
+    if engine.name == OURS:
+        raise error
+    engines.remove(engine)
+    left_out[engine.name] = reason
+
+
+def _row(
+    settings: Settings, case: Case, engine: Engine, samples: list[dict[str, Any]], readings: list[Reading]
+) -> dict[str, Any]:
+    speeds = [case.tokens * case.sequences / sample["seconds"] for sample in samples]
+    others = [sample["others"] for sample in samples if sample["others"] is not None]
+    first = [sample["first_token_seconds"] for sample in samples if "first_token_seconds" in sample]
+    weight_bytes = engine.facts["weight_bytes"]
+    read = weight_bytes * statistics.median(speeds) / case.sequences if case.decode else None
+    shares = {r.name: None if read is None else read / statistics.median(r.samples) for r in readings}
+    return {
+        **{"engine": engine.name, "test": case.name, "kind": "decode" if case.decode else "prompt"},
+        **{"tokens": case.tokens, "sequences": case.sequences, "depth": case.depth, "threads": settings.threads},
+        **{"configuration": engine.configurations[case.decode], "file_bytes": engine.facts["file_bytes"]},
+        "weight_bytes_per_token": weight_bytes / case.sequences if case.decode else None,
+        "tokens_per_second": statistics.median(speeds),
+        **{"lowest": min(speeds), "highest": max(speeds), "samples": speeds},
+        "first_token_seconds": statistics.median(first) if first else None,
+        "weights_bytes_per_second": read,
+        **{"share_of_memory_bandwidth": shares["memory"], "share_of_model_size_bandwidth": shares["model"]},
+        "others": statistics.median(others) if others else None,
+    }
+
+
+def _after(engine: Engine) -> None:
+    """Memory once all cases have run; of several processes, the one that decodes."""
+    engine.facts |= engine.workers[True].call("memory")
+
+
+def _perplexities(
+    settings: Settings, engines: list[Engine], left_out: dict[str, str], progress: Progress
+) -> dict[str, Any]:
+    """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
+    arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
+    windows = engines[0].workers[True].call("windows", *arguments)
+    predicted = len(windows) * (settings.window_length - 1)
+    with progress.stage("perplexity", len(engines)) as step:
+        for engine in list(engines):
+            try:
+                if engine.facts["vocab_size"] != engines[0].facts["vocab_size"]:
+                    sizes = f"{engine.facts['vocab_size']} tokens, the model's {engines[0].facts['vocab_size']}"
+                    raise AmqError(f"its vocabulary has {sizes}: not the same model")
+                total = engine.workers[True].call("log_likelihood", windows)
+                engine.facts["perplexity"] = math.exp(min(700.0, -total / predicted))
+            except (AmqError, WorkerFailed) as error:
+                if engine.name == OURS:
+                    raise
+                left_out[engine.name] = f"perplexity: {error}"
+            step(engine.name)
+    return {"text": settings.perplexity, "windows": len(windows), "window_length": settings.window_length}
+
+
+def _result(
+    settings: Settings, engines: list[Engine], rows: list[dict[str, Any]], readings: list[Reading], more: dict[str, Any]
+) -> dict[str, Any]:
+    facts = {engine.name: engine.facts for engine in engines}
+    return {
+        "schema": SCHEMA,
+        "model": settings.model,
+        "settings": {
+            **{"repetitions": settings.repetitions, "threads": settings.threads, "seed": settings.seed},
+            **{"device": settings.device, "backend": settings.backend, "activations": settings.activations},
+            **{"dtype": settings.dtype, "tests": [case.name for case in settings.cases]},
+        },
+        "counted": COUNTED,
+        "machine": describe(settings.device),
+        "read_bandwidth": {
+            r.name: {"bytes": r.size, "bytes_per_second": statistics.median(r.samples), "lowest": min(r.samples),
+                     "highest": max(r.samples)}
+            for r in readings
+        },
+        "engines": facts,
+        "rows": rows,
+        "ratios": {name: _ratios(rows, facts, name) for name in facts if name != OURS},
+        "scaling": _scaling(rows),
+        **more,
+        "warnings": _warnings(rows, readings, settings),
+    }  # fmt: skip
+
+
+def _ratios(rows: list[dict[str, Any]], facts: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
+    """Ours over theirs: tokens/s of every test; perplexity, bytes of the file and of the weights of a token."""
+    speeds = {(row["engine"], row["test"]): row["tokens_per_second"] for row in rows}
+    tests = [test for engine, test in speeds if engine == OURS and (name, test) in speeds]
+    ratios = {test: speeds[OURS, test] / speeds[name, test] for test in tests}
+    figures = ("perplexity", "file_bytes", "weight_bytes")
+    return ratios | {f: facts[OURS][f] / facts[name][f] for f in figures if facts[OURS].get(f) and facts[name].get(f)}
+
+
+def _scaling(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Tokens/s of several sequences over those of one: {engine: {test: factor}}."""
+    single = {(r["engine"], r["kind"], r["tokens"], r["depth"]): r for r in rows if r["sequences"] == 1}
+    factors: dict[str, dict[str, float]] = {}
+    for row in rows:
+        one = single.get((row["engine"], row["kind"], row["tokens"], row["depth"]))
+        if row["sequences"] > 1 and one:
+            factors.setdefault(row["engine"], {})[row["test"]] = row["tokens_per_second"] / one["tokens_per_second"]
+    return factors
+
+
+def _warnings(rows: list[dict[str, Any]], readings: list[Reading], settings: Settings) -> list[str]:
+    found = []
+    busy = [f"{row['engine']} {row['test']}" for row in rows if (row["others"] or 0) > BUSY]
+    if busy:
+        found.append(f"other processes had over {BUSY:.0%} of the cores' time, not figures to quote: {', '.join(busy)}")
+    cache = last_level_cache()
+    if settings.device == "cpu" and cache and readings[0].size < 2 * cache:
+        found.append(
+            f"the buffer that memory was read in has {readings[0].size / 2**20:.0f} MiB, too little for a last-level "
+            f"cache of {cache / 2**20:.0f} MiB"
+        )
+    return found
