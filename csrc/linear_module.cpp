@@ -68,9 +68,6 @@ void prepare(const std::string& format, uintptr_t qweight, uintptr_t scale, uint
     amq::prepare(index, isa, args, threads);
 }
 
-// (format, address, bytes, out_features)
-using Part = std::tuple<std::string, uintptr_t, int64_t, int64_t>;
-
 // Checks everything that the kernels rely on; an empty `parts` of the result means that there is nothing to compute.
 amq::LinearCall make_call(const std::vector<Part>& parts, uintptr_t x, uintptr_t bias, uintptr_t y, int64_t rows,
                           int64_t in_features, int64_t group_size, int64_t x_stride, int64_t y_stride, bool int8,
@@ -79,16 +76,10 @@ amq::LinearCall make_call(const std::vector<Part>& parts, uintptr_t x, uintptr_t
     require(rows >= 0, "rows", "at least 0", rows);
     amq::LinearCall call;
     int64_t columns = 0;
-    for (const auto& [format, data, bytes, out_features] : parts) {
-        const int index = find_tiled_format(format);
-        require(out_features >= 0, "out_features", "at least 0", out_features);
-        const int64_t expected =
-            amq::prepared_bytes(amq::tile_bits(index), out_features, in_features, group_size);
-        require(bytes == expected, "bytes of a weight", std::to_string(expected), bytes);
-        columns += out_features;
-        if (out_features == 0 || rows == 0) continue;  // an empty tensor may have no address
-        require(data != 0, "address of a weight", "not null", 0);
-        call.parts.push_back({index, reinterpret_cast<const uint8_t*>(data), out_features});
+    for (const Part& weight : parts) {
+        const amq::LinearPart part = checked_part(weight, in_features, group_size);
+        columns += part.out_features;
+        if (part.out_features > 0 && rows > 0) call.parts.push_back(part);
     }
     if (call.parts.empty()) return call;
     require(rows == 1 || x_stride >= in_features, "x_stride", "at least " + std::to_string(in_features), x_stride);
@@ -139,6 +130,16 @@ uint64_t read_bytes(uintptr_t data, int64_t bytes, int threads) {
 }
 
 }  // namespace
+
+amq::LinearPart checked_part(const Part& part, int64_t in_features, int64_t group_size) {
+    const auto& [format, data, bytes, out_features] = part;
+    const int index = find_tiled_format(format);
+    require(out_features >= 0, "out_features", "at least 0", out_features);
+    const int64_t expected = amq::prepared_bytes(amq::tile_bits(index), out_features, in_features, group_size);
+    require(bytes == expected, "bytes of a weight", std::to_string(expected), bytes);
+    require(out_features == 0 || data != 0, "address of a weight", "not null", 0);  // an empty tensor may have none
+    return {index, reinterpret_cast<const uint8_t*>(data), out_features};
+}
 
 void bind_linear(py::module_& m) {
     m.def("prepared_bytes", &prepared_bytes, py::arg("format"), py::arg("rows"), py::arg("in_features"),

@@ -105,4 +105,5 @@ PYBIND11_MODULE(_cpu, m) {
           py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("threads"), py::arg("isa") = "",
           "Log-probabilities and logits -> float64 divergence per row; see csrc/cpu/divergence.h");
     bind_linear(m);
+    bind_decoder(m);
 }

@@ -55,7 +55,7 @@ AMQ_INLINE Rounded round_group(const float* x, int64_t count, int8_t* q) {
 AMQ_INLINE void quantize(const ActivationArgs& a, int64_t begin, int64_t end) {
     const Panels& panels = a.panels;
     alignas(64) int8_t q[kMaxGroup];
-    for (int64_t m = begin * panels.rows; m < end * panels.rows; ++m) {
+    for (int64_t m = begin; m < end; ++m) {
         for (int64_t g = 0; g < a.n_groups; ++g) {
             const int64_t index = panels.index(g, m / panels.rows), row = m % panels.rows;
             const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
@@ -84,7 +84,7 @@ AMQ_TARGET_AVX2 void quantize_avx2(const ActivationArgs& a, int64_t begin, int64
 
 }  // namespace
 
-void quantize_panels(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end) {
+void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end) {
     (use_avx2(isa) ? quantize_avx2 : quantize_portable)(args, begin, end);
 }
 

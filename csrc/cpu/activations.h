@@ -18,13 +18,13 @@ struct ActivationArgs {
     float *x_scale, *x_sum;   // int8 only
 };
 
-// Both functions handle panels begin … end − 1.
-//
-// int8: a = max|x| / 127 over the group, q = x / a to the nearest integer, ties to even; `x_scale` gets a, `x_sum` Σ q.
+// Rows begin … end − 1 of the padded rows: a = max|x| / 127 over the group, q = x / a to the nearest integer, ties to
+// even; `x_scale` gets a, `x_sum` Σ q.
 // A group with a NaN or an infinity gets a = NaN, so that every output of its row is NaN; one whose magnitudes are all
 // below 2^-100 counts as zero. Up to 2^-100 / 127 apart, |x − a·q| ≤ a/2.
-void quantize_panels(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end);
+void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end);
 
+// Panels begin … end − 1.
 void copy_panels(const ActivationArgs& args, int64_t begin, int64_t end);
 
 }  // namespace amq

@@ -1,4 +1,4 @@
-// One call of linear.h: x into panels, then tiles of all parts over threads, in one parallel region.
+// The job of linear.h, and calls as two parallel loops over it: x into panels, then tiles of all parts.
 
 #include "linear.h"
 
@@ -50,14 +50,6 @@ private:
     size_t size_ = 0;  // what can be used wherever the aligned part begins
 };
 
-// The tiles of one part, and what they cost together: bytes where few rows wait for memory, tiles where many wait for
-// the multiplications.
-struct Work {
-    LinearTask task;
-    LinearKernel kernel;
-    int64_t n_tiles, tile_cost;
-};
-
 // The kernel for `rows` rows, and the panels that it wants.
 LinearKernel choose(const LinearKernels& kernels, Mode activations, int64_t rows, Panels& panels) {
     const int mode = static_cast<int>(activations);
@@ -71,85 +63,105 @@ LinearKernel choose(const LinearKernels& kernels, Mode activations, int64_t rows
     return kernels.gemm[mode];
 }
 
-// Puts task.rows rows of the call from `first` on into the workspace, and into the task where they are.
-void make_panels(const LinearCall& call, int64_t first, Isa isa, int threads, LinearTask& task) {
-    const Panels& panels = task.panels;
-    const int64_t rows = task.rows;
-    const bool int8 = call.mode == Mode::int8;
-    const int64_t n_groups = task.n_groups(), padded_rows = panels.n_panels * panels.rows;
-    const size_t x_bytes = padded_rows * n_groups * panels.group_stride * (int8 ? 1 : sizeof(float));
-    const size_t scales = padded_rows * n_groups;
-    char* memory = Workspace::get(x_bytes + 2 * scales * sizeof(float) + 64);
-    float* x_scale = reinterpret_cast<float*>(memory + ceil_div(x_bytes, 64) * 64);
-    const ActivationArgs args = {call.x + first * call.x_stride, call.x_stride, rows, call.in_features,
-                                 call.group_size, n_groups, panels, memory, x_scale, x_scale + scales};
-    constexpr int64_t kElementsPerThread = 1 << 15;  // what one thread handles while another one wakes up
-    const int64_t useful = 1 + rows * call.in_features / kElementsPerThread;
-    parallel_rows(panels.n_panels, static_cast<int>(std::min<int64_t>(threads, useful)), [&](int64_t begin, int64_t end) {
-        int8 ? quantize_panels(isa, args, begin, end) : copy_panels(args, begin, end);
-    });
-    task.x = memory;
-    task.x_scale = args.x_scale;
-    task.x_sum = args.x_sum;
+constexpr size_t kCacheLine = 64;
+
+}  // namespace
+
+LinearJob::LinearJob(const LinearCall& call, Isa isa) : call_(call), isa_(isa), kernels_(kernels_for(isa)) {
+    task_.rows = call.rows;
+    task_.in_features = call.in_features;
+    task_.group_size = call.group_size;
+    task_.y_stride = call.y_stride;
+    Panels& panels = task_.panels;
+    choose(kernels_[call.parts[0].format], call.mode, call.rows, panels);  // all formats want the same panels
+    const int64_t multiple = std::max(kBlock, panels.step);
+    panels.n_panels = ceil_div(call.rows, panels.rows);
+    panels.group_stride = ceil_div(call.group_size, multiple) * multiple;
 }
 
-std::vector<Work> plan(const LinearCall& call, const LinearKernels* kernels, LinearTask task) {
-    std::vector<Work> work;
-    for (const LinearPart& part : call.parts) {
-        task.data = part.data;
-        task.tile_bytes = tile_bytes(kBits[part.format], call.in_features, call.group_size, kLanes);
-        task.out_features = part.out_features;
-        Panels same;
-        const LinearKernel kernel = choose(kernels[part.format], call.mode, task.rows, same);
-        work.push_back({task, kernel, ceil_div(part.out_features, kLanes), task.rows <= kGemvRows ? task.tile_bytes : 1});
-        task.y += part.out_features;
-        if (task.bias) task.bias += part.out_features;
-    }
-    return work;
+size_t LinearJob::memory_bytes() const {
+    const size_t element = call_.mode == Mode::int8 ? 1 : sizeof(float), groups = padded_rows() * task_.n_groups();
+    return ceil_div(groups * task_.panels.group_stride * element, kCacheLine) * kCacheLine + 2 * groups * sizeof(float);
 }
 
-// Runs what lies between the costs `begin` and `end` of all work laid end to end. A tile belongs to the range that it
-// begins in.
-void run_range(const std::vector<Work>& work, int64_t begin, int64_t end) {
-    for (const Work& w : work) {
-        const int64_t first = std::clamp<int64_t>(ceil_div(begin, w.tile_cost), 0, w.n_tiles);
-        const int64_t last = std::clamp<int64_t>(ceil_div(end, w.tile_cost), 0, w.n_tiles);
-        if (first < last) w.kernel(w.task, first, last);
-        begin -= w.n_tiles * w.tile_cost;
-        end -= w.n_tiles * w.tile_cost;
-    }
+void LinearJob::place(char* memory) {
+    const int64_t scales = padded_rows() * task_.n_groups();
+    task_.x = memory;
+    task_.x_scale = reinterpret_cast<float*>(memory + memory_bytes()) - 2 * scales;
+    task_.x_sum = task_.x_scale + scales;
 }
 
-// Up to kCallRows rows of a call, from row `first` on.
-void run_rows(const LinearCall& call, int64_t first, int64_t rows, Isa isa, int threads) {
-    const LinearKernels* kernels = kernels_for(isa);
-    LinearTask task{};
-    task.rows = rows;
-    task.in_features = call.in_features;
-    task.group_size = call.group_size;
-    task.y = call.y + first * call.y_stride;
-    task.y_stride = call.y_stride;
-    task.bias = call.bias;
-    choose(kernels[call.parts[0].format], call.mode, rows, task.panels);  // all formats want the same panels
-    const int64_t multiple = std::max(kBlock, task.panels.step);
-    task.panels.n_panels = ceil_div(rows, task.panels.rows);
-    task.panels.group_stride = ceil_div(call.group_size, multiple) * multiple;
-    make_panels(call, first, isa, threads, task);
+void LinearJob::make_input(int64_t begin, int64_t end) const {
+    const ActivationArgs args = {call_.x, call_.x_stride, call_.rows, call_.in_features, call_.group_size,
+                                 task_.n_groups(), task_.panels, const_cast<void*>(task_.x),
+                                 const_cast<float*>(task_.x_scale), const_cast<float*>(task_.x_sum)};
+    if (call_.mode == Mode::int8) return quantize_rows(isa_, args, begin, end);
+    copy_panels(args, begin / task_.panels.rows, end / task_.panels.rows);
+}
 
-    const std::vector<Work> work = plan(call, kernels, task);
+int64_t LinearJob::tile_cost(const LinearPart& part) const {
+    if (call_.rows > kGemvRows) return 1;
+    return tile_bytes(kBits[part.format], call_.in_features, call_.group_size, kLanes);
+}
+
+int64_t LinearJob::cost() const {
     int64_t total = 0;
-    for (const Work& w : work) total += w.n_tiles * w.tile_cost;
+    for (size_t part = 0; part < call_.parts.size(); ++part) total += n_tiles(part) * tile_cost(call_.parts[part]);
+    return total;
+}
+
+void LinearJob::run(int64_t begin, int64_t end) const {
+    for (size_t part = 0; part < call_.parts.size(); ++part) {
+        const int64_t cost = tile_cost(call_.parts[part]), tiles = n_tiles(part);
+        const int64_t first = std::clamp<int64_t>(ceil_div(begin, cost), 0, tiles);
+        const int64_t last = std::clamp<int64_t>(ceil_div(end, cost), 0, tiles);
+        if (first < last) run_tiles(part, first, last);
+        begin -= tiles * cost;
+        end -= tiles * cost;
+    }
+}
+
+void LinearJob::run_tiles(size_t part, int64_t begin, int64_t end) const {
+    int64_t column = 0;
+    for (size_t before = 0; before < part; ++before) column += call_.parts[before].out_features;
+    const LinearPart& weight = call_.parts[part];
+    LinearTask task = task_;
+    task.data = weight.data;
+    task.tile_bytes = tile_bytes(kBits[weight.format], call_.in_features, call_.group_size, kLanes);
+    task.out_features = weight.out_features;
+    task.y = call_.y + column;
+    task.bias = call_.bias ? call_.bias + column : nullptr;
+    Panels same;
+    choose(kernels_[weight.format], call_.mode, call_.rows, same)(task, begin, end);
+}
+
+namespace {
+
+// Up to kCallRows rows.
+void run_rows(const LinearCall& call, Isa isa, int threads) {
+    LinearJob job(call, isa);
+    job.place(Workspace::get(job.memory_bytes()));
+    constexpr int64_t kElementsPerThread = 1 << 15;  // what one thread handles while another one wakes up
+    const int64_t unit = job.row_unit(), units = job.padded_rows() / unit;
+    parallel_rows(units, static_cast<int>(std::min<int64_t>(threads, 1 + call.rows * call.in_features / kElementsPerThread)),
+                  [&](int64_t begin, int64_t end) { job.make_input(begin * unit, end * unit); });
     constexpr int64_t kBytesPerThread = 1 << 14;  // what one thread reads while another one wakes up
-    const int64_t useful = rows <= kGemvRows ? 1 + total / kBytesPerThread : total;
+    const int64_t total = job.cost(), useful = call.rows <= kGemvRows ? 1 + total / kBytesPerThread : total;
     parallel_rows(total, static_cast<int>(std::min<int64_t>(threads, useful)),
-                  [&](int64_t begin, int64_t end) { run_range(work, begin, end); });
+                  [&](int64_t begin, int64_t end) { job.run(begin, end); });
 }
 
 }  // namespace
 
 void linear(const LinearCall& call, Isa isa, int threads) {
-    for (int64_t first = 0; first < call.rows; first += kCallRows)
-        run_rows(call, first, std::min<int64_t>(kCallRows, call.rows - first), isa, threads);
+    if (call.rows <= kCallRows) return run_rows(call, isa, threads);
+    LinearCall some = call;
+    for (int64_t first = 0; first < call.rows; first += kCallRows) {
+        some.x = call.x + first * call.x_stride;
+        some.y = call.y + first * call.y_stride;
+        some.rows = std::min<int64_t>(kCallRows, call.rows - first);
+        run_rows(some, isa, threads);
+    }
 }
 
 }  // namespace amq

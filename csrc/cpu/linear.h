@@ -17,6 +17,7 @@
 
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -98,6 +99,39 @@ struct LinearCall {
     float* y;        // [rows, y_stride]; need not be initialised; must not overlap anything
     int64_t rows, in_features, group_size, x_stride, y_stride;
     Mode mode;
+};
+
+// A call cut into what threads of one parallel region do: first the input, then, when all of it is there, ranges of the
+// output. Every thread may have a job of its own for the same call; the memory is shared.
+class LinearJob {
+public:
+    // `call` must outlive the job, and have at most kCallRows rows.
+    LinearJob(const LinearCall& call, Isa isa);
+
+    size_t memory_bytes() const;
+    void place(char* memory);  // aligned to a cache line; where x goes in the kernel's layout
+
+    // Rows in whole panels, and the multiple of them that one thread must take at a time.
+    int64_t padded_rows() const { return task_.panels.n_panels * task_.panels.rows; }
+    int64_t row_unit() const { return call_.mode == Mode::int8 ? 1 : task_.panels.rows; }
+    void make_input(int64_t begin, int64_t end) const;
+
+    // All the output laid end to end: its parts' tiles, weighted by what limits them, bytes where few rows wait for
+    // memory and tiles where many wait for multiplications. A tile belongs to the range that it begins in.
+    int64_t cost() const;
+    void run(int64_t begin, int64_t end) const;
+
+    // One part alone: its tiles begin … end − 1.
+    int64_t n_tiles(size_t part) const { return ceil_div(call_.parts[part].out_features, kLanes); }
+    void run_tiles(size_t part, int64_t begin, int64_t end) const;
+
+private:
+    int64_t tile_cost(const LinearPart& part) const;
+
+    const LinearCall& call_;
+    Isa isa_;
+    const LinearKernels* kernels_;
+    LinearTask task_{};  // of all parts; data, out_features, y and bias differ
 };
 
 // Runs the call on at most `threads` threads. The result does not depend on their number.

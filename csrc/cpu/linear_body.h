@@ -7,10 +7,10 @@
 #pragma once
 
 #include <cstring>
-#include <utility>
 
 #include "amq_formats.h"
 #include "linear.h"
+#include "unroll.h"
 
 namespace amq {
 namespace {
@@ -23,16 +23,6 @@ namespace {
 //     1 stream, 2048 bytes    62 59 65 % / 77 75 83 %          3 streams, 2048 bytes    93 92 94 % / 90 94 90 %
 //     2 streams, 2048 bytes   86 86 89 % / 91 91 87 %          4 streams, 2048 bytes    93 92 94 % / 87 88 89 %
 constexpr int kPrefetchBytes = 2048, kStreams = 3;
-
-// Calls f(std::integral_constant<int, i>) for i in 0 … count − 1, unrolled.
-template <class F, int... i>
-AMQ_INLINE void unroll_sequence(const F& f, std::integer_sequence<int, i...>) {
-    (f(std::integral_constant<int, i>{}), ...);
-}
-template <int count, class F>
-AMQ_INLINE void unroll(const F& f) {
-    unroll_sequence(f, std::make_integer_sequence<int, count>{});
-}
 
 // One step of a block: the codes of 16 rows × 4 features, a byte each. Scalar form, for the code of byte j of a lane:
 //

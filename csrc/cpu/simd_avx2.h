@@ -41,6 +41,16 @@ struct Avx2 {
         return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
     }
 
+    static AMQ_INLINE F32 load_bfloat(const void* p) {
+        const __m128i* halves = static_cast<const __m128i*>(p);
+        return {widen_bfloat(_mm_loadu_si128(halves)), widen_bfloat(_mm_loadu_si128(halves + 1))};
+    }
+    static AMQ_INLINE void store_half(void* p, F32 v) {
+        __m128i* halves = static_cast<__m128i*>(p);
+        _mm_storeu_si128(halves, _mm256_cvtps_ph(v.low, _MM_FROUND_TO_NEAREST_INT));
+        _mm_storeu_si128(halves + 1, _mm256_cvtps_ph(v.high, _MM_FROUND_TO_NEAREST_INT));
+    }
+
     // Right by `count` bits, left where it is negative.
     template <int count>
     static AMQ_INLINE I32 shift(I32 v) {
@@ -87,6 +97,12 @@ struct Avx2 {
     static AMQ_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
     static AMQ_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
     static AMQ_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)}; }
+    static AMQ_INLINE F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)}; }
+    // b where either is NaN.
+    static AMQ_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.low, b.low), _mm256_max_ps(a.high, b.high)}; }
+    static AMQ_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.low, b.low), _mm256_min_ps(a.high, b.high)}; }
+    static AMQ_INLINE I32 as_int(F32 v) { return {_mm256_castps_si256(v.low), _mm256_castps_si256(v.high)}; }
+    static AMQ_INLINE F32 as_float(I32 v) { return {_mm256_castsi256_ps(v.low), _mm256_castsi256_ps(v.high)}; }
     static AMQ_INLINE F32 fma(F32 a, F32 b, F32 c) {  // a·b + c
         return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
     }
@@ -95,6 +111,9 @@ struct Avx2 {
     }
 
 private:
+    static AMQ_INLINE __m256 widen_bfloat(__m128i halves) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
     static AMQ_INLINE __m256i pairs(__m256i codes, __m256i values, int16_t factor) {
         return _mm256_madd_epi16(_mm256_maddubs_epi16(codes, values), _mm256_set1_epi16(factor));
     }

@@ -27,6 +27,14 @@ struct Avx512 {
         return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
     }
 
+    static AMQ_INLINE F32 load_bfloat(const void* p) {
+        const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    static AMQ_INLINE void store_half(void* p, F32 v) {
+        _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+
     // Right by `count` bits, left where it is negative.
     template <int count>
     static AMQ_INLINE I32 shift(I32 v) {
@@ -69,6 +77,12 @@ struct Avx512 {
     static AMQ_INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
     static AMQ_INLINE F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
     static AMQ_INLINE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+    static AMQ_INLINE F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+    // b where either is NaN.
+    static AMQ_INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+    static AMQ_INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+    static AMQ_INLINE I32 as_int(F32 v) { return _mm512_castps_si512(v); }
+    static AMQ_INLINE F32 as_float(I32 v) { return _mm512_castsi512_ps(v); }
     static AMQ_INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }    // a·b + c
     static AMQ_INLINE F32 fnma(F32 a, F32 b, F32 c) { return _mm512_fnmadd_ps(a, b, c); }  // c − a·b
 

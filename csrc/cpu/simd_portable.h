@@ -40,6 +40,19 @@ struct Portable {
         return load_float(values);
     }
 
+    static AMQ_INLINE F32 load_bfloat(const void* p) {
+        uint16_t halves[16];
+        I32 words;
+        std::memcpy(halves, p, sizeof halves);
+        for (int i = 0; i < 16; ++i) words[i] = static_cast<uint32_t>(halves[i]) << 16;
+        return as_float(words);
+    }
+    static AMQ_INLINE void store_half(void* p, F32 v) {
+        uint16_t halves[16];
+        for (int i = 0; i < 16; ++i) halves[i] = float_to_half(v[i]);
+        std::memcpy(p, halves, sizeof halves);
+    }
+
     // Right by `count` bits, left where it is negative.
     template <int count>
     static AMQ_INLINE I32 shift(I32 v) {
@@ -70,6 +83,11 @@ struct Portable {
     static AMQ_INLINE F32 add(F32 a, F32 b) { return a + b; }
     static AMQ_INLINE F32 sub(F32 a, F32 b) { return a - b; }
     static AMQ_INLINE F32 mul(F32 a, F32 b) { return a * b; }
+    static AMQ_INLINE F32 div(F32 a, F32 b) { return a / b; }
+    static AMQ_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }  // b where either is NaN
+    static AMQ_INLINE F32 min(F32 a, F32 b) { return a < b ? a : b; }
+    static AMQ_INLINE I32 as_int(F32 v) { return reinterpret_cast<I32>(v); }
+    static AMQ_INLINE F32 as_float(I32 v) { return reinterpret_cast<F32>(v); }
     static AMQ_INLINE F32 fma(F32 a, F32 b, F32 c) { return a * b + c; }   // a·b + c, fused where the processor does it
     static AMQ_INLINE F32 fnma(F32 a, F32 b, F32 c) { return c - a * b; }  // c − a·b
 };

@@ -108,4 +108,25 @@ AMQ_INLINE float half_to_float(uint16_t half) {
     return result;
 }
 
+// float32 → IEEE fp16 bits, to nearest, ties to even; beyond the range infinity, NaN stays NaN.
+AMQ_INLINE uint16_t float_to_half(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    uint32_t half;
+    if (magnitude > 0x7f800000u) {  // NaN
+        half = 0x7e00u;
+    } else if (magnitude >= 0x38800000u) {  // at least 2^-14, normal in fp16: a carry may reach the exponent, and infinity
+        half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1)) >> 13;
+        if (magnitude >= 0x477ff000u) half = 0x7c00u;
+    } else {  // the sum's lowest bits are multiples of 2^-24, rounded by the processor
+        float shifted;
+        std::memcpy(&shifted, &magnitude, sizeof shifted);
+        shifted += 0.5f;
+        std::memcpy(&half, &shifted, sizeof half);
+        half -= 0x3f000000u;
+    }
+    return static_cast<uint16_t>(sign | half);
+}
+
 }  // namespace amq
