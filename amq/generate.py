@@ -13,26 +13,29 @@ from typing import Any
 from amq.backends import ACTIVATIONS, BACKENDS
 from amq.errors import AmqError
 from amq.files import write_json
-from amq.models import LoadedModel
-from amq.runtime import Generation, Sampling, generate, load
+from amq.runtime import Generation, Runtime, Sampling, generate, load
 from amq.settings import run_command
+
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens, tuple(args.stop))
+    sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING}, stop=tuple(args.stop))
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():
         raise AmqError("the prompt is empty: give --prompt TEXT, or text on stdin with --prompt -")
-    _set_threads(args.threads)
     start = time.perf_counter()
-    loaded = load(args.model, args.device, args.backend, args.activations, args.dtype)
+    runtime = load(
+        args.model, args.device, args.backend, args.activations, args.dtype, args.context, threads=args.threads
+    )
     load_seconds = time.perf_counter() - start
-    generation = generate(loaded, [{"role": "user", "content": text}] if args.chat else text, sampling)
+    print(runtime.engine.banner, file=sys.stderr)
+    generation = generate(runtime, [{"role": "user", "content": text}] if args.chat else text, sampling)
     for piece in generation:
         print(piece, end="", flush=True)
     print(flush=True)
-    figures = {"model": str(args.model), "load_seconds": load_seconds, **_figures(loaded, generation)}
+    figures = {"model": str(args.model), "load_seconds": load_seconds, **_figures(runtime, generation)}
     print(_line(figures), file=sys.stderr)
     if args.json:
         write_json(args.json, figures)
@@ -49,32 +52,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
     add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default 0: all)")
     add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P (default 1)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="leave out tokens below P times the likeliest")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (default 1: off)")
     add("--seed", type=int, metavar="N", help="of the draws, to repeat them")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
     add("--activations", choices=ACTIVATIONS, help="int8 (default, faster) or fp32 (exact); quantized models only")
     add("--backend", choices=list(BACKENDS), help="what multiplies the quantized linears (default: the fastest)")
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of what is not quantized (default: float32 on a CPU)")
+    add("--context", type=int, metavar="N", help="tokens that prompt and text may have (default: the model's)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
 
-def _set_threads(threads: int | None) -> None:
-    import torch
-
-    if threads is not None:
-        if threads < 1:
-            raise AmqError(f"--threads must be at least 1, got {threads}")
-        torch.set_num_threads(threads)
-
-
-def _figures(loaded: LoadedModel, generation: Generation) -> dict[str, Any]:
+def _figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:
     """JSON has no NaN: a speed that was not measured, such as that of a single token, is null."""
     import torch
 
-    device = loaded.model.get_input_embeddings().weight.device
-    on_gpu = device.type == "cuda"
+    on_gpu = runtime.device.startswith("cuda")
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = {
         "prompt_tokens": generation.prompt_tokens,
@@ -83,8 +79,9 @@ def _figures(loaded: LoadedModel, generation: Generation) -> dict[str, Any]:
         "prompt_tokens_per_second": generation.prompt_tokens_per_second,
         "tokens_per_second": generation.tokens_per_second,
         "threads": torch.get_num_threads(),
-        "device": str(device),
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else _ru_bytes(resident),
+        "device": runtime.device,
+        "engine": runtime.engine.banner,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(runtime.device) if on_gpu else _ru_bytes(resident),
     }
     return {name: None if value != value else value for name, value in figures.items()}
 

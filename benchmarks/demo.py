@@ -78,7 +78,9 @@ def _quantize(args: argparse.Namespace, progress: Progress) -> Path:
         resume = partial_folder(folder).exists()
         print(quantized_summary(amq.quantize(args.model, folder, resume=resume, progress=progress, **settings)))
     print(f"> {PROMPT}")
-    answer = generate(load(folder), [{"role": "user", "content": PROMPT}], Sampling(max_new_tokens=60))
+    runtime = load(folder)
+    print(runtime.engine.banner)
+    answer = generate(runtime, [{"role": "user", "content": PROMPT}], Sampling(max_new_tokens=60))
     for piece in answer:
         print(piece, end="", flush=True)
     print(f"\n({answer.tokens_per_second:.1f} tokens per second)")

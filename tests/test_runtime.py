@@ -1,11 +1,14 @@
-"""amq.runtime and amq.generate: load, stream, sample, stop; what wrong input says; what the runtime never imports."""
+"""amq.runtime and amq.generate: load, which engine it takes, stream, stop; what wrong input says; what is imported."""
 
 from __future__ import annotations
 
 import ast
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,12 +18,17 @@ from tiny_models import ARCHITECTURES
 
 from amq import generate as command
 from amq.errors import AmqError
-from amq.models import LoadedModel
+from amq.models import LoadedModel, load_model
 from amq.quantized_linear import StoredLinear
-from amq.runtime import Sampling, generate, load
+from amq.runtime import Runtime, Sampling, generate, load
+from amq.runtime.tokenizer import Tokenizer
+from amq.runtime.torch_engine import TorchEngine
 from amq.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXACT = {"dtype": "float32", "backend": "reference", "activations": "fp32"}
+"""What runs in transformers, whatever the native engine can do."""
 
 
 @pytest.fixture(scope="module")
@@ -30,76 +38,97 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> LoadedModel:
-    return load(folder)
+    """transformers' model, to compare with."""
+    from amq.hf import AmqConfig
+
+    return load_model(str(folder), quantization_config=AmqConfig(activations="fp32", backend="reference"))
 
 
-def text(loaded: LoadedModel, prompt: Any = "hello", **options: Any) -> str:
-    return "".join(generate(loaded, prompt, Sampling(**options)))
+@pytest.fixture(scope="module")
+def runtime(folder: Path) -> Runtime:
+    return load(folder, **EXACT)
 
 
-def plain(loaded: LoadedModel, prompt: str, new_tokens: int) -> str:
-    """The same, greedily, from transformers' generate without a streamer."""
+def text(runtime: Runtime, prompt: Any = "hello", **options: Any) -> str:
+    return "".join(generate(runtime, prompt, Sampling(**options)))
+
+
+def plain(loaded: LoadedModel, prompt: str, new_tokens: int, **options: Any) -> str:
+    """The same from transformers' generate."""
     tokens = torch.tensor([loaded.tokenizer(prompt)["input_ids"]])
-    ids = loaded.model.generate(tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
+    ids = loaded.model.generate(tokens, max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, **options)
     return loaded.tokenizer.decode(ids[0, tokens.shape[1] :], skip_special_tokens=True)
 
 
-def test_streams_what_generate_gives(loaded: LoadedModel) -> None:
-    generation = generate(loaded, "hello", Sampling(max_new_tokens=12))
+def test_streams_what_generate_gives(runtime: Runtime, loaded: LoadedModel) -> None:
+    generation = generate(runtime, "hello", Sampling(max_new_tokens=12))
     assert "".join(generation) == plain(loaded, "hello", 12)
-    assert (generation.prompt_tokens, generation.new_tokens) == (5, 12)
+    assert (generation.prompt_tokens, generation.new_tokens, generation.finished) == (5, 12, "length")
     assert generation.first_token_seconds > 0 and generation.tokens_per_second > 0
     assert generation.prompt_tokens_per_second == 5 / generation.first_token_seconds
+    penalized = text(runtime, max_new_tokens=30, repetition_penalty=1.3)
+    assert penalized == plain(loaded, "hello", 30, repetition_penalty=1.3) != text(runtime, max_new_tokens=30)
 
 
-def test_sampling_repeats_with_its_seed(loaded: LoadedModel) -> None:
+def test_sampling_repeats_with_its_seed(runtime: Runtime) -> None:
     options = {"temperature": 1.5, "max_new_tokens": 12}
-    assert text(loaded, seed=1, **options) == text(loaded, seed=1, **options) != text(loaded, seed=2, **options)
-    assert text(loaded, temperature=2.0, top_k=1, max_new_tokens=12) == text(loaded, max_new_tokens=12)
-    assert text(loaded, temperature=2.0, top_p=1e-6, max_new_tokens=12) == text(loaded, max_new_tokens=12)
+    assert text(runtime, seed=1, **options) == text(runtime, seed=1, **options) != text(runtime, seed=2, **options)
+    assert text(runtime, temperature=2.0, top_k=1, max_new_tokens=12) == text(runtime, max_new_tokens=12)
+    assert text(runtime, temperature=2.0, top_p=1e-6, max_new_tokens=12) == text(runtime, max_new_tokens=12)
 
 
-def test_stop_texts_and_the_context_end_a_text(loaded: LoadedModel) -> None:
+def test_stop_texts_and_the_context_end_a_text(runtime: Runtime) -> None:
     drawn = {"temperature": 1.0, "seed": 3, "max_new_tokens": 60}
-    whole = text(loaded, **drawn)
+    whole = text(runtime, **drawn)
     stop = next(c for c in whole[10:] if c.isascii())  # a random model's other bytes are not UTF-8
-    stopped = generate(loaded, "hello", Sampling(**drawn, stop=(stop,)))
-    assert "".join(stopped) == whole[: whole.index(stop) + 1]
-    assert stopped.new_tokens < 60
-    context = loaded.config.max_position_embeddings
-    generation = generate(loaded, "x" * (context - 3), Sampling(max_new_tokens=50))
+    stopped = generate(runtime, "hello", Sampling(**drawn, stop=(stop,)))
+    assert "".join(stopped) == whole[: whole.index(stop)]
+    assert stopped.new_tokens < 60 and stopped.finished == "stop"
+    context = runtime.engine.context
+    generation = generate(runtime, "x" * (context - 3), Sampling(max_new_tokens=50))
     list(generation)
     assert generation.new_tokens == 3
 
 
-def test_leaving_early_stops_the_model(loaded: LoadedModel) -> None:
-    generation = generate(loaded, "hello", Sampling(max_new_tokens=400))
+def test_leaving_early_stops_the_model(runtime: Runtime) -> None:
+    generation = generate(runtime, "hello", Sampling(max_new_tokens=400))
     pieces = iter(generation)
     next(pieces)
+    assert runtime.engine.cached_tokens()[0] > 0
     pieces.close()
-    assert generation.new_tokens < 400
+    assert generation.new_tokens < 400 and runtime.engine.cached_tokens()[0] == 0
+    assert text(runtime, max_new_tokens=2)  # the only slot is free again
 
 
-def test_a_failure_of_the_model_reaches_the_reader(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_of_the_model_reaches_the_reader(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(loaded.model, "forward", fail)
-    with pytest.raises(RuntimeError, match="broken"):
-        text(loaded)
+    with monkeypatch.context() as patch:
+        patch.setattr(runtime.engine, "forward", fail)
+        with pytest.raises(AmqError, match="the engine failed.*broken"):
+            text(runtime)
+    assert text(runtime, max_new_tokens=2)
 
 
 def test_loading(folder: Path, tiny_folder: Path) -> None:
-    default, exact = load(folder), load(folder, activations="fp32", dtype="bfloat16")
-    assert {m.activations for m in default.model.modules() if isinstance(m, StoredLinear)} == {"int8"}
-    assert {m.activations for m in exact.model.modules() if isinstance(m, StoredLinear)} == {"fp32"}
-    assert default.model.dtype == torch.float32 and exact.model.dtype == torch.bfloat16
-    assert text(load(tiny_folder), max_new_tokens=2)
+    exact, full = load(folder, activations="fp32", dtype="bfloat16", max_sequences=3, context=99), load(tiny_folder)
+    assert isinstance(exact.engine, TorchEngine) and isinstance(full.engine, TorchEngine)
+    linears = [m for m in exact.engine._model.modules() if isinstance(m, StoredLinear)]
+    assert {m.activations for m in linears} == {"fp32"}
+    assert exact.engine._model.dtype == torch.bfloat16 and full.engine._model.dtype == torch.float32
+    assert (exact.engine.max_sequences, exact.engine.context, full.engine.context) == (3, 99, 512)
+    assert text(full, max_new_tokens=2) and text(exact, max_new_tokens=2)
+    assert f"{len(linears)} linears in int" in exact.engine.banner and "backend cpu and float32" in exact.engine.banner
+    assert "not quantized" in full.engine.banner
     for options, message in (
         ({"activations": "int4"}, "activations must be one of"),
         ({"backend": "gpu"}, "unknown backend 'gpu'"),
         ({"dtype": "int8"}, "unknown dtype 'int8'"),
         ({"device": "warp"}, "device 'warp' cannot be used here"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"max_sequences": 0}, "max_sequences must be at least 1"),
+        ({"context": 513, **EXACT}, "context must be from 2 to the model's 512"),
     ):
         with pytest.raises(AmqError, match=message):
             load(folder, **options)
@@ -107,33 +136,65 @@ def test_loading(folder: Path, tiny_folder: Path) -> None:
         load(tiny_folder, activations="int8")
 
 
-def test_wrong_prompts(loaded: LoadedModel) -> None:
+def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ...]]:
+    """Replaces the native engine; `engine` None: one that refuses. Returns the calls of open_native."""
+    module, calls = ModuleType("amq.runtime.native_engine"), []
+
+    class Unsupported(AmqError):
+        pass
+
+    def open_native(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if engine is None:
+            raise Unsupported("it has no wings")
+        return engine
+
+    module.Unsupported, module.open_native = Unsupported, open_native
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return calls
+
+
+def test_which_engine_runs(folder: Path, tiny_folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = runtime.engine
+    calls = stand_in(monkeypatch, engine)
+    native = load(folder, context=64, max_sequences=2, threads=1)
+    assert native.engine is engine and native.weight_bytes == engine.weight_bytes and native.device == "cpu"
+    assert load(str(folder), backend="cpu", dtype="float32", activations="fp32").engine is engine
+    assert calls == [(folder, "int8", 64, 2, 1), (folder, "fp32", None, 1, None)]
+    assert text(native, max_new_tokens=5) == text(runtime, max_new_tokens=5)
+    for model, options in ((folder, {"dtype": "bfloat16"}), (folder, EXACT), (tiny_folder, {})):
+        assert isinstance(load(model, **options).engine, TorchEngine) and len(calls) == 2
+    stand_in(monkeypatch, None)
+    assert load(folder).engine.banner.endswith("(it has no wings)")
+
+
+def test_wrong_prompts(runtime: Runtime) -> None:
     for prompt, message in (
         ("", "the prompt is empty"),
         ("x" * 512, "the prompt has 512 tokens, the model's context 512"),
         ([{"role": "user", "content": "hello"}], "has no chat template"),
     ):
         with pytest.raises(AmqError, match=message):
-            generate(loaded, prompt)
-    for options in ({"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}, {"max_new_tokens": 0}):
-        with pytest.raises(AmqError, match=next(iter(options))):
-            Sampling(**options)
+            generate(runtime, prompt)
 
 
-def test_chat_template(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loaded.tokenizer, "chat_template", "{% for m in messages %}<{{ m.content }}>{% endfor %}")
-    chat = [{"role": "user", "content": "hi"}]
-    assert text(loaded, chat, max_new_tokens=5) == plain(loaded, "<hi>", 5)
+def test_chat_template(runtime: Runtime, loaded: LoadedModel) -> None:
+    from tiny_models import byte_tokenizer
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    chatting = Runtime("chat", runtime.engine, Tokenizer.from_transformers(tokenizer, []), 0)
+    assert text(chatting, [{"role": "user", "content": "hi"}], max_new_tokens=5) == plain(loaded, "<hi>", 5)
 
 
-def test_command(
-    folder: Path, loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
+def test_command(folder: Path, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
     options = ["--prompt", "-", "--max-new-tokens", "6", "--threads", "1", "--json", str(tmp_path / "figures.json")]
-    assert run_command(command.main, [str(folder), *options]) == 0
+    exact = ["--backend", "reference", "--activations", "fp32", "--min-p", "0.1", "--context", "64"]
+    assert run_command(command.main, [str(folder), *options, *exact]) == 0
     out, err = capsys.readouterr()
-    assert out == text(loaded, max_new_tokens=6) + "\n"
+    assert out == text(runtime, max_new_tokens=6) + "\n"
+    assert err.startswith("transformers on cpu") and "context 64" in err
     assert "prompt 5 tokens" in err and "generated 6 tokens" in err and "peak RSS" in err
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["new_tokens"] == 6 and figures["peak_memory_bytes"] > 1 << 20 and figures["threads"] == 1
@@ -144,10 +205,22 @@ def test_command_with_wrong_input(folder: Path, tmp_path: Path, monkeypatch: pyt
     for options, message in (
         ([str(folder), "--prompt", "-"], "the prompt is empty"),
         ([str(tmp_path), "--prompt", "hello"], "has no config.json"),
-        ([str(folder), "--prompt", "hello", "--threads", "0"], "--threads must be at least 1"),
+        ([str(folder), "--prompt", "hello", "--threads", "0"], "threads must be at least 1"),
+        ([str(folder), "--prompt", "hello", "--repetition-penalty", "0"], "repetition_penalty must be"),
     ):
         assert run_command(command.main, options) == 2
         assert message in capsys.readouterr().err
+
+
+def test_transformers_is_imported_only_where_a_model_needs_it(folder: Path) -> None:
+    code = (
+        "import sys; from amq import generate; import amq.runtime\n"
+        "assert 'transformers' not in sys.modules, 'on import'\n"
+        f"generate.main([{str(folder)!r}, '--prompt', 'hello', '--max-new-tokens', '2'])\n"
+        "native = 'amq.runtime.torch_engine' not in sys.modules\n"
+        "assert native and 'transformers' not in sys.modules, 'while it runs'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_the_runtime_never_imports_the_stages_that_make_checkpoints() -> None:
@@ -171,8 +244,8 @@ def test_the_runtime_never_imports_the_stages_that_make_checkpoints() -> None:
     while todo:
         reached |= todo
         todo = {name for module in todo if module.startswith("amq.") for name in imported(module)} - reached
-    heavy = {"hqq", "pymoo", "sklearn", "matplotlib", "plotly", "scipy", "datasets"}
-    stages = {"search", "quantizers", "quantize", "eval", "export", "bank", "evaluator", "fisher"}
+    heavy = {"hqq", "pymoo", "sklearn", "matplotlib", "plotly", "scipy", "datasets", "fastapi", "uvicorn"}
+    stages = {"search", "quantizers", "quantize", "eval", "export", "bank", "evaluator", "fisher", "serve", "bench"}
     assert "amq.quantized_linear" in reached
     assert not {
         name

@@ -7,7 +7,6 @@ other one runs in transformers' own forward; the engine's banner says which it i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from amq.backends import ACTIVATIONS, get_backend
@@ -63,9 +62,7 @@ def load(
         import torch
 
         torch.set_num_threads(threads)
-    if find_spec("amq.runtime.native_engine") is None:  # TODO: goes when it is there
-        why = "the native engine is not there yet"
-    elif not quantized:
+    if not quantized:
         why = "the model is not quantized"
     elif device != "cpu" or backend not in (None, "cpu") or dtype not in ("auto", "float32"):
         why = "the native engine is for device cpu, backend cpu and float32"
