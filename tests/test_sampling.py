@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampler, Sampling, survivors
+from amq.runtime.sampling import Sampler, Sampling, _place, survivors
 
 VOCABULARY = 5000
 
@@ -79,6 +79,17 @@ def _on_the_edge(theirs: torch.Tensor, ours: torch.Tensor, how: Sampling) -> boo
     fewer = theirs if (theirs > 0).sum() < (ours > 0).sum() else ours
     more = ours if fewer is theirs else theirs
     return bool(more[(fewer > 0)].sum() > 0.98) or len(theirs) < 300
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 1000), st.integers(0, 2**31), st.floats(0, 1, exclude_max=True), st.sampled_from([0.0, 0.9]))
+def test_the_place_of_a_draw_is_that_of_the_running_sum(count: int, seed: int, share: float, zeros: float) -> None:
+    draw = np.random.default_rng(seed)
+    weights = (draw.random(count) * (draw.random(count) >= zeros)).astype(np.float32)
+    weights[draw.integers(count)] = 1
+    place, sums = _place(weights, share), np.cumsum(weights, dtype=np.float64)
+    assert weights[place] > 0
+    assert sums[place] - weights[place] - 1e-4 <= share * sums[-1] <= sums[place] + 1e-4
 
 
 def test_equals_survive_as_in_transformers() -> None:

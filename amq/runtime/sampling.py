@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 FIRST_CANDIDATES = 256
 """Tokens that are looked at before top-p looks at all; of a language model they mostly suffice."""
 COLUMNS_PER_TOKEN = 4
+BLOCK = 256
+"""Weights that are summed up first when one is drawn from all: a running sum of the vocabulary takes long."""
 MAX_LOGPROBS = 20
 """OpenAI's limit of `top_logprobs`."""
 
@@ -150,11 +152,25 @@ class Sampler:
 
     def _draw(self, scores: np.ndarray) -> int:
         tokens, weights = survivors(scores, self.sampling)
-        sums = np.cumsum(weights, dtype=np.float64)
         assert self._random is not None
-        place = np.searchsorted(sums, self._random.random() * sums[-1], side="right")
-        place = min(place, np.searchsorted(sums, sums[-1]))  # the product may round up to the sum itself
-        return int(place) if tokens is None else int(tokens[place])
+        place = _place(weights, self._random.random())
+        return place if tokens is None else int(tokens[place])
+
+
+def _place(weights: np.ndarray, share: float) -> int:
+    """Where the running sum of `weights` passes `share`, in [0, 1), of their total; never at a weight of 0."""
+    starts = np.arange(0, len(weights), BLOCK)
+    first, inside = _passed(np.add.reduceat(weights, starts), share)
+    block = weights[starts[first] : starts[first] + BLOCK]
+    return int(starts[first]) + _passed(block, inside)[0]
+
+
+def _passed(weights: np.ndarray, share: float) -> tuple[int, float]:
+    """The place, and which share of the weight there was passed."""
+    sums = np.cumsum(weights, dtype=np.float64)
+    target = share * sums[-1]
+    place = int(min(np.searchsorted(sums, target, side="right"), np.searchsorted(sums, sums[-1])))  # may round up to it
+    return place, max(0.0, float((target - (sums[place] - weights[place])) / weights[place]))
 
 
 def survivors(scores: np.ndarray, how: Sampling) -> tuple[np.ndarray | None, np.ndarray]:
