@@ -47,7 +47,7 @@ class Service:
 
     def __init__(self, runtime: Runtime, settings: ServeSettings) -> None:
         self.runtime, self.settings = runtime, settings
-        self.model = settings.model_name or runtime.name
+        self.model = settings.model_name or _short(runtime.name)
         self.created = int(time.time())
         self.metrics = Metrics()
         self.worker = Worker(runtime, settings, self.metrics)
@@ -113,6 +113,12 @@ class Service:
         given = _digest(key.strip())
         matches = [hmac.compare_digest(given, key) for key in self.keys]
         return not self.keys or (scheme.lower() == b"bearer" and any(matches))
+
+
+def _short(name: str) -> str:
+    """A folder's own name; a hub id as it is."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.is_dir() else name
 
 
 def _digest(key: bytes) -> bytes:
