@@ -46,6 +46,18 @@ def _generate(argv: Sequence[str] | None) -> int:
     return main(argv)
 
 
+def _bench(argv: Sequence[str] | None) -> int:
+    from amq.bench.command import main
+
+    return main(argv)
+
+
+def _serve(argv: Sequence[str] | None) -> int:
+    from amq.serve.__main__ import main
+
+    return main(argv)
+
+
 def _formats(argv: Sequence[str] | None) -> int:
     from amq.backends import availability
     from amq.native import cpu_module
@@ -75,6 +87,8 @@ COMMANDS: dict[str, Command] = {
     "eval": _eval,
     "export": _export,
     "generate": _generate,
+    "bench": _bench,
+    "serve": _serve,
     "formats": _formats,
 }
 
