@@ -117,7 +117,8 @@ std::unique_ptr<amq::Decoder> make_decoder(const py::dict& sizes, const py::dict
 using SegmentTuple = std::tuple<int64_t, int64_t, uintptr_t, int64_t>;
 
 void forward(amq::Decoder& decoder, uintptr_t tokens, const std::vector<SegmentTuple>& segments,
-             std::vector<int64_t> wanted, uintptr_t logits, uintptr_t cache, int64_t cache_pages, int threads) {
+             std::vector<int64_t> wanted, uintptr_t logits, uintptr_t cache, int64_t cache_pages, int threads,
+             const std::string& isa_name) {
     const amq::DecoderModel& m = decoder.model();
     amq::Pass pass{};
     for (const auto& [rows, position, pages, n_pages] : segments) {
@@ -144,7 +145,7 @@ void forward(amq::Decoder& decoder, uintptr_t tokens, const std::vector<SegmentT
     pass.logits = reinterpret_cast<float*>(logits);
     pass.cache = reinterpret_cast<uint8_t*>(cache);
     require(threads >= 1, "threads", "at least 1", threads);
-    const amq::Isa isa = amq::best_isa();
+    const amq::Isa isa = amq::find_isa(isa_name);
     py::gil_scoped_release release;
     decoder.forward(pass, isa, threads);
 }
@@ -158,5 +159,5 @@ void bind_decoder(py::module_& m) {
              py::arg("int8"), py::arg("half_cache"), py::arg("max_rows"), py::arg("threads"))
         .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes(); })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),
-             py::arg("cache"), py::arg("cache_pages"), py::arg("threads"), "One pass over rows of several sequences");
+             py::arg("cache"), py::arg("cache_pages"), py::arg("threads"), py::arg("isa") = "", "One pass over rows of several sequences");
 }

@@ -1,7 +1,7 @@
 """What runs a model: `Engine`, forward passes over many sequences at once with their KV cache.
 
-A pass takes *segments*: consecutive tokens of a sequence each, one token of a sequence that is being decoded, many of one
-whose prompt is read. Several sequences share a pass, so several users share the reading of the weights.
+A pass takes *segments*: consecutive tokens of a sequence each, one token of a sequence that is being decoded, many of
+one whose prompt is read. Several sequences share a pass, so several users share the reading of the weights.
 
 Engines are used from one thread. They know tokens, not text; amq.runtime.scheduler makes passes out of requests.
 """

@@ -67,6 +67,7 @@ class NativeEngine:
         self._cache = empty_bytes(self.cache_bytes)  # a page takes memory once it is written to
         self._logits = torch.empty(max_sequences, self.vocab_size)
         self._open = 0
+        self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 
     def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
         positions = len(prompt) + new_tokens
@@ -134,7 +135,7 @@ class NativeEngine:
         try:
             self._decoder.forward(
                 numbers.ctypes.data, described, wanted, logits.data_ptr() if wanted else 0, self._cache.data_ptr(),
-                self._pool.n_pages, self._threads,
+                self._pool.n_pages, self._threads, self.isa,
             )  # fmt: skip
         except ValueError as error:
             raise AmqError(str(error)) from error
@@ -149,13 +150,15 @@ def open_native(
     context: int | None = None,
     max_sequences: int = 1,
     threads: int | None = None,
+    cache: str | None = None,
     verify: bool = True,
 ) -> NativeEngine:
     """Opens a checkpoint of the Llama family.
 
-    activations: `int8` keeps the KV cache in fp16; `fp32` is exact: float32 products and a float32 cache.
+    activations: `int8`, or `fp32` (exact).
     context: positions of a sequence; None: the model's, up to DEFAULT_CONTEXT.
     threads: None: torch's.
+    cache: `float16` or `float32` keys and values; None: float32 where activations are exact.
     verify: compare the hash of every tensor.
     Raises Unsupported where the model or a setting is not for this engine, AmqError for a damaged checkpoint.
     """
@@ -167,10 +170,13 @@ def open_native(
         for path in safetensors_files(Path(folder)):
             verify_file(path)
     model = describe(checkpoint, sizes)
-    model |= {"int8": activations == "int8", "half_cache": activations == "int8"}
+    cache = cache or ("float32" if activations == "fp32" else "float16")
+    if cache not in ("float16", "float32"):
+        raise AmqError(f"the KV cache must be float16 or float32, got {cache}")
+    model |= {"int8": activations == "int8", "half_cache": cache == "float16"}
     formats = "+".join(sorted(set(checkpoint.record.formats.values())))
     banner = (
-        f"native engine ({checkpoint.config['model_type']}): {formats}, {activations} activations, "
+        f"native engine ({checkpoint.config['model_type']}): {formats}, {activations} activations, {cache} cache, "
         f"{cpu_module().isa()}, {threads} threads, context {sizes['context']}"
     )
     return NativeEngine(model, banner, max_sequences, threads)
@@ -312,7 +318,7 @@ class _Weights:
 
 
 def describe(checkpoint: Checkpoint, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What amq._cpu.Decoder is made from, with `keep` (what it points to) and `weight_bytes` (read per decoded token)."""
+    """What amq._cpu.Decoder is made from; `keep` is what it points to, `weight_bytes` what a decoded token reads."""
     config, weights = checkpoint.config, _Weights(checkpoint)
     frequencies, factor = rotary_frequencies(config, sizes["head_dim"])
     angles = torch.outer(torch.arange(sizes["context"]).float(), frequencies)

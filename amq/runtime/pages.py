@@ -1,8 +1,8 @@
-"""Which page of the KV cache belongs to whom: allocation, and reuse of what earlier sequences with the same beginning left.
+"""Which page of the KV cache belongs to whom, and the reuse of what earlier sequences with the same beginning left.
 
-A sequence holds pages for all the positions that it may come to, from the start, so that nothing is evicted in mid-text. A
-page that is full is never written again. When its sequence ends, it stays as it is, known by the tokens that it holds
-and those before it, until its place is needed: the next message of a conversation computes only what is new.
+A sequence holds pages for all the positions that it may come to, from the start, so that nothing is evicted in
+mid-text. A full page is never written again. When its sequence ends, it stays as it is, known by the tokens that
+it holds and those before it, until its place is needed: the next message of a conversation computes only what is new.
 """
 
 from __future__ import annotations
