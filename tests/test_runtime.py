@@ -136,6 +136,15 @@ def test_loading(folder: Path, tiny_folder: Path) -> None:
         load(tiny_folder, activations="int8")
 
 
+def test_a_packed_head_runs_in_transformers_too(tmp_path: Path) -> None:
+    folder = tiny_checkpoint(ARCHITECTURES["llama"].build(tie_word_embeddings=True), tmp_path / "head", head="int8")
+    packed = load(folder, **EXACT)
+    assert text(packed, max_new_tokens=5)
+    engine = packed.engine._model
+    stored = sum(m.packed.nbytes for m in engine.modules() if isinstance(m, StoredLinear))
+    assert packed.weight_bytes == stored + sum(p.nbytes for p in engine.parameters())  # no float table is left
+
+
 def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ...]]:
     """Replaces the native engine; `engine` None: one that refuses. Returns the calls of open_native."""
     module, calls = ModuleType("amq.runtime.native_engine"), []
@@ -217,6 +226,7 @@ def test_transformers_is_imported_only_where_a_model_needs_it(folder: Path) -> N
         "import sys; from amq import generate; import amq.runtime\n"
         "assert 'transformers' not in sys.modules, 'on import'\n"
         f"generate.main([{str(folder)!r}, '--prompt', 'hello', '--max-new-tokens', '2'])\n"
+        "from amq.runtime.chat import render_chat; render_chat('x', [], {})\n"
         "native = 'amq.runtime.torch_engine' not in sys.modules\n"
         "assert native and 'transformers' not in sys.modules, 'while it runs'\n"
     )

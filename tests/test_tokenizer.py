@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,11 +80,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         folders = sorted((cache_dir() / "models").glob("SmolLM2*"))
         if not folders:
             pytest.skip("SmolLM2 is not in the cache: python -m amq.eval smollm2 puts it there")
-        folder = folders[0]
+        folder, kind = folders[0], transformers.PreTrainedTokenizerFast
     else:
-        folder = tmp_path_factory.mktemp("tokenizer")
-        MADE[request.param]().save_pretrained(folder)
-    return transformers.PreTrainedTokenizerFast.from_pretrained(folder), Tokenizer.from_folder(folder)
+        folder, made = tmp_path_factory.mktemp("tokenizer"), MADE[request.param]()
+        made.save_pretrained(folder)
+        kind = type(made)
+    return kind.from_pretrained(folder), Tokenizer.from_folder(folder)
 
 
 def streamed(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
@@ -236,14 +235,3 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(AmqError, match="is not a fast one"):
         Tokenizer.from_transformers(object(), [])
-
-
-def test_transformers_is_not_imported(tmp_path: Path) -> None:
-    byte_tokenizer().save_pretrained(tmp_path)
-    code = (
-        "import sys; from amq.runtime.tokenizer import Tokenizer; from amq.runtime import sampling, scheduler\n"
-        f"t = Tokenizer.from_folder({str(tmp_path)!r}); t.decode(t.encode('x'))\n"
-        "from amq.runtime.chat import render_chat; render_chat('x', [], {})\n"
-        "sys.exit('transformers' in sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

@@ -63,7 +63,7 @@ def load(
 
         torch.set_num_threads(threads)
     if not quantized:
-        why = "the model is not quantized"
+        why = ""
     elif device != "cpu" or backend not in (None, "cpu") or dtype not in ("auto", "float32"):
         why = "the native engine is for device cpu, backend cpu and float32"
     else:

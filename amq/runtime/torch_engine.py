@@ -114,7 +114,7 @@ class TorchEngine:
     ) -> None:
         self._model = model
         self._config = model.config.get_text_config(decoder=True)
-        self._device = model.get_input_embeddings().weight.device
+        self._device = model.device
         self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self.vocab_size, self.max_rows = self._config.vocab_size, max_rows
         if not 1 <= max_sequences <= max_rows:
