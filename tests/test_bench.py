@@ -1,0 +1,328 @@
+"""amq.bench: what its figures count, the files it writes, engines in turn, and what happens when a peer fails."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_checkpoint
+from tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
+
+from amq.bench import llama_cpp, machine, peers, run
+from amq.bench.cases import Case, grid
+from amq.bench.command import main, numbers
+from amq.bench.own import OwnEngine
+from amq.bench.peers import Peer, PeerMissing
+from amq.bench.run import Settings, bench
+from amq.bench.worker import Worker, WorkerFailed
+from amq.checkpoint import open_checkpoint
+from amq.errors import AmqError
+from amq.formats import get_format
+from amq.linears import get_linear
+from amq.models import ALIASES
+from amq.packing import dequantize
+from amq.perplexity import perplexity
+from amq.runtime.engine import Segment, Slot
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+class FakeEngine:
+    """Remembers every pass. The likeliest token is always the last one plus one; `known` tokens are remembered."""
+
+    banner, vocab_size, context, max_rows, max_sequences = "fake", 1000, 64, 8, 2
+
+    def __init__(self, known: int = 0) -> None:
+        self.known, self.passes, self.opened, self.closed = known, [], [], []
+
+    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
+        if len(self.opened) - len(self.closed) == self.max_sequences:
+            return None
+        self.opened.append(Slot(len(prompt) + new_tokens, min(self.known, len(prompt) - 1)))
+        return self.opened[-1]
+
+    def close(self, slot: Slot) -> None:
+        self.closed.append(slot)
+
+    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
+        assert sum(len(s.tokens) for s in segments) <= self.max_rows
+        for s in segments:
+            s.slot.length += len(s.tokens)
+            assert s.slot.length <= s.slot.capacity
+        self.passes.append([(list(s.tokens), s.logits) for s in segments])
+        last = torch.tensor([s.tokens[-1] for s in segments if s.logits], dtype=torch.int64)
+        return torch.nn.functional.one_hot((last + 1) % self.vocab_size, self.vocab_size).float()
+
+
+def own(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> OwnEngine:
+    monkeypatch.setattr("amq.runtime.load", lambda model, **_: SimpleNamespace(engine=engine, weight_bytes=7))
+    return OwnEngine("model", 0, {})
+
+
+def test_a_prompt_is_passes_of_max_rows_with_logits_after_the_last(monkeypatch):
+    engine = FakeEngine()
+    figures = own(engine, monkeypatch).measure(Case(False, 20, depth=10), 1)
+    lengths = [len(tokens) for pass_ in engine.passes for tokens, _ in pass_]
+    assert lengths == [8, 2, 8, 8, 4]
+    assert [logits for pass_ in engine.passes for _, logits in pass_] == [False, False, False, False, True]
+    assert 0 < figures["seconds"] <= figures["first_token_seconds"]
+    assert engine.opened == engine.closed
+
+
+def test_decoding_feeds_the_likeliest_token_back_for_every_sequence(monkeypatch):
+    engine = FakeEngine()
+    own(engine, monkeypatch).measure(Case(True, 5, sequences=2), 1)
+    steps = [[tokens[0] for tokens, logits in pass_ if logits] for pass_ in engine.passes]
+    assert len(steps) == 5 and steps[0][0] != steps[0][1]
+    assert steps == [[(token + i) % 1000 for token in steps[0]] for i in range(5)]
+    assert engine.opened == engine.closed
+    with pytest.raises(AmqError, match="no room for sequence 3 of 3.*--batch"):
+        own(engine, monkeypatch).measure(Case(True, 5, sequences=3), 1)
+    assert engine.opened == engine.closed
+
+
+def test_what_an_engine_remembers_is_not_counted_as_computed(monkeypatch):
+    engine = FakeEngine(known=6)
+    own(engine, monkeypatch).measure(Case(False, 8, depth=10), 1)
+    assert [len(tokens) for pass_ in engine.passes for tokens, _ in pass_] == [4, 8]
+    with pytest.raises(AmqError, match="--seed"):
+        own(engine, monkeypatch).measure(Case(False, 8, depth=5), 1)
+    assert engine.opened == engine.closed
+
+
+def test_repetitions_measure_other_tokens_after_the_same_depth(monkeypatch):
+    engine = FakeEngine()
+    bencher = own(engine, monkeypatch)
+    for repetition in (1, 2, 1):
+        bencher.measure(Case(False, 8, depth=8), repetition)
+    first, second, again = (engine.passes[i : i + 2] for i in (0, 2, 4))
+    assert first[0] == second[0] and first[1] != second[1] and again == first
+
+
+def test_names_and_lists():
+    names = [case.name for case in grid([128, 512], [64], [1, 4], [0, 32])]
+    assert names[:4] == ["pp128", "pp512", "tg64", "tg64 x4"] and names[4:6] == ["pp128 @ d32", "pp512 @ d32"]
+    assert numbers("4,1,4", "--batch") == [4, 1] and numbers("0", "--prompt") == [] == numbers("", "--prompt")
+    assert numbers("0", "--depth", least=0) == [0]
+    for wrong in ("1,x", "-1", "1,0", "1.5"):
+        with pytest.raises(AmqError, match="--batch"):
+            numbers(wrong, "--batch")
+    with pytest.raises(AmqError, match="nothing to measure"):
+        main(["model", "--prompt", "0", "--generate", "0"])
+
+
+def test_a_worker_reports_errors_and_its_own_death():
+    with Worker(importlib.import_module, "os") as worker:
+        assert worker.call("getpid") != os.getpid()
+        with pytest.raises(WorkerFailed, match="FileNotFoundError"):
+            worker.call("listdir", "/no/such/folder")
+        assert worker.call("getcwd") == os.getcwd()  # it goes on
+        with pytest.raises(WorkerFailed, match="SIGABRT"):
+            worker.call("abort")
+    with pytest.raises(AmqError, match="int99"):
+        Worker(get_format, "int99")
+
+
+def test_command_on_a_tiny_checkpoint(tmp_path, monkeypatch, capsys):
+    """The whole command, with start-up, several cases and a peer that is not there."""
+    folder = tiny_checkpoint(tiny_llama(), tmp_path / "tiny")
+    monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(run, "STARTUP_REPETITIONS", 1)
+    monkeypatch.setattr(llama_cpp, "why_not", lambda: "llama-cpp-python is not installed")
+    text, json_file, csv_file = tmp_path / "text.txt", tmp_path / "b.json", tmp_path / "b.csv"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(200)))
+    arguments = f"--prompt 24 --generate 6 --batch 1,2 --repetitions 2 --threads 1 --peers --perplexity {text}"
+    arguments += f" --window-length 32 --max-tokens 64 --activations fp32 --json {json_file} --csv {csv_file}"
+    assert main([str(folder), *arguments.split()]) == 0
+    shown, result = capsys.readouterr().out, json.loads(json_file.read_text())
+    assert result["left_out"] == {"llama.cpp": "llama-cpp-python is not installed"} and result["ratios"] == {}
+    assert "llama.cpp left out: llama-cpp-python is not installed" in shown and "tg6 x2" in shown
+    rows = {row["test"]: row for row in result["rows"]}
+    assert list(rows) == ["pp24", "tg6", "tg6 x2"]
+    facts = result["engines"]["amq"]
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    assert facts["file_bytes"] == size and 0 < facts["weight_bytes"] <= size
+    assert len(facts["startup_seconds"]) == 1 and facts["peak_memory_bytes"] >= facts["resident_memory_bytes"] > 1 << 20
+    for row in rows.values():
+        assert len(row["samples"]) == 2 and row["lowest"] <= row["tokens_per_second"] <= row["highest"]
+    tg = rows["tg6"]
+    assert tg["weights_bytes_per_second"] == pytest.approx(facts["weight_bytes"] * tg["tokens_per_second"])
+    reading = result["read_bandwidth"]["memory"]["bytes_per_second"]
+    assert tg["share_of_memory_bandwidth"] == pytest.approx(tg["weights_bytes_per_second"] / reading)
+    assert rows["tg6 x2"]["weight_bytes_per_token"] == facts["weight_bytes"] / 2
+    assert rows["pp24"]["first_token_seconds"] > 0 and rows["pp24"]["share_of_memory_bandwidth"] is None
+    with csv_file.open() as file:
+        lines = list(csv.DictReader(file))
+    assert [line["test"] for line in lines] == list(rows)
+    assert float(lines[1]["tokens_per_second"]) == tg["tokens_per_second"] and lines[1]["samples"].count(";") == 1
+    assert facts["perplexity"] == pytest.approx(expected_perplexity(folder, text.read_text()[:64]), rel=1e-4)
+
+
+def expected_perplexity(folder: Path, text: str) -> float:
+    """Of the checkpoint's weights, in plain torch."""
+    model, checkpoint = tiny_llama(), open_checkpoint(folder)
+    for name in checkpoint.record.formats:
+        get_linear(model, name).weight.copy_(dequantize(checkpoint.packed(name)))
+    return perplexity(model, torch.tensor(byte_tokenizer()(text)["input_ids"]).view(-1, 32))
+
+
+class FakeWorker:
+    """Answers in this process; seconds per case by kind; fails in the case named `fails`."""
+
+    def __init__(
+        self, seconds: dict[bool, float], log: list[str], name: str, vocab: int = 100, fails: str = ""
+    ) -> None:
+        self.seconds, self.log, self.name, self.vocab, self.fails = seconds, log, name, vocab, fails
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        if method == "measure":
+            case, repetition = arguments
+            self.log.append(f"{self.name} {case.name} {repetition}")
+            if case.name == self.fails:
+                raise WorkerFailed("its process was ended by SIGSEGV")
+            return {"seconds": self.seconds[case.decode], "others": 0.0}
+        return {
+            "facts": {"vocab_size": self.vocab, "weight_bytes": 2000, "file_bytes": 3000},
+            "memory": {"resident_memory_bytes": 1, "peak_memory_bytes": 2},
+            "windows": [[1, 2, 3]],
+            "log_likelihood": -2.0 * math.log(5.0 if self.name == "amq" else 10.0),
+        }[method]  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+
+def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -> dict[str, Any]:
+    theirs = FakeWorker({False: 2.0, True: 3.0}, log, "llama.cpp", **options)
+    configuration = llama_cpp.Configuration("as stored", True)
+    facts = {**theirs.call("facts"), "file_bytes": 1500, "weight_bytes": 1000, "file": "x.gguf"}
+    chosen = {False: configuration, True: configuration}
+    peer = Peer(Path("x.gguf"), facts, chosen, [{"configuration": str(configuration)}], {configuration: theirs})
+    monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(run, "Worker", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
+    monkeypatch.setattr(run, "open_peer", lambda *_: peer)
+    cases = (Case(False, 8), Case(True, 4), Case(True, 4, 2))
+    return bench(Settings("model", cases, 2, 1, startup=False, peers=True, perplexity="text", window_length=3))
+
+
+def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch):
+    log: list[str] = []
+    result = with_peer(monkeypatch, log)
+    assert log[:6] == ["llama.cpp pp8 0", "amq pp8 0", "amq pp8 1", "llama.cpp pp8 1", "llama.cpp pp8 2", "amq pp8 2"]
+    ratios = result["ratios"]["llama.cpp"]
+    assert ratios == pytest.approx(
+        {"pp8": 2, "tg4": 3, "tg4 x2": 3, "perplexity": 0.5, "file_bytes": 2, "weight_bytes": 2}
+    )
+    assert result["scaling"]["amq"] == {"tg4 x2": 2} and result["left_out"] == {}
+    assert [(r["engine"], r["tokens_per_second"]) for r in result["rows"][:2]] == [("amq", 8), ("llama.cpp", 4)]
+
+
+def test_a_peer_that_crashes_is_left_out_with_the_reason(monkeypatch):
+    result = with_peer(monkeypatch, [], fails="tg4")
+    assert result["left_out"] == {"llama.cpp": "tg4: its process was ended by SIGSEGV"}
+    assert [row["test"] for row in result["rows"]] == ["pp8", "pp8", "tg4", "tg4 x2"]
+    other = with_peer(monkeypatch, [], vocab=99)
+    assert "not the same model" in other["left_out"]["llama.cpp"] and other["ratios"]["llama.cpp"]["tg4"] == 3
+    assert "perplexity" not in other["ratios"]["llama.cpp"]
+
+
+def test_the_gguf_of_a_checkpoint(tmp_path, monkeypatch, cache):
+    quantized: list[tuple[str, str]] = []
+
+    class Quantizing(FakeWorker):
+        def __init__(self, *_: Any) -> None: ...
+        def __enter__(self) -> Quantizing:
+            return self
+
+        def __exit__(self, *_: Any) -> None: ...
+        def call(self, method: str, source: str, output: str, kind: str, threads: int) -> None:
+            quantized.append((Path(source).name, kind))
+            Path(output).write_text("quantized")
+
+    original = tmp_path / "original.gguf"
+    original.write_text("weights")
+    monkeypatch.setattr(peers, "Worker", Quantizing)
+    monkeypatch.setattr(peers, "_alias_file", lambda name: original)
+    (tmp_path / "quantization.json").write_text(json.dumps({"model": {"name": next(iter(ALIASES))}}))
+    files = [peers.gguf_file(str(tmp_path), kind, 1) for kind in ("auto", "q4_0", "Q4_K_M")]
+    assert files[0] == files[1] != files[2] and quantized == [("original.gguf", "Q4_0"), ("original.gguf", "Q4_K_M")]
+    assert peers.gguf_file("anything", str(original), 1) == original
+    with pytest.raises(AmqError, match="does not exist"):
+        peers.gguf_file("anything", "missing.gguf", 1)
+    with pytest.raises(PeerMissing, match="--gguf FILE"):
+        peers.gguf_file("some/model", "auto", 1)
+    with pytest.raises(PeerMissing, match="cuda:0.*CPUs only"):
+        peers.open_peer("smollm2", "cuda:0", "auto", 1, 0, lambda _: None)
+
+
+def test_other_processes_work_is_seen_and_our_own_is_not():
+    others = machine.OtherWork()
+    if others.share() is None:
+        pytest.skip("this system has no /proc/stat")
+    ours = sum(os.times()[:4])
+    while sum(os.times()[:4]) - ours < 0.1:
+        pass
+    assert 0 <= others.share() <= 1
+
+
+def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path):
+    """The same weights in float32 on both sides: the same log-likelihood of the same tokens."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is the peer that this measures")
+    gguf = pytest.importorskip("gguf")
+    model = tiny_llama()
+    path = write_gguf(gguf, model, tmp_path / "tiny.gguf")
+    sizes = peers.weights(path)
+    assert sizes["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters()) < sizes["file_bytes"]
+    windows = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
+    configuration = llama_cpp.Configuration("as stored", False)
+    with Worker(llama_cpp.LlamaCpp, str(path), 1, configuration, 0) as worker:
+        assert worker.call("facts")["vocab_size"] == VOCABULARY
+        found = worker.call("log_likelihood", windows.tolist())
+        for case in (Case(False, 16), Case(True, 4, 2, depth=8)):
+            assert worker.call("measure", case, 0)["seconds"] > 0
+    logits = model(windows).logits[:, :-1].reshape(-1, VOCABULARY)
+    expected = -float(torch.nn.functional.cross_entropy(logits, windows[:, 1:].reshape(-1), reduction="sum"))
+    assert found == pytest.approx(expected, rel=2e-3)  # llama.cpp keeps keys and values in 16 bits
+
+
+def write_gguf(gguf: Any, model: torch.nn.Module, path: Path) -> Path:
+    """A Llama as llama.cpp wants it: rows of q and k turned, a byte vocabulary."""
+    config, writer = model.config, gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
+    for name, tensor in model.state_dict().items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            role = parts[-2]
+            kind = "ffn_" if parts[3] == "mlp" else "attn_"
+            short = names.get(role, kind + role.removesuffix("_proj"))
+            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(role)
+            if heads:
+                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
+            writer.add_tensor(f"blk.{parts[2]}.{short}.weight", tensor.numpy())
+        elif name != "lm_head.weight":
+            short = "token_embd" if "embed" in name else "output_norm"
+            writer.add_tensor(f"{short}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
