@@ -19,16 +19,16 @@ from amq.export.__main__ import main
 from amq.export.gptq import dynamic_rules
 from amq.formats import FORMATS, get_format
 from amq.linears import inventory
-from amq.packing import unpack_codes
+from amq.packing import dequantize, unpack_codes
 from amq.quantizers import rtn
 
 GPTQ_FORMATS = ("int2", "int3", "int4", "int8")
 
 
 def make(
-    folder: Path, formats=GPTQ_FORMATS, zero_points: str = "integer", group_size: int = 32, **options
+    folder: Path, formats=GPTQ_FORMATS, zero_points: str = "integer", group_size: int = 32, head: str = "", **options
 ) -> Checkpoint:
-    """A tiny Llama whose linears have `formats` in turn, and zero points of a kind."""
+    """A tiny Llama whose linears have `formats` in turn, and zero points of a kind; its head is packed as `head`."""
     model = tiny_llama(**options)
     linears = inventory(model).linears
     chosen = {s.name: formats[i % len(formats)] for i, s in enumerate(linears)}
@@ -40,8 +40,15 @@ def make(
     }
     shared = [tuple(s.name for s in linears if s.block == b and s.role[-6:-5] in "qkv") for b in range(2)]
     shapes = {s.name: (s.out_features, s.in_features) for s in linears}
-    record = QuantizationRecord(chosen, shapes, group_size, "rtn", tuple(shared))
-    others = {n: p for n, p in model.named_parameters() if n.removesuffix(".weight") not in packed}
+    embedding = {"model.embed_tokens": "lm_head"} if head and model.config.tie_word_embeddings else {}
+    if head:
+        weight = model.lm_head.weight
+        packed["lm_head"] = rtn.quantize([weight], [get_format(head)], group_size)[0][head]
+        chosen["lm_head"], shapes["lm_head"] = head, tuple(weight.shape)
+    record = QuantizationRecord(chosen, shapes, group_size, "rtn", tuple(shared), "lm_head" if head else "", embedding)
+    others = {
+        n: p for n, p in model.named_parameters() if n.removesuffix(".weight") not in packed.keys() | embedding.keys()
+    }
     config = {**model.config.to_dict(), "auto_map": {"AutoConfig": "modeling_amq.Config"}}
     write_checkpoint(folder, config, record, packed, others, lambda path: byte_tokenizer().save_pretrained(path))
     return open_checkpoint(folder)
@@ -130,6 +137,23 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(tmp_path, to):
         assert sorted(p.name for p in tmp_path.iterdir()) == [f"in{j}" for j in range(i + 1)]  # nothing half-written
 
 
+@pytest.mark.parametrize("to", ["gptq", "auto-round"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_is_written_as_a_plain_tensor(tmp_path, to, tied):
+    checkpoint = make(tmp_path / "in", ("int4",), head="int6", tie_word_embeddings=tied)
+    facts = export(tmp_path / "in", to, tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    head = dequantize(checkpoint.packed("lm_head"))
+    assert torch.equal(saved["model.embed_tokens.weight" if tied else "lm_head.weight"], head)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} & saved.keys() == (
+        {"model.embed_tokens.weight"} if tied else {"lm_head.weight", "model.embed_tokens.weight"}
+    )
+    assert not any(name.startswith("lm_head.q") for name in saved)
+    assert facts["lm_head"] == "int6 in the checkpoint, dequantized to float32 here"
+    assert facts["lm_head"] in (tmp_path / "out" / "README.md").read_text()
+    assert "14 linears int4, lm_head int6" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_folder_is_whole_and_the_source_untouched(tmp_path, capsys):
     make(tmp_path / "in")
     before = digest(tmp_path / "in")
@@ -180,6 +204,10 @@ def test_recipe_names_gguf_tensors_and_gives_each_tool_its_settings(tmp_path):
     gguf = pytest.importorskip("gguf", reason="the recipe takes names from it")
     checkpoint = make(tmp_path / "in", tuple(FORMATS), "fractional", hidden_size=256, head_dim=64)
     facts = export(tmp_path / "in", "recipe", tmp_path / "out")
+    make(tmp_path / "head", hidden_size=256, head_dim=64, head="int6")
+    assert "q6_k in llama.cpp" in export(tmp_path / "head", "recipe", tmp_path / "out-head")["lm_head"]
+    assert "--output-tensor-type q6_k model-f16.gguf" in (tmp_path / "out-head" / "llama-quantize.sh").read_text()
+    assert "lm_head" not in (tmp_path / "out-head" / "autoround-layer-config.json").read_text()
     assert not (tmp_path / "out" / "config.json").exists() and facts["int2 in llama.cpp"] == "q2_k"
     lines = dict(line.split("=") for line in (tmp_path / "out" / "llama-tensor-types.txt").read_text().split())
     assert len(lines) == len(checkpoint.record.formats)

@@ -47,9 +47,14 @@ def tokenizer() -> object:
 
 
 def make_checkpoint(
-    folder: Path, family: str = "llama", group_size: int = 32, dtype: torch.dtype = torch.float32, **options
+    folder: Path,
+    family: str = "llama",
+    group_size: int = 32,
+    dtype: torch.dtype = torch.float32,
+    head: str = "",
+    **options,
 ) -> Checkpoint:
-    """A tiny model, its linears rounded to all formats in turn."""
+    """A tiny model, its linears rounded to all formats in turn, its head to the format `head`."""
     model = ARCHITECTURES[family].build(**{"num_hidden_layers": 2, **options})
     linears = inventory(model).linears
     formats = {s.name: ALL[i % len(ALL)] for i, s in enumerate(linears)}
@@ -59,8 +64,13 @@ def make_checkpoint(
         for name, fmt in formats.items()
     }
     shapes = {s.name: (s.out_features, s.in_features) for s in linears}
-    others = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n.removesuffix(".weight") not in packed}
-    record = QuantizationRecord(formats, shapes, group_size)
+    embedding = {"model.embed_tokens": "lm_head"} if head and model.config.tie_word_embeddings else {}
+    if head:
+        packed["lm_head"] = rtn.quantize([model.lm_head.weight], [get_format(head)], group_size)[0][head]
+        formats["lm_head"], shapes["lm_head"] = head, tuple(model.lm_head.weight.shape)
+    stored = packed.keys() | embedding.keys()
+    others = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n.removesuffix(".weight") not in stored}
+    record = QuantizationRecord(formats, shapes, group_size, head="lm_head" if head else "", embedding=embedding)
     write_checkpoint(folder, model.config.to_dict(), record, packed, others, extras=tokenizer().save_pretrained)
     return open_checkpoint(folder)
 
@@ -217,6 +227,30 @@ def test_gguf_file(checkpoint, tmp_path):
     assert values["tokenizer.ggml.add_bos_token"] and not values["tokenizer.ggml.add_eos_token"]
     assert values["tokenizer.ggml.token_type"][253:] == [1, 1, 3] and values["tokenizer.ggml.bos_token_id"] == 255
     assert "exact" not in facts["int3 → Q4_1"] and "5.000 bits per weight (" in facts["int3 → Q4_1"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_packed_head_stays_packed(tied, tmp_path):
+    """Tied, under the embedding's name, from which both tools take the head too."""
+    gguf = pytest.importorskip("gguf")
+    checkpoint = make_checkpoint(tmp_path / "m", head="int8", tie_word_embeddings=tied)
+    head = dequantize(checkpoint.packed("lm_head"))
+    facts = gguf_export.write(checkpoint, tmp_path)
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / gguf_export.FILE).tensors}
+    found = tensors["token_embd.weight" if tied else "output.weight"]
+    assert found.tensor_type.name == "Q8_0" and ("output.weight" in tensors) != tied
+    weight = torch.tensor(gguf.dequantize(found.data, found.tensor_type))
+    assert 0 < (weight - head).norm() < 0.01 * head.norm() and "quantized again" in str(facts)
+    mlx_export.write(checkpoint, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    name = "model.embed_tokens" if tied else "lm_head"
+    groups = 64 // 32
+    codes = saved[f"{name}.weight"].view(torch.uint8).view(256, groups, 32).float()
+    restored = codes * saved[f"{name}.scales"].unsqueeze(-1) + saved[f"{name}.biases"].unsqueeze(-1)
+    assert torch.equal(restored.flatten(1), head)
+    assert any(n.startswith("lm_head") for n in saved) != tied
+    options = json.loads((tmp_path / "config.json").read_text())["quantization"]
+    assert options[name] == {"group_size": 32, "bits": 8}
 
 
 @pytest.mark.parametrize("family, moved", [("mistral", 4), ("qwen2", 0), ("qwen3", 0)])

@@ -307,6 +307,57 @@ def test_a_full_disk_leaves_nothing_but_the_finished_blocks(
     shutil.rmtree(output)
 
 
+@pytest.mark.parametrize("method", ["rtn", "gptq", "bank"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_quantized_head(tmp_path: Path, make_folder: Callable, configuration: Path, method: str, tied: bool) -> None:
+    """One tensor for head and embedding; what comes after sees it; bits are of the linears, bytes of everything."""
+    from transformers import AutoModelForCausalLM
+
+    source = make_folder(tiny_llama(tie_word_embeddings=tied))
+    folder = run(source, tmp_path / "out", configuration, method=method, head="int6")
+    checkpoint, log = open_checkpoint(folder), json.loads((folder / "quantization.json").read_text())
+    packed = checkpoint.packed("lm_head")
+    assert checkpoint.record.embedding == ({"model.embed_tokens": "lm_head"} if tied else {})
+    assert Configuration.load(folder / "configuration.json").formats == Configuration.load(configuration).formats
+    assert log["head"]["bytes"] == packed.nbytes and 0 < log["head"]["relative_error"] < 0.05
+    numel = sum(checkpoint.tensor(name).numel() for name in checkpoint.other_names)
+    assert log["memory"]["total"] == sum(checkpoint.packed(n).nbytes for n in checkpoint.record.formats) + 2 * numel
+    without = run(source, tmp_path / "without", configuration, method=method)
+    before = open_checkpoint(without)
+    assert log["bits_per_weight"] == json.loads((without / "quantization.json").read_text())["bits_per_weight"]
+    changed = any(
+        not torch.equal(before.packed(n).qweight, checkpoint.packed(n).qweight) for n in before.record.formats
+    )
+    assert changed == (tied and method == "gptq")
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokens = random_tokens(2, 24)
+    embedded = dequantize(packed)[tokens] if tied else checkpoint.tensor("model.embed_tokens.weight")[tokens].float()
+    assert torch.equal(loaded.get_input_embeddings()(tokens), embedded)
+    hidden = loaded.model(tokens).last_hidden_state
+    torch.testing.assert_close(loaded(tokens).logits, hidden @ dequantize(packed).T, rtol=1e-4, atol=1e-4)
+
+
+def test_heads_that_cannot_be_quantized(tmp_path: Path, make_folder: Callable, configuration: Path) -> None:
+    source = make_folder(ARCHITECTURES["gemma2"].build(num_hidden_layers=2))
+    with pytest.raises(AmqError, match="is a Gemma2TextScaledWordEmbedding, .* use --head none"):
+        run(source, tmp_path / "out", configuration, head="int8", method="rtn")
+    with pytest.raises(AmqError, match="unknown format 'int7'"):
+        run(source, tmp_path / "out", configuration, head="int7")
+    assert not (tmp_path / "out").exists() and not partial_folder(tmp_path / "out").exists()
+
+
+def test_the_grid_of_a_head_is_no_worse_than_its_range() -> None:
+    from test_quantizers import random_weight
+
+    from amq.quantize.head import round_to_grid
+    from amq.quantizers import rtn
+
+    weight = random_weight(48, 96)
+    for fmt in (FORMATS["int4"], FORMATS["int8"]):
+        fitted = (dequantize(round_to_grid(weight, fmt, 64, "fractional")) - weight).norm()
+        assert fitted < (dequantize(rtn.quantize([weight], [fmt], 64)[0][fmt.name]) - weight).norm()
+
+
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from amq.cli import COMMANDS
 

@@ -26,23 +26,29 @@ from typing import Any
 
 from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.errors import AmqError
+from amq.export.common import DenseHead
 from amq.files import check_new_folder, write_folder
 
 
 @dataclass(frozen=True)
 class Export:
-    """help: one line. model_folder: whether the result is a Hugging Face folder, with the tokenizer in it."""
+    """help: one line. model_folder: whether the result is a Hugging Face folder, with the tokenizer in it.
+    head: whether it holds a quantized lm_head; where not, the export gets it as a plain tensor.
+    """
 
     help: str
     model_folder: bool = True
+    head: bool = False
 
 
 EXPORTS = {
     "gptq": Export("GPTQ with per-module `dynamic` rules, for gptqmodel"),
-    "mlx": Export("MLX safetensors, lossless, for mlx-lm on Apple silicon"),
+    "mlx": Export("MLX safetensors, lossless, for mlx-lm on Apple silicon", head=True),
     "auto-round": Export("AutoRound, symmetric, for transformers and vLLM"),
-    "gguf": Export("GGUF with a type per tensor, for llama.cpp", model_folder=False),
-    "recipe": Export("settings for people who quantize with llama.cpp, AutoRound or GPTQModel", model_folder=False),
+    "gguf": Export("GGUF with a type per tensor, for llama.cpp", model_folder=False, head=True),
+    "recipe": Export(
+        "settings for people who quantize with llama.cpp, AutoRound or GPTQModel", model_folder=False, head=True
+    ),
 }
 
 TOKENIZER_FILES = (
@@ -61,16 +67,21 @@ def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
         raise AmqError(f"unknown export {to!r}: expected one of {', '.join(EXPORTS)}")
     output, source = Path(output), Path(source)
     check_new_folder(output)
-    checkpoint = open_checkpoint(source)
+    stored = checkpoint = open_checkpoint(source)
     module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
+    record = stored.record
     facts: dict[str, Any] = {}
+    if record.head and not EXPORTS[to].head:
+        checkpoint = DenseHead(stored)
+        kept = str(checkpoint.dtype).removeprefix("torch.")
+        facts[record.head] = f"{record.formats[record.head]} in the checkpoint, dequantized to {kept} here"
 
     def write(folder: Path) -> None:
         facts.update(module.write(checkpoint, folder))
         if EXPORTS[to].model_folder:
             for path in sorted({p for pattern in TOKENIZER_FILES for p in source.glob(pattern) if p.is_file()}):
                 shutil.copyfile(path, folder / path.name)
-        readme = _readme(checkpoint, to, module.LOADING.replace("{folder}", output.name), facts)
+        readme = _readme(stored, to, module.LOADING.replace("{folder}", output.name), facts)
         (folder / "README.md").write_text(readme, encoding="utf-8")
 
     write_folder(output, write)
@@ -79,8 +90,9 @@ def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
 
 def _readme(checkpoint: Checkpoint, to: str, loading: str, facts: dict[str, Any]) -> str:
     record = checkpoint.record
-    counts = Counter(record.formats.values())
+    counts = Counter(record.formats[name] for name in record.block_shapes)
     formats = ", ".join(f"{count} linears {name}" for name, count in sorted(counts.items()))
+    formats += f", {record.head} {record.formats[record.head]}" if record.head else ""
     lines = [
         f"# {checkpoint.folder.resolve().name}, exported as {to}",
         "",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,8 +12,35 @@ from torch import Tensor
 from amq.checkpoint import Checkpoint
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format
+from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.quantizers.grid import symmetric_zero
+
+
+class DenseHead(Checkpoint):
+    """`checkpoint` with its quantized head as a plain tensor, under the embedding's name where the two are tied."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        record = checkpoint.record
+        formats = {name: record.formats[name] for name in record.block_shapes}
+        self.folder, self.config, self._packed = checkpoint.folder, checkpoint.config, checkpoint
+        self.record = replace(record, formats=formats, shapes=record.block_shapes, head="", embedding={})
+        self.dtype = checkpoint.tensor(checkpoint.other_names[0]).dtype
+        self._head = f"{stored_name(checkpoint, record.head)}.weight"
+
+    @property
+    def other_names(self) -> list[str]:
+        return [self._head, *self._packed.other_names]
+
+    def tensor(self, name: str) -> Tensor:
+        if name == self._head:
+            return dequantized(self._packed.packed(self._packed.record.head)).to(self.dtype)
+        return self._packed.tensor(name)
+
+
+def stored_name(checkpoint: Checkpoint, linear: str) -> str:
+    """What other tools call the module of a packed weight: of a tied head and embedding, the embedding."""
+    return next((name for name, head in checkpoint.record.embedding.items() if head == linear), linear)
 
 
 def check_formats(checkpoint: Checkpoint, names: Iterable[str], target: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from amq.checkpoint import Checkpoint
 from amq.errors import AmqError
 from amq.export.architecture import attention_window, rope_type, with_flat_rope
-from amq.export.common import plain_config
+from amq.export.common import plain_config, stored_name
 from amq.export.gguf_tokenizer import read_tokenizer
 from amq.export.gguf_types import BLOCK, REQUANTIZED, TYPES, BlockType, decode, encode, find_type
 from amq.packing import PackedWeight, dequantize
@@ -155,7 +155,8 @@ def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[Plan]:
         if columns % BLOCK:
             raise AmqError(f"GGUF cannot hold {linear}: its {columns} input features are not a multiple of {BLOCK}")
         kind = find_type(checkpoint.packed(linear))
-        plans.append(plan(linear, f"{linear}.weight", (rows, columns), kind.name if kind else REQUANTIZED, kind))
+        full = f"{stored_name(checkpoint, linear)}.weight"
+        plans.append(plan(linear, full, (rows, columns), kind.name if kind else REQUANTIZED, kind))
     for name in checkpoint.other_names:
         tensor = checkpoint.tensor(name)
         type_ = "F32" if tensor.ndim < 2 else "BF16" if tensor.dtype == torch.bfloat16 else "F16"

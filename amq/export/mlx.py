@@ -19,7 +19,7 @@ from torch import Tensor
 from amq.checkpoint import Checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export.architecture import attention_window, with_flat_rope
-from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config
+from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config, stored_name
 from amq.files import write_json
 from amq.formats import FORMATS, BitFormat, n_groups
 from amq.packing import PackedWeight
@@ -52,7 +52,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     check_formats(checkpoint, [f.name for f in FORMATS.values() if f.is_dense and f.code_bits in BITS], "MLX")
     record, formats = checkpoint.record, formats_of(checkpoint)
     sizes = {linear: group_size(linear, shape[1], record.group_size) for linear, shape in record.shapes.items()}
-    modules = {n: {"group_size": sizes[n], "bits": bits(fmt)} for n, fmt in formats.items()}
+    modules = {stored_name(checkpoint, n): {"group_size": sizes[n], "bits": bits(fmt)} for n, fmt in formats.items()}
     usual = Counter((m["group_size"], m["bits"]) for m in modules.values()).most_common(1)[0][0]
     config = with_flat_rope(plain_config(checkpoint))
     config["quantization"] = {"group_size": usual[0], "bits": usual[1], **modules}
@@ -91,7 +91,7 @@ def mlx_weight(packed: PackedWeight, size: int) -> dict[str, Tensor]:
 def _tensors(checkpoint: Checkpoint, sizes: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
     for linear, packed in packed_linears(checkpoint):
         for part, tensor in mlx_weight(packed, sizes[linear]).items():
-            yield f"{linear}.{part}", tensor
+            yield f"{stored_name(checkpoint, linear)}.{part}", tensor
     for name, tensor in other_tensors(checkpoint):  # a norm with 16-bit weights would round what it returns to them
         yield name, tensor.float() if tensor.ndim == 1 else tensor
 
@@ -99,7 +99,7 @@ def _tensors(checkpoint: Checkpoint, sizes: dict[str, int]) -> Iterator[tuple[st
 def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
     record, formats = checkpoint.record, formats_of(checkpoint)
     numel = theirs = ours = 0
-    for linear, (rows, columns) in record.shapes.items():
+    for linear, (rows, columns) in record.block_shapes.items():
         numel += rows * columns
         ours += formats[linear].stored_bytes(rows, columns, record.group_size)
         theirs += rows * (formats[linear].row_bytes(columns) + n_groups(columns, sizes[linear]) * GROUP_BYTES)
@@ -107,6 +107,10 @@ def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]
         "weights": "the checkpoint's own, exact: codes copied, bias = −zero_point·scale in float32",
         "bits per weight": f"{8 * theirs / numel:.3f} ({8 * ours / numel:.3f} in the checkpoint, with fp16 scales)",
     }
+    if record.head:
+        facts[record.head] = (
+            f"{record.formats[record.head]}, exact like the others, as `{stored_name(checkpoint, record.head)}`"
+        )
     if cut := [linear for linear, size in sizes.items() if size != record.group_size]:
         facts["ragged groups"] = f"{len(cut)} linears, such as {cut[0]}, have groups of {sizes[cut[0]]} instead"
     if (kind := config.get("model_type")) not in CHECKED:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amq.checkpoint import Checkpoint
+from amq.checkpoint import Checkpoint, QuantizationRecord
 from amq.errors import AmqError
-from amq.export.common import formats_of
 from amq.export.gptq import bits, commonest, dynamic_rules
 from amq.files import write_json
 
@@ -48,18 +47,24 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     """See `amq.export`. Refused: formats without a llama.cpp type, models that llama.cpp does not have."""
     record = checkpoint.record
     lines = tensor_types(checkpoint)
-    base = commonest(record.formats)
+    formats = {name: record.formats[name] for name in record.block_shapes}
+    base = commonest(formats)
+    head = f"--output-tensor-type {llama_type(record, record.head)} " if record.head else ""
     (folder / TYPES_FILE).write_text("".join(f"{name}={type_}\n" for name, type_ in lines.items()), encoding="utf-8")
     (folder / "llama-quantize.sh").write_text(
-        f"llama-quantize --tensor-type-file {TYPES_FILE} model-f16.gguf model-mixed.gguf {TYPES[base][2]}\n",
+        f"llama-quantize --tensor-type-file {TYPES_FILE} {head}model-f16.gguf model-mixed.gguf {TYPES[base][2]}\n",
         encoding="utf-8",
     )
-    layers = {name: {"bits": bits(fmt), "group_size": record.group_size} for name, fmt in record.formats.items()}
+    layers = {name: {"bits": bits(fmt), "group_size": record.group_size} for name, fmt in formats.items()}
     scheme = {"bits": bits(base), "group_size": record.group_size}
     write_json(folder / LAYER_CONFIG, {**scheme, "sym": True, "layer_config": layers})
-    write_json(folder / DYNAMIC, {**scheme, "dynamic": dynamic_rules(record.formats, base)})
-    narrow = sum(shape[1] % SUPER_BLOCK > 0 for shape in record.shapes.values())
-    facts = {f"{fmt} in llama.cpp": TYPES[fmt][0] for fmt in sorted(set(record.formats.values()))}
+    write_json(folder / DYNAMIC, {**scheme, "dynamic": dynamic_rules(formats, base)})
+    narrow = sum(shape[1] % SUPER_BLOCK > 0 for shape in record.block_shapes.values())
+    facts = {f"{fmt} in llama.cpp": TYPES[fmt][0] for fmt in sorted(set(formats.values()))}
+    if record.head:
+        facts[record.head] = (
+            f"{llama_type(record, record.head)} in llama.cpp; AutoRound and GPTQModel leave it in 16 bits"
+        )
     if narrow:
         facts["rows that are not a multiple of 256"] = (
             f"{narrow} linears take q4_0, q5_0 or q8_0 instead, which cost more bits than the configuration counts"
@@ -79,11 +84,17 @@ def tensor_types(checkpoint: Checkpoint) -> dict[str, str]:
         raise AmqError(f"llama.cpp has no architecture for model type {kind!r}: there is no recipe for this model")
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     types = {}
-    for linear, fmt in formats_of(checkpoint).items():
+    for linear in record.block_shapes:
         name = names.get_name(linear)
         if name is None:
             raise AmqError(f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {linear}: no recipe for it")
-        if fmt.name not in TYPES:
-            raise AmqError(f"llama.cpp has no type near {fmt.name}, which {linear} uses: expected {', '.join(TYPES)}")
-        types[name] = TYPES[fmt.name][bool(record.shapes[linear][1] % SUPER_BLOCK)]
+        types[name] = llama_type(record, linear)
     return types
+
+
+def llama_type(record: QuantizationRecord, linear: str) -> str:
+    """llama.cpp's type nearest to the format of `linear`."""
+    fmt = record.formats[linear]
+    if fmt not in TYPES:
+        raise AmqError(f"llama.cpp has no type near {fmt}, which {linear} uses: expected {', '.join(TYPES)}")
+    return TYPES[fmt][bool(record.shapes[linear][1] % SUPER_BLOCK)]
