@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_tokens
+import transformers
+from tiny_models import ARCHITECTURES, random_tokens, randomized
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -71,6 +72,27 @@ def test_parts_of_a_prompt_and_steps_give_what_a_whole_forward_gives(name: str, 
     if recorded:
         assert (recorded.captured, recorded.replayed) == (1, 2 * 14)
     assert static == ("captured" in engine.banner)
+
+
+def test_models_with_a_recurrent_state_get_their_prompts_whole() -> None:
+    options = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 256, "eos_token_id": None}
+    mamba = randomized(transformers.MambaForCausalLM(transformers.MambaConfig(**options)), 0)
+    griffin = ARCHITECTURES["llama"].config().to_dict() | {"lru_width": 64, "attention_window_size": 16}
+    griffin = {k: v for k, v in griffin.items() if k not in ("model_type", "rope_parameters", "head_dim")}
+    griffin = randomized(transformers.RecurrentGemmaForCausalLM(transformers.RecurrentGemmaConfig(**griffin)), 0)
+    tokens = random_tokens(1, 40)[0].tolist()
+    for model in (mamba, griffin):
+        with torch.no_grad():
+            whole = model(torch.tensor([tokens])).logits[0]
+        engine = TorchEngine(model, context=64, max_rows=20)
+        for _ in range(2):
+            slot = engine.open(tokens, 1)
+            assert not len(engine.forward([Segment(slot, tokens[:20], False)]))
+            rows = [engine.forward([Segment(slot, tokens[a:b])])[0] for a, b in ((20, 30), (30, 31), (31, 40))]
+            torch.testing.assert_close(torch.stack(rows), whole[[29, 30, 39]], atol=2e-5, rtol=1e-5)
+            engine.close(slot)
+    with pytest.raises(AmqError, match="recurrent_gemma runs one sequence at a time"):
+        TorchEngine(griffin, max_sequences=2)
 
 
 def test_greedy_tokens_are_those_of_generate() -> None:

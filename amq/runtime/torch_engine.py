@@ -24,6 +24,10 @@ CONTEXT = 4096
 GRAPH_CONTEXT = 8192
 """On CUDA the caches are allocated at load: no more than this unless the caller asks for it."""
 WARM_UPS = 3
+CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+"""What models call their cache; the second one is Mamba's."""
+STATE_IN_MODULES = frozenset({"recurrent_gemma"})
+"""Models of transformers whose state is not in the cache but in the model itself: sequences would share it."""
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
@@ -39,8 +43,28 @@ class _Growing:
 
         self._forward, self._device, self._cache = forward, device, DynamicCache(config=config)
 
-    def run(self, tokens: Sequence[int]) -> Tensor:
+    def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
         return self._forward(torch.tensor([tokens], device=self._device), self._cache)
+
+
+class _Recurrent(_Growing):
+    """A sequence of a model with a recurrent state (Mamba and its like).
+
+    Not all of these go on from a state with more than one token (checked: Mamba, RecurrentGemma), so a prompt waits
+    until it is whole, and what comes later goes token by token.
+    """
+
+    def __init__(self, forward: Callable[[Tensor, Any], Tensor], config: Any, device: torch.device) -> None:
+        super().__init__(forward, config, device)
+        self._started, self._waiting = False, []
+
+    def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
+        self._waiting += tokens
+        if not logits:
+            return None
+        parts = [[token] for token in self._waiting] if self._started else [self._waiting]
+        self._started, self._waiting = True, []
+        return [super(_Recurrent, self).run(part, True) for part in parts][-1]
 
 
 class _Captured:
@@ -79,7 +103,7 @@ class _Captured:
         for layer in self._cache.layers:
             layer.reset()
 
-    def run(self, tokens: Sequence[int]) -> Tensor:
+    def run(self, tokens: Sequence[int], logits: bool) -> Tensor:
         if len(tokens) > 1:
             return self._forward(torch.tensor([tokens], device=self._device), self._cache)
         self._token.fill_(tokens[0])
@@ -115,10 +139,16 @@ class TorchEngine:
         self._model = model
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        accepted = inspect.signature(model.forward).parameters
+        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._cache = next((name for name in CACHE_ARGUMENTS if name in accepted), "")
+        if not self._cache:  # it would be swallowed by **kwargs, and every token be the first
+            raise AmqError(f"{type(model).__name__} takes no KV cache that amq knows ({' or '.join(CACHE_ARGUMENTS)})")
         self.vocab_size, self.max_rows = self._config.vocab_size, max_rows
         if not 1 <= max_sequences <= max_rows:
             raise AmqError(f"max_sequences must be from 1 to {max_rows}, got {max_sequences}")
+        if max_sequences > 1 and self._config.model_type in STATE_IN_MODULES:
+            raise AmqError(f"{self._config.model_type} runs one sequence at a time: give max_sequences 1")
         self.max_sequences = max_sequences
         if capture is None and self._device.type == "cuda":
             capture = _cuda_graph(self._device)
@@ -140,7 +170,8 @@ class TorchEngine:
         if len(self._open) == self.max_sequences:
             return None
         if self._free is None:
-            slot = _TorchSlot(capacity, _Growing(self._forward, self._config, self._device))
+            kind = _Recurrent if getattr(self._model, "_is_stateful", False) else _Growing
+            slot = _TorchSlot(capacity, kind(self._forward, self._config, self._device))
         else:
             slot = _TorchSlot(capacity, self._free.pop())
             slot.sequence.reset()
@@ -159,7 +190,7 @@ class TorchEngine:
         self._check(segments)
         rows = []
         for segment in segments:
-            logits = segment.slot.sequence.run(list(segment.tokens))
+            logits = segment.slot.sequence.run(list(segment.tokens), segment.logits)
             segment.slot.length += len(segment.tokens)
             if segment.logits:
                 rows.append(logits.float().cpu())  # now: the next replay may write where this one's logits are
@@ -171,7 +202,7 @@ class TorchEngine:
 
     def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
         """int64 [1, n] → [vocabulary], after the last of them."""
-        return self._model(input_ids=tokens, past_key_values=cache, use_cache=True, **self._keep).logits[0, -1]
+        return self._model(input_ids=tokens, use_cache=True, **{self._cache: cache}, **self._keep).logits[0, -1]
 
     def _check(self, segments: Sequence[Segment]) -> None:
         rows = sum(len(segment.tokens) for segment in segments)
