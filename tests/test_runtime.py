@@ -163,7 +163,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ..
     return calls
 
 
-def test_which_engine_runs(folder: Path, tiny_folder: Path, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_engine_runs(
+    folder: Path,
+    tiny_folder: Path,
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     engine = runtime.engine
     calls = stand_in(monkeypatch, engine)
     native = load(folder, context=64, max_sequences=2, threads=1)
@@ -175,6 +181,14 @@ def test_which_engine_runs(folder: Path, tiny_folder: Path, runtime: Runtime, mo
         assert isinstance(load(model, **options).engine, TorchEngine) and len(calls) == 2
     stand_in(monkeypatch, None)
     assert load(folder).engine.banner.endswith("(it has no wings)")
+
+    def missing() -> None:
+        raise AmqError("the native module is not built")
+
+    monkeypatch.setattr("amq.native.cpu_module", missing)
+    slow = load(folder, activations="fp32")
+    assert slow.engine.banner.endswith("(backend cpu does not run its formats here)")
+    assert "the native module is not built" in caplog.text
 
 
 def test_wrong_prompts(runtime: Runtime) -> None:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from amq.backends import ACTIVATIONS, get_backend
-from amq.checkpoint import is_checkpoint
+from amq.backends import ACTIVATIONS, choose_backend, get_backend
+from amq.checkpoint import is_checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.runtime.engine import Engine
 from amq.runtime.tokenizer import Tokenizer
@@ -66,6 +66,8 @@ def load(
         why = ""
     elif device != "cpu" or backend not in (None, "cpu") or dtype not in ("auto", "float32"):
         why = "the native engine is for device cpu, backend cpu and float32"
+    elif choose_backend(sorted(set(open_checkpoint(folder, verify=False).record.formats.values()))) != "cpu":
+        why = "backend cpu does not run its formats here"  # what it lacks has been logged
     else:
         from amq.runtime.native_engine import Unsupported, open_native
 
