@@ -23,6 +23,9 @@ from amq.runtime.tokenizer import Tokenizer
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
 
+SECONDS = 60.0
+"""How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
+
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
 
 
@@ -113,7 +116,7 @@ def serving(runtime: Any = None, **settings: Any) -> Iterator[SimpleNamespace]:
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     address = url(listener)
     thread.start()
-    assert ready.wait(10), "the server did not start"
+    assert ready.wait(SECONDS), "the server did not start"
     service = app.state.service
     try:
         yield SimpleNamespace(
@@ -128,11 +131,11 @@ def serving(runtime: Any = None, **settings: Any) -> Iterator[SimpleNamespace]:
     finally:
         server.should_exit = True
         service.worker.engine.delay = 0.0
-        thread.join(15)
+        thread.join(SECONDS)
         assert not thread.is_alive(), "the server did not stop"
 
 
-def wait_for(condition: Any, seconds: float = 5.0) -> None:
+def wait_for(condition: Any, seconds: float = SECONDS) -> None:
     """Until `condition()` holds; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

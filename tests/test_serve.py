@@ -14,7 +14,7 @@ openai = pytest.importorskip("openai", reason="the real client is part of the te
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
-from serve_helpers import byte_tokenizer, fake_runtime, serving  # noqa: E402
+from serve_helpers import SECONDS, byte_tokenizer, fake_runtime, serving  # noqa: E402
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12}
 CHAT_TEXT = "user: hi|use"  # the fake engine repeats the prompt, here twelve tokens of it
@@ -316,6 +316,28 @@ def test_keys_and_cors():
                 assert (answer.headers.get("access-control-allow-origin") == origin) == (status == 200)
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{server.url}/v1", api_key="bad", max_retries=0).models.list()
+
+
+def test_a_quantized_checkpoint(tmp_path, one_thread):
+    """Answers are those of `generate`, however many are made at once."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from checkpoints import tiny_checkpoint
+    from tiny_models import tiny_llama
+
+    from amq.runtime import Sampling, generate, load
+
+    runtime = load(tiny_checkpoint(tiny_llama(), tmp_path / "tiny"), activations="fp32", max_sequences=3)
+    prompts = ["hello", "a longer prompt than the others", "x"]
+    expected = ["".join(generate(runtime, prompt, Sampling(max_new_tokens=20))) for prompt in prompts]
+    with serving(runtime) as server, ThreadPoolExecutor(3) as pool:
+
+        def ask(prompt: str) -> str:
+            body = {"model": "tiny", "prompt": prompt, "max_tokens": 20, "temperature": 0}
+            return httpx.post(server.url + COMPLETIONS, json=body, timeout=SECONDS).json()["choices"][0]["text"]
+
+        assert [ask(prompt) for prompt in prompts] == expected
+        assert list(pool.map(ask, prompts * 2)) == expected * 2
 
 
 def test_no_cors_by_default(http):

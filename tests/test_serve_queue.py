@@ -22,7 +22,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
-from serve_helpers import fake_runtime, serving, wait_for  # noqa: E402
+from serve_helpers import SECONDS, fake_runtime, serving, wait_for  # noqa: E402
 
 from amq.serve.queue import FairQueue  # noqa: E402
 
@@ -88,7 +88,7 @@ def test_leaving_the_room():
 
 def ask(server: SimpleNamespace, prompt: str = "abc", key: str = "none", **more: Any) -> Any:
     body = {"model": "fake", "prompt": prompt, "max_tokens": 5, **more}
-    return httpx.post(server.url + COMPLETIONS, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=20)
+    return httpx.post(server.url + COMPLETIONS, json=body, headers={"Authorization": f"Bearer {key}"}, timeout=SECONDS)
 
 
 @contextmanager
@@ -170,7 +170,7 @@ def test_a_client_that_leaves_frees_its_slot(stream):
                 wait_for(lambda: len(server.worker._waiting) == 1)
             wait_for(lambda: len(server.worker._waiting) == 0)  # left while it waited
             assert active(server) == 1
-        wait_for(lambda: active(server) == 0, 1.0)
+        wait_for(lambda: active(server) == 0)
         assert count(server, "amq_cancelled_total", reason="client") == 2
         assert ask(server).status_code == 200
 
@@ -201,8 +201,8 @@ def test_a_slow_reader_is_dropped_and_holds_nobody_up():
             start = time.perf_counter()
             assert ask(server, "xyz").json()["choices"][0]["text"] == "xyzxy"
             assert time.perf_counter() - start < 2
-            wait_for(lambda: active(server) == 0 and server.worker.idle, 10)
-            link.settimeout(5)
+            wait_for(lambda: active(server) == 0 and server.worker.idle)
+            link.settimeout(SECONDS)
             received = b""
             while part := link.recv(1 << 16):
                 received = received[-100:] + part
@@ -258,7 +258,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest():
         assert waiting.result().status_code == 503 and "retry-after" in waiting.result().headers
         assert ask(server).status_code == httpx.get(f"{server.url}/health").status_code == 503
         assert running.result().json()["usage"]["completion_tokens"] == 80
-        server.thread.join(5)
+        server.thread.join(SECONDS)
         assert not server.thread.is_alive()
 
 
@@ -271,7 +271,7 @@ def test_draining_has_an_end():
         wait_for(lambda: count(server, "amq_completion_tokens_total") > 3)
         server.server.drain()
         assert '"draining"' in running.result().text
-        server.thread.join(5)
+        server.thread.join(SECONDS)
         assert not server.thread.is_alive()
 
 
@@ -323,7 +323,7 @@ def test_sigterm_lets_running_requests_finish():
             wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
             assert ask(server, key="secret").status_code == 503
             assert running.result().json()["usage"]["completion_tokens"] == 200
-            assert process.wait(10) == 0, process.stderr.read()
+            assert process.wait(SECONDS) == 0, process.stderr.read()
         finally:
             process.kill()
 

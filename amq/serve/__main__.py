@@ -7,9 +7,13 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from amq.errors import AmqError
 from amq.settings import add_flags, run_command
+
+if TYPE_CHECKING:
+    from amq.serve.app import Service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,16 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     app = create_app(runtime, settings)
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection has to look at it again
-    Server(app, settings, lambda: print(_line(app, url(listener)), file=sys.stderr, flush=True)).run([listener])
+    line = _line(app.state.service, url(listener))
+    Server(app, settings, lambda: print(line, file=sys.stderr, flush=True)).run([listener])
     return 0
 
 
-def _line(app, address: str) -> str:
-    service = app.state.service
+def _line(service: Service, address: str) -> str:
     engine = service.runtime.engine
+    size = getattr(engine, "cache_bytes", None)  # an engine of transformers makes its cache as it goes
+    memory = "" if size is None else f" ({size / 2**20:.0f} MiB)"
     return (
         f"{engine.banner}; {service.model} at {address}, {engine.max_sequences} slots of at most {engine.context} "
-        f"positions, KV cache of {engine.cached_tokens()[1]} positions"
+        f"positions, KV cache of {engine.cached_tokens()[1]} positions{memory}"
     )
 
 
