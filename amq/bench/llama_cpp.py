@@ -4,6 +4,11 @@ llama.cpp can lay out and multiply the same file in several ways, and which is f
 decode and from machine to machine; some crash on some machines. `CONFIGURATIONS` lists them, and a short trial of each
 finds the strongest for either (peers.py).
 
+A known crash: `own choice` dies with SIGSEGV on CPUs with AMX where the library was compiled by GCC 12, whose header
+says that `ldtilecfg` reads 8 bytes, so that the rest of llama.cpp's tile configuration is stored after it was loaded.
+With `__asm__ volatile("" ::: "memory");` before `_tile_loadconfig` in ggml/src/ggml-cpu/amx/mmq.cpp, or another
+compiler, it runs, and is then the fastest by far: on such a machine compare with a build like that (PYTHONPATH finds it).
+
 A decoded token is `llama_decode` and waiting for it; as in llama-bench the next token is a random one, so that
 choosing a token is not counted.
 """
@@ -83,7 +88,8 @@ class LlamaCpp:
         import llama_cpp
 
         system = " ".join(self._api.llama_print_system_info().decode().replace(" = 1", "").replace("|", "").split())
-        return {"version": llama_cpp.__version__, "description": system, "vocab_size": self._vocabulary}
+        facts = {"version": llama_cpp.__version__, "library": str(Path(llama_cpp.__file__).parent)}
+        return {**facts, "description": system, "vocab_size": self._vocabulary}
 
     def memory(self) -> dict[str, int]:
         return memory()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
-ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "AMQ_", "GGML_", "MKL_")
+ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "AMQ_", "GGML_", "MKL_", "LD_PRELOAD")
 """Variables of these names change speeds, ours and peers', and are recorded."""
 BUSY = 0.05
 """A measurement during which other processes had more of the cores' time than this is marked."""

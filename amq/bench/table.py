@@ -95,7 +95,7 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         yield f"{name} ran {result['engines'][name]['file']}, the fastest way of {len(result['trials'])}: {chosen}"
         failed = [f"{trial['configuration']} ({trial['failed']})" for trial in result["trials"] if "failed" in trial]
         if failed:
-            yield f"{name} failed with {', '.join(failed)}"
+            yield f"{name} failed with {', '.join(failed)}; a build of it that does not may be faster"
     if text := result["perplexity"]:
         yield (
             f"perplexity on {text['text']}, {text['windows']} windows of {text['window_length']} tokens, the same "
