@@ -7,7 +7,7 @@ finds the strongest for either (peers.py).
 A known crash: `own choice` dies with SIGSEGV on CPUs with AMX where the library was compiled by GCC 12, whose header
 says that `ldtilecfg` reads 8 bytes, so that the rest of llama.cpp's tile configuration is stored after it was loaded.
 With `__asm__ volatile("" ::: "memory");` before `_tile_loadconfig` in ggml/src/ggml-cpu/amx/mmq.cpp, or another
-compiler, it runs, and is then the fastest by far: on such a machine compare with a build like that (PYTHONPATH finds it).
+compiler, it runs, and is then the fastest by far: on such a machine compare with such a build (on PYTHONPATH).
 
 A decoded token is `llama_decode` and waiting for it; as in llama-bench the next token is a random one, so that
 choosing a token is not counted.
