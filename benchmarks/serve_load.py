@@ -58,7 +58,7 @@ class Size:
     patience: float = 120.0  # a request that takes longer hangs
 
 
-FULL, SMOKE = Size(64, 180.0, (12, 400), (16, 128)), Size(6, 2.0, (2, 20), (4, 12), rounds=1, patience=10.0)
+FULL, SMOKE = Size(64, 180.0, (12, 400), (16, 128)), Size(6, 1.0, (2, 20), (4, 12), rounds=1, patience=10.0)
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Tally:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
-    if (args.url is None) == (args.serve is None and not args.smoke):
+    if (args.url and args.serve) or not (args.url or args.serve or args.smoke):
         raise AmqError("give either the URL of a running server or --serve DIR")
     size = SMOKE if args.smoke else FULL
     chosen = {name: value for name in ("clients", "seconds", "rounds") if (value := getattr(args, name)) is not None}
@@ -293,7 +293,7 @@ async def model_of(client: httpx.AsyncClient) -> str:
 async def _watch(process: psutil.Process | None, tally: Tally, start: float) -> None:
     while process is not None:
         tally.memory.append((time.perf_counter() - start, process.memory_info().rss))
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(0.2)
 
 
 def percentiles(times: Sequence[float]) -> dict[str, float]:

@@ -11,10 +11,10 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,12 +22,16 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from serve_helpers import fake_runtime, serving, wait_for
+import serve_helpers
+from serve_helpers import fake_runtime, serving
 
 HERE = Path(__file__).parent
-CLIENT = httpx.Client(timeout=10.0, verify=False, limits=httpx.Limits(max_connections=None))
+CLIENT = httpx.Client(timeout=30.0, verify=False, limits=httpx.Limits(max_connections=None))
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-SECONDS = 10.0
+SECONDS = 30.0
+"""Bounds what hangs; generous, because machines that run tests are busy."""
+
+wait_for = partial(serve_helpers.wait_for, seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +259,8 @@ def test_a_client_that_leaves_frees_its_slot():
                 wait_for(lambda: metric(server, "amq_active") == 1)
                 if streamed:
                     assert connection.recv(10)
-            wait_for(lambda: idle(server), 2)  # 400 tokens would take as long
+            wait_for(lambda: idle(server))
+        assert metric(server, "amq_completion_tokens_total") < 400
         waiting = [connect(server) for _ in range(4)]
         for connection in waiting:
             connection.sendall(request_bytes(completion(max_tokens=400)))
@@ -277,15 +282,14 @@ def test_a_client_that_leaves_frees_its_slot():
 
 
 def test_a_slow_reader_holds_up_nobody():
-    runtime = fake_runtime(context=20_000, max_sequences=2)
-    with serving(runtime, max_new_tokens=19_000, write_timeout=0.3) as server, connect(server, 2048) as slow:
-        slow.sendall(request_bytes(completion(max_tokens=19_000, stream=True, logprobs=5)))
+    runtime = fake_runtime(context=20_000, max_sequences=2, delay=0.001)
+    with serving(runtime, max_new_tokens=15_000, write_timeout=1.0) as server, connect(server, 2048) as slow:
+        slow.sendall(request_bytes(completion(max_tokens=15_000, stream=True, logprobs=20)))
         wait_for(lambda: metric(server, "amq_active") == 1)
-        start = time.monotonic()
         works(server)
-        assert time.monotonic() - start < 2
-        wait_for(lambda: idle(server), SECONDS)
-        assert metric(server, "amq_completion_tokens_total") < 19_000  # it was ended, not served
+        assert metric(server, "amq_active") == 1  # meanwhile
+        wait_for(lambda: idle(server))
+        assert metric(server, "amq_completion_tokens_total") < 15_000  # it was ended, not served
         works(server)
 
 
@@ -355,7 +359,7 @@ import sys
 from serve_helpers import fake_runtime
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
-settings = ServeSettings(port=0, queue=1, drain=8.0)
+settings = ServeSettings(port=0, queue=1, drain=30.0)
 listener = bind(settings)
 app = create_app(fake_runtime(delay=0.02, max_sequences=2), settings)
 Server(app, settings, lambda: print(url(listener), flush=True)).run([listener])
@@ -388,3 +392,22 @@ def test_sigterm_under_load():
     finally:
         process.kill()
         process.wait()
+
+
+def test_the_load_tool_sees_it_too(tmp_path, monkeypatch, capsys):
+    """benchmarks/serve_load.py: more clients than a short queue takes; what it counts; speeds of users."""
+    monkeypatch.syspath_prepend(str(HERE.parent / "benchmarks"))
+    import serve_load
+
+    figures = tmp_path / "load.json"
+    with serving(fake_runtime(delay=0.002, max_sequences=2), queue=1, write_timeout=SECONDS) as server:
+        assert serve_load.main([server.url, "--smoke", "--json", str(figures)]) == 0
+        measured = json.loads(figures.read_text())
+        assert set(measured["ends"]) <= {"200", "429", "left by the client"} and measured["ends"]["429"] > 0
+        assert measured["memory"]["most"] > 0 and measured["between_tokens"]["p50"] > 0.001
+        assert "to the first token" in capsys.readouterr().out
+        assert serve_load.main([server.url, "--smoke", "--concurrency", "1,2", "--json", str(figures)]) == 0
+        together = json.loads(figures.read_text())["together"]
+        assert 0 < together["1"]["median"] < 500 and set(together) == {"1", "2"}
+    with serving(fake_runtime(context=8)) as server:  # every request is refused: not what a good server does
+        assert serve_load.main([server.url, "--smoke"]) == 1
