@@ -133,11 +133,19 @@ def empty_bytes(count: int) -> Tensor:
     return memory[start : start + count]
 
 
-def prepare(packed: PackedWeight) -> Tensor:
-    """The tiles of csrc/cpu/tiles.h: uint8, one dimension; of the packed size where 32 divides in_features."""
+def prepared_bytes(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> int:
+    """Bytes of a prepared weight of this shape."""
+    return cpu_module().prepared_bytes(fmt.name, out_features, in_features, group_size)
+
+
+def prepare(packed: PackedWeight, out: Tensor | None = None) -> Tensor:
+    """The tiles of csrc/cpu/tiles.h: uint8, one dimension; of the packed size where 32 divides in_features.
+
+    out: where they go, contiguous and of `prepared_bytes`; None: memory of their own.
+    """
     _check_packed(packed, "prepare")
-    fields = (packed.format.name, packed.out_features, packed.in_features, packed.group_size)
-    out = empty_bytes(cpu_module().prepared_bytes(*fields))
+    if out is None:
+        out = empty_bytes(prepared_bytes(packed.format, packed.out_features, packed.in_features, packed.group_size))
     cpu_module().prepare(**_packed_arguments(packed), out=out.data_ptr(), out_bytes=out.numel())
     return out
 

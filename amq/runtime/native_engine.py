@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amq.backends import check_activations, prepare
+from amq import native
+from amq.backends import check_activations
 from amq.checkpoint import Checkpoint, open_checkpoint, safetensors_files, verify_file
 from amq.errors import AmqError
-from amq.native import cpu_module, empty_bytes
+from amq.formats import get_format
+from amq.native import cpu_module, empty_bytes, prepared_bytes
 from amq.packing import PreparedWeight
 from amq.runtime.engine import Segment, Slot
 from amq.runtime.pages import PagePool
@@ -27,6 +29,8 @@ FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 without rotary embedding."""
 DEFAULT_CONTEXT = 8192
 MAX_ROWS = 512
+ALIGNMENT = 64
+"""Of weights in memory: a cache line."""
 
 
 class Unsupported(AmqError):
@@ -259,10 +263,16 @@ def windows(config: Mapping[str, Any]) -> list[int]:
 
 
 class _Weights:
-    """Arrays and prepared weights of a checkpoint, as addresses, and a reference to each of them."""
+    """Arrays and prepared weights of a checkpoint, as addresses, and a reference to each of them.
+
+    Prepared weights lie one after another in one piece of memory, in the order in which they are asked for: on large
+    pages, which single weights of a small model would not fill.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint, self.formats = checkpoint, checkpoint.record.formats
+        self._sizes = {name: self._prepared_bytes(name) for name in self.formats}
+        self._memory = empty_bytes(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self._sizes.values()))
         self.keep: list[Any] = []
         self.bytes = 0
         self.names = set(checkpoint.other_names)
@@ -278,10 +288,16 @@ class _Weights:
     def optional(self, name: str) -> int:
         return self.vector(name) if name in self.names else 0
 
+    def _prepared_bytes(self, name: str) -> int:
+        record = self.checkpoint.record
+        return prepared_bytes(get_format(self.formats[name]), *record.shapes[name], record.group_size)
+
     def prepared(self, name: str) -> PreparedWeight:
         if name not in self.formats:
             raise Unsupported(f"the native engine wants all linears quantized, {name} is not")
-        weight = prepare(self.checkpoint.packed(name), "cpu")
+        packed, size = self.checkpoint.packed(name), self._sizes[name]
+        weight = PreparedWeight.of(packed, "cpu", native.prepare(packed, self._memory[:size]))
+        self._memory = self._memory[-(-size // ALIGNMENT) * ALIGNMENT :]
         self.keep.append(weight.data)
         self.bytes += weight.data.numel()
         return weight

@@ -16,16 +16,7 @@ namespace {
 constexpr int64_t kOwnRows = 2;
 // Up to this many rows attention is split over spans of positions too: there are few heads to share among threads.
 constexpr int64_t kSplitRows = 16;
-
-// The scale of softmax's parts when they are put together; 0 for a part that has no position.
-void merge(Partial& into, const Partial& part, int head_dim) {
-    if (part.sum == 0) return;
-    const float largest = std::max(into.largest, part.largest);
-    const float keep = into.sum == 0 ? 0.0f : std::exp(into.largest - largest), take = std::exp(part.largest - largest);
-    for (int k = 0; k < head_dim; ++k) into.values[k] = into.values[k] * keep + part.values[k] * take;
-    into.sum = into.sum * keep + part.sum * take;
-    into.largest = largest;
-}
+constexpr int kLoopsPerBlock = 5;  // that threads share: qkv, attention, o, gate and up, down; and one of the head
 
 // One row of a prepared weight: code and scale of every feature, from its lane of the tile.
 void decode_row(const Table& table, int64_t row, int64_t rows, int64_t in_features, int64_t group_size, float* out) {
@@ -66,7 +57,7 @@ int64_t Projection::out_features() const {
 // One thread's walk through one pass.
 class DecoderPass {
 public:
-    DecoderPass(Decoder& decoder, const Pass& pass, Isa isa, const Team& team)
+    DecoderPass(Decoder& decoder, const Pass& pass, Isa isa, Team& team)
         : d_(decoder), m_(decoder.model_), pass_(pass), isa_(isa), team_(team), vector_(vector_kernels(isa)) {}
 
     void run() {
@@ -118,6 +109,7 @@ private:
     // Makes the job's input; make_row(row) first makes the row of x that it is made from.
     template <class MakeRow>
     void make_input(LinearJob& job, int64_t rows, const MakeRow& make_row) {
+        if (rows <= kGemvRows) job.fetch(team_.begin(job.n_tiles()), team_.end(job.n_tiles()));
         if (rows <= kOwnRows) {
             job.place(d_.own_.data() + team_.index * d_.own_bytes_);
             for (int64_t row = 0; row < rows; ++row) make_row(row);
@@ -137,12 +129,14 @@ private:
     }
     float* made_row(int64_t row) { return made_row(row, pass_.rows); }
 
-    // This thread's columns of job's only part, for all rows, added to the residual stream.
+    // The job's only part, added to the residual stream.
     void run_and_add(const LinearJob& job, const float* y) {
-        const int64_t tiles = job.n_tiles(0), begin = team_.begin(tiles), end = team_.end(tiles);
-        job.run_tiles(0, begin, end);
-        const int64_t first = begin * kLanes, count = std::min(end * kLanes, m_.hidden) - first;
-        for (int64_t row = 0; row < pass_.rows; ++row) vector_.add(stream(row) + first, y + row * m_.hidden + first, count);
+        team_.share(job.n_tiles(0), kTileUnit, [&](int64_t begin, int64_t end) {
+            job.run_tiles(0, begin, end);
+            const int64_t first = begin * kLanes, count = std::min(end * kLanes, m_.hidden) - first;
+            for (int64_t row = 0; row < pass_.rows; ++row)
+                vector_.add(stream(row) + first, y + row * m_.hidden + first, count);
+        });
         team_.wait();
     }
 
@@ -154,7 +148,7 @@ private:
             make_input(job, pass_.rows, [&](int64_t row) {
                 vector_.rms_norm(stream(row), block.attention_norm, m_.epsilon, m_.hidden, made_row(row));
             });
-            job.run(team_.begin(job.cost()), team_.end(job.cost()));
+            team_.share(job.n_tiles(), kTileUnit, [&](int64_t begin, int64_t end) { job.run_tiles(begin, end); });
             team_.wait();
         }
         rotate_and_store(index);
@@ -212,8 +206,8 @@ private:
         const auto each = [&](const auto& visit) {
             for (const Segment& segment : pass_.segments)
                 for (int64_t kv_head = 0; kv_head < m_.n_kv_heads; ++kv_head)
-                    for (int64_t first = 0; first < segment.rows * group; first += kMaxQueryRows) {
-                        const int64_t last_token = std::min(first + kMaxQueryRows, segment.rows * group) - 1;
+                    for (int64_t first = 0; first < segment.rows * group; first += vector_.query_rows) {
+                        const int64_t last_token = std::min<int64_t>(first + vector_.query_rows, segment.rows * group) - 1;
                         const int64_t end = segment.position + last_token / group + 1;
                         const int64_t step = split() ? static_cast<int64_t>(kSpan) : end;
                         for (int64_t begin = 0; begin < end; begin += step)
@@ -222,18 +216,19 @@ private:
         };
         int64_t total = 0;
         each([&](const Segment&, int64_t, int64_t, int64_t begin, int64_t end) { total += end - begin; });
-        int64_t before = 0;
-        const int64_t mine = team_.begin(total), not_mine = team_.end(total);
-        each([&](const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end) {
-            if (before >= mine && before < not_mine) attend_item(index, segment, kv_head, first, begin, end);
-            before += end - begin;
+        team_.share(total, 1, [&](int64_t mine, int64_t not_mine) {
+            int64_t before = 0;
+            each([&](const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end) {
+                if (before >= mine && before < not_mine) attend_item(index, segment, kv_head, first, begin, end);
+                before += end - begin;
+            });
         });
     }
 
     void attend_item(size_t index, const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end) {
         const int64_t group = m_.n_heads / m_.n_kv_heads, window = m_.blocks[index].window;
         const int head_dim = static_cast<int>(m_.head_dim);
-        const int n_rows = static_cast<int>(std::min<int64_t>(kMaxQueryRows, segment.rows * group - first));
+        const int n_rows = static_cast<int>(std::min<int64_t>(vector_.query_rows, segment.rows * group - first));
         alignas(64) float values[2][kMaxQueryRows][kMaxHeadDim];
         QueryRow rows[kMaxQueryRows];
         Partial sums[kMaxQueryRows], parts[kMaxQueryRows];
@@ -251,7 +246,7 @@ private:
         const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
         for (int64_t p = start; p < end; p += kSpan) {
             kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end)}, parts);
-            for (int i = 0; i < n_rows; ++i) merge(sums[i], parts[i], head_dim);
+            for (int i = 0; i < n_rows; ++i) vector_.merge(sums[i], parts[i], head_dim);
         }
         for (int i = 0; i < n_rows; ++i) {
             const int64_t row = segment.first_row + (first + i) / group, head = kv_head * group + (first + i) % group;
@@ -261,7 +256,7 @@ private:
                 out[1] = sums[i].sum;
                 std::copy_n(sums[i].values, head_dim, out + 2);
             } else {
-                for (int k = 0; k < head_dim; ++k) input(row)[head * head_dim + k] = sums[i].values[k] / sums[i].sum;
+                vector_.finish(sums[i], head_dim, input(row) + head * head_dim);
             }
         }
     }
@@ -277,13 +272,14 @@ private:
         const int64_t spans = (segment.position + row - segment.first_row) / kSpan + 1;
         const int head_dim = static_cast<int>(m_.head_dim);
         for (int64_t head = 0; head < m_.n_heads; ++head) {
-            Partial sum{-INFINITY, 0, made_row(row) + head * head_dim};
-            std::fill_n(sum.values, head_dim, 0.0f);
+            alignas(64) float values[kMaxHeadDim];
+            Partial sum{-INFINITY, 0, values};
+            std::fill_n(values, head_dim, 0.0f);
             for (int64_t span = 0; span < spans; ++span) {
                 float* part = partial(row, head, span);
-                merge(sum, {part[0], part[1], part + 2}, head_dim);
+                vector_.merge(sum, {part[0], part[1], part + 2}, head_dim);
             }
-            for (int k = 0; k < head_dim; ++k) sum.values[k] /= sum.sum;
+            vector_.finish(sum, head_dim, made_row(row) + head * head_dim);
         }
     }
 
@@ -296,14 +292,15 @@ private:
             make_input(job, pass_.rows, [&](int64_t row) {
                 vector_.rms_norm(stream(row), block.mlp_norm, m_.epsilon, m_.hidden, made_row(row));
             });
-            const int64_t tiles = job.n_tiles(0), begin = team_.begin(tiles), end = team_.end(tiles);
-            job.run_tiles(0, begin, end);
-            job.run_tiles(1, begin, end);
-            const int64_t first = begin * kLanes, count = std::min(end * kLanes, wide) - first;
-            for (int64_t row = 0; row < pass_.rows; ++row) {
-                float* gate = gate_up + row * 2 * wide + first;
-                vector_.gate(gate, gate + wide, count);
-            }
+            team_.share(job.n_tiles(0), kTileUnit, [&](int64_t begin, int64_t end) {
+                job.run_tiles(0, begin, end);
+                job.run_tiles(1, begin, end);
+                const int64_t first = begin * kLanes, count = std::min(end * kLanes, wide) - first;
+                for (int64_t row = 0; row < pass_.rows; ++row) {
+                    float* gate = gate_up + row * 2 * wide + first;
+                    vector_.gate(gate, gate + wide, count);
+                }
+            });
             team_.wait();
         }
         const LinearCall c = call(block.down, gate_up, 2 * wide, d_.output_.data(), pass_.rows);
@@ -332,19 +329,20 @@ private:
         const LinearCall c = call(head, made_row(0, rows), input_stride(), pass_.logits, rows);
         LinearJob job(c, isa_);
         make_input(job, rows, [&](int64_t row) { norm(row, made_row(row, rows)); });
-        job.run(team_.begin(job.cost()), team_.end(job.cost()));
+        team_.share(job.n_tiles(), kTileUnit, [&](int64_t begin, int64_t end) { job.run_tiles(begin, end); });
     }
 
     Decoder& d_;
     const DecoderModel& m_;
     const Pass& pass_;
     Isa isa_;
-    Team team_;
+    Team& team_;
     const VectorKernels& vector_;
 };
 
 Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
-    : model_(std::move(model)), max_rows_(max_rows), max_threads_(max_threads) {
+    : model_(std::move(model)), max_rows_(max_rows), max_threads_(max_threads),
+      team_(1 + kLoopsPerBlock * static_cast<int>(model_.blocks.size())) {
     const DecoderModel& m = model_;
     const int64_t heads = m.n_heads * m.head_dim, narrow = std::max(m.hidden, heads);
     stream_.resize(max_rows * m.hidden);
@@ -363,7 +361,7 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
 }
 
 void Decoder::forward(const Pass& pass, Isa isa, int threads) {
-    run_team(std::min(threads, max_threads_), [&](const Team& team) { DecoderPass(*this, pass, isa, team).run(); });
+    run_team(std::min(threads, max_threads_), team_, [&](Team& team) { DecoderPass(*this, pass, isa, team).run(); });
 }
 
 const VectorKernels& vector_kernels(Isa isa) {

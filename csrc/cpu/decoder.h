@@ -113,6 +113,7 @@ private:
     Buffer<char> shared_, own_;  // inputs in the kernels' layout: of all threads, of each thread
     Buffer<float> own_input_;    // and their rows before that
     int64_t own_bytes_;
+    TeamState team_;
 };
 
 }  // namespace amq

@@ -135,6 +135,36 @@ void LinearJob::run_tiles(size_t part, int64_t begin, int64_t end) const {
     choose(kernels_[weight.format], call_.mode, call_.rows, same)(task, begin, end);
 }
 
+int64_t LinearJob::n_tiles() const {
+    int64_t total = 0;
+    for (size_t part = 0; part < call_.parts.size(); ++part) total += n_tiles(part);
+    return total;
+}
+
+void LinearJob::run_tiles(int64_t begin, int64_t end) const {
+    for (size_t part = 0; part < call_.parts.size(); ++part) {
+        const int64_t tiles = n_tiles(part), first = std::max<int64_t>(begin, 0), last = std::min(end, tiles);
+        if (first < last) run_tiles(part, first, last);
+        begin -= tiles;
+        end -= tiles;
+    }
+}
+
+void LinearJob::fetch(int64_t begin, int64_t end) const {
+    constexpr int64_t kStreams = 3, kBytes = 2048;  // as the kernels read and fetch ahead (linear_body.h)
+    for (size_t part = 0; part < call_.parts.size(); ++part) {
+        const LinearPart& weight = call_.parts[part];
+        const int64_t tiles = n_tiles(part), first = std::max<int64_t>(begin, 0), last = std::min(end, tiles);
+        const int64_t bytes = tile_bytes(kBits[weight.format], call_.in_features, call_.group_size, kLanes);
+        for (int64_t stream = 0; stream < kStreams && first < last; ++stream) {
+            const uint8_t* p = weight.data + (first + stream * ((last - first) / kStreams)) * bytes;
+            for (int64_t line = 0; line < std::min(kBytes, bytes); line += kLineBytes) __builtin_prefetch(p + line);
+        }
+        begin -= tiles;
+        end -= tiles;
+    }
+}
+
 namespace {
 
 // Up to kCallRows rows.

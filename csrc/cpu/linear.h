@@ -101,6 +101,9 @@ struct LinearCall {
     Mode mode;
 };
 
+// Ranges of tiles that begin at multiples of this one and have a multiple of it lose no speed by it.
+constexpr int64_t kTileUnit = 6;
+
 // A call cut into what threads of one parallel region do: first the input, then, when all of it is there, ranges of the
 // output. Every thread may have a job of its own for the same call; the memory is shared.
 class LinearJob {
@@ -121,9 +124,14 @@ public:
     int64_t cost() const;
     void run(int64_t begin, int64_t end) const;
 
-    // One part alone: its tiles begin … end − 1.
+    // One part alone, its tiles begin … end − 1; and tiles of all parts, one part after another.
     int64_t n_tiles(size_t part) const { return ceil_div(call_.parts[part].out_features, kLanes); }
     void run_tiles(size_t part, int64_t begin, int64_t end) const;
+    int64_t n_tiles() const;
+    void run_tiles(int64_t begin, int64_t end) const;
+
+    // Starts to fetch what run_tiles reads first, so that it arrives while the input is made.
+    void fetch(int64_t begin, int64_t end) const;
 
 private:
     int64_t tile_cost(const LinearPart& part) const;

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 #include "threads.h"
 
@@ -46,31 +47,82 @@ private:
     alignas(64) std::atomic<unsigned> phase_{0};
 };
 
-// One thread's view of the team.
+// What a team's threads share.
+class TeamState {
+public:
+    // `loops`: how many calls of Team::share there may be.
+    explicit TeamState(int loops) : next_(loops) {}
+    void reset() {
+        for (Counter& next : next_) next.value.store(0, std::memory_order_relaxed);
+    }
+
+private:
+    friend struct Team;
+    struct alignas(64) Counter {
+        std::atomic<int64_t> value{0};
+    };
+    Barrier barrier_;
+    std::vector<Counter> next_;
+};
+
+// One thread's view of the team. All threads call `share` and `wait` in the same order.
 struct Team {
     int index, count;
-    Barrier& barrier;
+    TeamState& state;
+    int loop = 0;
 
     // This thread's share of 0 … total − 1, in order.
     int64_t begin(int64_t total) const { return total * index / count; }
     int64_t end(int64_t total) const { return total * (index + 1) / count; }
-    void wait() const {
-        if (count > 1) barrier.wait(count);
+    void wait() {
+        if (count > 1) state.barrier_.wait(count);
+    }
+
+    // run(begin, end) for ranges that, over all threads, make up 0 … total − 1 and begin at multiples of `unit`. Short loops
+    // in equal shares; of long ones the last quarter piece by piece for whoever comes first, because on a shared machine no
+    // two processors are equally fast.
+    template <class Run>
+    void share(int64_t total, int64_t unit, const Run& run) {
+        constexpr int kLong = 32, kPieces = 4;  // units of each thread; its pieces of the last quarter
+        const int64_t units = (total + unit - 1) / unit;
+        if (units < kLong * count || count == 1) {
+            const int64_t first = begin(units) * unit, last = end(units) * unit;
+            if (first < last) run(first, last < total ? last : total);
+            return;
+        }
+        const int64_t fixed = units * 3 / 4 / count * count, piece = ((units - fixed) / (kPieces * count) + 1) * unit;
+        run(begin(fixed) * unit, end(fixed) * unit);
+        std::atomic<int64_t>& next = state.next_[loop++].value;
+        for (;;) {
+            const int64_t first = fixed * unit + piece * next.fetch_add(1, std::memory_order_relaxed);
+            if (first >= total) return;
+            run(first, first + piece < total ? first + piece : total);
+        }
     }
 };
 
 // Calls run(team) on at most `threads` threads at once.
 template <class Run>
-void run_team(int threads, const Run& run) {
-    Barrier barrier;
-    if (threads <= 1 || is_forked_child()) return run(Team{0, 1, barrier});
+void run_team(int threads, TeamState& state, const Run& run) {
+    state.reset();
+    if (threads <= 1 || is_forked_child()) {
+        Team alone{0, 1, state};
+        return run(alone);
+    }
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads)
-    run(Team{omp_get_thread_num(), omp_get_num_threads(), barrier});  // the runtime may grant fewer than asked
+    {
+        Team team{omp_get_thread_num(), omp_get_num_threads(), state};  // the runtime may grant fewer than asked
+        run(team);
+    }
 #else
+    const auto start = [&](int index) {
+        Team team{index, threads, state};
+        run(team);
+    };
     std::vector<std::thread> workers;
-    for (int index = 1; index < threads; ++index) workers.emplace_back([&, index] { run(Team{index, threads, barrier}); });
-    run(Team{0, threads, barrier});
+    for (int index = 1; index < threads; ++index) workers.emplace_back(start, index);
+    start(0);
     for (std::thread& worker : workers) worker.join();
 #endif
 }

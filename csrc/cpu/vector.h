@@ -19,9 +19,9 @@
 namespace amq {
 
 constexpr int kPage = 64;       // positions of a page
-constexpr int kSpan = 256;    // positions whose softmax is computed at once
+constexpr int kSpan = 128;      // positions whose softmax is computed at once
 constexpr int kMaxHeadDim = 256;
-constexpr int kMaxQueryRows = 8;  // query rows that one call of `attend` takes
+constexpr int kMaxQueryRows = 8;
 
 enum class Element { float32, half, bfloat };
 
@@ -64,8 +64,12 @@ struct VectorKernels {
     void (*add)(float* x, const float* y, int64_t count);
     // Puts one position's key and value [head_dim] into the cache, by the cache's element: float32, half.
     void (*store[2])(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim);
-    // Positions begin … end − 1 for up to kMaxQueryRows rows, into fresh partials.
+    // Positions begin … end − 1 for up to `query_rows` rows, into fresh partials.
     void (*attend[2])(const AttendArgs& args, Partial* out);
+    int query_rows;
+    // Puts the parts of a softmax together, and divides by the sum in the end.
+    void (*merge)(Partial& into, const Partial& part, int head_dim);
+    void (*finish)(const Partial& partial, int head_dim, float* out);
     // y[m · y_stride + n] ← x_m · w_n for the rows begin … end − 1 of w [.., in_features], by their element.
     void (*dense[3])(const void* w, int64_t in_features, int64_t begin, int64_t end, const float* x, int64_t x_stride,
                      int64_t rows, float* y, int64_t y_stride);

@@ -144,12 +144,17 @@ void store_position(const CacheView& cache, int64_t position, const float* key, 
 }
 
 // sum[row][tile] += Σ_k a[row][k] · b(k, tile), where b(k, tile) are 16 elements at b + k·k_stride + tile·tile_stride
-// (bytes): the product that is both scores (a the queries, b keys) and weighted sums (a the weights, b values).
+// (bytes): the product that is both scores (a the queries, b keys) and weighted sums (a the weights, b values). Every k
+// fetches the next kAhead bytes from `ahead` on: what is read after this.
+constexpr int64_t kAhead = 128;
+
 template <class S, class E, int rows, int tiles>
 AMQ_INLINE void multiply(const float* const (&a)[rows], const uint8_t* b, int64_t k_stride, int64_t tile_stride,
-                         int64_t count, typename S::F32 (&sum)[rows][tiles]) {
-    for (int64_t k = 0; k < count; ++k, b += k_stride) {
+                         int64_t count, const uint8_t* ahead, typename S::F32 (&sum)[rows][tiles]) {
+    for (int64_t k = 0; k < count; ++k, b += k_stride, ahead += kAhead) {
         typename S::F32 line[tiles];
+        S::prefetch(ahead);
+        S::prefetch(ahead + kAhead / 2);
         unroll<tiles>([&](auto t) __attribute__((always_inline)) { line[t] = E::load(b + t * tile_stride); });
         unroll<rows>([&](auto m) __attribute__((always_inline)) {
             const auto value = S::splat(a[m][k]);
@@ -163,33 +168,35 @@ AMQ_INLINE void multiply(const float* const (&a)[rows], const uint8_t* b, int64_
 // Scores of a span of positions for `rows` query rows, then their softmax, then its weighted sums of values.
 template <class S, class E, int rows>
 struct Attention {
+    // As many sums as S has registers for.
+    static constexpr int kSums = S::kGemmTiles * S::kGemmRows / rows, kTiles = kSums > 4 ? 4 : kSums;
+
     const AttendArgs& args;
     alignas(64) float scores[rows][kSpan];
 
     explicit Attention(const AttendArgs& given) : args(given) {}
 
-    // Tiles of 16 positions that a page has before `end`.
-    AMQ_INLINE int64_t tiles_of(int64_t page_begin) const {
-        const int64_t left = ceil_div(args.end - page_begin, kWidth);
-        return left < kPage / kWidth ? left : kPage / kWidth;
-    }
+    AMQ_INLINE int64_t part_bytes() const { return kPage * args.head_dim * E::kBytes; }  // keys or values of a page
 
     template <int tiles>
-    AMQ_INLINE void score_tiles(const uint8_t* keys, const float* const (&q)[rows], int64_t column) {
+    AMQ_INLINE void score_tiles(const uint8_t* keys, const uint8_t* ahead, const float* const (&q)[rows], int64_t column) {
         typename S::F32 sum[rows][tiles] = {};
-        multiply<S, E, rows, tiles>(q, keys, kWidth * E::kBytes, args.head_dim * kWidth * E::kBytes, args.head_dim, sum);
+        multiply<S, E, rows, tiles>(q, keys, kWidth * E::kBytes, args.head_dim * kWidth * E::kBytes, args.head_dim, ahead, sum);
         for (int m = 0; m < rows; ++m)
             for (int t = 0; t < tiles; ++t) S::store(&scores[m][column + t * kWidth], sum[m][t]);
     }
 
     AMQ_INLINE void score(const float* const (&q)[rows]) {
+        const int64_t tile_bytes = args.head_dim * kWidth * E::kBytes;
+        const uint8_t* values = args.cache.page(args.begin) + part_bytes();
         for (int64_t p = args.begin; p < args.end; p += kPage) {
             const uint8_t* keys = args.cache.page(p);
-            const int64_t n = tiles_of(p);
-            int64_t t = 0;
-            for (; t + 2 <= n; t += 2)
-                score_tiles<2>(keys + t * args.head_dim * kWidth * E::kBytes, q, p - args.begin + t * kWidth);
-            if (t < n) score_tiles<1>(keys + t * args.head_dim * kWidth * E::kBytes, q, p - args.begin + t * kWidth);
+            const uint8_t* ahead = p + kPage < args.end ? args.cache.page(p + kPage) : values;
+            const int64_t left = ceil_div(args.end - p, kWidth), n = left < kPage / kWidth ? left : kPage / kWidth;
+            int64_t t = 0, column = p - args.begin;
+            for (; t + kTiles <= n; t += kTiles)
+                score_tiles<kTiles>(keys + t * tile_bytes, ahead + t * tile_bytes, q, column + t * kWidth);
+            for (; t < n; ++t) score_tiles<1>(keys + t * tile_bytes, ahead + t * tile_bytes, q, column + t * kWidth);
         }
     }
 
@@ -213,25 +220,26 @@ struct Attention {
         out.largest = largest_lane<S>(largest);
         for (int64_t k = 0; k < width; k += kWidth)
             S::store(s + k, exponential<S>(S::sub(S::load_float(s + k), S::splat(out.largest))));
-        std::memset(s, 0, first * sizeof(float));
-        std::memset(s + stop, 0, (width - stop) * sizeof(float));
+        for (int64_t k = 0; k < first; ++k) s[k] = 0;
+        for (int64_t k = stop; k < width; ++k) s[k] = 0;
         auto sum = S::splat(0.0f);
         for (int64_t k = 0; k < width; k += kWidth) sum = S::add(sum, S::load_float(s + k));
         out.sum = sum_lanes<S>(sum);
     }
 
     template <int tiles>
-    AMQ_INLINE void weigh_tiles(int64_t first, Partial* out, int n_rows) {
+    AMQ_INLINE void weigh_tiles(int64_t first, Partial* out) {
         typename S::F32 sum[rows][tiles] = {};
         for (int64_t p = args.begin; p < args.end; p += kPage) {
-            const uint8_t* values = args.cache.page(p) + (kPage * args.head_dim + first) * E::kBytes;
+            const uint8_t* values = args.cache.page(p) + part_bytes() + first * E::kBytes;
+            const uint8_t* ahead = p + kPage < args.end ? args.cache.page(p + kPage) + part_bytes() : values;
             const int64_t left = args.end - p;
             const float* weights[rows];
             for (int m = 0; m < rows; ++m) weights[m] = scores[m] + (p - args.begin);
             multiply<S, E, rows, tiles>(weights, values, args.head_dim * E::kBytes, kWidth * E::kBytes,
-                                        left < kPage ? left : kPage, sum);
+                                        left < kPage ? left : kPage, ahead, sum);
         }
-        for (int m = 0; m < n_rows; ++m)
+        for (int m = 0; m < args.n_rows; ++m)
             for (int t = 0; t < tiles; ++t) S::store(out[m].values + first + t * kWidth, sum[m][t]);
     }
 
@@ -240,9 +248,10 @@ struct Attention {
         for (int m = 0; m < rows; ++m) q[m] = args.rows[m < args.n_rows ? m : 0].q;
         score(q);
         for (int m = 0; m < args.n_rows; ++m) soften(m, args.rows[m], out[m]);
+        for (int m = args.n_rows; m < rows; ++m) std::memset(scores[m], 0, sizeof scores[m]);
         int64_t k = 0;
-        for (; k + 2 * kWidth <= args.head_dim; k += 2 * kWidth) weigh_tiles<2>(k, out, args.n_rows);
-        if (k < args.head_dim) weigh_tiles<1>(k, out, args.n_rows);
+        for (; k + kTiles * kWidth <= args.head_dim; k += kTiles * kWidth) weigh_tiles<kTiles>(k, out);
+        for (; k < args.head_dim; k += kWidth) weigh_tiles<1>(k, out);
     }
 };
 
@@ -251,7 +260,27 @@ void attend(const AttendArgs& args, Partial* out) {
     if (args.n_rows == 1) return Attention<S, E, 1>(args).run(out);
     if (args.n_rows == 2) return Attention<S, E, 2>(args).run(out);
     if (args.n_rows <= 4) return Attention<S, E, 4>(args).run(out);
-    Attention<S, E, 8>(args).run(out);
+    if constexpr (S::kGemmRows > 4) Attention<S, E, S::kGemmRows>(args).run(out);
+}
+
+template <class S>
+void merge(Partial& into, const Partial& part, int head_dim) {
+    if (part.sum == 0) return;
+    const bool grows = !(part.largest <= into.largest);  // NaN counts as growing, and stays
+    const float factor = into.sum == 0 ? 0.0f : std::exp(grows ? into.largest - part.largest : part.largest - into.largest);
+    const float keep = grows ? factor : 1.0f, take = grows ? 1.0f : factor;
+    for (int k = 0; k < head_dim; k += kWidth) {
+        const auto taken = S::mul(S::load_float(part.values + k), S::splat(take));
+        S::store(into.values + k, S::fma(S::load_float(into.values + k), S::splat(keep), taken));
+    }
+    into.sum = into.sum * keep + part.sum * take;
+    if (grows) into.largest = part.largest;
+}
+
+template <class S>
+void finish(const Partial& partial, int head_dim, float* out) {
+    const auto sum = S::splat(partial.sum);
+    for (int k = 0; k < head_dim; k += kWidth) S::store(out + k, S::div(S::load_float(partial.values + k), sum));
 }
 
 // Four weight rows times one row of x at a time; sums over lanes at the end.
@@ -306,6 +335,9 @@ constexpr VectorKernels make_vector_kernels() {
             add<S>,
             {store_position<S, Float32<S>>, store_position<S, Half<S>>},
             {attend<S, Float32<S>>, attend<S, Half<S>>},
+            S::kGemmRows,
+            merge<S>,
+            finish<S>,
             {dense<S, Float32<S>>, dense<S, Half<S>>, dense<S, Bfloat<S>>},
             {widen<S, Float32<S>>, widen<S, Half<S>>, widen<S, Bfloat<S>>}};
 }
