@@ -1,6 +1,7 @@
 """The chat page in a real browser: sending, streaming, stopping, what the server refuses, and text that is no HTML.
 
-The server here is a stand-in that does what the user's message says, so that every fault comes when it is wanted.
+The server is mostly a stand-in that does what the user's message says, so that every fault comes when it is wanted; the
+last test is against amq's own.
 """
 
 from __future__ import annotations
@@ -295,3 +296,31 @@ def test_a_phones_width(page, server):
         assert page.run("document.querySelector('#message').getBoundingClientRect().bottom") <= 640
     finally:
         page.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_against_the_real_server(page):
+    from serve_helpers import fake_runtime, serving, wait_for
+
+    with serving(fake_runtime(delay=0.002, context=2000), max_new_tokens=1500, api_key=["secret"]) as real:
+        page.open(real.url)
+        page.wait("document.querySelector('#dialog').open && document.activeElement.name === 'key'")
+        page.write("secret")
+        page.press("Enter")
+        page.wait("document.title.startsWith('fake')")
+        assert page.run("document.querySelector('#usage').innerText") == "0 of 2,000 tokens"
+        page.run("settings.max_tokens = '39'")
+        ask(page, "guten Tag")
+        finished(page)
+        assert page.run("turns[0].answer") == "user: guten Tag|" * 2 + "user: g"  # what this engine says
+        figures = page.run("document.querySelector('.figures').innerText")
+        assert "tokens/s" in figures and "39 tokens" in figures and "ended at the limit of tokens" in figures
+        page.run("settings.max_tokens = ''")
+        ask(page, "again")
+        page.wait("turns[1].answer")
+        assert len(real.engine.slots) == 1
+        page.press("Escape")
+        wait_for(lambda: not real.engine.slots)
+        finished(page)
+        real.worker.draining = True
+        ask(page, "more")
+        assert "not taking requests" in page.wait("document.querySelector('.problem span')?.innerText")

@@ -185,7 +185,7 @@ class Answer(Response):
     async def _watch(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        self.worker.cancel(self.job, "client", GONE)
+        self.worker.cancel(self.job, "client", Gone())
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         pieces: list[Piece] = []
@@ -193,7 +193,7 @@ class Answer(Response):
             while not pieces or pieces[-1].finished is None:
                 pieces += await self.job.pieces()
         except ApiError as error:
-            if error is not GONE:
+            if not isinstance(error, Gone):
                 await error.response()(scope, receive, send)
             return
         choices = [choice for piece in pieces for choice in piece.choices]
@@ -204,7 +204,7 @@ class Answer(Response):
         try:
             pieces = await self.job.pieces()
         except ApiError as error:
-            if error is not GONE:
+            if not isinstance(error, Gone):
                 await error.response()(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
@@ -220,13 +220,19 @@ class Answer(Response):
                 pieces, events = await self.job.pieces(), []
             events.append(self.shape.end(self.job))
         except ApiError as error:
-            if error is GONE:
+            if isinstance(error, Gone):
                 return
             events = [_event(error.body())]
         await send({"type": "http.response.body", "body": b"".join(events), "more_body": False})
 
 
-GONE = ApiError(499, "the client left")
+class Gone(ApiError):
+    """Made anew each time: an exception keeps the frames that it passed through, and with them the request."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client left")
+
+
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

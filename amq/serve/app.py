@@ -29,6 +29,7 @@ from amq.serve.settings import ServeSettings
 from amq.serve.worker import Job, Worker
 
 PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
 SHORT_TEXT = 2**13
 """Characters that are tokenized on the event loop: a few milliseconds, during which the engine goes on."""
@@ -233,6 +234,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
 
 def _add_information(app: FastAPI, service: Service) -> None:
     card = {"id": service.model, "object": "model", "created": service.created, "owned_by": "amq"}
+    card["max_model_len"] = service.runtime.engine.context  # as vLLM calls it
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -255,7 +257,7 @@ def _add_information(app: FastAPI, service: Service) -> None:
 
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html", headers={"X-Content-Type-Options": "nosniff"})
+        return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
 
 
 async def _api_error(request: Request, error: ApiError) -> JSONResponse:
