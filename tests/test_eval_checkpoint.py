@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import tiny_checkpoint
 from tiny_models import ARCHITECTURES, byte_tokenizer
 from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
-from amq.checkpoint import QuantizationRecord, write_checkpoint
+from amq.checkpoint import QuantizationRecord, open_checkpoint, write_checkpoint
 from amq.errors import AmqError
 from amq.eval import evaluate
 from amq.eval.__main__ import main
@@ -92,6 +93,18 @@ def test_the_runtime_and_the_dequantized_model(checkpoint: Path, text: str) -> N
     rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in linears)
     assert result.rows[0].bits_per_weight == round(8 * stored / sum(s.numel for s in linears), 4)
     assert {r.weight_bytes for r in result.rows} == {stored + 2 * rest}
+
+
+def test_a_packed_head_counts_in_bytes_not_in_bits(tmp_path: Path, text: str) -> None:
+    """The same linears with the head in 16 bits and in 8; the embedding is tied to it."""
+    folders = [tiny_checkpoint(make_tiny_llama(), tmp_path / f"head{head}", head=head) for head in ("", "int8")]
+    kept, packed, dense = evaluate([str(f) for f in folders], text=text, dequantized=True, **OPTIONS).rows[1:]
+    assert packed.negative_log_likelihood == pytest.approx(dense.negative_log_likelihood, rel=1e-5)
+    assert packed.negative_log_likelihood == pytest.approx(kept.negative_log_likelihood, rel=1e-2)
+    assert packed.negative_log_likelihood != kept.negative_log_likelihood
+    assert packed.bits_per_weight == kept.bits_per_weight
+    head = open_checkpoint(folders[1]).packed("lm_head")
+    assert kept.weight_bytes - packed.weight_bytes == 2 * 256 * 64 - head.nbytes > 0
 
 
 def test_biases_untied_heads_and_a_longer_path(tmp_path: Path, text: str) -> None:

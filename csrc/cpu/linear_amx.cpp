@@ -15,11 +15,16 @@ using S = Avx512<true>;
 
 constexpr int kTileRows = 16, kTileFeatures = 64, kTileBytes = kTileRows * kTileFeatures;
 
-// What ldtilecfg reads: tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 codes; all are 16 rows of 64 bytes.
+// What ldtilecfg reads: tiles 0 to 3 hold sums, 4 and 5 rows of x, 6 and 7 codes; all are 16 rows of 64 bytes, but where x
+// has fewer rows.
 struct TileConfiguration {
     uint8_t palette = 1, start_row = 0, reserved[14] = {};
     uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+    explicit TileConfiguration(int64_t x_rows) {
+        for (int tile = 0; tile < 6; ++tile) rows[tile] = static_cast<uint8_t>(x_rows);
+    }
 };
 static_assert(sizeof(TileConfiguration) == 64, "as the processor reads it");
 
@@ -58,7 +63,8 @@ AMQ_INLINE void add_panels(const PanelRange<uint8_t>& panels, int64_t panel, int
     for (int64_t p = 0; p < count; ++p) {
         const float *x_scale = panels.x_scale(panel + p), *x_sum = panels.x_sum(panel + p);
         const int64_t row = panels.row(panel + p);
-        for (int m = 0; m < kTileRows; ++m)
+        const int64_t left = panels.task.rows - (panel + p) * kTileRows;
+        for (int m = 0; m < kTileRows && m < left; ++m)
             unroll<tiles>([&](auto t) __attribute__((always_inline)) {
                 sums.add(t, row + m, S::load(sum[2 * p + t][m]), x_scale[m], x_sum[m]);
             });
@@ -91,7 +97,9 @@ AMQ_INLINE void gemm_amx_tiles(const LinearTask& task, int64_t first) {
 
 template <int bits>
 void gemm_amx(const LinearTask& task, int64_t begin, int64_t end) {
-    const TileConfiguration configuration;
+    const TileConfiguration configuration(task.rows < kTileRows ? task.rows : kTileRows);
+    // GCC 12 believes that the instruction reads 8 bytes, and would store the others after it.
+    asm volatile("" : : "r"(&configuration) : "memory");
     _tile_loadconfig(&configuration);
     for (; begin + 2 <= end; begin += 2) gemm_amx_tiles<bits, 2>(task, begin);
     if (begin < end) gemm_amx_tiles<bits, 1>(task, begin);

@@ -1,14 +1,10 @@
 // What a decoder block computes besides its linears, on vectors of float32: norms, rotary embedding, attention over the
 // KV cache, the gate of the MLP; and products with weights that are not quantized.
 //
-// The cache holds pages of kPage positions. In a page each KV head has its keys and then its values:
-//
-//     keys   := block … block              a block is 16 positions
-//     block  := line[head_dim]             a line is one feature of the block's 16 positions
-//     values := row[kPage]                 one position's head_dim features
-//
-// so that scores of 16 positions come out side by side without sums across a vector, and weighted sums of values are plain
-// sums of rows; both are one small product (attention_body.h). Elements are fp16 or float32.
+// The cache holds pages of kPage positions. In a page each KV head has its keys, a row of kPage positions per feature, and then
+// its values, a row of head_dim features per position. So scores of neighbouring positions come out side by side without
+// sums across a vector, weighted sums of values are plain sums of rows, and both are one small product over rows that
+// lie one after another in memory (vector_body.h). Elements are fp16 or float32.
 
 #pragma once
 

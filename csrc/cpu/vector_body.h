@@ -131,14 +131,14 @@ struct Bfloat {
 template <class S, class E>
 void store_position(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim) {
     uint8_t* page = cache.page(position);
-    const int64_t place = position % kPage, block = place / kWidth, lane = place % kWidth;
-    uint8_t* keys = page + (block * head_dim * kWidth + lane) * E::kBytes;
+    const int64_t place = position % kPage;
+    uint8_t* keys = page + place * E::kBytes;
     uint8_t* values = page + (kPage + place) * head_dim * E::kBytes;
     alignas(64) uint8_t line[kWidth * E::kBytes];
     for (int k = 0; k < head_dim; k += kWidth) {
         E::store(line, S::load_float(key + k));
         for (int i = 0; i < kWidth; ++i)
-            std::memcpy(keys + (k + i) * kWidth * E::kBytes, line + i * E::kBytes, E::kBytes);
+            std::memcpy(keys + (k + i) * kPage * E::kBytes, line + i * E::kBytes, E::kBytes);
         E::store(values + k * E::kBytes, S::load_float(value + k));
     }
 }
@@ -181,22 +181,21 @@ struct Attention {
     template <int tiles>
     AMQ_INLINE void score_tiles(const uint8_t* keys, const uint8_t* ahead, const float* const (&q)[rows], int64_t column) {
         typename S::F32 sum[rows][tiles] = {};
-        multiply<S, E, rows, tiles>(q, keys, kWidth * E::kBytes, args.head_dim * kWidth * E::kBytes, args.head_dim, ahead, sum);
+        multiply<S, E, rows, tiles>(q, keys, kPage * E::kBytes, kWidth * E::kBytes, args.head_dim, ahead, sum);
         for (int m = 0; m < rows; ++m)
             for (int t = 0; t < tiles; ++t) S::store(&scores[m][column + t * kWidth], sum[m][t]);
     }
 
     AMQ_INLINE void score(const float* const (&q)[rows]) {
-        const int64_t tile_bytes = args.head_dim * kWidth * E::kBytes;
+        constexpr int64_t kTileBytes = kWidth * E::kBytes;
         const uint8_t* values = args.cache.page(args.begin) + part_bytes();
         for (int64_t p = args.begin; p < args.end; p += kPage) {
             const uint8_t* keys = args.cache.page(p);
             const uint8_t* ahead = p + kPage < args.end ? args.cache.page(p + kPage) : values;
             const int64_t left = ceil_div(args.end - p, kWidth), n = left < kPage / kWidth ? left : kPage / kWidth;
             int64_t t = 0, column = p - args.begin;
-            for (; t + kTiles <= n; t += kTiles)
-                score_tiles<kTiles>(keys + t * tile_bytes, ahead + t * tile_bytes, q, column + t * kWidth);
-            for (; t < n; ++t) score_tiles<1>(keys + t * tile_bytes, ahead + t * tile_bytes, q, column + t * kWidth);
+            for (; t + kTiles <= n; t += kTiles) score_tiles<kTiles>(keys + t * kTileBytes, ahead, q, column + t * kWidth);
+            for (; t < n; ++t) score_tiles<1>(keys + t * kTileBytes, ahead, q, column + t * kWidth);
         }
     }
 
