@@ -74,20 +74,22 @@ class NativeEngine:
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 
     def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
-        positions = len(prompt) + new_tokens
-        if not prompt or positions > self.context:
-            raise AmqError(
-                f"a sequence must have 1 to {self.context} positions, got a prompt of {len(prompt)} tokens and "
-                f"{new_tokens} new ones"
-            )
+        if not prompt:
+            raise AmqError("a sequence must begin with at least one token")
+        return self._open_slot(prompt, len(prompt) + new_tokens)
+
+    def _open_slot(self, known: Sequence[int], positions: int) -> PagedSlot | None:
+        """A slot of `positions` positions that starts with what an earlier sequence left of `known`."""
+        if not 1 <= positions <= self.context:
+            raise AmqError(f"a sequence can have 1 to {self.context} positions, this one wants {positions}")
         if self._open == self.max_sequences:
             return None
-        taken = self._pool.take(prompt, positions)
+        taken = self._pool.take(known, positions)
         if taken is None:
             return None
         self._open += 1
-        pages, known = taken
-        return PagedSlot(len(pages) * self._pool.page, pages, prompt[:known])
+        pages, length = taken
+        return PagedSlot(len(pages) * self._pool.page, pages, known[:length])
 
     def close(self, slot: Slot) -> None:
         assert isinstance(slot, PagedSlot)
@@ -114,7 +116,7 @@ class NativeEngine:
 
     def all_logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits after every token of a text, float32 [len(tokens), vocab_size]: for perplexity, and for tests."""
-        slot = self.open([-1, *tokens], 0)  # -1: no page that another sequence left is used
+        slot = self._open_slot((), len(tokens))
         if slot is None:
             raise AmqError("the engine has no room left: close a slot first")
         logits = torch.empty(len(tokens), self.vocab_size)
