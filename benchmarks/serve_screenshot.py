@@ -17,7 +17,7 @@ import chromium  # noqa: E402
 
 QUESTIONS = (
     "What is the capital of France?",
-    "Write a Python function that adds up a list of numbers, and explain it.",
+    "Explain step by step how a hash table works, with an example in Python.",
 )
 
 
