@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -277,6 +278,7 @@ async def load(
         **{name: percentiles(getattr(tally, name)) for name in ("first_token", "between_tokens", "whole")},
         "memory": memory(tally.memory),
         "memory_samples": tally.memory,
+        "held_up": max((b[0] - a[0] for a, b in pairwise(tally.memory)), default=0.0),
     }
     print(table(figures))
     good = set(tally.ends) <= {"200", "429", "left by the client"} and tally.ends["200"] and not tally.no_retry_after
@@ -327,6 +329,8 @@ def table(figures: dict[str, Any]) -> str:
         early, late, most = (f"{sizes[name] / 2**20:.0f} MiB" for name in ("early", "late", "most"))
         growth = f"{100 * sizes['growth']:+.1f} %"
         lines.append(f"\nresident memory: {early} in the second quarter, {late} in the last ({growth}), {most} at most")
+    if figures["held_up"] > 1:
+        lines.append(f"this tool itself was held up for {figures['held_up']:.0f} s: times mean little")
     return "\n".join(lines)
 
 

@@ -404,7 +404,7 @@ def test_the_load_tool_sees_it_too(tmp_path, monkeypatch, capsys):
         assert serve_load.main([server.url, "--smoke", "--json", str(figures)]) == 0
         measured = json.loads(figures.read_text())
         assert set(measured["ends"]) <= {"200", "429", "left by the client"} and measured["ends"]["429"] > 0
-        assert measured["memory"]["most"] > 0 and measured["between_tokens"]["p50"] > 0.001
+        assert measured["memory"]["most"] > 0 and measured["between_tokens"]["p99"] > 0.001
         assert "to the first token" in capsys.readouterr().out
         assert serve_load.main([server.url, "--smoke", "--concurrency", "1,2", "--json", str(figures)]) == 0
         together = json.loads(figures.read_text())["together"]
