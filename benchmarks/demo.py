@@ -58,7 +58,7 @@ def main() -> int:
     print(f"at uniform int3's cost the searched model's perplexity is {100 * gain:.1f} % lower")
     checkpoint = _quantize(args, progress)
     print(f"search {searched:.0f} s, everything {time.monotonic() - start:.0f} s; open {args.output}/report.html")
-    print(f"ask it more: python -m amq.generate {checkpoint} --chat --prompt …")
+    print(f"ask it more: python -m amq.generate {checkpoint} --chat --prompt …, or python -m amq.serve {checkpoint}")
     write_json(args.output / "eval.json", evaluation.json())
     print(
         json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows})
@@ -74,7 +74,7 @@ def _quantize(args: argparse.Namespace, progress: Progress) -> Path:
     folder = args.output / "checkpoint"
     if not folder.exists():
         configuration = args.output / f"searched-{CHECKPOINT_BITS}.json"
-        settings = {"method": "bank", "configuration": str(configuration), "perplexity": "none"}
+        settings = {"method": "bank", "configuration": str(configuration), "head": "int8", "perplexity": "none"}
         resume = partial_folder(folder).exists()
         print(quantized_summary(amq.quantize(args.model, folder, resume=resume, progress=progress, **settings)))
     print(f"> {PROMPT}")

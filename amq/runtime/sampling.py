@@ -84,7 +84,9 @@ class Sampling:
 
 
 def _is_number(value: Any, types: tuple[type, ...]) -> bool:
-    return isinstance(value, types) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, types) or isinstance(value, bool):
+        return False
+    return isinstance(value, int) or math.isfinite(value)  # isfinite(10**400) overflows
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,19 @@ class Sampler:
         Raises AmqError where they hold NaN or an infinity above all else.
         """
         raw = logits.numpy()
-        largest = raw[raw.argmax()]  # numpy's argmax stops at a NaN
+        likeliest = int(raw.argmax())  # numpy's argmax stops at a NaN
+        largest = raw[likeliest]
         if not math.isfinite(largest):
             raise AmqError(
                 f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
                 "overflow; try --dtype float32, or quantize it again"
             )
-        scores = self._penalized(raw) if self._repeats or self._counts else raw
-        token = int(scores.argmax()) if self._random is None else self._draw(scores)
+        penalized = self._repeats or self._counts
+        scores = self._penalized(raw) if penalized else raw
+        if self._random is not None:
+            token = self._draw(scores)
+        else:
+            token = int(scores.argmax()) if penalized else likeliest
         self._remember(token)
         if self.sampling.logprobs is None:
             return Choice(token)
