@@ -1,8 +1,9 @@
 """The one thread that owns engine and scheduler, and the jobs that pass between it and the event loop.
 
 The event loop submits and cancels under a lock; the thread takes jobs from the fair queue when a slot is free, steps
-the scheduler, and hands over what its steps made with one `call_soon_threadsafe`, however many requests they served. With
-nothing to do it sleeps on a condition. What is below "in the thread" runs there, everything else on the event loop.
+the scheduler, and hands over what its steps made with one `call_soon_threadsafe`, however many requests they served.
+With nothing to do it sleeps on a condition. What is below "in the thread" runs there, everything else on the event
+loop.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ POSITIONS_SECONDS = 0.1
 """How often the use of the KV cache is looked at; a scrape sees no more."""
 
 FLUSH_SECONDS = 0.02
-"""Tokens are handed over at most so often, but first and last ones at once: waking the event loop for each of 400 tokens
-per second takes the processors from the engine for a fifth of the time, and nobody reads faster than 50 times a second."""
+"""Tokens are handed over at most so often, but first and last ones at once: waking the event loop for each of 400
+tokens per second takes a fifth of the processors' time from the engine, and nobody reads 50 times a second."""
 
 STOP_SECONDS = 10.0
 """How long the end of the server waits for the pass that is running."""
