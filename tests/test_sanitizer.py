@@ -21,7 +21,10 @@ from cuda_shim.build import runtime_library
 from amq.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("test_linear.py", "test_linear_faults.py", "test_native.py")
+TESTS = (
+    *("test_linear.py", "test_linear_faults.py", "test_native.py"),
+    "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
+)
 UNCHECKED = "null,alignment,object-size,vptr,nonnull-attribute,returns-nonnull-attribute"
 QUICK = f"-O1 -g1 -fno-var-tracking -fno-sanitize={UNCHECKED} -fno-sanitize-address-use-after-scope"
 QUICK += " --param=asan-instrumentation-with-call-threshold=0"

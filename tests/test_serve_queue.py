@@ -145,6 +145,7 @@ def test_keys_take_turns_for_the_slots():
                 server.engine.delay = 0.2
             statuses[name] = pool.submit(send, name)
             wait_for(lambda n=number: n == 0 or len(server.worker._waiting) == min(n, 3))
+        wait_for(lambda: "a3" in order)  # b0 has come
         server.engine.delay = 0.001
         assert {name: status.result() for name, status in statuses.items()} == {
             **dict.fromkeys(("a0", "a1", "a2", "b0"), 200),
