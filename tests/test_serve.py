@@ -297,6 +297,17 @@ def test_metrics(server, client, http):
     assert after["amq_kv_positions_total"] == server.engine.positions
 
 
+def test_a_local_server_answers_to_local_names_only(http):
+    """A web page whose own name was made to resolve to 127.0.0.1."""
+    for host, status in (
+        ("localhost:80", 200),
+        ("[::1]:80", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example", 403),
+    ):
+        assert http.get("/v1/models", headers={"Host": host}).status_code == status
+
+
 def test_keys_and_cors():
     with serving(api_key=["one", "twö"], cors=["https://page.example"], model_name="my/model") as server:
         with httpx.Client(base_url=server.url) as http:

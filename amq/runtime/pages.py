@@ -46,7 +46,7 @@ class PagePool:
             found.append(page)
             serial = self._serials[page]
         missing = -(-positions // self.page) - len(found)
-        if missing > len(self._free) + sum(page not in found for page in self._idle):
+        if missing > len(self._free) + len(self._idle) - sum(page in self._idle for page in found):
             return None
         for page in found:
             self._users[page] += 1

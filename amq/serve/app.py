@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import re
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health",
 SHORT_TEXT = 2**13
 """Characters that are tokenized on the event loop: a few milliseconds, during which the engine goes on."""
 
+LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
 
@@ -108,6 +110,14 @@ class Service:
             return request.headers["authorization"]
         return request.client.host if request.client else ""
 
+    def local(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Whether a request to a local server without a key calls it by a local name.
+
+        Else a web page could have its own name resolve to 127.0.0.1 and read the answers (DNS rebinding).
+        """
+        name = re.sub(rb":\d+$", b"", dict(headers).get(b"host", b"")).decode("latin-1").lower()
+        return bool(self.keys) or self.settings.host not in LOCAL or name in LOCAL
+
     def allowed(self, headers: list[tuple[bytes, bytes]]) -> bool:
         """Compares digests with every key, in a time that tells nothing about them."""
         scheme, _, key = dict(headers).get(b"authorization", b"").partition(b" ")
@@ -166,7 +176,12 @@ class Gate:
             await send(message)
 
         try:
-            if (path.startswith("/v1/") or path == "/metrics") and not self.service.allowed(scope["headers"]):
+            if not self.service.local(scope["headers"]):
+                error = ApiError(
+                    403, "this server answers to localhost only; --api-key or --host opens it", "wrong_host"
+                )
+                await error.response()(scope, receive, counted)
+            elif (path.startswith("/v1/") or path == "/metrics") and not self.service.allowed(scope["headers"]):
                 error = ApiError(
                     401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key"
                 )
