@@ -119,7 +119,7 @@ def _quietly() -> Iterator[None]:
 def resolve(name: str) -> Path:
     """MODEL → a local folder with config.json, safetensors and a tokenizer."""
     if name in ALIASES:
-        return _gguf_folder(_alias_file(name))
+        return _gguf_folder(alias_file(name))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -142,7 +142,7 @@ def _check_folder(path: Path) -> None:
         raise AmqError(f"{path} has no weights: expected *.safetensors beside config.json{hint}")
 
 
-def _alias_file(alias: str) -> Path:
+def alias_file(alias: str) -> Path:
     """The GGUF inside the alias's package, found without importing it: its `__init__` wants packages we do not need."""
     package, project = ALIASES[alias]
     spec = importlib.util.find_spec(package)

@@ -251,7 +251,7 @@ def test_the_gguf_of_a_checkpoint(tmp_path, monkeypatch, cache):
     original = tmp_path / "original.gguf"
     original.write_text("weights")
     monkeypatch.setattr(peers, "Worker", Quantizing)
-    monkeypatch.setattr(peers, "_alias_file", lambda name: original)
+    monkeypatch.setattr(peers, "alias_file", lambda name: original)
     (tmp_path / "quantization.json").write_text(json.dumps({"model": {"name": next(iter(ALIASES))}}))
     files = [peers.gguf_file(str(tmp_path), kind, 1) for kind in ("auto", "q4_0", "Q4_K_M")]
     assert files[0] == files[1] != files[2] and quantized == [("original.gguf", "Q4_0"), ("original.gguf", "Q4_K_M")]

@@ -170,7 +170,7 @@ def test_alias_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_alias_is_a_gguf_file(tmp_path: Path, gguf_model: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = gguf_model("F16")
     find_only(monkeypatch, SimpleNamespace(submodule_search_locations=[str(path.parent)]))
-    assert models._alias_file("smollm2") == path
+    assert models.alias_file("smollm2") == path
     assert load_model("smollm2").model.config.vocab_size == VOCABULARY
 
 

@@ -14,7 +14,7 @@ from amq.bench.llama_cpp import CONFIGURATIONS, Configuration, LlamaCpp, Quantiz
 from amq.bench.worker import Worker, WorkerFailed
 from amq.errors import AmqError
 from amq.files import cache_dir, read_json, write_atomic
-from amq.models import ALIASES, _alias_file
+from amq.models import ALIASES, alias_file
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _source(model: str) -> Path:
     if log_file.is_file():
         name = read_json(log_file).get("model", {}).get("name", "")
     if name in ALIASES:
-        return _alias_file(name)
+        return alias_file(name)
     if Path(name).suffix == ".gguf" and Path(name).is_file():
         return Path(name)
     raise PeerMissing(
