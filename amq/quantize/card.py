@@ -33,6 +33,7 @@ tags: [amq, quantized, mixed-bit]
 ```
 pip install amq
 python -m amq.generate {name} --prompt "Why is the sky blue?"
+python -m amq.serve {name}
 python -m amq.eval {name}
 ```
 
