@@ -14,9 +14,10 @@ NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py
 
-# Two processes, a file of tests in one of them: most tests keep one core busy, and those that compile wait for two.
+# Two processes, a file of tests in one of them: most tests keep one core busy, and those that compile wait for two. Not
+# reordered: files of few tests would come last, and the longest of all has two.
 test: .venv/.installed
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile tests
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
 bench: .venv/.installed
 	$(BIN)/python -m pytest -q benchmarks

@@ -54,7 +54,7 @@ SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
 EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6"],
     "test": [
-        *("pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"),
+        *("pytest>=8", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"),
         *(*SERVE, "openai>=1.60", "httpx>=0.27"),
     ],
     "serve": SERVE,
