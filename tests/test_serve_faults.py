@@ -185,7 +185,9 @@ def test_wrong_keys_learn_nothing():
                 assert response.status_code == 401, (value, path)
                 assert error_of(response)["code"] == "invalid_api_key" and "secret" not in response.text
         raw = exchange(
-            server, b"GET /v1/models HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer \xff\xfe\r\nConnection: close\r\n\r\n"
+            server,
+            b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n"
+            b"Authorization: Bearer \xff\xfe\r\nConnection: close\r\n\r\n",
         )
         assert raw.startswith(b"HTTP/1.1 401")
         assert CLIENT.get(f"{server.url}/v1/models", headers={"Authorization": "Bearer secret"}).status_code == 200
@@ -215,9 +217,8 @@ def exchange(server: Any, data: bytes) -> bytes:
 
 def request_bytes(body: dict[str, Any], path: str = TEXT) -> bytes:
     content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(content)}\r\n\r\n"
     return head.encode() + content
 
 
@@ -225,9 +226,10 @@ def request_bytes(body: dict[str, Any], path: str = TEXT) -> bytes:
     "data",
     [
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(200),  # somebody speaks TLS
-        b"GET / HTTP/1.1\r\nHost: a\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 200_000 + b"\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
     ],
     ids=["TLS", "long header", "negative length", "bad chunk"],
 )

@@ -95,7 +95,8 @@ def ask(server: SimpleNamespace, prompt: str = "abc", key: str = "none", **more:
 def connection(server: SimpleNamespace, **more: Any) -> Iterator[socket.socket]:
     """A request on a raw socket, whose answer the test reads, or not."""
     body = json.dumps({"model": "fake", "prompt": "abc", "stream": True, **more}).encode()
-    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     host, port = server.url.removeprefix("http://").split(":")
     with socket.socket() as link:
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
