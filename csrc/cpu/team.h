@@ -84,6 +84,7 @@ struct Team {
     template <class Run>
     void share(int64_t total, int64_t unit, const Run& run) {
         constexpr int kLong = 32, kPieces = 4;  // units of each thread; its pieces of the last quarter
+        if (total < unit * count) unit = 1;     // a thread with a slow range helps more than one with none
         const int64_t units = (total + unit - 1) / unit;
         if (units < kLong * count || count == 1) {
             const int64_t first = begin(units) * unit, last = end(units) * unit;
