@@ -154,6 +154,11 @@ class Checkpoint:
         packed = {name for linear in self.record.formats for name in part_names(linear)}
         return [name for name in self._files if name not in packed]
 
+    def verify(self) -> None:
+        """Reads all tensors once; raises AmqError unless they have the hashes that were written."""
+        for path in safetensors_files(self.folder):
+            verify_file(path)
+
     def tensor(self, name: str) -> Tensor:
         if name not in self._files:
             raise AmqError(f"{self.folder} has no tensor {name!r}")
@@ -206,8 +211,7 @@ def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
     record = QuantizationRecord.parse(config.get("quantization_config"), str(folder / "config.json"))
     checkpoint = Checkpoint(folder, config, record)
     if verify:
-        for path in safetensors_files(folder):
-            verify_file(path)
+        checkpoint.verify()
     return checkpoint
 
 

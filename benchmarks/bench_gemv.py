@@ -28,7 +28,6 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -39,6 +38,7 @@ from peers.worker import TOLERANCE, measure
 
 from amq import native
 from amq.backends import BACKENDS, prepare
+from amq.bench.machine import OtherWork, last_level_cache
 from amq.formats import FORMATS, BitFormat, n_groups
 from amq.ops import linear
 from amq.packing import PackedWeight, PreparedWeight
@@ -124,40 +124,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", grid(metafunc.config.getoption("--smoke")), ids=str)
 
 
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first core."""
-    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    found = [int(text[:-1]) * units[text[-1]] for text in (path.read_text().strip() for path in sizes)]
-    if not found:
+def cache_bytes() -> int:
+    found = last_level_cache()
+    if found is None:
         pytest.fail("the size of the last-level cache is not in /sys, so cold weights cannot be told from warm ones")
-    return max(found)
-
-
-class OtherWork:
-    """The share of all cores' time that went to other processes since its creation.
-
-    Threads that wait for each other by spinning, as those of most of these libraries do, lose many times that share.
-    """
-
-    def __init__(self) -> None:
-        self._start, self._others = time.perf_counter(), self._other_seconds()
-
-    @staticmethod
-    def _other_seconds() -> float:
-        user, nice, system, _, _, irq, soft, stolen, *_ = map(int, Path("/proc/stat").read_text().split()[1:11])
-        return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
-
-    def share(self) -> float:
-        elapsed = time.perf_counter() - self._start
-        return round(max(0.0, (self._other_seconds() - self._others) / elapsed / os.cpu_count()), 3)
+    return found
 
 
 class Stage:
     """What cases share: the buffer that the read bandwidth is measured on, the last weights, the peers' times."""
 
     def __init__(self, smoke: bool) -> None:
-        self.cold_bytes = 2**16 if smoke else 2 * last_level_cache()
+        self.cold_bytes = 2**16 if smoke else 2 * cache_bytes()
         self.reads, self.seconds = (1, 0.0) if smoke else (4, 3.0)
         self._buffer = native.empty_bytes(self.cold_bytes).random_()  # on large pages, as weights are
         self._key, self._weights = None, None
@@ -214,7 +192,7 @@ class Stage:
         except RuntimeError as error:
             self.left_out[name] = f"failed: {error}"
             return {}
-        result["others"] = others.share()
+        result["others"] = round(others.share(), 3)
         gbps = (result["bytes"] + 4 * case.tokens * (n + k)) / result["seconds"] / 1e9
         bandwidth = statistics.median(readings + self.bandwidth()) / 1e9
         result.update(us=round(result.pop("seconds") * 1e6, 2), us_fastest=round(result.pop("fastest") * 1e6, 2))
@@ -338,7 +316,7 @@ def test_gemv(case: Case, stage: Stage, benchmark) -> None:
     readings, others = stage.bandwidth(), OtherWork()
     benchmark.group = case.group
     benchmark.pedantic(run, rounds=rounds, warmup_rounds=1)
-    others = others.share()
+    others = round(others.share(), 3)
     bandwidth = statistics.median(readings + stage.bandwidth())
     seconds = benchmark.stats.stats.median / len(weights)
     moved = weights[0].nbytes + 4 * case.tokens * (case.shape.out_features + case.shape.in_features)

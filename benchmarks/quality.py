@@ -22,12 +22,12 @@ from amq.data import WindowSampler, fixed_windows, load_corpus
 from amq.files import read_json, write_json
 from amq.formats import get_format
 from amq.linears import inventory
+from amq.machine import cpu_name
 from amq.models import load_model, model_fingerprint
 from amq.perplexity import perplexity
 from amq.progress import Progress
 from amq.quantize.methods import METHODS, BlockQuantizer, BlockSource
 from amq.quantize.sources import BankSource
-from amq.search.records import cpu_name
 
 SCHEMA = "amq/quality/1"
 

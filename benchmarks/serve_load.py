@@ -33,7 +33,7 @@ import psutil
 
 from amq.errors import AmqError
 from amq.files import write_json
-from amq.search.records import cpu_name
+from amq.machine import cpu_name
 from amq.settings import run_command
 
 SCHEMA = "amq/serve_load/1"

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_checkpoint
+from gguf_files import finish, llama_writer, tensor_names, turned
 from tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
 
 from amq.bench import llama_cpp, machine, peers, run
@@ -277,9 +278,9 @@ def test_other_processes_work_is_seen_and_our_own_is_not():
 def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path):
     """The same weights in float32 on both sides: the same log-likelihood of the same tokens."""
     pytest.importorskip("llama_cpp", reason="llama-cpp-python is the peer that this measures")
-    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("gguf")
     model = tiny_llama()
-    path = write_gguf(gguf, model, tmp_path / "tiny.gguf")
+    path = write_gguf(model, tmp_path / "tiny.gguf")
     sizes = peers.weights(path)
     assert sizes["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters()) < sizes["file_bytes"]
     windows = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -294,35 +295,12 @@ def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path):
     assert found == pytest.approx(expected, rel=2e-3)  # llama.cpp keeps keys and values in 16 bits
 
 
-def write_gguf(gguf: Any, model: torch.nn.Module, path: Path) -> Path:
-    """A Llama as llama.cpp wants it: rows of q and k turned, a byte vocabulary."""
-    config, writer = model.config, gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_vocab_size(config.vocab_size)
+def write_gguf(model: torch.nn.Module, path: Path) -> Path:
+    """A Llama in float32 with a vocabulary of bytes."""
+    writer, names = llama_writer(path, model.config), tensor_names(model.config)
     writer.add_tokenizer_model("no_vocab")
-    names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
-    for name, tensor in model.state_dict().items():
-        parts = name.split(".")
-        if parts[1] == "layers":
-            role = parts[-2]
-            kind = "ffn_" if parts[3] == "mlp" else "attn_"
-            short = names.get(role, kind + role.removesuffix("_proj"))
-            heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(role)
-            if heads:
-                tensor = tensor.view(heads, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-            writer.add_tensor(f"blk.{parts[2]}.{short}.weight", tensor.numpy())
-        elif name != "lm_head.weight":
-            short = "token_embd" if "embed" in name else "output_norm"
-            writer.add_tensor(f"{short}.weight", tensor.numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    for name, parameter in model.named_parameters():
+        file_name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(file_name, turned(name, parameter, model.config).numpy())
+    finish(writer)
     return path

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_files import finish, llama_writer, tensor_names, turned
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, random_tokens
 from tiny_models import tiny_llama as make_tiny_llama
@@ -235,23 +236,11 @@ def gguf_model(tmp_path: Path, tiny_llama: nn.Module) -> Callable[..., Path]:
         path = tmp_path / "gguf" / f"tiny-{kind}.gguf"
         path.parent.mkdir(exist_ok=True)
         config = tiny_llama.config
-        writer = gguf.GGUFWriter(path, architecture)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(10000.0)
-        writer.add_vocab_size(config.vocab_size)
+        writer = llama_writer(path, config, architecture)
         add_tokenizer(gguf, writer)
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+        names = tensor_names(config)
         for name, parameter in tiny_llama.named_parameters():
-            weight = parameter.numpy()
-            for role, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
-                if role in name:  # llama.cpp interleaves the two halves of each rotary head
-                    weight = weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+            weight = turned(name, parameter, config).numpy()
             stored = getattr(gguf.GGMLQuantizationType, kind if weight.ndim > 1 else "F32")
             if name != drop:
                 writer.add_tensor(
@@ -261,10 +250,7 @@ def gguf_model(tmp_path: Path, tiny_llama: nn.Module) -> Callable[..., Path]:
                 )
         for name, (raw, stored) in (extra or {}).items():
             writer.add_tensor(name, raw, raw_dtype=getattr(gguf.GGMLQuantizationType, stored))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         return path
 
     return write

@@ -23,22 +23,14 @@ def last_level_cache() -> int | None:
     return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=None)
 
 
-def processor() -> str:
-    """The CPU's name, `unknown` where the system does not say."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return "unknown"
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
 def describe(device: str) -> dict[str, Any]:
     """Facts about the machine, for JSON."""
     import torch
 
+    from amq.machine import cpu_name
     from amq.native import cpu_module
 
-    facts: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "isa": cpu_module().isa()}
+    facts: dict[str, Any] = {"processor": cpu_name(), "cores": os.cpu_count(), "isa": cpu_module().isa()}
     facts["last_level_cache_bytes"] = last_level_cache()
     facts["environment"] = {n: v for n, v in sorted(os.environ.items()) if n.startswith(ENVIRONMENT)}
     if device != "cpu":

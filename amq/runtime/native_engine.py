@@ -16,7 +16,7 @@ from torch import Tensor
 
 from amq import native
 from amq.backends import check_activations
-from amq.checkpoint import Checkpoint, open_checkpoint, safetensors_files, verify_file
+from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.native import cpu_module, empty_bytes, prepared_bytes
@@ -173,8 +173,7 @@ def open_native(
     sizes = read_sizes(checkpoint.config, checkpoint.record.group_size, context)
     threads = threads or torch.get_num_threads()
     if verify:
-        for path in safetensors_files(Path(folder)):
-            verify_file(path)
+        checkpoint.verify()
     model = describe(checkpoint, sizes)
     cache = cache or ("float32" if activations == "fp32" else "float16")
     if cache not in ("float16", "float32"):
@@ -275,14 +274,27 @@ class _Weights:
         self.checkpoint, self.formats = checkpoint, checkpoint.record.formats
         self._sizes = {name: self._prepared_bytes(name) for name in self.formats}
         self._memory = empty_bytes(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self._sizes.values()))
+        self._prepared: dict[str, PreparedWeight] = {}
         self.keep: list[Any] = []
         self.bytes = 0
         self.names = set(checkpoint.other_names)
+        self._used: set[str] = set()  # of `names`
 
-    def vector(self, name: str) -> int:
+    def check_complete(self) -> None:
+        """A linear or tensor that the block has no place for means that the model is another one than it seems."""
+        if strange := sorted(set(self.formats) - set(self._prepared)):
+            raise Unsupported(f"the native engine has no place for the linear {strange[0]}")
+        if strange := sorted(self.names - self._used - {"lm_head.weight"}):  # a tied one may be stored all the same
+            raise Unsupported(f"the native engine has no place for the tensor {strange[0]}")
+
+    def _tensor(self, name: str) -> Tensor:
         if name not in self.names:
             raise Unsupported(f"the checkpoint has no {name}")
-        tensor = self.checkpoint.tensor(name).float().contiguous()
+        self._used.add(name)
+        return self.checkpoint.tensor(name)
+
+    def vector(self, name: str) -> int:
+        tensor = self._tensor(name).float().contiguous()
         self.keep.append(tensor)
         self.bytes += tensor.nbytes
         return tensor.data_ptr()
@@ -297,11 +309,14 @@ class _Weights:
     def prepared(self, name: str) -> PreparedWeight:
         if name not in self.formats:
             raise Unsupported(f"the native engine wants all linears quantized, {name} is not")
+        if name in self._prepared:  # the head, which an embedding is tied to
+            return self._prepared[name]
         packed, size = self.checkpoint.packed(name), self._sizes[name]
         weight = PreparedWeight.of(packed, "cpu", native.prepare(packed, self._memory[:size]))
         self._memory = self._memory[-(-size // ALIGNMENT) * ALIGNMENT :]
         self.keep.append(weight.data)
         self.bytes += weight.data.numel()
+        self._prepared[name] = weight
         return weight
 
     def projection(self, names: Sequence[str]) -> tuple[list[tuple[str, int, int, int]], int]:
@@ -310,7 +325,7 @@ class _Weights:
         bias = 0
         if any(biased):
             parts = [
-                self.checkpoint.tensor(f"{name}.bias").float() if has else torch.zeros(weight.out_features)
+                self._tensor(f"{name}.bias").float() if has else torch.zeros(weight.out_features)
                 for name, weight, has in zip(names, weights, biased, strict=True)
             ]
             self.keep.append(torch.cat(parts))
@@ -321,13 +336,9 @@ class _Weights:
         """An embedding or a head: packed where it is quantized, else as the file has it."""
         linear = self.checkpoint.record.embedding.get(name, name)
         if linear in self.formats:
-            known = [entry for entry in self.keep if isinstance(entry, tuple) and entry[0] == linear]
-            if not known:
-                self.keep.append((linear, self.prepared(linear)))
-                known = [self.keep[-1]]
-            weight = known[0][1]
+            weight = self.prepared(linear)
             return weight.format.name, weight.data.data_ptr(), weight.data.numel()
-        tensor = self.checkpoint.tensor(f"{name}.weight").contiguous()
+        tensor = self._tensor(f"{name}.weight").contiguous()
         kind = str(tensor.dtype).removeprefix("torch.")
         if kind not in ("float32", "float16", "bfloat16"):
             raise Unsupported(f"{name}.weight is {kind}")
@@ -370,21 +381,5 @@ def describe(checkpoint: Checkpoint, sizes: Mapping[str, Any]) -> dict[str, Any]
         "head": head,
     }
     read = weights.bytes + (head[2] if head[0] in ("float32", "float16", "bfloat16") else 0)
-    _check_complete(checkpoint, weights)
+    weights.check_complete()
     return {"sizes": dict(sizes), "arrays": arrays, "blocks": blocks, "keep": weights.keep, "weight_bytes": read}
-
-
-def _check_complete(checkpoint: Checkpoint, weights: _Weights) -> None:
-    """A linear or tensor that the block has no place for means that the model is another one than it seems."""
-    layers = checkpoint.config["num_hidden_layers"]
-    roles = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
-             "mlp.up_proj", "mlp.down_proj")  # fmt: skip
-    used = {f"model.layers.{i}.{role}" for i in range(layers) for role in roles} | {"lm_head"}
-    if strange := sorted(set(weights.formats) - used):
-        raise Unsupported(f"the native engine has no place for the linear {strange[0]}")
-    norms = ("input_layernorm.weight", "post_attention_layernorm.weight", "self_attn.q_norm.weight",
-             "self_attn.k_norm.weight")  # fmt: skip
-    known = {f"model.layers.{i}.{norm}" for i in range(layers) for norm in norms} | {f"{name}.bias" for name in used}
-    known |= {"model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"}
-    if strange := sorted(weights.names - known):
-        raise Unsupported(f"the native engine has no place for the tensor {strange[0]}")

@@ -28,13 +28,14 @@ from amq.files import read_json, write_json
 from amq.fisher import fisher_passes
 from amq.formats import FORMATS
 from amq.linears import Inventory, check_weights, inventory
+from amq.machine import cpu_name
 from amq.models import LoadedModel, check_memory, load_model, model_fingerprint
 from amq.progress import Progress
 from amq.search.archive import Archive
 from amq.search.fit import fit_records
 from amq.search.front import pareto_indices
 from amq.search.problem import Problem, Table, TimeIsUp
-from amq.search.records import cpu_name, describe_model, front_json, provenance, versions
+from amq.search.records import describe_model, front_json, provenance, versions
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
