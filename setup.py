@@ -36,6 +36,7 @@ INSTALL_REQUIRES = [
     "numpy>=1.26",
     "transformers>=5.14",
     "safetensors>=0.4",
+    "msgspec>=0.19",
     "hqq>=0.2.8",
     "pymoo>=0.6.1",
     "scikit-learn>=1.4",

@@ -207,7 +207,7 @@ def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
     Raises AmqError naming the file or tensor that is missing, truncated, altered or of an unknown version.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json")
+    config = read_json(folder / "config.json", floats=True)
     record = QuantizationRecord.parse(config.get("quantization_config"), str(folder / "config.json"))
     checkpoint = Checkpoint(folder, config, record)
     if verify:

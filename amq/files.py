@@ -85,12 +85,22 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, write)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, floats: bool = False) -> Any:
+    """What a JSON file holds; floats: NaN and infinity are allowed. Raises AmqError naming the file.
+
+    `amq.records.read_record` reads a file into a typed record.
+    """
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"it holds {constant}, which is no JSON number")
+
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=None if floats else refuse)
     except FileNotFoundError:
         raise AmqError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise AmqError(f"{path} is not valid JSON: it is nested too deeply; the file is damaged") from None
+    except ValueError as error:  # of the JSON, of its encoding, or an integer of thousands of digits
         raise AmqError(f"{path} is not valid JSON: {error}") from None
     except OSError as error:
         raise AmqError(f"{path} cannot be read: {error}") from None

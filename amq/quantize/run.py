@@ -267,7 +267,7 @@ def _other_tensors(model: nn.Module, packed: Iterable[str], dtype: torch.dtype) 
 
 def _stored_dtype(settings: QuantizeSettings, model: nn.Module) -> torch.dtype:
     """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it does not overflow."""
-    config = read_json(resolve(settings.model) / "config.json")
+    config = read_json(resolve(settings.model) / "config.json", floats=True)
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
     if own is not None and own.itemsize == 2:
         return own

@@ -1,0 +1,58 @@
+"""What files say, as typed records: one strict reader for every JSON file that a user, a disk or a bug may have changed.
+
+A record is a dataclass. `read_record` reads a file into one and `parse_record` a value that was read already: types are
+strict (a boolean is no number, a text no list), keys that a record lacks are ignored, and each error names the file,
+the place in it as a JSON path, what was expected and what came. Ranges are the record's own: `__post_init__` calls
+`check_range`, so that no size is used before it is bounded.
+
+msgspec does the work. It is imported when the first file is read, because kernels run on machines that have torch alone.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, TypeVar
+
+from amq.errors import AmqError
+from amq.files import read_json
+
+Record = TypeVar("Record")
+
+MOST = 2**31 - 1
+"""Of any size or count that a file gives: beyond every model, and small enough that products of two fit 64 bits."""
+
+
+def read_record(path: Path, kind: type[Record], floats: bool = False) -> Record:
+    """The JSON file `path` as a `kind`, a dataclass or any type that msgspec knows.
+
+    floats: NaN and infinity are allowed, which JSON does not have but config.json of some models holds.
+    Raises AmqError naming the file, the place in it, what was expected and what came.
+    """
+    return parse_record(read_json(path, floats), kind, str(path))
+
+
+def parse_record(data: Any, kind: type[Record], source: str) -> Record:
+    """`data`, as `json` reads it, as a `kind`; `source` names in errors what holds it."""
+    import msgspec
+
+    try:
+        return msgspec.convert(data, kind, strict=True)
+    except msgspec.ValidationError as error:
+        reason, _, place = str(error).partition(" - at ")
+        where = f" at {place.strip('`')}" if place else ""
+        raise AmqError(f"{source}{where}: {reason[:1].lower()}{reason[1:]}; the file is damaged or was edited") from None
+
+
+def check_range(record: Any, *names: str, least: float = 1, most: float = MOST) -> None:
+    """For `__post_init__`: raises ValueError unless the numbers `names` of `record`, None aside, are in the range."""
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and not (math.isfinite(value) and least <= value <= most):
+            raise ValueError(f"expected {name} from {least} to {most}, got {shorten(value)}")
+
+
+def shorten(value: Any, length: int = 60) -> str:
+    """`value` as text for an error, cut where a damaged file has megabytes of it."""
+    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
+    return text if len(text) <= length else f"{text[:length]}…"
