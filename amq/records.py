@@ -1,11 +1,11 @@
-"""What files say, as typed records: one strict reader for every JSON file that a user, a disk or a bug may have changed.
+"""What files say, as typed records: one strict reader for JSON that a user, a disk or a bug may have changed.
 
 A record is a dataclass. `read_record` reads a file into one and `parse_record` a value that was read already: types are
 strict (a boolean is no number, a text no list), keys that a record lacks are ignored, and each error names the file,
 the place in it as a JSON path, what was expected and what came. Ranges are the record's own: `__post_init__` calls
 `check_range`, so that no size is used before it is bounded.
 
-msgspec does the work. It is imported when the first file is read, because kernels run on machines that have torch alone.
+msgspec does the work. It is imported when the first file is read: kernels also run on machines that have torch alone.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def parse_record(data: Any, kind: type[Record], source: str) -> Record:
         return msgspec.convert(data, kind, strict=True)
     except msgspec.ValidationError as error:
         reason, _, place = str(error).partition(" - at ")
-        where = f" at {place.strip('`')}" if place else ""
-        raise AmqError(f"{source}{where}: {reason[:1].lower()}{reason[1:]}; the file is damaged or was edited") from None
+        where, reason = f" at {place.strip('`')}" if place else "", reason[:1].lower() + reason[1:]
+        raise AmqError(f"{source}{where}: {reason}; the file is damaged or was edited") from None
 
 
 def check_range(record: Any, *names: str, least: float = 1, most: float = MOST) -> None:
@@ -54,5 +54,6 @@ def check_range(record: Any, *names: str, least: float = 1, most: float = MOST) 
 
 def shorten(value: Any, length: int = 60) -> str:
     """`value` as text for an error, cut where a damaged file has megabytes of it."""
-    text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else f"a number of {value.bit_length()} bits"
+    huge = isinstance(value, int) and abs(value) > 10**40
+    text = f"a number of {value.bit_length()} bits" if huge else repr(value)
     return text if len(text) <= length else f"{text[:length]}…"
