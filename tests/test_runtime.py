@@ -17,6 +17,7 @@ from checkpoints import tiny_checkpoint
 from tiny_models import ARCHITECTURES
 
 from amq import generate as command
+from amq.backends import choose_backend
 from amq.errors import AmqError
 from amq.models import LoadedModel, load_model
 from amq.quantized_linear import StoredLinear
@@ -185,6 +186,7 @@ def test_which_engine_runs(
     def missing() -> None:
         raise AmqError("the native module is not built")
 
+    monkeypatch.setattr("amq.quantized_linear._choose", choose_backend)  # forgets what earlier loads have found
     monkeypatch.setattr("amq.native.cpu_module", missing)
     slow = load(folder, activations="fp32")
     assert slow.engine.banner.endswith("(backend cpu does not run its formats here)")

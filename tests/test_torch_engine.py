@@ -15,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amq.errors import AmqError
 from amq.runtime.engine import Segment
-from amq.runtime.torch_engine import GRAPH_CONTEXT, TorchEngine, weight_bytes
+from amq.runtime.torch_engine import CACHE_ARGUMENTS, GRAPH_CONTEXT, TorchEngine, weight_bytes
+from amq.runtime.trial import try_cache
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -61,8 +62,9 @@ GROWING, STATIC = ("llama", "gemma2", "mistral", "phi3"), ("llama", "gemma3", "m
 
 @pytest.mark.parametrize("name, static", [(n, False) for n in GROWING] + [(n, True) for n in STATIC])
 def test_parts_of_a_prompt_and_steps_give_what_a_whole_forward_gives(name: str, static: bool) -> None:
-    """60 tokens with a sliding window of 16, where the family has one."""
-    model = ARCHITECTURES[name].build()
+    """60 tokens with a sliding window of 16, where the family has one. Captured steps want sdpa: eager attention of older
+    versions (5.14, 5.17) makes a tensor of a Python number in every call."""
+    model = ARCHITECTURES[name].build(attn_implementation="sdpa" if static else "eager")
     recorded = Recorded() if static else None
     engine = TorchEngine(model, context=80, capture=recorded)
     tokens, parts = random_tokens(1, 60)[0].tolist(), [10, 1, 1, 20, 1, 1, 7, 9, *[1] * 10]
@@ -97,21 +99,144 @@ def test_models_with_a_recurrent_state_get_their_prompts_whole() -> None:
         TorchEngine(griffin, max_sequences=2)
 
 
+def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
+    """`model` with another forward, which gets the old one as its first argument."""
+    old = type(model).forward
+    body = {"forward": lambda self, *args, **kwargs: forward(lambda *a, **k: old(self, *a, **k), *args, **kwargs)}
+    model.__class__ = type(type(model).__name__, (type(model),), body)
+    return model
+
+
+@pytest.mark.parametrize("argument", CACHE_ARGUMENTS)
+@pytest.mark.parametrize("rest", ["swallowed", "refused"])
+def test_the_cache_is_found_under_every_name(argument: str, rest: str) -> None:
+    """`cache` is transformers 5.24's, the others are of versions before it. No signature shows any; a name that the model
+    does not know is swallowed or refused, and so is `logits_to_keep`."""
+    model = ARCHITECTURES["llama"].build()
+    own, tokens = try_cache(model, CACHE_ARGUMENTS).argument, random_tokens(1, 12)[0].tolist()
+
+    def renamed(forward: Callable[..., Any], **kwargs: Any) -> Any:
+        known = {name: kwargs.pop(name) for name in ("input_ids", "use_cache") if name in kwargs}
+        if argument in kwargs:
+            known[own] = kwargs.pop(argument)
+        if kwargs and rest == "refused":
+            raise TypeError(f"unexpected keyword argument {next(iter(kwargs))}")
+        return forward(**known)
+
+    expected = logits_after(TorchEngine(model), tokens, [10, 1, 1])
+    engine = TorchEngine(with_forward(model, renamed))
+    torch.testing.assert_close(logits_after(engine, tokens, [10, 1, 1]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_models_without_a_cache_are_refused() -> None:
+    def forgetful(forward: Callable[..., Any], input_ids: Tensor, **kwargs: Any) -> Any:
+        return forward(input_ids=input_ids)
+
+    with pytest.raises(AmqError, match=r"LlamaForCausalLM takes no KV cache that amq knows \(cache: not filled; past"):
+        TorchEngine(with_forward(ARCHITECTURES["llama"].build(), forgetful))
+
+
+def test_what_a_cache_holds_is_found() -> None:
+    options = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 256, "eos_token_id": None}
+    mamba = randomized(transformers.MambaForCausalLM(transformers.MambaConfig(**options)), 0)
+    assert try_cache(mamba, CACHE_ARGUMENTS).recurrent
+    for name in {*GROWING, *STATIC}:
+        use = try_cache(ARCHITECTURES[name].build(), CACHE_ARGUMENTS)
+        assert not use.recurrent and use.layers == 3 and use.options == {"logits_to_keep": 1}, name
+
+
+BORDER = 64
+LONGROPE = {
+    "rope_parameters": {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": BORDER, "factor": 8.0},
+        **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)]},
+    },
+    "original_max_position_embeddings": BORDER,
+}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "max_position_embeddings": BORDER,
+}
+
+
+@pytest.mark.parametrize("name, options", [("phi3", LONGROPE), ("llama", DYNAMIC)])
+@pytest.mark.parametrize("parts", [[120], [40, 40, 40], [64, 1, 55], [60, *[1] * 60], [10, 100, 10]])
+def test_rotary_tables_are_those_of_the_whole_text(name: str, options: dict[str, Any], parts: list[int]) -> None:
+    """Every row is that of one call over the text up to there, on both sides of the border; a short text comes between."""
+    model = ARCHITECTURES[name].build(**options)
+    engine = TorchEngine(model, context=160, max_sequences=2)
+    tokens, short = random_tokens(1, 120)[0].tolist(), random_tokens(1, BORDER, seed=1)[0].tolist()
+    fresh = ARCHITECTURES[name].build(**options)  # a dynamic table would remember its longest text
+
+    def whole(text: list[int]) -> Tensor:
+        fresh(torch.zeros(1, 1, dtype=torch.int64))
+        return fresh(torch.tensor([text])).logits[0, -1]
+
+    long_slot, done = engine.open(tokens, 4), 0
+    with torch.no_grad():
+        for number, part in enumerate(parts):
+            row = engine.forward([Segment(long_slot, tokens[done : done + part])])[0]
+            done += part
+            if number % 10 == 9 or part > 1:
+                torch.testing.assert_close(row, whole(tokens[:done]), atol=1e-4, rtol=1e-4)
+                slot = engine.open(short, 1)
+                row = engine.forward([Segment(slot, short)])[0]
+                engine.close(slot)
+                torch.testing.assert_close(row, whole(short), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name, options", [("phi3", LONGROPE), ("llama", DYNAMIC)])
+def test_prompts_beyond_a_change_of_tables_are_computed_once(name: str, options: dict[str, Any]) -> None:
+    """Parts without logits wait for the change; behind it, longrope goes on in parts."""
+    lengths = []
+
+    def counted(forward: Callable[..., Any], input_ids: Tensor, **kwargs: Any) -> Any:
+        lengths.append(input_ids.shape[1])
+        return forward(input_ids=input_ids, **kwargs)
+
+    model, tokens = ARCHITECTURES[name].build(**options), random_tokens(1, 120)[0].tolist()
+    engine = TorchEngine(with_forward(model, counted), context=160)
+    slot = engine.open(tokens, 4)
+    lengths.clear()
+    for start in range(0, 120, 30):
+        engine.forward([Segment(slot, tokens[start : start + 30], logits=start == 90)])
+    assert lengths == ([90, 30] if options is LONGROPE else [1, 120])  # the 1 takes an earlier text's table back
+
+
+def test_captured_steps_cross_the_border_of_longrope() -> None:
+    model = ARCHITECTURES["phi3"].build(**LONGROPE, attn_implementation="sdpa")
+    engine = TorchEngine(model, context=160, capture=lambda step: step)
+    tokens = random_tokens(1, 80)[0].tolist()
+    assert "captured" in engine.banner
+    with torch.no_grad():
+        for length in (60, 80, 60):
+            row = logits_after(engine, tokens[:length], [50, *[1] * (length - 50)])[-1]
+            torch.testing.assert_close(row, model(torch.tensor([tokens[:length]])).logits[0, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_tokens_across_the_border_are_those_of_generate() -> None:
+    model, prompt = ARCHITECTURES["phi3"].build(**LONGROPE), random_tokens(1, 50)[0].tolist()
+    theirs = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, 50:].tolist()
+    assert greedy(TorchEngine(model), prompt, 40) == theirs
+
+
+def greedy(engine: TorchEngine, prompt: list[int], count: int) -> list[int]:
+    slot, tokens, found = engine.open(prompt, count), prompt, []
+    for _ in range(count):
+        found.append(int(engine.forward([Segment(slot, tokens)])[0].argmax()))
+        tokens = found[-1:]
+    return found
+
+
 def test_greedy_tokens_are_those_of_generate() -> None:
     model, prompt = ARCHITECTURES["llama"].build(), random_tokens(1, 9)[0].tolist()
     theirs = model.generate(torch.tensor([prompt]), max_new_tokens=40, do_sample=False, pad_token_id=0)[0, 9:].tolist()
-    engine = TorchEngine(model)
-    slot, tokens = engine.open(prompt, 40), prompt
-    ours = []
-    for _ in range(40):
-        ours.append(int(engine.forward([Segment(slot, tokens)])[0].argmax()))
-        tokens = ours[-1:]
-    assert ours == theirs
+    assert greedy(TorchEngine(model), prompt, 40) == theirs
 
 
 @pytest.mark.parametrize("static", [False, True])
 def test_sequences_do_not_see_each_other(static: bool) -> None:
-    model = ARCHITECTURES["llama"].build()
+    model = ARCHITECTURES["llama"].build(attn_implementation="sdpa")
     engine = TorchEngine(model, context=40, max_sequences=2, capture=Recorded() if static else None)
     texts = [t.tolist() for t in random_tokens(2, 20)]
     alone = [logits_after(engine, tokens, [15, 5])[1] for tokens in texts]
@@ -159,6 +284,9 @@ def test_contexts() -> None:
     assert TorchEngine(model).context == 2 * GRAPH_CONTEXT
     assert TorchEngine(model, capture=Recorded()).context == GRAPH_CONTEXT
     assert TorchEngine(model, context=64).context == 64
+    dynamic = ARCHITECTURES["llama"].build(**DYNAMIC)
+    assert TorchEngine(dynamic).context == BORDER and "anew" not in TorchEngine(dynamic).banner
+    assert "context 160, whole texts anew beyond 64 (dynamic" in TorchEngine(dynamic, context=160).banner
 
 
 def test_what_cannot_be_captured_runs_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,6 @@ decode step of each is a CUDA graph, captured once at load, because there a step
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,8 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.quantized_linear import QuantizedLinear, StoredLinear
 from amq.runtime.engine import Segment, Slot
+from amq.runtime.rotary import Renewed, RotaryTables
+from amq.runtime.trial import REFUSALS, try_cache
 
 MAX_ROWS = 512
 CONTEXT = 4096
@@ -24,8 +25,8 @@ CONTEXT = 4096
 GRAPH_CONTEXT = 8192
 """On CUDA the caches are allocated at load: no more than this unless the caller asks for it."""
 WARM_UPS = 3
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
-"""What models call their cache; the second one is Mamba's."""
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
+"""What models call their cache: in transformers 5.24, before it, and Mamba and its like before it."""
 STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 """Models of transformers whose state is not in the cache but in the model itself: sequences would share it."""
 
@@ -39,9 +40,13 @@ class _Growing:
     """A sequence whose cache grows as it goes."""
 
     def __init__(self, forward: Callable[[Tensor, Any], Tensor], config: Any, device: torch.device) -> None:
+        self._forward, self._config, self._device = forward, config, device
+        self.reset()
+
+    def reset(self) -> None:
         from transformers import DynamicCache
 
-        self._forward, self._device, self._cache = forward, device, DynamicCache(config=config)
+        self._cache = DynamicCache(config=self._config)
 
     def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
         return self._forward(torch.tensor([tokens], device=self._device), self._cache)
@@ -54,8 +59,8 @@ class _Recurrent(_Growing):
     until it is whole, and what comes later goes token by token.
     """
 
-    def __init__(self, forward: Callable[[Tensor, Any], Tensor], config: Any, device: torch.device) -> None:
-        super().__init__(forward, config, device)
+    def reset(self) -> None:
+        super().reset()
         self._started, self._waiting = False, []
 
     def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
@@ -111,20 +116,24 @@ class _Captured:
 
 
 class _TorchSlot(Slot):
-    def __init__(self, capacity: int, sequence: _Growing | _Captured) -> None:
+    """place: what of the engine it holds. sequence: what runs its tokens there."""
+
+    def __init__(self, capacity: int, place: _Growing | _Captured, tables: RotaryTables, prompt: int) -> None:
         super().__init__(capacity)
-        self.sequence = sequence
+        self.place = place
+        self.sequence = Renewed(place, tables, prompt) if tables else place
 
 
 class TorchEngine:
     """An `Engine` (amq.runtime.engine) over a causal LM of transformers, in evaluation mode on its device.
 
-    context: positions of a sequence at most; None takes the model's own, on CUDA at most GRAPH_CONTEXT.
+    context: positions of a sequence at most; None takes the model's own, on CUDA at most GRAPH_CONTEXT. Only a model
+        with dynamic rotary tables takes more than its own; every token beyond that reads its whole text anew.
     why: the reason that this engine runs the model, for the banner.
     capture: makes a decode step into one that runs without Python; None takes a CUDA graph on CUDA, else nothing.
     weight_bytes: that one decoded token reads: all linears and norms, the embedding only where it is the head too; of
         mixtures of experts, all experts.
-    Raises AmqError for a context that the model does not have.
+    Raises AmqError for a context that the model does not have, and for a model that takes no KV cache.
     """
 
     def __init__(
@@ -139,11 +148,8 @@ class TorchEngine:
         self._model = model
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
-        accepted = inspect.signature(model.forward).parameters
-        self._keep = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._cache = next((name for name in CACHE_ARGUMENTS if name in accepted), "")
-        if not self._cache:  # it would be swallowed by **kwargs, and every token be the first
-            raise AmqError(f"{type(model).__name__} takes no KV cache that amq knows ({' or '.join(CACHE_ARGUMENTS)})")
+        self._use = try_cache(model, CACHE_ARGUMENTS)
+        self._tables = RotaryTables(self._config, self._run_short_text)
         self.vocab_size, self.max_rows = self._config.vocab_size, max_rows
         if not 1 <= max_sequences <= max_rows:
             raise AmqError(f"max_sequences must be from 1 to {max_rows}, got {max_sequences}")
@@ -158,7 +164,9 @@ class TorchEngine:
         how = "" if capture is None else self._capture(capture)
         self._open: set[Slot] = set()
         self.banner = f"transformers on {self._device}, {str(model.dtype).removeprefix('torch.')}, {_linears(model)}"
-        self.banner += f"{how}; context {self.context}{f' ({why})' if why else ''}"
+        beyond = self._tables.dynamic is not None and self.context > self._tables.dynamic
+        slow = f", whole texts anew beyond {self._tables.dynamic} (dynamic rotary tables)" if beyond else ""
+        self.banner += f"{how}; context {self.context}{slow}{f' ({why})' if why else ''}"
 
     def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
         """See `Engine`. Nothing of earlier sequences is kept: `length` is 0."""
@@ -170,11 +178,12 @@ class TorchEngine:
         if len(self._open) == self.max_sequences:
             return None
         if self._free is None:
-            kind = _Recurrent if getattr(self._model, "_is_stateful", False) else _Growing
-            slot = _TorchSlot(capacity, kind(self._forward, self._config, self._device))
+            recurrent = self._use.recurrent or self._config.model_type in STATE_IN_MODULES
+            place = (_Recurrent if recurrent else _Growing)(self._forward, self._config, self._device)
         else:
-            slot = _TorchSlot(capacity, self._free.pop())
-            slot.sequence.reset()
+            place = self._free.pop()
+            place.reset()
+        slot = _TorchSlot(capacity, place, self._tables, len(prompt))
         self._open.add(slot)
         return slot
 
@@ -182,7 +191,7 @@ class TorchEngine:
         """See `Engine`."""
         self._open.remove(slot)
         if self._free is not None:
-            self._free.append(slot.sequence)
+            self._free.append(slot.place)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -202,7 +211,11 @@ class TorchEngine:
 
     def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
         """int64 [1, n] → [vocabulary], after the last of them."""
-        return self._model(input_ids=tokens, use_cache=True, **{self._cache: cache}, **self._keep).logits[0, -1]
+        use = self._use
+        return self._model(input_ids=tokens, use_cache=True, **{use.argument: cache}, **use.options).logits[0, -1]
+
+    def _run_short_text(self) -> None:
+        self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._device), use_cache=False)
 
     def _check(self, segments: Sequence[Segment]) -> None:
         rows = sum(len(segment.tokens) for segment in segments)
@@ -224,27 +237,22 @@ class TorchEngine:
         own = getattr(self._config, "max_position_embeddings", None)
         if asked is None:
             return min(own or CONTEXT, most or own or CONTEXT)
-        if asked < 2 or (own is not None and asked > own):
+        if asked < 2 or (own is not None and asked > own and self._tables.dynamic is None):
             raise AmqError(f"context must be from 2 to the model's {own or 'limit'}, got {asked}")
         return asked
 
     def _capture(self, capture: Capture) -> str:
         """Makes the places for sequences with their decode steps; returns what the banner says of it."""
-        from transformers import StaticCache
-        from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
-
-        layers = StaticCache(config=self._config, max_cache_len=1).layers
-        odd = {type(layer).__name__ for layer in layers} - {StaticLayer.__name__, StaticSlidingWindowLayer.__name__}
-        if odd:
-            return self._uncaptured(f"its {odd.pop()} keeps other state than keys and values")
+        if self._use.recurrent:
+            return self._uncaptured("its cache keeps other state than keys and values")
         places = range(self.max_sequences)
         try:
             with torch.inference_mode():
                 self._free = [
-                    _Captured(self._forward, len(layers), self.context, self._device, capture) for _ in places
+                    _Captured(self._forward, self._use.layers, self.context, self._device, capture) for _ in places
                 ]
-        except RuntimeError as error:  # of memory for the caches, or an operation that a graph cannot hold
-            return self._uncaptured(str(error).strip().splitlines()[0])
+        except (ImportError, *REFUSALS) as error:  # of memory for the caches, or an operation that a graph cannot hold
+            return self._uncaptured((str(error).strip().splitlines() or [type(error).__name__])[0])
         return ", decode steps captured"
 
     def _uncaptured(self, reason: str) -> str:
