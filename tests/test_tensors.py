@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from amq.errors import AmqError
 from amq.tensors import save_file, save_tensors
 
-METADATA = {f"key {i} \"'\\\n\t\x01\x7f é 漢 😀": "value \\ \" \b\f\r ü" * (i + 1) for i in range(8)}
+METADATA = {f"key {i} \"'\\\n\t\x01\x7f é 漢 😀": 'value \\ " \b\f\r ü' * (i + 1) for i in range(8)}
 TENSORS = {"b": torch.arange(12, dtype=torch.float16).reshape(3, 4), "a": torch.arange(5, dtype=torch.uint8)}
 
 
