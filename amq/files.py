@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -93,17 +94,26 @@ def check_path(path: Path | str, what: str = "the path") -> None:
 def check_place(path: Path, what: str) -> None:
     """Raises AmqError unless `path` is a folder that this process can write to, or one that it can make.
 
-    For the beginning of a command: a temporary folder is made there and removed. what: whose it is, such as `--output`.
+    For the beginning of a command: it is made, with something in it, and removed again, which no look at permissions can
+    stand in for. what: whose it is, such as `--output`.
     """
     check_path(path, what)
+    made: list[Path | str] = []
     try:
         there = next(p for p in (path, *path.parents) if p.exists())  # the name itself may be too long
         if not there.is_dir():
             below = "is a file: expected a folder" if there == path else f"lies below {there}, which is a file"
             raise AmqError(f"{what} {path} {below}")
-        os.rmdir(tempfile.mkdtemp(prefix=".amq-", dir=there))
+        for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
+            folder.mkdir(exist_ok=True)
+            made.append(folder)
+        made.append(tempfile.mkdtemp(prefix=".amq-", dir=path))
     except OSError as error:
         raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another process has put something there
+                os.rmdir(folder)
 
 
 def reason(error: OSError) -> str:

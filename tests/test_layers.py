@@ -25,9 +25,10 @@ RANKS = {
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom
     "amq.files": {"amq.temporary"}, "amq.records": {"amq.files"}, "amq.tensors": {"amq.files"},
+    "amq.settings": {"amq.files"}, "amq.linears": {"amq.records"},
     "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files", "amq.records"},
     "amq.configuration": {"amq.linears", "amq.files", "amq.records"},
-    "amq.backends": {"amq.native", "amq.gpu"}, "amq.evaluator": {"amq.swap"},
+    "amq.backends": {"amq.native", "amq.gpu"}, "amq.evaluator": {"amq.swap"}, "amq.bank": {"amq.checkpoint"},
     "amq.quantized_linear": {"amq.ops", "amq.checkpoint"}, "amq.quantized_embedding": {"amq.quantized_linear"},
     "amq.formats": {"amq.errors"}, "amq.quantizers": set(), "amq.data": set(),
 }  # fmt: skip
