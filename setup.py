@@ -37,6 +37,7 @@ INSTALL_REQUIRES = [
     "transformers>=5.14",
     "safetensors>=0.4",
     "msgspec>=0.19",
+    "regex>=2024.4",
     "hqq>=0.2.8",
     "pymoo>=0.6.1",
     "scikit-learn>=1.4",

@@ -25,14 +25,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from amq.calibration import CalibrationStream
+from amq.checkpoint import HASHES, PARTS, hashes_metadata, part_names
 from amq.configuration import Configuration, linear_bytes
 from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
-from amq.files import cache_dir, write_atomic, write_json
+from amq.files import cache_dir, make_folder, write_atomic, write_json
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.linears import Inventory, LinearSpec, get_linear
 from amq.models import LoadedModel, model_fingerprint
@@ -41,9 +41,12 @@ from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
+from amq.tensors import save_file
 
-VERSION = 2
+VERSION = 3
 """Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
+ERROR = "weight_error"
+"""Beside the three parts of each linear: ‖W − Ŵ‖², float64, a tensor so that its hash is kept as theirs are."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ class BankRecipe:
         """The bank that a configuration was searched on; what its provenance does not say is taken from here."""
         provenance = configuration.details.get("provenance") or {}
         names = ("proxy", "calibration", "bank_windows", "window_length", "seed")
-        given = {n: provenance.get(n, getattr(self, n)) for n in names}
+        given = {n: getattr(self, n) if provenance.get(n) is None else provenance[n] for n in names}
         return BankRecipe(group_size=configuration.group_size, **given)
 
     def open(
@@ -109,20 +112,27 @@ class WeightBank:
             raise AmqError(f"format {fmt!r} is not in this bank (it has {', '.join(f.name for f in self.formats)})")
         spec = self._specs[linear]
         path = _file(self.folder, spec.block, get_format(fmt))
+        file = self._open(path)
         try:
-            parts = [self._open(path).get_tensor(f"{linear}.{part}") for part in ("qweight", "scale", "zero_point")]
-        except SafetensorError as error:
+            packed = PackedWeight(
+                get_format(fmt), spec.in_features, self.group_size, *(file.get_tensor(n) for n in part_names(linear))
+            )
+        except (SafetensorError, AmqError) as error:
             raise _damaged(path, error) from error
-        return PackedWeight(get_format(fmt), spec.in_features, self.group_size, *parts)
+        if packed.out_features != spec.out_features:
+            raise _damaged(path, f"{linear} has {packed.out_features} rows, expected {spec.out_features}")
+        return packed
 
     def weight_errors(self) -> dict[str, dict[str, float]]:
         """‖W − Ŵ‖² (sum of squares) of every linear and format, as measured when the bank was built."""
         errors: dict[str, dict[str, float]] = {name: {} for name in self._specs}
-        for block in sorted({s.block for s in self._specs.values()}):
+        for name, spec in self._specs.items():
             for fmt in self.formats:
-                metadata = self._open(_file(self.folder, block, fmt)).metadata()
-                for name, error in json.loads(metadata["weight_errors"]).items():
-                    errors[name][fmt.name] = error
+                path = _file(self.folder, spec.block, fmt)
+                try:
+                    errors[name][fmt.name] = float(self._open(path).get_tensor(f"{name}.{ERROR}"))
+                except (SafetensorError, RuntimeError) as error:  # of a tensor with several elements
+                    raise _damaged(path, error) from error
         return errors
 
 
@@ -131,13 +141,28 @@ def _file(folder: Path, block: int, fmt: BitFormat) -> Path:
 
 
 def _open_file(path: Path) -> Any:
+    """The file, mapped, once all of its tensors have been found to be what was written.
+
+    A damaged file is named, not built again: a disk that changes what it holds is something to know about.
+    """
     try:
-        return safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")
     except Exception as error:  # safetensors has an exception type of its own, and OSError
         raise _damaged(path, error) from error
+    found = json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES])
+    try:
+        expected = json.loads((file.metadata() or {})[HASHES])
+    except (KeyError, ValueError, RecursionError):
+        raise _damaged(path, "it has no hashes of its tensors") from None
+    if not isinstance(expected, dict):
+        raise _damaged(path, "it has no hashes of its tensors")
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise _damaged(path, f"tensor {name} is not what was written: its hash differs")
+    return file
 
 
-def _damaged(path: Path, error: Exception) -> AmqError:
+def _damaged(path: Path, error: Exception | str) -> AmqError:
     return AmqError(f"{path} is damaged ({error}): delete it and run the same command again")
 
 
@@ -164,7 +189,7 @@ def open_bank(
     missing = {b: fs for b, fs in missing.items() if fs}
     if missing:
         _check_disk(folder, inventory, missing, settings.group_size)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "point AMQ_CACHE at a folder that can be written")
         write_json(folder / "bank.json", {
             "schema": "amq/bank/1", "proxy": settings.proxy, "group_size": settings.group_size,
             "model": type(model).__name__, "linears": len(inventory.linears),
@@ -224,7 +249,7 @@ def _quantize_block(
 ) -> str:
     """Writes one file per format; returns the relative weight errors as text."""
     tensors: dict[str, dict[str, Tensor]] = {f.name: {} for f in formats}
-    errors: dict[str, dict[str, float]] = {f.name: {} for f in formats}
+    errors = dict.fromkeys(tensors, 0.0)
     energy = 0.0
     for specs, gram in groups:
         weights = [get_linear(model, s.name).weight.detach().cpu() for s in specs]
@@ -232,14 +257,16 @@ def _quantize_block(
         for spec, weight, result in zip(specs, weights, results, strict=True):
             energy += float(weight.double().square().sum())
             for name, packed in result.items():
-                errors[name][spec.name] = _square_error(weight, packed)
-                for part in ("qweight", "scale", "zero_point"):
+                error = _square_error(weight, packed)
+                errors[name] += error
+                tensors[name][f"{spec.name}.{ERROR}"] = torch.tensor(error, dtype=torch.float64)
+                for part in PARTS:
                     tensors[name][f"{spec.name}.{part}"] = getattr(packed, part).clone()
     for fmt in formats:
-        metadata = {"weight_errors": json.dumps(errors[fmt.name])}
         content = tensors[fmt.name]
+        metadata = hashes_metadata(content)
         write_atomic(_file(folder, block, fmt), lambda path, c=content, m=metadata: save_file(c, path, metadata=m))
-    return " ".join(f"{name} {(sum(e.values()) / (energy or 1.0)) ** 0.5:.3f}" for name, e in errors.items())
+    return " ".join(f"{name} {(e / (energy or 1.0)) ** 0.5:.3f}" for name, e in errors.items())
 
 
 def _square_error(weight: Tensor, packed: PackedWeight) -> float:

@@ -17,10 +17,36 @@ from amq.errors import AmqError
 from amq.files import read_json, write_json
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.linears import Inventory, LinearSpec
+from amq.records import check_range, parse_record, shorten
 
 SCHEMA = "amq/configuration/1"
 OTHER_BYTES = 2
 """Weights that stay unquantized, and the KV cache, are counted in 16 bits: what the model ships and runs in."""
+
+
+@dataclass(frozen=True)
+class _Provenance:
+    """The part of a configuration's provenance that is read back: what names its bank."""
+
+    proxy: str | None = None
+    calibration: str | None = None
+    window_length: int | None = None
+    bank_windows: int | None = None
+    seed: int | None = None
+    model_fingerprint: str | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "window_length", "bank_windows")
+        check_range(self, "seed", least=0)
+
+
+@dataclass(frozen=True)
+class _File:
+    """configuration.json; its other figures are for people."""
+
+    group_size: int
+    formats: dict[str, str]
+    provenance: _Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -47,14 +73,16 @@ class Configuration:
         data = read_json(path)
         if not isinstance(data, dict) or data.get("schema") != SCHEMA:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-            raise AmqError(f"{path} is not a configuration: expected schema {SCHEMA!r}, found {found!r}")
-        missing = {"formats", "group_size"} - data.keys()
-        if missing or not isinstance(data["formats"], dict):
-            raise AmqError(f"{path}: expected 'formats' (linear to format name) and 'group_size'; it is damaged")
-        for name in set(data["formats"].values()):
-            get_format(name)
+            raise AmqError(f"{path} is not a configuration: expected schema {SCHEMA!r}, found {shorten(found)}")
+        file = parse_record(data, _File, str(path))
+        try:
+            for name in sorted(set(file.formats.values())):
+                get_format(name)
+            check_group_size(file.group_size)
+        except AmqError as error:
+            raise AmqError(f"{path}: {error}") from None
         details = {k: v for k, v in data.items() if k not in ("schema", "formats", "group_size")}
-        return Configuration(data["formats"], check_group_size(data["group_size"]), details)
+        return Configuration(file.formats, file.group_size, details)
 
     def check(self, linears: Sequence[LinearSpec]) -> None:
         """Refuses a configuration that is not of exactly these linears."""

@@ -9,7 +9,9 @@ blocks). A parameter that two modules share is counted once.
 
 from __future__ import annotations
 
+import math
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
+from amq.records import shorten
+
+MOST_PATTERN = 1000
+"""Characters of a pattern, and the product of its counted repetitions, which compiling writes out one by one."""
+MATCH_SECONDS = 5.0
+"""For one pattern on all linears, which takes microseconds unless it backtracks without end."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +165,32 @@ def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
 
 
 def match_linears(linears: tuple[LinearSpec, ...], pattern: str) -> list[LinearSpec]:
-    """The linears whose name contains a match of the regular expression `pattern`; none is an error."""
+    """The linears whose name contains a match of the regular expression `pattern`; none is an error.
+
+    `regex` instead of `re`, which knows no time limit: a pattern from a file must not be able to hang whoever reads it.
+    """
+    import regex
+
+    counts = [int(n) for braces in re.findall(r"\{([0-9, ]*)\}", pattern) for n in re.findall("[0-9]{1,9}", braces)]
+    if len(pattern) > MOST_PATTERN or math.prod(max(1, n) for n in counts) > MOST_PATTERN:
+        raise AmqError(
+            f"the pattern {shorten(pattern)} is too large: expected at most {MOST_PATTERN} characters and repetitions"
+        )
+    found = []
     try:
-        expression = re.compile(pattern)
-    except re.error as error:
-        raise AmqError(f"{pattern!r} is not a regular expression: {error}") from None
-    found = [s for s in linears if expression.search(s.name)]
+        expression, left = regex.compile(pattern), MATCH_SECONDS
+        for spec in linears:
+            start = time.monotonic()
+            if expression.search(spec.name, timeout=left):
+                found.append(spec)
+            left = max(left - (time.monotonic() - start), 0.001)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise AmqError(f"{shorten(pattern)} is not a regular expression: {error}") from None
+    except TimeoutError:
+        raise AmqError(
+            f"the pattern {shorten(pattern)} takes longer than {MATCH_SECONDS:g} s to match: write it without "
+            "repetitions inside repetitions, such as (.+)+"
+        ) from None
     if not found:
         raise AmqError(f"no linear matches {pattern!r}; names look like {linears[0].name}")
     return found

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
+import os
 import re
 import sys
 import traceback
@@ -17,6 +19,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from amq.errors import AmqError
+from amq.files import reason
+
+log = logging.getLogger(__name__)
 
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 TIME_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
@@ -79,11 +84,25 @@ def _parse(text: str, units: dict[str, float], expected: str) -> float:
 
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
-    """Runs a command's main: an AmqError becomes one line on stderr and status 2, Ctrl-C becomes 130."""
+    """Runs a command's main: an AmqError becomes one line on stderr and status 2, Ctrl-C becomes 130.
+
+    So does what the system refuses (a folder that cannot be written, a disk that fails), wherever it was asked.
+    """
     try:
         return main(argv)
     except AmqError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError as error:
+        return _reader_has_gone(error)
+    except OSError as error:
+        log.debug("where this came from", exc_info=True)
+        print(f"error: {reason(error)}", file=sys.stderr)
+        return 2
+    except ValueError as error:
+        if "embedded null" not in str(error):  # of a path
+            raise
+        print("error: a path holds a NUL character, which no file name can: give another", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; run the same command with --resume", file=sys.stderr)
@@ -94,3 +113,12 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
             "error: out of memory; use --dtype bfloat16, a smaller --cache-memory, or a larger machine", file=sys.stderr
         )
         return 2
+
+
+def _reader_has_gone(error: BrokenPipeError) -> int:
+    """Whoever read our output (`| head`) wants no more: nothing to complain of, and nothing to flush at exit."""
+    if error.filename is not None:  # a pipe of ours, by its name
+        print(f"error: {reason(error)}", file=sys.stderr)
+        return 2
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

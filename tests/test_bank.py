@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, random_tokens
 from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
@@ -198,6 +200,63 @@ def test_damaged_file_is_named(tiny_llama: nn.Module, banks: Path, damage: str) 
     with pytest.raises(AmqError, match=r"block-001.int4.safetensors is damaged .*: delete it and run the same command"):
         build(tiny_llama, banks, RTN).get("model.layers.1.mlp.up_proj", "int4")
     build(tiny_llama, banks, RTN).get("model.layers.0.mlp.up_proj", "int4")
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 3] ^= 0xFF
+    path.write_bytes(data)
+
+
+def scale_up(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {n: file.get_tensor(n) * (4 if n.endswith(".scale") else 1) for n in file.keys()}
+        save_file(tensors, path, metadata=file.metadata())
+
+
+def raise_an_error(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {n: file.get_tensor(n) * (2 if n.endswith(".weight_error") else 1) for n in file.keys()}
+        save_file(tensors, path, metadata=file.metadata())
+
+
+def drop_a_linear(path: Path) -> None:
+    with safe_open(path, "pt") as file:
+        tensors = {n: file.get_tensor(n) for n in file.keys() if "down_proj" not in n}
+        save_file(tensors, path, metadata=file.metadata())
+
+
+def drop_the_metadata(path: Path) -> None:
+    save_file(load_file(path), path)
+
+
+def break_the_hashes(path: Path) -> None:
+    save_file(load_file(path), path, metadata={"amq_hashes": "[1]"})
+
+
+@pytest.mark.parametrize(
+    "damage", [flip_a_byte, scale_up, raise_an_error, drop_a_linear, drop_the_metadata, break_the_hashes]
+)
+@pytest.mark.parametrize("read", ["weights", "errors"])
+def test_what_was_not_written_is_named(tiny_llama: nn.Module, banks: Path, damage: Any, read: str) -> None:
+    """Structure intact: only the hashes tell. Either way of reading the file finds out."""
+    bank = build(tiny_llama, banks, RTN)
+    damage(bank.folder / "block-001.int4.safetensors")
+    bank = build(tiny_llama, banks, RTN)
+    with pytest.raises(AmqError, match=r"block-001.int4.safetensors is damaged .*hash.*: delete it and run the same"):
+        if read == "weights":
+            bank.get("model.layers.1.mlp.up_proj", "int4")
+        else:
+            bank.weight_errors()
+    bank.get("model.layers.0.mlp.up_proj", "int4")
+    bank.get("model.layers.1.mlp.up_proj", "int2")
+
+
+def test_a_cache_that_cannot_be_made_is_named(tiny_llama: nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for cache in (tmp_path / "file", tmp_path / "file" / "banks"):
+        with pytest.raises(AmqError, match=r"the folder .*file.* cannot be made: .*; point AMQ_CACHE at"):
+            build(tiny_llama, cache, RTN)
 
 
 def test_full_disk_is_foreseen(tiny_llama: nn.Module, banks: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from amq.configuration import Configuration, kv_cache_bytes, memory_items, memory_json
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.linears import check_weights, get_linear, inventory, match_linears
+from amq.linears import LinearSpec, check_weights, get_linear, inventory, match_linears
 
 by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 BLOCKS = 3
@@ -142,6 +142,25 @@ def test_match_linears(tiny_llama: nn.Module) -> None:
         match_linears(linears, "lm_head")
     with pytest.raises(AmqError, match=r"'\(q' is not a regular expression"):
         match_linears(linears, "(q")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(a|aa)+$", r"'\(a\|aa\)\+\$' takes longer than .* write it without repetitions"),
+        ("(?:(?:a{1000}){1000}){1000}", "is too large: expected at most 1000"),  # 10^9 nodes if compiled
+        ("x" * 5000, "is too large"),
+        ("(" * 490 + "x" + ")" * 490, "is not a regular expression"),
+    ],
+)
+def test_a_pattern_can_neither_hang_nor_exhaust_the_memory(
+    pattern: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("amq.linears.MATCH_SECONDS", 0.1)
+    linears = tuple(LinearSpec(f"layers.{i}." + "a" * 80 + "!", i, "x", 8, 8) for i in range(30))
+    with pytest.raises(AmqError, match=message) as raised:
+        match_linears(linears, pattern)
+    assert len(str(raised.value)) < 300
 
 
 def test_get_linear_errors(tiny_llama: nn.Module) -> None:

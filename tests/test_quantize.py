@@ -6,9 +6,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 
 from amq.calibration import CalibrationStream, shared_inputs
@@ -22,7 +25,7 @@ from amq.quantize import quantize
 from amq.quantize import run as quantize_run
 from amq.quantize.fold import apply_fold, find_fold
 from amq.quantize.methods import METHODS
-from amq.quantize.work import partial_folder
+from amq.quantize.work import WorkFolder, partial_folder
 from amq.quantizers import clip
 from amq.quantizers.awq import search_scale
 from amq.quantizers.clip import clipped_grid, diagonal_blocks
@@ -226,6 +229,108 @@ def test_an_interrupted_run_resumes_at_its_last_block(
     run(tiny_folder, output, configuration, method="awq+gptq", resume=True)
     assert made == [0, 1, 1]  # block 0 was not made again
     assert content(output) == content(whole)
+
+
+def interrupted(folder: Path, output: Path, configuration: Path, **settings: Any) -> Path:
+    """The work folder of a run that ended after its first block."""
+    with pytest.MonkeyPatch.context() as patch:
+        save = WorkFolder.save
+
+        def once(self: WorkFolder, block: int, result: Any) -> None:
+            if block:
+                raise KeyboardInterrupt
+            save(self, block, result)
+
+        patch.setattr(WorkFolder, "save", once)
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, output, configuration, **settings)
+    return partial_folder(output)
+
+
+def test_a_text_that_was_rewritten_meanwhile_is_refused(
+    tiny_folder: Path, tmp_path: Path, configuration: Path
+) -> None:
+    """Under the same name: else blocks of two calibrations would lie in one checkpoint."""
+    text, output = tmp_path / "text.txt", tmp_path / "out"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
+    interrupted(tiny_folder, output, configuration, calibration=str(text))
+    whole = text.read_text()
+    text.write_text(whole[::-1])
+    with pytest.raises(AmqError, match="was made with another calibration text, calibration windows: use the same"):
+        run(tiny_folder, output, configuration, calibration=str(text), resume=True)
+    text.write_text(whole)
+    run(tiny_folder, output, configuration, calibration=str(text), resume=True)
+
+
+def damage_a_tensor(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-len(data) // 3] ^= 0xFF
+    path.write_bytes(data)
+
+
+def change_facts(text: str) -> Callable[[Path], None]:
+    def apply(path: Path) -> None:
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {n: file.get_tensor(n) for n in file.keys()}
+        save_file(tensors, path, metadata=metadata | {"facts": text})
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_a_tensor, "its hash differs"),
+        (lambda p: p.write_bytes(p.read_bytes()[:-10]), "is damaged"),
+        (change_facts("["), "its facts are no JSON"),
+        (change_facts('{"linears": 5}'), r"its facts at \$\.linears: expected `array`, got `int`"),
+        (change_facts('{"linears": ["a"], "errors": {}, "notes": []}'), "it holds 'a', which has no format"),
+    ],
+)
+def test_a_finished_block_that_was_damaged_meanwhile_is_named(
+    tiny_folder: Path, tmp_path: Path, configuration: Path, damage: Callable[[Path], None], message: str
+) -> None:
+    work = interrupted(tiny_folder, tmp_path / "out", configuration, method="rtn")
+    damage(work / "block-000.safetensors")
+    with pytest.raises(AmqError, match=f"block-000.safetensors is damaged .*{message}.*: delete it and run") as raised:
+        run(tiny_folder, tmp_path / "out", configuration, method="rtn", resume=True)
+    assert "\n" not in str(raised.value)
+    (work / "block-000.safetensors").unlink()
+    run(tiny_folder, tmp_path / "out", configuration, method="rtn", resume=True)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000])
+def test_a_damaged_identity_is_named(tiny_folder: Path, tmp_path: Path, configuration: Path, text: str) -> None:
+    work = interrupted(tiny_folder, tmp_path / "out", configuration, method="rtn")
+    (work / "identity.json").write_text(text)
+    with pytest.raises(AmqError, match="identity.json"):
+        run(tiny_folder, tmp_path / "out", configuration, method="rtn", resume=True)
+
+
+@pytest.mark.parametrize("method", ["rtn", "bank"])
+def test_equal_runs_write_equal_weights(tiny_folder: Path, tmp_path: Path, configuration: Path, method: str) -> None:
+    one, two = (run(tiny_folder, tmp_path / name, configuration, method=method) for name in ("one", "two"))
+    for name in ("model.safetensors", "config.json", "configuration.json"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"formats": [1]}, r"\$\.formats: expected `object`, got `array`"),
+        ({"formats": {"model.layers.0.mlp.up_proj": 5}}, r"\$\.formats.*: expected `str`, got `int`"),
+        ({"group_size": "32"}, r"\$\.group_size: expected `int`, got `str`"),
+        ({"group_size": [32]}, r"\$\.group_size: expected `int`, got `array`"),
+        ({"provenance": 5}, r"\$\.provenance: expected `object \| null`, got `int`"),
+        ({"provenance": {"bank_windows": "x"}}, r"\$\.provenance\.bank_windows: expected"),
+        ({"provenance": {"bank_windows": 0}}, "expected bank_windows from 1 to"),
+    ],
+)
+def test_a_damaged_configuration_is_named(configuration: Path, entries: dict, message: str) -> None:
+    change(configuration, **entries)
+    with pytest.raises(AmqError, match=message) as raised:
+        Configuration.load(configuration)
+    assert str(configuration) in str(raised.value)
 
 
 def test_a_float32_model_is_stored_in_16_bits_and_a_bfloat16_one_stays(

@@ -310,7 +310,16 @@ def test_missing_run_json_names_the_file_and_the_remedy(tmp_path: Path) -> None:
         ("run.json", "{", r"run\.json is not valid JSON"),
         ("run.json", '{"schema": "amq/run/9"}', r"run\.json: expected schema 'amq/run/1', got 'amq/run/9'"),
         ("front.json", "[1,", r"front\.json is not valid JSON"),
-        ("archive.jsonl", '{"a"\n{}\n', r"archive\.jsonl, line 1 is not valid JSON"),
+        ("archive.jsonl", '{"a"\n{}\n', r"archive\.jsonl line 1 is damaged"),
+        ("run.json", '{"schema": "amq/run/1", "linears": 5}', r"run\.json at \$\.linears: expected `array \| null`"),
+        ("run.json", "[" * 100_000, r"run\.json is not valid JSON: it is nested too deeply"),
+        ("front.json", '{"front": [5]}', r"front\.json at \$\.front\[0\]: expected `object`"),
+        ("front.json", '{"front": [{"configuration": {"a": 5}}]}', r"front\.json at .*expected `str`, got `int`"),
+        ("cost.json", '{"cost": null, "kind": []}', r"cost\.json at \$\.kind"),
+        ("sensitivity.json", "3", r"sensitivity\.json: expected `object`"),
+        ("surrogate.json", '{"a": 1}', r"surrogate\.json: expected `array`"),
+        ("configuration.json", '{"formats": [1]}', r"configuration\.json at \$\.formats"),
+        ("archive.jsonl", '{"index": 0, "loss": -5}\n', r"archive\.jsonl line 1 is damaged"),
     ],
 )
 def test_broken_files_are_named(run: SyntheticRun, name: str, text: str, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -131,6 +133,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (None, 0, ""),
         (3, 3, ""),
         (AmqError("no such thing: do that"), 2, "error: no such thing: do that\n"),
+        (PermissionError(13, "Permission denied", "/a/file"), 2, "error: Permission denied (/a/file)\n"),
+        (OSError(30, "Read-only file system"), 2, "error: Read-only file system\n"),
+        (OSError("no route to the hub"), 2, "error: no route to the hub\n"),
+        (ValueError("embedded null byte"), 2, "error: a path holds a NUL character"),
         (KeyboardInterrupt(), 130, "interrupted: what was finished is kept"),
         (MemoryError(), 2, "error: out of memory; use --dtype bfloat16"),
     ],
@@ -147,13 +153,23 @@ def test_exit_status(outcome: object, status: int, message: str, capsys: pytest.
     assert run_command(main, ["a", "b"]) == status
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out and seen == [["a", "b"]]
-    if isinstance(outcome, AmqError):
+    if isinstance(outcome, AmqError | OSError):
         assert captured.err == message, "a user's error has no traceback"
 
 
-def test_our_own_defects_keep_their_traceback() -> None:
+@pytest.mark.parametrize("defect", [ZeroDivisionError(), ValueError("not of a path")])
+def test_our_own_defects_keep_their_traceback(defect: Exception) -> None:
     def main(argv: Sequence[str] | None) -> int:
-        raise ZeroDivisionError
+        raise defect
 
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(type(defect)):
         run_command(main)
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    code = "import sys; from amq.settings import run_command; sys.exit(run_command(lambda _: print('x' * 10**6) or 0))"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+    process.stderr.close()

@@ -23,6 +23,7 @@ from amq.files import check_new_folder, read_json, write_json
 from amq.formats import get_format
 from amq.linears import Inventory, check_weights, inventory
 from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
+from amq.models import fingerprint as content_hash
 from amq.packing import PackedWeight
 from amq.perplexity import perplexity
 from amq.progress import Progress
@@ -64,10 +65,13 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     head = find_head(loaded.model, settings.head)
     sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, parts, settings.method, sharing, head)
-    identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size)
     perplexities = _Perplexities(settings, loaded, progress)
     stored = _stored_dtype(settings, loaded.model)
     source = _source(settings, loaded, parts, configuration, windows, fingerprint, stored, progress)
+    inputs = {"calibration text": corpus.sha256, "calibration windows": content_hash([("windows", windows)])}
+    if isinstance(source, BankSource):
+        inputs["bank"] = source.key
+    identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size, inputs)
     work = WorkFolder(output, identity, record, resume)
     perplexities.measure("full")
     others: dict[str, PackedWeight] = {}

@@ -53,9 +53,15 @@ class QuantizeSettings:
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
 
-    def identity(self, fingerprint: str, formats: dict[str, str], group_size: int) -> dict[str, Any]:
-        """What a finished block depends on: a resumed run must have the same."""
+    def identity(
+        self, fingerprint: str, formats: dict[str, str], group_size: int, inputs: dict[str, str]
+    ) -> dict[str, Any]:
+        """What a finished block depends on: a resumed run must have the same.
+
+        inputs: hashes of what names in the settings stand for, such as the calibration text.
+        """
         names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
         names += ["autoround_iterations"] if self.method == "autoround" else []
         given = asdict(self)
-        return {**{n: given[n] for n in names}, "model": fingerprint, "formats": formats, "group_size": group_size}
+        chosen = {n: given[n] for n in names}
+        return {**chosen, "model": fingerprint, "formats": formats, "group_size": group_size, "inputs": inputs}

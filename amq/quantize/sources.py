@@ -17,6 +17,11 @@ class BankSource:
     def __init__(self, model: nn.Module, inventory: Inventory, formats: Mapping[str, str], bank: WeightBank) -> None:
         self._model, self._inventory, self._formats, self._bank = model, inventory, formats, bank
 
+    @property
+    def key(self) -> str:
+        """What names the bank's content: model, quantizer, group size, calibration windows."""
+        return self._bank.folder.name
+
     def make(self, block: int) -> BlockResult:
         result = BlockResult()
         for spec in self._inventory.in_block(block):

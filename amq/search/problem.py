@@ -58,10 +58,9 @@ class Problem:
         return np.random.default_rng([self.seed, *stream])
 
     def cost_table(self, kind: str) -> Table:
-        try:
-            return self.cost_tables[kind]()
-        except KeyError:
-            raise AmqError(f"unknown cost {kind!r}: expected one of {', '.join(self.cost_tables)}") from None
+        if kind not in self.cost_tables:
+            raise AmqError(f"unknown cost {kind!r}: expected one of {', '.join(self.cost_tables)}")
+        return self.cost_tables[kind]()
 
     def evaluate(self, formats: Formats, phase: str, windows: str = "search", **extra: int) -> Record:
         """The record of a configuration: from the archive if it is there, else evaluated and appended."""

@@ -99,8 +99,20 @@ def describe_model(parts: Inventory, config: Any) -> dict[str, Any]:
         ],
         "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in parts.others],
         "head_is_tied": parts.head_is_tied,
-        "kv_cache": {name: getattr(config, name, None) for name in KV_ENTRIES},
+        "kv_cache": _kv_entries(config),
     }
+
+
+def _kv_entries(config: Any) -> dict[str, Any]:
+    """As `run_files.KvEntry` holds them: an entry of another type (numbers per layer) sizes no cache here, so null."""
+
+    def plain(name: str) -> Any:
+        value = getattr(config, name, None)
+        if name == "layer_types":
+            return list(value) if value and all(isinstance(kind, str) for kind in value) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+    return {name: plain(name) for name in KV_ENTRIES}
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,6 @@ numbers from these.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,9 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
+from amq.files import read_json
 from amq.formats import FORMATS
+from amq.search.archive import Record, read_archive
+from amq.search.run_files import (
+    RUN_SCHEMA,
+    Row,
+    ShownCost,
+    ShownFront,
+    ShownRun,
+    ShownScores,
+    ShownSensitivity,
+    check_schema,
+    read_shown,
+)
 
-SCHEMA = "amq/run/1"
 HOVER_BLOCKS = 100
 """Up to this many blocks a configuration's text has one character per block; above, only its counts."""
 
@@ -32,7 +43,7 @@ class Candidate:
     index: int
     phase: str
     windows: str
-    bits: float | None
+    bits: float
     loss: float | None
     counts: str
 
@@ -92,65 +103,33 @@ class Grid:
 
 def load_run(run_dir: Path) -> Run:
     """Every file of the run folder `run_dir`, or an AmqError that names the file at fault."""
-    run = _read_json(run_dir / "run.json")
-    if run is None:
+    if not (run_dir / "run.json").is_file():
         raise AmqError(
             f"{run_dir / 'run.json'} does not exist, so {run_dir} is not a run folder: "
             f"give the folder that `python -m amq.search MODEL --output RUN` wrote"
         )
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
-        found = run.get("schema") if isinstance(run, dict) else type(run).__name__
-        raise AmqError(f"{run_dir / 'run.json'}: expected schema {SCHEMA!r}, got {found!r}: run the search again")
+    check_schema(read_json(run_dir / "run.json"), RUN_SCHEMA, run_dir / "run.json")
+    archive = run_dir / "archive.jsonl"
     return Run(
         path=run_dir,
-        run=run,
-        archive=_read_archive(run_dir / "archive.jsonl"),
-        front=_read_json(run_dir / "front.json"),
-        configuration=_read_json(run_dir / "configuration.json"),
-        sensitivity=_read_json(run_dir / "sensitivity.json"),
-        cost=_read_json(run_dir / "cost.json"),
-        surrogate=_read_json(run_dir / "surrogate.json"),
+        run=read_shown(run_dir / "run.json", ShownRun),
+        archive=[_candidate(record) for record in read_archive(archive)] if archive.exists() else [],
+        front=read_shown(run_dir / "front.json", ShownFront),
+        configuration=read_shown(run_dir / "configuration.json", Row),
+        sensitivity=read_shown(run_dir / "sensitivity.json", ShownSensitivity),
+        cost=read_shown(run_dir / "cost.json", ShownCost),
+        surrogate=read_shown(run_dir / "surrogate.json", list[ShownScores]),
     )
 
 
-def _read_json(path: Path) -> Any:
-    """The document in `path`, or None where the file is absent."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AmqError(f"{path} is not valid JSON ({error}): delete it or run the search again") from error
-
-
-def _read_archive(path: Path) -> list[Candidate]:
-    """The archive's lines; a torn last line, which a killed search leaves, is left out."""
-    candidates: list[Candidate] = []
-    if not path.exists():
-        return candidates
-    torn: tuple[int, json.JSONDecodeError] | None = None
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for number_of_line, text in enumerate(file, start=1):
-            if not text.strip():
-                continue
-            if torn is not None:
-                raise AmqError(f"{path}, line {torn[0]} is not valid JSON ({torn[1]}): delete that line")
-            try:
-                candidates.append(_candidate(json.loads(text), len(candidates)))
-            except json.JSONDecodeError as error:
-                torn = (number_of_line, error)
-    return candidates
-
-
-def _candidate(line: dict[str, Any], position: int) -> Candidate:
-    index = line.get("index")
+def _candidate(record: Record) -> Candidate:
     return Candidate(
-        index=position if index is None else int(index),
-        phase=str(line.get("phase") or "candidate"),
-        windows=str(line.get("windows") or "search"),
-        bits=number(line.get("bits_per_weight")),
-        loss=number(line.get("loss")),
-        counts=count_formats((line.get("configuration") or {}).values()),
+        index=record["index"],
+        phase=record["phase"],
+        windows=record["windows"],
+        bits=record["bits_per_weight"],
+        loss=record["loss"],
+        counts=count_formats(record["configuration"].values()),
     )
 
 

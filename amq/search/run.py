@@ -24,18 +24,20 @@ from amq.configuration import Configuration
 from amq.data import Corpus, WindowSampler, load_corpus
 from amq.errors import AmqError
 from amq.evaluator import Evaluator
-from amq.files import read_json, write_json
+from amq.files import check_place, write_json
 from amq.fisher import fisher_passes
 from amq.formats import FORMATS
 from amq.linears import Inventory, check_weights, inventory
 from amq.machine import cpu_name
 from amq.models import LoadedModel, check_memory, load_model, model_fingerprint
+from amq.models import fingerprint as content_hash
 from amq.progress import Progress
 from amq.search.archive import Archive
 from amq.search.fit import fit_records
 from amq.search.front import pareto_indices
 from amq.search.problem import Problem, Table, TimeIsUp
 from amq.search.records import describe_model, front_json, provenance, versions
+from amq.search.run_files import COST_SCHEMA, RUN_SCHEMA, CostFile, RunFile
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
@@ -87,6 +89,7 @@ class _Stage:
     cost_windows: torch.Tensor
     corpus: Corpus
     fingerprint: str
+    windows_key: str
 
 
 def run_search(settings: SearchSettings, resume: bool = False, progress: Progress | None = None) -> SearchResult:
@@ -98,15 +101,12 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     timings = _Timings()
     stage = _prepare(settings, progress, timings)
     budget = _budget(settings, stage)
-    if previous and previous["model"]["fingerprint"] != stage.fingerprint:
-        raise AmqError(
-            f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output"
-        )
-    output.mkdir(parents=True, exist_ok=True)
+    if previous:
+        _check_same_inputs(previous, settings, stage)
     run = _describe(settings, stage)
-    write_json(output / "run.json", run)
-    archive = Archive(output / "archive.jsonl")
+    archive = Archive(output / "archive.jsonl", stage.space)  # first: it refuses a folder that another search is using
     try:
+        write_json(output / "run.json", run)
         problem = Problem(stage.space, archive, stage.evaluator, settings.solver, settings.seed, progress=progress)
         problem.budget, problem.max_loss = budget.bits, budget.max_loss
         problem.cost_tables = _cost_tables(settings, stage, problem, output, timings)
@@ -118,10 +118,9 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         archive.close()
 
 
-def _check_output(output: Path, settings: SearchSettings, resume: bool) -> dict[str, Any] | None:
+def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFile | None:
     """The earlier run.json when resuming; refuses a folder that is in use or that was made with other settings."""
-    if output.exists() and not output.is_dir():
-        raise AmqError(f"--output {output} is a file: expected a folder")
+    check_place(output, "--output")
     exists = output.is_dir() and any(output.iterdir())
     if not exists:
         return None
@@ -129,11 +128,30 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> dict[
         raise AmqError(f"--output {output} is not empty: give another folder, or --resume to go on with the run in it")
     if not (output / "run.json").is_file():
         raise AmqError(f"--resume: {output} holds no run.json, so it is not a run folder of amq")
-    previous = read_json(output / "run.json")
-    changed = differences(previous["settings"], settings.json())
+    previous, before = RunFile.read(output / "run.json")
+    changed = differences(before.json(), settings.json())
     if changed:
         raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
     return previous
+
+
+def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stage) -> None:
+    """Refuses to resume where a name in the settings stands for something else than it did."""
+    output = settings.output
+    if previous.model.fingerprint != stage.fingerprint:
+        raise AmqError(
+            f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output"
+        )
+    if previous.calibration.sha256 != stage.corpus.sha256:
+        raise AmqError(
+            f"--resume: the text {settings.calibration!r} is not the one that {output} was begun with (SHA-256 "
+            f"{stage.corpus.sha256[:12]}…, was {previous.calibration.sha256[:12]}…): restore it or use another --output"
+        )
+    if previous.calibration.windows not in ("", stage.windows_key):
+        raise AmqError(
+            f"--resume: the text {settings.calibration!r} gives other windows of tokens than when {output} was begun: "
+            f"the tokenizer of {settings.model} or the version of amq has changed; use another --output"
+        )
 
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
@@ -156,6 +174,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
         windows = {"search": deal.take(settings.windows), "confirm": deal.take(settings.confirm_windows)}
         cost_windows = deal.take(settings.cost_passes)
         fingerprint = model_fingerprint(loaded.model)
+        windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
     formats = sorted({*settings.bit_formats, *pinned.values()}, key=lambda f: f.code_bits)
     with timings.measure("bank"):
         bank = open_bank(
@@ -167,7 +186,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
             loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
             settings.activations,
         )  # fmt: skip
-    return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint)
+    return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
 
 
 def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
@@ -206,8 +225,13 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
     formats = [f.name for f in stage.bank.formats]
     done, total = 0, None
     if path.is_file():
-        saved = read_json(path)
-        done, total = saved["passes"], saved["cost"]
+        saved = CostFile.read(path, stage.space)
+        if saved.kind != "fisher" or saved.passes is None or saved.passes > settings.cost_passes:
+            raise AmqError(
+                f"{path}: expected a Fisher table of at most {settings.cost_passes} passes, got {saved.kind!r} of "
+                f"{saved.passes}: delete it and run the search with --resume"
+            )
+        done, total = saved.passes, saved.cost
     with (
         problem.progress.stage("cost table", max(1, settings.cost_passes - done)) as step,
         stage.evaluator.full_precision(),
@@ -221,7 +245,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
             }  # fmt: skip
             done += 1
             write_json(
-                path, {"schema": "amq/cost/1", "kind": "fisher", "unit": "nats/token", "passes": done, "cost": total}
+                path, {"schema": COST_SCHEMA, "kind": "fisher", "unit": "nats/token", "passes": done, "cost": total}
             )
             step()
             if done < settings.cost_passes:
@@ -281,7 +305,7 @@ def _write_tables(output: Path, solution: Solution, problem: Problem) -> None:
     if solution.table is not None and not (output / "cost.json").is_file():
         kind = "sensitivity" if any(r["phase"] == "sensitivity" for r in problem.archive.records) else "weight"
         unit = "−ln(1 − loss/ln 2)" if kind == "sensitivity" else "sum of squares"
-        write_json(output / "cost.json", {"schema": "amq/cost/1", "kind": kind, "unit": unit, "cost": solution.table})
+        write_json(output / "cost.json", {"schema": COST_SCHEMA, "kind": kind, "unit": unit, "cost": solution.table})
     if solution.sensitivity is not None:
         write_json(output / "sensitivity.json", solution.sensitivity.json())
     if problem.surrogate_log:
@@ -367,14 +391,15 @@ def _evaluation_counts(problem: Problem, evaluator: Evaluator, timings: _Timings
 
 def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
     return {
-        "schema": "amq/run/1",
+        "schema": RUN_SCHEMA,
         "status": "running",
         "model": {
             "name": settings.model, "fingerprint": stage.fingerprint, "parameters": stage.parts.numel,
             "blocks": stage.parts.n_blocks, "class": type(stage.loaded.model).__name__,
         },
         "settings": settings.json(),
-        "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens)},
+        "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens),
+                        "windows": stage.windows_key},
         "versions": versions(),
         "machine": {
             "cpu": cpu_name(), "system": platform.platform(),

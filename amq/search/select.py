@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import read_json
 from amq.formats import FORMATS
-from amq.linears import Inventory, LinearSpec, OtherWeight
-from amq.search.archive import Archive
+from amq.linears import Inventory
+from amq.search.archive import read_archive
 from amq.search.fit import fit_records
 from amq.search.records import provenance
+from amq.search.run_files import CostFile, RunFile
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace, parse_pins
@@ -25,7 +24,7 @@ from amq.settings import parse_size
 class FinishedRun:
     """A run folder, read back without its model."""
 
-    run: dict[str, Any]
+    run: RunFile
     settings: SearchSettings
     parts: Inventory
     space: SearchSpace
@@ -36,19 +35,15 @@ class FinishedRun:
     def read(folder: Path) -> FinishedRun:
         if not (folder / "run.json").is_file() or not (folder / "archive.jsonl").is_file():
             raise AmqError(f"{folder} is not a run folder: expected run.json and archive.jsonl from `amq.search`")
-        run = read_json(folder / "run.json")
-        settings = SearchSettings(**run["settings"])
-        linears = tuple(LinearSpec(**entry) for entry in run["linears"])
-        others = tuple(OtherWeight(o["name"], o["kind"], o["numel"], (), o["reason"]) for o in run["others"])
-        parts = Inventory("", run["model"]["blocks"], linears, others, run["head_is_tied"])
-        pinned = parse_pins(settings.pin, linears, FORMATS)
-        space = SearchSpace.build(linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
-        archive = Archive(folder / "archive.jsonl")
-        archive.close()
+        run, settings = RunFile.read(folder / "run.json")
+        parts = run.inventory
+        pinned = parse_pins(settings.pin, parts.linears, FORMATS)
+        space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        records = list(read_archive(folder / "archive.jsonl", space))
         table = None
         if settings.solver == "additive" and (folder / "cost.json").is_file():
-            table = read_json(folder / "cost.json")["cost"]
-        return FinishedRun(run, settings, parts, space, archive.records, table)
+            table = CostFile.read(folder / "cost.json", space).cost
+        return FinishedRun(run, settings, parts, space, records, table)
 
 
 def select_from_run(
@@ -60,7 +55,7 @@ def select_from_run(
 ) -> Configuration:
     """The best configuration of a run under another budget; exactly one of the three budgets is given."""
     finished = FinishedRun.read(folder)
-    config = SimpleNamespace(**finished.run["kv_cache"])
+    config = finished.run.kv_cache.config
     given = [b for b in (target_bits, memory, max_loss) if b is not None]
     if len(given) != 1:
         raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
@@ -70,7 +65,7 @@ def select_from_run(
         bits = None if target_bits is None else check_bits(target_bits, finished.space)
     fit = fit_records(finished.records, finished.table) if finished.table else None
     chosen = choose(Budget(bits, max_loss), finished.space, finished.records, finished.table, fit)
-    origin = provenance(finished.run["settings"], finished.run["model"]["fingerprint"])
+    origin = provenance(finished.settings.json(), finished.run.model.fingerprint)
     return to_configuration(
         chosen, finished.settings.model, finished.settings.group_size, finished.parts, config, context, origin
     )

@@ -42,7 +42,7 @@ class SearchSettings:
     target_bits: float | None = flag(
         None, "budget: average bits per weight of the linears, scales and zero points counted", metavar="B"
     )
-    memory: str | None = flag(None, "budget: everything that must be resident, such as 6GiB", metavar="SIZE")
+    memory: str | int | None = flag(None, "budget: everything that must be resident, such as 6GiB", metavar="SIZE")
     context: int = flag(0, "tokens of KV cache that --memory must hold besides the weights", metavar="N")
     max_loss: float | None = flag(
         None, "budget: the smallest model whose loss stays below this (nats per token)", metavar="L"
@@ -86,8 +86,8 @@ class SearchSettings:
     device: str = flag("cpu", "torch device", metavar="DEVICE")
     backend: str = flag("reference", "what multiplies the candidates' linears", choices=tuple(BACKENDS))
     activations: str = flag("fp32", "int8 rounds activations as deployed; needs --backend cpu", choices=ACTIVATIONS)
-    cache_memory: str = flag("256MiB", "memory for cached reference distributions", metavar="SIZE")
-    time: str | None = flag(None, "stop evaluating after this long, such as 10min", metavar="T")
+    cache_memory: str | int = flag("256MiB", "memory for cached reference distributions", metavar="SIZE")
+    time: str | float | None = flag(None, "stop evaluating after this long, such as 10min", metavar="T")
 
     def __post_init__(self) -> None:
         self.bit_formats  # noqa: B018 - raises on unknown names

@@ -18,6 +18,7 @@ from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.linears import LinearSpec, match_linears
+from amq.records import shorten
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,12 @@ class SearchSpace:
         return tuple(f.name for f in self.formats)
 
     @cached_property
+    def linear_sizes(self) -> dict[str, dict[str, int]]:
+        """{linear: {format: stored bytes}}, in every format of a configuration: candidates and pinned ones."""
+        by_name = {f.name: f for f in (*self.formats, *self.pinned.values())}
+        return {s.name: {n: linear_bytes(s, f, self.group_size) for n, f in by_name.items()} for s in self.linears}
+
+    @cached_property
     def sizes(self) -> np.ndarray:
         """Stored bytes, int64 [n_variables, n_formats]."""
         return np.array(
@@ -117,9 +124,18 @@ class SearchSpace:
 
     def bits_of(self, formats: Mapping[str, str]) -> float:
         """Bits per weight of any configuration of these linears."""
-        by_name = {f.name: f for f in (*self.formats, *self.pinned.values())}
-        total = sum(linear_bytes(s, by_name[formats[s.name]], self.group_size) for s in self.linears)
-        return 8 * total / self.numel
+        return 8 * sum(self.linear_sizes[name][fmt] for name, fmt in formats.items()) / self.numel
+
+    def check(self, formats: Mapping[str, str]) -> None:
+        """Raises ValueError unless `formats` gives every linear, and no other, a format of this space."""
+        sizes = self.linear_sizes
+        for name in formats.keys() ^ sizes.keys():
+            what = "names {}, which is not in the model" if name in formats else "lacks the linear {}"
+            raise ValueError(f"the configuration {what.format(shorten(name))}")
+        for name, fmt in formats.items():
+            if fmt not in sizes[name]:
+                known = ", ".join(sizes[name])
+                raise ValueError(f"the configuration has {name} in {shorten(fmt)}: expected one of {known}")
 
     def variable_costs(self, table: Mapping[str, Mapping[str, float]]) -> np.ndarray:
         """A cost table {linear: {format: cost}} → float64 [n_variables, n_formats]; tied linears add up."""
