@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from amq.checkpoint import PARTS, QuantizationRecord, check_parts, open_file
 from amq.errors import AmqError
 from amq.files import read_json, write_atomic, write_json
 from amq.quantize.methods import BlockResult
+from amq.tensors import save_file
 
 
 class WorkFolder:
