@@ -163,10 +163,11 @@ def _sizes(keys: Keys, names: set[str]) -> dict[str, Any]:
         "vocab_size": vocabulary,
         "tie_word_embeddings": "output.weight" not in names,
     }
-    for name, key in TOKEN_IDS.items():
+    for name, key in TOKEN_IDS.items():  # a class's own default may not even be in the vocabulary
         value = file.keys.get(f"tokenizer.ggml.{key}_token_id")
-        if isinstance(value, int) and not isinstance(value, bool):
-            values[name] = value
+        given = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+        if given or name != "unk_token_id":
+            values[name] = value if given else None
     if isinstance(name := file.keys.get("general.name"), str):  # as transformers writes it: fingerprints stay
         values["_model_name_or_path"] = name
     return values

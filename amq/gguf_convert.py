@@ -14,6 +14,8 @@ import hashlib
 import logging
 import os
 import re
+import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +45,7 @@ VERSION = 2
 """Of what a conversion makes: raised when its result changes. 1 dropped rotary scaling and had no hashes."""
 MANIFEST = "conversion.json"
 MOST_STEM = 80
+OLD_TEMPORARY, OLD_SECONDS = re.compile(r"\..*-[0-9a-f]{32}\.[a-z0-9_]{8}"), 3600
 PIECE = 1 << 20
 """Elements that one thread dequantizes at a time."""
 LOST = ("rope.scaling.", "rope.scale_linear")
@@ -110,6 +113,7 @@ def _convert(paths: Sequence[Path], folder: Path) -> None:
     _check_types(file)
     make_folder(folder.parent, "set AMQ_CACHE to a folder that can be written")
     remove_stale_below(folder.parent)
+    _remove_old(folder.parent)
     try:
         with temporary_folder(folder) as temporary:
             whole = temporary / "whole"
@@ -130,6 +134,13 @@ def _convert(paths: Sequence[Path], folder: Path) -> None:
         if isinstance(error, OSError):
             raise AmqError(f"could not cache {paths[0].name} under {folder}: {error}") from error
         raise
+
+
+def _remove_old(models: Path) -> None:
+    """Removes what conversions of an amq without locks left, when nothing has been written there for an hour."""
+    for path in models.iterdir():
+        if OLD_TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > OLD_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _publish(whole: Path, folder: Path, damaged: Path) -> None:
@@ -257,8 +268,9 @@ def _check_shapes(
             raise AmqError(f"{file.path}: {found} cannot be {target} of shape {list(shapes[target])}, as its keys say")
 
 
-def _incomplete(path: Path, missing: Sequence[str]) -> AmqError:
-    return AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete")
+def _incomplete(path: Path, missing: Sequence[str], parts: int = 1) -> AmqError:
+    what = "it is incomplete" if parts == 1 else f"its {parts} parts are incomplete"
+    return AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: {what}")
 
 
 def _made(
@@ -321,7 +333,7 @@ def _whole_model(file: GgufFile, paths: Sequence[Path], folder: Path) -> None:
         raise AmqError(f"{path}: {architecture} is not read in parts; join them with llama-gguf-split --merge")
     _check_whole_model(file)
     log.warning(
-        "%s: amq does not translate the architecture %s itself; transformers does, which takes the model's memory twice "
+        "%s: the architecture %s is not translated by amq but by transformers, which takes the model's memory twice "
         "and may leave keys out", path.name, architecture,
     )  # fmt: skip
     check_memory(2 * 4 * sum(t.numel for t in file.tensors), f"dequantizing {path.name}")

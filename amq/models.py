@@ -1,8 +1,8 @@
 """Resolves MODEL (alias, folder, .gguf file or hub id) and loads it with its tokenizer.
 
 A GGUF file is dequantized once into float32 safetensors under the cache directory (`amq.gguf_convert`), so that the
-next load is memory-mapped. Before anything is loaded, the bytes it needs are compared with the memory that is free, and the
-config's counts with the files' tensors. Code that a model's folder brings along runs with trust_remote_code only.
+next load is memory-mapped. Before anything is loaded, the bytes it needs are compared with the memory that is free, and
+the config's counts with the files' tensors. Code that a model's folder brings along runs with trust_remote_code only.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import finish, llama_writer, tensor_names, turned
+from gguf_files import add_tokenizer, finish, llama_writer, tensor_names, turned
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCABULARY, random_tokens
 from tiny_models import tiny_llama as make_tiny_llama
@@ -237,7 +237,7 @@ def gguf_model(tmp_path: Path, tiny_llama: nn.Module) -> Callable[..., Path]:
         path.parent.mkdir(exist_ok=True)
         config = tiny_llama.config
         writer = llama_writer(path, config, architecture)
-        add_tokenizer(gguf, writer)
+        add_tokenizer(writer)
         names = tensor_names(config)
         for name, parameter in tiny_llama.named_parameters():
             weight = turned(name, parameter, config).numpy()
@@ -254,17 +254,6 @@ def gguf_model(tmp_path: Path, tiny_llama: nn.Module) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def add_tokenizer(gguf: Any, writer: Any) -> None:
-    from tokenizers import pre_tokenizers
-
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:-1], "th"]  # readers want at least one merge
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(["t h"])
 
 
 @pytest.mark.parametrize(
