@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.files import read_json
 from amq.gguf_convert import gguf_folder
-from amq.limits import check_memory
+from amq.limits import check_memory, fit_threads
 from amq.records import read_record
 from amq.weight_files import INDEX, SINGLE, HeaderEntry, WeightIndex, check_config, read_header, weight_files
 
@@ -63,6 +63,7 @@ def load_model(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    fit_threads()
     _check_device(device)
     folder = resolve(name, trust_remote_code)
     target = _target_dtype(folder, dtype, device)

@@ -27,7 +27,8 @@ def describe(device: str) -> dict[str, Any]:
     """Facts about the machine, for JSON."""
     import torch
 
-    from amq.machine import cpu_name
+    from amq.limits import free_memory
+from amq.machine import cpu_name
     from amq.native import cpu_module
 
     facts: dict[str, Any] = {"processor": cpu_name(), "cores": os.cpu_count(), "isa": cpu_module().isa()}
@@ -106,9 +107,7 @@ class Reading:
 
 def buffer_bytes() -> int:
     """Twice the last-level cache, or 256 MiB where the system does not say; at most a quarter of the free memory."""
-    import psutil
-
-    return min(2 * (last_level_cache() or 128 << 20), psutil.virtual_memory().available // 4)
+    return min(2 * (last_level_cache() or 128 << 20), free_memory() // 4)
 
 
 def memory() -> dict[str, int]:

@@ -138,7 +138,7 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> dict[
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
     with timings.measure("load"):
-        loaded = load_model(settings.model, settings.dtype, settings.device)
+        loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
         parts = inventory(loaded.model)
         check_weights(loaded.model, parts.linears)
         size = loaded.model.get_input_embeddings().weight.dtype.itemsize
