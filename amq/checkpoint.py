@@ -25,6 +25,7 @@ from amq.files import read_json, write_folder, write_json
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.packing import PackedWeight
 from amq.tensors import save_file
+from amq.weight_files import INDEX, weight_files
 
 METHOD = "amq"
 """`quant_method` in config.json."""
@@ -34,7 +35,6 @@ PARTS = ("qweight", "scale", "zero_point")
 HASHES = "amq_hashes"
 """Key of a safetensors header: JSON {tensor name: hash}."""
 SHARD_SIZE = 4 << 30
-INDEX = "model.safetensors.index.json"
 
 AUTO_CLASS = "AutoModelForCausalLM"
 REMOTE_MODULE = "modeling_amq"
@@ -216,17 +216,8 @@ def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
 
 
 def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those that its index names, else all."""
-    if (folder / INDEX).is_file():
-        paths = [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
-    else:
-        paths = sorted(folder.glob("*.safetensors"))
-    for path in paths:
-        if not path.is_file():
-            raise AmqError(f"{path} is missing: the checkpoint is incomplete")
-    if not paths:
-        raise AmqError(f"{folder} has no *.safetensors: not a checkpoint")
-    return paths
+    """The weight files of a folder: those that its index names, else `model.safetensors`; see `amq.weight_files`."""
+    return weight_files(folder)
 
 
 def open_file(path: Path) -> Any:

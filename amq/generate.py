@@ -14,7 +14,7 @@ from amq.backends import ACTIVATIONS, BACKENDS
 from amq.errors import AmqError
 from amq.files import write_json
 from amq.runtime import Generation, Runtime, Sampling, generate, load
-from amq.settings import run_command
+from amq.settings import TRUST_REMOTE_CODE, run_command
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
 
@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise AmqError("the prompt is empty: give --prompt TEXT, or text on stdin with --prompt -")
     start = time.perf_counter()
     runtime = load(
-        args.model, args.device, args.backend, args.activations, args.dtype, args.context, threads=args.threads
-    )
+        args.model, args.device, args.backend, args.activations, args.dtype, args.context,
+        threads=args.threads, trust_remote_code=args.trust_remote_code,
+    )  # fmt: skip
     load_seconds = time.perf_counter() - start
     print(runtime.engine.banner, file=sys.stderr)
     generation = generate(runtime, [{"role": "user", "content": text}] if args.chat else text, sampling)
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=list(BACKENDS), help="what multiplies the quantized linears (default: the fastest)")
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of what is not quantized (default: float32 on a CPU)")
+    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
     add("--context", type=int, metavar="N", help="tokens that prompt and text may have (default: the model's)")
     add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--json", type=Path, metavar="FILE", help="write the figures as JSON")

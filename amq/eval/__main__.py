@@ -15,7 +15,7 @@ from amq.files import write_json
 from amq.formats import FORMATS
 from amq.progress import terminal_progress
 from amq.quantizers import QUANTIZERS
-from amq.settings import add_flags, run_command
+from amq.settings import TRUST_REMOTE_CODE, add_flags, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
     parser.add_argument(
         "--backend",
         choices=list(BACKENDS),

@@ -42,9 +42,9 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
     return sum(sizes) + OTHER_BYTES * others
 
 
-def load(name: str, dtype: str, device: str, backend: str, activations: str) -> LoadedModel:
+def load(name: str, dtype: str, device: str, backend: str, activations: str, trust: bool = False) -> LoadedModel:
     """The model as it runs in the runtime; `open_all` has verified it."""
     from amq.hf import AmqConfig
 
     how = AmqConfig(activations=activations, backend=backend, verify=False)
-    return load_model(name, dtype, device, quantization_config=how)
+    return load_model(name, dtype, device, trust, quantization_config=how)

@@ -39,7 +39,7 @@ from amq.quantize.fold import find_fold
 from amq.quantize.methods import METHODS, Method, head_dim
 from amq.quantizers import get_quantizer
 from amq.quantizers.awq import candidate_scales, scale_errors
-from amq.settings import add_flags, flag
+from amq.settings import TRUST_REMOTE_CODE, add_flags, flag
 
 BANDS = 5
 """Bands of size within which configurations are compared; ten or so in each."""
@@ -63,6 +63,7 @@ class OrderSettings:
     window_length: int = flag(512, "tokens per window", metavar="N")
     seed: int = flag(0, "of configurations and windows", metavar="N")
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
+    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -86,7 +87,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     check_group_size(settings.group_size)
     if settings.samples < 2 * BANDS:
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
-    loaded = load_model(settings.model, settings.dtype)
+    loaded = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
     parts = inventory(loaded.model)
     check_weights(loaded.model, parts.linears)
     deal = WindowSampler(load_corpus(settings.calibration, loaded.tokenizer), settings.window_length, settings.seed)

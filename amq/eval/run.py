@@ -43,6 +43,7 @@ def evaluate(
     full: bool = True,
     dequantized: bool = False,
     tasks: TaskSettings | None = None,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Perplexities on one text, and figures of tasks.
@@ -56,6 +57,7 @@ def evaluate(
         checkpoints the fastest on `device` that runs their formats.
     dequantized: every checkpoint also as plain torch linears.
     text: a file, or a name that `amq.data.load_text` knows, of which the first `max_tokens` tokens are used; or empty.
+    trust_remote_code: see `amq.models.load_model`.
     Raises AmqError for unusable input before anything is computed; for a tokenizer unlike the first when it is loaded.
     """
     names = [model] if isinstance(model, str) else list(model)
@@ -69,7 +71,7 @@ def evaluate(
         backend = checkpoints.runtime_backend(opened.values(), backend, activations, device)
     runner = TaskRunner(tasks) if tasks else None
     measure = Measure(text, window_length, max_tokens, runner, progress or Progress())
-    run = _Run(measure, dtype, device, backend or "reference", activations)
+    run = _Run(measure, dtype, device, backend or "reference", activations, trust_remote_code)
     for name, label in zip(names, _labels(names, opened), strict=True):
         if name in opened:
             run.checkpoint(name, label, opened[name], dequantized)
@@ -116,6 +118,7 @@ class _Run:
     device: str
     backend: str
     activations: str
+    trust_remote_code: bool
 
     def plain(
         self,
@@ -127,7 +130,7 @@ class _Run:
         full: bool,
     ) -> None:
         """A model in full precision, then uniform formats and configurations from their banks."""
-        loaded = load_model(name, self.dtype, self.device)
+        loaded = load_model(name, self.dtype, self.device, self.trust_remote_code)
         parts = inventory(loaded.model)
         check_weights(loaded.model, parts.linears)
         for _, configuration in configurations:
@@ -147,7 +150,9 @@ class _Run:
 
     def checkpoint(self, name: str, label: str, checkpoint: Checkpoint, dequantized: bool) -> None:
         """A checkpoint as the backend runs it, and as plain torch linears; `reference` means the latter alone."""
-        loaded = checkpoints.load(name, self.dtype, self.device, self.backend, self.activations)
+        loaded = checkpoints.load(
+            name, self.dtype, self.device, self.backend, self.activations, self.trust_remote_code
+        )
         bits, size = checkpoints.bits_per_weight(checkpoint), checkpoints.weight_bytes(checkpoint)
         forms = [Form(label, bits, size)]
         plain = Form(f"{label} dequantized", bits, size, loaded.model.dequantize)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
@@ -21,7 +22,7 @@ from amq.data import WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
 from amq.files import check_new_folder, read_json, write_json
 from amq.formats import get_format
-from amq.linears import Inventory, check_weights, inventory
+from amq.linears import Inventory, check_weights, inventory, narrowed
 from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
 from amq.models import fingerprint as content_hash
 from amq.packing import PackedWeight
@@ -54,7 +55,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     settings.check()
     output = Path(settings.output)
     check_new_folder(output)
-    loaded = load_model(settings.model, settings.dtype, settings.device)
+    loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
     parts = inventory(loaded.model)
     check_weights(loaded.model, parts.linears)
     configuration = _configuration(settings, parts)
@@ -263,7 +264,7 @@ def _other_tensors(model: nn.Module, packed: Iterable[str], dtype: torch.dtype) 
     kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
-        name: tensor.detach().cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype)
+        name: narrowed(name, tensor.detach().cpu(), dtype if tensor.dtype == torch.float32 else tensor.dtype)
         for name, tensor in model.state_dict().items()
         if name not in taken and (name in kept or name not in parameters)
     }
@@ -273,7 +274,13 @@ def _stored_dtype(settings: QuantizeSettings, model: nn.Module) -> torch.dtype:
     """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it does not overflow."""
     config = read_json(resolve(settings.model) / "config.json", floats=True)
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
-    if own is not None and own.itemsize == 2:
-        return own
     largest = max(float(p.abs().max()) for p in model.parameters() if p.numel())
+    if own is not None and own.itemsize == 2:
+        if largest <= torch.finfo(own).max:
+            return own
+        logging.getLogger(__name__).warning(
+            "the model's config says %s, which its largest weight %.4g is beyond: what stays unquantized is stored in "
+            "bfloat16", str(own).removeprefix("torch."), largest,
+        )  # fmt: skip
+        return torch.bfloat16
     return torch.float16 if largest < torch.finfo(torch.float16).max / 4 else torch.bfloat16

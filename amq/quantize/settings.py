@@ -10,7 +10,7 @@ from amq.formats import get_format
 from amq.quantize.head import NONE
 from amq.quantize.methods import METHODS
 from amq.quantizers.grid import ZERO_POINTS
-from amq.settings import flag
+from amq.settings import TRUST_REMOTE_CODE, flag
 
 OTHER_METHODS = ("bank", "autoround")
 DEFAULT_METHOD = "gptq"
@@ -37,6 +37,7 @@ class QuantizeSettings:
     seed: int = flag(0, "of the choice of windows", metavar="N")
     dtype: str = flag("auto", "dtype to compute in: auto, float32, bfloat16, float16", metavar="DTYPE")
     device: str = flag("cpu", "where the model runs", metavar="DEVICE")
+    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
     perplexity: str = flag("docstrings", "text for the model card's perplexities, or none", metavar="TEXT")
     perplexity_tokens: int = flag(8192, "tokens of it", metavar="N")
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from amq.backends import ACTIVATIONS, choose_backend, get_backend
 from amq.checkpoint import is_checkpoint, open_checkpoint
 from amq.errors import AmqError
+from amq.limits import fit_threads
 from amq.runtime.engine import Engine
 from amq.runtime.tokenizer import Tokenizer
 
@@ -40,6 +42,7 @@ def load(
     context: int | None = None,
     max_sequences: int = 1,
     threads: int | None = None,
+    trust_remote_code: bool = False,
 ) -> Runtime:
     """Loads MODEL with its tokenizer.
 
@@ -52,7 +55,8 @@ def load(
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
     max_sequences: that run at once.
-    threads: on the CPU; None leaves torch's number.
+    threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.
+    trust_remote_code: see `amq.models.load_model`.
     Raises AmqError when the folder is damaged or cannot be found, or an argument does not fit.
     """
     folder = Path(model).expanduser()
@@ -62,6 +66,8 @@ def load(
         import torch
 
         torch.set_num_threads(threads)
+    else:
+        fit_threads()
     if not quantized:
         why = ""
     elif device != "cpu" or backend not in (None, "cpu") or dtype not in ("auto", "float32"):
@@ -77,7 +83,10 @@ def load(
             why = str(reason)
         else:
             return Runtime(str(model), engine, Tokenizer.from_folder(folder), engine.weight_bytes)
-    return _load_torch(str(model), quantized, device, backend, activations, dtype, context, max_sequences, why)
+    return _load_torch(
+        str(model), quantized, device, backend, activations, dtype, context, max_sequences, why,
+        trust_remote_code,
+    )  # fmt: skip
 
 
 def _check(
@@ -112,15 +121,16 @@ def _load_torch(
     context: int | None,
     max_sequences: int,
     why: str,
+    trust_remote_code: bool,
 ) -> Runtime:
     from amq.models import load_model
     from amq.runtime.torch_engine import TorchEngine
 
-    how = {}
+    how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if quantized:
         from amq.hf import AmqConfig
 
-        how = {"quantization_config": AmqConfig(activations=activations or "int8", backend=backend)}
+        how |= {"quantization_config": AmqConfig(activations=activations or "int8", backend=backend)}
     loaded = load_model(str(Path(model).expanduser()) if quantized else model, dtype, device, **how)
     engine = TorchEngine(loaded.model, context, max_sequences, why=why)
     ends = loaded.model.generation_config.eos_token_id

@@ -156,7 +156,7 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
     with timings.measure("load"):
-        loaded = load_model(settings.model, settings.dtype, settings.device)
+        loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
         parts = inventory(loaded.model)
         check_weights(loaded.model, parts.linears)
         size = loaded.model.get_input_embeddings().weight.dtype.itemsize

@@ -12,7 +12,7 @@ from amq.formats import FORMATS, check_group_size, parse_formats
 from amq.losses import LOSSES
 from amq.quantizers import QUANTIZERS
 from amq.search.surrogates import SURROGATES
-from amq.settings import flag, parse_size, parse_time
+from amq.settings import TRUST_REMOTE_CODE, flag, parse_size, parse_time
 
 COSTS = ("fisher", "sensitivity", "weight")
 SOLVER_NAMES = ("additive", "paper", "random")
@@ -84,6 +84,7 @@ class SearchSettings:
     # how to run
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
     device: str = flag("cpu", "torch device", metavar="DEVICE")
+    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
     backend: str = flag("reference", "what multiplies the candidates' linears", choices=tuple(BACKENDS))
     activations: str = flag("fp32", "int8 rounds activations as deployed; needs --backend cpu", choices=ACTIVATIONS)
     cache_memory: str | int = flag("256MiB", "memory for cached reference distributions", metavar="SIZE")

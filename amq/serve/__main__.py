@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         context=settings.context,
         max_sequences=settings.max_sequences,
         threads=settings.threads,
+        trust_remote_code=settings.trust_remote_code,
     )
     app = create_app(runtime, settings)
     gc.collect()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from amq.backends import ACTIVATIONS, BACKENDS
 from amq.errors import AmqError
-from amq.settings import flag, parse_size
+from amq.settings import TRUST_REMOTE_CODE, flag, parse_size
 
 
 @dataclass
@@ -32,6 +32,7 @@ class ServeSettings:
     backend: str | None = flag(None, "what multiplies the quantized linears (default: the fastest)", choices=BACKENDS)
     device: str = flag("cpu", "where the model runs", metavar="DEVICE")
     dtype: str = flag("auto", "of what is not quantized (auto: float32 on a CPU)", metavar="DTYPE")
+    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
 
     def __post_init__(self) -> None:
         for name in ("max_sequences", "max_new_tokens", "context", "max_prompt_tokens", "threads"):
