@@ -22,7 +22,8 @@ from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import read_json, write_folder, write_json
+from amq.files import read_json, write_json
+from amq.folders import write_folder
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.packing import PackedWeight
 

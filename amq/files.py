@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,41 +29,6 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
                 "(what was finished before is kept)"
             ) from error
         raise
-
-
-def write_folder(output: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary folder)` and renames the result to `output`, which must not exist or be empty."""
-    check_new_folder(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    try:
-        write(temporary)
-        mask = _umask()
-        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors write for their owner only
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except Exception as error:
-        if is_disk_full(error):
-            raise AmqError(f"the disk is full: could not write {output}; free some space and try again") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new_folder(output: Path) -> None:
-    """Refuses an output folder that already holds something."""
-    if output.exists() and not output.is_dir():
-        raise AmqError(f"--output {output} is a file: expected a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise AmqError(f"--output {output} is not empty: give another folder")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def is_disk_full(error: BaseException) -> bool:

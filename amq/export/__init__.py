@@ -27,7 +27,7 @@ from typing import Any
 from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.export.common import DenseHead
-from amq.files import check_new_folder, write_folder
+from amq.folders import check_new_folder, write_folder
 
 
 @dataclass(frozen=True)
