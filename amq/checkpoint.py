@@ -22,7 +22,7 @@ from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import read_json, write_json
+from amq.files import json_floats, read_json, write_json
 from amq.folders import write_folder
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.packing import PackedWeight
@@ -289,9 +289,9 @@ def write_checkpoint(
     """Writes a whole checkpoint folder, or nothing.
 
     output: must not exist, or be empty.
-    config: the model's config.json without `quantization_config`.
+    config: the model's config.json without `quantization_config`; infinity is allowed.
     packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once.
-    extras: called with the folder before it gets its name: tokenizer, model card, logs.
+    extras: called with the folder before it gets its name: tokenizer, model card, logs, and a last look at it.
     shard_size: bytes per safetensors file.
 
     Where config names the model's class, the folder also gets a `modeling_amq.py`, for people who load it with
@@ -301,11 +301,17 @@ def write_checkpoint(
 
     def write(folder: Path) -> None:
         write_tensors(folder, tensors.items(), shard_size, hashes_metadata)
-        write_json(folder / "config.json", {**_with_remote_code(config, folder), "quantization_config": record.json()})
+        write_config(folder, config, record)
         if extras:
             extras(folder)
 
     write_folder(output, write)
+
+
+def write_config(folder: Path, config: Mapping[str, Any], record: QuantizationRecord) -> None:
+    """Writes config.json and the module that it names; numbers that JSON lacks as transformers writes them."""
+    data = {**_with_remote_code(config, folder), "quantization_config": record.json()}
+    write_json(folder / "config.json", json_floats(data))
 
 
 def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,16 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_floats(data: Any) -> Any:
+    """`data` with infinity and NaN as {"__float__": "Infinity"}, which is how transformers 5 writes them in
+    config.json: JSON has no such numbers, and readers outside Python refuse a file that holds them."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return {"__float__": "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"}
+    if isinstance(data, dict):
+        return {key: json_floats(value) for key, value in data.items()}
+    return [json_floats(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def write_text(path: Path, text: str) -> None:

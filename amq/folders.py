@@ -131,9 +131,7 @@ def _named_errors(output: Path | str) -> Iterator[None]:
             raise
         reason = error.strerror or str(error)
         where = f" ({error.filename})" if error.filename else ""
-        raise AmqError(
-            f"--output {output} cannot be written: {reason}{where}; give a folder that can"
-        ) from error
+        raise AmqError(f"--output {output} cannot be written: {reason}{where}; give a folder that can") from error
 
 
 def _check_empty(output: Path | str, folder: Path) -> None:

@@ -11,20 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = {
     "amq.errors": 0, "amq.formats": 0,
-    "amq.files": 1, "amq.folders": 1, "amq.records": 1,
+    "amq.files": 1, "amq.folders": 1, "amq.model_files": 1, "amq.records": 1,
     "amq.progress": 1, "amq.threads": 1, "amq.settings": 1, "amq.losses": 1, "amq.machine": 1,
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.models": 1, "amq.configuration": 1,
     "amq.native": 2, "amq.quantizers": 2, "amq.calibration": 2, "amq.perplexity": 2, "amq.gpu": 2, "amq.backends": 2,
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3, "amq.checkpoint": 3,
     "amq.quantized_embedding": 3,
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,
-    "amq.search": 5,
+    "amq.search": 5, "amq.opening": 5,
     "amq.quantize": 6, "amq.eval": 7, "amq.export": 6,
     "amq.runtime": 7, "amq.generate": 8, "amq.serve": 8, "amq.bench": 8,
     "amq.cli": 9,
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom
-    "amq.folders": {"amq.files"}, "amq.records": {"amq.files"}, "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files", "amq.records"},
+    "amq.folders": {"amq.files"}, "amq.model_files": {"amq.files"}, "amq.records": {"amq.files"},
+    "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files", "amq.records"},
     "amq.configuration": {"amq.linears", "amq.files", "amq.records"},
     "amq.backends": {"amq.native", "amq.gpu"}, "amq.evaluator": {"amq.swap"},
     "amq.quantized_linear": {"amq.ops", "amq.checkpoint"}, "amq.quantized_embedding": {"amq.quantized_linear"},

@@ -53,9 +53,14 @@ class QuantizeSettings:
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
 
-    def identity(self, fingerprint: str, formats: dict[str, str], group_size: int) -> dict[str, Any]:
-        """What a finished block depends on: a resumed run must have the same."""
+    @property
+    def known_identity(self) -> dict[str, Any]:
+        """The part of `identity` that is known before the model is loaded."""
         names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
         names += ["autoround_iterations"] if self.method == "autoround" else []
         given = asdict(self)
-        return {**{n: given[n] for n in names}, "model": fingerprint, "formats": formats, "group_size": group_size}
+        return {n: given[n] for n in names}
+
+    def identity(self, fingerprint: str, formats: dict[str, str], group_size: int) -> dict[str, Any]:
+        """What a finished block depends on: a resumed run must have the same."""
+        return {**self.known_identity, "model": fingerprint, "formats": formats, "group_size": group_size}

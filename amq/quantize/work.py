@@ -94,6 +94,10 @@ class WorkFolder:
         """Whether a run finished a block."""
         return any(self.folder.glob("block-*"))
 
+    def finished(self, count: int) -> int:
+        """How many of the blocks 0 to `count` − 1 are there."""
+        return sum(self._path(block).is_file() for block in range(count))
+
     @property
     def nbytes(self) -> int:
         """Bytes of the blocks that are there."""
