@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from amq.calibration import CalibrationStream
@@ -41,6 +40,7 @@ from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
+from amq.tensors import save_file
 
 VERSION = 2
 """Part of the cache key: raised whenever a quantizer or the file layout changes its results."""

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from amq.configuration import Configuration
@@ -26,6 +25,7 @@ from amq.files import json_floats, read_json, write_json
 from amq.folders import write_folder
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.packing import PackedWeight
+from amq.tensors import save_file
 
 METHOD = "amq"
 """`quant_method` in config.json."""

@@ -6,30 +6,82 @@ import errno
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
+from amq.temporary import sync, temporary_folder
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary)` and renames the result to `path`: a reader sees the old file or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Calls `write(temporary)` and renames the result to `path`: a reader sees the old file or the whole new one.
+
+    `temporary` is there already, empty, and has `path`'s name. Raises AmqError naming `path` if it cannot be written.
+    """
+    check_path(path)
+    make_folder(path.parent)
     try:
-        write(temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with temporary_folder(path) as folder:
+            temporary = folder / path.name
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)  # safetensors writes for its owner only
+            sync(temporary)
+            os.replace(temporary, path)
+        sync(path.parent)
+    except AmqError:
+        raise
     except Exception as error:
-        temporary.unlink(missing_ok=True)
         if is_disk_full(error):
             raise AmqError(
                 f"the disk is full: could not write {path}; free some space and run the same command again "
                 "(what was finished before is kept)"
             ) from error
+        if isinstance(error, OSError):
+            raise AmqError(f"could not write {path}: {reason(error)}") from error
         raise
+
+
+def make_folder(path: Path, remedy: str = "give another place") -> None:
+    """Makes the folder `path` and those above it, where they are missing; raises AmqError where that cannot be."""
+    check_path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        full = "the disk is full: " * is_disk_full(error)
+        raise AmqError(f"{full}the folder {path} cannot be made: {reason(error)}; {remedy}") from error
+
+
+def check_path(path: Path | str, what: str = "the path") -> None:
+    """Raises AmqError for a path that no system call takes; what: whose it is, such as `--output`."""
+    if "\0" in str(path):
+        raise AmqError(f"{what} {str(path)!r} holds a NUL character, which no file name can: give another")
+
+
+def check_place(path: Path, what: str) -> None:
+    """Raises AmqError unless `path` is a folder that this process can write to, or one that it can make.
+
+    For the beginning of a command: a temporary folder is made there and removed. what: whose it is, such as `--output`.
+    """
+    check_path(path, what)
+    try:
+        there = next(p for p in (path, *path.parents) if p.exists())  # the name itself may be too long
+        if not there.is_dir():
+            below = "is a file: expected a folder" if there == path else f"lies below {there}, which is a file"
+            raise AmqError(f"{what} {path} {below}")
+        os.rmdir(tempfile.mkdtemp(prefix=".amq-", dir=there))
+    except OSError as error:
+        raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
+
+
+def reason(error: OSError) -> str:
+    """The system's words for an error and the file that it is about: `Permission denied (/path)`."""
+    if not error.strerror:
+        return str(error) or type(error).__name__
+    return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
 
 
 def is_disk_full(error: BaseException) -> bool:

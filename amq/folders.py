@@ -5,13 +5,14 @@ the target of a link or somebody's working directory, none of which can be renam
 written into a temporary folder inside it and moved up, `config.json` last, so that who finds that file finds the rest.
 Links are followed. `check_new_folder` does all of this with an empty file before a command spends hours on the content.
 
-Temporary folders are locked while they are written, and those of killed processes are removed by the next writer.
+What a killed process leaves is removed by the next writer (`amq.temporary`), and does not count as content.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,10 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from amq.errors import AmqError
-from amq.files import is_disk_full
+from amq.files import check_path, is_disk_full, reason
+from amq.temporary import sync, temporary_folder
 
-PREFIX, SUFFIX = ".amq-", ".tmp"
-"""Of temporary folders; short, so that the longest name that a folder can have still has room for its own."""
+INSIDE = "content"
+"""What the temporary folder in a folder that exists is named after."""
+TEMPORARY = re.compile(r"\..*\.amq-[a-z0-9_]+\.tmp|\.amq-[a-z0-9_]+(-try)?\.tmp")
 PARTIAL = ".amq.partial"
 LOST_FOUND = "lost+found"
 """What a disk of Linux's ext kind holds when it is new."""
@@ -36,8 +39,7 @@ ATTEMPTS = 5
 
 def real_folder(output: Path | str) -> Path:
     """The absolute path of an output folder, links followed; it need not exist."""
-    if "\0" in str(output):
-        raise AmqError(f"--output {str(output)!r} holds a NUL character: no file can have such a name")
+    check_path(output, "--output")
     return Path(os.path.realpath(output))
 
 
@@ -75,7 +77,7 @@ def write_folder(output: Path | str, write: Callable[[Path], None]) -> None:
     folder = check_new_folder(output)
     with _named_errors(output):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary(_place(folder)) as temporary:
+        with temporary_folder(folder / INSIDE if folder.is_dir() else folder) as temporary:
             whole = temporary / "whole"
             whole.mkdir()
             write(whole)
@@ -110,15 +112,6 @@ class Lock:
         self._file.close()
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes the names in `folder` survive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 @contextmanager
 def _named_errors(output: Path | str) -> Iterator[None]:
     """Turns what the operating system says of `output` into an AmqError."""
@@ -129,9 +122,7 @@ def _named_errors(output: Path | str) -> Iterator[None]:
             raise AmqError(f"the disk is full: could not write {output}; free some space and try again") from error
         if not isinstance(error, OSError):
             raise
-        reason = error.strerror or str(error)
-        where = f" ({error.filename})" if error.filename else ""
-        raise AmqError(f"--output {output} cannot be written: {reason}{where}; give a folder that can") from error
+        raise AmqError(f"--output {output} cannot be written: {reason(error)}; give a folder that can") from error
 
 
 def _check_empty(output: Path | str, folder: Path) -> None:
@@ -145,10 +136,10 @@ def _check_empty(output: Path | str, folder: Path) -> None:
 
 def _try(place: Path) -> None:
     """Makes, moves and removes a file and a folder in `place`; other processes may do so at the same time."""
-    temporary = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=place))
+    temporary = Path(tempfile.mkdtemp(prefix=".amq-", suffix=".tmp", dir=place))
     try:
         (temporary / "try").write_bytes(b"try")
-        renamed = temporary.with_name(temporary.name.removesuffix(SUFFIX) + f"-try{SUFFIX}")
+        renamed = temporary.with_name(f"{temporary.stem}-try.tmp")
         os.rename(temporary / "try", renamed)
         renamed.unlink()
         os.rename(temporary, renamed)
@@ -160,8 +151,8 @@ def _try(place: Path) -> None:
 def _is_ours(path: Path) -> bool:
     """Whether a folder that holds `path` is empty all the same."""
     name = path.name
-    temporary = name.startswith(PREFIX) and name.endswith(SUFFIX)
-    return temporary or name == PARTIAL or (name == LOST_FOUND and path.is_dir() and os.path.ismount(path.parent))
+    new_disk = name == LOST_FOUND and path.is_dir() and os.path.ismount(path.parent)
+    return new_disk or name == PARTIAL or bool(TEMPORARY.fullmatch(name))
 
 
 def _place(folder: Path) -> Path:
@@ -188,56 +179,12 @@ def _make_parents(folder: Path) -> list[Path]:
     return made
 
 
-@contextmanager
-def _temporary(place: Path) -> Iterator[Path]:
-    """A locked temporary folder in `place`, gone at the end; those of dead processes are removed first."""
-    for path in place.glob(f"{PREFIX}*{SUFFIX}"):
-        _remove_dead(path)
-    for _ in range(ATTEMPTS):
-        folder = Path(tempfile.mkdtemp(prefix=PREFIX, suffix=SUFFIX, dir=place))
-        try:
-            lock = Lock(folder / LOCK)
-        except FileNotFoundError:  # another process took the new folder for a dead one
-            continue
-        if lock.take():
-            break
-        lock.release()
-    else:
-        raise AmqError(f"{place}: other processes remove the temporary folders of this one; try again")
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        lock.release()
-
-
-def _remove_dead(folder: Path) -> None:
-    """Removes a temporary folder that no process holds."""
-    if not (folder / LOCK).is_file():  # its process died before it wrote anything, else it is not empty
-        try:
-            folder.rmdir()
-        except OSError:
-            return
-        return
-    try:
-        lock = Lock(folder / LOCK)
-    except OSError:  # gone meanwhile, or somebody else's
-        return
-    if lock.take():
-        shutil.rmtree(folder, ignore_errors=True)
-    lock.release()
-
-
 def _settle(folder: Path) -> None:
     """Gives all files the modes of new ones (safetensors and mkdtemp write for their owner only), and the disk them."""
     mask = _umask()
     for path in (*folder.rglob("*"), folder):
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        sync(path)
 
 
 def _umask() -> int:
@@ -257,7 +204,7 @@ def _rename(whole: Path, folder: Path) -> None:
             f"--output {folder} was made by another process meanwhile: it was left as it is; move it away and run the "
             "same command again"
         ) from error
-    sync_folder(folder.parent)
+    sync(folder.parent)
 
 
 def _fill(whole: Path, folder: Path) -> None:
@@ -266,7 +213,7 @@ def _fill(whole: Path, folder: Path) -> None:
     try:
         for path in sorted(whole.iterdir(), key=lambda path: path.name == LAST):
             if path.name == LAST:
-                sync_folder(folder)
+                sync(folder)
             if os.path.lexists(folder / path.name):
                 raise AmqError(f"--output {folder}: another process made {path.name} in it meanwhile; empty it")
             os.rename(path, folder / path.name)
@@ -275,4 +222,4 @@ def _fill(whole: Path, folder: Path) -> None:
         for path in moved:
             os.rename(path, whole / path.name)
         raise
-    sync_folder(folder)
+    sync(folder)

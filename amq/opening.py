@@ -32,6 +32,7 @@ def open_checkpoint_once(folder: Path) -> None:
     stored = dict(config.quantization_config)
     quantizer = AmqQuantizer(AmqConfig(verify=False, **stored), pre_quantized=True)
     quantizer.preprocess_model(model=model, checkpoint_files=[str(path) for path in files])
+    _initialize(model, folder)
     record = QuantizationRecord.parse(stored, str(folder / "config.json"))
     packed = {f"{linear}.{part}" for linear in record.formats for part in PARTS}
     _compare(folder, model, {name: shape for name, shape in _shapes(folder).items() if name not in packed}, ())
@@ -58,6 +59,17 @@ def empty_model(folder: Path) -> tuple[nn.Module, Any]:
     except Exception as error:  # whatever a model's own code raises for a config that does not fit it
         raise AmqError(f"transformers cannot build a model from {folder / 'config.json'}: {_line(error)}") from error
     return model.eval(), config
+
+
+def _initialize(model: nn.Module, folder: Path) -> None:
+    """What transformers does once all tensors are there: it offers every module to the model's own initialization,
+    which may want the weight of a linear that has none any more."""
+    for module in model.modules():
+        module._is_hf_initialized = False  # as it is in a model that from_pretrained builds
+    try:
+        model.initialize_weights()
+    except Exception as error:  # of the model's own code
+        raise AmqError(f"transformers cannot load {folder}: {_line(error)}") from error
 
 
 def _open_tokenizer(folder: Path) -> None:

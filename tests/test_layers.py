@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = {
     "amq.errors": 0, "amq.formats": 0,
-    "amq.files": 1, "amq.folders": 1, "amq.model_files": 1, "amq.records": 1,
+    "amq.files": 1, "amq.folders": 1, "amq.model_files": 1, "amq.records": 1, "amq.tensors": 1, "amq.temporary": 1,
     "amq.progress": 1, "amq.threads": 1, "amq.settings": 1, "amq.losses": 1, "amq.machine": 1,
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.models": 1, "amq.configuration": 1,
     "amq.native": 2, "amq.quantizers": 2, "amq.calibration": 2, "amq.perplexity": 2, "amq.gpu": 2, "amq.backends": 2,
@@ -24,7 +24,8 @@ RANKS = {
     "amq.cli": 9,
 }  # fmt: skip
 SAME_RANK = {  # within a rank: who may import whom
-    "amq.folders": {"amq.files"}, "amq.model_files": {"amq.files"}, "amq.records": {"amq.files"},
+    "amq.files": {"amq.temporary"}, "amq.records": {"amq.files"}, "amq.tensors": {"amq.files"},
+    "amq.folders": {"amq.files", "amq.temporary"}, "amq.model_files": {"amq.files"},
     "amq.blocks": {"amq.linears"}, "amq.models": {"amq.files", "amq.records"},
     "amq.configuration": {"amq.linears", "amq.files", "amq.records"},
     "amq.backends": {"amq.native", "amq.gpu"}, "amq.evaluator": {"amq.swap"},

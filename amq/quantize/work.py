@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from amq.checkpoint import PARTS, QuantizationRecord, check_parts, open_file
@@ -16,6 +15,7 @@ from amq.errors import AmqError
 from amq.files import read_json, write_atomic, write_json
 from amq.folders import ATTEMPTS, LOCK, Lock, work_folder
 from amq.quantize.methods import BlockResult
+from amq.tensors import save_file
 
 IDENTITY = "identity.json"
 
