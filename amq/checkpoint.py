@@ -297,6 +297,8 @@ def write_checkpoint(
     Where config names the model's class, the folder also gets a `modeling_amq.py`, for people who load it with
     trust_remote_code=True and without `import amq`: see `REMOTE_CODE`.
     """
+    if odd := sorted(packed.keys() ^ record.formats.keys()):
+        raise AmqError(f"linear {odd[0]!r} has a weight or a format, but not both: nothing was written")
     tensors = {f"{n}.{part}": getattr(weight, part) for n, weight in packed.items() for part in PARTS} | dict(others)
 
     def write(folder: Path) -> None:

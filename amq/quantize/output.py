@@ -68,8 +68,9 @@ class CheckpointOutput:
                 self._describe(folder, log)
                 open_checkpoint_once(folder)
             except AmqError as error:
+                reason = str(error).replace(temporary, str(self.folder))
                 raise AmqError(
-                    f"a checkpoint of {self.loaded.name} could not be loaded again, so nothing was quantized: {error}"
+                    f"a checkpoint of {self.loaded.name} could not be loaded again, so nothing was quantized: {reason}"
                 ) from error
 
     def write(self, packed: Mapping[str, PackedWeight], log: Mapping[str, Any]) -> None:
