@@ -33,6 +33,7 @@ from amq.packing import PackedWeight
 from amq.quantize.card import write_card
 
 GENERATION = "generation_config.json"
+HOLLOW = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class CheckpointOutput:
         config = {**self.loaded.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         return config_as_found(config, self.parts.head_is_tied)
 
-    def try_out(self, log: Mapping[str, Any]) -> None:
-        """Raises AmqError where this checkpoint could not be written or loaded; log: as far as it is known."""
+    def try_out(self, log: Mapping[str, Any]) -> int:
+        """Raises AmqError where this checkpoint could not be written or loaded; returns the bytes of all but weights.
+
+        log: as far as it is known.
+        """
         shapes = {
             name: shape for linear in self.record.formats for name, shape in packed_shapes(self.record, linear).items()
         }
@@ -63,10 +67,11 @@ class CheckpointOutput:
         with tempfile.TemporaryDirectory(prefix="amq-") as temporary:
             folder = Path(temporary)
             try:
-                write_hollow(folder / "model.safetensors", shapes)
+                write_hollow(folder / HOLLOW, shapes)
                 write_config(folder, self.config, self.record)
                 self._describe(folder, log)
                 open_checkpoint_once(folder)
+                return sum(path.stat().st_size for path in folder.rglob("*") if path.name != HOLLOW)
             except AmqError as error:
                 reason = str(error).replace(temporary, str(self.folder))
                 raise AmqError(

@@ -21,8 +21,8 @@ WEIGHT_COPIES = 4
 """Of the largest linear, in float32, while it is rounded: itself, its codes, its errors, its result."""
 GRAM_COPIES = 2
 """The sums of a block's second moments, and their means."""
-SMALL_FILES = 16 << 20
-"""Bytes allowed for tokenizer, logs and card."""
+HEADERS = 1 << 20
+"""Bytes allowed for what files of tensors hold besides them, and for a log that grows."""
 
 
 def working_bytes(

@@ -28,7 +28,7 @@ from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.head import Head, find_head, head_json, quantize_head, with_head
 from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource
 from amq.quantize.output import CheckpointOutput, stored_dtype
-from amq.quantize.plan import SMALL_FILES, check_disk, plan_text, time_text, working_bytes
+from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.quantize.work import WorkFolder
@@ -56,9 +56,9 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         job = _prepare(settings, output)
         work.begin(settings.identity(job.fingerprint, dict(job.record.formats), job.record.group_size), job.record)
         perplexities = _Perplexities(settings, job.loaded, progress)
-        _say_plan(settings, job, work, perplexities, progress)
         log = _log(settings, job, perplexities.figures)
-        job.output.try_out(log)
+        small = job.output.try_out(log)
+        _say_plan(settings, job, work, perplexities, small, progress)
         source = _source(settings, job, progress)
         perplexities.measure("full")
         packed: dict[str, PackedWeight] = {}
@@ -120,14 +120,22 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
 
 
 def _say_plan(
-    settings: QuantizeSettings, job: _Job, work: WorkFolder, perplexities: _Perplexities, progress: Progress
+    settings: QuantizeSettings,
+    job: _Job,
+    work: WorkFolder,
+    perplexities: _Perplexities,
+    small: int,
+    progress: Progress,
 ) -> None:
-    """Says what is going to happen; raises AmqError where memory or disk do not suffice."""
+    """Says what is going to happen; raises AmqError where memory or disk do not suffice.
+
+    small: bytes of the checkpoint's other files.
+    """
     method = METHODS.get(settings.method)
     calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
     memory = working_bytes(job.loaded.model, job.parts, job.record.shared_inputs, job.windows, calibrated)
     checkpoint = _memory(job)["total"]
-    needed = checkpoint + job.configuration.bytes(job.parts.linears) + SMALL_FILES - work.nbytes
+    needed = checkpoint + job.configuration.bytes(job.parts.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
     progress.say(plan_text(job.parts, job.configuration, settings.method, checkpoint, memory, disk, settings.device))
     progress.say(perplexities.plan())

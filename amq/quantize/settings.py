@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import check_group_size, get_format
 from amq.quantize.head import NONE
 from amq.quantize.methods import METHODS
 from amq.quantizers.grid import ZERO_POINTS
@@ -48,6 +48,9 @@ class QuantizeSettings:
             raise AmqError("--output DIR is missing: where to write the checkpoint")
         if self.method == "bank" and self.zero_points != "fractional":
             raise AmqError(f"the bank has fractional zero points, not {self.zero_points} ones: use --method gptq")
+        if self.uniform:
+            get_format(self.uniform)
+            check_group_size(self.group_size)
         if self.head != NONE:
             get_format(self.head)
         if self.windows < 1:
