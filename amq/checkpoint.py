@@ -21,7 +21,8 @@ from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import read_json, write_folder, write_json
+from amq.files import json_floats, read_json, write_json
+from amq.folders import write_folder
 from amq.formats import BitFormat, check_group_size, get_format
 from amq.packing import PackedWeight
 from amq.tensors import save_file
@@ -279,23 +280,31 @@ def write_checkpoint(
     """Writes a whole checkpoint folder, or nothing.
 
     output: must not exist, or be empty.
-    config: the model's config.json without `quantization_config`.
+    config: the model's config.json without `quantization_config`; infinity is allowed.
     packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once.
-    extras: called with the folder before it gets its name: tokenizer, model card, logs.
+    extras: called with the folder before it gets its name: tokenizer, model card, logs, and a last look at it.
     shard_size: bytes per safetensors file.
 
     Where config names the model's class, the folder also gets a `modeling_amq.py`, for people who load it with
     trust_remote_code=True and without `import amq`: see `REMOTE_CODE`.
     """
+    if odd := sorted(packed.keys() ^ record.formats.keys()):
+        raise AmqError(f"linear {odd[0]!r} has a weight or a format, but not both: nothing was written")
     tensors = {f"{n}.{part}": getattr(weight, part) for n, weight in packed.items() for part in PARTS} | dict(others)
 
     def write(folder: Path) -> None:
         write_tensors(folder, tensors.items(), shard_size, hashes_metadata)
-        write_json(folder / "config.json", {**_with_remote_code(config, folder), "quantization_config": record.json()})
+        write_config(folder, config, record)
         if extras:
             extras(folder)
 
     write_folder(output, write)
+
+
+def write_config(folder: Path, config: Mapping[str, Any], record: QuantizationRecord) -> None:
+    """Writes config.json and the module that it names; numbers that JSON lacks as transformers writes them."""
+    data = {**_with_remote_code(config, folder), "quantization_config": record.json()}
+    write_json(folder / "config.json", json_floats(data))
 
 
 def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
-import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -44,35 +44,6 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         if isinstance(error, OSError):
             raise AmqError(f"could not write {path}: {reason(error)}") from error
         raise
-
-
-def write_folder(output: Path, write: Callable[[Path], None]) -> None:
-    """Calls `write(temporary folder)` and renames the result to `output`, which must not exist or be empty."""
-    check_new_folder(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".tmp", dir=output.parent))
-    try:
-        write(temporary)
-        mask = _umask()
-        for path in (temporary, *temporary.rglob("*")):  # mkdtemp and safetensors write for their owner only
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-        if output.exists():
-            output.rmdir()
-        temporary.rename(output)
-    except Exception as error:
-        if is_disk_full(error):
-            raise AmqError(f"the disk is full: could not write {output}; free some space and try again") from error
-        raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def check_new_folder(output: Path) -> None:
-    """Refuses an output folder that already holds something."""
-    if output.exists() and not output.is_dir():
-        raise AmqError(f"--output {output} is a file: expected a folder")
-    if output.is_dir() and any(output.iterdir()):
-        raise AmqError(f"--output {output} is not empty: give another folder")
 
 
 def make_folder(path: Path, remedy: str = "give another place") -> None:
@@ -123,12 +94,6 @@ def reason(error: OSError) -> str:
     return f"{error.strerror} ({error.filename})" if error.filename else error.strerror
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def is_disk_full(error: BaseException) -> bool:
     """Whether `error` means no space left; safetensors reports it as text only."""
     full = (errno.ENOSPC, errno.EDQUOT)
@@ -137,6 +102,16 @@ def is_disk_full(error: BaseException) -> bool:
 
 def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def json_floats(data: Any) -> Any:
+    """`data` with infinity and NaN as {"__float__": "Infinity"}, which is how transformers 5 writes them in
+    config.json: JSON has no such numbers, and readers outside Python refuse a file that holds them."""
+    if isinstance(data, float) and not math.isfinite(data):
+        return {"__float__": "NaN" if math.isnan(data) else "Infinity" if data > 0 else "-Infinity"}
+    if isinstance(data, dict):
+        return {key: json_floats(value) for key, value in data.items()}
+    return [json_floats(value) for value in data] if isinstance(data, (list, tuple)) else data
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 import amq
 from amq.eval.__main__ import table
 from amq.files import write_json
+from amq.folders import work_folder
 from amq.progress import Progress, terminal_progress
 from amq.quantize.__main__ import summary as quantized_summary
-from amq.quantize.work import partial_folder
 from amq.runtime import Sampling, generate, load
 from amq.search.__main__ import summary
 from amq.search.select import select_from_run
@@ -75,7 +75,7 @@ def _quantize(args: argparse.Namespace, progress: Progress) -> Path:
     if not folder.exists():
         configuration = args.output / f"searched-{CHECKPOINT_BITS}.json"
         settings = {"method": "bank", "configuration": str(configuration), "head": "int8", "perplexity": "none"}
-        resume = partial_folder(folder).exists()
+        resume = work_folder(folder).exists()
         print(quantized_summary(amq.quantize(args.model, folder, resume=resume, progress=progress, **settings)))
     print(f"> {PROMPT}")
     runtime = load(folder)

@@ -23,7 +23,7 @@ import torch
 
 from amq.checkpoint import QuantizationRecord, write_checkpoint
 from amq.errors import AmqError
-from amq.files import check_new_folder
+from amq.folders import check_new_folder
 from amq.formats import FORMATS, BitFormat, check_group_size, get_format, n_groups
 from amq.models import TOKENIZER_FILES, resolve
 from amq.packing import PackedWeight

@@ -204,7 +204,7 @@ def test_remote_code_names_the_models_class(folder: Path) -> None:
 
 
 def test_a_checkpoint_can_be_read_by_those_who_may_read_other_new_files(tmp_path):
-    from amq.files import write_folder
+    from amq.folders import write_folder
 
     def write(folder: Path) -> None:
         (folder / "file").touch(mode=0o600)

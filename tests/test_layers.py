@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RANKS = {
     "amq.errors": 0, "amq.formats": 0,
-    "amq.files": 1, "amq.records": 1, "amq.tensors": 1, "amq.temporary": 1,
+    "amq.files": 1, "amq.folders": 1, "amq.model_files": 1, "amq.records": 1, "amq.tensors": 1, "amq.temporary": 1,
     "amq.progress": 1, "amq.threads": 1, "amq.settings": 1, "amq.losses": 1, "amq.machine": 1,
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.configuration": 1,
     "amq.limits": 1, "amq.weight_files": 1, "amq.tensor_stream": 1,
@@ -21,7 +21,7 @@ RANKS = {
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3,
     "amq.quantized_embedding": 3,
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,
-    "amq.search": 5,
+    "amq.search": 5, "amq.opening": 5,
     "amq.quantize": 6, "amq.eval": 7, "amq.export": 6,
     "amq.runtime": 7, "amq.generate": 8, "amq.serve": 8, "amq.bench": 8,
     "amq.cli": 9,
@@ -29,6 +29,7 @@ RANKS = {
 SAME_RANK = {  # within a rank: who may import whom
     "amq.files": {"amq.temporary"}, "amq.records": {"amq.files"}, "amq.tensors": {"amq.files"},
     "amq.settings": {"amq.files"}, "amq.linears": {"amq.records"}, "amq.blocks": {"amq.linears"},
+    "amq.folders": {"amq.files", "amq.temporary"}, "amq.model_files": {"amq.files"},
     "amq.models": {"amq.files", "amq.records", "amq.gguf_convert"}, "amq.gguf_convert": {"amq.checkpoint"},
     "amq.weight_files": {"amq.records"}, "amq.tensor_stream": {"amq.files"}, "amq.gguf_file": {"amq.records"},
     "amq.gguf_config": {"amq.gguf_file", "amq.gguf_rope", "amq.records"},

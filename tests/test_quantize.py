@@ -18,6 +18,7 @@ from amq.calibration import CalibrationStream, shared_inputs
 from amq.checkpoint import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
+from amq.folders import work_folder
 from amq.formats import FORMATS
 from amq.linears import inventory
 from amq.packing import dequantize, unpack_codes
@@ -25,7 +26,7 @@ from amq.quantize import quantize
 from amq.quantize import run as quantize_run
 from amq.quantize.fold import apply_fold, find_fold
 from amq.quantize.methods import METHODS
-from amq.quantize.work import WorkFolder, partial_folder
+from amq.quantize.work import WorkFolder
 from amq.quantizers import clip
 from amq.quantizers.awq import search_scale
 from amq.quantizers.clip import clipped_grid, diagonal_blocks
@@ -221,7 +222,7 @@ def test_an_interrupted_run_resumes_at_its_last_block(
     output = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
         run(tiny_folder, output, configuration, method="awq+gptq")
-    assert not output.exists() and partial_folder(output).is_dir()
+    assert not output.exists() and work_folder(output).is_dir()
     with pytest.raises(AmqError, match="holds an interrupted run: add --resume"):
         run(tiny_folder, output, configuration, method="awq+gptq")
     with pytest.raises(AmqError, match="made with another seed"):
@@ -244,7 +245,7 @@ def interrupted(folder: Path, output: Path, configuration: Path, **settings: Any
         patch.setattr(WorkFolder, "save", once)
         with pytest.raises(KeyboardInterrupt):
             run(folder, output, configuration, **settings)
-    return partial_folder(output)
+    return work_folder(output)
 
 
 def test_a_text_that_was_rewritten_meanwhile_is_refused(
@@ -384,7 +385,7 @@ def test_other_bad_input(tiny_folder: Path, tmp_path: Path, configuration: Path,
     broken.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
     with pytest.raises(AmqError, match=r"model\.layers\.1\.mlp\.up_proj holds 1 non-finite weights"):
         run(make_folder(broken), tmp_path / "out", configuration)
-    assert not (tmp_path / "out").exists() and not partial_folder(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
 
 
 def test_inputs_that_overflow_name_the_linear() -> None:
@@ -448,7 +449,7 @@ def test_heads_that_cannot_be_quantized(tmp_path: Path, make_folder: Callable, c
         run(source, tmp_path / "out", configuration, head="int8", method="rtn")
     with pytest.raises(AmqError, match="unknown format 'int7'"):
         run(source, tmp_path / "out", configuration, head="int7")
-    assert not (tmp_path / "out").exists() and not partial_folder(tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
 
 
 def test_the_grid_of_a_head_is_no_worse_than_its_range() -> None:

@@ -18,7 +18,6 @@ without amq's part; `amq.checkpoint.write_tensors` writes weight files in shards
 from __future__ import annotations
 
 import importlib
-import shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,9 @@ from typing import Any
 from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.export.common import DenseHead
-from amq.files import check_new_folder, write_folder
+from amq.folders import check_new_folder, real_folder, write_folder
+from amq.model_files import copy_model_files
+from amq.opening import open_export_once
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,6 @@ EXPORTS = {
     ),
 }
 
-TOKENIZER_FILES = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.jinja",
-    "chat_template.json", "generation_config.json",
-)  # fmt: skip
-
-
 def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
     """Exports the quantized folder `source` to the format `to`, as the folder `output`; returns the format's facts.
 
@@ -79,10 +74,11 @@ def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
     def write(folder: Path) -> None:
         facts.update(module.write(checkpoint, folder))
         if EXPORTS[to].model_folder:
-            for path in sorted({p for pattern in TOKENIZER_FILES for p in source.glob(pattern) if p.is_file()}):
-                shutil.copyfile(path, folder / path.name)
-        readme = _readme(stored, to, module.LOADING.replace("{folder}", output.name), facts)
+            copy_model_files(source, folder)
+        readme = _readme(stored, to, module.LOADING.replace("{folder}", real_folder(output).name), facts)
         (folder / "README.md").write_text(readme, encoding="utf-8")
+        if EXPORTS[to].model_folder:
+            open_export_once(folder)
 
     write_folder(output, write)
     return facts

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from amq.checkpoint import Checkpoint
 from amq.errors import AmqError
+from amq.files import json_floats
 from amq.formats import FORMATS, BitFormat, get_format
 from amq.native import dequantized
 from amq.packing import PackedWeight
@@ -91,7 +92,7 @@ def packed_linears(checkpoint: Checkpoint) -> Iterator[tuple[str, PackedWeight]]
 
 def plain_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json without what only amq reads."""
-    config = {k: v for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
+    config = {k: json_floats(v) for k, v in checkpoint.config.items() if k not in ("quantization_config", "auto_map")}
     auto_map = {k: v for k, v in checkpoint.config.get("auto_map", {}).items() if not v.startswith("modeling_amq.")}
     return {**config, "auto_map": auto_map} if auto_map else config
 

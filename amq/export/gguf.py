@@ -122,7 +122,19 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     for plan in plans:
         writer.write_tensor_data(_data(checkpoint, plan, tallies))
     writer.close()
+    _check_written(folder / FILE, plans, [FREQUENCIES] if frequencies is not None else [])
     return _facts(tallies, config, (folder / FILE).stat().st_size)
+
+
+def _check_written(path: Path, plans: list[Plan], more: list[str]) -> None:
+    """Reads the file's header with gguf's own reader; raises AmqError unless it has all tensors, in their shapes."""
+    import gguf
+
+    expected = {plan.name: plan.shape for plan in plans}
+    found = {tensor.name: tuple(map(int, reversed(tensor.shape))) for tensor in gguf.GGUFReader(path).tensors}
+    odd = sorted(found.keys() ^ {*expected, *more}) + [n for n in expected if found.get(n, expected[n]) != expected[n]]
+    if odd:
+        raise AmqError(f"{path.name} was written with a wrong or missing tensor, {odd[0]}: report this")
 
 
 def check_family(config: Mapping[str, Any]) -> None:

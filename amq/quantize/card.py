@@ -48,7 +48,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 Without `import amq` transformers fills the linears with random numbers and only warns.
 
 `configuration.json` says which linear has which format, `quantization.json` how each of them came out. Made with
-{windows} calibration windows of {window_length} tokens of `{calibration}`, seed {seed}, in {seconds:.0f} s.
+{windows} calibration windows of {window_length} tokens of `{calibration}`, seed {seed}.
 """
 
 
@@ -74,7 +74,6 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: dict[st
         window_length=settings["window_length"],
         calibration=settings["calibration"],
         seed=settings["seed"],
-        seconds=log["seconds"],
     )
     write_text(folder / "README.md", text)
 

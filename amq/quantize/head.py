@@ -88,13 +88,13 @@ def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: 
     return packed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), fmt, group_size)
 
 
-def head_json(head: Head, weight: PackedWeight, error: float) -> dict[str, Any]:
-    """What quantization.json says of it."""
+def head_json(head: Head, group_size: int, error: float | None) -> dict[str, Any]:
+    """What quantization.json says of it; error: None before it is known."""
     return {
         "name": head.name,
         "format": head.format.name,
         "shape": list(head.shape),
-        "bytes": weight.nbytes,
+        "bytes": head.format.stored_bytes(*head.shape, group_size),
         "relative_error": error,
         "embedding": head.embedding or None,
     }

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import resource
 import time
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.bank import BankRecipe
 from amq.calibration import shared_inputs
-from amq.checkpoint import QuantizationRecord, write_checkpoint
+from amq.checkpoint import QuantizationRecord
 from amq.configuration import Configuration, memory_items, memory_json
-from amq.data import WindowSampler, fixed_windows, load_corpus
+from amq.data import Corpus, WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
-from amq.files import check_new_folder, read_json, write_json
+from amq.folders import check_new_folder
 from amq.formats import get_format
-from amq.linears import Inventory, check_weights, inventory, narrowed
-from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
+from amq.linears import Inventory, check_weights, inventory
+from amq.models import LoadedModel, load_model, model_fingerprint, resolve
 from amq.models import fingerprint as content_hash
 from amq.packing import PackedWeight
 from amq.perplexity import perplexity
 from amq.progress import Progress
 from amq.quantize.autoround import AutoRoundSource
-from amq.quantize.card import write_card
 from amq.quantize.head import Head, find_head, head_json, quantize_head, with_head
 from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.output import CheckpointOutput, stored_dtype
+from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.quantize.work import WorkFolder
@@ -55,6 +53,57 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     settings.check()
     output = Path(settings.output)
     check_new_folder(output)
+    with WorkFolder(output, settings.known_identity, resume) as work:
+        job = _prepare(settings, output)
+        perplexities = _Perplexities(settings, job.loaded, progress)
+        log = _log(settings, job, perplexities.figures)
+        small = job.output.try_out(log)
+        _say_plan(settings, job, work, perplexities, small, progress)
+        source = _source(settings, job, progress)
+        work.begin(_identity(settings, job, source), job.record)
+        perplexities.measure("full")
+        packed: dict[str, PackedWeight] = {}
+        if job.head is not None:
+            group_size = job.record.group_size
+            weight, error = quantize_head(job.loaded.model, job.head, group_size, settings.zero_points)
+            packed[job.head.name] = weight
+            log["head"] = head_json(job.head, group_size, error)
+        results = _blocks(source, work, job.parts.n_blocks, progress)
+        perplexities.measure(settings.method)
+        log |= {
+            "linears": _linears(job.parts, job.configuration, results),
+            "notes": sorted({note for result in results for note in result.notes}),
+            "seconds": round(time.monotonic() - started, 1),
+            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        }
+        for result in results:
+            packed |= result.packed
+        job.output.write(packed, log)
+        work.remove()
+    return QuantizeResult(output, log)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A loaded model with all that is decided about it before the first block.
+
+    sharing: groups of linears that read one tensor. windows: int64 [windows, length], of the calibration text.
+    """
+
+    loaded: LoadedModel
+    parts: Inventory
+    configuration: Configuration
+    fingerprint: str
+    corpus: Corpus
+    windows: Tensor
+    head: Head | None
+    record: QuantizationRecord
+    output: CheckpointOutput
+
+
+def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
+    """Loads the model and refuses what does not fit it."""
+    folder = resolve(settings.model)
     loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
     parts = inventory(loaded.model)
     check_weights(loaded.model, parts.linears)
@@ -66,40 +115,69 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     head = find_head(loaded.model, settings.head)
     sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, parts, settings.method, sharing, head)
-    perplexities = _Perplexities(settings, loaded, progress)
-    stored = _stored_dtype(settings, loaded.model)
-    source = _source(settings, loaded, parts, configuration, windows, fingerprint, stored, progress)
-    inputs = {"calibration text": corpus.sha256, "calibration windows": content_hash([("windows", windows)])}
+    dtype = stored_dtype(folder, loaded.model)
+    files = CheckpointOutput(output, folder, loaded, parts, record, configuration, dtype)
+    return _Job(loaded, parts, configuration, fingerprint, corpus, windows, head, record, files)
+
+
+def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> dict[str, Any]:
+    """What a finished block depends on; what settings only name is hashed."""
+    windows = content_hash([("windows", job.windows)])
+    inputs = {"calibration text": job.corpus.sha256, "calibration windows": windows}
     if isinstance(source, BankSource):
         inputs["bank"] = source.key
-    identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size, inputs)
-    work = WorkFolder(output, identity, record, resume)
-    perplexities.measure("full")
-    others: dict[str, PackedWeight] = {}
-    head_log = None
-    if head is not None:
-        others[head.name], error = quantize_head(loaded.model, head, record.group_size, settings.zero_points)
-        head_log = head_json(head, others[head.name], error)
-    results = _blocks(source, work, parts.n_blocks, progress)
-    perplexities.measure(settings.method)
-    log = {
+    return settings.identity(job.fingerprint, dict(job.record.formats), job.record.group_size, inputs)
+
+
+def _say_plan(
+    settings: QuantizeSettings,
+    job: _Job,
+    work: WorkFolder,
+    perplexities: _Perplexities,
+    small: int,
+    progress: Progress,
+) -> None:
+    """Says what is going to happen; raises AmqError where memory or disk do not suffice.
+
+    small: bytes of the checkpoint's other files.
+    """
+    method = METHODS.get(settings.method)
+    calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
+    memory = working_bytes(job.loaded.model, job.parts, job.record.shared_inputs, job.windows, calibrated)
+    checkpoint = _memory(job)["total"]
+    needed = checkpoint + job.configuration.bytes(job.parts.linears) + small + HEADERS - work.nbytes
+    disk = needed, check_disk(Path(settings.output), needed)
+    progress.say(plan_text(job.parts, job.configuration, settings.method, checkpoint, memory, disk, settings.device))
+    progress.say(perplexities.plan())
+    done = work.finished(job.parts.n_blocks)
+    there = (
+        f"{done} of {job.parts.n_blocks} blocks are there" if done else "what a block takes is measured on the first"
+    )
+    progress.say(f"plan: {there}")
+
+
+def _memory(job: _Job) -> dict[str, Any]:
+    """The checkpoint's size, itemised."""
+    head = head_json(job.head, job.record.group_size, None) if job.head else None
+    return memory_json(with_head(memory_items(job.parts, job.configuration), head))
+
+
+def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | None) -> dict[str, Any]:
+    """The content of quantization.json as far as it is known before the first block."""
+    return {
         "schema": SCHEMA,
         "settings": asdict(settings),
-        "model": {"name": settings.model, "fingerprint": fingerprint},
-        "calibration_sha256": corpus.sha256,
-        "bits_per_weight": round(configuration.bits_per_weight(parts.linears), 4),
-        "memory": memory_json(with_head(memory_items(parts, configuration), head_log)),
-        "perplexity": perplexities.figures,
-        "linears": _linears(parts, configuration, results),
-        "head": head_log,
-        "notes": sorted({note for result in results for note in result.notes}),
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        "model": {"name": settings.model, "fingerprint": job.fingerprint},
+        "calibration_sha256": job.corpus.sha256,
+        "bits_per_weight": round(job.configuration.bits_per_weight(job.parts.linears), 4),
+        "memory": _memory(job),
+        "perplexity": perplexity,
+        "linears": _linears(job.parts, job.configuration, []),
+        "head": head_json(job.head, job.record.group_size, None) if job.head else None,
+        "notes": [],
+        "seconds": None,
+        "peak_memory_bytes": None,
     }
-    packed = {name: weight for result in results for name, weight in result.packed.items()} | others
-    _write(output, loaded, record, configuration, packed, log, stored)
-    work.remove()
-    return QuantizeResult(output, log)
 
 
 def _record(
@@ -142,49 +220,47 @@ def _check_provenance(configuration: Configuration, fingerprint: str, model: str
         )
 
 
-def _source(
-    settings: QuantizeSettings,
-    loaded: LoadedModel,
-    parts: Inventory,
-    configuration: Configuration,
-    windows: Tensor,
-    fingerprint: str,
-    stored: torch.dtype,
-    progress: Progress,
-) -> BlockSource:
+def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockSource:
     """What makes block after block."""
-    model, formats, group_size = loaded.model, configuration.formats, configuration.group_size
+    loaded, parts, windows, formats = job.loaded, job.parts, job.windows, job.configuration.formats
+    model, group_size, zero_points = loaded.model, job.configuration.group_size, settings.zero_points
     if settings.method in METHODS:
         method = METHODS[settings.method]
         calibration = windows if method.calibrated else None
-        return BlockQuantizer(model, parts, formats, group_size, method, calibration, settings.zero_points, stored)
+        dtype = job.output.dtype
+        return BlockQuantizer(model, parts, formats, group_size, method, calibration, zero_points, dtype)
     if settings.method == "bank":
         names = ("calibration", "window_length", "seed")
         recipe = BankRecipe(
             "gptq", group_size, bank_windows=settings.windows, **{n: getattr(settings, n) for n in names}
-        ).of(configuration)
-        bank = recipe.open(loaded, parts, set(formats.values()), progress, fingerprint)
+        ).of(job.configuration)
+        bank = recipe.open(loaded, parts, set(formats.values()), progress, job.fingerprint)
         return BankSource(model, parts, formats, bank)
     if settings.method == "autoround":
-        iterations, zero_points = settings.autoround_iterations, settings.zero_points
+        iterations = settings.autoround_iterations
         return AutoRoundSource(loaded, parts, formats, group_size, windows, zero_points, iterations, settings.seed)
     raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
 
 
 def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
     """Every block's result, from the work folder where it is there."""
-    results = []
+    results, measured = [], False
     with progress.stage("quantize", count) as step:
         for block in range(count):
             start = time.monotonic()
             result, note = work.load(block), "is there"
+            made = result is None
             if result is None:
                 work.save(block, source.make(block))
                 result = work.load(block)  # mapped, so that finished blocks take no memory
                 note = _errors(result)
             source.finish(result)
             results.append(result)
-            step(f"block {block}: {note}, {time.monotonic() - start:.1f} s")
+            seconds = time.monotonic() - start
+            step(f"block {block}: {note}, {seconds:.1f} s")
+            if made and not measured and block + 1 < count:
+                measured, left = True, count - block - 1
+                progress.say(f"plan: {left} blocks more at {seconds:.1f} s take about {time_text(left * seconds)}")
     return results
 
 
@@ -226,6 +302,18 @@ class _Perplexities:
             "rows": {},
         }
 
+    def plan(self) -> str:
+        """What the two measurements will take, by one window."""
+        if self.figures is None:
+            return "plan: no perplexities (--perplexity TEXT measures them)"
+        start = time.monotonic()
+        perplexity(self._model, self._windows[:1])
+        seconds = time_text(len(self._windows) * (time.monotonic() - start))
+        return (
+            f"plan: the perplexities before and after, on {self._windows.numel()} tokens, take about {seconds} each "
+            "(one window was measured); --perplexity none leaves them out"
+        )
+
     def measure(self, name: str) -> None:
         if self.figures is None:
             return
@@ -233,54 +321,3 @@ class _Perplexities:
             value = perplexity(self._model, self._windows)
             step(f"{name}: {value:.3f}")
         self.figures["rows"][name] = value if math.isfinite(value) else None
-
-
-def _write(
-    output: Path,
-    loaded: LoadedModel,
-    record: QuantizationRecord,
-    configuration: Configuration,
-    packed: Mapping[str, PackedWeight],
-    log: dict[str, Any],
-    dtype: torch.dtype,
-) -> None:
-    others = _other_tensors(loaded.model, (*packed, *record.embedding), dtype)
-
-    def extras(folder: Path) -> None:
-        loaded.tokenizer.save_pretrained(folder)
-        if loaded.model.generation_config is not None:
-            loaded.model.generation_config.save_pretrained(folder)
-        configuration.save(folder / "configuration.json")
-        write_json(folder / "quantization.json", log)
-        write_card(folder, output.name, record, log)
-
-    config = {**loaded.config.to_dict(), "dtype": str(dtype).removeprefix("torch.")}
-    write_checkpoint(output, config, record, packed, others, extras)
-
-
-def _other_tensors(model: nn.Module, packed: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that stays unquantized, float32 as `dtype`, shared tensors once; packed: modules, by their names."""
-    taken = {f"{name}.weight" for name in packed}
-    kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {
-        name: narrowed(name, tensor.detach().cpu(), dtype if tensor.dtype == torch.float32 else tensor.dtype)
-        for name, tensor in model.state_dict().items()
-        if name not in taken and (name in kept or name not in parameters)
-    }
-
-
-def _stored_dtype(settings: QuantizeSettings, model: nn.Module) -> torch.dtype:
-    """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it does not overflow."""
-    config = read_json(resolve(settings.model) / "config.json", floats=True)
-    own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
-    largest = max(float(p.abs().max()) for p in model.parameters() if p.numel())
-    if own is not None and own.itemsize == 2:
-        if largest <= torch.finfo(own).max:
-            return own
-        logging.getLogger(__name__).warning(
-            "the model's config says %s, which its largest weight %.4g is beyond: what stays unquantized is stored in "
-            "bfloat16", str(own).removeprefix("torch."), largest,
-        )  # fmt: skip
-        return torch.bfloat16
-    return torch.float16 if largest < torch.finfo(torch.float16).max / 4 else torch.bfloat16

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import check_group_size, get_format
 from amq.quantize.head import NONE
 from amq.quantize.methods import METHODS
 from amq.quantizers.grid import ZERO_POINTS
@@ -49,10 +49,21 @@ class QuantizeSettings:
             raise AmqError("--output DIR is missing: where to write the checkpoint")
         if self.method == "bank" and self.zero_points != "fractional":
             raise AmqError(f"the bank has fractional zero points, not {self.zero_points} ones: use --method gptq")
+        if self.uniform:
+            get_format(self.uniform)
+            check_group_size(self.group_size)
         if self.head != NONE:
             get_format(self.head)
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
+
+    @property
+    def known_identity(self) -> dict[str, Any]:
+        """The part of `identity` that is known before the model is loaded."""
+        names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
+        names += ["autoround_iterations"] if self.method == "autoround" else []
+        given = asdict(self)
+        return {n: given[n] for n in names}
 
     def identity(
         self, fingerprint: str, formats: dict[str, str], group_size: int, inputs: dict[str, str]
@@ -61,8 +72,5 @@ class QuantizeSettings:
 
         inputs: hashes of what names in the settings stand for, such as the calibration text.
         """
-        names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
-        names += ["autoround_iterations"] if self.method == "autoround" else []
-        given = asdict(self)
-        chosen = {n: given[n] for n in names}
-        return {**chosen, "model": fingerprint, "formats": formats, "group_size": group_size, "inputs": inputs}
+        found = {"model": fingerprint, "formats": formats, "group_size": group_size, "inputs": inputs}
+        return {**self.known_identity, **found}

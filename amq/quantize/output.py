@@ -1,0 +1,169 @@
+"""The checkpoint folder of a quantization: what goes into it besides packed weights, and a trial of all of it.
+
+`try_out` writes everything but the weights' bytes before the first block is quantized, and loads it as a user will:
+what would fail after hours fails then. `write` writes the same files for good and opens them once before they get their
+name.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.checkpoint import QuantizationRecord, part_names, write_checkpoint, write_config
+from amq.configuration import Configuration
+from amq.errors import AmqError
+from amq.files import read_json, write_json, write_text
+from amq.folders import real_folder
+from amq.formats import get_format, n_groups
+from amq.linears import Inventory, narrowed
+from amq.model_files import copy_model_files
+from amq.models import DTYPES, LoadedModel
+from amq.opening import open_checkpoint_once
+from amq.packing import PackedWeight
+from amq.quantize.card import write_card
+
+log = logging.getLogger(__name__)
+
+GENERATION = "generation_config.json"
+HOLLOW = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class CheckpointOutput:
+    """folder: as the user gave it. source: the model folder that `loaded` came from; only read.
+    dtype: the 16 bits that unquantized weights are stored in."""
+
+    folder: Path
+    source: Path
+    loaded: LoadedModel
+    parts: Inventory
+    record: QuantizationRecord
+    configuration: Configuration
+    dtype: torch.dtype
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's config.json, with what the model is rather than what its own file says."""
+        config = {**self.loaded.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
+        return config_as_found(config, self.parts.head_is_tied)
+
+    def try_out(self, log: Mapping[str, Any]) -> int:
+        """Raises AmqError where this checkpoint could not be written or loaded; returns the bytes of all but weights.
+
+        log: as far as it is known.
+        """
+        shapes = {
+            name: shape for linear in self.record.formats for name, shape in packed_shapes(self.record, linear).items()
+        }
+        shapes |= {name: tuple(tensor.shape) for name, tensor in self._others().items()}
+        with tempfile.TemporaryDirectory(prefix="amq-") as temporary:
+            folder = Path(temporary)
+            try:
+                write_hollow(folder / HOLLOW, shapes)
+                write_config(folder, self.config, self.record)
+                self._describe(folder, log)
+                open_checkpoint_once(folder)
+                return sum(path.stat().st_size for path in folder.rglob("*") if path.name != HOLLOW)
+            except AmqError as error:
+                reason = str(error).replace(temporary, str(self.folder))
+                raise AmqError(
+                    f"a checkpoint of {self.loaded.name} could not be loaded again, so nothing was quantized: {reason}"
+                ) from error
+
+    def write(self, packed: Mapping[str, PackedWeight], log: Mapping[str, Any]) -> None:
+        """Writes the folder, whole or not at all, and opens it once."""
+        others = {
+            name: narrowed(name, tensor.detach().cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
+            for name, tensor in self._others().items()
+        }
+
+        def extras(folder: Path) -> None:
+            self._describe(folder, log)
+            open_checkpoint_once(folder)
+
+        write_checkpoint(self.folder, self.config, self.record, packed, others, extras)
+
+    def _describe(self, folder: Path, log: Mapping[str, Any]) -> None:
+        """Everything that is neither weights nor config.json."""
+        copy_model_files(self.source, folder)
+        generation = self.loaded.model.generation_config
+        if generation is not None and not (folder / GENERATION).exists():  # of config.json; not validated, see below
+            write_text(folder / GENERATION, generation.to_json_string())  # save_pretrained refuses what loading accepts
+        self.configuration.save(folder / "configuration.json")
+        write_json(folder / "quantization.json", log)
+        write_card(folder, real_folder(self.folder).name, self.record, log)
+
+    def _others(self) -> dict[str, Tensor]:
+        return other_tensors(self.loaded.model, (*self.record.formats, *self.record.embedding))
+
+
+def config_as_found(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """`config` where it says whether embedding and head are one, at the top and of a text model within.
+
+    A file may have a head of its own although its config says `tie_word_embeddings`; transformers then keeps the head,
+    and other readers trust the config.
+    """
+    key = "tie_word_embeddings"
+    text = config.get("text_config")
+    found = {**config, key: tied}
+    return {**found, "text_config": {**text, key: tied}} if isinstance(text, Mapping) and key in text else found
+
+
+def other_tensors(model: nn.Module, packed: Iterable[str]) -> dict[str, Tensor]:
+    """Everything that stays unquantized by its name, shared tensors once; packed: modules, by their names."""
+    taken = {f"{name}.weight" for name in packed}
+    kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name not in taken and (name in kept or name not in parameters)
+    }
+
+
+def packed_shapes(record: QuantizationRecord, linear: str) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of the three parts of `linear`."""
+    rows, columns = record.shapes[linear]
+    groups = n_groups(columns, record.group_size)
+    sizes = (get_format(record.formats[linear]).row_bytes(columns), groups, groups)
+    return {name: (rows, size) for name, size in zip(part_names(linear), sizes, strict=True)}
+
+
+def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """A safetensors file with tensors of `shapes`, uint8 codes and otherwise fp16, that takes no room on the disk."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        code, size = ("U8", 1) if name.endswith(".qweight") else ("F16", 2)
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [end, end := end + size * prod(shape)]}
+    text = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)  # a hole up to there
+
+
+def stored_dtype(source: Path, module: nn.Module) -> torch.dtype:
+    """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it does not overflow."""
+    config = read_json(source / "config.json", floats=True)
+    own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
+    largest = max(float(p.abs().max()) for p in module.parameters() if p.numel())
+    if own is not None and own.itemsize == 2:
+        if largest <= torch.finfo(own).max:
+            return own
+        log.warning(
+            "the model's config says %s, which its largest weight %.4g is beyond: what stays unquantized is stored in "
+            "bfloat16", str(own).removeprefix("torch."), largest,
+        )  # fmt: skip
+        return torch.bfloat16
+    return torch.float16 if largest < torch.finfo(torch.float16).max / 4 else torch.bfloat16
