@@ -113,6 +113,8 @@ def _reference_prepare(packed: PackedWeight) -> Tensor:
 def _reference_packed(weight: PreparedWeight) -> PackedWeight:
     rows, groups = weight.out_features, n_groups(weight.in_features, weight.group_size)
     sizes = (rows * weight.format.row_bytes(weight.in_features), 2 * rows * groups, 2 * rows * groups)
+    if weight.data.numel() != sum(sizes):
+        raise AmqError(f"bytes of a {weight.format.name} weight: expected {sum(sizes)}, got {weight.data.numel()}")
     qweight, scale, zero_point = (part.clone() for part in weight.data.split(sizes))  # fp16 wants an even address
     return PackedWeight(
         weight.format,

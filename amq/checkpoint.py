@@ -7,6 +7,7 @@ and a folder saved again by transformers (`amq.hf`) carries its own.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -21,10 +22,11 @@ from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import json_floats, read_json, write_json
+from amq.files import json_floats, write_json
 from amq.folders import write_folder
-from amq.formats import BitFormat, check_group_size, get_format
+from amq.formats import BitFormat, check_group_size, get_format, n_groups
 from amq.packing import PackedWeight
+from amq.records import MOST, check_range, parse_record, read_record
 from amq.tensors import save_file
 from amq.weight_files import INDEX, weight_files
 
@@ -99,40 +101,69 @@ class QuantizationRecord:
         if not isinstance(data, Mapping) or data.get("quant_method") != METHOD:
             found = data.get("quant_method") if isinstance(data, Mapping) else None
             raise AmqError(f"{source}: expected quantization_config.quant_method {METHOD!r}, found {found!r}")
-        if data.get("version") not in VERSIONS:
+        version = data.get("version")
+        if type(version) is not int or version not in VERSIONS:
             raise AmqError(
-                f"{source}: checkpoint version {data.get('version')!r} is not known to this amq, which reads "
+                f"{source}: checkpoint version {version!r} is not known to this amq, which reads "
                 f"{' and '.join(map(str, VERSIONS))}: upgrade amq"
             )
-        try:
-            return QuantizationRecord._parse(data, source)
-        except AmqError:
-            raise
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-            raise AmqError(f"{source}: quantization_config is damaged ({type(error).__name__}: {error})") from error
+        stored = parse_record(data, _Stored, f"{source}: quantization_config")
+        stored.check(source)
+        shared = tuple(tuple(group) for group in stored.shared_inputs)
+        return QuantizationRecord(
+            stored.formats, stored.shapes, stored.group_size, stored.quantizer, shared, stored.head, stored.embedding
+        )
 
-    @staticmethod
-    def _parse(data: Mapping[str, Any], source: str) -> QuantizationRecord:
-        formats, group_size = dict(data["formats"]), check_group_size(data["group_size"])
-        sizes = {name: (int(shape[0]), int(shape[1])) for name, shape in data["shapes"].items()}
-        if odd := sorted(formats.keys() ^ sizes.keys()):
+
+@dataclass(frozen=True)
+class _Stored:
+    """`quantization_config` as `QuantizationRecord.json` writes it."""
+
+    formats: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+    group_size: int
+    records: dict[str, Any]
+    quantizer: str = ""
+    shared_inputs: list[list[str]] = field(default_factory=list)
+    head: str = ""
+    embedding: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, shape in self.shapes.items():
+            if min(shape) < 1 or max(shape) > MOST:
+                raise ValueError(f"expected a shape of {name} from 1 to {MOST}, got {list(shape)}")
+
+    def check(self, source: str) -> None:
+        """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats."""
+        check_group_size(self.group_size)
+        if odd := sorted(self.formats.keys() ^ self.shapes.keys()):
             raise AmqError(f"{source}: linear {odd[0]!r} has a format or a shape, but not both; the file is damaged")
-        for name in sorted(set(formats.values())):
-            _check_record(get_format(name), data["records"].get(name), source)
-        shared = tuple(tuple(group) for group in data.get("shared_inputs", ()))
-        for name in (n for group in shared for n in group if n not in formats):
-            raise AmqError(f"{source}: shared_inputs names {name!r}, which has no format; the file is damaged")
-        head, embedding = data.get("head", ""), dict(data.get("embedding", {}))
-        for key, name in (*((("head", head),) if head else ()), *(("embedding", n) for n in embedding.values())):
-            if name not in formats:
+        for name in sorted(set(self.formats.values())):
+            _check_record(get_format(name), self.records.get(name), source)
+        once: set[str] = set()
+        for name in (n for group in self.shared_inputs for n in group):
+            if name not in self.formats or name in once:
+                why = "which is in another group too" if name in once else "which has no format"
+                raise AmqError(f"{source}: shared_inputs names {name!r}, {why}; the file is damaged")
+            once.add(name)
+        head = {"head": self.head} if self.head else {}
+        for key, name in (*head.items(), *(("embedding", n) for n in self.embedding.values())):
+            if name not in self.formats:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
-        return QuantizationRecord(formats, sizes, group_size, data.get("quantizer", ""), shared, head, embedding)
 
 
 def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
     expected = {"levels": fmt.levels, "unit_codes": fmt.unit_codes, "unit_bytes": fmt.unit_bytes}
     if record != expected:
         raise AmqError(f"{source}: format {fmt.name} was written as {record}, this amq knows it as {expected}")
+
+
+@dataclass(frozen=True)
+class _Layers:
+    num_hidden_layers: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_hidden_layers")
 
 
 class Checkpoint:
@@ -142,12 +173,27 @@ class Checkpoint:
         self.folder, self.config, self.record = folder, config, record
         self._files = open_files(safetensors_files(folder))
         check_complete(folder, [n for linear in record.formats for n in part_names(linear)], self._files)
+        for linear in record.formats:
+            self._check_parts(linear)
 
     @property
     def configuration(self) -> Configuration:
         """Of the linears in the blocks, as a search makes it: without the head."""
         formats = {name: self.record.formats[name] for name in self.record.block_shapes}
         return Configuration(formats, self.record.group_size)
+
+    def check_layers(self) -> None:
+        """Raises AmqError where config.json has more layers than the files have tensors: a model that would be built
+        without end."""
+        for place, config in (("", self.config), ("text_config.", self.config.get("text_config"))):
+            if isinstance(config, dict):
+                path = self.folder / "config.json"
+                layers = parse_record(config, _Layers, str(path)).num_hidden_layers
+                if layers is not None and layers > len(self._files):
+                    raise AmqError(
+                        f"{path}: {place}num_hidden_layers is {layers}, but the files hold {len(self._files)} tensors; "
+                        "config.json was altered, or belongs to another model"
+                    )
 
     @property
     def other_names(self) -> list[str]:
@@ -160,10 +206,32 @@ class Checkpoint:
         for path in safetensors_files(self.folder):
             verify_file(path)
 
+    def described(self, name: str) -> tuple[str, list[int]]:
+        """(dtype as safetensors spells it, shape) of a tensor, from the file's header: nothing is read or allocated."""
+        if name not in self._files:
+            raise AmqError(f"{self.folder} has no tensor {name!r}")
+        found = self._files[name].get_slice(name)
+        return found.get_dtype(), found.get_shape()
+
     def tensor(self, name: str) -> Tensor:
         if name not in self._files:
             raise AmqError(f"{self.folder} has no tensor {name!r}")
         return self._files[name].get_tensor(name)
+
+    def _check_parts(self, linear: str) -> None:
+        """That the files' headers give the parts of `linear` the recorded shape, before anything is sized by it."""
+        rows, in_features = self.record.shapes[linear]
+        groups = n_groups(in_features, self.record.group_size)
+        row_bytes = get_format(self.record.formats[linear]).row_bytes(in_features)
+        expected = (("U8", [rows, row_bytes]), ("F16", [rows, groups]), ("F16", [rows, groups]))
+        for name, wanted in zip(part_names(linear), expected, strict=True):
+            found = self.described(name)
+            if found != wanted:
+                raise AmqError(
+                    f"{self.folder}: {name} must be {wanted[0]} {wanted[1]} for {self.record.formats[linear]} of "
+                    f"{[rows, in_features]}, which quantization_config in config.json says, got {found[0]} {found[1]}; "
+                    "the checkpoint is damaged or was edited"
+                )
 
     def packed(self, linear: str) -> PackedWeight:
         """One quantized linear, by dotted name; raises AmqError unless its tensors have the recorded shape."""
@@ -193,12 +261,15 @@ def check_parts(
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Whether `folder` holds a model that amq quantized."""
+    """Whether `folder` holds a model that amq quantized; raises AmqError where its config.json is no JSON object."""
+    path = folder / "config.json"
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == METHOD
-    except (OSError, ValueError, KeyError, TypeError):
+        if not path.is_file():
+            return False
+    except OSError:  # a name that is too long, a folder that may not be entered
         return False
+    found = read_record(path, dict[str, Any], floats=True).get("quantization_config")
+    return isinstance(found, dict) and found.get("quant_method") == METHOD
 
 
 def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
@@ -208,9 +279,11 @@ def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
     Raises AmqError naming the file or tensor that is missing, truncated, altered or of an unknown version.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json", floats=True)
-    record = QuantizationRecord.parse(config.get("quantization_config"), str(folder / "config.json"))
+    path = folder / "config.json"
+    config = read_record(path, dict[str, Any], floats=True)
+    record = QuantizationRecord.parse(config.get("quantization_config"), str(path))
     checkpoint = Checkpoint(folder, config, record)
+    checkpoint.check_layers()
     if verify:
         checkpoint.verify()
     return checkpoint
@@ -226,7 +299,18 @@ def open_file(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except Exception as error:  # safetensors has an exception type of its own, and OSError
+        if is_out_of_memory(error):
+            raise AmqError(
+                f"there is no memory to map {path} ({error}): close other programs, raise the limit that this process "
+                "runs under, or use a larger machine"
+            ) from error
         raise AmqError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again") from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory or address space ran out; libraries below us report it as text only."""
+    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return known or "Cannot allocate memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def open_files(paths: Iterable[Path]) -> dict[str, Any]:
@@ -260,9 +344,10 @@ def verify_file(path: Path) -> None:
     """Raises AmqError unless every tensor of the file has the hash that its header gives."""
     file = open_file(path)
     try:
-        expected = json.loads((file.metadata() or {})[HASHES])
-    except (KeyError, ValueError):
+        stored = json.loads((file.metadata() or {})[HASHES])
+    except (KeyError, ValueError, RecursionError):
         raise AmqError(f"{path} has no hashes of its tensors: it was not written by amq, or was altered") from None
+    expected = parse_record(stored, dict[str, str], f"{path}: {HASHES}")
     for name, found in json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES]).items():
         if expected.get(name) != found:
             raise AmqError(f"{path}: tensor {name} is not what was written (its hash differs); copy the file again")

@@ -1,4 +1,4 @@
-"""The door to the compiled CPU kernels (`amq._cpu`): typed arguments in, addresses and strides out.
+"""The door to the compiled CPU kernels (`amq._cpu`): typed arguments in; addresses, lengths and strides out.
 
 `dequantize_into` writes `(codes − zero_point) · scale` as float32, bit-equal to `amq.packing.dequantize` and near the
 speed at which memory can be written. It is there to fill one preallocated weight again and again while formats are
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,6 +44,15 @@ def cpu_module() -> ModuleType:
     except ValueError as error:
         raise AmqError(str(error)) from None
     return _cpu
+
+
+def memory(tensor: Tensor) -> tuple[int, int]:
+    """(address, bytes) of a contiguous tensor: how `amq._cpu` takes it, to compare with what it would read or write."""
+    return tensor.data_ptr(), tensor.nbytes
+
+
+NO_MEMORY = (0, 0)
+"""In place of a tensor that may be left out."""
 
 
 def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
@@ -95,16 +105,16 @@ def check_compiled(fmt: BitFormat) -> None:
 
 def _dequantize_rows(packed: PackedWeight, out: Tensor, isa: str = "") -> None:
     """The call itself; `isa` forces one of `cpu_module().isas()`, the empty string means the best."""
-    cpu_module().dequantize(**_packed_arguments(packed), out=out.data_ptr(), out_stride=out.shape[1], isa=isa)
+    cpu_module().dequantize(**_packed_arguments(packed), out=memory(out), out_stride=out.shape[1], isa=isa)
 
 
-def _packed_arguments(packed: PackedWeight) -> dict[str, str | int]:
+def _packed_arguments(packed: PackedWeight) -> dict[str, Any]:
     """What the module's functions that read packed rows have in common."""
     return {
         "format": packed.format.name,
-        "qweight": packed.qweight.data_ptr(),
-        "scale": packed.scale.data_ptr(),
-        "zero_point": packed.zero_point.data_ptr(),
+        "qweight": memory(packed.qweight),
+        "scale": memory(packed.scale),
+        "zero_point": memory(packed.zero_point),
         "qweight_stride": packed.qweight.shape[1],
         "group_stride": packed.scale.shape[1],
         "rows": packed.out_features,
@@ -146,7 +156,7 @@ def prepare(packed: PackedWeight, out: Tensor | None = None) -> Tensor:
     _check_packed(packed, "prepare")
     if out is None:
         out = empty_bytes(prepared_bytes(packed.format, packed.out_features, packed.in_features, packed.group_size))
-    cpu_module().prepare(**_packed_arguments(packed), out=out.data_ptr(), out_bytes=out.numel())
+    cpu_module().prepare(**_packed_arguments(packed), out=memory(out))
     return out
 
 
@@ -157,16 +167,19 @@ def linear(
 
     activations: `fp32` or `int8`, as in `amq.ops.linear`, which checks what it is given; the module checks the sizes.
     isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best.
+    Raises AmqError where a weight has not the bytes of its shape, or the bias not those of all columns.
     """
     rows, in_features = x.shape
-    parts = [(w.format.name, w.data.data_ptr(), w.data.numel(), w.out_features) for w in weights]
+    parts = [(w.format.name, w.data.data_ptr(), w.data.nbytes, w.out_features) for w in weights]
     columns = sum(w.out_features for w in weights)
     y = torch.empty(rows, columns)
-    bias_address = 0 if bias is None else bias.data_ptr()
-    cpu_module().linear(
-        parts, x.data_ptr(), bias_address, y.data_ptr(), rows, in_features, weights[0].group_size, in_features, columns,
-        activations == "int8", torch.get_num_threads(), isa,
-    )  # fmt: skip
+    try:
+        cpu_module().linear(
+            parts, memory(x), NO_MEMORY if bias is None else memory(bias), memory(y), rows, in_features,
+            weights[0].group_size, in_features, columns, activations == "int8", torch.get_num_threads(), isa,
+        )  # fmt: skip
+    except ValueError as error:
+        raise AmqError(f"linear of {in_features} features in {columns} columns: {error}") from error
     return y
 
 
@@ -176,10 +189,10 @@ def linear_each(x: Tensor, weights: Sequence[PreparedWeight], activations: str, 
     What an engine that keeps its linears in C++ pays for each of them, for benchmarks.
     """
     rows, in_features = x.shape
-    parts = [(w.format.name, w.data.data_ptr(), w.data.numel(), w.out_features) for w in weights]
+    parts = [(w.format.name, w.data.data_ptr(), w.data.nbytes, w.out_features) for w in weights]
     y = torch.empty(rows, weights[0].out_features)
     cpu_module().linear_each(
-        parts, x.data_ptr(), y.data_ptr(), rows, in_features, weights[0].group_size, y.shape[1],
+        parts, memory(x), memory(y), rows, in_features, weights[0].group_size, y.shape[1],
         activations == "int8", torch.get_num_threads(), isa,
     )  # fmt: skip
     return y
@@ -187,7 +200,7 @@ def linear_each(x: Tensor, weights: Sequence[PreparedWeight], activations: str, 
 
 def read_bytes(tensor: Tensor) -> None:
     """Reads all of a contiguous CPU tensor once with torch's threads, as fast as a plain loop can."""
-    cpu_module().read_bytes(tensor.data_ptr(), tensor.nbytes, torch.get_num_threads())
+    cpu_module().read_bytes(memory(tensor), torch.get_num_threads())
 
 
 def jensen_shannon(reference: Tensor, logits: Tensor) -> Tensor:
@@ -219,9 +232,9 @@ def _jensen_shannon_rows(reference: Tensor, logits: Tensor, isa: str = "") -> Te
     """The call itself; `isa` as for `_dequantize_rows`."""
     divergence = torch.empty(len(logits), dtype=torch.float64)
     cpu_module().jensen_shannon(
-        reference=reference.data_ptr(),
-        logits=logits.data_ptr(),
-        divergence=divergence.data_ptr(),
+        reference=memory(reference),
+        logits=memory(logits),
+        divergence=memory(divergence),
         rows=logits.shape[0],
         vocabulary=logits.shape[1],
         threads=torch.get_num_threads(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from amq.backends import ACTIVATIONS, DTYPES, get_backend
 from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import check_group_size, get_format
 from amq.packing import PreparedWeight, check_fused
 
 _LIBRARY = torch.library.Library("amq", "DEF")
@@ -21,6 +21,7 @@ _LIBRARY.define(
     "linear(Tensor x, Tensor[] weights, str[] formats, int[] out_features, int group_size, Tensor? bias, "
     "str activations, str backend) -> Tensor"
 )
+OP = "torch.ops.amq.linear"
 
 
 def linear(
@@ -48,7 +49,7 @@ def linear(
     check_fused(weights, ("backend", "in_features", "group_size"), name)
     _check_input(x, weights, bias, activations, name)
     if type(x) is Tensor and not torch.compiler.is_compiling():
-        return _run(x, weights, bias, activations)  # without torch's dispatcher: 7 instead of 26 µs for a small linear
+        return _run(x, weights, bias, activations, name)  # without torch's dispatcher: 7 instead of 26 µs
     return torch.ops.amq.linear(
         x,
         [w.data for w in weights],
@@ -65,6 +66,14 @@ def _check_input(
     x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str
 ) -> None:
     in_features, device = weights[0].in_features, weights[0].data.device
+    for weight in weights:
+        data = weight.data  # kernels read it by its address: as many bytes as its shape says, one after another
+        if data.dtype is not torch.uint8 or data.dim() != 1 or not data.is_contiguous() or data.device != device:
+            raise AmqError(
+                f"{name}: the data of a prepared weight must be uint8, of one dimension, contiguous and on {device}, "
+                f"got {data.dtype} {list(data.shape)} with strides {list(data.stride())} on {data.device}; "
+                "make it with amq.backends.prepare"
+            )
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise AmqError(f"{name}: x must be [..., {in_features}], got {list(x.shape)}")
     backend = get_backend(weights[0].backend)
@@ -107,18 +116,27 @@ def _linear(
     activations: str,
     backend: str,
 ) -> Tensor:
-    in_features = x.shape[-1]
+    if not len(weights) == len(formats) == len(out_features) > 0 or x.ndim == 0:
+        raise AmqError(
+            f"{OP}: expected at least one weight, a format and a number of rows for each, and x [..., in_features], "
+            f"got {len(weights)} weights, {len(formats)} formats, {len(out_features)} numbers and x {list(x.shape)}"
+        )
+    in_features, group_size = x.shape[-1], check_group_size(group_size)
     prepared = [
         PreparedWeight(backend, get_format(fmt), n, in_features, group_size, data)
         for data, fmt, n in zip(weights, formats, out_features, strict=True)
     ]
-    return _run(x, prepared, bias, activations)
+    _check_input(x, prepared, bias, activations, OP)
+    return _run(x, prepared, bias, activations, OP)
 
 
-def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
-    y = get_backend(weights[0].backend).linear(rows, weights, bias, activations)
+    try:
+        y = get_backend(weights[0].backend).linear(rows, weights, bias, activations)
+    except AmqError as error:  # of bytes that are not those of a weight's shape, say
+        raise AmqError(f"{name}: {error}") from error
     return y.view(*x.shape[:-1], y.shape[1])
 
 

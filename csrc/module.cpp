@@ -1,5 +1,5 @@
-// amq._cpu: the CPU kernels for Python. Tensors come as addresses and sizes, so no libtorch is linked; amq/native.py is
-// the typed door, this file checks what would otherwise read or write out of bounds and releases the GIL.
+// amq._cpu: the CPU kernels for Python. Tensors come as addresses and lengths, so no libtorch is linked; amq/native.py
+// is the typed door, this file checks what would otherwise read or write out of bounds and releases the GIL.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -17,8 +17,13 @@
 #include "modules.h"
 
 namespace py = pybind11;
+using amq::address_of;
 using amq::find_isa;
+using amq::Memory;
 using amq::require;
+using amq::require_size;
+using amq::require_threads;
+using amq::strided_bytes;
 
 namespace {
 
@@ -31,40 +36,43 @@ const amq::FormatKernels& find_format(const std::string& name) {
     throw std::invalid_argument("format: expected one that was compiled in (" + known + "), got '" + name + "'");
 }
 
-void dequantize(const std::string& format_name, uintptr_t qweight, uintptr_t scale, uintptr_t zero_point, uintptr_t out,
-                int64_t qweight_stride, int64_t group_stride, int64_t out_stride, int64_t rows, int64_t in_features,
-                int64_t group_size, int threads, const std::string& isa_name) {
+void dequantize(const std::string& format_name, const Memory& qweight, const Memory& scale, const Memory& zero_point,
+                const Memory& out, int64_t qweight_stride, int64_t group_stride, int64_t out_stride, int64_t rows,
+                int64_t in_features, int64_t group_size, int threads, const std::string& isa_name) {
     const amq::FormatKernels& format = find_format(format_name);
     const amq::Isa isa = find_isa(isa_name);
-    require(rows >= 0, "rows", "at least 0", rows);
-    require(in_features >= 1, "in_features", "at least 1", in_features);
-    require(group_size >= 1 && group_size % amq::kChunk == 0, "group_size",
+    require_size(rows, "rows", 0);
+    require_size(in_features, "in_features", 1);
+    require(group_size >= 1 && group_size <= amq::kMost && group_size % amq::kChunk == 0, "group_size",
             "a positive multiple of " + std::to_string(amq::kChunk), group_size);
-    require(threads >= 1, "threads", "at least 1", threads);
+    require_threads(threads);
     if (rows == 0) return;  // an empty tensor may have no address
     const int64_t row_bytes = format.row_bytes(in_features), groups = (in_features - 1) / group_size + 1;
     require(qweight_stride >= row_bytes, "qweight_stride", "at least " + std::to_string(row_bytes), qweight_stride);
     require(group_stride >= groups, "group_stride", "at least " + std::to_string(groups), group_stride);
     require(out_stride >= in_features, "out_stride", "at least " + std::to_string(in_features), out_stride);
-    for (uintptr_t address : {qweight, scale, zero_point, out}) require(address != 0, "address", "not null", 0);
+    const int64_t group_bytes = strided_bytes(rows, groups, group_stride, 2, "scale");
     const amq::DequantizeArgs args = {
-        reinterpret_cast<const uint8_t*>(qweight), reinterpret_cast<const uint16_t*>(scale),
-        reinterpret_cast<const uint16_t*>(zero_point), reinterpret_cast<float*>(out),
+        address_of<uint8_t>(qweight, "qweight", strided_bytes(rows, row_bytes, qweight_stride, 1, "qweight")),
+        address_of<uint16_t>(scale, "scale", group_bytes),
+        address_of<uint16_t>(zero_point, "zero_point", group_bytes),
+        address_of<float>(out, "out", strided_bytes(rows, in_features, out_stride, 4, "out")),
         qweight_stride, group_stride, out_stride, rows, in_features, group_size};
     py::gil_scoped_release release;
     amq::dequantize(format, isa, args, threads);
 }
 
-void jensen_shannon(uintptr_t reference, uintptr_t logits, uintptr_t divergence, int64_t rows, int64_t vocabulary,
-                    int threads, const std::string& isa_name) {
+void jensen_shannon(const Memory& reference, const Memory& logits, const Memory& divergence, int64_t rows,
+                    int64_t vocabulary, int threads, const std::string& isa_name) {
     const amq::Isa isa = find_isa(isa_name);
-    require(rows >= 0, "rows", "at least 0", rows);
-    require(vocabulary >= 1, "vocabulary", "at least 1", vocabulary);
-    require(threads >= 1, "threads", "at least 1", threads);
+    require_size(rows, "rows", 0);
+    require_size(vocabulary, "vocabulary", 1);
+    require_threads(threads);
     if (rows == 0) return;
-    for (uintptr_t address : {reference, logits, divergence}) require(address != 0, "address", "not null", 0);
-    const amq::DivergenceArgs args = {reinterpret_cast<const float*>(reference), reinterpret_cast<const float*>(logits),
-                                      reinterpret_cast<double*>(divergence), rows, vocabulary};
+    const int64_t bytes = strided_bytes(rows, vocabulary, vocabulary, 4, "logits");
+    const amq::DivergenceArgs args = {address_of<float>(reference, "reference", bytes),
+                                      address_of<float>(logits, "logits", bytes),
+                                      address_of<double>(divergence, "divergence", rows * 8), rows, vocabulary};
     py::gil_scoped_release release;
     amq::jensen_shannon(isa, args, threads);
 }

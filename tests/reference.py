@@ -86,6 +86,12 @@ def run(x: Tensor, weights: Sequence[Weight], mode: str, isa: str, bias: Tensor 
     return native.linear(x, [w.prepared for w in weights], bias, mode, isa)
 
 
+def strided_memory(matrix: Tensor) -> tuple[int, int]:
+    """(address, bytes) up to the end of a matrix whose rows may lie apart."""
+    elements = (len(matrix) - 1) * matrix.stride(0) + matrix.shape[1] if len(matrix) else 0
+    return matrix.data_ptr(), elements * matrix.element_size()
+
+
 def run_raw(
     x: Tensor, parts: Sequence[tuple[PreparedWeight, Tensor]], bias: Tensor | None, y: Tensor, mode: str, isa: str
 ) -> None:
@@ -93,9 +99,9 @@ def run_raw(
     weight = parts[0][0]
     native.cpu_module().linear(
         [(w.format.name, data.data_ptr(), data.numel(), w.out_features) for w, data in parts],
-        x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+        strided_memory(x),
+        native.NO_MEMORY if bias is None else native.memory(bias),
+        strided_memory(y),
         rows=len(x),
         in_features=weight.in_features,
         group_size=weight.group_size,

@@ -222,11 +222,15 @@ def test_errors_name_what_was_expected() -> None:
         ({"rows": -1}, "rows: expected at least 0, got -1"),
         ({"vocabulary": 0}, "vocabulary: expected at least 1, got 0"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
-        ({"logits": 0}, "address: expected not null"),
+        ({"logits": (0, 48)}, "logits: expected an address"),
+        ({"logits": (1, 47)}, "logits: expected at least 48 bytes, got 47"),
+        ({"reference": (1, 24)}, "reference: expected at least 48 bytes, got 24"),
+        ({"divergence": (1, 8)}, "divergence: expected at least 16 bytes, got 8"),
+        ({"rows": 1 << 61}, "rows: expected at most 2147483647"),
     ),
 )
 def test_module_checks_its_arguments(change: dict, message: str) -> None:
     """With addresses that would crash if they were used."""
-    arguments = dict(reference=1, logits=1, divergence=1, rows=2, vocabulary=6, threads=1)
+    arguments = dict(reference=(1, 48), logits=(1, 48), divergence=(1, 16), rows=2, vocabulary=6, threads=1)
     with pytest.raises(ValueError, match=message):
         native.cpu_module().jensen_shannon(**(arguments | change))

@@ -225,7 +225,7 @@ def test_prepare_on_any_instruction_set_and_threads(name: str) -> None:
 
 def prepare_into(packed: PackedWeight, out: torch.Tensor, isa: str = "", threads: int = 1) -> None:
     arguments = native._packed_arguments(packed) | {"threads": threads}
-    native.cpu_module().prepare(**arguments, out=out.data_ptr(), out_bytes=out.numel(), isa=isa)
+    native.cpu_module().prepare(**arguments, out=native.memory(out), isa=isa)
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -285,7 +285,8 @@ def good_arguments() -> dict:
     """For int3, 3 × 64 at group 32 and 2 rows of x; with addresses that would crash if they were used."""
     size = native.cpu_module().prepared_bytes("int3", 3, 64, 32)
     sizes = dict(rows=2, in_features=64, group_size=32, x_stride=64, y_stride=3)
-    return dict(parts=[("int3", 1, size, 3)], x=1, bias=0, y=1, int8=True, threads=1) | sizes
+    memory = dict(x=(1, 2 * 64 * 4), bias=(0, 0), y=(1, 2 * 3 * 4))
+    return dict(parts=[("int3", 1, size, 3)], int8=True, threads=1) | memory | sizes
 
 
 @pytest.mark.parametrize(
@@ -304,8 +305,16 @@ def good_arguments() -> dict:
         ({"threads": 0}, "threads: expected at least 1, got 0"),
         ({"x_stride": 63}, "x_stride: expected at least 64, got 63"),
         ({"y_stride": 2}, "y_stride: expected at least 3, got 2"),
-        ({"x": 0}, "address: expected not null"),
-        ({"y": 0}, "address: expected not null"),
+        ({"x": (0, 512)}, "x: expected an address"),
+        ({"y": (0, 24)}, "y: expected an address"),
+        ({"x": (1, 511)}, "x: expected at least 512 bytes, got 511"),
+        ({"y": (1, 23)}, "y: expected at least 24 bytes, got 23"),
+        ({"bias": (1, 4)}, "bias: expected 12 bytes, got 4"),
+        ({"bias": (0, 12)}, "bias: expected an address"),
+        ({"rows": 1 << 31}, "rows: expected at most 2147483647, got 2147483648"),
+        ({"in_features": 1 << 40}, "in_features: expected at most 2147483647"),
+        ({"parts": [("int3", 1, 96, 3 + (1 << 59))]}, "out_features: expected at most 2147483647"),
+        ({"x_stride": 1 << 62}, "x: its size does not fit 64 bits"),
     ),
 )
 def test_module_checks_its_arguments(change: dict, message: str) -> None:
@@ -321,13 +330,16 @@ def test_module_checks_its_arguments(change: dict, message: str) -> None:
         ({"group_size": 8}, "group_size: expected a multiple of 32 up to 128, got 8"),
         ({"qweight_stride": 23}, "qweight_stride: expected at least 24, got 23"),
         ({"group_stride": 1}, "group_stride: expected at least 2, got 1"),
-        ({"out_bytes": 95}, "out_bytes: expected 96, got 95"),
-        ({"scale": 0}, "address: expected not null"),
+        ({"out": (1, 95)}, "out: expected 96 bytes, got 95"),
+        ({"scale": (0, 12)}, "scale: expected an address"),
+        ({"scale": (1, 11)}, "scale: expected at least 12 bytes, got 11"),
+        ({"zero_point": (1, 11)}, "zero_point: expected at least 12 bytes, got 11"),
+        ({"qweight": (1, 71)}, "qweight: expected at least 72 bytes, got 71"),
         ({"threads": 0}, "threads: expected at least 1, got 0"),
     ),
 )
 def test_prepare_checks_its_arguments(change: dict, message: str) -> None:
-    addresses = dict(qweight=1, scale=1, zero_point=1, out=1, out_bytes=96)
+    addresses = dict(qweight=(1, 72), scale=(1, 12), zero_point=(1, 12), out=(1, 96))
     sizes = dict(qweight_stride=24, group_stride=2, rows=3, in_features=64, group_size=32)
     with pytest.raises(ValueError, match=message):
         native.cpu_module().prepare(**(dict(format="int3", threads=1) | addresses | sizes | change))
@@ -354,7 +366,7 @@ def test_environment_chooses_the_instruction_set(isa: str) -> None:
 
 
 def test_environment_names_no_known_instruction_set() -> None:
-    code = "m.linear([], 0, 0, 0, 1, 32, 32, 32, 0, True, 1)"
+    code = "m.linear([], (0, 0), (0, 0), (0, 0), 1, 32, 32, 32, 0, True, 1)"
     result = in_process_with("sse9", code)
     assert result.returncode == 1
     assert "AMQ_CPU_ISA=sse9: expected one of portable" in result.stderr.splitlines()[-1]

@@ -186,12 +186,18 @@ def test_errors_name_what_was_expected() -> None:
         ({"qweight_stride": 23}, "qweight_stride: expected at least 24, got 23"),
         ({"group_stride": 1}, "group_stride: expected at least 2, got 1"),
         ({"out_stride": 63}, "out_stride: expected at least 64, got 63"),
-        ({"zero_point": 0}, "address: expected not null"),
+        ({"zero_point": (0, 16)}, "zero_point: expected an address"),
+        ({"rows": 1 << 31}, "rows: expected at most 2147483647, got 2147483648"),
+        ({"qweight": (1, 47)}, "qweight: expected at least 48 bytes, got 47"),
+        ({"scale": (1, 7)}, "scale: expected at least 8 bytes, got 7"),
+        ({"zero_point": (1, 7)}, "zero_point: expected at least 8 bytes, got 7"),
+        ({"out": (1, 511)}, "out: expected at least 512 bytes, got 511"),
+        ({"out_stride": 1 << 62}, "out: its size does not fit 64 bits"),
     ),
 )
 def test_module_checks_its_arguments(change: dict, message: str) -> None:
     """With addresses that would crash if they were used."""
-    addresses = dict(qweight=1, scale=1, zero_point=1, out=1)
+    addresses = dict(qweight=(1, 48), scale=(1, 8), zero_point=(1, 8), out=(1, 512))
     strides = dict(qweight_stride=24, group_stride=2, out_stride=64)
     arguments = dict(format="int3", rows=2, in_features=64, group_size=32, threads=1) | addresses | strides
     with pytest.raises(ValueError, match=message):

@@ -87,7 +87,8 @@ size = prepared_bytes("int3", 16, 100, 32)
 data, y = torch.zeros(size, dtype=torch.uint8), torch.zeros(16)
 for missing in (0, 1):
     x = torch.zeros(100 - missing)
-    linear([("int3", data.data_ptr(), size, 16)], x.data_ptr(), 0, y.data_ptr(), 1, 100, 32, 100, 16, False, 1)
+    memory = (x.data_ptr(), 400), (0, 0), (y.data_ptr(), 64)  # lengths that lie, where one is missing
+    linear([("int3", data.data_ptr(), size, 16)], *memory, 1, 100, 32, 100, 16, False, 1)
     print("survived", missing, flush=True)
 """
     result = run_python(environment, "-c", code)

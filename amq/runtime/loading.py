@@ -14,8 +14,10 @@ from amq.backends import ACTIVATIONS, choose_backend, get_backend
 from amq.checkpoint import is_checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.limits import fit_threads
+from amq.records import parse_record
 from amq.runtime.engine import Engine
 from amq.runtime.tokenizer import Tokenizer
+from amq.runtime.tokenizer_files import EndTokens
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,12 @@ def load(
         torch.set_num_threads(threads)
     else:
         fit_threads()
-    if not quantized:
+    checkpoint = open_checkpoint(folder, verify=False) if quantized else None
+    if checkpoint is None:
         why = ""
     elif device != "cpu" or backend not in (None, "cpu") or dtype not in ("auto", "float32"):
         why = "the native engine is for device cpu, backend cpu and float32"
-    elif choose_backend(sorted(set(open_checkpoint(folder, verify=False).record.formats.values()))) != "cpu":
+    elif choose_backend(sorted(set(checkpoint.record.formats.values()))) != "cpu":
         why = "backend cpu does not run its formats here"  # what it lacks has been logged
     else:
         from amq.runtime.native_engine import Unsupported, open_native
@@ -136,6 +139,6 @@ def _load_torch(
     ends = loaded.model.generation_config.eos_token_id
     if ends is None:
         ends = loaded.tokenizer.eos_token_id
-    end_ids = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    end_ids = parse_record({"eos_token_id": ends}, EndTokens, f"{model}: generation_config.json").end_ids
     tokenizer = Tokenizer.from_transformers(loaded.tokenizer, end_ids)
     return Runtime(model, engine, tokenizer, engine.weight_bytes, str(loaded.model.device))

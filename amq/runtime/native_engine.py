@@ -6,7 +6,9 @@ compute exactly as transformers does is refused with `Unsupported`, and the call
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +18,22 @@ from torch import Tensor
 
 from amq import native
 from amq.backends import check_activations
-from amq.checkpoint import Checkpoint, open_checkpoint
+from amq.checkpoint import Checkpoint, is_out_of_memory, open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
-from amq.native import cpu_module, empty_bytes, prepared_bytes
+from amq.native import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
 from amq.runtime.engine import Segment, Slot
+from amq.runtime.native_config import ModelConfig, Unsupported, read_config, read_sizes, rotary_frequencies, windows
 from amq.runtime.pages import PagePool
 
-FAMILY = ("llama", "mistral", "qwen2", "qwen3")
-"""`model_type`s whose block decoder.h computes. Others look alike and differ in a detail: a scale, a norm, a layer
-without rotary embedding."""
-DEFAULT_CONTEXT = 8192
 MAX_ROWS = 512
 ALIGNMENT = 64
 """Of weights in memory: a cache line."""
-
-
-class Unsupported(AmqError):
-    """This model or setting is not for the native engine; the message says why."""
+BLOCKS = "model.layers."
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+FLOATS = ("F32", "F16", "BF16")
+"""What tensors that are not packed may be, as safetensors spells it."""
 
 
 class PagedSlot(Slot):
@@ -60,11 +59,15 @@ class NativeEngine:
         self.vocab_size, self.context = model["sizes"]["vocabulary"], model["sizes"]["context"]
         self.max_rows = MAX_ROWS
         self.weight_bytes: int = model["weight_bytes"]
-        self._decoder = cpu_module().Decoder(
-            **{name: model[name] for name in ("sizes", "arrays", "blocks", "int8", "half_cache")},
-            max_rows=MAX_ROWS,
-            threads=threads,
-        )
+        try:
+            self._decoder = cpu_module().Decoder(
+                **{name: model[name] for name in ("sizes", "arrays", "blocks", "int8", "half_cache")},
+                max_rows=MAX_ROWS,
+                threads=threads,
+            )
+        except (ValueError, TypeError) as error:  # TypeError: a number beyond 64 bits
+            raise AmqError(f"the native engine cannot hold this model: {error}") from error
+        self._busy = threading.Lock()
         page = cpu_module().PAGE
         self._pool = PagePool(max_sequences * -(-self.context // page), page)
         self.cache_bytes = self._pool.n_pages * self._decoder.page_bytes
@@ -73,10 +76,21 @@ class NativeEngine:
         self._open = 0
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuses a second thread, which would write into the same rows, pages and logits: wrong tokens, or a hang."""
+        if not self._busy.acquire(blocking=False):
+            raise AmqError("the engine is in use by another thread: one thread at a time may call it (take a lock)")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
     def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
         if not prompt:
             raise AmqError("a sequence must begin with at least one token")
-        return self._open_slot(prompt, len(prompt) + new_tokens)
+        with self._alone():
+            return self._open_slot(prompt, len(prompt) + new_tokens)
 
     def _open_slot(self, known: Sequence[int], positions: int) -> PagedSlot | None:
         """A slot of `positions` positions that starts with what an earlier sequence left of `known`."""
@@ -92,6 +106,10 @@ class NativeEngine:
         return PagedSlot(len(pages) * self._pool.page, pages, known[:length])
 
     def close(self, slot: Slot) -> None:
+        with self._alone():
+            self._close_slot(slot)
+
+    def _close_slot(self, slot: Slot) -> None:
         assert isinstance(slot, PagedSlot)
         if not len(slot.pages):
             raise AmqError("this slot is closed already")
@@ -111,21 +129,23 @@ class NativeEngine:
         if len(wanted) > len(self._logits):
             raise AmqError(f"logits of {len(wanted)} segments are wanted, the engine has room for {len(self._logits)}")
         logits = self._logits[: len(wanted)]
-        self._run(segments, wanted, logits)
+        with self._alone():
+            self._run(segments, wanted, logits)
         return logits
 
     def all_logits(self, tokens: Sequence[int]) -> Tensor:
         """Logits after every token of a text, float32 [len(tokens), vocab_size]: for perplexity, and for tests."""
-        slot = self._open_slot((), len(tokens))
-        if slot is None:
-            raise AmqError("the engine has no room left: close a slot first")
-        logits = torch.empty(len(tokens), self.vocab_size)
-        try:
-            for start in range(0, len(tokens), MAX_ROWS):
-                part = tokens[start : start + MAX_ROWS]
-                self._run([Segment(slot, part)], list(range(len(part))), logits[start : start + len(part)])
-        finally:
-            self.close(slot)
+        with self._alone():
+            slot = self._open_slot((), len(tokens))
+            if slot is None:
+                raise AmqError("the engine has no room left: close a slot first")
+            try:
+                logits = torch.empty(len(tokens), self.vocab_size)
+                for start in range(0, len(tokens), MAX_ROWS):
+                    part = tokens[start : start + MAX_ROWS]
+                    self._run([Segment(slot, part)], list(range(len(part))), logits[start : start + len(part)])
+            finally:
+                self._close_slot(slot)
         return logits
 
     def _run(self, segments: Sequence[Segment], wanted: list[int], logits: Tensor) -> None:
@@ -136,14 +156,14 @@ class NativeEngine:
             if slot.length + len(segment.tokens) > slot.capacity:
                 raise AmqError(f"the sequence has room for {slot.capacity} positions, not for more")
             tokens.extend(segment.tokens)
-            described.append((len(segment.tokens), slot.length, slot.pages.ctypes.data, len(slot.pages)))
-        numbers = np.array(tokens, np.int32)
+            described.append((len(segment.tokens), slot.length, (slot.pages.ctypes.data, slot.pages.nbytes)))
         try:
+            numbers = np.array(tokens, np.int32)
             self._decoder.forward(
-                numbers.ctypes.data, described, wanted, logits.data_ptr() if wanted else 0, self._cache.data_ptr(),
-                self._pool.n_pages, self._threads, self.isa,
+                (numbers.ctypes.data, numbers.nbytes), described, wanted, memory(logits) if wanted else NO_MEMORY,
+                memory(self._cache), self._threads, self.isa,
             )  # fmt: skip
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise AmqError(str(error)) from error
         for segment in segments:
             segment.slot.tokens.extend(segment.tokens)
@@ -170,97 +190,30 @@ def open_native(
     """
     check_activations("cpu", activations)
     checkpoint = open_checkpoint(folder, verify=False)
-    sizes = read_sizes(checkpoint.config, checkpoint.record.group_size, context)
+    config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
+    sizes = read_sizes(config, checkpoint.record.group_size, context)
     threads = threads or torch.get_num_threads()
-    if verify:
-        checkpoint.verify()
-    model = describe(checkpoint, sizes)
     cache = cache or ("float32" if activations == "fp32" else "float16")
     if cache not in ("float16", "float32"):
         raise AmqError(f"the KV cache must be float16 or float32, got {cache}")
-    model |= {"int8": activations == "int8", "half_cache": cache == "float16"}
+    if verify:
+        checkpoint.verify()
     formats = "+".join(sorted(set(checkpoint.record.formats.values())))
     banner = (
-        f"native engine ({checkpoint.config['model_type']}): {formats}, {activations} activations, {cache} cache, "
+        f"native engine ({config.model_type}): {formats}, {activations} activations, {cache} cache, "
         f"{cpu_module().isa()}, {threads} threads, context {sizes['context']}"
     )
-    return NativeEngine(model, banner, max_sequences, threads)
-
-
-def read_sizes(config: Mapping[str, Any], group_size: int, context: int | None) -> dict[str, Any]:
-    """The numbers of decoder.h's DecoderModel from config.json."""
-    kind = config.get("model_type")
-    if kind not in FAMILY:
-        raise Unsupported(f"the native engine runs {', '.join(FAMILY)}, not {kind}")
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise Unsupported(f"the native engine has no activation {config['hidden_act']}")
     try:
-        heads, hidden, longest = (
-            config[key] for key in ("num_attention_heads", "hidden_size", "max_position_embeddings")
-        )
-        head_dim = config.get("head_dim") or hidden // heads
-        sizes = {
-            "hidden": hidden,
-            "n_heads": heads,
-            "n_kv_heads": config.get("num_key_value_heads") or heads,
-            "head_dim": head_dim,
-            "intermediate": config["intermediate_size"],
-            "vocabulary": config["vocab_size"],
-            "context": min(longest, DEFAULT_CONTEXT),
-            "group_size": group_size,
-            "rotary": head_dim,
-            "epsilon": config["rms_norm_eps"],
-            "attention_scale": head_dim**-0.5,
-        }
-    except KeyError as error:
-        raise Unsupported(f"config.json does not say {error.args[0]}") from None
-    if head_dim % 16:
-        raise Unsupported(f"the native engine wants heads of a multiple of 16 features, these have {head_dim}")
-    if context is not None:
-        if not 1 <= context <= longest:
-            raise AmqError(f"the context must be 1 to {longest}, which the model was made for, got {context}")
-        sizes["context"] = context
-    return sizes
-
-
-def rotary_frequencies(config: Mapping[str, Any], head_dim: int) -> tuple[Tensor, float]:
-    """Angle per position of each pair of features, float32 [head_dim / 2], and what cos and sin are multiplied by.
-
-    All but the plain kind come from transformers, whose import takes seconds.
-    """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta"))
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if theta is None:
-        raise Unsupported("config.json does not say rope_theta")
-    if rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0)) != 1.0:
-        raise Unsupported("the native engine rotates whole heads, this model a part of each")
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return 1.0 / theta**exponents, 1.0
-    if kind not in ("linear", "llama3", "yarn"):
-        raise Unsupported(f"the native engine has no rotary embedding of kind {kind}")
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    known = AutoConfig.for_model(**{key: v for key, v in config.items() if key != "quantization_config"})
-    frequencies, factor = ROPE_INIT_FUNCTIONS[kind](known, torch.device("cpu"))
-    return frequencies, factor
-
-
-def windows(config: Mapping[str, Any]) -> list[int]:
-    """Positions that each layer's tokens see, 0 for all."""
-    layers, window = config["num_hidden_layers"], config.get("sliding_window") or 0
-    kinds = config.get("layer_types")
-    if kinds:
-        if strange := set(kinds) - {"full_attention", "sliding_attention"}:
-            raise Unsupported(f"the native engine has no layers of type {', '.join(sorted(strange))}")
-        return [window if kind == "sliding_attention" else 0 for kind in kinds]
-    if config["model_type"] == "mistral":
-        return [window] * layers
-    if config.get("use_sliding_window"):
-        raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
-    return [0] * layers
+        model = describe(checkpoint, config, sizes)
+        model |= {"int8": activations == "int8", "half_cache": cache == "float16"}
+        return NativeEngine(model, banner, max_sequences, threads)
+    except (OSError, RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise AmqError(
+            f"there is no memory for {folder} with a context of {sizes['context']} and {max_sequences} sequences "
+            f"({error}): take fewer or shorter ones, or a larger machine"
+        ) from error
 
 
 class _Weights:
@@ -282,33 +235,48 @@ class _Weights:
 
     def check_complete(self) -> None:
         """A linear or tensor that the block has no place for means that the model is another one than it seems."""
-        if strange := sorted(set(self.formats) - set(self._prepared)):
-            raise Unsupported(f"the native engine has no place for the linear {strange[0]}")
-        if strange := sorted(self.names - self._used - {"lm_head.weight"}):  # a tied one may be stored all the same
-            raise Unsupported(f"the native engine has no place for the tensor {strange[0]}")
+        for what, strange in (
+            ("linear", set(self.formats) - set(self._prepared)),
+            ("tensor", self.names - self._used),
+        ):
+            for name in sorted(strange):
+                if name.startswith(BLOCKS):
+                    raise self._edited(f"holds the {what} {name}, which the model of config.json has no place for")
+                raise Unsupported(f"the native engine has no place for the {what} {name}")
 
-    def _tensor(self, name: str) -> Tensor:
+    def _edited(self, what: str) -> AmqError:
+        return AmqError(f"{self.checkpoint.folder} {what}: it is damaged, or config.json was edited")
+
+    def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
+        """A tensor of the model's shape and a dtype of floats, both compared before it is read."""
         if name not in self.names:
-            raise Unsupported(f"the checkpoint has no {name}")
+            raise self._edited(f"lacks the tensor {name}")
+        dtype, found = self.checkpoint.described(name)
+        if dtype not in FLOATS or list(found) != list(shape):
+            expected = f"{' or '.join(FLOATS)} {list(shape)}"
+            raise self._edited(f"has {name} as {dtype} {list(found)}, expected {expected}")
         self._used.add(name)
         return self.checkpoint.tensor(name)
 
-    def vector(self, name: str) -> int:
-        tensor = self._tensor(name).float().contiguous()
+    def vector(self, name: str, count: int) -> tuple[int, int]:
+        """A tensor [count] as float32."""
+        tensor = self._tensor(name, [count]).float().contiguous()
         self.keep.append(tensor)
         self.bytes += tensor.nbytes
-        return tensor.data_ptr()
-
-    def optional(self, name: str) -> int:
-        return self.vector(name) if name in self.names else 0
+        return memory(tensor)
 
     def _prepared_bytes(self, name: str) -> int:
         record = self.checkpoint.record
         return prepared_bytes(get_format(self.formats[name]), *record.shapes[name], record.group_size)
 
-    def prepared(self, name: str) -> PreparedWeight:
+    def prepared(self, name: str, rows: int, in_features: int) -> PreparedWeight:
         if name not in self.formats:
-            raise Unsupported(f"the native engine wants all linears quantized, {name} is not")
+            if f"{name}.weight" in self.names:
+                raise Unsupported(f"the native engine wants all linears quantized, {name} is not")
+            raise self._edited(f"lacks the linear {name}")
+        if self.checkpoint.record.shapes[name] != (rows, in_features):
+            found = list(self.checkpoint.record.shapes[name])
+            raise self._edited(f"has {name} as {found}, expected {[rows, in_features]}")
         if name in self._prepared:  # the head, which an embedding is tied to
             return self._prepared[name]
         packed, size = self.checkpoint.packed(name), self._sizes[name]
@@ -319,67 +287,69 @@ class _Weights:
         self._prepared[name] = weight
         return weight
 
-    def projection(self, names: Sequence[str]) -> tuple[list[tuple[str, int, int, int]], int]:
-        weights = [self.prepared(name) for name in names]
-        biased = [f"{name}.bias" in self.names for name in names]
-        bias = 0
-        if any(biased):
-            parts = [
-                self._tensor(f"{name}.bias").float() if has else torch.zeros(weight.out_features)
-                for name, weight, has in zip(names, weights, biased, strict=True)
-            ]
-            self.keep.append(torch.cat(parts))
-            bias = self.keep[-1].data_ptr()
-        return [(w.format.name, w.data.data_ptr(), w.data.numel(), w.out_features) for w in weights], bias
+    def projection(
+        self, rows: Mapping[str, int], in_features: int, biased: bool
+    ) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
+        """Linears that share x, {name: out_features}, and their biases side by side."""
+        weights = [self.prepared(name, count, in_features) for name, count in rows.items()]
+        bias = NO_MEMORY
+        if biased:
+            self.keep.append(torch.cat([self._tensor(f"{name}.bias", [n]).float() for name, n in rows.items()]))
+            bias = memory(self.keep[-1])
+        return [(w.format.name, *memory(w.data), w.out_features) for w in weights], bias
 
-    def table(self, name: str) -> tuple[str, int, int]:
+    def table(self, name: str, rows: int, in_features: int) -> tuple[str, int, int]:
         """An embedding or a head: packed where it is quantized, else as the file has it."""
         linear = self.checkpoint.record.embedding.get(name, name)
         if linear in self.formats:
-            weight = self.prepared(linear)
-            return weight.format.name, weight.data.data_ptr(), weight.data.numel()
-        tensor = self._tensor(f"{name}.weight").contiguous()
-        kind = str(tensor.dtype).removeprefix("torch.")
-        if kind not in ("float32", "float16", "bfloat16"):
-            raise Unsupported(f"{name}.weight is {kind}")
+            weight = self.prepared(linear, rows, in_features)
+            return weight.format.name, *memory(weight.data)
+        tensor = self._tensor(f"{name}.weight", [rows, in_features]).contiguous()
         self.keep.append(tensor)
-        return kind, tensor.data_ptr(), tensor.nbytes
+        return str(tensor.dtype).removeprefix("torch."), *memory(tensor)
+
+    def has_table(self, name: str) -> bool:
+        linear = self.checkpoint.record.embedding.get(name, name)
+        return linear in self.formats or f"{name}.weight" in self.names
 
 
-def describe(checkpoint: Checkpoint, sizes: Mapping[str, Any]) -> dict[str, Any]:
+def describe(checkpoint: Checkpoint, config: ModelConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
     """What amq._cpu.Decoder is made from; `keep` is what it points to, `weight_bytes` what a decoded token reads."""
-    config, weights = checkpoint.config, _Weights(checkpoint)
-    frequencies, factor = rotary_frequencies(config, sizes["head_dim"])
+    weights = _Weights(checkpoint)
+    blocks = [_describe_block(weights, config, layer, window) for layer, window in enumerate(windows(config))]
+    rows = (config.vocab_size, config.hidden_size)
+    # A tied model has one of the two, or both where they differ: then its head is its own, as in transformers.
+    tied, own = bool(config.tie_word_embeddings), weights.has_table(HEAD)
+    head = weights.table(HEAD if own or not tied else EMBEDDING, *rows)
+    embedding = weights.table(EMBEDDING if weights.has_table(EMBEDDING) or not tied else HEAD, *rows)
+    final_norm = weights.vector("model.norm.weight", config.hidden_size)
+    weights.check_complete()
+    frequencies, factor = rotary_frequencies(config, checkpoint.config, str(checkpoint.folder / "config.json"))
     angles = torch.outer(torch.arange(sizes["context"]).float(), frequencies)
     cos, sin = (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
     weights.keep += [cos, sin]
-    blocks = []
-    for layer, window in enumerate(windows(config)):
-        prefix = f"model.layers.{layer}"
-        attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-        blocks.append(
-            {
-                "attention_norm": weights.vector(f"{prefix}.input_layernorm.weight"),
-                "mlp_norm": weights.vector(f"{prefix}.post_attention_layernorm.weight"),
-                "q_norm": weights.optional(f"{attention}.q_norm.weight"),
-                "k_norm": weights.optional(f"{attention}.k_norm.weight"),
-                "qkv": weights.projection([f"{attention}.{role}_proj" for role in "qkv"]),
-                "o": weights.projection([f"{attention}.o_proj"]),
-                "gate_up": weights.projection([f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
-                "down": weights.projection([f"{mlp}.down_proj"]),
-                "window": window,
-            }
-        )
-    tied = bool(config.get("tie_word_embeddings"))
-    head = weights.table("model.embed_tokens" if tied and "lm_head" not in weights.formats else "lm_head")
-    embedding = weights.table("model.embed_tokens")
-    arrays = {
-        "cos": cos.data_ptr(),
-        "sin": sin.data_ptr(),
-        "final_norm": weights.vector("model.norm.weight"),
-        "embedding": embedding,
-        "head": head,
-    }
+    arrays = {"cos": memory(cos), "sin": memory(sin), "final_norm": final_norm, "embedding": embedding, "head": head}
     read = weights.bytes + (head[2] if head[0] in ("float32", "float16", "bfloat16") else 0)
-    weights.check_complete()
     return {"sizes": dict(sizes), "arrays": arrays, "blocks": blocks, "keep": weights.keep, "weight_bytes": read}
+
+
+def _describe_block(weights: _Weights, config: ModelConfig, layer: int, window: int) -> dict[str, Any]:
+    prefix = f"{BLOCKS}{layer}"
+    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
+    hidden, wide, head = config.hidden_size, config.intermediate_size, config.head_features
+    q, kv, biases = config.num_attention_heads * head, config.kv_heads * head, config.biases
+    qkv = {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
+    gate_up = {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}
+    norms = {
+        name: weights.vector(f"{attention}.{name}.weight", head) if config.head_norms else NO_MEMORY
+        for name in ("q_norm", "k_norm")
+    }
+    return norms | {
+        "attention_norm": weights.vector(f"{prefix}.input_layernorm.weight", hidden),
+        "mlp_norm": weights.vector(f"{prefix}.post_attention_layernorm.weight", hidden),
+        "qkv": weights.projection(qkv, hidden, biases["qkv"]),
+        "o": weights.projection({f"{attention}.o_proj": hidden}, q, biases["o"]),
+        "gate_up": weights.projection(gate_up, hidden, biases["gate_up"]),
+        "down": weights.projection({f"{mlp}.down_proj": hidden}, wide, biases["down"]),
+        "window": window,
+    }

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
-from amq.files import read_json
 from amq.runtime.chat import render_chat
+from amq.runtime.tokenizer_files import ModelFile, TokenizerConfig, read_optional, read_text
 
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""Special tokens that tokenizer_config.json gives by name, and chat templates may use."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -57,13 +55,13 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exceptions
             raise AmqError(f"{path} cannot be read ({error}): it is damaged, or of a newer tokenizers") from error
-        config = _read_optional(folder / "tokenizer_config.json")
-        names = {name: _content(config[name]) for name in NAMED if config.get(name) is not None}
+        config = read_optional(folder / "tokenizer_config.json", TokenizerConfig)
+        names = config.names
         _add_tokens(inner, config, names)
-        if "add_bos_token" in config or "add_eos_token" in config:
+        if config.add_bos_token is not None or config.add_eos_token is not None:
             _set_ends(inner, config, names)
         end_ids = _end_ids(folder)
-        if not end_ids and "eos_token" in names:
+        if not end_ids and names.get("eos_token"):  # it is known by now: `_add_tokens` added what was not
             end_ids = [inner.token_to_id(names["eos_token"])]
         return cls(inner, end_ids, _template(folder, config), names)
 
@@ -254,34 +252,25 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
 
 
-def _read_optional(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
-
-
-def _content(token: Any) -> str:
-    return token["content"] if isinstance(token, Mapping) else str(token)
-
-
-def _add_tokens(inner: Any, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _add_tokens(inner: Any, config: TokenizerConfig, names: Mapping[str, str]) -> None:
     """Those that tokenizer_config.json has and tokenizer.json lacks, or does not know as special."""
     from tokenizers import AddedToken
 
-    for _, fields in sorted((config.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        if inner.token_to_id(fields["content"]) is None:
-            inner.add_tokens([AddedToken(**fields)])
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or ()
+    for token in config.added_tokens:
+        if inner.token_to_id(token.content) is None:
+            inner.add_tokens([AddedToken(**token.arguments)])
     special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
-    wanted = [*names.values(), *map(_content, extra.values() if isinstance(extra, Mapping) else extra)]
+    wanted = [*names.values(), *config.extra_names]
     missing = [text for text in dict.fromkeys(wanted) if text not in special]
     inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
 
 
-def _set_ends(inner: Any, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
+def _set_ends(inner: Any, config: TokenizerConfig, names: Mapping[str, str]) -> None:
     """Puts the special tokens around a text that the config asks for, as transformers does where it says anything."""
     from tokenizers.processors import TemplateProcessing
 
-    begin = names.get("bos_token") if config.get("add_bos_token") else None
-    end = names.get("eos_token") if config.get("add_eos_token") else None
+    begin = names.get("bos_token") if config.add_bos_token else None
+    end = names.get("eos_token") if config.add_eos_token else None
     single = [*([begin] if begin else []), "$A", *([end] if end else [])]
     special = [(token, inner.token_to_id(token)) for token in dict.fromkeys((begin, end)) if token]
     inner.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special)
@@ -289,20 +278,16 @@ def _set_ends(inner: Any, config: Mapping[str, Any], names: Mapping[str, str]) -
 
 def _end_ids(folder: Path) -> list[int]:
     """As transformers' generate takes them."""
-    config = _read_optional(folder / "config.json")
-    for source in (_read_optional(folder / "generation_config.json"), config, config.get("text_config") or {}):
-        ends = source.get("eos_token_id")
-        if ends is not None:
-            return [ends] if isinstance(ends, int) else list(ends)
+    config = read_optional(folder / "config.json", ModelFile)
+    for source in (read_optional(folder / "generation_config.json", ModelFile), config, config.text_config):
+        if source is not None and source.eos_token_id is not None:
+            return source.end_ids
     return []
 
 
-def _template(folder: Path, config: Mapping[str, Any]) -> str | None:
+def _template(folder: Path, config: TokenizerConfig) -> str | None:
     """chat_template.jinja goes before the config's own, of several there the default."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t["name"] == "default"), None)
-    return template
+        return read_text(path)
+    return config.default_template
