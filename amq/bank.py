@@ -42,8 +42,8 @@ from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
 
-VERSION = 2
-"""Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
+VERSION = 3
+"""Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class BankRecipe:
         self, loaded: LoadedModel, parts: Inventory, formats: set[str], progress: Progress, fingerprint: str
     ) -> WeightBank:
         """Opens or builds it, for a model that holds its full-precision weights."""
-        corpus = load_corpus(self.calibration, loaded.tokenizer)
+        corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
         windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
         records = sorted((get_format(n) for n in formats), key=lambda f: f.code_bits)
         settings = BankSettings(self.proxy, self.group_size, windows)

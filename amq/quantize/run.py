@@ -59,12 +59,12 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     configuration = _configuration(settings, parts)
     fingerprint = model_fingerprint(loaded.model)
     _check_provenance(configuration, fingerprint, settings.model)
-    corpus = load_corpus(settings.calibration, loaded.tokenizer)
+    corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
     head = find_head(loaded.model, settings.head)
     sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, parts, settings.method, sharing, head)
-    identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size)
+    identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size, corpus.prefix_names)
     perplexities = _Perplexities(settings, loaded, progress)
     stored = _stored_dtype(settings, loaded.model)
     source = _source(settings, loaded, parts, configuration, windows, fingerprint, stored, progress)
@@ -82,6 +82,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         "settings": asdict(settings),
         "model": {"name": settings.model, "fingerprint": fingerprint},
         "calibration_sha256": corpus.sha256,
+        "window_prefix": list(corpus.prefix_names),
         "bits_per_weight": round(configuration.bits_per_weight(parts.linears), 4),
         "memory": memory_json(with_head(memory_items(parts, configuration), head_log)),
         "perplexity": perplexities.figures,
@@ -212,12 +213,14 @@ class _Perplexities:
         self.figures: dict[str, Any] | None = None
         if settings.perplexity == "none":
             return
-        corpus = load_corpus(settings.perplexity, loaded.tokenizer)
+        corpus = load_corpus(settings.perplexity, loaded.tokenizer, loaded.embedding_rows)
         self._windows = fixed_windows(corpus, settings.window_length, settings.perplexity_tokens)
+        self._unscored = corpus.unscored
         self.figures = {
             "text": settings.perplexity,
-            "tokens": self._windows.numel(),
+            "tokens": self._windows[:, corpus.unscored :].numel(),
             "window_length": settings.window_length,
+            "window_prefix": list(corpus.prefix_names),
             "rows": {},
         }
 
@@ -225,7 +228,7 @@ class _Perplexities:
         if self.figures is None:
             return
         with self._progress.stage("perplexity", 1) as step:
-            value = perplexity(self._model, self._windows)
+            value = perplexity(self._model, self._windows, self._unscored)
             step(f"{name}: {value:.3f}")
         self.figures["rows"][name] = value if math.isfinite(value) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,9 +54,15 @@ class QuantizeSettings:
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
 
-    def identity(self, fingerprint: str, formats: dict[str, str], group_size: int) -> dict[str, Any]:
-        """What a finished block depends on: a resumed run must have the same."""
+    def identity(
+        self, fingerprint: str, formats: dict[str, str], group_size: int, window_prefix: Sequence[str]
+    ) -> dict[str, Any]:
+        """What a finished block depends on: a resumed run must have the same.
+
+        window_prefix: the tokens that calibration windows begin with.
+        """
         names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
         names += ["autoround_iterations"] if self.method == "autoround" else []
         given = asdict(self)
-        return {**{n: given[n] for n in names}, "model": fingerprint, "formats": formats, "group_size": group_size}
+        given = {n: given[n] for n in names} | {"window_prefix": list(window_prefix)}
+        return {**given, "model": fingerprint, "formats": formats, "group_size": group_size}

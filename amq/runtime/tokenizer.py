@@ -91,9 +91,9 @@ class Tokenizer:
         """Added tokens included. A model may have more rows, which stand for nothing."""
         return self._inner.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer puts around a text."""
-        return self._encode(text, True)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer puts around a text unless `special` is false."""
+        return self._encode(text, special)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation [{"role": "user", "content": …}, …], up to where the model answers.

@@ -20,7 +20,8 @@ from typing import Any
 from amq.errors import AmqError
 from amq.formats import FORMATS
 
-SCHEMA = "amq/run/1"
+SCHEMAS = ("amq/run/2", "amq/run/1")
+"""Of run.json; a report reads both alike."""
 HOVER_BLOCKS = 100
 """Up to this many blocks a configuration's text has one character per block; above, only its counts."""
 
@@ -98,9 +99,9 @@ def load_run(run_dir: Path) -> Run:
             f"{run_dir / 'run.json'} does not exist, so {run_dir} is not a run folder: "
             f"give the folder that `python -m amq.search MODEL --output RUN` wrote"
         )
-    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+    if not isinstance(run, dict) or run.get("schema") not in SCHEMAS:
         found = run.get("schema") if isinstance(run, dict) else type(run).__name__
-        raise AmqError(f"{run_dir / 'run.json'}: expected schema {SCHEMA!r}, got {found!r}: run the search again")
+        raise AmqError(f"{run_dir / 'run.json'}: expected schema {SCHEMAS[0]!r}, got {found!r}: run the search again")
     return Run(
         path=run_dir,
         run=run,

@@ -35,7 +35,7 @@ from amq.search.archive import Archive
 from amq.search.fit import fit_records
 from amq.search.front import pareto_indices
 from amq.search.problem import Problem, Table, TimeIsUp
-from amq.search.records import describe_model, front_json, provenance, versions
+from amq.search.records import RUN_SCHEMA, describe_model, front_json, provenance, versions
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
@@ -102,6 +102,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         raise AmqError(
             f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output"
         )
+    _check_prefix(output, previous, stage.corpus)
     output.mkdir(parents=True, exist_ok=True)
     run = _describe(settings, stage)
     write_json(output / "run.json", run)
@@ -130,10 +131,28 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> dict[
     if not (output / "run.json").is_file():
         raise AmqError(f"--resume: {output} holds no run.json, so it is not a run folder of amq")
     previous = read_json(output / "run.json")
+    schema = previous.get("schema") if isinstance(previous, dict) else None
+    if schema != RUN_SCHEMA:
+        raise AmqError(
+            f"--resume: {output} holds a run of schema {schema!r}, this amq writes {RUN_SCHEMA!r}, and losses of the "
+            "two do not compare (windows begin with the tokenizer's BOS now): use another --output"
+        )
     changed = differences(previous["settings"], settings.json())
     if changed:
         raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
     return previous
+
+
+def _check_prefix(output: Path, previous: dict[str, Any] | None, corpus: Corpus) -> None:
+    """The tokenizer is no part of the model's fingerprint, and its files may have been edited between two runs."""
+    if previous is None:
+        return
+    before, now = previous.get("calibration", {}).get("window_prefix"), list(corpus.prefix_names)
+    if before != now:
+        raise AmqError(
+            f"--resume: windows of the run in {output} begin with {before}, with this tokenizer they begin with {now}: "
+            "use another --output"
+        )
 
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
@@ -150,7 +169,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
         space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
         if settings.target_bits is not None:
             check_bits(settings.target_bits, space)
-        corpus = load_corpus(settings.calibration, loaded.tokenizer)
+        corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
         deal = WindowSampler(corpus, settings.window_length, settings.seed)
         bank_windows = deal.take(settings.bank_windows)
         windows = {"search": deal.take(settings.windows), "confirm": deal.take(settings.confirm_windows)}
@@ -165,7 +184,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
     with timings.measure("reference"):
         evaluator = Evaluator(
             loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
-            settings.activations,
+            settings.activations, corpus.unscored,
         )  # fmt: skip
     return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint)
 
@@ -213,8 +232,9 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
         stage.evaluator.full_precision(),
     ):
         passes = fisher_passes(
-            stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, start=done
-        )
+            stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, done,
+            stage.corpus.unscored,
+        )  # fmt: skip
         for table in passes:
             total = table if total is None else {
                 n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
@@ -300,7 +320,7 @@ def _finish(
     chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
     configuration = to_configuration(
         chosen, settings.model, settings.group_size, stage.parts, stage.loaded.config, settings.context,
-        provenance(settings.json(), stage.fingerprint),
+        provenance(settings.json(), stage.fingerprint, stage.corpus.prefix_names),
     )  # fmt: skip
     configuration.save(output / "configuration.json")
     content = front_json(problem, front, solution.table, fit)
@@ -367,14 +387,17 @@ def _evaluation_counts(problem: Problem, evaluator: Evaluator, timings: _Timings
 
 def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
     return {
-        "schema": "amq/run/1",
+        "schema": RUN_SCHEMA,
         "status": "running",
         "model": {
             "name": settings.model, "fingerprint": stage.fingerprint, "parameters": stage.parts.numel,
             "blocks": stage.parts.n_blocks, "class": type(stage.loaded.model).__name__,
         },
         "settings": settings.json(),
-        "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens)},
+        "calibration": {
+            "name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens),
+            "window_prefix": list(stage.corpus.prefix_names),
+        },
         "versions": versions(),
         "machine": {
             "cpu": cpu_name(), "system": platform.platform(),
