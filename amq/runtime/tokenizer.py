@@ -44,7 +44,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path | str) -> Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json, the chat template, and the end tokens.
 
-        These come from generation_config.json, or else config.json.
+        These come from generation_config.json, or else config.json. What is put around a text is tokenizer.json's
+        post-processor alone, as in transformers: `add_bos_token` and `add_eos_token` count for nothing beside it.
         Raises AmqError naming the file that is missing or damaged.
         """
         import tokenizers
@@ -60,8 +61,6 @@ class Tokenizer:
         config = _read_optional(folder / "tokenizer_config.json")
         names = {name: _content(config[name]) for name in NAMED if config.get(name) is not None}
         _add_tokens(inner, config, names)
-        if "add_bos_token" in config or "add_eos_token" in config:
-            _set_ends(inner, config, names)
         end_ids = _end_ids(folder)
         if not end_ids and "eos_token" in names:
             end_ids = [inner.token_to_id(names["eos_token"])]
@@ -274,17 +273,6 @@ def _add_tokens(inner: Any, config: Mapping[str, Any], names: Mapping[str, str])
     wanted = [*names.values(), *map(_content, extra.values() if isinstance(extra, Mapping) else extra)]
     missing = [text for text in dict.fromkeys(wanted) if text not in special]
     inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
-
-
-def _set_ends(inner: Any, config: Mapping[str, Any], names: Mapping[str, str]) -> None:
-    """Puts the special tokens around a text that the config asks for, as transformers does where it says anything."""
-    from tokenizers.processors import TemplateProcessing
-
-    begin = names.get("bos_token") if config.get("add_bos_token") else None
-    end = names.get("eos_token") if config.get("add_eos_token") else None
-    single = [*([begin] if begin else []), "$A", *([end] if end else [])]
-    special = [(token, inner.token_to_id(token)) for token in dict.fromkeys((begin, end)) if token]
-    inner.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special)
 
 
 def _end_ids(folder: Path) -> list[int]:
