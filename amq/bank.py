@@ -44,7 +44,7 @@ from amq.quantizers import NEEDS_GRAM, get_quantizer
 from amq.tensors import save_file
 
 VERSION = 3
-"""Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
+"""Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 ERROR = "weight_error"
 """Beside the three parts of each linear: ‖W − Ŵ‖², float64, a tensor so that its hash is kept as theirs are."""
 
@@ -87,7 +87,7 @@ class BankRecipe:
         self, loaded: LoadedModel, parts: Inventory, formats: set[str], progress: Progress, fingerprint: str
     ) -> WeightBank:
         """Opens or builds it, for a model that holds its full-precision weights."""
-        corpus = load_corpus(self.calibration, loaded.tokenizer)
+        corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
         windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
         records = sorted((get_format(n) for n in formats), key=lambda f: f.code_bits)
         settings = BankSettings(self.proxy, self.group_size, windows)

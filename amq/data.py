@@ -5,6 +5,12 @@ Text comes from a file, from a `datasets` name, or from CPython itself, which is
 themselves, a second text for evaluation that shares nothing with the first. A text is tokenized once and cut into
 slots of one window; a seeded permutation of the slots is dealt out in order, so that the sets a run asks for (bank,
 search, confirmation, cost) do not overlap.
+
+Every window begins with what the tokenizer itself puts before a text, which is BOS for Llama, Mistral and Gemma and
+nothing for Qwen and SmolLM2: a model that was trained behind BOS is another, broken one without it. These tokens are
+part of the window's length; the rest of it is text. What a model predicts at a position that holds one of them is not
+counted anywhere (`Corpus.unscored`): every prediction that counts has a text token as its input, another one as its
+target, and the prefix before them.
 """
 
 from __future__ import annotations
@@ -13,7 +19,7 @@ import ast
 import hashlib
 import logging
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,26 +39,91 @@ DATASETS = {
 }
 """--calibration name → (hub dataset, subset, text column)."""
 DATASET_CHARACTERS = 4_000_000
+PROBE = "The quick brown fox"
+"""What is encoded with and without special tokens, to see what a tokenizer adds."""
+PROBE_CHARACTERS = 256
+"""As many of the text's own are encoded where a tokenizer has no token for PROBE."""
+
+Encode = Callable[[str, bool], Sequence[int]]
+"""(text, whether the tokenizer adds its special tokens) → ids"""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A tokenized text: `tokens` int64 [n], the name it was asked by, and the SHA-256 of the text."""
+    """A tokenized text: `tokens` int64 [n], the name it was asked by, and the SHA-256 of the text.
+
+    prefix: ids that the tokenizer puts before a text, and with which every window begins; often none, mostly BOS.
+    prefix_names: the same tokens as the vocabulary spells them, for people and JSON.
+    """
 
     tokens: Tensor
     name: str
     sha256: str
+    prefix: tuple[int, ...] = ()
+    prefix_names: tuple[str, ...] = ()
+
+    @property
+    def unscored(self) -> int:
+        """Leading positions of every window at which predictions do not count: those of the prefix."""
+        return len(self.prefix)
 
 
-def load_corpus(source: str, tokenizer: Any) -> Corpus:
-    """Tokenizes a text.
+def load_corpus(source: str, tokenizer: Any, rows: int) -> Corpus:
+    """Tokenizes a text with a tokenizer of transformers; see `tokenize`.
 
     source: `pydoc` or `docstrings` (built in), `wikitext2` or `c4` (training splits, through `datasets`), or the path
     of a UTF-8 file.
     """
-    text = load_text(source)
-    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return Corpus(torch.tensor(tokens, dtype=torch.int64), source, hashlib.sha256(text.encode()).hexdigest())
+
+    def encode(text: str, special: bool) -> Sequence[int]:
+        return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    return tokenize(load_text(source), source, encode, tokenizer.convert_ids_to_tokens, rows)
+
+
+def tokenize(text: str, name: str, encode: Encode, spell: Callable[[int], str | None], rows: int) -> Corpus:
+    """The text as tokens, and what the tokenizer puts before one.
+
+    name: what to call the text. spell: id → its token. rows: of the model's embedding.
+    Raises AmqError for a token that has no row there, and for a tokenizer that rewrites a text when it adds tokens.
+    """
+    tokens, prefix = encode(text, False), _prefix(encode, text)
+    _check_rows(tokens, spell, rows, f"the text {name!r} holds", "take it out of the text")
+    _check_rows(prefix, spell, rows, "the tokenizer begins every text with", "use the tokenizer of this very model")
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return Corpus(
+        torch.tensor(tokens, dtype=torch.int64), name, digest, tuple(prefix), tuple(str(spell(i)) for i in prefix)
+    )
+
+
+def _prefix(encode: Encode, text: str) -> list[int]:
+    """What a tokenizer puts before a text, found by encoding one: its configuration does not tell.
+
+    (Tokenizers that were converted from GGUF say `add_bos_token: false` and add it all the same; others add it by a
+    post-processor, whatever the flags say.) What it puts behind a text, such as EOS, has no place in a window.
+    """
+    for probe in (PROBE, text[:PROBE_CHARACTERS], text):
+        bare, full = list(encode(probe, False)), list(encode(probe, True))
+        for start in range(len(full) - len(bare) + 1 if bare else 0):
+            if full[start : start + len(bare)] == bare:
+                return full[:start]
+        if bare:
+            raise AmqError(
+                f"the tokenizer splits {probe!r} into {bare} alone and into {full} with its special tokens: expected "
+                "the same tokens with others around them, so it is not clear what a window should begin with"
+            )
+    return []  # no token in the whole text: there will be no window either
+
+
+def _check_rows(ids: Sequence[int], spell: Callable[[int], str | None], rows: int, where: str, instead: str) -> None:
+    if None in ids:
+        raise AmqError(f"{where} something that the tokenizer has neither a token nor an unknown token for: {instead}")
+    wrong = next((i for i in ids if not 0 <= i < rows), None)
+    if wrong is not None:
+        raise AmqError(
+            f"{where} the token {spell(wrong)!r} with id {wrong}, but the model's embedding has {rows} rows: "
+            f"{instead}, or resize the model's embeddings to its tokenizer (resize_token_embeddings) and save it again"
+        )
 
 
 def load_text(source: str) -> str:
@@ -122,21 +193,20 @@ def _dataset_text(source: str) -> str:
 
 
 class WindowSampler:
-    """Deals out disjoint token windows of one corpus, in an order fixed by a seed.
+    """Deals out windows of one corpus whose text is disjoint, in an order fixed by a seed.
 
-    All windows have `length` tokens; `take(n)` returns int64 [n, length]. When the corpus is used up, the deal starts
-    again with a warning, so that sets may overlap but nothing fails.
+    All windows have `length` tokens, the corpus's prefix included; `take(n)` returns int64 [n, length]. When the corpus
+    is used up, the deal starts again with a warning, so that sets may overlap but nothing fails.
     """
 
     def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
-        _check_length(length, 1)
-        slots = len(corpus.tokens) // length
+        _check_length(corpus, length, 1)
+        slots = len(corpus.tokens) // (length - corpus.unscored)
         if slots < 1:
             raise AmqError(
-                f"the text {corpus.name!r} has {len(corpus.tokens)} tokens, less than one window of {length}: "
-                "give a longer text or a smaller --window-length"
+                f"the text {corpus.name!r} has {len(corpus.tokens)} tokens, {_less_than_one_window(corpus, length)}"
             )
-        self._windows = corpus.tokens[: slots * length].view(slots, length)
+        self._windows = _windows(corpus, slots, length)
         self._name = corpus.name
         self._order = self._deal(np.random.default_rng(seed).permutation(slots))
 
@@ -153,17 +223,40 @@ class WindowSampler:
 
 
 def fixed_windows(corpus: Corpus, length: int, max_tokens: int) -> Tensor:
-    """The first `max_tokens` tokens as consecutive windows, int64 [n, length]; for perplexity."""
-    _check_length(length, 2)
-    count = min(len(corpus.tokens), max_tokens) // length
+    """The first `max_tokens` tokens of the text as consecutive windows, int64 [n, length]; for perplexity.
+
+    length: of a window, the corpus's prefix included.
+    """
+    _check_length(corpus, length, 2)
+    count = min(len(corpus.tokens), max_tokens) // (length - corpus.unscored)
     if count < 1:
         raise AmqError(
             f"the text {corpus.name!r} has {len(corpus.tokens)} tokens (at most {max_tokens} used), "
-            f"less than one window of {length}: give a longer text or a smaller --window-length"
+            f"{_less_than_one_window(corpus, length)}"
         )
-    return corpus.tokens[: count * length].view(count, length)
+    return _windows(corpus, count, length)
 
 
-def _check_length(length: int, least: int) -> None:
-    if length < least:
-        raise AmqError(f"a window length of {length} is too small: expected at least {least} (--window-length)")
+def _windows(corpus: Corpus, count: int, length: int) -> Tensor:
+    """The first `count` slots of the text, the prefix before each."""
+    slot = length - corpus.unscored
+    text = corpus.tokens[: count * slot].view(count, slot)
+    if not corpus.prefix:
+        return text
+    return torch.cat([torch.tensor([corpus.prefix], dtype=torch.int64).expand(count, -1), text], dim=1)
+
+
+def _check_length(corpus: Corpus, length: int, least: int) -> None:
+    """least: tokens of text that a window must have."""
+    if length < least + corpus.unscored:
+        raise AmqError(
+            f"a window length of {length} is too small: expected at least {least + corpus.unscored} (--window-length)"
+            + (f", since every window begins with {' '.join(corpus.prefix_names)}" if corpus.prefix else "")
+        )
+
+
+def _less_than_one_window(corpus: Corpus, length: int) -> str:
+    begins = f" behind {' '.join(corpus.prefix_names)}" if corpus.prefix else ""
+    return (
+        f"less than one window of {length - corpus.unscored}{begins}: give a longer text or a smaller --window-length"
+    )

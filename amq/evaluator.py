@@ -42,6 +42,7 @@ class Evaluator:
     cache_memory: bytes that cached reference log-probabilities may take, over all window sets.
     backend, activations: what multiplies the candidates' linears; see `amq.swap`. The full-precision model, embedding
         and head are torch's.
+    unscored: leading positions of every window that have no loss, `Corpus.unscored`.
 
     `seconds` is the time spent on losses since construction and `seconds_in_model` that part of it in the model's own
     forward (blocks, norm and head); the rest is dequantization and the loss itself, softmax included.
@@ -57,10 +58,11 @@ class Evaluator:
         cache_memory: int = 256 << 20,
         backend: str = "reference",
         activations: str = "fp32",
+        unscored: int = 0,
     ) -> None:
         if loss not in LOSSES:
             raise AmqError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}")
-        self._bank = bank
+        self._bank, self._unscored = bank, unscored
         self._runner = BlockRunner(loaded.model)
         self._swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), backend, activations)
         self._blocks = {s.name: s.block for s in inventory.linears}
@@ -75,7 +77,10 @@ class Evaluator:
         self.seconds = self.seconds_in_model = 0.0  # without the reference's forwards above
 
     def evaluate(self, formats: Mapping[str, str], windows: str = "search") -> float:
-        """Mean loss per token (nats) of a configuration {linear: format}; NaN or infinity where the model overflows."""
+        """Mean loss per scored token (nats) of a configuration {linear: format}.
+
+        NaN or infinity where the model overflows.
+        """
         start = time.perf_counter()
         with torch.no_grad():
             self.apply(formats)
@@ -101,7 +106,7 @@ class Evaluator:
             self.apply({**base, name: fmt})
             last = self._runner.n_blocks
             final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
-            loss = self._mean_loss(torch.cat([f.flatten(0, 1) for f in final]), windows)
+            loss = self._mean_loss(self._scored(final), windows)
             self.seconds += time.perf_counter() - start
             yield name, fmt, loss
 
@@ -127,8 +132,12 @@ class Evaluator:
         return result
 
     def _final_hidden(self, windows: Tensor) -> Tensor:
-        """[tokens, hidden_size] at the last block boundary."""
-        return torch.cat([self._run(t, self._runner.n_blocks).flatten(0, 1) for t in self._batches(windows)])
+        """[scored tokens, hidden_size] at the last block boundary."""
+        return self._scored([self._run(t, self._runner.n_blocks) for t in self._batches(windows)])
+
+    def _scored(self, batches: Sequence[Tensor]) -> Tensor:
+        """Of hidden states [windows, length, hidden_size] those that have a loss, [tokens, hidden_size]."""
+        return torch.cat([batch[:, self._unscored :].flatten(0, 1) for batch in batches])
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """float32 [tokens, vocabulary], contiguous."""
@@ -151,7 +160,7 @@ class Evaluator:
         return cache
 
     def _mean_loss(self, hidden: Tensor, windows: str) -> float:
-        """hidden: the candidate's final hidden states [tokens, hidden_size]."""
+        """hidden: the candidate's final hidden states [scored tokens, hidden_size]."""
         total = 0.0
         cached = self._cache[windows]
         chunks = zip(self._reference[windows].split(TOKENS), hidden.split(TOKENS), strict=True)

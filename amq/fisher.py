@@ -5,6 +5,8 @@ log-likelihood at a linear's output for token t, x[t] its input and δW = W − 
 
     ⅛ · mean over t of (g[t] · δW x[t])²          nats per token
 
+At the positions of a window's prefix (BOS) no label is drawn, since no loss counts there. Their x stay in the sum, as
+what later tokens read there is wrong with δW too; the mean is over the tokens that have a loss.
 For small errors the Jensen–Shannon divergence is an eighth of the Fisher quadratic form, so scores are in loss units.
 What it leaves out: terms between linears, terms between tokens (an error that attention hands on from many tokens adds
 up, in v most of all), and saturation (the loss cannot exceed ln 2); the search's fit takes in what it can.
@@ -39,16 +41,19 @@ def fisher_passes(
     formats: Sequence[str],
     seed: int,
     start: int = 0,
+    unscored: int = 0,
 ) -> Iterator[Table]:
     """One table per window (a pass), from window `start` on; their mean is the cost table.
 
     model: full-precision causal LM. windows: int64 [passes, length]. Pass i depends on `seed` and i only.
+    unscored: leading positions of every window that have no loss, `Corpus.unscored`.
     """
     runner = BlockRunner(model)
     device = model.get_input_embeddings().weight.device
     for index in range(start, len(windows)):
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-        yield _one_pass(model, runner, inventory, bank, windows[index : index + 1].to(device), formats, generator)
+        tokens = windows[index : index + 1].to(device)
+        yield _one_pass(model, runner, inventory, bank, tokens, formats, generator, unscored)
 
 
 def _one_pass(
@@ -59,25 +64,32 @@ def _one_pass(
     tokens: Tensor,
     formats: Sequence[str],
     generator: torch.Generator,
+    unscored: int,
 ) -> Table:
     table: Table = {}
+    length = tokens.shape[1]
+    per_scored = length / (length - unscored)  # mean over all tokens → sum over all tokens per token that has a loss
     with torch.no_grad():
         states = runner.boundaries(tokens)
-    gradient = _head_gradient(runner, states.pop(), generator)
+    gradient = _head_gradient(runner, states.pop(), generator, unscored)
     for block in reversed(range(runner.n_blocks)):
         linears = inventory.in_block(block)
         entry = states.pop() if block else None  # block 0 starts from the tokens; nothing before it needs gradients
         captured, gradient = _backward_block(model, runner, tokens, block, entry, gradient, linears)
         with torch.no_grad():
             for spec, (x, g) in captured.items():
-                table[spec.name] = _scores(get_linear(model, spec.name).weight, bank, spec, formats, x, g)
+                scores = _scores(get_linear(model, spec.name).weight, bank, spec, formats, x, g)
+                table[spec.name] = {fmt: score * per_scored for fmt, score in scores.items()}
     return {s.name: table.get(s.name, dict.fromkeys(formats, 0.0)) for s in inventory.linears}
 
 
-def _head_gradient(runner: BlockRunner, final: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of Σ_t ln p(y_t), y_t ~ p, at the final hidden state [1, length, hidden_size]; head in chunks."""
-    gradients = []
-    for chunk in final[0].split(TOKENS):
+def _head_gradient(runner: BlockRunner, final: Tensor, generator: torch.Generator, unscored: int) -> Tensor:
+    """Gradient of Σ_t ln p(y_t), y_t ~ p, at the final hidden state [1, length, hidden_size]; head in chunks.
+
+    Zero at the first `unscored` positions, which have no term in the sum.
+    """
+    gradients = [torch.zeros_like(final[0, :unscored])]
+    for chunk in final[0, unscored:].split(TOKENS):
         with torch.enable_grad():
             hidden = chunk.detach().requires_grad_()
             log_probabilities = runner.logits(hidden).float().log_softmax(-1)

@@ -49,6 +49,13 @@ class LoadedModel:
     def config(self) -> Any:
         return self.model.config
 
+    @property
+    def embedding_rows(self) -> int:
+        """Tokens that the model has an embedding for; its tokenizer may have more."""
+        embedding = self.model.get_input_embeddings()
+        rows = getattr(embedding, "num_embeddings", None)  # a packed embedding's `weight` has no rows
+        return embedding.weight.shape[0] if rows is None else rows
+
 
 def load_model(
     name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, **options: Any

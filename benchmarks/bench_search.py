@@ -36,14 +36,15 @@ def stage(model_name, smoke, tmp_path_factory):
     loaded = load_model(model_name)
     parts = inventory(loaded.model)
     length = 32 if smoke else 512
-    deal = WindowSampler(load_corpus("pydoc", loaded.tokenizer), length, 0)
+    corpus = load_corpus("pydoc", loaded.tokenizer, loaded.embedding_rows)
+    deal = WindowSampler(corpus, length, 0)
     bank_windows, windows = deal.take(4 if smoke else 24), {"search": deal.take(2 if smoke else 4)}
     settings = BankSettings("gptq", 64 if smoke else 128, bank_windows)
     cache = tmp_path_factory.mktemp("banks")
     start = time.perf_counter()
     bank = open_bank(loaded.model, parts, parse_formats(LIST), settings, cache=cache)
     built = time.perf_counter() - start
-    evaluator = Evaluator(loaded, parts, bank, windows)
+    evaluator = Evaluator(loaded, parts, bank, windows, unscored=corpus.unscored)
     space = SearchSpace.build(parts.linears, parse_formats(LIST), settings.group_size)
     return SimpleNamespace(**locals())
 
@@ -68,8 +69,9 @@ def test_evaluation(stage, benchmark, backend, activations):
     points = itertools.cycle(rng.integers(0, 3, (7, len(stage.space.variables))))
     stage.evaluator.restore()
     evaluator = Evaluator(
-        stage.loaded, stage.parts, stage.bank, stage.windows, backend=backend, activations=activations
-    )
+        stage.loaded, stage.parts, stage.bank, stage.windows, backend=backend, activations=activations,
+        unscored=stage.corpus.unscored,
+    )  # fmt: skip
     first = evaluator.evaluate(stage.space.decode(next(points)))
     model, total = evaluator.seconds_in_model, evaluator.seconds
     losses = []
@@ -120,7 +122,10 @@ def test_cost_table(stage, benchmark, smoke):
     with stage.evaluator.full_precision():
         benchmark.pedantic(
             lambda: tables.extend(
-                fisher_passes(stage.loaded.model, stage.parts, stage.bank, windows, ["int2", "int3", "int4"], 0)
+                fisher_passes(
+                    stage.loaded.model, stage.parts, stage.bank, windows, ["int2", "int3", "int4"], 0,
+                    unscored=stage.corpus.unscored,
+                )  # fmt: skip
             ),
             rounds=1,
         )

@@ -57,15 +57,17 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
     parts = inventory(loaded.model)
     fingerprint = model_fingerprint(loaded.model)
     texts = args.text or ["docstrings"]
-    windows = {Path(t).name: fixed_windows(load_corpus(t, loaded.tokenizer), 512, args.max_tokens) for t in texts}
-    corpus = load_corpus(args.calibration, loaded.tokenizer)
+    measured = {Path(t).name: load_corpus(t, loaded.tokenizer, loaded.embedding_rows) for t in texts}
+    windows = {name: fixed_windows(text, 512, args.max_tokens) for name, text in measured.items()}
+    corpus = load_corpus(args.calibration, loaded.tokenizer, loaded.embedding_rows)
     calibration = WindowSampler(corpus, 512, args.seed).take(args.windows)
     jobs = [(f"uniform {f}", Configuration.uniform(parts.linears, get_format(f), args.group_size))
             for f in args.uniform.split(",") if f]  # fmt: skip
     jobs += [(f"searched {path.stem}", Configuration.load(path)) for path in args.configuration]
 
     def add(**row: Any) -> None:
-        row["perplexity"] = {name: round(perplexity(loaded.model, w), 3) for name, w in windows.items()}
+        found = {name: perplexity(loaded.model, w, corpus.unscored) for name, w in windows.items()}
+        row["perplexity"] = {name: round(value, 3) for name, value in found.items()}
         print(json.dumps(row), flush=True)
         content["rows"].append(row)
         write_json(args.json, content)
@@ -73,12 +75,13 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
     def done(**key: Any) -> bool:
         return any(all(row.get(k) == v for k, v in key.items()) for row in content["rows"])
 
-    if not done(method="full"):
-        add(name="full precision", method="full", group_size=None, bits=16.0)
+    begin = {"window_prefix": list(corpus.prefix_names)} if corpus.prefix else {}  # older rows were made without
+    if not done(method="full", **begin):
+        add(name="full precision", method="full", group_size=None, bits=16.0, **begin)
     for name, configuration in jobs:
         for method in args.method.split(","):
             key = {"name": name, "method": method, "group_size": configuration.group_size,
-                   "windows": args.windows, "calibration": args.calibration, "seed": args.seed}  # fmt: skip
+                   "windows": args.windows, "calibration": args.calibration, "seed": args.seed, **begin}  # fmt: skip
             if done(**key):
                 continue
             with untouched(loaded.model):

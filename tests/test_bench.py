@@ -194,7 +194,7 @@ class FakeWorker:
         return {
             "facts": {"vocab_size": self.vocab, "weight_bytes": 2000, "file_bytes": 3000},
             "memory": {"resident_memory_bytes": 1, "peak_memory_bytes": 2},
-            "windows": [[1, 2, 3]],
+            "windows": ([[1, 2, 3]], ()),
             "log_likelihood": -2.0 * math.log(5.0 if self.name == "amq" else 10.0),
         }[method]  # fmt: skip
 
@@ -287,11 +287,11 @@ def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path):
     configuration = llama_cpp.Configuration("as stored", False)
     with Worker(llama_cpp.LlamaCpp, str(path), 1, configuration, 0) as worker:
         assert worker.call("facts")["vocab_size"] == VOCABULARY
-        found = worker.call("log_likelihood", windows.tolist())
+        found = [worker.call("log_likelihood", windows.tolist(), unscored) for unscored in (0, 3)]
         for case in (Case(False, 16), Case(True, 4, 2, depth=8)):
             assert worker.call("measure", case, 0)["seconds"] > 0
-    logits = model(windows).logits[:, :-1].reshape(-1, VOCABULARY)
-    expected = -float(torch.nn.functional.cross_entropy(logits, windows[:, 1:].reshape(-1), reduction="sum"))
+    losses = torch.nn.functional.cross_entropy(model(windows).logits[:, :-1].mT, windows[:, 1:], reduction="none")
+    expected = [-float(losses[:, unscored:].sum()) for unscored in (0, 3)]
     assert found == pytest.approx(expected, rel=2e-3)  # llama.cpp keeps keys and values in 16 bits
 
 

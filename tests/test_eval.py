@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer
+from tiny_models import VOCABULARY, byte_tokenizer
 from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
@@ -61,7 +61,7 @@ def direct(model: nn.Module) -> float:
 def quantized(proxy: str, formats: Callable[[str], str], text: str, tmp_path: Path) -> nn.Module:
     """The tiny model with its weights replaced by what an independently built bank holds."""
     model = make_tiny_llama()
-    windows = WindowSampler(load_corpus(text, byte_tokenizer()), LENGTH, 0).take(2)
+    windows = WindowSampler(load_corpus(text, byte_tokenizer(), VOCABULARY), LENGTH, 0).take(2)
     settings = BankSettings(proxy, 32, windows)
     bank = open_bank(model, inventory(model), list(FORMATS.values()), settings, cache=tmp_path / "other banks")
     for spec in inventory(model).linears:

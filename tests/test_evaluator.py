@@ -57,7 +57,7 @@ class Setup:
         generator = random.Random(seed)
         return {s.name: generator.choice(NAMES) for s in self.inventory.linears}
 
-    def loss64(self, formats: dict[str, str], kind: str, windows: str = "search") -> float:
+    def loss64(self, formats: dict[str, str], kind: str, windows: str = "search", unscored: int = 0) -> float:
         """The definition, all in float64: whole forwards, textbook formulas."""
         full = copy.deepcopy(self.original).double()
         quantized = copy.deepcopy(self.original).double()
@@ -70,7 +70,7 @@ class Setup:
             "kl": p * (p / q).log(),
             "ce": -p * q.log(),
         }
-        return float(terms[kind].sum(-1).mean())
+        return float(terms[kind][:, unscored:].sum(-1).mean())
 
     def is_original(self) -> bool:
         return all(torch.equal(a, b) for a, b in zip(self.model.parameters(), self.original.parameters(), strict=True))
@@ -249,3 +249,18 @@ def test_failing_bank_leaves_a_usable_evaluator(setup: Setup) -> None:
     assert evaluator.evaluate(good) == loss
     evaluator.restore()
     assert setup.is_original()
+
+
+@pytest.mark.parametrize("unscored", [1, 2])
+@pytest.mark.parametrize("kind", ["jsd", "kl"])
+def test_leading_positions_without_a_loss(setup: Setup, kind: str, unscored: int) -> None:
+    """They are run through the model and count nowhere: neither in losses nor in sensitivities, cached or not."""
+    base, formats = setup.uniform("int8"), setup.mixed(5)
+    name = setup.inventory.linears[-1].name
+    evaluator = setup.evaluator(loss=kind, unscored=unscored, cache_memory=200_000)  # some chunks, not all
+    for windows in WINDOWS:
+        expected = setup.loss64(formats, kind, windows, unscored)
+        assert evaluator.evaluate(formats, windows) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert abs(expected - setup.loss64(formats, kind, windows)) > 1e-3 * expected  # the test can tell
+    ((_, _, found),) = evaluator.sensitivities(base, [(name, "int2")])
+    assert found == pytest.approx(setup.loss64({**base, name: "int2"}, kind, "search", unscored), rel=1e-4, abs=1e-7)

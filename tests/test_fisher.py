@@ -34,9 +34,12 @@ def passes(model: nn.Module, bank: WeightBank, windows: Tensor = WINDOWS, seed: 
 
 
 def brute_force(
-    model: nn.Module, bank: WeightBank, window: Tensor, generator: torch.Generator
+    model: nn.Module, bank: WeightBank, window: Tensor, generator: torch.Generator, unscored: int = 0
 ) -> dict[str, dict[str, float]]:
-    """One graph through the whole model, every linear's input and output gradient kept, scores in float64."""
+    """One graph through the whole model, every linear's input and output gradient kept, scores in float64.
+
+    unscored: leading positions without a label; the mean is over the others.
+    """
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -50,7 +53,7 @@ def brute_force(
         get_linear(model, n).register_forward_hook(lambda module, args, output, n=n: keep(n, args[0], output))
         for n in names
     ]
-    log_probabilities = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0].log_softmax(-1)
+    log_probabilities = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, unscored:].log_softmax(-1)
     chunks = log_probabilities.detach().exp().split(fisher.TOKENS)
     labels = torch.cat([torch.multinomial(p, 1, generator=generator) for p in chunks])
     log_probabilities.gather(1, labels).sum().backward()
@@ -64,7 +67,7 @@ def brute_force(
         table[n] = {}
         for fmt in NAMES:
             change = x @ (get_linear(model, n).weight.double() - dequantize(bank.get(n, fmt)).double()).T
-            table[n][fmt] = float((g * change).sum(-1).square().mean()) / 8
+            table[n][fmt] = float((g * change).sum(-1).square().sum()) / (len(window) - unscored) / 8
     return table
 
 
@@ -78,6 +81,17 @@ def test_scores_are_the_whole_model_s(name: str, tmp_path: Path) -> None:
         assert table.keys() == expected.keys()
         for linear, scores in table.items():
             assert scores == pytest.approx(expected[linear], rel=2e-3), linear  # float32 against float64 sums
+
+
+@pytest.mark.parametrize("unscored", [1, 3])
+def test_leading_positions_without_a_loss(tiny_llama: nn.Module, tmp_path: Path, unscored: int) -> None:
+    """They have no label; what later tokens read there still counts."""
+    bank = rtn_bank(tiny_llama, tmp_path)
+    found = list(fisher_passes(tiny_llama, inventory(tiny_llama), bank, WINDOWS[:1], NAMES, 3, unscored=unscored))
+    expected = brute_force(tiny_llama, bank, WINDOWS[0], torch.Generator().manual_seed(3 * 1_000_003), unscored)
+    for linear, scores in found[0].items():
+        assert scores == pytest.approx(expected[linear], rel=2e-3), linear
+    assert found[0] != passes(tiny_llama, bank, WINDOWS[:1])[0]
 
 
 def test_passes_depend_on_seed_and_index_only(tiny_llama: nn.Module, tmp_path: Path) -> None:

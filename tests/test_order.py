@@ -52,27 +52,32 @@ def test_correlations_of_known_orders() -> None:
     assert opposite["spearman"] > 0.9 and opposite["spearman_within_bands"] == pytest.approx(-1)
 
 
-def test_the_walk_measures_what_the_assembled_model_would() -> None:
-    """Losses from the block-by-block walk equal those of whole models with the same weights."""
+@pytest.mark.parametrize("unscored", [0, 1])
+def test_the_walk_measures_what_the_assembled_model_would(unscored: int) -> None:
+    """Losses from the block-by-block walk equal those of whole models with the same weights.
+
+    unscored: leading positions of every window that have no loss.
+    """
     model = tiny_llama()
     parts = inventory(model)
     windows = random_tokens(2, 40)
     configurations = spread_configurations(parts.linears, SMALL, 32, 3, seed=0)
-    walk = _Walk(model, 32, {"rtn": METHODS["rtn"]}, configurations, windows)
+    walk = _Walk(model, 32, {"rtn": METHODS["rtn"]}, configurations, windows, unscored)
     stream = CalibrationStream(model, random_tokens(2, 40, seed=1))
     for block in range(parts.n_blocks):
         groups = stream.measure(parts.in_block(block), advance=True)
         walk.block(block, groups, [None] * len(groups))
     found = walk.losses(Progress())["rtn"]
     with torch.no_grad():
-        reference = model(windows).logits.flatten(0, 1).log_softmax(-1)
+        reference = model(windows).logits[:, unscored:].flatten(0, 1).log_softmax(-1)
         for formats, loss in zip(configurations, found, strict=True):
             whole = tiny_llama()
             for name, fmt in formats.items():
                 linear = get_linear(whole, name)
                 packed = rtn.quantize([linear.weight], [FORMATS[fmt]], 32)[0][fmt]
                 linear.weight.data = dequantize(packed)
-            expected = jensen_shannon(reference, whole(windows).logits.flatten(0, 1).log_softmax(-1)).mean()
+            found_here = whole(windows).logits[:, unscored:].flatten(0, 1).log_softmax(-1)
+            expected = jensen_shannon(reference, found_here).mean()
             assert loss == pytest.approx(float(expected), rel=1e-4)
 
 

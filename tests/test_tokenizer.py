@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import byte_tokenizer
+from tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 
@@ -208,15 +209,26 @@ def test_end_tokens_and_ends_of_a_text(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
     assert Tokenizer.from_folder(tmp_path).end_ids == {3, 4}
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({**config, "add_bos_token": True, "add_eos_token": True})
-    )
-    assert Tokenizer.from_folder(tmp_path).encode("")[-1] == end
     (tmp_path / "chat_template.jinja").unlink()
     assert not Tokenizer.from_folder(tmp_path).has_template
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}!"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
     assert len(Tokenizer.from_folder(tmp_path).encode_chat(CHAT)) == 2
+
+
+@pytest.mark.parametrize("kind", TEMPLATES)
+def test_what_is_put_around_a_text(kind: str, tmp_path: Path) -> None:
+    """As transformers does it, whatever the flags say: files that were converted from GGUF contradict themselves."""
+    expected = family_tokenizer(kind, tmp_path)("abc")["input_ids"]
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    for begin, end in itertools.product((None, False, True), repeat=2):
+        flags = {"add_bos_token": begin, "add_eos_token": end}
+        path.write_text(json.dumps(config | {name: value for name, value in flags.items() if value is not None}))
+        assert transformers.AutoTokenizer.from_pretrained(tmp_path)("abc")["input_ids"] == expected, flags
+        assert Tokenizer.from_folder(tmp_path).encode("abc") == expected, flags
+    bare = Tokenizer.from_folder(tmp_path).encode("abc", special=False)
+    assert len(bare) == 3 and " ".join(map(str, bare)) in " ".join(map(str, expected))
 
 
 def test_limits_in_the_file_cut_nothing(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,15 +106,47 @@ def tiny_llama(seed: int = 0, **options: Any) -> nn.Module:
     return ARCHITECTURES["llama"].build(seed, **{"num_hidden_layers": 2, **options})
 
 
-def byte_tokenizer() -> Any:
-    """A real fast tokenizer without merges: one token per UTF-8 byte."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+SPECIAL = ("<bos>", "<eos>", "<start>")
+"""Added by `byte_tokenizer` with a template: ids 256 to 258."""
+TEMPLATES = {
+    "llama": "<bos> $A",
+    "gemma": "<bos> $A",
+    "glm": "<start> <bos> $A <eos>",
+    "eos": "$A <eos>",
+    "qwen": "$A",
+}
+"""How families put special tokens around a text."""
+
+
+def family_tokenizer(kind: str, folder: Path) -> Any:
+    """`byte_tokenizer` with the template of a family, as it is loaded from `folder`, into which it is saved.
+
+    Gemma's is as transformers converts it from a GGUF file: its configuration says that it adds no BOS.
+    """
+    byte_tokenizer(TEMPLATES[kind]).save_pretrained(folder)
+    if kind == "gemma":
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"add_bos_token": False}))
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def byte_tokenizer(template: str = "") -> Any:
+    """A real fast tokenizer without merges: one token per UTF-8 byte.
+
+    template: what is put around a text, of `SPECIAL` and $A; the tokenizer has these tokens only if it is given.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    if template:
+        tokenizer.add_special_tokens(list(SPECIAL))
+        ids = [(token, tokenizer.token_to_id(token)) for token in SPECIAL]
+        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    names = {"bos_token": "<bos>", "eos_token": "<eos>"} if template else {}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
 def random_tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -127,7 +127,7 @@ class LlamaCpp:
             self._run(batch.raw)
         return {"seconds": time.perf_counter() - start, "others": others.share()}
 
-    def log_likelihood(self, windows: list[list[int]]) -> float:
+    def log_likelihood(self, windows: list[list[int]], unscored: int) -> float:
         """As `OwnEngine.log_likelihood`, of the same token ids; a window is one call."""
         import numpy as np
 
@@ -139,7 +139,7 @@ class LlamaCpp:
             self._run(batch.raw)
             address = self._api.llama_get_logits(self._context)
             rows = np.ctypeslib.as_array(address, (len(window), self._vocabulary))
-            for logits, target in zip(rows, window[1:], strict=False):
+            for logits, target in zip(rows[unscored:], window[unscored + 1 :], strict=False):
                 largest = logits.max()
                 total += float(logits[target] - largest - np.log(np.exp(logits - largest).sum(dtype=np.float64)))
         return total

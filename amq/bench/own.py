@@ -124,18 +124,21 @@ class OwnEngine:
             tokens = logits.argmax(-1).tolist()
         return {"seconds": time.perf_counter() - start, "others": others.share()}
 
-    def windows(self, text: str, length: int, max_tokens: int) -> list[list[int]]:
-        """The first tokens of a text file, or of a text that amq.data knows, in consecutive windows."""
-        import torch
+    def windows(self, text: str, length: int, max_tokens: int) -> tuple[list[list[int]], tuple[str, ...]]:
+        """The first tokens of a text file, or of a text that amq.data knows, in consecutive windows.
 
-        from amq.data import Corpus, fixed_windows, load_text
+        Also the tokens that every window begins with, because the tokenizer puts them before a text.
+        """
+        from amq.data import fixed_windows, load_text, tokenize
 
-        tokens = torch.tensor(self._runtime.tokenizer.encode(load_text(text)), dtype=torch.int64)
-        return fixed_windows(Corpus(tokens, text, ""), length, max_tokens).tolist()
+        tokenizer = self._runtime.tokenizer
+        corpus = tokenize(load_text(text), text, tokenizer.encode, tokenizer.token_text, self._engine.vocab_size)
+        return fixed_windows(corpus, length, max_tokens).tolist(), corpus.prefix_names
 
-    def log_likelihood(self, windows: list[list[int]]) -> float:
-        """Sum of the log-probabilities of each window's tokens but its first, through the passes that decoding makes.
+    def log_likelihood(self, windows: list[list[int]], unscored: int) -> float:
+        """Sum of the log-probabilities of each window's tokens from `unscored` + 1 on, as `amq.perplexity` counts them.
 
+        Through the passes that decoding makes, unscored: leading positions whose predictions do not count.
         Windows of one length run beside each other, as many as the engine has slots.
         """
         import torch
@@ -150,6 +153,8 @@ class OwnEngine:
                 logits = self._engine.forward(
                     [Segment(slot, [window[i]]) for slot, window in zip(slots, group, strict=True)]
                 )
+                if i < unscored:
+                    continue
                 targets = torch.tensor([window[i + 1] for window in group])
                 total -= float(torch.nn.functional.cross_entropy(logits.double(), targets, reduction="sum"))
             for slot in slots:

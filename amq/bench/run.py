@@ -234,22 +234,23 @@ def _perplexities(
 ) -> dict[str, Any]:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
-    windows = engines[0].workers[True].call("windows", *arguments)
-    predicted = len(windows) * (settings.window_length - 1)
+    windows, prefix = engines[0].workers[True].call("windows", *arguments)
+    predicted = len(windows) * (settings.window_length - 1 - len(prefix))
     with progress.stage("perplexity", len(engines)) as step:
         for engine in list(engines):
             try:
                 if engine.facts["vocab_size"] != engines[0].facts["vocab_size"]:
                     sizes = f"{engine.facts['vocab_size']} tokens, the model's {engines[0].facts['vocab_size']}"
                     raise AmqError(f"its vocabulary has {sizes}: not the same model")
-                total = engine.workers[True].call("log_likelihood", windows)
+                total = engine.workers[True].call("log_likelihood", windows, len(prefix))
                 engine.facts["perplexity"] = math.exp(min(700.0, -total / predicted))
             except (AmqError, WorkerFailed) as error:
                 if engine.name == OURS:
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
             step(engine.name)
-    return {"text": settings.perplexity, "windows": len(windows), "window_length": settings.window_length}
+    facts = {"text": settings.perplexity, "windows": len(windows), "window_length": settings.window_length}
+    return {**facts, "window_prefix": list(prefix)}
 
 
 def _result(

@@ -97,9 +97,10 @@ def _notes(result: dict[str, Any]) -> Iterator[str]:
         if failed:
             yield f"{name} failed with {', '.join(failed)}; a build of it that does not may be faster"
     if text := result["perplexity"]:
+        begin = f" that begin with {' '.join(text['window_prefix'])}" if text["window_prefix"] else ""
         yield (
-            f"perplexity on {text['text']}, {text['windows']} windows of {text['window_length']} tokens, the same "
-            "token ids for each; amq one token at a time"
+            f"perplexity on {text['text']}, {text['windows']} windows of {text['window_length']} tokens{begin}, the "
+            "same token ids for each; amq one token at a time"
         )
     for name, reason in result["left_out"].items():
         yield f"{name} left out: {reason}"

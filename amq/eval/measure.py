@@ -39,28 +39,41 @@ class Measure:
     rows: list[Row] = field(default_factory=list)
     task_rows: list[TaskRow] = field(default_factory=list)
     windows: Tensor | None = None
+    window_prefix: tuple[str, ...] = ()
+    """Tokens that every window begins with; they are not scored."""
+
+    @property
+    def tokens(self) -> int:
+        """Of text, in all windows."""
+        return 0 if self.windows is None else self.windows[:, len(self.window_prefix) :].numel()
 
     def prepare(self, loaded: LoadedModel) -> None:
         """Refuses a model that cannot be measured like those before it; to be called while nothing is swapped in."""
         if not self.text:
             return
-        windows = fixed_windows(load_corpus(self.text, loaded.tokenizer), self.window_length, self.max_tokens)
+        corpus = load_corpus(self.text, loaded.tokenizer, loaded.embedding_rows)
+        windows = fixed_windows(corpus, self.window_length, self.max_tokens)
         if self.windows is not None and not windows.equal(self.windows):
             raise AmqError(
                 f"{loaded.name} splits the text {self.text!r} into other tokens than the model before it, so that "
                 "perplexities per token do not compare: evaluate them apart"
             )
-        self.windows = windows
+        self.windows, self.window_prefix = windows, corpus.prefix_names
         BlockRunner(loaded.model).check(windows[:1, :32].to(loaded.model.get_input_embeddings().weight.device))
 
     def run(self, loaded: LoadedModel, forms: Sequence[Form]) -> None:
         with self.progress.stage("perplexity" if self.text else "tasks", len(forms)) as step:
             for form in forms:
                 form.apply()
-                loss = None if self.windows is None else negative_log_likelihood(loaded.model, self.windows)
+                loss = self._loss(loaded)
                 perplexity = None if loss is None else exp(loss)
                 bits = round(form.bits_per_weight, 4)
                 self.rows.append(Row(form.name, bits, perplexity, loss, form.weight_bytes))
                 if self.tasks:
                     self.task_rows += self.tasks.run(loaded, form.name)
                 step(form.name if perplexity is None else f"{form.name}: {perplexity:.3f}")
+
+    def _loss(self, loaded: LoadedModel) -> float | None:
+        if self.windows is None:
+            return None
+        return negative_log_likelihood(loaded.model, self.windows, len(self.window_prefix))

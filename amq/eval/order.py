@@ -90,12 +90,13 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     loaded = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
     parts = inventory(loaded.model)
     check_weights(loaded.model, parts.linears)
-    deal = WindowSampler(load_corpus(settings.calibration, loaded.tokenizer), settings.window_length, settings.seed)
+    corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
+    deal = WindowSampler(corpus, settings.window_length, settings.seed)
     calibration, windows = deal.take(settings.calibration_windows), deal.take(settings.windows)
     configurations = spread_configurations(
         parts.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
     )
-    walk = _Walk(loaded.model, settings.group_size, methods, configurations, windows)
+    walk = _Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
     stream = CalibrationStream(loaded.model, calibration)
     with progress.stage("order", parts.n_blocks) as step:
         for block in range(parts.n_blocks):
@@ -111,6 +112,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     result = {
         "schema": "amq/order/1",
         "settings": asdict(settings),
+        "window_prefix": list(corpus.prefix_names),
         "bits_per_weight": [round(b, 4) for b in bits],
         "losses": losses,
         "correlations": [{"proxy": p, "deployed": d, **correlations(losses[p], losses[d], bits)} for p, d in pairs],
@@ -167,7 +169,10 @@ def correlations(proxy: Sequence[float], deployed: Sequence[float], bits: Sequen
 
 
 class _Walk:
-    """Hidden states of every method and configuration at one block boundary, and what moves them on."""
+    """Hidden states of every method and configuration at one block boundary, and what moves them on.
+
+    unscored: leading positions of every window that have no loss, `Corpus.unscored`.
+    """
 
     def __init__(
         self,
@@ -176,9 +181,11 @@ class _Walk:
         methods: dict[str, Method],
         configurations: list[Formats],
         windows: Tensor,
+        unscored: int = 0,
     ) -> None:
         self._model, self._runner, self._group_size = model, BlockRunner(model), group_size
         self._methods, self._configurations, self._windows = methods, configurations, windows
+        self._unscored = unscored
         self._hidden: dict[str, list[Tensor | None]] = {name: [None] * len(configurations) for name in methods}
         self._reference: Tensor | None = None
 
@@ -205,7 +212,7 @@ class _Walk:
     @torch.no_grad()
     def losses(self, progress: Progress) -> dict[str, list[float]]:
         """Per method, each configuration's mean Jensen–Shannon divergence per token, nats."""
-        reference = self._reference.flatten(0, 1).split(TOKENS)
+        reference = self._scored(self._reference)
         divergence = token_losses("jsd", self._reference.device)
         totals = {name: np.zeros(len(self._configurations)) for name in self._methods}
         with progress.stage("losses", len(reference)) as step:
@@ -213,10 +220,15 @@ class _Walk:
                 expected = self._logits(hidden).log_softmax(-1)
                 for name, states in self._hidden.items():
                     for index, state in enumerate(states):
-                        found = self._logits(state.flatten(0, 1).split(TOKENS)[chunk])
+                        found = self._logits(self._scored(state)[chunk])
                         totals[name][index] += float(divergence(expected, found).sum(dtype=torch.float64))
                 step()
-        return {name: [float(t) / self._windows.numel() for t in total] for name, total in totals.items()}
+        count = sum(map(len, reference))
+        return {name: [float(t) / count for t in total] for name, total in totals.items()}
+
+    def _scored(self, state: Tensor) -> tuple[Tensor, ...]:
+        """Of hidden states [windows, length, hidden_size] those that have a loss, in chunks [tokens, hidden_size]."""
+        return state[:, self._unscored :].flatten(0, 1).split(TOKENS)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self._runner.logits(hidden).float().contiguous()

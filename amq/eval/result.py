@@ -55,7 +55,10 @@ def _perplexities(result: Evaluation) -> Iterator[str]:
     s = result.settings
     width = max(len(r.name) for r in result.rows) if result.rows else 4
     if s["text"]:
-        yield f"perplexity on {s['text']}: {s['tokens']} tokens, window = stride = {s['window_length']}"
+        window = f"window = stride = {s['window_length']}"
+        if s["window_prefix"]:
+            window = f"window {s['window_length']}, {' '.join(s['window_prefix'])} and {s['stride']} of text"
+        yield f"perplexity on {s['text']}: {s['tokens']} tokens, {window}"
     yield f"{'':{width}}  bits/weight  weights MiB" + ("  perplexity" if s["text"] else "")
     for row in result.rows:
         shown = "" if row.perplexity is None else f"  {row.perplexity:10.3f}"

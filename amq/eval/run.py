@@ -78,8 +78,9 @@ def evaluate(
         else:
             run.plain(name, label, formats, found, recipe, full)
     settings: dict[str, Any] = {
-        "model": ", ".join(names), "text": text, "tokens": 0 if measure.windows is None else measure.windows.numel(),
-        "window_length": window_length, "stride": window_length, "backend": run.backend, "activations": activations,
+        "model": ", ".join(names), "text": text, "tokens": measure.tokens,
+        "window_length": window_length, "stride": window_length - len(measure.window_prefix),
+        "window_prefix": list(measure.window_prefix), "backend": run.backend, "activations": activations,
     }  # fmt: skip
     settings |= {} if opened else {"bank": asdict(recipe)}
     settings |= {"tasks": runner.settings} if runner else {}

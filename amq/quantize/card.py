@@ -90,4 +90,5 @@ def _perplexity(figures: dict[str, Any] | None) -> str:
         return ""
     rows = "\n".join(f"| {n} | {'broken' if v is None else f'{v:.3f}'} |" for n, v in figures["rows"].items())
     head = f"perplexity on {figures['tokens']} tokens of `{figures['text']}`, windows of {figures['window_length']}"
+    head += f" that begin with `{' '.join(figures['window_prefix'])}`" if figures["window_prefix"] else ""
     return f"\n| {head} | |\n|---|---|\n{rows}\n"

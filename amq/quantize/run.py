@@ -110,7 +110,7 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     configuration = _configuration(settings, parts)
     fingerprint = model_fingerprint(loaded.model)
     _check_provenance(configuration, fingerprint, settings.model)
-    corpus = load_corpus(settings.calibration, loaded.tokenizer)
+    corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
     head = find_head(loaded.model, settings.head)
     sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
@@ -169,6 +169,7 @@ def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | Non
         "settings": asdict(settings),
         "model": {"name": settings.model, "fingerprint": job.fingerprint},
         "calibration_sha256": job.corpus.sha256,
+        "window_prefix": list(job.corpus.prefix_names),
         "bits_per_weight": round(job.configuration.bits_per_weight(job.parts.linears), 4),
         "memory": _memory(job),
         "perplexity": perplexity,
@@ -293,12 +294,14 @@ class _Perplexities:
         self.figures: dict[str, Any] | None = None
         if settings.perplexity == "none":
             return
-        corpus = load_corpus(settings.perplexity, loaded.tokenizer)
+        corpus = load_corpus(settings.perplexity, loaded.tokenizer, loaded.embedding_rows)
         self._windows = fixed_windows(corpus, settings.window_length, settings.perplexity_tokens)
+        self._unscored = corpus.unscored
         self.figures = {
             "text": settings.perplexity,
-            "tokens": self._windows.numel(),
+            "tokens": self._windows[:, corpus.unscored :].numel(),
             "window_length": settings.window_length,
+            "window_prefix": list(corpus.prefix_names),
             "rows": {},
         }
 
@@ -318,6 +321,6 @@ class _Perplexities:
         if self.figures is None:
             return
         with self._progress.stage("perplexity", 1) as step:
-            value = perplexity(self._model, self._windows)
+            value = perplexity(self._model, self._windows, self._unscored)
             step(f"{name}: {value:.3f}")
         self.figures["rows"][name] = value if math.isfinite(value) else None

@@ -42,7 +42,8 @@ class Tokenizer:
     def from_folder(cls, folder: Path | str) -> Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json, the chat template, and the end tokens.
 
-        These come from generation_config.json, or else config.json.
+        These come from generation_config.json, or else config.json. What is put around a text is tokenizer.json's
+        post-processor alone, as in transformers: `add_bos_token` and `add_eos_token` count for nothing beside it.
         Raises AmqError naming the file that is missing or damaged.
         """
         import tokenizers
@@ -58,8 +59,6 @@ class Tokenizer:
         config = read_optional(folder / "tokenizer_config.json", TokenizerConfig)
         names = config.names
         _add_tokens(inner, config, names)
-        if config.add_bos_token is not None or config.add_eos_token is not None:
-            _set_ends(inner, config, names)
         end_ids = _end_ids(folder)
         if not end_ids and names.get("eos_token"):  # it is known by now: `_add_tokens` added what was not
             end_ids = [inner.token_to_id(names["eos_token"])]
@@ -89,9 +88,9 @@ class Tokenizer:
         """Added tokens included. A model may have more rows, which stand for nothing."""
         return self._inner.get_vocab_size()
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer puts around a text."""
-        return self._encode(text, True)
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer puts around a text unless `special` is false."""
+        return self._encode(text, special)
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation [{"role": "user", "content": …}, …], up to where the model answers.
@@ -263,17 +262,6 @@ def _add_tokens(inner: Any, config: TokenizerConfig, names: Mapping[str, str]) -
     wanted = [*names.values(), *config.extra_names]
     missing = [text for text in dict.fromkeys(wanted) if text not in special]
     inner.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
-
-
-def _set_ends(inner: Any, config: TokenizerConfig, names: Mapping[str, str]) -> None:
-    """Puts the special tokens around a text that the config asks for, as transformers does where it says anything."""
-    from tokenizers.processors import TemplateProcessing
-
-    begin = names.get("bos_token") if config.add_bos_token else None
-    end = names.get("eos_token") if config.add_eos_token else None
-    single = [*([begin] if begin else []), "$A", *([end] if end else [])]
-    special = [(token, inner.token_to_id(token)) for token in dict.fromkeys((begin, end)) if token]
-    inner.post_processor = TemplateProcessing(single=single, pair=[*single, "$B:1"], special_tokens=special)
 
 
 def _end_ids(folder: Path) -> list[int]:

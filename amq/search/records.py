@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -26,10 +26,13 @@ KV_ENTRIES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads",
 """Entries of a model's config that size its KV cache, kept so that `select` needs no model."""
 
 
-def provenance(settings: Mapping[str, Any], fingerprint: str) -> dict[str, Any]:
-    """Where a configuration came from, and what names its bank."""
+def provenance(settings: Mapping[str, Any], fingerprint: str, window_prefix: Sequence[str]) -> dict[str, Any]:
+    """Where a configuration came from, and what names its bank; window_prefix: tokens that its windows begin with."""
     names = (*BANK_SETTINGS, "solver", "cost", "formats", "loss")
-    return {**{n: settings[n] for n in names}, "model_fingerprint": fingerprint, "amq": amq.__version__}
+    return {
+        **{n: settings[n] for n in names}, "window_prefix": list(window_prefix), "model_fingerprint": fingerprint,
+        "amq": amq.__version__,
+    }  # fmt: skip
 
 
 def front_json(

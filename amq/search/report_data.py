@@ -21,7 +21,7 @@ from amq.files import read_json
 from amq.formats import FORMATS
 from amq.search.archive import Record, read_archive
 from amq.search.run_files import (
-    RUN_SCHEMA,
+    READABLE,
     Row,
     ShownCost,
     ShownFront,
@@ -108,7 +108,7 @@ def load_run(run_dir: Path) -> Run:
             f"{run_dir / 'run.json'} does not exist, so {run_dir} is not a run folder: "
             f"give the folder that `python -m amq.search MODEL --output RUN` wrote"
         )
-    check_schema(read_json(run_dir / "run.json"), RUN_SCHEMA, run_dir / "run.json")
+    check_schema(read_json(run_dir / "run.json"), run_dir / "run.json", *READABLE)
     archive = run_dir / "archive.jsonl"
     return Run(
         path=run_dir,

@@ -129,6 +129,11 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
     if not (output / "run.json").is_file():
         raise AmqError(f"--resume: {output} holds no run.json, so it is not a run folder of amq")
     previous, before = RunFile.read(output / "run.json")
+    if previous.schema != RUN_SCHEMA:
+        raise AmqError(
+            f"--resume: {output} holds a run of schema {previous.schema!r}, this amq writes {RUN_SCHEMA!r}, and losses "
+            "of the two do not compare (windows begin with the tokenizer's BOS now): use another --output"
+        )
     changed = differences(before.json(), settings.json())
     if changed:
         raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
@@ -168,7 +173,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
         space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
         if settings.target_bits is not None:
             check_bits(settings.target_bits, space)
-        corpus = load_corpus(settings.calibration, loaded.tokenizer)
+        corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
         deal = WindowSampler(corpus, settings.window_length, settings.seed)
         bank_windows = deal.take(settings.bank_windows)
         windows = {"search": deal.take(settings.windows), "confirm": deal.take(settings.confirm_windows)}
@@ -184,7 +189,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
     with timings.measure("reference"):
         evaluator = Evaluator(
             loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
-            settings.activations,
+            settings.activations, corpus.unscored,
         )  # fmt: skip
     return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
 
@@ -237,8 +242,9 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
         stage.evaluator.full_precision(),
     ):
         passes = fisher_passes(
-            stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, start=done
-        )
+            stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, done,
+            stage.corpus.unscored,
+        )  # fmt: skip
         for table in passes:
             total = table if total is None else {
                 n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
@@ -324,7 +330,7 @@ def _finish(
     chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
     configuration = to_configuration(
         chosen, settings.model, settings.group_size, stage.parts, stage.loaded.config, settings.context,
-        provenance(settings.json(), stage.fingerprint),
+        provenance(settings.json(), stage.fingerprint, stage.corpus.prefix_names),
     )  # fmt: skip
     configuration.save(output / "configuration.json")
     content = front_json(problem, front, solution.table, fit)
@@ -398,8 +404,10 @@ def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
             "blocks": stage.parts.n_blocks, "class": type(stage.loaded.model).__name__,
         },
         "settings": settings.json(),
-        "calibration": {"name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens),
-                        "windows": stage.windows_key},
+        "calibration": {
+            "name": stage.corpus.name, "sha256": stage.corpus.sha256, "tokens": len(stage.corpus.tokens),
+            "windows": stage.windows_key, "window_prefix": list(stage.corpus.prefix_names),
+        },
         "versions": versions(),
         "machine": {
             "cpu": cpu_name(), "system": platform.platform(),

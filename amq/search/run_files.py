@@ -20,7 +20,9 @@ from amq.records import check_range, parse_record, shorten
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 
-RUN_SCHEMA = "amq/run/1"
+RUN_SCHEMA = "amq/run/2"
+READABLE = (RUN_SCHEMA, "amq/run/1")
+"""Windows of schema 1 began without the tokenizer's BOS: it is chosen from and reported, but not resumed."""
 COST_SCHEMA = "amq/cost/1"
 MOST_LAYERS = 1 << 16
 """Lists of this length are made from a number of layers; no model comes near."""
@@ -39,10 +41,12 @@ class ModelEntry:
 
 @dataclass(frozen=True)
 class TextEntry:
-    """The calibration text; windows: a hash of all windows that the run measures on (absent in old runs)."""
+    """The calibration text; windows: a hash of all windows that the run measures on; window_prefix: the tokens that
+    each of them begins with (both absent in runs of schema 1)."""
 
     sha256: str
     windows: str = ""
+    window_prefix: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class RunFile:
     def read(path: Path) -> tuple[RunFile, SearchSettings]:
         """The file and its settings; raises AmqError where either is not what a search writes."""
         data = read_json(path)
-        check_schema(data, RUN_SCHEMA, path)
+        check_schema(data, path, *READABLE)
         run = parse_record(data, RunFile, str(path))
         unknown = sorted(run.settings.keys() - {f.name for f in fields(SearchSettings)})
         if unknown:
@@ -148,7 +152,7 @@ class CostFile:
     def read(path: Path, space: SearchSpace) -> CostFile:
         """Raises AmqError unless the table has a cost for every linear in every format of `space`."""
         data = read_json(path)
-        check_schema(data, COST_SCHEMA, path)
+        check_schema(data, path, COST_SCHEMA)
         file = parse_record(data, CostFile, str(path))
         remedy = "it is damaged or was edited; delete it and run the search with --resume"
         for name in file.cost.keys() ^ space.linear_sizes.keys():
@@ -160,11 +164,11 @@ class CostFile:
         return file
 
 
-def check_schema(data: Any, schema: str, path: Path) -> None:
-    """Raises AmqError unless `data` is an object of that schema."""
+def check_schema(data: Any, path: Path, *schemas: str) -> None:
+    """Raises AmqError unless `data` is an object of one of the schemas, of which the first is the current one."""
     found = data.get("schema") if isinstance(data, dict) else type(data).__name__
-    if found != schema:
-        raise AmqError(f"{path}: expected schema {schema!r}, got {str(found)[:60]!r}: run the search again")
+    if found not in schemas:
+        raise AmqError(f"{path}: expected schema {schemas[0]!r}, got {str(found)[:60]!r}: run the search again")
 
 
 @dataclass(frozen=True)

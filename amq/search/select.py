@@ -65,7 +65,9 @@ def select_from_run(
         bits = None if target_bits is None else check_bits(target_bits, finished.space)
     fit = fit_records(finished.records, finished.table) if finished.table else None
     chosen = choose(Budget(bits, max_loss), finished.space, finished.records, finished.table, fit)
-    origin = provenance(finished.settings.json(), finished.run.model.fingerprint)
+    origin = provenance(
+        finished.settings.json(), finished.run.model.fingerprint, finished.run.calibration.window_prefix
+    )
     return to_configuration(
         chosen, finished.settings.model, finished.settings.group_size, finished.parts, config, context, origin
     )
