@@ -14,9 +14,10 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from amq.errors import AmqError
@@ -183,7 +184,10 @@ def _settle(folder: Path) -> None:
     """Gives all files the modes of new ones (safetensors and mkdtemp write for their owner only), and the disk them."""
     mask = _umask()
     for path in (*folder.rglob("*"), folder):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        mode = (0o777 if path.is_dir() else 0o666) & ~mask
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            with suppress(PermissionError):  # of a file system that has no modes: nobody is locked out there
+                path.chmod(mode)
         sync(path)
 
 
