@@ -13,9 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,7 +24,7 @@ from amq.temporary import sync, temporary_folder
 
 INSIDE = "content"
 """What the temporary folder in a folder that exists is named after."""
-TEMPORARY = re.compile(r"\..*\.amq-[a-z0-9_]+\.tmp|\.amq-[a-z0-9_]+(-try)?\.tmp")
+TEMPORARY = re.compile(r"\..*\.amq-[a-z0-9_]+\.tmp")
 PARTIAL = ".amq.partial"
 LOST_FOUND = "lost+found"
 """What a disk of Linux's ext kind holds when it is new."""
@@ -63,7 +61,7 @@ def check_new_folder(output: Path | str) -> Path:
         _check_empty(output, folder)
         made = _make_parents(folder)
         try:
-            _try(_place(folder))
+            _try(folder)
         finally:
             for path in made:
                 path.rmdir()
@@ -78,7 +76,7 @@ def write_folder(output: Path | str, write: Callable[[Path], None]) -> None:
     folder = check_new_folder(output)
     with _named_errors(output):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder / INSIDE if folder.is_dir() else folder) as temporary:
+        with temporary_folder(_target(folder)) as temporary:
             whole = temporary / "whole"
             whole.mkdir()
             write(whole)
@@ -132,21 +130,19 @@ def _check_empty(output: Path | str, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise AmqError(f"--output {output} is a file: expected a folder")
     if folder.is_dir() and any(not _is_ours(path) for path in folder.iterdir()):
-        raise AmqError(f"--output {output} is not empty: give another folder")
+        remedy = "give another folder"
+        if (
+            folder / PARTIAL
+        ).is_dir():  # its process was killed while it filled the folder, or somebody else put it there
+            remedy = f"remove all but {PARTIAL}, which holds finished blocks, and add --resume"
+        raise AmqError(f"--output {output} is not empty: {remedy}")
 
 
-def _try(place: Path) -> None:
-    """Makes, moves and removes a file and a folder in `place`; other processes may do so at the same time."""
-    temporary = Path(tempfile.mkdtemp(prefix=".amq-", suffix=".tmp", dir=place))
-    try:
+def _try(folder: Path) -> None:
+    """Makes, moves and removes a file where the temporary folder will be."""
+    with temporary_folder(_target(folder)) as temporary:
         (temporary / "try").write_bytes(b"try")
-        renamed = temporary.with_name(f"{temporary.stem}-try.tmp")
-        os.rename(temporary / "try", renamed)
-        renamed.unlink()
-        os.rename(temporary, renamed)
-        temporary = renamed
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(temporary / "try", temporary / "tried")
 
 
 def _is_ours(path: Path) -> bool:
@@ -156,9 +152,9 @@ def _is_ours(path: Path) -> bool:
     return new_disk or name == PARTIAL or bool(TEMPORARY.fullmatch(name))
 
 
-def _place(folder: Path) -> Path:
-    """Where the temporary folder lies: on the file system of the result."""
-    return folder if folder.is_dir() else folder.parent
+def _target(folder: Path) -> Path:
+    """What the temporary folder is named after and lies beside: on the file system of the result."""
+    return folder / INSIDE if folder.is_dir() else folder
 
 
 def _make_parents(folder: Path) -> list[Path]:

@@ -108,7 +108,7 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     def read_only(*_: object, **options: object) -> str:
         raise OSError(errno.EROFS, "Read-only file system", options["dir"])
 
-    monkeypatch.setattr("amq.folders.tempfile.mkdtemp", read_only)
+    monkeypatch.setattr("amq.temporary.tempfile.mkdtemp", read_only)
     with pytest.raises(AmqError, match=f"new cannot be written: Read-only file system .{tmp_path}"):
         check_new_folder(tmp_path / "far" / "new")
     assert names(tmp_path) == set()
@@ -158,6 +158,13 @@ def test_a_mount_point_is_filled_and_holds_the_work_too(
     run(tiny_folder, mount, resume=True)
     open_checkpoint(mount)
     assert names(tmp_path) == {"mount"} and {n for n in names(mount) if n.startswith(".")} == set()
+
+
+def test_finished_blocks_beside_other_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(AmqError, match=f"remove all but {PARTIAL}, .* add --resume"):
+        check_new_folder(tmp_path)
 
 
 def test_the_config_comes_last_into_a_folder_that_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
