@@ -133,7 +133,7 @@ def _check_empty(output: Path | str, folder: Path) -> None:
         remedy = "give another folder"
         if (
             folder / PARTIAL
-        ).is_dir():  # its process was killed while it filled the folder, or somebody else put it there
+        ).is_dir():  # its process may have been killed while it filled the folder
             remedy = f"remove all but {PARTIAL}, which holds finished blocks, and add --resume"
         raise AmqError(f"--output {output} is not empty: {remedy}")
 
