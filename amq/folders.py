@@ -131,9 +131,7 @@ def _check_empty(output: Path | str, folder: Path) -> None:
         raise AmqError(f"--output {output} is a file: expected a folder")
     if folder.is_dir() and any(not _is_ours(path) for path in folder.iterdir()):
         remedy = "give another folder"
-        if (
-            folder / PARTIAL
-        ).is_dir():  # its process may have been killed while it filled the folder
+        if (folder / PARTIAL).is_dir():  # its process may have been killed while it filled the folder
             remedy = f"remove all but {PARTIAL}, which holds finished blocks, and add --resume"
         raise AmqError(f"--output {output} is not empty: {remedy}")
 
