@@ -393,7 +393,10 @@ def write_config(folder: Path, config: Mapping[str, Any], record: QuantizationRe
 
 
 def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Writes modeling_amq.py; returns `config` with the key by which transformers finds it."""
+    """Writes modeling_amq.py; returns `config` with the key by which transformers finds it, which a model with code of
+    its own keeps."""
+    if AUTO_CLASS in (config.get("auto_map") or {}):
+        return dict(config)
     architecture = next(iter(config.get("architectures") or ()), "")
     if not architecture:
         return dict(config)

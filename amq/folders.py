@@ -13,10 +13,9 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import shutil
-import tempfile
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from amq.errors import AmqError
@@ -25,7 +24,7 @@ from amq.temporary import sync, temporary_folder
 
 INSIDE = "content"
 """What the temporary folder in a folder that exists is named after."""
-TEMPORARY = re.compile(r"\..*\.amq-[a-z0-9_]+\.tmp|\.amq-[a-z0-9_]+(-try)?\.tmp")
+TEMPORARY = re.compile(r"\..*\.amq-[a-z0-9_]+\.tmp")
 PARTIAL = ".amq.partial"
 LOST_FOUND = "lost+found"
 """What a disk of Linux's ext kind holds when it is new."""
@@ -62,7 +61,7 @@ def check_new_folder(output: Path | str) -> Path:
         _check_empty(output, folder)
         made = _make_parents(folder)
         try:
-            _try(_place(folder))
+            _try(folder)
         finally:
             for path in made:
                 path.rmdir()
@@ -77,7 +76,7 @@ def write_folder(output: Path | str, write: Callable[[Path], None]) -> None:
     folder = check_new_folder(output)
     with _named_errors(output):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder / INSIDE if folder.is_dir() else folder) as temporary:
+        with temporary_folder(_target(folder)) as temporary:
             whole = temporary / "whole"
             whole.mkdir()
             write(whole)
@@ -131,21 +130,17 @@ def _check_empty(output: Path | str, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise AmqError(f"--output {output} is a file: expected a folder")
     if folder.is_dir() and any(not _is_ours(path) for path in folder.iterdir()):
-        raise AmqError(f"--output {output} is not empty: give another folder")
+        remedy = "give another folder"
+        if (folder / PARTIAL).is_dir():  # its process may have been killed while it filled the folder
+            remedy = f"remove all but {PARTIAL}, which holds finished blocks, and add --resume"
+        raise AmqError(f"--output {output} is not empty: {remedy}")
 
 
-def _try(place: Path) -> None:
-    """Makes, moves and removes a file and a folder in `place`; other processes may do so at the same time."""
-    temporary = Path(tempfile.mkdtemp(prefix=".amq-", suffix=".tmp", dir=place))
-    try:
+def _try(folder: Path) -> None:
+    """Makes, moves and removes a file where the temporary folder will be."""
+    with temporary_folder(_target(folder)) as temporary:
         (temporary / "try").write_bytes(b"try")
-        renamed = temporary.with_name(f"{temporary.stem}-try.tmp")
-        os.rename(temporary / "try", renamed)
-        renamed.unlink()
-        os.rename(temporary, renamed)
-        temporary = renamed
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.rename(temporary / "try", temporary / "tried")
 
 
 def _is_ours(path: Path) -> bool:
@@ -155,9 +150,9 @@ def _is_ours(path: Path) -> bool:
     return new_disk or name == PARTIAL or bool(TEMPORARY.fullmatch(name))
 
 
-def _place(folder: Path) -> Path:
-    """Where the temporary folder lies: on the file system of the result."""
-    return folder if folder.is_dir() else folder.parent
+def _target(folder: Path) -> Path:
+    """What the temporary folder is named after and lies beside: on the file system of the result."""
+    return folder / INSIDE if folder.is_dir() else folder
 
 
 def _make_parents(folder: Path) -> list[Path]:
@@ -183,7 +178,10 @@ def _settle(folder: Path) -> None:
     """Gives all files the modes of new ones (safetensors and mkdtemp write for their owner only), and the disk them."""
     mask = _umask()
     for path in (*folder.rglob("*"), folder):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        mode = (0o777 if path.is_dir() else 0o666) & ~mask
+        if stat.S_IMODE(path.stat().st_mode) != mode:
+            with suppress(PermissionError):  # of a file system that has no modes: nobody is locked out there
+                path.chmod(mode)
         sync(path)
 
 

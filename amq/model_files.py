@@ -1,4 +1,4 @@
-"""The files of a model folder beside its weights and config.json: tokenizer, chat template, generation settings.
+"""The files of a model folder beside its weights and config.json: tokenizer, chat template, generation settings, code.
 
 They are copied, byte for byte, from the folder that a model was loaded from. No stage of amq changes a tokenizer, and
 what transformers writes anew is what its own version reads: since version 5 it calls every fast tokenizer
@@ -16,10 +16,13 @@ from typing import Any
 from amq.files import read_json, write_json
 
 PATTERNS = (
-    "tokenizer*", "tokenization*.py", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+    "tokenizer*", "configuration_*.py", "modeling_*.py", "tokenization_*.py", "processing_*.py",
+    "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
     "*.model", "*.tiktoken", "tekken.json", "*.jinja", "chat_template.json", "additional_chat_templates/*.jinja",
     "generation_config.json", "preprocessor_config.json", "processor_config.json",
 )  # fmt: skip
+OURS = "modeling_amq.py"
+"""Made for each checkpoint anew (`amq.checkpoint`), and of no use in an export."""
 TOKENIZER_CONFIG = "tokenizer_config.json"
 NEW_CLASS, OLD_CLASS = "TokenizersBackend", "PreTrainedTokenizerFast"
 """transformers 5's name of a fast tokenizer without a class of its own, and the one that both versions know."""
@@ -29,7 +32,8 @@ NEW_TOKENS, OLD_TOKENS = "extra_special_tokens", "additional_special_tokens"
 
 def copy_model_files(source: Path, folder: Path) -> None:
     """Copies them from the model folder `source` to `folder`, where transformers 4 reads them as well."""
-    for path in sorted({path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file()}):
+    found = {path for pattern in PATTERNS for path in source.glob(pattern) if path.is_file() and path.name != OURS}
+    for path in sorted(found):
         target = folder / path.relative_to(source)
         target.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, target)

@@ -23,11 +23,14 @@ SEVERAL = 3
 """Names that an error lists."""
 
 
-def open_checkpoint_once(folder: Path) -> None:
-    """Raises AmqError unless transformers could load the checkpoint `folder` and its tokenizer; reads no weights."""
+def open_checkpoint_once(folder: Path, trust_remote_code: bool = False) -> None:
+    """Raises AmqError unless transformers could load the checkpoint `folder` and its tokenizer; reads no weights.
+
+    trust_remote_code: run the model's own code from the folder, where it has some.
+    """
     from amq.hf import AmqConfig, AmqQuantizer
 
-    model, config = empty_model(folder)
+    model, config = empty_model(folder, trust_remote_code)
     files = safetensors_files(folder)
     stored = dict(config.quantization_config)
     quantizer = AmqQuantizer(AmqConfig(verify=False, **stored), pre_quantized=True)
@@ -36,7 +39,7 @@ def open_checkpoint_once(folder: Path) -> None:
     record = QuantizationRecord.parse(stored, str(folder / "config.json"))
     packed = {f"{linear}.{part}" for linear in record.formats for part in PARTS}
     _compare(folder, model, {name: shape for name, shape in _shapes(folder).items() if name not in packed}, ())
-    _open_tokenizer(folder)
+    _open_tokenizer(folder, trust_remote_code)
 
 
 def open_export_once(folder: Path) -> None:
@@ -48,14 +51,14 @@ def open_export_once(folder: Path) -> None:
     _open_tokenizer(folder)
 
 
-def empty_model(folder: Path) -> tuple[nn.Module, Any]:
+def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
     """The model of the folder's config.json on the meta device, and that config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code raises for a config that does not fit it
         raise AmqError(f"transformers cannot build a model from {folder / 'config.json'}: {_line(error)}") from error
     return model.eval(), config
@@ -72,11 +75,11 @@ def _initialize(model: nn.Module, folder: Path) -> None:
         raise AmqError(f"transformers cannot load {folder}: {_line(error)}") from error
 
 
-def _open_tokenizer(folder: Path) -> None:
+def _open_tokenizer(folder: Path, trust_remote_code: bool = False) -> None:
     from transformers import AutoTokenizer
 
     try:
-        AutoTokenizer.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as error:  # tokenizers' own exception is a bare Exception
         raise AmqError(f"transformers cannot read the tokenizer in {folder}: {_line(error)}") from error
 
@@ -122,4 +125,5 @@ def _matches(name: str, patterns: Any) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    """What `error` says, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

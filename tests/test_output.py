@@ -108,7 +108,7 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     def read_only(*_: object, **options: object) -> str:
         raise OSError(errno.EROFS, "Read-only file system", options["dir"])
 
-    monkeypatch.setattr("amq.folders.tempfile.mkdtemp", read_only)
+    monkeypatch.setattr("amq.temporary.tempfile.mkdtemp", read_only)
     with pytest.raises(AmqError, match=f"new cannot be written: Read-only file system .{tmp_path}"):
         check_new_folder(tmp_path / "far" / "new")
     assert names(tmp_path) == set()
@@ -158,6 +158,13 @@ def test_a_mount_point_is_filled_and_holds_the_work_too(
     run(tiny_folder, mount, resume=True)
     open_checkpoint(mount)
     assert names(tmp_path) == {"mount"} and {n for n in names(mount) if n.startswith(".")} == set()
+
+
+def test_finished_blocks_beside_other_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / PARTIAL).mkdir()
+    (tmp_path / "tokenizer.json").touch()
+    with pytest.raises(AmqError, match=f"remove all but {PARTIAL}, .* add --resume"):
+        check_new_folder(tmp_path)
 
 
 def test_the_config_comes_last_into_a_folder_that_is_filled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +334,18 @@ def test_what_a_checkpoint_cannot_hold_is_found_before_the_first_block(
     assert names(tmp_path) == set()
 
 
+def test_a_trial_that_has_no_room_says_where(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("amq.quantize.output.write_hollow", full)
+    with pytest.raises(AmqError, match="could not be tried out in .*No space left on device; set TMPDIR"):
+        run(tiny_folder, tmp_path / "out")
+    assert names(tmp_path) == set()
+
+
 def test_infinity_in_a_config_is_written_as_transformers_writes_it(make_folder: Callable, tmp_path: Path) -> None:
     from transformers import AutoConfig
 
@@ -492,3 +511,52 @@ def test_exports_are_opened_before_they_get_their_name(
     with pytest.raises(AmqError, match=r"lacks model\.norm\.weight"):
         export(folder, to, tmp_path / "less")
     assert names(tmp_path) == {"out", "whole"}
+
+
+CUSTOM = """from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+
+
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its checkpoint loads with the code of the folder; without leave to run that, nothing is quantized."""
+    from transformers import AutoModelForCausalLM
+
+    from amq.linears import inventory
+    from amq.models import LoadedModel
+    from amq.quantize.output import CheckpointOutput
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    source = tmp_path / "source"
+    tiny_llama().save_pretrained(source)
+    byte_tokenizer().save_pretrained(source)
+    (source / "modeling_odd.py").write_text(CUSTOM)
+    auto_map = {"AutoConfig": "modeling_odd.OddConfig", "AutoModelForCausalLM": "modeling_odd.OddForCausalLM"}
+    edit_json(source / "config.json", auto_map=auto_map, model_type="odd", architectures=["OddForCausalLM"])
+    loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
+    stored = open_checkpoint(tiny_checkpoint(tiny_llama(), tmp_path / "plain"))
+    made = LoadedModel(loaded, byte_tokenizer(), "odd"), inventory(loaded), stored.record, stored.configuration
+    log = json.loads((run(source_of_plain(tmp_path), tmp_path / "log") / "quantization.json").read_text())
+    with pytest.raises(AmqError, match="nothing was quantized: .*contains custom code"):
+        CheckpointOutput(tmp_path / "out", source, *made, torch.float16).try_out(log)
+    output = CheckpointOutput(tmp_path / "out", source, *made, torch.float16, trust_remote_code=True)
+    output.try_out(log)
+    output.write({name: stored.packed(name) for name in stored.record.formats}, log)
+    assert not (tmp_path / "out" / "modeling_amq.py").exists()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(again).__name__ == "OddForCausalLM"
+
+
+def source_of_plain(folder: Path) -> Path:
+    """A plain tiny model in a folder below `folder`."""
+    tiny_llama().save_pretrained(folder / "tiny")
+    byte_tokenizer().save_pretrained(folder / "tiny")
+    return folder / "tiny"

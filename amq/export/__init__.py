@@ -25,7 +25,7 @@ from typing import Any
 
 from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.errors import AmqError
-from amq.export.common import DenseHead
+from amq.export.common import DenseHead, plain_config
 from amq.folders import check_new_folder, real_folder, write_folder
 from amq.model_files import copy_model_files
 from amq.opening import open_export_once
@@ -71,13 +71,17 @@ def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
         kept = str(checkpoint.dtype).removeprefix("torch.")
         facts[record.head] = f"{record.formats[record.head]} in the checkpoint, dequantized to {kept} here"
 
+    own_code = "auto_map" in plain_config(stored)
+    if own_code:
+        facts["not opened"] = "the model has code of its own, which an export does not run"
+
     def write(folder: Path) -> None:
         facts.update(module.write(checkpoint, folder))
         if EXPORTS[to].model_folder:
             copy_model_files(source, folder)
         readme = _readme(stored, to, module.LOADING.replace("{folder}", real_folder(output).name), facts)
         (folder / "README.md").write_text(readme, encoding="utf-8")
-        if EXPORTS[to].model_folder:
+        if EXPORTS[to].model_folder and not own_code:
             open_export_once(folder)
 
     write_folder(output, write)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from amq.checkpoint import QuantizationRecord, part_names, write_checkpoint, write_config
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import read_json, write_json, write_text
+from amq.files import read_json, reason, write_json, write_text
 from amq.folders import real_folder
 from amq.formats import get_format, n_groups
 from amq.linears import Inventory, narrowed
@@ -42,7 +42,7 @@ HOLLOW = "model.safetensors"
 @dataclass(frozen=True)
 class CheckpointOutput:
     """folder: as the user gave it. source: the model folder that `loaded` came from; only read.
-    dtype: the 16 bits that unquantized weights are stored in."""
+    dtype: the 16 bits that unquantized weights are stored in. trust_remote_code: that the user said so."""
 
     folder: Path
     source: Path
@@ -51,6 +51,7 @@ class CheckpointOutput:
     record: QuantizationRecord
     configuration: Configuration
     dtype: torch.dtype
+    trust_remote_code: bool = False
 
     @property
     def config(self) -> dict[str, Any]:
@@ -63,23 +64,31 @@ class CheckpointOutput:
 
         log: as far as it is known.
         """
+        try:
+            with tempfile.TemporaryDirectory(prefix="amq-") as temporary:
+                return self._try_out(Path(temporary), log)
+        except OSError as error:
+            raise AmqError(
+                f"the output could not be tried out in {tempfile.gettempdir()}: {reason(error)}; set TMPDIR to a "
+                "folder that can be written"
+            ) from error
+
+    def _try_out(self, folder: Path, log: Mapping[str, Any]) -> int:
         shapes = {
             name: shape for linear in self.record.formats for name, shape in packed_shapes(self.record, linear).items()
         }
         shapes |= {name: tuple(tensor.shape) for name, tensor in self._others().items()}
-        with tempfile.TemporaryDirectory(prefix="amq-") as temporary:
-            folder = Path(temporary)
-            try:
-                write_hollow(folder / HOLLOW, shapes)
-                write_config(folder, self.config, self.record)
-                self._describe(folder, log)
-                open_checkpoint_once(folder)
-                return sum(path.stat().st_size for path in folder.rglob("*") if path.name != HOLLOW)
-            except AmqError as error:
-                reason = str(error).replace(temporary, str(self.folder))
-                raise AmqError(
-                    f"a checkpoint of {self.loaded.name} could not be loaded again, so nothing was quantized: {reason}"
-                ) from error
+        try:
+            write_hollow(folder / HOLLOW, shapes)
+            write_config(folder, self.config, self.record)
+            self._describe(folder, log)
+            open_checkpoint_once(folder, self.trust_remote_code)
+        except AmqError as error:
+            what = str(error).replace(str(folder), str(self.folder))
+            raise AmqError(
+                f"a checkpoint of {self.loaded.name} could not be loaded again, so nothing was quantized: {what}"
+            ) from error
+        return sum(path.stat().st_size for path in folder.rglob("*") if path.name != HOLLOW)
 
     def write(self, packed: Mapping[str, PackedWeight], log: Mapping[str, Any]) -> None:
         """Writes the folder, whole or not at all, and opens it once."""
@@ -90,7 +99,7 @@ class CheckpointOutput:
 
         def extras(folder: Path) -> None:
             self._describe(folder, log)
-            open_checkpoint_once(folder)
+            open_checkpoint_once(folder, self.trust_remote_code)
 
         write_checkpoint(self.folder, self.config, self.record, packed, others, extras)
 
