@@ -27,8 +27,7 @@ def describe(device: str) -> dict[str, Any]:
     """Facts about the machine, for JSON."""
     import torch
 
-    from amq.limits import free_memory
-from amq.machine import cpu_name
+    from amq.machine import cpu_name
     from amq.native import cpu_module
 
     facts: dict[str, Any] = {"processor": cpu_name(), "cores": os.cpu_count(), "isa": cpu_module().isa()}
@@ -107,6 +106,8 @@ class Reading:
 
 def buffer_bytes() -> int:
     """Twice the last-level cache, or 256 MiB where the system does not say; at most a quarter of the free memory."""
+    from amq.limits import free_memory
+
     return min(2 * (last_level_cache() or 128 << 20), free_memory() // 4)
 
 
