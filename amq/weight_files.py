@@ -1,8 +1,8 @@
 """Which files hold a model folder's weights, and what their headers say, before anything of that size is allocated.
 
-transformers reads the files that the index names, without an index `model.safetensors`, and no other: an adapter, a
-second copy in one file (`consolidated.safetensors`) or half a download beside them is not the model. Everything that
-counts, checks or reads weights asks here.
+transformers reads `model.safetensors`, without it the files that the index names, and no other: an adapter, a second
+copy in one file (`consolidated.safetensors`) or half a download beside them is not the model. Everything that counts,
+checks or reads weights asks here.
 """
 
 from __future__ import annotations
@@ -55,25 +55,26 @@ class HeaderEntry:
 
 def weight_files(folder: Path) -> list[Path]:
     """The files of a folder's weights; raises AmqError naming one that is missing, or an index that is no index."""
-    if (folder / INDEX).is_file():
-        names = sorted(set(read_record(folder / INDEX, WeightIndex).weight_map.values()))
-        for name in names:
-            if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
-                raise AmqError(
-                    f"{folder / INDEX} names {shorten(name)}, which is no file of this folder: it was edited"
-                )
-        if not names:
-            raise AmqError(f"{folder / INDEX} names no files: it is damaged")
-    else:
-        names = [SINGLE]
-    paths = [folder / name for name in names]
-    for path in paths:
-        if path.is_file():
-            continue
-        if (folder / INDEX).is_file():
-            raise AmqError(f"{path} is missing: the checkpoint is incomplete")
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    if not (folder / INDEX).is_file():
         raise AmqError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} and its files{_hint(folder)}")
+    paths = [folder / name for name in indexed(folder)]
+    for path in paths:
+        if not path.is_file():
+            raise AmqError(f"{path} is missing: the checkpoint is incomplete")
     return paths
+
+
+def indexed(folder: Path) -> list[str]:
+    """The names of files that a folder's index gives; raises AmqError for one that leaves the folder."""
+    names = sorted(set(read_record(folder / INDEX, WeightIndex).weight_map.values()))
+    for name in names:
+        if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
+            raise AmqError(f"{folder / INDEX} names {shorten(name)}, no file of this folder: it was edited")
+    if not names:
+        raise AmqError(f"{folder / INDEX} names no files: it is damaged")
+    return names
 
 
 def _hint(folder: Path) -> str:

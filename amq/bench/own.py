@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from amq.bench.cases import Case
 from amq.bench.machine import OtherWork, memory
 from amq.errors import AmqError
+from amq.weight_files import weight_files
 
 if TYPE_CHECKING:
     from amq.runtime.engine import Engine, Slot
@@ -41,7 +42,7 @@ class OwnEngine:
 
         from amq import __version__
 
-        files = [path for path in Path(self._model).glob("*.safetensors")] if Path(self._model).is_dir() else []
+        files = weight_files(Path(self._model)) if Path(self._model).is_dir() else []
         return {
             "version": f"{__version__}, torch {torch.__version__}",
             "description": self._engine.banner,

@@ -49,10 +49,8 @@ def evaluate(
     """Perplexities on one text, and figures of tasks.
 
     model: one or several; a folder that amq quantized runs as it is, any other model in full precision.
-    configurations: files written by the search; each is assembled from the very bank it was searched on (its
-        provenance).
-    uniform: comma-separated formats, from the bank that `proxy`, `group_size`, `calibration`, `bank_windows`, `seed`
-        name; where configurations are given, from the first one's bank.
+    configurations: files written by the search; each is assembled from the very bank it was searched on.
+    uniform: comma-separated formats, from the first configuration's bank, else the one that `proxy` to `seed` name.
     backend, activations: what multiplies the quantized linears; see `amq.swap`. None: `reference` for banks, and for
         checkpoints the fastest on `device` that runs their formats.
     dequantized: every checkpoint also as plain torch linears.
