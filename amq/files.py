@@ -94,8 +94,8 @@ def check_path(path: Path | str, what: str = "the path") -> None:
 def check_place(path: Path, what: str) -> None:
     """Raises AmqError unless `path` is a folder that this process can write to, or one that it can make.
 
-    For the beginning of a command: it is made, with something in it, and removed again, which no look at permissions can
-    stand in for. what: whose it is, such as `--output`.
+    For the beginning of a command: it is made, with something in it, and removed again, which no look at permissions
+    can stand in for. what: whose it is, such as `--output`.
     """
     check_path(path, what)
     made: list[Path | str] = []
