@@ -116,6 +116,20 @@ def check_place(path: Path, what: str) -> None:
                 os.rmdir(folder)
 
 
+def check_file(path: Path | None, what: str) -> None:
+    """`check_place` for a file that is written at the end of a command, if one is."""
+    if path is None:
+        return
+    check_path(path, what)
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
+    if folder:
+        raise AmqError(f"{what} {path} is a folder: expected a file")
+    check_place(path.parent, what)
+
+
 def reason(error: OSError) -> str:
     """The system's words for an error and the file that it is about: `Permission denied (/path)`."""
     if not error.strerror:

@@ -205,6 +205,20 @@ def test_a_place_that_refuses_new_entries_is_named(tmp_path: Path, monkeypatch: 
     assert listing(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", [".", "file/x.json", "x" * 256, "a\0b"])
+@pytest.mark.parametrize("command", ["generate", "eval", "bench"])
+def test_commands_try_the_file_for_their_figures_before_their_work(tmp_path: Path, command: str, name: str) -> None:
+    """Before a model is loaded: there is none."""
+    import importlib
+
+    module = {"generate": "amq.generate", "eval": "amq.eval.__main__", "bench": "amq.bench.command"}[command]
+    (tmp_path / "file").write_text("x")
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    with pytest.raises(AmqError, match="--json .*(is a folder|is a file|cannot be written|NUL)"):
+        importlib.import_module(module).main([str(tmp_path / "no model"), *prompt, "--json", str(tmp_path / name)])
+    assert listing(tmp_path) == ["file"]
+
+
 def test_reasons_name_the_file_where_there_is_one() -> None:
     assert reason(PermissionError(13, "Permission denied", "/a")) == "Permission denied (/a)"
     assert reason(OSError(5, "Input/output error")) == "Input/output error"
