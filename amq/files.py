@@ -65,8 +65,8 @@ def check_path(path: Path | str, what: str = "the path") -> None:
 def check_place(path: Path, what: str) -> None:
     """Raises AmqError unless `path` is a folder that this process can write to, or one that it can make.
 
-    For the beginning of a command: it is made, with something in it, and removed again: no look at permissions tells as
-    much. what: whose it is, such as `--output`.
+    For the beginning of a command: it is made, with something in it, and removed again, which no look at permissions
+    can stand in for. what: whose it is, such as `--output`.
     """
     check_path(path, what)
     made: list[Path | str] = []
@@ -85,6 +85,20 @@ def check_place(path: Path, what: str) -> None:
         for folder in reversed(made):
             with contextlib.suppress(OSError):  # another process has put something there
                 os.rmdir(folder)
+
+
+def check_file(path: Path | None, what: str) -> None:
+    """`check_place` for a file that is written at the end of a command, if one is."""
+    if path is None:
+        return
+    check_path(path, what)
+    try:
+        folder = path.is_dir()
+    except OSError as error:
+        raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
+    if folder:
+        raise AmqError(f"{what} {path} is a folder: expected a file")
+    check_place(path.parent, what)
 
 
 def reason(error: OSError) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from amq.backends import ACTIVATIONS, BACKENDS
 from amq.errors import AmqError
-from amq.files import write_json
+from amq.files import check_file, write_json
 from amq.runtime import Generation, Runtime, Sampling, generate, load
 from amq.settings import TRUST_REMOTE_CODE, run_command
 
@@ -21,6 +21,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "see
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    check_file(args.json, "--json")
     sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING}, stop=tuple(args.stop))
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
     if not text.strip():

@@ -183,11 +183,10 @@ def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path,
     before = listing(tmp_path)
     with pytest.raises(AmqError, match=f"--output .*({message})"):
         check_place(tmp_path / name, "--output")
-    for write in (write_text, lambda path, text: make_folder(path)):
-        if name != "file":
-            with pytest.raises(AmqError):
-                write(tmp_path / name / "x", "text")
     assert listing(tmp_path) == before
+    for write in (write_text, lambda path, text: make_folder(path)):
+        with pytest.raises(AmqError):
+            write(tmp_path / name / "x", "text")
 
 
 def test_a_place_that_refuses_new_entries_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,6 +203,20 @@ def test_a_place_that_refuses_new_entries_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(AmqError, match="could not write .*a.json: Read-only file system"):
         write_json(tmp_path / "a.json", {})
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".", "file/x.json", "x" * 256, "a\0b"])
+@pytest.mark.parametrize("command", ["generate", "eval", "bench"])
+def test_commands_try_the_file_for_their_figures_before_their_work(tmp_path: Path, command: str, name: str) -> None:
+    """Before a model is loaded: there is none."""
+    import importlib
+
+    module = {"generate": "amq.generate", "eval": "amq.eval.__main__", "bench": "amq.bench.command"}[command]
+    (tmp_path / "file").write_text("x")
+    prompt = ["--prompt", "x"] if command == "generate" else []
+    with pytest.raises(AmqError, match="--json .*(is a folder|is a file|cannot be written|NUL)"):
+        importlib.import_module(module).main([str(tmp_path / "no model"), *prompt, "--json", str(tmp_path / name)])
+    assert listing(tmp_path) == ["file"]
 
 
 def test_reasons_name_the_file_where_there_is_one() -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,9 @@ import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.search.__main__ import main
+from amq.search.run import _check_output
+from amq.search.select import FinishedRun
+from amq.search.settings import SearchSettings
 from amq.settings import run_command
 
 QUICK = {
@@ -139,6 +146,183 @@ def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypa
     assert status == 2 and "exactly one budget" in err
     status, out, err = command("select", tmp_path, "--target-bits", 3, capsys=capsys)
     assert status == 2 and "not a run folder" in err
+
+
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """A finished run of a few evaluations; read-only."""
+    cache = tmp_path_factory.getbasetemp() / "amq-cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMQ_CACHE", str(cache))
+        patch.setattr("amq.search.report.write_report", lambda run: [])
+        return amq.search(str(folder), tmp_path_factory.mktemp("runs") / "run", **QUICK, target_bits=3.4).output
+
+
+def edit(**values):
+    """An edit of a JSON file: {key: value}, `a__b` for nested keys; a key given as `...` is removed."""
+
+    def apply(path):
+        data = json.loads(path.read_text())
+        for key, value in values.items():
+            *outer, last = key.split("__")
+            where = data
+            for part in outer:
+                where = where[int(part) if part.isdigit() else part]
+            if value is ...:
+                del where[last]
+            else:
+                where[last] = value
+        path.write_text(json.dumps(data))
+
+    return apply
+
+
+def text(content):
+    return lambda path: path.write_text(content)
+
+
+LINEAR = "model.layers.0.mlp.up_proj"
+PARTS = ("settings", "model", "linears", "others", "kv_cache", "head_is_tied", "calibration")
+WRONG = {
+    "run.json": [
+        *((text(t), "run.json") for t in ("", "[]", "3", "{", "null", "[" * 100_000, "{}", '{"a":' + "9" * 5000 + "}")),
+        *((edit(**{key: ...}), f"run.json.*missing required field `{key}`") for key in PARTS),
+        *((edit(**{key: 5}), rf"run.json at \$\.{key}: expected `\w+`, got `int`") for key in PARTS),
+        (edit(settings__evil=1), "settings has 'evil', unknown to this version"),
+        (edit(settings__formats="int99,int4"), "run.json: settings.*unknown format 'int99'"),
+        (edit(settings__points="3"), r"settings at \$\.points: expected `int`, got `str`"),
+        (edit(settings__model=...), "settings: object missing required field `model`"),
+        (edit(linears__0__out_features="x"), r"run.json at \$\.linears\[0\]\.out_features"),
+        (edit(linears__0__out_features=0), "expected out_features from 1 to"),
+        (edit(linears__0__in_features=2**200), "expected in_features from 1 to .* a number of 201 bits"),
+        (edit(linears__1__name="model.layers.0.self_attn.q_proj"), "linears with distinct names"),
+        (edit(linears=[]), "expected linears"),
+        (edit(model__blocks=10**9), "expected blocks from 1 to"),
+        (edit(kv_cache__num_hidden_layers=2**40), "expected num_hidden_layers from 0 to"),
+        (edit(kv_cache__head_dim="x"), r"\$\.kv_cache\.head_dim"),
+    ],
+    "cost.json": [
+        *((text(t), "cost.json") for t in ("", "[]", "{", "{}", '{"cost": null, "passes": 4}')),
+        (edit(cost=None), r"cost.json at \$\.cost: expected `object`, got `null`"),
+        (edit(**{"cost__" + LINEAR: {"int2": "x"}}), "expected `float`, got `str`"),
+        (edit(**{"cost__" + LINEAR: ...}), f"the table lacks the linear '{LINEAR}'"),
+        (edit(**{"cost__" + LINEAR: {"int2": 1.0, "int3": 1.0}}), f"the table lacks {LINEAR} in int4"),
+        (edit(cost__evil={}), "has a linear 'evil' that the run does not"),
+        (edit(passes=0), "expected passes from 1 to"),
+        (lambda p: p.write_text(p.read_text().replace('"int4": ', '"int4": 1e999, "x": ', 1)), "expected a finite"),
+        (lambda p: p.write_text(p.read_text().replace('"int4": ', '"int4": NaN, "x": ', 1)), "holds NaN"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_select_and_resume_name_what_is_damaged_in_a_run(finished, tmp_path, name):
+    FinishedRun.read(finished)
+    for number, (change, message) in enumerate(WRONG[name]):
+        run = tmp_path / str(number)
+        run.mkdir()
+        for file in ("run.json", "cost.json", "archive.jsonl"):
+            shutil.copy(finished / file, run)
+        change(run / name)
+        with pytest.raises(AmqError, match=message) as raised:
+            FinishedRun.read(run)
+        assert str(run) in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 700
+        if name == "run.json":
+            with pytest.raises(AmqError, match=message):
+                _check_output(run, SearchSettings(str(tmp_path), str(run)), resume=True)
+
+
+def test_a_pin_that_would_match_for_ever_is_named(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("amq.linears.MATCH_SECONDS", 0.05)
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    edit(settings__pin=["(.|..)+$y=int4"])(run / "run.json")
+    with pytest.raises(AmqError, match="takes longer than|no linear matches"):
+        FinishedRun.read(run)
+
+
+def test_a_fisher_table_of_another_search_is_not_resumed(folder, finished, tmp_path):
+    for change, message in (
+        (edit(kind="weight"), "got 'weight' of 2"),
+        (edit(passes=3), "got 'fisher' of 3"),
+        (edit(passes=...), "got 'fisher' of None"),
+    ):
+        run = tmp_path / message.replace(" ", "-")
+        shutil.copytree(finished, run)
+        change(run / "cost.json")
+        with pytest.raises(AmqError, match=f"cost.json: expected a Fisher table of at most 2 passes, {message}"):
+            amq.search(str(folder), run, resume=True, **QUICK, target_bits=3.4)
+
+
+def test_select_writes_nothing_into_the_run_of_a_search_that_goes_on(finished, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with open(run / "archive.jsonl", "ab") as file:
+        file.write(b'{"index": 7, "sol')
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    with open(run / "archive.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # the search's
+        status, _, err = command("select", run, "--target-bits", 2.9, "--output", tmp_path / "c.json", capsys=capsys)
+    assert status == 0, err
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    before = (run / "run.json").read_bytes()
+    with open(run / "archive.jsonl", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(AmqError, match="is being written by another search"):
+            amq.search(str(folder), run, resume=True, **QUICK, target_bits=3.4)
+    assert (run / "run.json").read_bytes() == before
+
+
+def test_a_text_that_was_rewritten_meanwhile_is_refused(folder, tmp_path, monkeypatch):
+    """Under the same name: else losses on two texts would lie in one archive."""
+    monkeypatch.setattr("amq.search.report.write_report", lambda run: [])
+    path, run = tmp_path / "text.txt", tmp_path / "run"
+    whole = "The quick brown fox jumps over the lazy dog. " * 60
+    path.write_text(whole)
+    settings = {**QUICK, "calibration": str(path), "target_bits": 3.4}
+    first = amq.search(str(folder), run, **settings)
+    path.write_text(whole[::-1])
+    with pytest.raises(AmqError, match=r"--resume: the text '.*text.txt' is not the one that .* was begun with"):
+        amq.search(str(folder), run, resume=True, **settings)
+    path.write_text(whole)
+    again = amq.search(str(folder), run, resume=True, **settings)
+    assert again.configuration == first.configuration
+    edit(calibration__windows="0" * 32)(run / "run.json")  # as if the tokenizer had changed
+    with pytest.raises(AmqError, match="gives other windows of tokens than when"):
+        amq.search(str(folder), run, resume=True, **settings)
+
+
+def test_equal_runs_write_equal_files(folder, finished, tmp_path, monkeypatch):
+    """With a cache of its own, so that the bank is built again: its bytes are equal too."""
+    cache = os.environ["AMQ_CACHE"]
+    monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("amq.search.report.write_report", lambda run: [])
+    other = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.4).output
+    for name in ("configuration.json", "front.json", "cost.json"):
+        assert (other / name).read_bytes() == (finished / name).read_bytes(), name
+    assert archive(other) == archive(finished)
+    (bank,) = (tmp_path / "cache" / "banks").iterdir()
+    for path in bank.iterdir():
+        assert path.read_bytes() == (Path(cache) / "banks" / bank.name / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("where", ["below a file", "too long", "cache"])
+def test_places_that_cannot_be_written_are_one_line(folder, tmp_path, capsys, monkeypatch, where):
+    (tmp_path / "file").write_text("x")
+    places = {"below a file": tmp_path / "file" / "run", "too long": tmp_path / ("n" * 256), "cache": tmp_path / "run"}
+    if where == "cache":
+        monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "file"))
+    else:
+        monkeypatch.setattr("amq.search.run.load_model", lambda *a, **k: pytest.fail("a model was loaded first"))
+    status, _, err = command(folder, "--output", places[where], *flags(**QUICK), capsys=capsys)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert status == 2 and len(errors) == 1 and "Traceback" not in err
+    assert str(tmp_path) in errors[0] and ("AMQ_CACHE" in errors[0]) == (where == "cache")
 
 
 def test_memory_budget_counts_everything(folder, tmp_path):

@@ -12,7 +12,7 @@ from amq.bench.cases import grid
 from amq.bench.run import Settings, bench
 from amq.bench.table import csv_text, table
 from amq.errors import AmqError
-from amq.files import write_json, write_text
+from amq.files import check_file, write_json, write_text
 from amq.progress import terminal_progress
 from amq.settings import TRUST_REMOTE_CODE
 
@@ -21,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = vars(_parser().parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     json_file, csv_file = args.pop("json"), args.pop("csv")
+    check_file(json_file, "--json")
+    check_file(csv_file, "--csv")
     lists = {name: numbers(args.pop(name), f"--{name}") for name in ("prompt", "generate", "batch")}
     depths = numbers(args.pop("depth"), "--depth", least=0)
     for name in ("repetitions", "threads", "max_tokens", "window_length"):

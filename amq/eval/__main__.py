@@ -11,7 +11,7 @@ from pathlib import Path
 
 from amq.backends import ACTIVATIONS, BACKENDS
 from amq.eval import TaskSettings, evaluate, table
-from amq.files import write_json
+from amq.files import check_file, write_json
 from amq.formats import FORMATS
 from amq.progress import terminal_progress
 from amq.quantizers import QUANTIZERS
@@ -38,6 +38,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"order": _order}
 def _evaluate(argv: Sequence[str]) -> int:
     args = vars(_parser().parse_args(argv))
     path, configurations, text = args.pop("json"), args.pop("configuration"), args.pop("text")
+    check_file(path, "--json")
     given = {f.name: args.pop(f.name) for f in fields(TaskSettings) if f.name in args}
     tasks = TaskSettings(**given) if given else None
     if text is None:

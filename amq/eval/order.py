@@ -29,7 +29,7 @@ from amq.configuration import Configuration
 from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
 from amq.evaluator import token_losses
-from amq.files import write_json
+from amq.files import check_place, write_json
 from amq.formats import BitFormat, check_group_size, get_format, parse_formats
 from amq.linears import LinearSpec, check_weights, get_linear, inventory
 from amq.models import load_model
@@ -87,6 +87,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     check_group_size(settings.group_size)
     if settings.samples < 2 * BANDS:
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
+    check_place(Path(settings.output), "--output")
     loaded = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
     parts = inventory(loaded.model)
     check_weights(loaded.model, parts.linears)
@@ -119,7 +120,6 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
         "seconds": round(time.monotonic() - start, 1),
     }
     output = Path(settings.output)
-    output.mkdir(parents=True, exist_ok=True)
     write_json(output / "order.json", result)
     _plot(result, output / "order.png")
     return result
