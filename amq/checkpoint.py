@@ -170,10 +170,16 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
         self.folder, self.config, self.record = folder, config, record
-        self._files = open_files(safetensors_files(folder))
+        self._files = open_files(self._paths())
         check_complete(folder, [n for linear in record.formats for n in part_names(linear)], self._files)
         for linear in record.formats:
             self._check_parts(linear)
+
+    def _paths(self) -> list[Path]:
+        try:
+            return safetensors_files(self.folder)
+        except OSError as error:  # an index may name a file that no file system takes
+            raise AmqError(f"the files of {self.folder} cannot be looked up: {error}") from error
 
     @property
     def configuration(self) -> Configuration:
@@ -202,7 +208,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Reads all tensors once; raises AmqError unless they have the hashes that were written."""
-        for path in safetensors_files(self.folder):
+        for path in self._paths():
             verify_file(path)
 
     def described(self, name: str) -> tuple[str, list[int]]:
@@ -259,6 +265,13 @@ def check_parts(
     return packed
 
 
+@dataclass(frozen=True)
+class _Config:
+    """config.json, of any model."""
+
+    quantization_config: dict[str, Any] | None = None
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a model that amq quantized; raises AmqError where its config.json is no JSON object."""
     path = folder / "config.json"
@@ -267,8 +280,8 @@ def is_checkpoint(folder: Path) -> bool:
             return False
     except OSError:  # a name that is too long, a folder that may not be entered
         return False
-    found = read_record(path, dict[str, Any], floats=True).get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == METHOD
+    found = read_record(path, _Config, floats=True).quantization_config
+    return found is not None and found.get("quant_method") == METHOD
 
 
 def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
