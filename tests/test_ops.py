@@ -146,7 +146,7 @@ WRONG_DATA = {
     "elsewhere": (lambda data: data.to("meta"), "x is on cpu, its weight on meta"),
     "short": (lambda data: data[:-1], r"bytes of an? .*expected \d+, got \d+"),
     "long": (lambda data: torch.cat([data, data]), r"bytes of an? .*expected \d+, got \d+"),
-    "empty": (lambda data: data[:0], r"bytes of an? .*expected \d+, got 0"),
+    "empty": (lambda data: data[:0], "bytes of an? .*got 0"),
 }
 
 
