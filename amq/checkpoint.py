@@ -361,6 +361,28 @@ def check_complete(folder: Path, names: Iterable[str], found: Container[str]) ->
         raise AmqError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: the checkpoint is incomplete")
 
 
+def check_tensors(
+    files: Mapping[str, Any], model: Mapping[str, Tensor], name_in_model: Callable[[str], str] = str
+) -> None:
+    """Raises AmqError, naming the tensor, unless those that `files` and `model` share have one shape and are floats in
+    both or in none: transformers would cast integers and complex numbers to what the model has, and say nothing.
+
+    files: {tensor name: open file}, as of `open_files`. model: a state dict, of any device.
+    """
+    for name, file in files.items():
+        wanted = model.get(name_in_model(name))
+        if wanted is None:
+            continue
+        found = file.get_slice(name)
+        dtype, shape = found.get_dtype(), list(found.get_shape())
+        if shape != list(wanted.shape) or dtype.startswith(("F", "BF")) != wanted.is_floating_point():
+            kind = "floats" if wanted.is_floating_point() else str(wanted.dtype).removeprefix("torch.")
+            raise AmqError(
+                f"{name}: the model's config.json makes it {kind} {list(wanted.shape)}, the checkpoint has {dtype} "
+                f"{shape}: it is damaged, or config.json was altered or belongs to another model"
+            )
+
+
 def tensor_hash(tensor: Tensor) -> str:
     """BLAKE2b of a tensor's dtype, shape and bytes, 16 bytes as hex; see docs/format.md."""
     digest = hashlib.blake2b(digest_size=16)
