@@ -171,10 +171,16 @@ class Checkpoint:
 
     def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
         self.folder, self.config, self.record = folder, config, record
-        self._files = open_files(safetensors_files(folder))
+        self._files = open_files(self._paths())
         check_complete(folder, [n for linear in record.formats for n in part_names(linear)], self._files)
         for linear in record.formats:
             self._check_parts(linear)
+
+    def _paths(self) -> list[Path]:
+        try:
+            return safetensors_files(self.folder)
+        except OSError as error:  # an index may name a file that no file system takes
+            raise AmqError(f"the files of {self.folder} cannot be looked up: {error}") from error
 
     @property
     def configuration(self) -> Configuration:
@@ -203,7 +209,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Reads all tensors once; raises AmqError unless they have the hashes that were written."""
-        for path in safetensors_files(self.folder):
+        for path in self._paths():
             verify_file(path)
 
     def described(self, name: str) -> tuple[str, list[int]]:
@@ -260,6 +266,13 @@ def check_parts(
     return packed
 
 
+@dataclass(frozen=True)
+class _Config:
+    """config.json, of any model."""
+
+    quantization_config: dict[str, Any] | None = None
+
+
 def is_checkpoint(folder: Path) -> bool:
     """Whether `folder` holds a model that amq quantized; raises AmqError where its config.json is no JSON object."""
     path = folder / "config.json"
@@ -268,8 +281,8 @@ def is_checkpoint(folder: Path) -> bool:
             return False
     except OSError:  # a name that is too long, a folder that may not be entered
         return False
-    found = read_record(path, dict[str, Any], floats=True).get("quantization_config")
-    return isinstance(found, dict) and found.get("quant_method") == METHOD
+    found = read_record(path, _Config, floats=True).quantization_config
+    return found is not None and found.get("quant_method") == METHOD
 
 
 def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
@@ -323,6 +336,28 @@ def check_complete(folder: Path, names: Iterable[str], found: Container[str]) ->
     missing = [name for name in names if name not in found]
     if missing:
         raise AmqError(f"{folder} lacks {len(missing)} tensors, such as {missing[0]}: the checkpoint is incomplete")
+
+
+def check_tensors(
+    files: Mapping[str, Any], model: Mapping[str, Tensor], name_in_model: Callable[[str], str] = str
+) -> None:
+    """Raises AmqError, naming the tensor, unless those that `files` and `model` share have one shape and are floats in
+    both or in none: transformers would cast integers and complex numbers to what the model has, and say nothing.
+
+    files: {tensor name: open file}, as of `open_files`. model: a state dict, of any device.
+    """
+    for name, file in files.items():
+        wanted = model.get(name_in_model(name))
+        if wanted is None:
+            continue
+        found = file.get_slice(name)
+        dtype, shape = found.get_dtype(), list(found.get_shape())
+        if shape != list(wanted.shape) or dtype.startswith(("F", "BF")) != wanted.is_floating_point():
+            kind = "floats" if wanted.is_floating_point() else str(wanted.dtype).removeprefix("torch.")
+            raise AmqError(
+                f"{name}: the model's config.json makes it {kind} {list(wanted.shape)}, the checkpoint has {dtype} "
+                f"{shape}: it is damaged, or config.json was altered or belongs to another model"
+            )
 
 
 def tensor_hash(tensor: Tensor) -> str:

@@ -31,6 +31,7 @@ from amq.checkpoint import (
     QuantizationRecord,
     check_complete,
     check_parts,
+    check_tensors,
     hashes_metadata,
     open_files,
     part_names,
@@ -130,6 +131,7 @@ class AmqQuantizer(HfQuantizer):
         if record.head:
             model.resize_token_embeddings = _refuse_resizing
         check_complete(files[0].parent, _expected_names(model, tensors.keys()), tensors)
+        check_tensors(tensors, model.state_dict())
         ignored = model._keys_to_ignore_on_load_unexpected or set()
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
 

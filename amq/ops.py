@@ -74,6 +74,11 @@ def _check_input(
                 f"got {data.dtype} {list(data.shape)} with strides {list(data.stride())} on {data.device}; "
                 "make it with amq.backends.prepare"
             )
+        if not 0 <= weight.out_features <= data.numel():  # before y is allocated; the backend compares all of them
+            raise AmqError(
+                f"{name}: bytes of a {weight.format.name} weight of {weight.out_features} rows: expected at least one "
+                f"a row, got {data.numel()}"
+            )
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise AmqError(f"{name}: x must be [..., {in_features}], got {list(x.shape)}")
     backend = get_backend(weights[0].backend)
@@ -143,6 +148,9 @@ def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, acti
 def _fake_linear(
     x: Tensor, weights: Sequence[Tensor], formats: Sequence[str], out_features: Sequence[int], *_: object
 ) -> Tensor:
+    for weight in weights:  # what is on meta alone comes here too, and would get a y that nobody computed
+        if weight.device != x.device:
+            raise AmqError(f"{OP}: x is on {x.device}, its weight on {weight.device}; move one of them")
     return x.new_empty(*x.shape[:-1], sum(out_features))
 
 

@@ -48,7 +48,7 @@ def check_range(record: Any, *names: str, least: float = 1, most: float = MOST) 
     """For `__post_init__`: raises ValueError unless the numbers `names` of `record`, None aside, are in the range."""
     for name in names:
         value = getattr(record, name)
-        if value is not None and not (math.isfinite(value) and least <= value <= most):
+        if value is not None and not ((isinstance(value, int) or math.isfinite(value)) and least <= value <= most):
             raise ValueError(f"expected {name} from {least} to {most}, got {shorten(value)}")
 
 

@@ -133,6 +133,71 @@ def test_weight_errors_name_the_linear() -> None:
         refused([replace(prepared(), backend="gpu")])
 
 
+WRONG_DATA = {
+    "one byte": (
+        lambda data: data[:1].expand(len(data)),
+        r"one dimension, contiguous and on cpu, got .* strides \[0\]",
+    ),
+    "every other": (lambda data: data.repeat_interleave(2)[::2], r"contiguous and on cpu, got .* strides \[2\]"),
+    "backwards in memory": (lambda data: data.view(2, -1).T, "of one dimension"),
+    "floats": (lambda data: data.float(), "must be uint8, .* got torch.float32"),
+    "signed": (lambda data: data.view(torch.int8), "must be uint8, .* got torch.int8"),
+    "two dimensions": (lambda data: data.view(1, -1), "of one dimension"),
+    "elsewhere": (lambda data: data.to("meta"), "x is on cpu, its weight on meta"),
+    "short": (lambda data: data[:-1], r"bytes of an? .*expected \d+, got \d+"),
+    "long": (lambda data: torch.cat([data, data]), r"bytes of an? .*expected \d+, got \d+"),
+    "empty": (lambda data: data[:0], "bytes of an? .*got 0"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_DATA)
+@every_backend
+def test_data_of_a_weight_is_what_its_shape_says(backend: str, case: str) -> None:
+    """Through both doors, before anything is read by an address."""
+    change, message = WRONG_DATA[case]
+    good = prepared("int4", 34, backend)
+    bad = replace(good, data=change(good.data))
+    with pytest.raises(AmqError, match=f"mlp: .*{message}"):
+        ops.linear(X, [bad], name="mlp")
+    with pytest.raises(AmqError, match=f"torch.ops.amq.linear: .*{message}"):
+        torch.ops.amq.linear(X, [bad.data], ["int4"], [34], 32, None, "fp32", backend)
+    if case != "elsewhere":  # a second weight, behind a good one
+        with pytest.raises(AmqError, match=f"mlp: .*{message}"):
+            ops.linear(X, [good, bad], name="mlp")
+
+
+@every_backend
+def test_the_op_checks_what_linear_checks(backend: str) -> None:
+    good = prepared("int4", 33, backend)
+    arguments = dict(x=X, weights=[good.data], formats=["int4"], out_features=[33], group_size=32, bias=None)
+    arguments |= dict(activations="fp32", backend=backend)
+    assert torch.equal(torch.ops.amq.linear(**arguments), ops.linear(X, [good], activations="fp32"))
+    for change, message in (
+        ({"bias": torch.ones(1)}, r"bias must be .* \[33\] on cpu, got torch.float32 \[1\]"),
+        ({"bias": torch.ones(33).expand(2, 33)}, r"bias must be .* \[33\]"),
+        ({"bias": torch.ones(33, dtype=torch.int32)}, "bias must be float32, bfloat16 or float16"),
+        ({"activations": "int4"}, "activations must be one of fp32, int8, got 'int4'"),
+        ({"activations": ""}, "activations must be one of"),
+        ({"group_size": 64}, r"bytes of an? .*expected \d+, got \d+"),
+        ({"group_size": 48}, "group size 48 is not supported"),
+        ({"group_size": 0}, "group size 0 is not supported"),
+        ({"group_size": -(1 << 62)}, "is not supported"),
+        ({"out_features": [1 << 62]}, "torch.ops.amq.linear: "),
+        ({"out_features": [-1]}, "torch.ops.amq.linear: "),
+        ({"formats": ["int8"]}, r"bytes of an? .*expected \d+, got \d+"),
+        ({"formats": ["int99"]}, "unknown format 'int99'"),
+        ({"formats": []}, "expected at least one weight, a format and a number of rows for each"),
+        ({"weights": []}, "expected at least one weight"),
+        ({"out_features": [33, 33]}, "expected at least one weight"),
+        ({"backend": "gpu"}, "unknown backend 'gpu'"),
+        ({"x": X.double()}, "x must be float32"),
+        ({"x": torch.tensor(1.0)}, "x"),
+        ({"x": torch.zeros(2, 68)}, r"bytes of an? .*expected \d+, got \d+"),
+    ):
+        with pytest.raises(AmqError, match=message):
+            torch.ops.amq.linear(**(arguments | change))
+
+
 def test_prepare_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, cuda, triton, reference"):
         backends.prepare(random_packed(FORMATS["int3"], 4, 64, 32), "gpu")

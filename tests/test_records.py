@@ -36,6 +36,7 @@ WRONG = {
     "float for number": ({"inner": {"size": 3.0}}, "expected `int`, got `float`"),
     "zero": ({"inner": {"size": 0}}, r"\$\.inner: expected size from 1 to 100, got 0"),
     "huge": ({"inner": {"size": 1 << 200}}, "got a number of 201 bits"),
+    "no float either": ({"inner": {"size": 10**400}}, "got a number of 1329 bits"),
     "short shape": ({"inner": {"size": 3}, "shape": [3]}, r"\$\.shape: expected `array` of length 2, got 1"),
     "text for a loss": ({"inner": {"size": 3}, "losses": {"a": "x"}}, "expected `float`, got `str`"),
 }

@@ -247,3 +247,82 @@ def test_missing_and_damaged_files(tmp_path: Path) -> None:
         Tokenizer.from_folder(tmp_path)
     with pytest.raises(AmqError, match="is not a fast one"):
         Tokenizer.from_transformers(object(), [])
+
+
+CONFIG, GENERATION = "tokenizer_config.json", "generation_config.json"
+DAMAGE = {
+    "no object": (CONFIG, [], "expected `object`, got `array`"),
+    "deep": (CONFIG, "[" * 100_000, "nested too deeply"),
+    "cut": (CONFIG, '{"bos_', "is not valid JSON"),
+    "key of an added token": (CONFIG, {"added_tokens_decoder": {"x": {"content": "a"}}}, "token ids as keys .*'x'"),
+    "huge key": (CONFIG, {"added_tokens_decoder": {"9" * 5000: {"content": "a"}}}, "token ids as keys"),
+    "added token without text": (CONFIG, {"added_tokens_decoder": {"1": {}}}, "missing required field `content`"),
+    "flag of an added token": (
+        CONFIG,
+        {"added_tokens_decoder": {"1": {"content": "a", "special": "no"}}},
+        "special: expected `bool | null`",
+    ),
+    "list of added tokens": (CONFIG, {"added_tokens_decoder": [1]}, r"added_tokens_decoder: expected `object"),
+    "number as a token": (CONFIG, {"bos_token": 5}, r"bos_token: expected `str"),
+    "empty token": (CONFIG, {"eos_token": {}}, r"eos_token: .*missing required field `content`"),
+    "flag": (CONFIG, {"add_bos_token": "yes"}, "add_bos_token: expected `bool"),
+    "number as a template": (CONFIG, {"chat_template": 5}, "chat_template: expected `str"),
+    "numbers as templates": (CONFIG, {"chat_template": [5]}, r"chat_template\[0\]: expected `object`"),
+    "templates without text": (CONFIG, {"chat_template": [{"name": "default"}]}, "required field `template`"),
+    "number as more tokens": (CONFIG, {"extra_special_tokens": 5}, "extra_special_tokens: expected"),
+    "numbers as more tokens": (CONFIG, {"additional_special_tokens": [5]}, r"additional_special_tokens\[0\]"),
+    "end as text": (GENERATION, {"eos_token_id": "x"}, "eos_token_id: expected `int"),
+    "half an end": (GENERATION, {"eos_token_id": 1.5}, "eos_token_id: expected `int"),
+    "end as a flag": (GENERATION, {"eos_token_id": True}, "eos_token_id: expected `int"),
+    "no end in a list": (GENERATION, {"eos_token_id": [None]}, r"eos_token_id\[0\]: expected `int`"),
+    "negative end": (GENERATION, {"eos_token_id": -1}, "eos_token_id from 0"),
+    "list": (GENERATION, [], "expected `object`, got `array`"),
+    "end in config.json": ("config.json", {"text_config": {"eos_token_id": "x"}}, "text_config.eos_token_id: expected"),
+    "text_config": ("config.json", {"text_config": 3}, "text_config: expected `object"),
+    "template that is no text": ("chat_template.jinja", b"\xff", "cannot be read as text"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_wrong_files_beside_a_tokenizer_are_named(tmp_path: Path, case: str) -> None:
+    name, content, message = DAMAGE[case]
+    byte_tokenizer().save_pretrained(tmp_path)
+    data = content if isinstance(content, (str, bytes)) else json.dumps(content)
+    (tmp_path / name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    with pytest.raises(AmqError, match=message) as raised:
+        Tokenizer.from_folder(tmp_path)
+    assert str(tmp_path / name) in str(raised.value)
+
+
+def test_forms_of_tokens_and_templates_that_files_have(tmp_path: Path) -> None:
+    byte_tokenizer().save_pretrained(tmp_path)
+    full = {"__type": "AddedToken", "content": "<s>", "lstrip": False, "normalized": False, "special": True}
+    config = {
+        "bos_token": full,
+        "eos_token": "</s>",
+        "pad_token": None,
+        "added_tokens_decoder": {"300": {"content": "<b>"}, "20": {"content": "<a>", "special": True}},
+        "extra_special_tokens": {"image": "<img>", "audio": {"content": "<aud>"}},
+        "chat_template": {"default": "{{ bos_token }}{{ messages[0].content }}", "tool": "x"},
+        "model_max_length": 1e30,
+    }
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity]}')
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    first, second, *_ = tokenizer.encode("<a><b>")
+    assert second == first + 1  # in the order of their ids
+    assert len(tokenizer.encode("<img><aud></s>")) == 3
+    assert tokenizer.decode(tokenizer.encode_chat([{"role": "user", "content": "hi"}])) == "hi"
+    assert tokenizer.end_ids == {tokenizer.encode("</s>")[0]}
+
+
+def test_a_pattern_that_gives_up_is_named(tmp_path: Path) -> None:
+    """tokenizers panics there: an exception that is no Exception."""
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    state = json.loads(path.read_text())
+    pattern = {"Regex": "(a|aa|a+)+$|(x+x+)+y"}
+    state["pre_tokenizer"] = {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+    path.write_text(json.dumps(state))
+    with pytest.raises(AmqError, match=r"tokenizer\.json: tokenizers gave up on this text"):
+        Tokenizer.from_folder(tmp_path).encode("x" * 40 + "b" + "a" * 40 + "!")

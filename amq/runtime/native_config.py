@@ -183,6 +183,9 @@ def rotary_frequencies(config: ModelConfig, raw: Mapping[str, Any], source: str)
     theta = config.rope_theta if rope.rope_theta is None else rope.rope_theta
     kind = rope.rope_type or rope.type or "default"
     if theta is None:
+        said = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if "rope_theta" in raw or "rope_theta" in said:
+            raise AmqError(f"{source}: rope_theta is null, expected a number; the file is damaged or was edited")
         raise Unsupported("config.json does not say rope_theta")
     parts = (rope.partial_rotary_factor, config.partial_rotary_factor)
     if next((part for part in parts if part is not None), 1.0) != 1.0:

@@ -18,6 +18,8 @@ from amq.errors import AmqError
 from amq.runtime.chat import render_chat
 from amq.runtime.tokenizer_files import ModelFile, TokenizerConfig, read_optional, read_text
 
+PANIC = "PanicException"
+"""What a Rust library raises where it would abort: no Exception, and no module of Python has its class."""
 BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -108,6 +110,12 @@ class Tokenizer:
             if isinstance(text, str):  # a lone surrogate: half a character in UTF-16, which JSON can spell
                 raise AmqError("the text holds half a character (a lone surrogate): it is not valid Unicode") from error
             raise
+        except BaseException as error:
+            if type(error).__name__ != PANIC:
+                raise
+            raise AmqError(
+                f"tokenizer.json: tokenizers gave up on this text ({error}): its patterns are damaged"
+            ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, without special tokens; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
