@@ -308,7 +308,7 @@ def test_missing_run_json_names_the_file_and_the_remedy(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("run.json", "{", r"run\.json is not valid JSON"),
-        ("run.json", '{"schema": "amq/run/9"}', r"run\.json: expected schema 'amq/run/1', got 'amq/run/9'"),
+        ("run.json", '{"schema": "amq/run/9"}', r"run\.json: expected schema 'amq/run/2', got 'amq/run/9'"),
         ("front.json", "[1,", r"front\.json is not valid JSON"),
         ("archive.jsonl", '{"a"\n{}\n', r"archive\.jsonl, line 1 is not valid JSON"),
     ],
