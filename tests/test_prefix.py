@@ -162,7 +162,7 @@ def test_perplexity_counts_as_lm_eval_does_but_for_the_first_token(
 
 @pytest.mark.parametrize("kind", ["llama", "gemma"])
 def test_lm_eval_itself_counts_so(kind: str, folders: dict[str, Path], text: str) -> None:
-    pytest.importorskip("lm_eval", reason="its own figures are compared with")
+    pytest.importorskip("lm_eval.models.huggingface", reason="its own figures are compared with")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

@@ -72,7 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-tokens", type=int, default=16384, metavar="N", help="tokens of the text to use (default 16384)"
     )
-    parser.add_argument("--window-length", type=int, default=512, metavar="N", help="window and stride (default 512)")
+    parser.add_argument(
+        "--window-length", type=int, default=512, metavar="N", help="tokens per window, BOS included (default 512)"
+    )
     parser.add_argument(
         "--proxy", default="gptq", choices=list(QUANTIZERS), help="bank of --uniform without --configuration"
     )

@@ -60,7 +60,7 @@ class OrderSettings:
     calibration: str = flag("pydoc", "text of calibration and loss, on different windows", metavar="TEXT")
     calibration_windows: int = flag(24, "windows that the methods see", metavar="N")
     windows: int = flag(2, "windows that the loss is measured on", metavar="N")
-    window_length: int = flag(512, "tokens per window", metavar="N")
+    window_length: int = flag(512, "tokens per window, BOS included where the tokenizer puts one", metavar="N")
     seed: int = flag(0, "of configurations and windows", metavar="N")
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
     trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)

@@ -33,7 +33,7 @@ class QuantizeSettings:
     )
     calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", metavar="TEXT")
     windows: int = flag(64, "calibration windows", metavar="N")
-    window_length: int = flag(512, "tokens per window", metavar="N")
+    window_length: int = flag(512, "tokens per window, BOS included where the tokenizer puts one", metavar="N")
     seed: int = flag(0, "of the choice of windows", metavar="N")
     dtype: str = flag("auto", "dtype to compute in: auto, float32, bfloat16, float16", metavar="DTYPE")
     device: str = flag("cpu", "where the model runs", metavar="DEVICE")

@@ -57,7 +57,7 @@ class SearchSettings:
     calibration: str = flag(
         "pydoc", "text: a file, wikitext2, c4, or pydoc or docstrings (built in, no network)", metavar="TEXT"
     )
-    window_length: int = flag(512, "tokens per window", metavar="N")
+    window_length: int = flag(512, "tokens per window, BOS included where the tokenizer puts one", metavar="N")
     windows: int = flag(4, "windows that the search's loss is measured on", metavar="N")
     confirm_windows: int = flag(4, "windows held out of the search, for error bars and --refine", metavar="N")
     bank_windows: int = flag(24, "windows that calibrate the gptq bank", metavar="N")
