@@ -259,12 +259,13 @@ def gguf_model(tmp_path: Path, tiny_llama: nn.Module) -> Callable[..., Path]:
 def add_tokenizer(gguf: Any, writer: Any) -> None:
     from tokenizers import pre_tokenizers
 
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:-1], "th"]  # readers want at least one merge
+    # Readers want at least one merge, and transformers 5.14 to 5.17 take an array of one for its only element.
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "th", "qz"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "q z"])
 
 
 @pytest.mark.parametrize(
