@@ -9,6 +9,14 @@ import pytest
 from torch import nn
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was not run again, because its inputs have not changed (unchanged.py)."""
+    reports = terminalreporter.stats.get("passed", [])
+    properties = [entry for report in reports for entry in getattr(report, "user_properties", [])]
+    for said in sorted({value for name, value in properties if name == "unchanged"}):
+        terminalreporter.write_line(f"not run again: {said} (AMQ_SWEEPS=all runs everything)")
+
+
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty user cache for this test."""

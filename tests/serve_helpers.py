@@ -38,8 +38,10 @@ class FakeSlot(Slot):
 class FakeEngine:
     """Repeats prompts. Everything may be changed while it runs.
 
-    delay: seconds of a pass. failing: an exception that the next passes raise. shared: positions that every prompt
-    finds computed already. positions: of the KV cache, all slots together.
+    gate: a pass waits while it is clear, so that a test can hold a request where it is for as long as it takes.
+    prompts: of all sequences opened so far, in tokens. delay: seconds of a pass. failing: an exception that the next
+    passes raise. shared: positions that every prompt finds computed already. positions: of the KV cache, all slots
+    together.
     """
 
     banner = "a fake engine"
@@ -52,6 +54,9 @@ class FakeEngine:
         self.shared = 0
         self.slots: set[FakeSlot] = set()
         self.passes = 0
+        self.prompts: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
 
     def open(self, prompt: Sequence[int], new_tokens: int) -> FakeSlot | None:
         needed = len(prompt) + new_tokens
@@ -59,6 +64,7 @@ class FakeEngine:
             raise AmqError(f"{needed} positions never fit the cache of {self.positions}")
         if len(self.slots) >= self.max_sequences or self.cached_tokens()[0] + needed > self.positions:
             return None
+        self.prompts.append(list(prompt))
         slot = FakeSlot(prompt, new_tokens, min(self.shared, len(prompt) - 1))
         self.slots.add(slot)
         return slot
@@ -68,6 +74,7 @@ class FakeEngine:
 
     def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
         self.passes += 1
+        assert self.gate.wait(2 * SECONDS), "the test never opened the gate"
         if self.delay:
             time.sleep(self.delay)
         if self.failing is not None:
@@ -95,6 +102,10 @@ def byte_tokenizer() -> Tokenizer:
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
     return Tokenizer(inner, inner.encode("\n").ids, TEMPLATE)
+
+
+def tokens_of(text: str) -> list[int]:
+    return byte_tokenizer().encode(text)
 
 
 def fake_runtime(**options: Any) -> Any:
@@ -130,7 +141,9 @@ def serving(runtime: Any = None, **settings: Any) -> Iterator[SimpleNamespace]:
         )
     finally:
         server.should_exit = True
-        service.worker.engine.delay = 0.0
+        if isinstance(runtime.engine, FakeEngine):
+            runtime.engine.delay = 0.0
+            runtime.engine.gate.set()
         thread.join(SECONDS)
         assert not thread.is_alive(), "the server did not stop"
 

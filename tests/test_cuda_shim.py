@@ -47,7 +47,7 @@ def racing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: Path, *cases: str, order: str = "forward") -> subprocess.CompletedProcess:
     environment = {**os.environ, "AMQ_SHIM_ORDER": order, "TSAN_OPTIONS": "halt_on_error=1"}
-    return subprocess.run([program, *cases], env=environment, capture_output=True, text=True, timeout=120)
+    return subprocess.run([program, *cases], env=environment, capture_output=True, text=True, timeout=900)
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -219,29 +219,39 @@ def test_many_python_threads_at_once(isa: str, mode: str) -> None:
         with ThreadPoolExecutor(8) as pool:
             futures = [pool.submit(run, x, [w], mode, isa) for _ in range(5) for w, x in cases]
             for future, wanted in zip(futures, itertools.cycle(expected), strict=False):
-                assert_same_bits(future.result(timeout=60), wanted)
+                assert_same_bits(future.result(timeout=600), wanted)
 
 
 def test_the_gil_is_free_during_a_call() -> None:
-    """While a worker is inside one long call, this thread goes on."""
+    """While a worker is inside one long call, this thread goes on: in one of many, as a busy machine may not let it."""
     weight, x = make_weight("int3", 1024, 1024, 64), random_x(512, 1024)
-    x, span = x.repeat(16, 1), []
+    x = x.repeat(16, 1)
 
-    def work() -> None:
-        start = time.perf_counter()
-        run(x, [weight], "fp32", "portable")
-        span.extend((start, time.perf_counter()))
+    def ticks_inside() -> tuple[int, float]:
+        """Of this thread in the middle half of a call; seconds that the call took."""
+        span, ticks = [], []
 
-    worker, ticks = threading.Thread(target=work), []
-    worker.start()
-    while worker.is_alive():
-        ticks.append(time.perf_counter())
-        time.sleep(0.001)
-    worker.join()
-    start, end = span
-    inside = [t for t in ticks if start + (end - start) / 4 < t < end - (end - start) / 4]
-    assert end - start > 0.05, "the call is too short to tell"
-    assert inside, f"no tick in the middle of a call of {end - start:.2f} s"
+        def work() -> None:
+            start = time.perf_counter()
+            run(x, [weight], "fp32", "portable")
+            span.extend((start, time.perf_counter()))
+
+        worker = threading.Thread(target=work)
+        worker.start()
+        while worker.is_alive():
+            ticks.append(time.perf_counter())
+            time.sleep(0.001)
+        worker.join()
+        start, end = span
+        quarter = (end - start) / 4
+        return sum(start + quarter < t < end - quarter for t in ticks), end - start
+
+    for _ in range(20):
+        inside, seconds = ticks_inside()
+        assert seconds > 0.05, "the call is too short to tell"
+        if inside:
+            return
+    pytest.fail(f"no tick in the middle of any of 20 calls of {seconds:.2f} s")
 
 
 @pytest.fixture
@@ -267,7 +277,7 @@ def test_a_forked_child_computes_the_same(parent_with_a_pool: None, mode: str) -
             same = [run(x, [weight], mode, "").numpy().tobytes() for x in inputs] == wanted
         finally:
             os._exit(0 if same else 1)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

@@ -151,7 +151,7 @@ def test_unknown_name_without_network(name: str, offline: None) -> None:
     start = time.monotonic()
     with pytest.raises(AmqError, match=f"unknown model '{name}': .*smollm2"):
         resolve(name)
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60  # no waiting for a network that is not there
 
 
 def find_only(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:

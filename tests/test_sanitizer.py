@@ -13,11 +13,15 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import unchanged
 from cuda_shim.build import runtime_library
 
+from amq import native
 from amq.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,6 +29,9 @@ TESTS = (
     *("test_linear.py", "test_linear_faults.py", "test_native.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
 )
+SOURCES = ("csrc/**/*", "CMakeLists.txt", "amq/formats.py", "tests/test_sanitizer.py")
+"""Of the module; what runs it, beside TESTS:"""
+RUN = ("amq/native.py", "amq/ops.py", "amq/packing.py", "amq/backends.py", "amq/runtime/native_engine.py", "tests/*.py")
 UNCHECKED = "null,alignment,object-size,vptr,nonnull-attribute,returns-nonnull-attribute"
 QUICK = f"-O1 -g1 -fno-var-tracking -fno-sanitize={UNCHECKED} -fno-sanitize-address-use-after-scope"
 QUICK += " --param=asan-instrumentation-with-call-threshold=0"
@@ -40,41 +47,57 @@ spec.loader.exec_module(amq._cpu)
 """
 
 
+def facts() -> list[str]:
+    """Of the tools that build and run, beside the files."""
+    return [unchanged.compiler(), sys.version, " ".join(native.cpu_module().isas())]
+
+
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Builds, and returns the environment in which `-p sanitized` or `import sanitized` puts that module in place."""
     libraries = [runtime_library(name) for name in ("libasan.so", "libubsan.so", "libstdc++.so")]
-    pybind11 = pytest.importorskip("pybind11", reason="the sanitizer build needs pybind11")
-    cmake = shutil.which("cmake") or pytest.skip("the sanitizer build needs CMake")
-    folder = tmp_path_factory.mktemp("sanitized")
-    entries = " ".join(f"X({f.name}, {f.levels}, {f.unit_codes}, {f.unit_bytes})" for f in FORMATS.values())
-    (folder / "amq_formats.h").write_text(f"#pragma once\n#define AMQ_FORMATS(X) {entries}\n")
-    configure = [
-        *(cmake, "-S", str(ROOT), "-B", str(folder), "-DAMQ_SANITIZE=ON", "-DAMQ_CUDA=OFF", "-DCMAKE_CXX_COMPILER=g++"),
-        f"-DAMQ_FORMATS_DIR={folder}",
-        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder / 'module'}",
-        f"-DCMAKE_CXX_COMPILE_OBJECT=<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> {QUICK} -o <OBJECT> -c <SOURCE>",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-    ]
-    for command in (configure, [cmake, "--build", str(folder), "--parallel", str(os.cpu_count())]):
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    (module,) = (folder / "module").glob("_cpu*.so")
+    pytest.importorskip("pybind11", reason="the sanitizer build needs pybind11")
+    if shutil.which("cmake") is None:
+        pytest.skip("the sanitizer build needs CMake")
+    inputs = unchanged.inputs_of(SOURCES, *facts(), unchanged.packages("pybind11"))
+    folder = unchanged.built("sanitized", inputs, build)
+    module = folder / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     (folder / "sanitized.py").write_text(PLUGIN.format(path=str(module)))
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(map(str, libraries)),
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(folder),
+        "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]),
         "OMP_NUM_THREADS": "2",
     }
 
 
+def build(folder: Path) -> None:
+    """The module alone, in `folder`."""
+    import pybind11
+
+    work = folder.with_name("work")
+    work.mkdir()
+    entries = " ".join(f"X({f.name}, {f.levels}, {f.unit_codes}, {f.unit_bytes})" for f in FORMATS.values())
+    (work / "amq_formats.h").write_text(f"#pragma once\n#define AMQ_FORMATS(X) {entries}\n")
+    cmake = shutil.which("cmake")
+    configure = [
+        *(cmake, "-S", str(ROOT), "-B", str(work), "-DAMQ_SANITIZE=ON", "-DAMQ_CUDA=OFF", "-DCMAKE_CXX_COMPILER=g++"),
+        f"-DAMQ_FORMATS_DIR={work}",
+        f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={folder}",
+        f"-DCMAKE_CXX_COMPILE_OBJECT=<CMAKE_CXX_COMPILER> <DEFINES> <INCLUDES> <FLAGS> {QUICK} -o <OBJECT> -c <SOURCE>",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+    for command in (configure, [cmake, "--build", str(work), "--parallel", str(os.cpu_count())]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+
+
 def run_python(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600
     )
 
 
@@ -96,10 +119,14 @@ for missing in (0, 1):
     assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
 
 
-def test_kernels_under_the_sanitizers(environment: dict[str, str]) -> None:
+def test_kernels_under_the_sanitizers(environment: dict[str, str], record_property: Callable) -> None:
+    inputs = unchanged.inputs_of((*SOURCES, *RUN), *facts(), unchanged.packages("torch", "hypothesis"))
+    if unchanged.passed_before("sanitizers", inputs, record_property):
+        return
     arguments = ("-m", "pytest", "-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider")
     result = run_python(environment, *arguments, *(str(ROOT / "tests" / name) for name in TESTS))
     report = result.stdout[-6000:] + result.stderr[-6000:]
     assert result.returncode == 0, report
     assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr, report
     assert " passed" in result.stdout.splitlines()[-1], report
+    unchanged.passed("sanitizers", inputs)

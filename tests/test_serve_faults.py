@@ -26,9 +26,9 @@ import serve_helpers
 from serve_helpers import fake_runtime, serving
 
 HERE = Path(__file__).parent
-CLIENT = httpx.Client(timeout=30.0, verify=False, limits=httpx.Limits(max_connections=None))
+CLIENT = httpx.Client(timeout=120.0, verify=False, limits=httpx.Limits(max_connections=None))
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
-SECONDS = 30.0
+SECONDS = 120.0
 """Bounds what hangs; generous, because machines that run tests are busy."""
 
 wait_for = partial(serve_helpers.wait_for, seconds=SECONDS)
@@ -254,18 +254,19 @@ def test_a_body_that_does_not_come(monkeypatch):
 
 
 def test_a_client_that_leaves_frees_its_slot():
-    with serving(fake_runtime(delay=0.005, max_sequences=1), max_new_tokens=400, queue=8) as server:
+    runtime = fake_runtime(context=20_000, delay=0.005, max_sequences=1)
+    with serving(runtime, max_new_tokens=15_000, queue=8) as server:
         for streamed in (True, False):
             with connect(server) as connection:
-                connection.sendall(request_bytes(completion(max_tokens=400, stream=streamed)))
+                connection.sendall(request_bytes(completion(max_tokens=15_000, stream=streamed)))
                 wait_for(lambda: metric(server, "amq_active") == 1)
                 if streamed:
                     assert connection.recv(10)
             wait_for(lambda: idle(server))
-        assert metric(server, "amq_completion_tokens_total") < 400
+        assert metric(server, "amq_completion_tokens_total") < 15_000
         waiting = [connect(server) for _ in range(4)]
         for connection in waiting:
-            connection.sendall(request_bytes(completion(max_tokens=400)))
+            connection.sendall(request_bytes(completion(max_tokens=15_000)))
         wait_for(lambda: metric(server, "amq_queue_length") == 3)
         for connection in waiting[1:]:
             connection.close()
@@ -302,6 +303,11 @@ def at_once(jobs: list[Callable[[], Any]]) -> list[Any]:
 
 def test_many_clients_against_a_short_queue():
     with serving(fake_runtime(delay=0.004, max_sequences=2), queue=4) as server:
+        server.engine.gate.clear()
+
+        def open_gate() -> None:
+            wait_for(lambda: metric(server, "amq_rejected_total") > 0)
+            server.engine.gate.set()
 
         def ask(n: int) -> tuple[int, str]:
             response = CLIENT.post(server.url + TEXT, json=completion(f"{n:02}", max_tokens=20, stream=n % 2 == 0))
@@ -310,7 +316,7 @@ def test_many_clients_against_a_short_queue():
             error_of(response)
             return response.status_code, response.headers["Retry-After"]
 
-        results = at_once([lambda n=n: ask(n) for n in range(32)])
+        *results, _ = at_once([*(lambda n=n: ask(n) for n in range(32)), open_gate])
         statuses = Counter(status for status, _ in results)
         assert set(statuses) == {200, 429} and statuses[200] >= 6, statuses
         for n, (status, said) in enumerate(results):
@@ -357,20 +363,27 @@ def test_nobody_gets_anothers_text():
 
 
 SERVER = """
-import sys
+import sys, threading
 from serve_helpers import fake_runtime
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
-settings = ServeSettings(port=0, queue=1, drain=30.0)
+settings = ServeSettings(port=0, queue=1, drain=120.0)
 listener = bind(settings)
-app = create_app(fake_runtime(delay=0.02, max_sequences=2), settings)
+runtime = fake_runtime(max_sequences=2)
+runtime.engine.gate.clear()
+def open_gate():
+    sys.stdin.readline()
+    runtime.engine.gate.set()
+threading.Thread(target=open_gate, daemon=True).start()
+app = create_app(runtime, settings)
 Server(app, settings, lambda: print(url(listener), flush=True)).run([listener])
 """
 
 
 def test_sigterm_under_load():
     """Who runs is finished, who waits or comes is sent away, the process ends with 0."""
-    process = subprocess.Popen([sys.executable, "-c", SERVER], stdout=subprocess.PIPE, text=True, cwd=HERE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", SERVER], text=True, cwd=HERE, **pipes)
     try:
         server = SimpleNamespace(url=process.stdout.readline().strip())
         with ThreadPoolExecutor(3) as pool:
@@ -388,6 +401,7 @@ def test_sigterm_under_load():
             else:
                 assert response.status_code == 503
                 error_of(response)
+            print(file=process.stdin, flush=True)  # opens the gate
             for answer in running:
                 assert text_of(answer.result(SECONDS)) == ("abc" * 17)[:50]
         assert process.wait(SECONDS) == 0

@@ -22,7 +22,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
-from serve_helpers import SECONDS, fake_runtime, serving, wait_for  # noqa: E402
+from serve_helpers import SECONDS, fake_runtime, serving, tokens_of, wait_for  # noqa: E402
 
 from amq.serve.queue import FairQueue  # noqa: E402
 
@@ -114,8 +114,9 @@ def count(server: SimpleNamespace, metric: str, **labels: str) -> float:
 
 
 def test_a_full_queue_answers_429_and_says_when_to_come_back():
-    with serving(fake_runtime(max_sequences=1, delay=0.02), queue=1) as server, ThreadPoolExecutor(3) as pool:
-        first = pool.submit(ask, server, max_tokens=20)
+    with serving(fake_runtime(max_sequences=1), queue=1) as server, ThreadPoolExecutor(3) as pool:
+        server.engine.gate.clear()
+        first = pool.submit(ask, server)
         wait_for(lambda: active(server) == 1)
         second = pool.submit(ask, server)
         wait_for(lambda: len(server.worker._waiting) == 1)
@@ -123,36 +124,26 @@ def test_a_full_queue_answers_429_and_says_when_to_come_back():
         assert third.status_code == 429 and third.json()["error"]["code"] == "rate_limit_exceeded"
         assert 1 <= int(third.headers["retry-after"]) <= 120
         assert count(server, "amq_rejected_total") == 1 and count(server, "amq_queue_length") == 1
+        server.engine.gate.set()
         assert first.result().status_code == second.result().status_code == 200
 
 
 def test_keys_take_turns_for_the_slots():
     """One key has sent three requests before another sends one: that is next but one, and evicts the newest of them."""
-    order: list[str] = []
     with (
-        serving(fake_runtime(max_sequences=1, delay=0.01), queue=3, api_key=["a", "b"]) as server,
+        serving(fake_runtime(max_sequences=1), queue=3, api_key=["a", "b"]) as server,
         ThreadPoolExecutor(6) as pool,
     ):
-
-        def send(name: str) -> int:
-            status = ask(server, key=name[0]).status_code
-            order.append(name)
-            return status
-
-        statuses = {}
+        server.engine.gate.clear()
+        answers = {}
         for number, name in enumerate(("a0", "a1", "a2", "a3", "b0")):
-            if number == 1:
-                wait_for(lambda: active(server) == 1)
-                server.engine.delay = 0.2
-            statuses[name] = pool.submit(send, name)
-            wait_for(lambda n=number: n == 0 or len(server.worker._waiting) == min(n, 3))
-        wait_for(lambda: "a3" in order)  # b0 has come
-        server.engine.delay = 0.001
-        assert {name: status.result() for name, status in statuses.items()} == {
-            **dict.fromkeys(("a0", "a1", "a2", "b0"), 200),
-            "a3": 429,
-        }
-    assert [name for name in order if name != "a3"] == ["a0", "a1", "b0", "a2"]
+            answers[name] = pool.submit(ask, server, name, key=name[0])
+            wait_for(lambda: active(server) == 1)
+            wait_for(lambda n=number: len(server.worker._waiting) == min(n, 3))
+        assert answers.pop("a3").result().status_code == 429  # b0 has come
+        server.engine.gate.set()
+        assert {name: answer.result().status_code for name, answer in answers.items()} == dict.fromkeys(answers, 200)
+        assert server.engine.prompts == [tokens_of(name) for name in ("a0", "a1", "b0", "a2")]
 
 
 def test_concurrent_answers_do_not_mix():
@@ -178,20 +169,26 @@ def test_a_client_that_leaves_frees_its_slot(stream):
 
 
 def test_a_timeout_ends_a_stream_with_an_event():
-    with serving(fake_runtime(delay=0.01), timeout=0.5) as server:
-        answer = ask(server, max_tokens=400, stream=True)
+    for timeout in (0.5, 4.0, 32.0):  # the first that is enough for a token, whatever else the machine does
+        with serving(fake_runtime(delay=timeout / 50), timeout=timeout) as server:
+            answer = ask(server, max_tokens=400, stream=True)
+            wait_for(lambda server=server: active(server) == 0)
         *texts, last = answer.text.strip().split("\n\n")
-        assert answer.status_code == 200 and texts
-        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
-        wait_for(lambda: active(server) == 0)
+        if texts:
+            break
+    assert answer.status_code == 200 and texts
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "timeout"
 
 
 def test_a_timeout_before_the_first_token_has_a_status():
     """Of one request that runs and one that waits."""
-    with serving(fake_runtime(max_sequences=1, delay=2.0), timeout=0.3) as server, ThreadPoolExecutor(2) as pool:
+    with serving(fake_runtime(max_sequences=1), timeout=0.3) as server, ThreadPoolExecutor(2) as pool:
+        server.engine.gate.clear()
         for answer in pool.map(lambda stream: ask(server, stream=stream), (False, True)):
             assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
-        assert count(server, "amq_cancelled_total", reason="timeout") == 2 and server.worker.idle
+        assert count(server, "amq_cancelled_total", reason="timeout") == 2
+        server.engine.gate.set()
+        wait_for(lambda: server.worker.idle)
 
 
 def test_a_slow_reader_is_dropped_and_holds_nobody_up():
@@ -249,7 +246,8 @@ def test_a_dead_worker_says_so(monkeypatch):
 
 
 def test_draining_finishes_what_runs_and_refuses_the_rest():
-    with serving(fake_runtime(max_sequences=1, delay=0.01)) as server, ThreadPoolExecutor(2) as pool:
+    with serving(fake_runtime(max_sequences=1), drain=SECONDS) as server, ThreadPoolExecutor(2) as pool:
+        server.engine.gate.clear()
         running = pool.submit(ask, server, max_tokens=80)
         wait_for(lambda: active(server) == 1)
         waiting = pool.submit(ask, server)
@@ -257,6 +255,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest():
         server.server.drain()
         assert waiting.result().status_code == 503 and "retry-after" in waiting.result().headers
         assert ask(server).status_code == httpx.get(f"{server.url}/health").status_code == 503
+        server.engine.gate.set()
         assert running.result().json()["usage"]["completion_tokens"] == 80
         server.thread.join(SECONDS)
         assert not server.thread.is_alive()
@@ -286,20 +285,29 @@ def test_the_worker_sleeps_when_there_is_nothing_to_do():
         def switches() -> str:
             return [line for line in schedule.read_text().splitlines() if line.startswith("voluntary")][0]
 
-        time.sleep(0.05)
-        before = switches()
-        time.sleep(0.2)
-        assert switches() == before and server.engine.passes == passes
+        def asleep() -> bool:
+            before = switches()
+            time.sleep(0.2)
+            return switches() == before
+
+        wait_for(asleep)
+        assert server.engine.passes == passes
 
 
 PROCESS = """
-import sys
+import sys, threading
 sys.path.insert(0, {tests!r})
 from serve_helpers import fake_runtime
 from amq.serve import __main__
 import amq.runtime
-amq.runtime.load = lambda *args, **options: fake_runtime(delay=0.01, context=9000)
-code = __main__.main(["DIR", "--port", "0", "--drain", "5", "--max-new-tokens", "8000"])
+runtime = fake_runtime(context=9000)
+runtime.engine.gate.clear()
+def open_gate():
+    sys.stdin.readline()
+    runtime.engine.gate.set()
+threading.Thread(target=open_gate, daemon=True).start()
+amq.runtime.load = lambda *args, **options: runtime
+code = __main__.main(["DIR", "--port", "0", "--drain", "60", "--max-new-tokens", "8000"])
 heavy = {{"hqq", "pymoo", "sklearn", "matplotlib", "transformers", "amq.search"}} & set(sys.modules)
 sys.exit(f"loaded {{heavy}}" if heavy else code)
 """
@@ -309,7 +317,8 @@ def test_sigterm_lets_running_requests_finish():
     """A server as people start it, but for the model."""
     code = PROCESS.format(tests=str(Path(__file__).parent))
     environment = {**os.environ, "AMQ_API_KEY": "secret"}
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = {"stdin": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], text=True, env=environment, **pipes)
     with process, ThreadPoolExecutor(1) as pool:
         try:
             line = process.stderr.readline()
@@ -322,6 +331,7 @@ def test_sigterm_lets_running_requests_finish():
             process.send_signal(signal.SIGTERM)
             wait_for(lambda: httpx.get(f"{server.url}/health").status_code == 503)
             assert ask(server, key="secret").status_code == 503
+            print(file=process.stdin, flush=True)  # opens the gate
             assert running.result().json()["usage"]["completion_tokens"] == 200
             assert process.wait(SECONDS) == 0, process.stderr.read()
         finally:

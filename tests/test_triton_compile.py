@@ -11,16 +11,20 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import unchanged
 
 from amq.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
 
-CUDA = ("80", "86", "89", "90", "120")
+INPUTS = ("kernels/triton/*.py", "amq/gpu/*.py", "amq/packing.py", "amq/formats.py", "benchmarks/gpu/sass.py")
+"""What the machine code depends on, beside Triton's version and tests/triton_compile.py."""
+ALL = ("80", "86", "89", "90", "120", "gfx942")
 FEATURES = 14336  # 28 slabs: a loop of 7 trips, both in the gemv and in the gemm
 GEMV_BUDGET = {"int2": 3.4, "int3": 3.75, "int4": 3.57, "int5": 5.1, "int6": 5.05, "int8": 4.42}
 """Instructions per weight of the gemv at one row of x and group 128: 4 rows of W to a thread up to 4 bits, 2 above."""
@@ -32,8 +36,25 @@ GEMM_REGISTERS = 128
 """4 programs of four warps on an SM."""
 
 
-def compiled(requests: list[dict]) -> list[dict]:
-    """The rows of tests/triton_compile.py for `requests`, from as many processes as there are cores."""
+@pytest.fixture(scope="module")
+def compiled() -> Callable[[str], list[dict]]:
+    """The rows of tests/triton_compile.py for the requests of a test, all compiled at once; with inputs that have not
+    changed they are those of an earlier run."""
+    requests = [request for group in REQUESTS.values() for request in group]
+
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "rows.json").write_text(json.dumps(compile_all(requests)))
+
+    inputs = (*INPUTS, "tests/triton_compile.py", "tests/test_triton_compile.py")
+    key = unchanged.inputs_of(inputs, sys.version, unchanged.packages("triton"))
+    rows = iter(json.loads((unchanged.built("triton", key, build) / "rows.json").read_text()))
+    found = {name: [next(rows) for _ in group] for name, group in REQUESTS.items()}
+    return found.__getitem__
+
+
+def compile_all(requests: list[dict]) -> list[dict]:
+    """In as many processes as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     script, workers = Path(__file__).with_name("triton_compile.py"), min(os.cpu_count(), len(requests))
     shares = [requests[worker::workers] for worker in range(workers)]
@@ -69,21 +90,32 @@ def check(row: dict, registers: int) -> None:
 
 
 SINGLE = [[name] for name in FORMATS]
+ODD = {"formats": ["int6"], "target": "89", "out_features": 1, "in_features": 577, "group_size": 32}
+REQUESTS = {
+    "gemv": each(SINGLE, ("86", "90"), kernel="gemv", in_features=FEATURES),
+    "gemm": each([["int2"]], ("86",), kernel="gemm", in_features=FEATURES, rows=4)
+    + each(SINGLE, ("86", "90"), kernel="gemm", in_features=FEATURES, rows=16),
+    "every gpu": each([["int3", "int2", "int3"]], ALL, kernel="gemv", dtype="bf16", in_features=FEATURES)
+    + each([["int4"]], ALL, kernel="gemm", dtype="bf16", rows=5, bias="fp32"),
+    "others": [
+        *each([["int4"]], ("86", "90"), kernel="gemm", rows=512),
+        *each([["int5"]], ("86",), kernel="gemm", rows=16, out_features=14336),
+        *(ODD | {"kernel": "gemv", "rows": 2}, ODD | {"kernel": "gemm", "rows": 3}),
+        *each(SINGLE, ("90",), kernel="dequantize"),
+    ],
+}
 
 
-def test_gemv_of_every_format() -> None:
-    for row in compiled(each(SINGLE, ("86", "90"), kernel="gemv", in_features=FEATURES)):
+def test_gemv_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
+    for row in compiled("gemv"):
         check(row, GEMV_REGISTERS)
         assert row["exchanges"] == 0 and row["spilled"] == 0, row
         assert row["instructions_per_weight"] <= GEMV_BUDGET[row["formats"][0]], row
 
 
-def test_gemm_of_every_format() -> None:
+def test_gemm_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
     """Sixteen rows of x; four rows take the very same kernel."""
-    (first, *rows) = compiled(
-        each([["int2"]], ("86",), kernel="gemm", in_features=FEATURES, rows=4)
-        + each(SINGLE, ("86", "90"), kernel="gemm", in_features=FEATURES, rows=16)
-    )
+    first, *rows = compiled("gemm")
     assert first["hash"] == rows[0]["hash"]
     for row in rows:
         check(row, GEMM_REGISTERS)
@@ -91,14 +123,9 @@ def test_gemm_of_every_format() -> None:
         assert row["instructions_per_weight"] <= GEMM_BUDGET[row["formats"][0]], row
 
 
-def test_every_gpu() -> None:
+def test_every_gpu(compiled: Callable[[str], list[dict]]) -> None:
     """A fused gemv, where two segments of one format share its code, and a gemm."""
-    targets = (*CUDA, "gfx942")
-    rows = compiled(
-        each([["int3", "int2", "int3"]], targets, kernel="gemv", dtype="bf16", in_features=FEATURES)
-        + each([["int4"]], targets, kernel="gemm", dtype="bf16", rows=5, bias="fp32")
-    )
-    for row in rows:
+    for row in compiled("every gpu"):
         if row["target"] == "gfx942":
             assert row["binary_bytes"] > 0
         elif row["kernel"] == "gemm":
@@ -108,14 +135,10 @@ def test_every_gpu() -> None:
             assert row["exchanges"] == 0 and row["instructions_per_weight"] <= 1.05 * GEMV_BUDGET["int3"], row
 
 
-def test_large_gemm_dequantize_and_odd_shapes() -> None:
+def test_large_gemm_dequantize_and_odd_shapes(compiled: Callable[[str], list[dict]]) -> None:
     """In the large gemm warps share x through shared memory. The odd shapes: one output row, on which Triton would
     specialise, and a ragged and odd number of features."""
-    large = each([["int4"]], ("86", "90"), kernel="gemm", rows=512)
-    large += each([["int5"]], ("86",), kernel="gemm", rows=16, out_features=14336)
-    odd = each([["int6"]], ("89",), out_features=1, in_features=577, group_size=32)
-    odd = [request | more for more in ({"kernel": "gemv", "rows": 2}, {"kernel": "gemm", "rows": 3}) for request in odd]
-    for row in compiled(large + odd + each(SINGLE, ("90",), kernel="dequantize")):
+    for row in compiled("others"):
         if "in_features" in row:
             assert row["spilled"] == 0, row
             continue
