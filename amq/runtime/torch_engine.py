@@ -24,7 +24,7 @@ CONTEXT = 4096
 GRAPH_CONTEXT = 8192
 """On CUDA the caches are allocated at load: no more than this unless the caller asks for it."""
 WARM_UPS = 3
-CACHE_ARGUMENTS = ("past_key_values", "cache_params")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 """What models call their cache; the second one is Mamba's."""
 STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 """Models of transformers whose state is not in the cache but in the model itself: sequences would share it."""
