@@ -198,6 +198,9 @@ def profile(device: Device, step: Callable[[], object]) -> dict:
 
 def decode(device: Device, model: nn.Module, sizes: Config, context: int) -> dict:
     """A row of the result."""
+    device.empty_cache()
+    if not device.smoke:
+        torch.cuda.reset_peak_memory_stats()
     engine = TorchEngine(model, context, capture=plain if device.smoke else None)
     prompt = random_tokens(sizes, (context - 3 * STEPS // 2) // 256 * 256 or context // 2)
     slot = engine.open(prompt, context - len(prompt))
