@@ -134,7 +134,10 @@ class Device:
     def why_not(self, backend: str, fmt: BitFormat) -> str | None:
         """None if `backend` can run `fmt`, else the reason."""
         if backend == "cuda" and self.smoke:
-            return None if fmt.name in cuda.library().formats else "the shim was built without it"
+            try:
+                return None if fmt.name in cuda.library().formats else "the shim was built without it"
+            except AmqError as error:
+                return str(error)
         return (cuda if backend == "cuda" else triton).why_not(fmt)
 
     def synchronize(self) -> None:
