@@ -335,12 +335,15 @@ class Decode:
         for name, found in (("bandwidths", copy), ("shared state", shared)):
             if isinstance(found, Failure):
                 self.content["failed"][name] = found.reason
-        if not self.content["failed"]:
-            self.content["copy_gbps"] = copy["copy"]
-            for variant in variants():
-                if not self.run_variant(variant, shared):
-                    break
-        return self.save()
+        try:
+            if not self.content["failed"]:
+                self.content["copy_gbps"] = copy["copy"]
+                for variant in variants():
+                    if not self.run_variant(variant, shared):
+                        break
+        finally:
+            self.save()
+        return self.content
 
     def run_variant(self, variant: Variant, shared: SimpleNamespace) -> bool:
         """False where nothing more can run in this process."""
@@ -372,10 +375,9 @@ class Decode:
             self.reference, self.base = logits, row["us_per_token"]
         return row
 
-    def save(self) -> dict:
+    def save(self) -> None:
         self.content["seconds"] = self.clock.spent()
         self.results.write(self.content)
-        return self.content
 
 
 def main() -> int:
