@@ -9,7 +9,7 @@ Nothing is built inside the source tree except the module of an editable install
 `build/` left by an earlier run would carry deleted files into the wheel and, in CMakeCache.txt, paths of a build
 environment that pip has removed since; so both build folders are temporary.
 
-Environment: CMAKE_ARGS, options for CMake (`-DAMQ_SANITIZE=ON`).
+Environment: CMAKE_ARGS, options for CMake (`-DAMQ_SANITIZE=ON`; `-DAMQ_WERROR=ON` makes warnings errors).
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+
+FAILURE = "_cuda_failed.txt"
+"""As in amq/gpu/cuda.py, which reads it."""
 
 INSTALL_REQUIRES = [
     "torch>=2.11",
@@ -122,15 +125,37 @@ class CMakeBuild(build_ext):
                 *shlex.split(os.environ.get("CMAKE_ARGS", "")),
             ]
             subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", folder, "--target", "native", "--parallel"], check=True)
+            build = (cmake, "--build", folder, "--parallel", "--target")
+            subprocess.run([*build, "native"], check=True)
+            piped = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            kernels = subprocess.run([*build, "native_cuda"], **piped)
+            print(kernels.stdout)
+            note_failure(destination, kernels.stdout if kernels.returncode else None)
 
     def copy_extensions_to_source(self) -> None:
         """For an editable install; setuptools knows of `_cpu` only."""
         super().copy_extensions_to_source()
-        built, installed = Path(self.build_lib, "amq", "_cuda.so"), ROOT / "amq" / "_cuda.so"
-        installed.unlink(missing_ok=True)  # one of an earlier build would be of other sources
-        if built.exists():
-            shutil.copy(built, installed)
+        for name in ("_cuda.so", FAILURE):
+            built, installed = Path(self.build_lib, "amq", name), ROOT / "amq" / name
+            installed.unlink(missing_ok=True)  # one of an earlier build would be of other sources
+            if built.exists():
+                shutil.copy(built, installed)
+
+
+def note_failure(folder: Path, output: str | None) -> None:
+    """Without its CUDA kernels amq installs all the same: says so, and leaves the reason where backend cuda finds it.
+
+    output: of the build that failed, or None where it did not.
+    """
+    path = folder / FAILURE
+    path.unlink(missing_ok=True)
+    if output is None:
+        return
+    (folder / "_cuda.so").unlink(missing_ok=True)
+    lines = [line.strip() for line in output.splitlines() if line.strip()] or ["it said nothing"]
+    reason = next((line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)), lines[-1])
+    path.write_text(reason[:300] + "\n")
+    print(f"amq: nvcc failed, so amq is installed without its CUDA kernels: {reason}", file=sys.stderr)
 
 
 def packages() -> tuple[list[str], dict[str, str]]:

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (default 1: off)")
     add("--seed", type=int, metavar="N", help="of the draws, to repeat them")
     add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    add("--activations", choices=ACTIVATIONS, help="int8 (default, faster) or fp32 (exact); quantized models only")
+    add("--activations", choices=ACTIVATIONS, help="int8 or fp32 (exact); default: int8 on backend cpu, else fp32")
     add("--backend", choices=list(BACKENDS), help="what multiplies the quantized linears (default: the fastest)")
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of what is not quantized (default: float32 on a CPU)")

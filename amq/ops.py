@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from amq.backends import ACTIVATIONS, DTYPES, get_backend
+from amq.backends import ACTIVATIONS, DTYPES, default_activations, get_backend
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format
 from amq.packing import PreparedWeight, check_fused
@@ -28,7 +28,7 @@ def linear(
     x: Tensor,
     weights: Sequence[PreparedWeight],
     bias: Tensor | None = None,
-    activations: str = "int8",
+    activations: str | None = None,
     name: str = "linear",
 ) -> Tensor:
     """y[…, ΣN] = x[…, K] · Wᵀ for every weight, side by side in the order of `weights`.
@@ -41,12 +41,13 @@ def linear(
     activations: `fp32` multiplies x as it is; NaN and infinity in x propagate as in torch (a group is summed before it
         is scaled, so that x beyond 1e34 may overflow where torch does not; on a GPU, an infinity may give NaN). `int8`
         rounds x per row and group to a · q, a = max|x|/127 and q an integer: |y − y_fp32| ≤ Σ_groups a/2 · Σ_group |W|.
-        A NaN or an infinity in a row makes all of that row's outputs NaN. A row's result does not depend on the rows
-        beside it (on a GPU: nor on how many there are, up to rounding).
+        None takes `backends.default_activations`. A NaN or an infinity in a row makes all of its outputs NaN. A
+        row's result does not depend on the rows beside it (on a GPU: nor on how many there are, up to rounding).
     name: what to call this linear in errors.
     Raises AmqError, and computes nothing, where these do not fit together.
     """
     check_fused(weights, ("backend", "in_features", "group_size"), name)
+    activations = activations or default_activations(weights[0].backend)
     _check_input(x, weights, bias, activations, name)
     if type(x) is Tensor and not torch.compiler.is_compiling():
         return _run(x, weights, bias, activations, name)  # without torch's dispatcher: 7 instead of 26 µs

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amq.backends import check_activations, choose_backend, prepare
+from amq.backends import check_activations, choose_backend, default_activations, prepare
 from amq.checkpoint import PARTS
 from amq.errors import AmqError
 from amq.formats import BitFormat
@@ -31,16 +31,20 @@ class QuantizedLinear(nn.Module):
     weight: prepared; its bytes are a buffer of the module, and not in its state dict, because the layout is the
         backend's: a checkpoint stores the packed weight.
     bias: [out_features] or None.
-    activations: `int8` or `fp32`; see `amq.ops.linear`.
+    activations: `int8` or `fp32`, None for the backend's default; see `amq.ops.linear`.
     name: the linear's dotted name in its model, for errors.
     """
 
     def __init__(
-        self, weight: PreparedWeight, bias: Tensor | None = None, activations: str = "int8", name: str = "linear"
+        self,
+        weight: PreparedWeight,
+        bias: Tensor | None = None,
+        activations: str | None = None,
+        name: str = "linear",
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.activations, self.name = activations, name
+        self.activations, self.name = activations or default_activations(weight.backend), name
         self._weight = weight
         self.register_buffer("data", weight.data, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -51,7 +55,7 @@ class QuantizedLinear(nn.Module):
         packed: PackedWeight,
         bias: Tensor | None = None,
         backend: str = "cpu",
-        activations: str = "int8",
+        activations: str | None = None,
         name: str = "linear",
     ) -> QuantizedLinear:
         """Prepares `packed` for `backend`; drop `packed` afterwards to hold the weight only once."""

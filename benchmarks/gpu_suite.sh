@@ -1,16 +1,19 @@
 #!/bin/bash
-# The GPU suite: builds the CUDA kernels, checks every kernel on the device, measures linears and a decode, draws both.
+# The GPU suite: checks every CUDA and Triton kernel on the device, measures linears, a decode and the engine, compares
+# what the search computes with the CPU's, and draws what was measured. benchmarks/gpu/README.md says how to read it.
 #
 #     benchmarks/gpu_suite.sh DIR [--smoke]
 #
-# Runs from a checkout with nothing installed: Python (PYTHON, python3 by default) with torch, triton and numpy, and nvcc.
-# No network, no pip, no amq._cpu. At most 8 minutes; each part has its share and leaves out what does not fit. DIR gets
-# suite.json, correctness.json, speed.png, decode.png and log.txt, and is safe to use again. The exit status is 1 if a
-# check failed or a part did not finish. --smoke runs the same code at tiny sizes on a CPU and measures nothing.
+# Runs from a checkout with nothing installed: Python (PYTHON, python3 by default) with torch, triton, numpy, psutil and
+# transformers, and nvcc unless a library is given. No network, no pip. At most six minutes (AMQ_SUITE_SECONDS): each part
+# has its share, leaves out what does not fit, and is ended where it does not leave by itself; parts for which nothing is
+# left do not start. DIR gets suite.json, correctness.json, speed.png, decode.png and log.txt, and is safe to use again.
+# suite.json is written after every row, so a suite that is ended early leaves what it had. The exit status is 1 if a check
+# failed or a part did not finish. --smoke runs the same code at tiny sizes on a CPU and measures nothing.
 #
-# amq/_cuda.so is used if it is newer than kernels/cuda, else the kernels are built for the present GPU into a temporary
-# folder. AMQ_CUDA_LIBRARY names a library to use as it is; AMQ_CACHE a cache whose table of launch parameters
-# (python -m amq.gpu.tune) is to be used, none by default.
+# AMQ_CUDA_LIBRARY names a library of the CUDA kernels to use as it is; else amq/_cuda.so is used if it is newer than
+# kernels/cuda, else the kernels are built for the present GPU into a temporary folder. AMQ_CACHE is a cache whose table
+# of launch parameters (python -m amq.gpu.tune) is to be used, none by default.
 
 set -u -o pipefail
 usage="usage: benchmarks/gpu_suite.sh DIR [--smoke]"
@@ -20,12 +23,40 @@ smoke=${2:-}
 
 root=$(cd "$(dirname "$0")/.." && pwd)
 python=${PYTHON:-python3}
+total=${AMQ_SUITE_SECONDS:-360} patience=1
+[ -z "$smoke" ] || { total=${AMQ_SUITE_SECONDS:-3600} patience=10; }  # it measures nothing, and may run beside other work
 mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || exit 2
 work=$(mktemp -d) || exit 2
-trap 'rm -rf "$work"' EXIT
 cd "$root" || exit 2
 export PYTHONPATH=$root PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 AMQ_CACHE=${AMQ_CACHE:-$work/cache}
-rm -f "$folder"/{suite.json,correctness.json,speed.png,decode.png,log.txt}
+rm -f "$folder"/{suite.json,correctness.json,speed.png,decode.png,log.txt,clocks.jsonl}
+
+exec 3>&1 > >(exec tee "$folder/log.txt") 2>&1
+tee=$!
+running="" clocks="" cpu=""
+# Ends what still runs, and waits until the log is whole. A part that gets SIGTERM writes what it has.
+leave() {
+    local process
+    for process in $running $clocks $cpu; do kill "$process" 2>/dev/null && wait "$process" 2>/dev/null; done
+    rm -rf "$work"
+    exec >&3 2>&3
+    wait "$tee" 2>/dev/null
+}
+trap leave EXIT
+trap 'echo "== terminated"; exit 143' TERM INT HUP
+
+left() { echo $((total - SECONDS)); }
+
+# wait_for COMMAND…: in the background, so that a SIGTERM to this script is seen at once.
+wait_for() {
+    local status
+    "$@" &
+    running=$!
+    wait "$running"
+    status=$?
+    running=""
+    return $status
+}
 
 # The flags of target _cuda in CMakeLists.txt, for one architecture.
 build() {
@@ -40,38 +71,66 @@ build() {
     if [ -e "$library" ] && [ -z "$(find kernels/cuda -type f -newer "$library")" ]; then echo "build: $library is up to date"; return; fi
     export AMQ_CUDA_LIBRARY=$work/_cuda.so
     architecture=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") || return 1
-    PATH=$PATH:/usr/local/cuda/bin nvcc -O3 -DNDEBUG -std=c++17 \
+    PATH=$PATH:/usr/local/cuda/bin wait_for nvcc -O3 -DNDEBUG -std=c++17 \
         "-gencode=arch=compute_80,code=[compute_80,sm_$architecture]" \
         -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -shared -cudart static \
         -Xlinker --exclude-libs,ALL -o "$AMQ_CUDA_LIBRARY" kernels/cuda/launch.cu || return 1
     echo "build: $AMQ_CUDA_LIBRARY for sm_$architecture"
 }
 
-# part NAME SECONDS [OPTIONS]: runs benchmarks/gpu/NAME.py, which leaves out what SECONDS do not suffice for; kills it well after.
+# The CPU module, for part search alone: built beside the first parts where it is not installed.
+build_cpu() {
+    "$python" -c "import importlib.util as i, sys; sys.exit(i.find_spec('amq._cpu') is None)" && return
+    export AMQ_SUITE_CPU=$work/cpu
+    CMAKE_ARGS=-DAMQ_CUDA=OFF "$python" setup.py -q build_ext --build-lib "$AMQ_SUITE_CPU" >"$work/cpu.txt" 2>&1 &
+    cpu=$!
+}
+
+# part NAME SECONDS [OPTIONS]: runs benchmarks/gpu/NAME.py, which leaves out what SECONDS do not suffice for; ends it soon
+# after, or where the whole suite's time is over. RESERVE seconds stay for the pictures.
+RESERVE=20
 part() {
-    local started=$SECONDS status name=$1 seconds=$2
+    local began=$SECONDS status name=$1 seconds=$(($2 * patience)) most
     shift 2
-    timeout -k 5 $((seconds + 20)) "$python" "benchmarks/gpu/$name.py" "$folder" --seconds "$seconds" $smoke "$@"
+    most=$(($(left) - RESERVE))
+    [ "$name" = plot ] && most=$((most + RESERVE > 10 ? most + RESERVE : 10))
+    if [ "$most" -lt 5 ]; then
+        echo "== $name: not started, the suite's $total s are over"
+        parts="$parts $name=124" failed="$failed $name"
+        return
+    fi
+    [ "$seconds" -gt "$most" ] && seconds=$most
+    [ "$most" -gt $((seconds + 10)) ] && most=$((seconds + 10))
+    wait_for timeout -k 5 "$most" "$python" "benchmarks/gpu/$name.py" "$folder" --seconds "$seconds" \
+        --began "$(date +%s.%N)" $smoke "$@"
     status=$?
-    echo "== $name: status $status, $((SECONDS - started)) s"
+    echo "== $name: status $status, $((SECONDS - began)) s"
     parts="$parts $name=$status"
     [ $status -eq 0 ] || failed="$failed $name"
 }
 
-suite() {
-    local failed="" parts="build=0" started=$SECONDS
-    if ! build; then failed=" build" parts="build=1"; fi  # the parts say that there is no library, and try Triton
-    echo "== $parts: $((SECONDS - started)) s"
-    [ -z "$smoke" ] || export TRITON_INTERPRET=1
-    part machine 30
-    if [[ $failed = *machine* ]]; then echo "== nothing can run here"; return 1; fi
-    part correctness 120
-    part speed 170
-    part decode 90
-    part plot 20 --parts "$parts"
-    echo "== all: $((SECONDS - started)) s, failed:${failed:- nothing}"
-    [ -z "$failed" ]
-}
-
-suite 2>&1 | tee "$folder/log.txt"
-exit "${PIPESTATUS[0]}"
+failed="" parts="build=0"
+if ! build; then failed=" build" parts="build=1"; fi  # the parts say that there is no library, and try Triton
+echo "== $parts: $SECONDS s"
+[ -z "$smoke" ] || export TRITON_INTERPRET=1
+part machine 15
+if [[ $failed = *machine* ]]; then echo "== nothing can run here"; exit 1; fi
+build_cpu
+"$python" benchmarks/gpu/clocks.py "$folder" &
+clocks=$!
+# What they take together, with the build of a library carried in (none), is below the total.
+part correctness 75
+part speed 100
+part decode 45
+part engine 55
+if [ -n "$cpu" ]; then
+    wait_for timeout $((30 * patience)) tail --pid="$cpu" -f /dev/null
+    [ -z "$(find "$work/cpu" -name '_cpu.*.so' 2>/dev/null)" ] && tail -n 5 "$work/cpu.txt"
+fi
+part search 25
+kill "$clocks" 2>/dev/null
+wait "$clocks" 2>/dev/null
+clocks=""
+part plot 10 --parts "$parts"
+echo "== all: $SECONDS s of $total, failed:${failed:- nothing}"
+[ -z "$failed" ]

@@ -225,6 +225,37 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.
         )
 
 
+def test_a_library_newer_than_the_driver_is_noticed(library: cuda.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any product: any minor version of the driver's own CUDA runs, another major one does not."""
+    for driver, runs in (("13000", True), ("13010", True), ("14000", True), ("12090", False), ("0", False)):
+        monkeypatch.setenv("AMQ_SHIM_DRIVER", driver)
+        assert (library.why_not() is None) == runs, driver
+    monkeypatch.setenv("AMQ_SHIM_DRIVER", "12040")
+    monkeypatch.setattr(cuda, "library", lambda: library)
+    monkeypatch.setattr(cuda, "_no_device", lambda: None)  # as if torch had a GPU
+    cuda._not_loadable.cache_clear()
+    reason = cuda.why_not(FORMATS["int3"])
+    cuda._not_loadable.cache_clear()
+    assert "was built with CUDA 13.0, and this machine's NVIDIA driver knows CUDA 12.4 only: update the " in reason
+    assert "a toolkit of CUDA 12 " in reason
+    with pytest.raises(AmqError, match="backend cuda cannot run int3: .*knows CUDA 12.4 only"):
+        backends.prepare(random_packed(FORMATS["int3"], 24, 64, 64), "cuda")
+    cuda._not_loadable.cache_clear()
+    monkeypatch.delenv("AMQ_SHIM_DRIVER")
+    monkeypatch.setenv("AMQ_SHIM_NO_IMAGE", "1")
+    assert "error 209, no kernel image is available" in library.why_not()
+
+
+def test_a_failed_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What setup.py leaves where the library would be: the install went on without it."""
+    (tmp_path / cuda.FAILURE).write_text("gemv.cuh(288): error: unknown attribute\n")
+    monkeypatch.setenv("AMQ_CUDA_LIBRARY", str(tmp_path / "_cuda.so"))
+    cuda.library.cache_clear()
+    reason = cuda.why_not(FORMATS["int3"])
+    cuda.library.cache_clear()
+    assert "_cuda.so: nvcc failed (gemv.cuh(288): error: unknown attribute); install the CUDA toolkit" in reason
+
+
 @pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
 @pytest.mark.parametrize("kind", ("addresses", "races"))
 def test_the_sanitizers(kind: str, tmp_path: Path) -> None:

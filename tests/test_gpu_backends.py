@@ -17,6 +17,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.gpu import layout, tune, tuning
 from amq.packing import PreparedWeight
+from amq.quantized_linear import QuantizedLinear
 
 ROWS = 8
 """What the stand-in of the CUDA library takes at most."""
@@ -104,6 +105,19 @@ def test_choose_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     able("triton", None)
     assert backends.choose_backend(FORMATS, "cuda") == "triton"
     assert caplog.messages == ["backend cuda is passed over: int2: it is Tuesday"]
+
+
+@pytest.mark.parametrize("backend", ("cuda", "triton"))
+def test_a_gpu_computes_exactly_unless_told_otherwise(backend: str) -> None:
+    """The op and the module, which would ask Triton for int8 if they had the CPU's default."""
+    size = prepared(backend).nbytes
+    with FakeTensorMode():
+        data = torch.empty(size, dtype=torch.uint8, device="cuda")
+        weight = PreparedWeight(backend, FORMATS["int3"], 24, 640, 64, data)
+        assert ops.linear(torch.empty(2, 640, dtype=torch.float16, device="cuda"), [weight]).shape == (2, 24)
+    assert QuantizedLinear(prepared(backend)).activations == "fp32"
+    assert QuantizedLinear(prepared("cpu")).activations == "int8"
+    assert QuantizedLinear(prepared("cuda"), activations="int8").activations == "int8"
 
 
 @pytest.mark.parametrize("backend", ("cuda", "triton"))

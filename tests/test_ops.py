@@ -323,7 +323,7 @@ def test_module_keeps_no_prepared_bytes_in_its_state(backend: str) -> None:
     assert torch.equal(linear(x), ops.linear(x, [linear.weight], torch.zeros(33)))
     assert repr(linear) == (
         "QuantizedLinear(in_features=100, out_features=33, bias=True, format=int3, group_size=32, "
-        f"backend={backend}, activations=int8)"
+        f"backend={backend}, activations={backends.default_activations(backend)})"
     )
 
 

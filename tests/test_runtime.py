@@ -137,6 +137,34 @@ def test_loading(folder: Path, tiny_folder: Path) -> None:
         load(tiny_folder, activations="int8")
 
 
+@pytest.mark.parametrize(
+    "options, expected",
+    (
+        ({"device": "cuda"}, "fp32"),
+        ({"device": "cuda:1", "backend": "triton"}, "fp32"),
+        ({"device": "cuda", "backend": "cuda"}, "fp32"),
+        ({"device": "cuda", "backend": "cuda", "activations": "int8"}, "int8"),
+        ({"backend": "reference"}, "fp32"),
+        ({"dtype": "bfloat16"}, "int8"),
+        ({"dtype": "bfloat16", "backend": "cpu"}, "int8"),
+    ),
+)
+def test_activations_where_nobody_says(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, options: dict, expected: str
+) -> None:
+    """Exact on a GPU, where int8 costs a launch for each linear and Triton has none."""
+    seen = []
+
+    def stop(name: str, dtype: str, device: str, quantization_config: Any) -> None:
+        seen.append(quantization_config.activations)
+        raise AmqError("far enough")
+
+    monkeypatch.setattr("amq.models.load_model", stop)
+    with pytest.raises(AmqError, match="far enough"):
+        load(folder, **options)
+    assert seen == [expected]
+
+
 def test_a_packed_head_runs_in_transformers_too(tmp_path: Path) -> None:
     folder = tiny_checkpoint(ARCHITECTURES["llama"].build(tie_word_embeddings=True), tmp_path / "head", head="int8")
     packed = load(folder, **EXACT)

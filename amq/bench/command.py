@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--perplexity", metavar="FILE", help="a text file (or pydoc, docstrings): every engine's perplexity on it")
     add("--max-tokens", type=int, default=8192, metavar="N", help="of that text (default 8192)")
     add("--window-length", type=int, default=512, metavar="N", help="of that text (default 512)")
-    add("--activations", choices=ACTIVATIONS, help="int8 (default, faster) or fp32 (exact); quantized models only")
+    add("--activations", choices=ACTIVATIONS, help="int8 or fp32 (exact); default: int8 on backend cpu, else fp32")
     add("--backend", choices=list(BACKENDS), help="what multiplies the quantized linears (default: the fastest)")
     add("--device", default="cpu")
     add("--dtype", default="auto", help="of what is not quantized (default: float32 on a CPU)")

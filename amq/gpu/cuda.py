@@ -25,6 +25,8 @@ from amq.packing import PreparedWeight
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 """What x may be, with the number that the library knows it by."""
 LOWEST_CAPABILITY = (8, 0)
+INSUFFICIENT_DRIVER = 35
+"""cudaErrorInsufficientDriver"""
 X_UNIT, ALIGNMENT = 128, 16
 """The kernels read x this many features at a time, from addresses that divide by ALIGNMENT."""
 MAX_WARPS, WARPS = 8, 4
@@ -38,11 +40,12 @@ class Library:
     """The C functions of kernels/cuda/launch.cu in the shared library at `path`."""
 
     def __init__(self, path: Path) -> None:
-        self._library = ctypes.CDLL(str(path))
+        self.path, self._library = path, ctypes.CDLL(str(path))
         integer, long, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         longs = ctypes.POINTER(long)
         self._declare("amq_cuda_formats", ctypes.c_char_p)
         self._declare("amq_cuda_error", ctypes.c_char_p, integer)
+        self._declare("amq_cuda_check", integer, *2 * (ctypes.POINTER(integer),))
         self._declare("amq_cuda_max_rows", integer)
         self._declare("amq_cuda_scratch_bytes", long, integer, integer, integer)
         self._declare(
@@ -57,6 +60,25 @@ class Library:
     def _declare(self, name: str, result: type, *arguments: type) -> None:
         function = getattr(self._library, name)
         function.restype, function.argtypes = result, arguments
+
+    def why_not(self) -> str | None:
+        """None if the kernels can run on CUDA's current device, else the reason and the remedy; launches nothing."""
+        runtime, driver = ctypes.c_int(), ctypes.c_int()
+        status = self._library.amq_cuda_check(ctypes.byref(runtime), ctypes.byref(driver))
+        if status == 0:
+            return None
+        built, known = (f"{v.value // 1000}.{v.value % 1000 // 10}" for v in (runtime, driver))
+        if status == INSUFFICIENT_DRIVER:
+            return (
+                f"{self.path} was built with CUDA {built}, and this machine's NVIDIA driver knows CUDA {known} only: "
+                f"update the driver, or build amq again with a toolkit of CUDA {known.partition('.')[0]} "
+                "(`pip install -e .` with its nvcc on PATH); --backend triton needs no library"
+            )
+        reason = self._library.amq_cuda_error(status).decode()
+        return (
+            f"{self.path}, built with CUDA {built}, cannot run on this device with a driver for CUDA {known}: error "
+            f"{status}, {reason}; build amq again on this machine with `pip install -e .`"
+        )
 
     def linear(
         self,
@@ -141,13 +163,19 @@ REFUSALS = {
 """`Status` in kernels/cuda/launch.cu."""
 
 
+FAILURE = "_cuda_failed.txt"
+"""Beside where the library would be: one line, what nvcc said when amq was installed (setup.py writes it)."""
+
+
 @lru_cache(maxsize=1)
 def library() -> Library:
     """`amq/_cuda.so`, or an error that says how to build it; AMQ_CUDA_LIBRARY names another file."""
     path = Path(os.environ.get("AMQ_CUDA_LIBRARY", Path(__file__).parents[1] / "_cuda.so"))
     if not path.exists():
+        failure = path.with_name(FAILURE)
+        reason = f"nvcc failed ({failure.read_text().strip()})" if failure.exists() else "amq was built without nvcc"
         raise AmqError(
-            f"there is no {path}: amq was built without nvcc; install the CUDA toolkit and build again with "
+            f"there is no {path}: {reason}; install the CUDA toolkit and build again with "
             "`pip install -e .` in a checkout of amq, or use --backend triton"
         )
     try:
@@ -167,7 +195,7 @@ def why_not(fmt: BitFormat) -> str | None:
             return f"kernels/cuda has no file for it, or one for other codes; the library holds {held}"
     except AmqError as error:
         return str(error)
-    return _no_device()
+    return _no_device() or _not_loadable()
 
 
 @lru_cache(maxsize=1)
@@ -180,6 +208,11 @@ def _no_device() -> str | None:
     if capability < LOWEST_CAPABILITY:
         return f"{torch.cuda.get_device_name()} has compute capability {capability}, and the kernels want 8.0 or newer"
     return None
+
+
+@lru_cache(maxsize=1)
+def _not_loadable() -> str | None:
+    return library().why_not()
 
 
 def max_rows() -> int:

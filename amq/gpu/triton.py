@@ -142,8 +142,7 @@ def linear(
     """
     _check(x, weights, bias, activations, name)
     if choose is None and x.shape[0] >= dense_rows():
-        y = torch.cat([torch.nn.functional.linear(x, dequantize(weight, x.dtype)) for weight in weights], dim=-1)
-        return y if bias is None else y.add_(bias)
+        return _dense_linear(x, weights, bias)
     y = x.new_empty(x.shape[0], sum(w.out_features for w in weights))
     try:
         linear_into(y, x, weights, bias, choose or measured)
@@ -156,6 +155,18 @@ def linear(
             f"features on {x.device}: {error}; Triton needs a C compiler (CC), and --backend reference needs no Triton"
         ) from error
     return y
+
+
+def _dense_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None) -> Tensor:
+    """Each weight's product is one of its own, whatever stands beside it: fused and separate calls agree."""
+    y = x.new_empty(x.shape[0], sum(w.out_features for w in weights))
+    for weight, part in zip(weights, y.split([w.out_features for w in weights], dim=-1), strict=True):
+        transposed = dequantize(weight, x.dtype).T
+        if len(weights) == 1:
+            torch.mm(x, transposed, out=y)
+        else:
+            part.copy_(torch.mm(x, transposed))
+    return y if bias is None else y.add_(bias)
 
 
 def linear_into(
@@ -183,7 +194,7 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Te
         raise AmqError(f"dequantize {weight.format.name} with Triton: {why_not(weight.format)}")
     _check_data([weight], weight.data.device, "dequantize")
     kernels = _kernels()
-    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=weight.data.device)
+    out = weight.data.new_empty(weight.out_features, weight.in_features, dtype=dtype)
     blocks = -(-weight.out_features // DEQUANTIZE_ROWS) * -(-weight.in_features // layout.SLAB)
     bits, byte_words, _ = kernels.decoders[weight.format.name]
     with _on_device(out):

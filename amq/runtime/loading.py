@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amq.backends import ACTIVATIONS, choose_backend, get_backend
+from amq.backends import ACTIVATIONS, choose_backend, default_activations, get_backend
 from amq.checkpoint import is_checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.limits import fit_threads
@@ -51,8 +51,8 @@ def load(
     model: a folder that `amq.quantize` wrote; or what `amq.models.load_model` takes, which then runs in plain torch.
     device: where everything but packed weights goes; those are prepared there when they are first used.
     backend: a name in `amq.backends.BACKENDS`; None takes the fastest that runs the model's formats on the device.
-    activations: `int8` (default, faster) or `fp32` (exact); see `amq.ops.linear`. On a backend that lacks int8, such as
-        Triton, say fp32.
+    activations: `int8` (faster on a CPU) or `fp32` (exact); see `amq.ops.linear`. None takes int8 on backend cpu, and
+        fp32 on every other one: on a GPU int8 costs a launch for each linear. Triton and reference refuse int8.
     dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
@@ -114,6 +114,14 @@ def _check(
         raise AmqError(f"threads must be at least 1, got {threads}")
 
 
+def _default_activations(folder: Path, device: str, backend: str | None) -> str:
+    """Those of `backend`, or of the one that the formats of the checkpoint get on `device`."""
+    if backend is None and device != "cpu":
+        return default_activations("cuda")  # like those of every other backend of a GPU
+    formats = open_checkpoint(folder, verify=False).record.formats.values()
+    return default_activations(backend or choose_backend(sorted(set(formats))))
+
+
 def _load_torch(
     model: str,
     quantized: bool,
@@ -133,7 +141,8 @@ def _load_torch(
     if quantized:
         from amq.hf import AmqConfig
 
-        how |= {"quantization_config": AmqConfig(activations=activations or "int8", backend=backend)}
+        activations = activations or _default_activations(Path(model).expanduser(), device, backend)
+        how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}
     loaded = load_model(str(Path(model).expanduser()) if quantized else model, dtype, device, **how)
     engine = TorchEngine(loaded.model, context, max_sequences, why=why)
     ends = loaded.model.generation_config.eos_token_id

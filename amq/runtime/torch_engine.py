@@ -6,8 +6,10 @@ decode step of each is a CUDA graph, captured once at load, because there a step
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -251,9 +253,11 @@ class TorchEngine:
                 self._free = [
                     _Captured(self._forward, self._use.layers, self.context, self._device, capture) for _ in places
                 ]
+            return ", decode steps captured"
         except (ImportError, *REFUSALS) as error:  # of memory for the caches, or an operation that a graph cannot hold
-            return self._uncaptured((str(error).strip().splitlines() or [type(error).__name__])[0])
-        return ", decode steps captured"
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        _empty_cache(self._device)  # the caches went with the error
+        return self._uncaptured(reason)
 
     def _uncaptured(self, reason: str) -> str:
         self._free = None
@@ -262,8 +266,12 @@ class TorchEngine:
 
 
 def _cuda_graph(device: torch.device) -> Capture:
-    """Captures steps on `device` in CUDA graphs; they share their scratch memory, since they never run at once."""
-    pool = torch.cuda.graph_pool_handle()
+    """Captures steps on `device` in CUDA graphs; they share their scratch memory, since they never run at once.
+
+    A step that cannot be captured raises what stood in the way, and leaves the current stream, the allocator and the
+    device's random numbers as they were: `torch.cuda.graph` would go on on its own stream.
+    """
+    pool, graphs = torch.cuda.graph_pool_handle(), []
 
     def capture(step: Step) -> Step:
         with torch.cuda.device(device):
@@ -272,8 +280,16 @@ def _cuda_graph(device: torch.device) -> Capture:
             with torch.cuda.stream(side):
                 step()  # libraries allocate their workspaces for the stream that a graph is captured on
             torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph, pool=pool, stream=side):
-                result = step()
+            _empty_cache(device)
+            with torch.cuda.stream(side):
+                graph.capture_begin(pool=pool)
+                try:
+                    result = step()
+                    graph.capture_end()
+                except BaseException:
+                    _abandon(graph, device, pool, shared=bool(graphs))
+                    raise
+        graphs.append(graph)
 
         def replay() -> Tensor:
             graph.replay()
@@ -282,6 +298,36 @@ def _cuda_graph(device: torch.device) -> Capture:
         return replay
 
     return capture
+
+
+def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int], shared: bool) -> None:
+    """Ends the capture that `graph` began.
+
+    torch's own ending gives up where CUDA calls the capture invalid, and then has not told the allocator (before torch
+    2.12, which would never give memory back again), nor the random number generator (which would refuse every draw),
+    and it keeps the pool.
+    shared: whether other graphs use the pool; it then stays theirs.
+    """
+    try:
+        graph.capture_end()
+    except RuntimeError:
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        with suppress(RuntimeError):  # which says that the allocator has been told already
+            torch._C._cuda_endAllocateToPool(index, pool)
+        if not shared:
+            with suppress(RuntimeError):
+                torch._C._cuda_releasePool(index, pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())  # a clone is not being captured
+    graph.reset()
+
+
+def _empty_cache(device: torch.device) -> None:
+    """Gives back what nobody holds any more: a capture wants memory of its own."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def weight_bytes(model: nn.Module) -> int:

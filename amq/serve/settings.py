@@ -28,7 +28,7 @@ class ServeSettings:
     drain: float = flag(30.0, "seconds that running requests have to finish after SIGTERM", metavar="SECONDS")
     max_body: str = flag("1MiB", "largest request body", metavar="SIZE")
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", metavar="N")
-    activations: str | None = flag(None, "int8 (faster) or fp32 (exact); quantized models only", choices=ACTIVATIONS)
+    activations: str | None = flag(None, "int8 or fp32 (exact); default: int8 on backend cpu", choices=ACTIVATIONS)
     backend: str | None = flag(None, "what multiplies the quantized linears (default: the fastest)", choices=BACKENDS)
     device: str = flag("cpu", "where the model runs", metavar="DEVICE")
     dtype: str = flag("auto", "of what is not quantized (auto: float32 on a CPU)", metavar="DTYPE")

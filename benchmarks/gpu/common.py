@@ -4,26 +4,35 @@
 from the shim of tests/cuda_shim, Triton's from its interpreter, a graph is a plain call, and no time is taken: every
 figure that comes from one is None, so that a smoke run cannot be mistaken for a measurement.
 
-The suite runs from a checkout with nothing installed and without `amq._cpu`. Only `amq._triton` has another place there
-(kernels/triton) than after an installation; `load_triton_kernels` registers it, always from the checkout.
+`attempt` runs what may fail: an error, of memory too, is the result of its row and never the end of a part. `Results`
+writes a part's section after every row, and `leave_on_termination` lets `timeout` end a part through its `finally`.
+
+The suite runs from a checkout with nothing installed. `amq._triton` has another place there (kernels/triton) than after
+an installation; `load_triton_kernels` registers it, always from the checkout. No part but search.py needs `amq._cpu`;
+where that is not installed, gpu_suite.sh builds it and `load_cpu_module` registers it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import importlib.util
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
+from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -32,6 +41,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small funct
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+from amq import native  # noqa: E402
+from amq.errors import AmqError  # noqa: E402
 from amq.formats import BitFormat, n_groups  # noqa: E402
 from amq.gpu import cuda, layout, triton, tuning  # noqa: E402
 from amq.packing import PackedWeight, PreparedWeight, dequantize  # noqa: E402
@@ -50,14 +61,30 @@ DENSE_ROWS = 2048
 
 def load_triton_kernels() -> None:
     """kernels/triton of this checkout as `amq._triton`."""
-    folder = ROOT / "kernels" / "triton"
-    spec = importlib.util.spec_from_file_location(
-        "amq._triton", folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
+    _register("_triton", ROOT / "kernels" / "triton" / "__init__.py", is_package=True)
+
+
+def load_cpu_module() -> str | None:
+    """`amq._cpu` as installed, else the one that gpu_suite.sh built into the folder AMQ_SUITE_CPU; None if it can be
+    used, else the reason why not."""
+    built = sorted(Path(os.environ.get("AMQ_SUITE_CPU", ROOT / "amq")).rglob("_cpu.*.so"))
+    try:
+        if importlib.util.find_spec("amq._cpu") is None and built:
+            _register("_cpu", built[0])
+        native.cpu_module()
+    except (AmqError, ImportError) as error:
+        return str(error)
+    return None
+
+
+def _register(name: str, path: Path, is_package: bool = False) -> None:
+    """The file at `path` as the module `amq.NAME`."""
+    folders = [str(path.parent)] if is_package else None
+    spec = importlib.util.spec_from_file_location(f"amq.{name}", path, submodule_search_locations=folders)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["amq._triton"] = module
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    sys.modules["amq"]._triton = module
+    setattr(sys.modules["amq"], name, module)
 
 
 @dataclass(frozen=True)
@@ -74,10 +101,11 @@ class Timing:
 
 
 class Clock:
-    """What is left of a part's share of the time."""
+    """What is left of a part's share of the time. began: time.time() when the share began, None for now: a part's share
+    holds the start of Python and torch."""
 
-    def __init__(self, seconds: float) -> None:
-        self.start = time.monotonic()
+    def __init__(self, seconds: float, began: float | None = None) -> None:
+        self.start = time.monotonic() - (0 if began is None else time.time() - began)
         self.end = self.start + seconds
 
     def left(self) -> float:
@@ -106,12 +134,19 @@ class Device:
     def why_not(self, backend: str, fmt: BitFormat) -> str | None:
         """None if `backend` can run `fmt`, else the reason."""
         if backend == "cuda" and self.smoke:
-            return None if fmt.name in cuda.library().formats else "the shim was built without it"
+            try:
+                return None if fmt.name in cuda.library().formats else "the shim was built without it"
+            except AmqError as error:
+                return str(error)
         return (cuda if backend == "cuda" else triton).why_not(fmt)
 
     def synchronize(self) -> None:
         if not self.smoke:
             torch.cuda.synchronize()
+
+    def empty_cache(self) -> None:
+        if not self.smoke:
+            torch.cuda.empty_cache()
 
     def multiply(
         self,
@@ -231,11 +266,42 @@ def bandwidths(device: Device) -> dict[str, float | None]:
     return {"copy": ratio(2 * source.nbytes / 1e3, copy.us, 1), "read": ratio(source.nbytes / 1e3, read.us, 1)}
 
 
+@dataclass(frozen=True)
+class Failure:
+    """What became of a call that raised. broken: the process's GPU context is gone, whatever it does next fails too."""
+
+    reason: str
+    traceback: str
+    broken: bool
+
+
+Result = TypeVar("Result")
+
+
+def attempt(device: Device, function: Callable[..., Result], *arguments: object) -> Result | Failure:
+    """The result of a call, or why there is none: a failure of any kind is a result of a measurement.
+
+    Memory that the failed call held is free afterwards: nothing of it but text is kept, and the allocator gives back
+    what it had cached, so that a row that did not fit takes no later one along.
+    """
+    try:
+        return function(*arguments)
+    except Exception as error:  # noqa: BLE001 - whatever its kind; what ends the process (SystemExit) passes
+        kind = "out of memory" if isinstance(error, (torch.OutOfMemoryError, MemoryError)) else type(error).__name__
+        reason, trace = f"{kind}: {str(error)[:1500]}", traceback.format_exc()[-3000:]
+    # The exception is gone here, and with it the frames that held the call's tensors.
+    return Failure(reason, trace, is_broken(device))
+
+
 def is_broken(device: Device) -> bool:
-    """Whether the process's GPU context is gone, so that whatever it does next fails too."""
+    """Whether the process's GPU context is gone; gives cached memory back first."""
+    gc.collect()  # a failed capture may leave cycles that hold its tensors
     try:
         device.synchronize()
+        device.empty_cache()
         torch.zeros(1, device=device.torch).item()
+    except torch.OutOfMemoryError:
+        return False  # somebody has all the memory, but the context lives
     except RuntimeError:
         return True
     return False
@@ -298,22 +364,49 @@ def tuning_table(device: Device) -> str:
     return f"launch parameters from {path}" if path and path.exists() else "no table: launch parameters as reasoned"
 
 
+class Results:
+    """One section of DIR/suite.json, and the others as they are.
+
+    `write` is called after every row: what was measured survives a part that is killed. Each row of a section carries
+    `at`, seconds since 1970, to be matched with the section "clocks".
+    """
+
+    def __init__(self, folder: Path, section: str, smoke: bool) -> None:
+        self._path, self._section = folder / "suite.json", section
+        self._all = json.loads(self._path.read_text()) if self._path.exists() else {}
+        self._all["smoke"] = smoke
+        if smoke:
+            self._all["note"] = "a smoke run on a CPU: nothing was measured, every figure is null"
+
+    def write(self, content: object) -> None:
+        self._all[self._section] = content
+        write_json(self._path, self._all)
+
+
 def record(folder: Path, section: str, content: object, smoke: bool) -> None:
-    """Puts `content` into suite.json at once, so that what was measured survives a run that is cut short."""
-    path = folder / "suite.json"
-    result = json.loads(path.read_text()) if path.exists() else {}
-    result["smoke"] = smoke
-    if smoke:
-        result["note"] = "a smoke run on a CPU: nothing was measured, every figure is null"
-    result[section] = content
-    write_json(path, result)
+    """Puts one section into suite.json."""
+    Results(folder, section, smoke).write(content)
 
 
-def write_json(path: Path, content: object) -> None:
-    """All of it or nothing."""
+def write_json(path: Path, content: object, indent: int | None = None) -> None:
+    """All of it or nothing. Without an indent it takes milliseconds for hundreds of rows, and is done after each."""
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=indent) + "\n")
     temporary.replace(path)
+
+
+def now() -> float:
+    """`at` of a row."""
+    return round(time.time(), 2)
+
+
+def leave_on_termination() -> None:
+    """SIGTERM, which `timeout` sends, leaves through every `finally`."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def say(text: str) -> None:
@@ -322,14 +415,17 @@ def say(text: str) -> None:
 
 
 STARTED = time.monotonic()
+BEGAN = time.time()
 
 
 def arguments(description: str, seconds: float) -> argparse.ArgumentParser:
-    """What every part takes."""
+    """What every part takes; asking for it also makes SIGTERM leave in good order."""
+    leave_on_termination()
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where the results go")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: checks the code, measures nothing")
     parser.add_argument("--seconds", type=float, default=seconds, help="what does not fit into them is left out")
+    parser.add_argument("--began", type=float, default=BEGAN, help="when they began, in seconds since 1970")
     parser.add_argument("--part", type=int, help="for workers that this script starts itself")
     parser.add_argument("--of", type=int, default=1, help="likewise")
     return parser

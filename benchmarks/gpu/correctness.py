@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -30,13 +29,15 @@ import torch
 from common import (
     Clock,
     Device,
+    Failure,
+    Results,
     arguments,
+    attempt,
     dense,
-    is_broken,
     machine,
+    now,
     prepare,
     random_packed,
-    record,
     say,
     write_json,
 )
@@ -44,6 +45,7 @@ from torch import Tensor
 
 from amq.backends import quantize_activations
 from amq.formats import FORMATS, GROUP_SIZES, get_format
+from amq.gpu import triton
 from amq.packing import PackedWeight, PreparedWeight
 
 WORKERS = 13
@@ -55,9 +57,13 @@ CUDA_ROWS = 8
 FEW = 64
 """Outputs below which one rounding is added to the bar."""
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+MANY = (triton.DENSE_ROWS, -(-triton.DENSE_ROWS // 3) * 3)
+"""Rows of x from which Triton dequantizes and torch multiplies; the second number divides by 3, so it has a bias."""
 BROKEN = 3
 """Exit status of a worker whose GPU context is lost."""
 RESTARTS = 5
+SAVE_SECONDS = 1.0
+"""Between two writings of correctness.json while cases run: they may end a hundred times a second."""
 SHAPES = ((133, 1543), (72, 520), (7, 40), (256, 1536), (1, 1))
 LARGE = ((4096, 4096), (1024, 14336))
 
@@ -88,14 +94,14 @@ def cases(smoke: bool) -> list[Case]:
     if smoke:
         some = zip(every, ("fp16", "bf16") * 3, ("fp32", "int8", "int8") * 2, GROUP_SIZES * 2, strict=True)
         grid = [Case("products", "cuda", (f,), d, a, g, (19, 88), (1, 3, 8)) for f, d, a, g in some]
-        grid += [Case("products", "triton", (f,), shape=(19, 88), rows=(1, 5)) for f in ("int3", "int4")]
+        grid += [Case("products", "triton", (f,), shape=(19, 88), rows=(1, 5, *MANY)) for f in ("int3", "int4")]
         return special((24, 88), every[:2]) + grid
     ms = tuple(range(1, CUDA_ROWS + 1))
     grid = [
         Case("products", "cuda", (f,), d, a, g, shape, ms)
         for shape in SHAPES for g in GROUP_SIZES for d in DTYPES for a in ("fp32", "int8") for f in every
     ]  # fmt: skip
-    compiled = [Case("products", "triton", (f,), rows=(*range(1, 17), 33, 512)) for f in every]
+    compiled = [Case("products", "triton", (f,), rows=(*range(1, 17), 33, *MANY, 2 * MANY[0])) for f in every]
     compiled += [
         Case("products", "triton", (f,), d, "fp32", g, rows=(1, 4, 9, 33))
         for g in reversed(GROUP_SIZES) for d in DTYPES for f in every
@@ -247,7 +253,7 @@ def one_hot(device: Device, case: Case, weights: list[PreparedWeight], wide: Ten
 def fused(device: Device, case: Case) -> dict:
     """All formats in one call, more than one launch holds, equal the separate calls to the last bit."""
     _, weights = weights_of(device, case)
-    for rows in (1, 5) if device.smoke else (1, 3, 8, 16):
+    for rows in (1, 5, MANY[0]) if device.smoke else (1, 3, 8, 16, MANY[0]):
         if case.backend == "cuda" and rows > CUDA_ROWS:
             continue
         x = random_x(rows, case.shape[1], DTYPES[case.dtype], device.torch)
@@ -334,20 +340,26 @@ def run_case(device: Device, case: Case) -> dict:
         if reason := device.why_not(case.backend, get_format(name)):
             return {**result, "passed": False, "reason": f"{case.backend} cannot run {name}: {reason}"}
     torch.manual_seed(0)
-    try:
-        found = CHECKS[case.check](device, case)
-        device.synchronize()
+    found = attempt(device, check, device, case)
+    if isinstance(found, Failure):
+        result.update(passed=False, reason=found.reason, broken=found.broken)
+        if not found.reason.startswith("AssertionError"):
+            result["traceback"] = found.traceback
+    else:
         result.update(passed=True, **found)
-    except Exception as reason:  # noqa: BLE001 - a failure is a result, whatever its kind
-        result.update(passed=False, reason=f"{type(reason).__name__}: {str(reason)[:1500]}", broken=is_broken(device))
-        if not isinstance(reason, AssertionError):
-            result["traceback"] = traceback.format_exc()[-3000:]
-    return {**result, "seconds": round(time.monotonic() - start, 2)}
+    return {**result, "at": now(), "seconds": round(time.monotonic() - start, 2)}
+
+
+def check(device: Device, case: Case) -> dict:
+    """What the case's check found, once the device has done all of it."""
+    found = CHECKS[case.check](device, case)
+    device.synchronize()
+    return found
 
 
 def work(options) -> int:
     """A worker: every `of`-th case from `first` on, one line of JSON each."""
-    device, clock = Device(options.smoke), Clock(options.seconds)
+    device, clock = Device(options.smoke), Clock(options.seconds, options.began)
     todo = cases(options.smoke)
     with options.out.open("a") as out:
         for index in range(options.part, len(todo), options.of):
@@ -378,6 +390,7 @@ class Worker:
     def _start(self, first: int) -> None:
         command = [sys.executable, __file__, str(self.options.folder), "--part", str(self.part), "--of", str(self.of)]
         command += ["--first", str(first), "--out", str(self.out), "--seconds", str(self.clock.left())]
+        command += ["--began", str(time.time())]
         self.process = subprocess.Popen(command + ["--smoke"] * self.options.smoke)
 
     def results(self) -> list[dict]:
@@ -405,19 +418,56 @@ class Worker:
         return True
 
 
-def supervise(options) -> list[dict]:
-    """All cases, in several processes, as far as the time goes."""
-    clock = Clock(options.seconds)
+def supervise(options, clock: Clock, save: Callable[[list[dict]], None]) -> list[dict]:
+    """All cases, in several processes, as far as the time goes; `save` gets the results so far, again and again."""
     of = 1 if options.smoke else max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
+    saved = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="amq-correctness-") as folder:
         workers = [Worker(options, part, of, Path(folder), clock) for part in range(of)]
-        while any([w.running() for w in workers]) and clock.left() > -5:  # a case of its last moment may end
-            time.sleep(0.2)
-        for w in workers:
-            if w.process.poll() is None:
-                w.process.kill()
-                w.process.wait()
-        return sorted((r for w in workers for r in w.results()), key=lambda r: r["index"])
+        try:
+            while any([w.running() for w in workers]) and clock.left() > -2:  # a case of its last moment may end
+                time.sleep(0.2)
+                if time.monotonic() - saved > SAVE_SECONDS:
+                    save(results_of(workers))
+                    saved = time.monotonic()
+        finally:
+            for w in workers:
+                if w.process.poll() is None:
+                    w.process.kill()
+                    w.process.wait()
+            save(results_of(workers))
+        return results_of(workers)
+
+
+def results_of(workers: list[Worker]) -> list[dict]:
+    return sorted((r for w in workers for r in w.results()), key=lambda r: r["index"])
+
+
+class Report:
+    """correctness.json, and its summary in suite.json."""
+
+    def __init__(self, options, device: Device, clock: Clock) -> None:
+        self._file, self._smoke, self._clock = options.folder / "correctness.json", options.smoke, clock
+        self._section = Results(options.folder, "correctness", options.smoke)
+        self._machine, self._total = machine(device), len(cases(options.smoke))
+
+    def save(self, results: list[dict]) -> dict:
+        """Writes both, and returns the summary."""
+        failed = [r for r in results if r["passed"] is False]
+        left_out = {r[key] for r in results for key in ("reason", "left_out") if key in r and r["passed"] is not False}
+        summary = {
+            "smoke": self._smoke,
+            "cases": self._total,
+            "run": len(results),
+            "passed": sum(r["passed"] is True for r in results),
+            "failed": len(failed),
+            "left_out": sorted(left_out),
+            "not_run": self._total - len(results),
+            "seconds": self._clock.spent(),
+        }
+        write_json(self._file, {**summary, "machine": self._machine, "results": results})
+        self._section.write({**summary, "failures": [[r["case"], r["reason"]] for r in failed]})
+        return summary
 
 
 def main() -> int:
@@ -427,25 +477,12 @@ def main() -> int:
     options = parser.parse_args()
     if options.part is not None:
         return work(options)
-    clock, device = Clock(options.seconds), Device(options.smoke)
-    results, total = supervise(options), len(cases(options.smoke))
-    failed = [r for r in results if r["passed"] is False]
-    left_out = {r[key] for r in results for key in ("reason", "left_out") if key in r and r["passed"] is not False}
-    summary = {
-        "smoke": options.smoke,
-        "cases": total,
-        "run": len(results),
-        "passed": sum(r["passed"] is True for r in results),
-        "failed": len(failed),
-        "left_out": sorted(left_out),
-        "not_run": total - len(results),
-        "seconds": clock.spent(),
-    }
-    write_json(options.folder / "correctness.json", {**summary, "machine": machine(device), "results": results})
-    summary["failures"] = [[r["case"], r["reason"]] for r in failed]
-    record(options.folder, "correctness", summary, options.smoke)
+    clock, device = Clock(options.seconds, options.began), Device(options.smoke)
+    report = Report(options, device, clock)
+    results = supervise(options, clock, report.save)
+    summary = report.save(results)
     say("correctness: " + ", ".join(f"{key} {value}" for key, value in summary.items() if not isinstance(value, list)))
-    return 1 if failed or not results else 0
+    return 1 if summary["failed"] or not results else 0
 
 
 if __name__ == "__main__":

@@ -23,15 +23,17 @@ import torch
 from common import (
     Clock,
     Device,
+    Failure,
+    Results,
     arguments,
+    attempt,
     bandwidths,
     copy_of,
     dense,
-    is_broken,
+    now,
     prepare,
     random_packed,
     ratio,
-    record,
     say,
     stored_bytes,
 )
@@ -315,50 +317,76 @@ def measure(device: Device, model: Model, reference: Tensor | None, copy: float 
     return row, logits
 
 
-def run(device: Device, config: Config, clock: Clock, content: dict) -> None:
-    """Adds a row per variant to `content`, as far as the time goes."""
-    torch.manual_seed(0)
-    weights, shared = Weights(device.torch), shared_state(config, device.torch)
-    reference = base = None
-    for variant in variants():
-        reasons = [device.why_not(variant.backend, get_format(f)) for f in variant.pattern if variant.backend]
-        if any(reasons) or clock.left() < 0:
-            why = next((reason for reason in reasons if reason), "no time left")
-            content["left_out"][str(variant)] = why
-            continue
+class Decode:
+    """What the variants share, and what they found; `results` is written after every one of them."""
+
+    def __init__(self, device: Device, config: Config, clock: Clock, results: Results) -> None:
+        self.device, self.config, self.clock, self.results = device, config, clock, results
+        self.weights = Weights(device.torch)
+        self.content = {"model": config.name, "layers": config.layers, "context": config.context, "compiled": None,
+                        "copy_gbps": None, "left_out": {}, "failed": {}, "rows": []}  # fmt: skip
+        self.reference: Tensor | None = None
+        self.base: float | None = None
+
+    def run(self) -> dict:
+        """A row per variant, as far as the time goes."""
+        copy = attempt(self.device, bandwidths, self.device)
+        shared = attempt(self.device, shared_state, self.config, self.device.torch)
+        for name, found in (("bandwidths", copy), ("shared state", shared)):
+            if isinstance(found, Failure):
+                self.content["failed"][name] = found.reason
         try:
-            model = Model(device, config, variant, weights, shared)
-            if content["compiled"] is None:
-                content["compiled"] = compile_pieces(device, model)
-                say(f"decode: compiled: {content['compiled'].splitlines()[0]}")
-            row, logits = measure(device, model, reference, content["copy_gbps"])
-        except Exception as reason:  # noqa: BLE001 - a failure is a result, whatever its kind
-            content["failed"][str(variant)] = f"{type(reason).__name__}: {str(reason)[:1000]}"
-            say(f"decode: FAILED {variant}: {str(reason)[:300]}")
-            if is_broken(device):
-                return
-            continue
-        if variant.backend is None:
-            reference, base = logits, row["us_per_token"]
-        row["times_fp16"] = ratio(base, row["us_per_token"])
-        content["rows"].append(row)
+            if not self.content["failed"]:
+                self.content["copy_gbps"] = copy["copy"]
+                for variant in variants():
+                    if not self.run_variant(variant, shared):
+                        break
+        finally:
+            self.save()
+        return self.content
+
+    def run_variant(self, variant: Variant, shared: SimpleNamespace) -> bool:
+        """False where nothing more can run in this process."""
+        reasons = [self.device.why_not(variant.backend, get_format(f)) for f in variant.pattern if variant.backend]
+        if any(reasons) or self.clock.left() < 0:
+            why = next((reason for reason in reasons if reason), "no time left")
+            self.content["left_out"][str(variant)] = why
+            return True
+        row = attempt(self.device, self.measure_variant, variant, shared)
+        if isinstance(row, Failure):
+            self.content["failed"][str(variant)] = row.reason
+            say(f"decode: FAILED {variant}: {row.reason[:300]}")
+            self.save()
+            return not row.broken
+        self.content["rows"].append({**row, "times_fp16": ratio(self.base, row["us_per_token"]), "at": now()})
+        self.save()
         figures = ("tokens_per_second", "gbps", "share_of_copy", "times_fp16", "logits_difference")
-        say(f"decode: {variant}: " + ", ".join(f"{name} {row[name]}" for name in figures))
-        del model
-        if not device.smoke:
-            torch.cuda.empty_cache()
+        say(f"decode: {variant}: " + ", ".join(f"{name} {self.content['rows'][-1][name]}" for name in figures))
+        self.device.empty_cache()
+        return True
+
+    def measure_variant(self, variant: Variant, shared: SimpleNamespace) -> dict:
+        model = Model(self.device, self.config, variant, self.weights, shared)
+        if self.content["compiled"] is None:
+            self.content["compiled"] = compile_pieces(self.device, model)
+            say(f"decode: compiled: {self.content['compiled'].splitlines()[0]}")
+        row, logits = measure(self.device, model, self.reference, self.content["copy_gbps"])
+        if variant.backend is None:
+            self.reference, self.base = logits, row["us_per_token"]
+        return row
+
+    def save(self) -> None:
+        self.content["seconds"] = self.clock.spent()
+        self.results.write(self.content)
 
 
 def main() -> int:
     options = arguments(__doc__, 100).parse_args()
-    clock, device = Clock(options.seconds), Device(options.smoke)
-    config = SMOKE if device.smoke else LLAMA
-    content = {"model": config.name, "layers": config.layers, "context": config.context, "compiled": None,
-               "copy_gbps": bandwidths(device)["copy"], "left_out": {}, "failed": {}, "rows": []}  # fmt: skip
+    clock, device = Clock(options.seconds, options.began), Device(options.smoke)
+    config, results = SMOKE if device.smoke else LLAMA, Results(options.folder, "decode", options.smoke)
+    torch.manual_seed(0)
     with torch.no_grad():
-        run(device, config, clock, content)
-    content["seconds"] = clock.spent()
-    record(options.folder, "decode", content, device.smoke)
+        content = Decode(device, config, clock, results).run()
     wrong = any(row["wrong"] for row in content["rows"])
     return 1 if wrong or content["failed"] or not content["rows"] else 0
 

@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Callable
 
 import torch
-from common import dense, random_packed, ratio
+from common import Failure, attempt, dense, now, random_packed, ratio
 
 from amq.formats import get_format
 from amq.packing import unpack_codes
@@ -71,10 +71,12 @@ def rows(bench, library: str, name: str, shape, group_size: int) -> list[dict]:
     case = {"shape": str(shape), "format": name}
     if bench.clock.left() < 0:
         return [{**case, "left_out": "no time left"}]
-    try:
-        return [{**case, **figures} for figures in times(bench, library, name, shape, group_size)]
-    except Exception as reason:  # noqa: BLE001 - another library's failure, whatever its kind, is a result
-        return [{**case, "left_out": f"{type(reason).__name__}: {str(reason)[:500]}"}]
+    found = attempt(bench.device, times, bench, library, name, shape, group_size)
+    if isinstance(found, Failure):
+        if found.broken:
+            raise SystemExit(f"{library} took the GPU context along: {found.reason}")
+        return [{**case, "left_out": found.reason}]
+    return [{**case, **figures, "at": now()} for figures in found]
 
 
 def times(bench, library: str, name: str, shape, group_size: int) -> list[dict]:

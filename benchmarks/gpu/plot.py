@@ -2,6 +2,8 @@
 
     python benchmarks/gpu/plot.py DIR
 
+The suite's last part: it also puts the clocks into suite.json, and how the other parts ended.
+
 A run on a machine without matplotlib says so and can be drawn later, anywhere, from its suite.json.
 """
 
@@ -11,7 +13,8 @@ import json
 import sys
 from pathlib import Path
 
-from common import arguments, record, say
+import clocks
+from common import arguments, record, say, write_json
 
 FORMATS = {"int2": "#0072B2", "int3": "#009E73", "int4": "#E69F00"}  # Okabe and Ito's colours
 MARKS = {("cuda", "fp32"): "o", ("cuda", "int8"): "D", ("triton", "fp32"): "v"}
@@ -102,16 +105,24 @@ def main() -> int:
     parser = arguments(__doc__, 60)
     parser.add_argument("--parts", default="", help="how the suite's parts ended: NAME=STATUS …, to be recorded")
     options = parser.parse_args()
-    result = json.loads((options.folder / "suite.json").read_text())
+    path = options.folder / "suite.json"
+    result = json.loads(path.read_text())
     if options.parts:
         parts = dict(part.split("=") for part in options.parts.split())
         record(options.folder, "parts", {name: int(status) for name, status in parts.items()}, result["smoke"])
+        record(options.folder, "clocks", clocks.collect(options.folder), result["smoke"])
+    draw_all(options, result)
+    write_json(path, json.loads(path.read_text()), indent=1)  # for people
+    return 0
+
+
+def draw_all(options, result: dict) -> None:
     try:
         import matplotlib
     except ImportError as error:
         record(options.folder, "pictures", f"none: matplotlib cannot be imported ({error})", result["smoke"])
         say("plot: no matplotlib here; draw later with benchmarks/gpu/plot.py and this suite.json")
-        return 0
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
@@ -123,7 +134,6 @@ def main() -> int:
         drawn[section] = f"{section}.png" if rows else "none: no rows"
     record(options.folder, "pictures", drawn, result["smoke"])
     say(f"plot: {drawn}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ PROBE = """
 #include "gemv.cuh"
 namespace amq {{
 template <class Format, class Element, int kRows>  // kRows: for the reader of the compiled code
-__global__ void __maxnreg__(kRegisters<{group}>) probe(LinearArguments arguments) {{
+__global__ void AMQ_REGISTERS(kRegisters<{group}>, kMaxWarps * kWarp) probe(LinearArguments arguments) {{
     __shared__ Partials partials;
     multiply_rows<Format, Element, {group}>(arguments, arguments.segments[0], blockIdx.x, partials);
 }}

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import decode
@@ -34,22 +34,24 @@ import torch
 from common import (
     Clock,
     Device,
+    Failure,
+    Results,
     Timing,
     arguments,
+    attempt,
     bandwidths,
     copy_of,
     dense,
-    is_broken,
+    now,
     prepare,
     random_packed,
     ratio,
-    record,
     say,
     stored_bytes,
 )
 
 from amq.formats import FORMATS, get_format
-from amq.gpu import cuda, layout
+from amq.gpu import cuda, layout, triton
 from amq.packing import PreparedWeight
 
 GROUP_SIZE = 128
@@ -128,7 +130,7 @@ class Job:
 def jobs(smoke: bool) -> list[Job]:
     """In the order of their worth: all of the first model, then the few rows of the others, then their many rows."""
     every = shapes(smoke)
-    few, many = ((1, 8), (16,)) if smoke else (ROWS[:4], ROWS[4:])
+    few, many = ((1, 8), (triton.DENSE_ROWS,)) if smoke else (ROWS[:4], ROWS[4:])
     formats = NARROW[:1] if smoke else NARROW[::-1]
     first = [shape for shape in every if shape.uses[0].startswith(FIRST)]
     rest = [shape for shape in every if shape not in first]
@@ -161,21 +163,26 @@ def compile_part(device: Device, part: int, of: int, clock: Clock) -> None:
         for job in jobs(device.smoke) + decode_jobs(device.smoke)
         for rows in job.rows
     }
-    for job, rows in list(todo.values())[part::of]:
+    mine = list(todo.values())[part::of]
+    for job, rows in mine[:2] if device.smoke else mine:  # the interpreter compiles nothing
         if clock.left() < 0:
             return
-        k, weights = job.shape.in_features, []
-        for name, n in job.parts:
-            size = layout.layout_of(get_format(name), n, k, GROUP_SIZE).nbytes
-            data = torch.zeros(size, dtype=torch.uint8, device=device.torch)
-            weights.append(PreparedWeight("triton", get_format(name), n, k, GROUP_SIZE, data))
-        try:
-            device.multiply("triton", torch.zeros(rows, k, dtype=torch.float16, device=device.torch), weights)
-            device.synchronize()
-        except Exception as reason:  # noqa: BLE001 - the measurement meets it again, and records it
-            say(f"speed: {job.shape} {job.name} M{rows} failed to compile or run: {str(reason)[:300]}")
-            if is_broken(device):
-                raise
+        failure = attempt(device, run_once, device, job, rows)
+        if isinstance(failure, Failure):  # the measurement meets it again, and records it
+            say(f"speed: {job.shape} {job.name} M{rows} failed to compile or run: {failure.reason[:300]}")
+            if failure.broken:
+                raise SystemExit(1)
+
+
+def run_once(device: Device, job: Job, rows: int) -> None:
+    """One Triton product of zeros."""
+    k, weights = job.shape.in_features, []
+    for name, n in job.parts:
+        size = layout.layout_of(get_format(name), n, k, GROUP_SIZE).nbytes
+        data = torch.zeros(size, dtype=torch.uint8, device=device.torch)
+        weights.append(PreparedWeight("triton", get_format(name), n, k, GROUP_SIZE, data))
+    device.multiply("triton", torch.zeros(rows, k, dtype=torch.float16, device=device.torch), weights)
+    device.synchronize()
 
 
 def compile_all(options, device: Device, seconds: float) -> dict:
@@ -184,29 +191,49 @@ def compile_all(options, device: Device, seconds: float) -> dict:
     of = max(1, min(COMPILERS, (os.cpu_count() or 2) - 2))
     command = [sys.executable, __file__, str(options.folder), "--seconds", str(seconds), "--of", str(of)]
     command += ["--smoke"] * device.smoke
+    command += ["--began", str(time.time())]
     workers = [subprocess.Popen([*command, "--part", str(part)]) for part in range(1 if device.smoke else of)]
-    while any([w.poll() is None for w in workers]) and clock.left() > 0:
-        time.sleep(0.1)
-    unfinished = sum(w.poll() is None for w in workers)
-    for w in workers:
-        if w.poll() is None:
-            w.kill()
-        w.wait()
+    try:
+        while any([w.poll() is None for w in workers]) and clock.left() > 0:
+            time.sleep(0.1)
+        unfinished = sum(w.poll() is None for w in workers)
+    finally:
+        for w in workers:
+            if w.poll() is None:
+                w.kill()
+            w.wait()
     failed = sum(w.returncode != 0 for w in workers) - unfinished
     return {"processes": of, "seconds": clock.spent(), "cut_short": unfinished, "failed": failed}
 
 
 class Bench:
-    """What the jobs share: the device, bandwidths, torch's times, and the rows so far."""
+    """What the jobs share: the device, bandwidths, torch's times, and the rows so far. save: called after every row."""
 
-    def __init__(self, device: Device, clock: Clock) -> None:
-        self.device, self.clock = device, clock
-        self.bandwidths = [bandwidths(device)]
+    def __init__(self, device: Device, clock: Clock, save: Callable[[Bench], object]) -> None:
+        self.device, self.clock, self._save = device, clock, save
+        self.bandwidths: list[dict[str, float | None]] = []
         self.torch_fp16: dict[tuple[Shape, int], Timing] = {}
         self.rows: list[dict] = []
         self.left_out: list[str] = []
         self.failed: dict[str, str] = {}
         self.unavailable: dict[str, str] = {}
+        self.measure_bandwidths()
+
+    def measure_bandwidths(self) -> None:
+        """Now; one that cannot be had is a failure like that of a row."""
+        found = attempt(self.device, bandwidths, self.device)
+        if isinstance(found, Failure):
+            self.fail(f"bandwidths {len(self.bandwidths)}", found)
+        self.bandwidths.append({"copy": None, "read": None} if isinstance(found, Failure) else found)
+
+    def fail(self, name: str, failure: Failure) -> None:
+        """Records it; raises SystemExit where nothing more can be measured in this process."""
+        self.failed[name] = failure.reason
+        say(f"speed: FAILED {name}: {failure.reason.splitlines()[0]}")
+        self._save(self)
+        if failure.broken:
+            say("speed: the GPU context is lost")
+            raise SystemExit(1)
 
     @property
     def copy(self) -> float | None:
@@ -235,31 +262,50 @@ class Bench:
 
     def run(self, job: Job) -> None:
         """Every backend, mode and number of rows of one weight."""
+        made = attempt(self.device, self.make, job)
+        if isinstance(made, Failure):
+            self.fail(f"{job.shape} {job.name}", made)
+            return
+        for rows in job.rows:
+            product = attempt(self.device, self.product, job, rows, made[0])
+            if isinstance(product, Failure):
+                self.fail(f"{job.shape} {job.name} M{rows}", product)
+                continue
+            for backend, mode in self.modes(job, rows):
+                self.run_mode(job, backend, mode, *product, made[1])
+
+    def make(self, job: Job) -> tuple[torch.Tensor, list[list[PreparedWeight]]]:
+        """The dense fp16 weight, and copies of the prepared ones that are cold in turn."""
         k, where = job.shape.in_features, self.device.torch
         packed = [random_packed(get_format(name), n, k, GROUP_SIZE, where) for name, n in job.parts]
         first = [prepare(p, "cuda") for p in packed]
         reference = torch.cat([dense(p, torch.float16) for p in packed])
         count = self.copies(stored_bytes(first))
-        copies = [first, *([copy_of(w) for w in first] for _ in range(count - 1))]
-        for rows in job.rows:
-            x = torch.randn(rows, k, device=where).half()
-            expected = torch.nn.functional.linear(x, reference).float()
-            for backend, mode in self.modes(job, rows):
-                case = {
-                    **{"shape": str(job.shape), "uses": job.shape.uses, "format": job.name, "rows": rows},
-                    **{"backend": backend, "activations": mode, "copies": count, "weight_bytes": stored_bytes(first)},
-                }
-                name = f"{job.shape} {job.name} M{rows} {backend} {mode}"
-                if self.clock.left() < 0:
-                    self.left_out.append(name)
-                    continue
-                try:
-                    self.rows.append(self.measure(case, x, copies, expected, job.shape))
-                except Exception as reason:  # noqa: BLE001 - a failure is a result, whatever its kind
-                    self.failed[name] = f"{type(reason).__name__}: {str(reason)[:1000]}"
-                    say(f"speed: FAILED {name}: {self.failed[name].splitlines()[0]}")
-                    if is_broken(self.device):
-                        raise
+        return reference, [first, *([copy_of(w) for w in first] for _ in range(count - 1))]
+
+    def product(self, job: Job, rows: int, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x, and what torch makes of it."""
+        x = torch.randn(rows, job.shape.in_features, device=self.device.torch).half()
+        return x, torch.nn.functional.linear(x, reference).float()
+
+    def run_mode(
+        self, job: Job, backend: str, mode: str, x: torch.Tensor, expected: torch.Tensor, copies: list
+    ) -> None:
+        """One row of the result, or the reason why there is none."""
+        name = f"{job.shape} {job.name} M{len(x)} {backend} {mode}"
+        if self.clock.left() < 0:
+            self.left_out.append(name)
+            return
+        case = {
+            **{"shape": str(job.shape), "uses": job.shape.uses, "format": job.name, "rows": len(x)},
+            **{"backend": backend, "activations": mode, "copies": len(copies), "weight_bytes": stored_bytes(copies[0])},
+        }
+        row = attempt(self.device, self.measure, case, x, copies, expected, job.shape)
+        if isinstance(row, Failure):
+            self.fail(name, row)
+        else:
+            self.rows.append({**row, "at": now()})
+            self._save(self)
 
     def measure(self, case: dict, x: torch.Tensor, copies: list, expected: torch.Tensor, shape: Shape) -> dict:
         """A row of the result: checks the product, then takes its time."""
@@ -346,7 +392,7 @@ def show(rows: list[dict]) -> None:
         print(case, cells, r.get("warps", " "), missed, wrong)
 
 
-def save(options, bench: Bench, compiling: dict, rivals: dict | None = None) -> dict:
+def save(results: Results, bench: Bench, compiling: dict, rivals: dict | None = None) -> dict:
     """Writes what there is so far."""
     targets = add_targets(bench.rows, bench.copy)
     names = ("shape", "format", "rows", "backend", "activations", "error")
@@ -363,26 +409,26 @@ def save(options, bench: Bench, compiling: dict, rivals: dict | None = None) -> 
         "seconds": bench.clock.spent(),
         "rows": bench.rows,
     }
-    record(options.folder, "speed", content, bench.device.smoke)
+    results.write(content)
     return content
 
 
-def run_all(options, bench: Bench, compiling: dict) -> dict:
-    """Every job, the bandwidths in between, then the peers; what there is is written whatever happens."""
-    todo, rivals = jobs(bench.device.smoke), None
+def run_all(device: Device, clock: Clock, results: Results, compiling: dict) -> dict:
+    """Every job, the bandwidths in between, then the peers; what there is is written after every row."""
+    todo, rivals, content = jobs(device.smoke), None, {}
+    bench = Bench(device, clock, lambda bench: save(results, bench, compiling))
+    say(f"speed: GB/s {bench.bandwidths[0]}")
     try:
         for done, job in enumerate(todo):
             bench.run(job)
             if done in (len(todo) // 3, 2 * len(todo) // 3):
-                bench.bandwidths.append(bandwidths(bench.device))
-                save(options, bench, compiling)
+                bench.measure_bandwidths()
                 say(f"speed: {done + 1} of {len(todo)} weights, GB/s {bench.bandwidths[-1]}")
-            if not bench.device.smoke:
-                torch.cuda.empty_cache()
-        bench.bandwidths.append(bandwidths(bench.device))
-        rivals = peers.measure(bench, shapes(bench.device.smoke), GROUP_SIZE)
+            device.empty_cache()
+        bench.measure_bandwidths()
+        rivals = peers.measure(bench, shapes(device.smoke), GROUP_SIZE)
     finally:
-        content = save(options, bench, compiling, rivals)
+        content = save(results, bench, compiling, rivals)
         show(bench.rows)
         for key, counts in content["targets"].items():
             print(key, *(f"{count} {name}" for name, count in counts.items() if count))
@@ -393,15 +439,14 @@ def run_all(options, bench: Bench, compiling: dict) -> dict:
 
 def main() -> int:
     options = arguments(__doc__, 170).parse_args()
-    clock, device = Clock(options.seconds), Device(options.smoke)
+    clock, device = Clock(options.seconds, options.began), Device(options.smoke)
     if options.part is not None:
         compile_part(device, options.part, options.of, clock)
         return 0
-    compiling = compile_all(options, device, COMPILE_SHARE * options.seconds)
+    results = Results(options.folder, "speed", options.smoke)
+    compiling = compile_all(options, device, COMPILE_SHARE * clock.left())
     say(f"speed: Triton compiled: {compiling}")
-    bench = Bench(device, clock)
-    say(f"speed: GB/s {bench.bandwidths[0]}")
-    content = run_all(options, bench, compiling)
+    content = run_all(device, clock, results, compiling)
     return 1 if content["wrong"] or content["failed"] or not content["rows"] else 0
 
 

@@ -5,6 +5,21 @@
 
 #include <cstdint>
 
+// A lane's registers at most. nvcc has __maxnreg__ from CUDA 12.4 on; an older one is told the largest block instead and
+// takes what registers it likes, so that fewer blocks may fit a multiprocessor. The kernels compute the same.
+#ifndef AMQ_HAS_MAXNREG
+#if defined(__CUDACC_VER_MAJOR__) && __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ < 1204
+#define AMQ_HAS_MAXNREG 0
+#else
+#define AMQ_HAS_MAXNREG 1
+#endif
+#endif
+#if AMQ_HAS_MAXNREG
+#define AMQ_REGISTERS(registers, threads) __maxnreg__(registers)
+#else
+#define AMQ_REGISTERS(registers, threads) __launch_bounds__(threads)
+#endif
+
 #ifdef AMQ_CUDA_SHIM
 #include "cuda_shim.h"
 #else

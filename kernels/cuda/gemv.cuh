@@ -285,7 +285,7 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& s
 }
 
 template <class Element, int kGroup>
-__global__ void __maxnreg__(kRegisters<kGroup>) linear_kernel(LinearArguments arguments) {
+__global__ void AMQ_REGISTERS(kRegisters<kGroup>, kMaxWarps * kWarp) linear_kernel(LinearArguments arguments) {
     __shared__ Partials partials;
     int index = arguments.n_segments - 1;
     while (static_cast<int>(blockIdx.x) < arguments.segments[index].first_block) --index;

@@ -1,5 +1,5 @@
-// The C ABI of the kernels: addresses, sizes and a stream in, a status out. No torch, no CUDA call before a launch, so the
-// library loads on a machine without a driver.
+// The C ABI of the kernels: addresses, sizes and a stream in, a status out. No torch, no CUDA call before amq_cuda_check or a
+// launch, so the library loads on a machine without a driver.
 //
 // Status: 0, or a cudaError_t, or one of Status below. amq/gpu/cuda.py turns it into an error that names the linear.
 
@@ -96,6 +96,21 @@ __attribute__((visibility("default"))) const char* amq_cuda_formats() {
 // The text of a cudaError_t.
 __attribute__((visibility("default"))) const char* amq_cuda_error(int status) {
     return cudaGetErrorString(static_cast<cudaError_t>(status));
+}
+
+// Whether the kernels can run on the current device: 0 or a cudaError_t. runtime, driver: the version of CUDA that this
+// library was built with, and the newest that the driver knows (0 without one), each as 1000 · major + 10 · minor. A driver
+// runs any minor version of its own major one, and the kernels' code is loaded to see whether it has some for this device.
+__attribute__((visibility("default"))) int amq_cuda_check(int* runtime, int* driver) {
+    *runtime = *driver = 0;
+    cudaError_t status = cudaRuntimeGetVersion(runtime);
+    if (status == cudaSuccess) status = cudaDriverGetVersion(driver);
+    if (status == cudaSuccess && *driver / 1000 < *runtime / 1000) status = cudaErrorInsufficientDriver;
+    if (status != cudaSuccess) return status;
+    cudaFuncAttributes attributes;
+    status = cudaFuncGetAttributes(&attributes, amq::linear_kernel<amq::HalfElement, 128>);
+    cudaGetLastError();  // else the next launch would report it as its own
+    return status;
 }
 
 // Rows of x that one call takes at most.

@@ -52,7 +52,13 @@ struct __nv_bfloat16 {
 };
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaError_t : int {
+    cudaSuccess = 0,
+    cudaErrorInvalidValue = 1,
+    cudaErrorInvalidConfiguration = 9,
+    cudaErrorInsufficientDriver = 35,
+    cudaErrorNoKernelImageForDevice = 209,
+};
 
 namespace cuda_shim {
 
@@ -83,7 +89,24 @@ T load(const T* address, const char* function) {
 }  // namespace cuda_shim
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+// CUDA 13.0; the driver is AMQ_SHIM_DRIVER (13000), and the kernels have code for the device unless AMQ_SHIM_NO_IMAGE is set.
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+    *version = 13000;
+    return cudaSuccess;
+}
+inline cudaError_t cudaDriverGetVersion(int* version) {
+    const char* value = std::getenv("AMQ_SHIM_DRIVER");
+    *version = value ? std::atoi(value) : 13000;
+    return cudaSuccess;
+}
+struct cudaFuncAttributes {};
+template <class Kernel>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel*) {
+    return std::getenv("AMQ_SHIM_NO_IMAGE") ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t error) {
+    if (error == cudaErrorInsufficientDriver) return "CUDA driver version is insufficient for CUDA runtime version";
+    if (error == cudaErrorNoKernelImageForDevice) return "no kernel image is available for execution on the device";
     if (error == cudaErrorInvalidConfiguration) return "invalid configuration argument";
     return error == cudaSuccess ? "no error" : "invalid argument";
 }
