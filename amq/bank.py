@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -55,8 +55,9 @@ class BankSettings:
     calibration: Tensor | None = None
     """int64 [windows, length]; used by quantizers that need activations."""
 
-    def key(self, fingerprint_of_model: str) -> str:
-        parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model]
+    def key(self, fingerprint_of_model: str, linears: Iterable[str] = ()) -> str:
+        """linears: the names of those that the bank holds; kept ones are not built."""
+        parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model, *linears]
         if self.proxy in NEEDS_GRAM:
             parts.append(content_hash([("calibration", self.calibration)]))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
@@ -158,7 +159,9 @@ def open_bank(
     check_group_size(settings.group_size)
     if settings.proxy in NEEDS_GRAM and (settings.calibration is None or not len(settings.calibration)):
         raise AmqError(f"the {settings.proxy} bank needs at least one calibration window (--bank-windows)")
-    folder = (cache or cache_dir() / "banks") / settings.key(fingerprint or model_fingerprint(model))
+    folder = (cache or cache_dir() / "banks") / settings.key(
+        fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
+    )
     blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
     missing = {b: fs for b, fs in missing.items() if fs}

@@ -23,7 +23,8 @@ from torch import Tensor
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.files import read_json, write_folder, write_json
-from amq.formats import BitFormat, check_group_size, get_format
+from amq.formats import KEPT, BitFormat, check_group_size, get_format
+from amq.linears import LinearSpec
 from amq.packing import PackedWeight
 
 METHOD = "amq"
@@ -62,6 +63,8 @@ class QuantizationRecord:
     head: the linear behind the blocks (`lm_head`), where it is one of `formats`; else empty.
     embedding: {embedding: linear} where an embedding's row i is row i of that packed linear: tied weights. Such an
         embedding has no tensor of its own.
+    kept: {linear: (out_features, in_features)} of the blocks' linears that were left in 16 bits by choice: plain
+        tensors under their own names, counted in bits per weight.
     """
 
     formats: Mapping[str, str]
@@ -71,10 +74,23 @@ class QuantizationRecord:
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     head: str = ""
     embedding: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> Configuration:
+        """Of the linears in the blocks, as a search makes it: without the head, with what is kept."""
+        formats = {name: self.formats[name] for name in self.block_shapes}
+        return Configuration({**formats, **dict.fromkeys(self.kept, KEPT.name)}, self.group_size)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the linears in the blocks, kept ones at their 16 bits."""
+        shapes = {**self.block_shapes, **self.kept}
+        return self.configuration.bits_per_weight([LinearSpec(n, 0, n, *shape) for n, shape in shapes.items()])
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
-        """`shapes` without the head's: the linears that a configuration names and bits per weight are counted of."""
+        """`shapes` without the head's: the quantized linears of the blocks."""
         return {name: shape for name, shape in self.shapes.items() if name != self.head}
 
     def json(self) -> dict[str, Any]:
@@ -90,6 +106,7 @@ class QuantizationRecord:
             "shared_inputs": [list(group) for group in self.shared_inputs],
             **({"head": self.head} if self.head else {}),
             **({"embedding": dict(self.embedding)} if self.embedding else {}),
+            **({"kept": {name: list(shape) for name, shape in self.kept.items()}} if self.kept else {}),
         }
 
     @staticmethod
@@ -125,7 +142,10 @@ class QuantizationRecord:
         for key, name in (*((("head", head),) if head else ()), *(("embedding", n) for n in embedding.values())):
             if name not in formats:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
-        return QuantizationRecord(formats, sizes, group_size, data.get("quantizer", ""), shared, head, embedding)
+        kept = {name: (int(shape[0]), int(shape[1])) for name, shape in data.get("kept", {}).items()}
+        if both := sorted(formats.keys() & kept.keys()):
+            raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
+        return QuantizationRecord(formats, sizes, group_size, data.get("quantizer", ""), shared, head, embedding, kept)
 
 
 def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
@@ -140,13 +160,12 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
         self.folder, self.config, self.record = folder, config, record
         self._files = open_files(safetensors_files(folder))
-        check_complete(folder, [n for linear in record.formats for n in part_names(linear)], self._files)
+        names = [n for linear in record.formats for n in part_names(linear)]
+        check_complete(folder, [*names, *(f"{linear}.weight" for linear in record.kept)], self._files)
 
     @property
     def configuration(self) -> Configuration:
-        """Of the linears in the blocks, as a search makes it: without the head."""
-        formats = {name: self.record.formats[name] for name in self.record.block_shapes}
-        return Configuration(formats, self.record.group_size)
+        return self.record.configuration
 
     @property
     def other_names(self) -> list[str]:

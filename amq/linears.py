@@ -10,8 +10,8 @@ blocks). A parameter that two modules share is counted once.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,10 @@ class Inventory:
 
     def in_block(self, block: int) -> list[LinearSpec]:
         return [s for s in self.linears if s.block == block]
+
+    def only(self, names: Container[str]) -> Inventory:
+        """The same model, of whose linears a stage sees those called `names`: the ones that are quantized."""
+        return replace(self, linears=tuple(s for s in self.linears if s.name in names))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -15,6 +15,7 @@ RANKS = {
     "amq.progress": 1, "amq.threads": 1, "amq.settings": 1, "amq.losses": 1, "amq.machine": 1,
     "amq.linears": 1, "amq.packing": 1, "amq.data": 1, "amq.blocks": 1, "amq.models": 1, "amq.configuration": 1,
     "amq.native": 2, "amq.quantizers": 2, "amq.calibration": 2, "amq.perplexity": 2, "amq.gpu": 2, "amq.backends": 2,
+    "amq.usable": 2,
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3, "amq.checkpoint": 3,
     "amq.quantized_embedding": 3,
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,

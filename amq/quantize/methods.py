@@ -77,7 +77,9 @@ class BlockSource(Protocol):
 class BlockQuantizer:
     """Quantizes `model` in place, one block per call, in order.
 
-    formats: {linear: format name}. windows: int64 [windows, length], or None for methods without calibration.
+    formats: {linear: format name}; the inventory's other linears keep their weights, but for scales that are folded
+        into the producer of an input that they share.
+    windows: int64 [windows, length], or None for methods without calibration.
     stored: dtype that norms will have in the checkpoint.
     """
 
@@ -111,12 +113,17 @@ class BlockQuantizer:
         if self._stream is None:
             self._round(linears, None, result)
             return result
-        groups = self._stream.measure(linears)
+        groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
+        groups = [group for group in groups if self._quantized(group.linears)]
         if self._method.scales:
             groups = self._scale(f"{self._inventory.blocks_path}.{block}", groups, result)
         for group in groups:
             self._round(group.linears, group.gram, result)
         return result
+
+    def _quantized(self, linears: Sequence[LinearSpec]) -> list[LinearSpec]:
+        """Those of `linears` that are not kept as they are."""
+        return [spec for spec in linears if spec.name in self._formats]
 
     @torch.no_grad()
     def finish(self, result: BlockResult) -> None:
@@ -127,7 +134,7 @@ class BlockQuantizer:
 
     def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
         quantize = get_quantizer(self._method.rounding)
-        for spec in specs:
+        for spec in self._quantized(specs):
             fmt = self._formats[spec.name]
             weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
             try:
@@ -150,23 +157,26 @@ class BlockQuantizer:
                 result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
                 scaled.append(group)
                 continue
-            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in group.linears]
-            formats = [self._formats[s.name] for s in group.linears]
+            rounded = self._quantized(group.linears)
+            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in rounded]
+            formats = [self._formats[s.name] for s in rounded]
             scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
             factors = torch.ones(int(fold.index.max()) + 1)
             factors[fold.index] = 1 / scale
             factors = apply_fold(self._model, fold, group.linears, factors, self._stored)
             scale = 1 / factors.cpu()[fold.index]
             scaled.append(InputGroup(group.linears, group.gram / scale.unsqueeze(1) / scale))
-            self._note_changes(fold, result)
+            self._note_changes(fold, group.linears, result)
         return scaled
 
-    def _note_changes(self, fold: Fold, result: BlockResult) -> None:
-        """Keeps the parameters of a producer that stay in the checkpoint as they are: norms, and biases of linears."""
+    def _note_changes(self, fold: Fold, readers: Sequence[LinearSpec], result: BlockResult) -> None:
+        """Keeps the changed parameters that stay in the checkpoint as they are: norms, biases, and kept linears."""
         module = self._model.get_submodule(fold.producer)
         for name, parameter in module.named_parameters(recurse=False):
             if fold.producer not in self._formats or name != "weight":
                 result.changed[f"{fold.producer}.{name}"] = parameter.data.clone()
+        for spec in (s for s in readers if s.name not in self._formats):
+            result.changed[f"{spec.name}.weight"] = get_linear(self._model, spec.name).weight.data.clone()
 
 
 def install(model: nn.Module, result: BlockResult) -> None:

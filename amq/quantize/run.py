@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from amq.bank import BankRecipe
 from amq.calibration import shared_inputs
 from amq.checkpoint import QuantizationRecord, write_checkpoint
-from amq.configuration import Configuration, memory_items, memory_json
+from amq.configuration import Configuration, memory_items, memory_json, parse_pins
 from amq.data import WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
 from amq.files import check_new_folder, read_json, write_json
 from amq.formats import get_format
-from amq.linears import Inventory, check_weights, inventory
+from amq.linears import Inventory, check_weights
 from amq.models import DTYPES, LoadedModel, load_model, model_fingerprint, resolve
 from amq.packing import PackedWeight
 from amq.perplexity import perplexity
@@ -33,6 +33,7 @@ from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSour
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.quantize.work import WorkFolder
+from amq.usable import Usable, find_usable
 
 SCHEMA = "amq/quantization/1"
 SHARING_TOKENS = 16
@@ -54,15 +55,17 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     output = Path(settings.output)
     check_new_folder(output)
     loaded = load_model(settings.model, settings.dtype, settings.device)
-    parts = inventory(loaded.model)
+    usable = find_usable(loaded.model)
+    parts = usable.parts
     check_weights(loaded.model, parts.linears)
-    configuration = _configuration(settings, parts)
+    configuration = _configuration(settings, usable)
     fingerprint = model_fingerprint(loaded.model)
     _check_provenance(configuration, fingerprint, settings.model)
     corpus = load_corpus(settings.calibration, loaded.tokenizer)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
     head = find_head(loaded.model, settings.head)
-    sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
+    quantized = parts.only(configuration.quantized)
+    sharing = shared_inputs(loaded.model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, parts, settings.method, sharing, head)
     identity = settings.identity(fingerprint, dict(record.formats), configuration.group_size)
     perplexities = _Perplexities(settings, loaded, progress)
@@ -86,13 +89,14 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         "memory": memory_json(with_head(memory_items(parts, configuration), head_log)),
         "perplexity": perplexities.figures,
         "linears": _linears(parts, configuration, results),
+        "not_quantized": usable.reasons,
         "head": head_log,
         "notes": sorted({note for result in results for note in result.notes}),
         "seconds": round(time.monotonic() - started, 1),
         "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
     }
     packed = {name: weight for result in results for name, weight in result.packed.items()} | others
-    _write(output, loaded, record, configuration, packed, log, stored)
+    _write(output, loaded, record, configuration, packed, log, stored, usable.loaded)
     work.remove()
     return QuantizeResult(output, log)
 
@@ -104,10 +108,11 @@ def _record(
     sharing: tuple[tuple[str, ...], ...],
     head: Head | None,
 ) -> QuantizationRecord:
-    formats = dict(configuration.formats)
+    formats = configuration.quantized
     shapes = {s.name: (s.out_features, s.in_features) for s in parts.linears}
+    kept = {name: shapes.pop(name) for name in list(shapes) if name not in formats}
     if head is None:
-        return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing)
+        return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing, kept=kept)
     embedding = {head.embedding: head.name} if head.embedding else {}
     return QuantizationRecord(
         {**formats, head.name: head.format.name},
@@ -117,14 +122,22 @@ def _record(
         sharing,
         head.name,
         embedding,
+        kept,
     )
 
 
-def _configuration(settings: QuantizeSettings, parts: Inventory) -> Configuration:
+def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
+    """What is asked for, pins included; names exactly the linears that can be quantized."""
+    parts = usable.parts
     if settings.uniform:
-        return Configuration.uniform(parts.linears, get_format(settings.uniform), settings.group_size)
-    configuration = Configuration.load(Path(settings.configuration))
-    configuration.check(parts.linears)
+        configuration = Configuration.uniform(parts.linears, get_format(settings.uniform), settings.group_size)
+    else:
+        configuration = Configuration.load(Path(settings.configuration))
+        configuration.check(parts.linears, usable.reasons)
+    pins = {name: fmt.name for name, fmt in parse_pins(settings.pin, parts.linears).items()}
+    configuration = replace(configuration, formats={**configuration.formats, **pins})
+    if not configuration.quantized:
+        raise AmqError("every linear is kept in 16 bits: nothing is left to quantize")
     return configuration
 
 
@@ -148,7 +161,8 @@ def _source(
     progress: Progress,
 ) -> BlockSource:
     """What makes block after block."""
-    model, formats, group_size = loaded.model, configuration.formats, configuration.group_size
+    model, formats, group_size = loaded.model, configuration.quantized, configuration.group_size
+    quantized = parts.only(formats)
     if settings.method in METHODS:
         method = METHODS[settings.method]
         calibration = windows if method.calibrated else None
@@ -158,11 +172,11 @@ def _source(
         recipe = BankRecipe(
             "gptq", group_size, bank_windows=settings.windows, **{n: getattr(settings, n) for n in names}
         ).of(configuration)
-        bank = recipe.open(loaded, parts, set(formats.values()), progress, fingerprint)
-        return BankSource(model, parts, formats, bank)
+        bank = recipe.open(loaded, quantized, set(formats.values()), progress, fingerprint)
+        return BankSource(model, quantized, formats, bank)
     if settings.method == "autoround":
         iterations, zero_points = settings.autoround_iterations, settings.zero_points
-        return AutoRoundSource(loaded, parts, formats, group_size, windows, zero_points, iterations, settings.seed)
+        return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
     raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
 
 
@@ -238,8 +252,9 @@ def _write(
     packed: Mapping[str, PackedWeight],
     log: dict[str, Any],
     dtype: torch.dtype,
+    originals: Mapping[str, Tensor],
 ) -> None:
-    others = _other_tensors(loaded.model, (*packed, *record.embedding), dtype)
+    others = _other_tensors(loaded.model, (*packed, *record.embedding), dtype, originals)
 
     def extras(folder: Path) -> None:
         loaded.tokenizer.save_pretrained(folder)
@@ -253,14 +268,19 @@ def _write(
     write_checkpoint(output, config, record, packed, others, extras)
 
 
-def _other_tensors(model: nn.Module, packed: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Everything that stays unquantized, float32 as `dtype`, shared tensors once; packed: modules, by their names."""
+def _other_tensors(
+    model: nn.Module, packed: Iterable[str], dtype: torch.dtype, originals: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Everything that stays unquantized, float32 as `dtype`, shared tensors once.
+
+    packed: modules, by their names. originals: {name: tensor} in place of those of the model.
+    """
     taken = {f"{name}.weight" for name in packed}
     kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
         name: tensor.detach().cpu().to(dtype if tensor.dtype == torch.float32 else tensor.dtype)
-        for name, tensor in model.state_dict().items()
+        for name, tensor in {**model.state_dict(), **originals}.items()
         if name not in taken and (name in kept or name not in parameters)
     }
 

@@ -7,17 +7,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, parse_pins
 from amq.errors import AmqError
 from amq.files import read_json
-from amq.formats import FORMATS
 from amq.linears import Inventory, LinearSpec, OtherWeight
 from amq.search.archive import Archive
 from amq.search.fit import fit_records
 from amq.search.records import provenance
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.settings import SearchSettings
-from amq.search.space import SearchSpace, parse_pins
+from amq.search.space import SearchSpace
 from amq.settings import parse_size
 
 
@@ -41,7 +40,7 @@ class FinishedRun:
         linears = tuple(LinearSpec(**entry) for entry in run["linears"])
         others = tuple(OtherWeight(o["name"], o["kind"], o["numel"], (), o["reason"]) for o in run["others"])
         parts = Inventory("", run["model"]["blocks"], linears, others, run["head_is_tied"])
-        pinned = parse_pins(settings.pin, linears, FORMATS)
+        pinned = parse_pins(settings.pin, linears)
         space = SearchSpace.build(linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
         archive = Archive(folder / "archive.jsonl")
         archive.close()
