@@ -155,6 +155,7 @@ class AmqQuantizer(HfQuantizer):
         linears = {name: model.get_submodule(name) for name in self._packed}
         for name, module in linears.items():
             module.store(self._packed.pop(name))
+            module.place = _device_around(model, name)
         if self.quantization_config.fuse:
             for group in self._record.shared_inputs:
                 for has_bias in (False, True):
@@ -329,6 +330,16 @@ def _tie_again(model: nn.Module) -> None:
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
+
+
+def _device_around(model: nn.Module, name: str) -> torch.device:
+    """Where the parameters nearest to the module `name` are."""
+    while name:
+        name = name.rpartition(".")[0]
+        parameter = next(model.get_submodule(name).parameters(), None)
+        if parameter is not None:
+            return parameter.device
+    return model.device
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

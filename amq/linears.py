@@ -88,6 +88,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """An nn.Linear with a weight of its own, which those of a quantized model do not have."""
+    return isinstance(module, nn.Linear) and "weight" in module._parameters
+
+
 def inventory(model: nn.Module) -> Inventory:
     """Walks `model` (a Hugging Face causal LM, on any device, meta included) into an `Inventory`."""
     blocks_path, blocks = find_blocks(model)
@@ -120,7 +125,7 @@ def _block_linears(blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSp
     seen: set[int] = set()
     for index, block in enumerate(blocks):
         for role, module in block.named_modules():
-            if isinstance(module, nn.Linear) and id(module.weight) not in seen:
+            if _is_plain(module) and id(module.weight) not in seen:
                 seen.add(id(module.weight))
                 yield LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
 
@@ -140,7 +145,7 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
         module = model.get_submodule(name)
     except AttributeError:
         raise AmqError(f"linear {name!r} is not in this {type(model).__name__}") from None
-    if not isinstance(module, nn.Linear):
+    if not _is_plain(module):
         raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Linear")
     return module
 

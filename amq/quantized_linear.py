@@ -42,7 +42,7 @@ class QuantizedLinear(nn.Module):
     def __init__(
         self, weight: PreparedWeight, bias: Tensor | None = None, activations: str = "int8", name: str = "linear"
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.activations, self.name = activations, name
         self._weight = weight
@@ -100,15 +100,41 @@ class Execution:
 _choose = cache(choose_backend)  # it logs what it passes over: once per model and kind of device is enough
 
 
-class StoredLinear(QuantizedLinear):
+class QuantizedWeight:
+    """What a StoredLinear has for a `weight`: where it is and how large, for those who ask, and no numbers."""
+
+    dtype = torch.uint8
+    requires_grad = False
+
+    def __init__(self, linear: str, shape: tuple[int, int], device: torch.device) -> None:
+        self._linear, self.shape, self.device = linear, torch.Size(shape), device
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NoPlainWeight(
+            f"{self._linear} is quantized, its weight has no {name!r}: nothing can be merged into it; call "
+            "model.dequantize() first"
+        )
+
+
+class NoPlainWeight(AmqError, AttributeError):
+    """Someone asked a quantized weight for what only a plain one has."""
+
+
+class StoredLinear(QuantizedLinear, nn.Linear):
     """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
+
+    It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
 
     packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
     shared: set where this linear's input is another one's too.
+    place: the device that the rest of the model is on, as far as is known before an input comes.
     """
 
     packed: PackedWeight | None
     shared: SharedInput | None
+    place: torch.device
 
     def __init__(
         self,
@@ -122,6 +148,7 @@ class StoredLinear(QuantizedLinear):
         stored = PreparedWeight("", fmt, *shape, group_size, _unprepared(fmt, shape, group_size))
         super().__init__(stored, bias, execution.activations, name)
         self.execution, self.packed, self.shared = execution, None, None
+        self.place = torch.device("cpu")
 
     def store(self, packed: PackedWeight) -> None:
         """Takes the weight, which has the format and shape that this linear was made for."""
@@ -141,15 +168,16 @@ class StoredLinear(QuantizedLinear):
         if self.packed is None:
             raise AmqError(f"{self.name} has no weight yet: load it with from_pretrained, or give it one with store()")
         weight = prepare(self.packed.to(device), self.execution.backend_on(device))
-        self._weight, self.data = weight, weight.data
+        self._weight, self.data, self.place = weight, weight.data, device
         return weight
 
     @property
-    def weight(self) -> PreparedWeight | Tensor:
-        """The prepared weight; while transformers loads, an empty one, for models that initialise weights by hand."""
+    def weight(self) -> QuantizedWeight | Tensor:
+        """No numbers; while transformers loads, an empty tensor, for models that initialise weights by hand."""
+        shape = (self.out_features, self.in_features)
         if self.packed is None:
-            return torch.empty(self.out_features, self.in_features, device="meta")
-        return self.prepared(torch.device("cpu") if self.data.is_meta else self.data.device)
+            return torch.empty(shape, device="meta")
+        return QuantizedWeight(self.name, shape, self.place)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and not torch.compiler.is_compiling():
@@ -164,6 +192,7 @@ class StoredLinear(QuantizedLinear):
             return super()._apply(fn, recurse)
         before, self.data = self.data, None
         super()._apply(fn, recurse)
+        self.place = fn(torch.empty(0)).device
         if not before.is_meta:
             self.data = before if fn(before) is before else None
         if self.data is None:

@@ -194,7 +194,7 @@ def test_weights_are_mapped_and_prepared_when_used(folders: Callable[[str], Path
         address = module.packed.qweight.data_ptr()
         assert any(start <= address < end for start, end in spans), module.name
     model(TOKENS)
-    assert all(m.weight.backend == "cpu" for m in linears)
+    assert all(m.prepared(torch.device("cpu")).backend == "cpu" for m in linears)
     model.to("meta")
     assert all(m.data.is_meta and m.packed.qweight.device.type == "cpu" for m in linears)
 
