@@ -41,6 +41,7 @@ from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantizers.grid import check_scales
 
 VERSION = 2
 """Part of the cache key: raised whenever a quantizer or the file layout changes its results."""
@@ -231,6 +232,9 @@ def _quantize_block(
     energy = 0.0
     for specs, gram in groups:
         weights = [get_linear(model, s.name).weight.detach().cpu() for s in specs]
+        for spec, weight in zip(specs, weights, strict=True):
+            for fmt in formats:
+                check_scales(spec.name, weight, fmt, group_size)
         results = quantize(weights, formats, group_size, gram)
         for spec, weight, result in zip(specs, weights, results, strict=True):
             energy += float(weight.double().square().sum())

@@ -22,9 +22,11 @@ from amq.formats import get_format
 from amq.linears import Inventory, LinearSpec, get_linear
 from amq.native import dequantized
 from amq.packing import PackedWeight
+from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
 from amq.quantizers import NEEDS_GRAM, get_quantizer
 from amq.quantizers.awq import search_scale
+from amq.quantizers.grid import check_scales
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class BlockQuantizer:
 
     formats: {linear: format name}; the inventory's other linears keep their weights, but for scales that are folded
         into the producer of an input that they share.
-    windows: int64 [windows, length], or None for methods without calibration.
+    windows: int64 [windows, length]; methods without calibration look at the first alone, and only for odd weights.
     stored: dtype that norms will have in the checkpoint.
     """
 
@@ -90,7 +92,7 @@ class BlockQuantizer:
         formats: Mapping[str, str],
         group_size: int,
         method: Method,
-        windows: Tensor | None,
+        windows: Tensor,
         zero_points: str = "fractional",
         stored: torch.dtype = torch.float32,
     ) -> None:
@@ -110,6 +112,8 @@ class BlockQuantizer:
         """Quantizes the next block, whose number is `block`."""
         linears = self._inventory.in_block(block)
         result = BlockResult()
+        if small_or_large := unfit(self._model, self._quantized(linears), self._formats, self._group_size):
+            self._move_exponents(block, small_or_large, result)
         if self._stream is None:
             self._round(linears, None, result)
             return result
@@ -120,6 +124,25 @@ class BlockQuantizer:
         for group in groups:
             self._round(group.linears, group.gram, result)
         return result
+
+    def _move_exponents(self, block: int, names: set[str], result: BlockResult) -> None:
+        """Makes the linears `names` of the next block fit, or raises AmqError; rare, so it may take its time."""
+        linears = self._inventory.in_block(block)
+        stream = self._stream
+        if stream is None:
+            stream = CalibrationStream(self._model, self._windows[:1])
+            for _ in range(block):
+                stream.advance()
+        how = (self._formats, self._group_size, self._head_dim, stream.sample, self._stored)
+        for group in stream.measure(linears):
+            if any(spec.name in names for spec in group.linears):
+                fold = move_exponent(self._model, f"{self._inventory.blocks_path}.{block}", group, *how)
+                self._note_changes(fold, group.linears, result)
+                moved = ", ".join(spec.role for spec in group.linears)
+                result.notes.append(f"block {block}: {moved}: their scales lie beyond fp16, moved into {fold.producer}")
+        for spec in self._quantized(linears):
+            weight = get_linear(self._model, spec.name).weight
+            check_scales(spec.name, weight, self._formats[spec.name], self._group_size)
 
     def _quantized(self, linears: Sequence[LinearSpec]) -> list[LinearSpec]:
         """Those of `linears` that are not kept as they are."""

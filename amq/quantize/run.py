@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
@@ -35,8 +36,12 @@ from amq.quantize.sources import BankSource
 from amq.quantize.work import WorkFolder
 from amq.usable import Usable, find_usable
 
+log = logging.getLogger(__name__)
+
 SCHEMA = "amq/quantization/1"
 SHARING_TOKENS = 16
+MOST_ERROR = 0.5
+"""Relative error of a linear above which a warning names it."""
 
 
 @dataclass(frozen=True)
@@ -165,8 +170,7 @@ def _source(
     quantized = parts.only(formats)
     if settings.method in METHODS:
         method = METHODS[settings.method]
-        calibration = windows if method.calibrated else None
-        return BlockQuantizer(model, parts, formats, group_size, method, calibration, settings.zero_points, stored)
+        return BlockQuantizer(model, parts, formats, group_size, method, windows, settings.zero_points, stored)
     if settings.method == "bank":
         names = ("calibration", "window_length", "seed")
         recipe = BankRecipe(
@@ -191,6 +195,7 @@ def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progres
                 work.save(block, source.make(block))
                 result = work.load(block)  # mapped, so that finished blocks take no memory
                 note = _errors(result)
+                _warn_of(result)
             source.finish(result)
             results.append(result)
             step(f"block {block}: {note}, {time.monotonic() - start:.1f} s")
@@ -204,6 +209,14 @@ def _errors(result: BlockResult) -> str:
         for name, error in result.errors.items()
     ]
     return "relative error " + " ".join(shown)
+
+
+def _warn_of(result: BlockResult) -> None:
+    """Names the linears of a block that lost more than half of what they compute."""
+    for name, error in result.errors.items():
+        if not error <= MOST_ERROR:
+            fmt = result.packed[name].format.name
+            log.warning("%s in %s has a relative error of %.2f: give it a wider format", name, fmt, error)
 
 
 def _linears(parts: Inventory, configuration: Configuration, results: list[BlockResult]) -> dict[str, dict[str, Any]]:
@@ -291,5 +304,7 @@ def _stored_dtype(settings: QuantizeSettings, model: nn.Module) -> torch.dtype:
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
     if own is not None and own.itemsize == 2:
         return own
-    largest = max(float(p.abs().max()) for p in model.parameters() if p.numel())
-    return torch.float16 if largest < torch.finfo(torch.float16).max / 4 else torch.bfloat16
+    largest = [float(p.abs().max()) for p in model.parameters() if p.numel()]
+    limits = torch.finfo(torch.float16)
+    fits = max(largest) < limits.max / 4 and all(size >= limits.tiny for size in largest if size)
+    return torch.float16 if fits else torch.bfloat16
