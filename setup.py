@@ -60,7 +60,7 @@ EXTRAS_REQUIRE = {
     "gpu": ["triton>=3.6"],
     "test": [
         *("pytest>=8", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"),
-        *(*SERVE, "openai>=1.60", "httpx>=0.27"),
+        *(*SERVE, "openai>=1.60", "httpx>=0.27", "peft>=0.18"),
     ],
     "serve": SERVE,
     "datasets": ["datasets>=2.19"],

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -41,6 +41,7 @@ from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantizers.grid import check_scales
 from amq.tensors import save_file
 
 VERSION = 3
@@ -58,8 +59,9 @@ class BankSettings:
     calibration: Tensor | None = None
     """int64 [windows, length]; used by quantizers that need activations."""
 
-    def key(self, fingerprint_of_model: str) -> str:
-        parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model]
+    def key(self, fingerprint_of_model: str, linears: Iterable[str] = ()) -> str:
+        """linears: the names of those that the bank holds; kept ones are not built."""
+        parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model, *linears]
         if self.proxy in NEEDS_GRAM:
             parts.append(content_hash([("calibration", self.calibration)]))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
@@ -183,7 +185,9 @@ def open_bank(
     check_group_size(settings.group_size)
     if settings.proxy in NEEDS_GRAM and (settings.calibration is None or not len(settings.calibration)):
         raise AmqError(f"the {settings.proxy} bank needs at least one calibration window (--bank-windows)")
-    folder = (cache or cache_dir() / "banks") / settings.key(fingerprint or model_fingerprint(model))
+    folder = (cache or cache_dir() / "banks") / settings.key(
+        fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
+    )
     blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
     missing = {b: fs for b, fs in missing.items() if fs}
@@ -253,6 +257,9 @@ def _quantize_block(
     energy = 0.0
     for specs, gram in groups:
         weights = [get_linear(model, s.name).weight.detach().cpu() for s in specs]
+        for spec, weight in zip(specs, weights, strict=True):
+            for fmt in formats:
+                check_scales(spec.name, weight, fmt, group_size)
         results = quantize(weights, formats, group_size, gram)
         for spec, weight, result in zip(specs, weights, results, strict=True):
             energy += float(weight.double().square().sum())

@@ -24,7 +24,8 @@ from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.files import json_floats, write_json
 from amq.folders import write_folder
-from amq.formats import BitFormat, check_group_size, get_format, n_groups
+from amq.formats import KEPT, BitFormat, check_group_size, get_format, n_groups
+from amq.linears import LinearSpec
 from amq.packing import PackedWeight
 from amq.records import MOST, check_range, parse_record, read_record
 from amq.tensors import save_file
@@ -65,6 +66,8 @@ class QuantizationRecord:
     head: the linear behind the blocks (`lm_head`), where it is one of `formats`; else empty.
     embedding: {embedding: linear} where an embedding's row i is row i of that packed linear: tied weights. Such an
         embedding has no tensor of its own.
+    kept: {linear: (out_features, in_features)} of the blocks' linears that were left in 16 bits by choice: plain
+        tensors under their own names, counted in bits per weight.
     """
 
     formats: Mapping[str, str]
@@ -74,10 +77,23 @@ class QuantizationRecord:
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     head: str = ""
     embedding: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> Configuration:
+        """Of the linears in the blocks, as a search makes it: without the head, with what is kept."""
+        formats = {name: self.formats[name] for name in self.block_shapes}
+        return Configuration({**formats, **dict.fromkeys(self.kept, KEPT.name)}, self.group_size)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the linears in the blocks, kept ones at their 16 bits."""
+        shapes = {**self.block_shapes, **self.kept}
+        return self.configuration.bits_per_weight([LinearSpec(n, 0, n, *shape) for n, shape in shapes.items()])
 
     @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
-        """`shapes` without the head's: the linears that a configuration names and bits per weight are counted of."""
+        """`shapes` without the head's: the quantized linears of the blocks."""
         return {name: shape for name, shape in self.shapes.items() if name != self.head}
 
     def json(self) -> dict[str, Any]:
@@ -93,6 +109,7 @@ class QuantizationRecord:
             "shared_inputs": [list(group) for group in self.shared_inputs],
             **({"head": self.head} if self.head else {}),
             **({"embedding": dict(self.embedding)} if self.embedding else {}),
+            **({"kept": {name: list(shape) for name, shape in self.kept.items()}} if self.kept else {}),
         }
 
     @staticmethod
@@ -111,8 +128,9 @@ class QuantizationRecord:
         stored.check(source)
         shared = tuple(tuple(group) for group in stored.shared_inputs)
         return QuantizationRecord(
-            stored.formats, stored.shapes, stored.group_size, stored.quantizer, shared, stored.head, stored.embedding
-        )
+            stored.formats, stored.shapes, stored.group_size, stored.quantizer, shared, stored.head, stored.embedding,
+            stored.kept,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,9 +145,10 @@ class _Stored:
     shared_inputs: list[list[str]] = field(default_factory=list)
     head: str = ""
     embedding: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, shape in self.shapes.items():
+        for name, shape in (*self.shapes.items(), *self.kept.items()):
             if min(shape) < 1 or max(shape) > MOST:
                 raise ValueError(f"expected a shape of {name} from 1 to {MOST}, got {list(shape)}")
 
@@ -150,6 +169,8 @@ class _Stored:
         for key, name in (*head.items(), *(("embedding", n) for n in self.embedding.values())):
             if name not in self.formats:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
+        if both := sorted(self.formats.keys() & self.kept.keys()):
+            raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
 
 
 def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
@@ -172,7 +193,8 @@ class Checkpoint:
     def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
         self.folder, self.config, self.record = folder, config, record
         self._files = open_files(self._paths())
-        check_complete(folder, [n for linear in record.formats for n in part_names(linear)], self._files)
+        names = [n for linear in record.formats for n in part_names(linear)]
+        check_complete(folder, [*names, *(f"{linear}.weight" for linear in record.kept)], self._files)
         for linear in record.formats:
             self._check_parts(linear)
 
@@ -184,9 +206,7 @@ class Checkpoint:
 
     @property
     def configuration(self) -> Configuration:
-        """Of the linears in the blocks, as a search makes it: without the head."""
-        formats = {name: self.record.formats[name] for name in self.record.block_shapes}
-        return Configuration(formats, self.record.group_size)
+        return self.record.configuration
 
     def check_layers(self) -> None:
         """Raises AmqError where config.json has more layers than the files have tensors: a model that would be built

@@ -2,7 +2,8 @@
 
 Bits per weight is the average over all linears of stored bits: codes plus one fp16 scale and zero point per group. A
 linear whose rows fill their groups costs exactly `code_bits + 32 / group_size` (the paper's accounting); a ragged last
-group pays for its scale and zero point in full, because the file does.
+group pays for its scale and zero point in full, because the file does. A linear that is kept (`"16bit"`) counts with
+its 16 bits.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from typing import Any
 
 from amq.errors import AmqError
 from amq.files import read_json, write_json
-from amq.formats import BitFormat, check_group_size, get_format
-from amq.linears import Inventory, LinearSpec
+from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
+from amq.linears import Inventory, LinearSpec, match_linears
 from amq.records import check_range, parse_record, shorten
 
 SCHEMA = "amq/configuration/1"
@@ -51,7 +52,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Configuration:
-    """Which format each linear has; plus, once known, its figures and where it came from (`details`)."""
+    """Which format each linear has, `16bit` for a kept one; plus, once known, figures and origin (`details`)."""
 
     formats: Mapping[str, str]
     group_size: int
@@ -60,6 +61,11 @@ class Configuration:
     @staticmethod
     def uniform(linears: Sequence[LinearSpec], fmt: BitFormat, group_size: int) -> Configuration:
         return Configuration({s.name: fmt.name for s in linears}, group_size)
+
+    @property
+    def quantized(self) -> dict[str, str]:
+        """`formats` without the linears that are kept."""
+        return quantized_formats(self.formats)
 
     def save(self, path: Path) -> None:
         """Writes `docs/format.md`'s configuration JSON, atomically."""
@@ -75,18 +81,27 @@ class Configuration:
             found = data.get("schema") if isinstance(data, dict) else type(data).__name__
             raise AmqError(f"{path} is not a configuration: expected schema {SCHEMA!r}, found {shorten(found)}")
         file = parse_record(data, _File, str(path))
+        for linear, name in file.formats.items():
+            try:
+                get_stored(name)
+            except AmqError as error:
+                raise AmqError(f"{path}: {linear}: {error}") from None
         try:
-            for name in sorted(set(file.formats.values())):
-                get_format(name)
             check_group_size(file.group_size)
         except AmqError as error:
             raise AmqError(f"{path}: {error}") from None
         details = {k: v for k, v in data.items() if k not in ("schema", "formats", "group_size")}
         return Configuration(file.formats, file.group_size, details)
 
-    def check(self, linears: Sequence[LinearSpec]) -> None:
-        """Refuses a configuration that is not of exactly these linears."""
+    def check(self, linears: Sequence[LinearSpec], unusable: Mapping[str, str] | None = None) -> None:
+        """Refuses a configuration that is not of exactly these linears; unusable: {linear: why it has no format}."""
         names = {s.name for s in linears}
+        for name, reason in (unusable or {}).items():
+            if name in self.formats:
+                raise AmqError(
+                    f"the configuration names {name}, which stays in 16 bits in any case ({reason}): take it out, or "
+                    "search this model again"
+                )
         unknown, missing = sorted(self.formats.keys() - names), sorted(names - self.formats.keys())
         if unknown:
             raise AmqError(
@@ -95,19 +110,31 @@ class Configuration:
             )
         if missing:
             raise AmqError(
-                f"the configuration lacks {missing[0]!r} ({len(missing)} linears missing): search this model again"
+                f"the configuration lacks {missing[0]!r} ({len(missing)} linears missing): search this model again, or "
+                f'give "{KEPT.name}" for linears that are to stay as they are'
             )
 
     def bytes(self, linears: Iterable[LinearSpec]) -> int:
         """Stored bytes of all linears."""
-        return sum(linear_bytes(s, get_format(self.formats[s.name]), self.group_size) for s in linears)
+        return sum(linear_bytes(s, get_stored(self.formats[s.name]), self.group_size) for s in linears)
 
     def bits_per_weight(self, linears: Sequence[LinearSpec]) -> float:
         return 8 * self.bytes(linears) / sum(s.numel for s in linears)
 
 
-def linear_bytes(spec: LinearSpec, fmt: BitFormat, group_size: int) -> int:
+def linear_bytes(spec: LinearSpec, fmt: BitFormat | Kept, group_size: int) -> int:
     return fmt.stored_bytes(spec.out_features, spec.in_features, group_size)
+
+
+def parse_pins(pins: Sequence[str], linears: tuple[LinearSpec, ...]) -> dict[str, BitFormat | Kept]:
+    """`REGEX=FORMAT` texts → {linear: format}; later ones win. The format `16bit` keeps a linear as it is."""
+    pinned: dict[str, BitFormat | Kept] = {}
+    for pin in pins:
+        pattern, separator, name = pin.rpartition("=")
+        if not separator or name not in STORED:
+            raise AmqError(f"--pin {pin!r}: expected REGEX=FORMAT with a format of {', '.join(STORED)}")
+        pinned.update(dict.fromkeys((s.name for s in match_linears(linears, pattern)), STORED[name]))
+    return pinned
 
 
 @dataclass(frozen=True)
@@ -124,12 +151,13 @@ def memory_items(
 
     config: the Hugging Face config, needed when `context` > 0.
     """
-    codes = sum(
-        s.out_features * get_format(configuration.formats[s.name]).row_bytes(s.in_features) for s in model.linears
-    )
+    stored = [(s, get_stored(configuration.formats[s.name])) for s in model.linears]
+    kept = sum(linear_bytes(s, fmt, configuration.group_size) for s, fmt in stored if isinstance(fmt, Kept))
+    codes = sum(s.out_features * fmt.row_bytes(s.in_features) for s, fmt in stored) - kept
     items = [
         MemoryItem("linears: codes", codes),
-        MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes),
+        MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes - kept),
+        *([MemoryItem("linears: kept", kept, "16 bits, by choice")] if kept else ()),
         *other_items(model),
     ]
     if context:

@@ -14,6 +14,7 @@ adding a format is adding one line here plus one decode file per backend.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from amq.errors import AmqError
@@ -97,6 +98,47 @@ FORMATS: dict[str, BitFormat] = {
     )
 }
 """Every known format by name, cheapest first."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a linear is stored as that is not quantized: 16 bits a weight, no scales, under its own name.
+
+    It says its size as a `BitFormat` does, and has no codes: no bank, kernel or quantizer knows it.
+    """
+
+    name: str = "16bit"
+    code_bits: float = 16.0
+
+    def row_bytes(self, in_features: int) -> int:
+        return 2 * in_features
+
+    def stored_bytes(self, out_features: int, in_features: int, group_size: int) -> int:
+        return out_features * self.row_bytes(in_features)
+
+    def bits_per_weight(self, group_size: int) -> float:
+        return self.code_bits
+
+
+KEPT = Kept()
+STORED: dict[str, BitFormat | Kept] = {**FORMATS, KEPT.name: KEPT}
+"""Everything that a configuration may say of a linear, by name, cheapest first."""
+
+
+def get_stored(name: str) -> BitFormat | Kept:
+    """What a configuration calls `name`: a format, or `KEPT`; else an error that lists them."""
+    try:
+        return STORED[name]
+    except (KeyError, TypeError):
+        raise AmqError(
+            f"unknown format {name!r}: expected one of {', '.join(FORMATS)}, or {KEPT.name} for a linear that is to "
+            "stay as it is"
+        ) from None
+
+
+def quantized_formats(formats: Mapping[str, str]) -> dict[str, str]:
+    """A configuration's {linear: format} without the linears that are kept in 16 bits."""
+    return {linear: name for linear, name in formats.items() if name != KEPT.name}
 
 
 def get_format(name: str) -> BitFormat:

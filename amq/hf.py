@@ -5,13 +5,18 @@ quantized linears of the still empty model become `StoredLinear`s; transformers 
 and casts it as it always does; afterwards each quantized linear takes its tensors, memory-mapped and as they are. So no
 dtype or device argument touches them. Saving writes them back with their hashes.
 
+A checkpoint of a causal LM also loads as the base model alone (AutoModel), and with another head, which transformers
+makes anew: names of the file and of the model then differ in the base model's prefix, as they do for transformers.
+
 `import amq` imports this file at the moment when transformers loads its quantizers (amq/__init__.py).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +83,11 @@ class AmqConfig(QuantizationConfigMixin):
         """What from_pretrained's argument overrides."""
         return {name: getattr(self, name) for name in ("activations", "backend", "fuse", "verify")}
 
+    def store(self, record: QuantizationRecord) -> None:
+        """Makes `record`, by the names of the loaded model, what is saved; keys that this amq does not know stay."""
+        known = QuantizationRecord({}, {}, record.group_size, head="-", embedding={"-": "-"}, kept={"-": (1, 1)}).json()
+        self.stored = {**{k: v for k, v in self.stored.items() if k not in known}, **record.json()}
+
     def to_dict(self) -> dict[str, Any]:
         """How it was loaded is not part of what is saved."""
         return dict(self.stored)
@@ -93,6 +103,7 @@ class AmqQuantizer(HfQuantizer):
         if not self.pre_quantized:
             raise AmqError("this model is not quantized: run `python -m amq.quantize` and load the folder it writes")
         self._packed: dict[str, PackedWeight] = {}
+        self._new: frozenset[str] = frozenset()
         self._record = QuantizationRecord.parse(quantization_config.stored, "config.json")
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -116,36 +127,47 @@ class AmqQuantizer(HfQuantizer):
         for file in files if self.quantization_config.verify else ():
             verify_file(file)
         tensors = open_files(files)
-        record = self._record
-        check_complete(files[0].parent, (n for linear in record.formats for n in part_names(linear)), tensors)
-        config = self.quantization_config
+        check_complete(files[0].parent, (n for linear in self._record.formats for n in part_names(linear)), tensors)
+        names = _LocalNames(model)
+        for linear, local in names.linears(self._record).items():
+            parts = (tensors[name].get_tensor(name) for name in part_names(linear))
+            self._packed[local] = check_parts(linear, self._record, *parts)  # memory-mapped, nothing is read yet
+        self._record = record = names.record(self._record)
+        self._put_stored_modules(model)
+        self._new = _new_names(model)
+        found = {names.tensor(name) for name in tensors}
+        check_complete(files[0].parent, (n for n in _expected_names(model, found) if n not in self._new), found)
+        check_tensors({names.tensor(name): file for name, file in tensors.items()}, model.state_dict())
+        if record.head:
+            model.resize_token_embeddings = _refuse_resizing
+        ignored = model._keys_to_ignore_on_load_unexpected or set()
+        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
+
+    def _put_stored_modules(self, model: nn.Module) -> None:
+        """Replaces what is quantized by modules without a weight yet."""
+        record, config = self._record, self.quantization_config
         execution = Execution(config.activations, config.backend, tuple(sorted(set(record.formats.values()))))
         for name in record.formats:
-            self._packed[name] = check_parts(
-                name, record, *(tensors[n].get_tensor(n) for n in part_names(name))
-            )  # memory-mapped, nothing is read yet
             _replace(model, name, _stored_linear(model, name, record, execution))
         for name, linear in record.embedding.items():
             _replace(model, name, _stored_embedding(model, name, linear))
             _untie(model, name)
-        if record.head:
-            model.resize_token_embeddings = _refuse_resizing
-        check_complete(files[0].parent, _expected_names(model, tensors.keys()), tensors)
-        check_tensors(tensors, model.state_dict())
-        ignored = model._keys_to_ignore_on_load_unexpected or set()
-        model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         linears = {name: model.get_submodule(name) for name in self._packed}
         for name, module in linears.items():
             module.store(self._packed.pop(name))
+            module.place = _device_around(model, name)
         if self.quantization_config.fuse:
             for group in self._record.shared_inputs:
                 for has_bias in (False, True):
                     members = [linears[name] for name in group if (linears[name].bias is not None) == has_bias]
                     if len(members) > 1:
                         SharedInput(members)
-        model.requires_grad_(False)  # else every call outside torch.no_grad() would ask for gradients that do not exist
+        for name, parameter in model.named_parameters():  # what was quantized stays as it is: adapters are trained
+            parameter.requires_grad_(name in self._new)
+        self.quantization_config.store(self._record)
+        model.num_parameters = partial(_num_parameters, model)
         model._weight_conversions = []  # tensors are saved by the names of this model's modules, as they were loaded
         if type(model).__module__.startswith("transformers.") and hasattr(model.config, "auto_map"):
             model.config.auto_map.pop(AUTO_CLASS, None)  # save_pretrained does not copy the file that it names
@@ -167,7 +189,8 @@ class AmqQuantizer(HfQuantizer):
         for name, module in embeddings.items():
             _replace(model, name, _dense_embedding(module, dense[module.head].weight))
             _tie_again(model)
-        model.__dict__.pop("resize_token_embeddings", None)
+        for name in ("resize_token_embeddings", "num_parameters"):
+            model.__dict__.pop(name, None)
         return model
 
     def is_serializable(self, *_: Any, **__: Any) -> bool:
@@ -175,15 +198,87 @@ class AmqQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return False
+        return True  # beside the packed weights: adapters, new heads
 
     @property
     def is_compileable(self) -> bool:
         return True
 
 
+class _LocalNames:
+    """What a checkpoint's tensors and modules are called in `model`, which may be, or lack, the model around its base.
+
+    transformers finds tensors in the same way: it takes the base model's prefix away, or adds it, where that fits.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+        self._modules = {name for name, _ in model.named_modules()}
+        self._tensors = set(model.state_dict())
+
+    def module(self, name: str) -> str:
+        return self._find(name, self._modules)
+
+    def tensor(self, name: str) -> str:
+        return self._find(name, self._tensors)
+
+    def _find(self, name: str, known: Container[str]) -> str:
+        bare = name.removeprefix(self._prefix)
+        return next((n for n in (bare, f"{self._prefix}{name}") if n != name and n in known), name)
+
+    def linears(self, record: QuantizationRecord) -> dict[str, str]:
+        """{name in the file: name in the model} of the quantized linears, without a head that nothing needs.
+
+        A head that the model lacks, but that its embedding is read from, stays, as a module beside the base model.
+        """
+        linears = {linear: self.module(linear) for linear in record.formats}
+        if record.head and linears[record.head] not in self._modules:
+            linears[record.head] = record.head.rpartition(".")[2]
+            if not record.embedding:
+                del linears[record.head]
+        return linears
+
+    def record(self, record: QuantizationRecord) -> QuantizationRecord:
+        """`record` by the model's names, of the linears that it needs."""
+        linears = self.linears(record)
+        return replace(
+            record,
+            formats={local: record.formats[linear] for linear, local in linears.items()},
+            shapes={local: record.shapes[linear] for linear, local in linears.items()},
+            shared_inputs=tuple(tuple(linears[n] for n in group if n in linears) for group in record.shared_inputs),
+            head=linears.get(record.head, ""),
+            embedding={self.module(name): linears[head] for name, head in record.embedding.items()},
+            kept={self.module(linear): shape for linear, shape in record.kept.items()},
+        )
+
+
+def _new_names(model: nn.Module) -> frozenset[str]:
+    """Tensors that no checkpoint of the model's base has: those of a head, in a class that is not the checkpoint's own.
+
+    transformers initialises them, and says so.
+    """
+    saved_as = set(model.config.architectures or ())
+    if saved_as & {cls.__name__ for cls in type(model).__mro__} or model.base_model is model:
+        return frozenset()
+    prefix = f"{model.base_model_prefix}."
+    return frozenset(name for name in model.state_dict() if not name.startswith(prefix))
+
+
+def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+    """In place of model.num_parameters: as many as the original model has, packed ones included."""
+    count = type(model).num_parameters(model, only_trainable, exclude_embeddings)
+    if only_trainable:
+        return count
+    embeddings = [m.head for m in model.modules() if isinstance(m, StoredEmbedding)] if exclude_embeddings else []
+    linears = [module for _, module in _stored_linears(model) if module not in embeddings]
+    return count + sum(module.in_features * module.out_features for module in linears)
+
+
 def _stored_linear(model: nn.Module, name: str, record: QuantizationRecord, execution: Execution) -> StoredLinear:
     """An empty StoredLinear in place of the nn.Linear `name`, or an error where the two are not of one shape."""
+    fmt = get_format(record.formats[name])
+    if name == record.head and name not in dict(model.named_modules()):  # of a base model, whose embedding reads it
+        return StoredLinear(fmt, record.shapes[name], record.group_size, execution, name=name)
     linear = get_linear(model, name)
     shape = (linear.out_features, linear.in_features)
     if shape != record.shapes[name]:
@@ -191,7 +286,7 @@ def _stored_linear(model: nn.Module, name: str, record: QuantizationRecord, exec
             f"{name}: the model's config.json makes it {list(shape)}, the checkpoint has {list(record.shapes[name])}: "
             "config.json was altered, or belongs to another model"
         )
-    return StoredLinear(get_format(record.formats[name]), shape, record.group_size, execution, linear.bias, name)
+    return StoredLinear(fmt, shape, record.group_size, execution, linear.bias, name)
 
 
 def _stored_embedding(model: nn.Module, name: str, linear: str) -> StoredEmbedding:
@@ -237,6 +332,16 @@ def _tie_again(model: nn.Module) -> None:
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
+
+
+def _device_around(model: nn.Module, name: str) -> torch.device:
+    """Where the parameters nearest to the module `name` are."""
+    while name:
+        name = name.rpartition(".")[0]
+        parameter = next(model.get_submodule(name).parameters(), None)
+        if parameter is not None:
+            return parameter.device
+    return model.device
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:

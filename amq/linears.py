@@ -12,8 +12,8 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class Inventory:
     def in_block(self, block: int) -> list[LinearSpec]:
         return [s for s in self.linears if s.block == block]
 
+    def only(self, names: Container[str]) -> Inventory:
+        """The same model, of whose linears a stage sees those called `names`: the ones that are quantized."""
+        return replace(self, linears=tuple(s for s in self.linears if s.name in names))
+
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears."""
@@ -90,6 +94,11 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 def _is_linear(module: nn.Module) -> bool:
     """nn.Linear, or what stands in for one (`amq.quantized_linear`) and says its size in the same way."""
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """An nn.Linear with a weight of its own, which those of a quantized model do not have."""
+    return isinstance(module, nn.Linear) and "weight" in module._parameters
 
 
 def inventory(model: nn.Module) -> Inventory:
@@ -124,7 +133,7 @@ def _block_linears(blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSp
     seen: set[int] = set()
     for index, block in enumerate(blocks):
         for role, module in block.named_modules():
-            if isinstance(module, nn.Linear) and id(module.weight) not in seen:
+            if _is_plain(module) and id(module.weight) not in seen:
                 seen.add(id(module.weight))
                 yield LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
 
@@ -144,7 +153,7 @@ def get_linear(model: nn.Module, name: str) -> nn.Linear:
         module = model.get_submodule(name)
     except AttributeError:
         raise AmqError(f"linear {name!r} is not in this {type(model).__name__}") from None
-    if not isinstance(module, nn.Linear):
+    if not _is_plain(module):
         raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Linear")
     return module
 

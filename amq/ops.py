@@ -1,7 +1,8 @@
 """The linear op: y = x · Wᵀ (+ bias) for prepared weights, and its fused form for several linears that share x.
 
 `linear` checks and calls `torch.ops.amq.linear`, which dispatches to the backend that the weights were prepared for.
-The op has a fake kernel, so torch.compile takes it as one node. It is for inference: gradients do not flow through it.
+The op has a fake kernel, so torch.compile takes it as one node. Gradients do not flow through it; they do through the
+linears of a loaded checkpoint (`amq.quantized_linear.StoredLinear`), which hold what a backward needs.
 """
 
 from __future__ import annotations
@@ -102,7 +103,10 @@ def _check_input(
             "move the weight and x there, or prepare the weight for another backend"
         )
     if x.requires_grad and torch.is_grad_enabled():
-        raise AmqError(f"{name}: quantized linears have no gradient; call it under torch.no_grad()")
+        raise AmqError(
+            f"{name}: a prepared weight has no gradient: call it under torch.no_grad(), or load a checkpoint with "
+            "transformers, whose linears have one"
+        )
     if bias is not None:
         out_features = sum(w.out_features for w in weights)
         if tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES or bias.device != device:

@@ -4,6 +4,9 @@
 file gave it (memory-mapped, on the CPU) and prepares it when it first meets an input on a device, so that loading costs
 nothing, `.to(device)` and device maps need no care, and the model can be saved again bit for bit. `SharedInput` joins
 linears that read one tensor into one call of the kernel, inside a model that knows nothing of it.
+
+Gradients flow through StoredLinears to their inputs and biases, so that an adapter beside them can be trained: the
+backward multiplies with the dequantized weight. The packed weight itself is a constant.
 """
 
 from __future__ import annotations
@@ -21,8 +24,9 @@ from amq.backends import check_activations, choose_backend, default_activations,
 from amq.checkpoint import PARTS
 from amq.errors import AmqError
 from amq.formats import BitFormat
+from amq.native import dequantized
 from amq.ops import linear
-from amq.packing import PackedWeight, PreparedWeight
+from amq.packing import PackedWeight, PreparedWeight, dequantize
 
 
 class QuantizedLinear(nn.Module):
@@ -42,7 +46,7 @@ class QuantizedLinear(nn.Module):
         activations: str | None = None,
         name: str = "linear",
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.activations, self.name = activations or default_activations(weight.backend), name
         self._weight = weight
@@ -100,15 +104,41 @@ class Execution:
 _choose = cache(choose_backend)  # it logs what it passes over: once per model and kind of device is enough
 
 
-class StoredLinear(QuantizedLinear):
+class QuantizedWeight:
+    """What a StoredLinear has for a `weight`: where it is and how large, for those who ask, and no numbers."""
+
+    dtype = torch.uint8
+    requires_grad = False
+
+    def __init__(self, linear: str, shape: tuple[int, int], device: torch.device) -> None:
+        self._linear, self.shape, self.device = linear, torch.Size(shape), device
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NoPlainWeight(
+            f"{self._linear} is quantized, its weight has no {name!r}: nothing can be merged into it; call "
+            "model.dequantize() first"
+        )
+
+
+class NoPlainWeight(AmqError, AttributeError):
+    """Someone asked a quantized weight for what only a plain one has."""
+
+
+class StoredLinear(QuantizedLinear, nn.Linear):
     """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
+
+    It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
 
     packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
     shared: set where this linear's input is another one's too.
+    place: the device that the rest of the model is on, as far as is known before an input comes.
     """
 
     packed: PackedWeight | None
     shared: SharedInput | None
+    place: torch.device
 
     def __init__(
         self,
@@ -119,10 +149,10 @@ class StoredLinear(QuantizedLinear):
         bias: Tensor | None = None,
         name: str = "linear",
     ) -> None:
-        # While transformers loads, an empty buffer of the weight's size stands in for it: device maps count buffers.
-        empty = torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
-        super().__init__(PreparedWeight("", fmt, *shape, group_size, empty), bias, execution.activations, name)
+        stored = PreparedWeight("", fmt, *shape, group_size, _unprepared(fmt, shape, group_size))
+        super().__init__(stored, bias, execution.activations, name)
         self.execution, self.packed, self.shared = execution, None, None
+        self.place = torch.device("cpu")
 
     def store(self, packed: PackedWeight) -> None:
         """Takes the weight, which has the format and shape that this linear was made for."""
@@ -130,8 +160,9 @@ class StoredLinear(QuantizedLinear):
         self._forget()
 
     def _forget(self) -> None:
-        self.data = None
-        self._weight = replace(self._weight, backend="", data=torch.empty(0, dtype=torch.uint8, device="meta"))
+        shape, group_size = (self.out_features, self.in_features), self._weight.group_size
+        self.data = _unprepared(self._weight.format, shape, group_size)
+        self._weight = replace(self._weight, backend="", data=self.data)
 
     def prepared(self, device: torch.device) -> PreparedWeight:
         """The weight on `device`, prepared now if it is not there yet."""
@@ -141,12 +172,16 @@ class StoredLinear(QuantizedLinear):
         if self.packed is None:
             raise AmqError(f"{self.name} has no weight yet: load it with from_pretrained, or give it one with store()")
         weight = prepare(self.packed.to(device), self.execution.backend_on(device))
-        self._weight, self.data = weight, weight.data
+        self._weight, self.data, self.place = weight, weight.data, device
         return weight
 
     @property
-    def weight(self) -> PreparedWeight:
-        return self.prepared(torch.device("cpu") if self.data is None else self.data.device)
+    def weight(self) -> QuantizedWeight | Tensor:
+        """No numbers; while transformers loads, an empty tensor, for models that initialise weights by hand."""
+        shape = (self.out_features, self.in_features)
+        if self.packed is None:
+            return torch.empty(shape, device="meta")
+        return QuantizedWeight(self.name, shape, self.place)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is not None and not torch.compiler.is_compiling():
@@ -154,11 +189,17 @@ class StoredLinear(QuantizedLinear):
         return self.alone(x)
 
     def alone(self, x: Tensor) -> Tensor:
-        return linear(x, (self.prepared(x.device),), self.bias, self.activations, self.name)
+        return _product(x, (self,), self.bias, self.name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        if self.packed is None:
+            return super()._apply(fn, recurse)
+        before, self.data = self.data, None
         super()._apply(fn, recurse)
-        if self.packed is not None and self.data is not self._weight.data:
+        self.place = fn(torch.empty(0)).device
+        if not before.is_meta:
+            self.data = before if fn(before) is before else None
+        if self.data is None:
             self._forget()  # the layout of one device's backend is of no use on another
         return self
 
@@ -187,6 +228,51 @@ class StoredLinear(QuantizedLinear):
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
 
 
+def _unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tensor:
+    """An empty buffer of the packed weight's size, until it is prepared: device maps and footprints count buffers."""
+    return torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
+
+
+def _product(x: Tensor, linears: Sequence[StoredLinear], bias: Tensor | None, name: str) -> Tensor:
+    """`amq.ops.linear` of the weights of `linears`, which share x, with gradients to x and `bias` where they want them.
+    """
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        return _differentiable(x, linears, bias, name)
+    return linear(x, [m.prepared(x.device) for m in linears], bias, linears[0].activations, name)
+
+
+@torch.compiler.disable  # the backward calls native code, which dynamo cannot trace
+def _differentiable(x: Tensor, linears: Sequence[StoredLinear], bias: Tensor | None, name: str) -> Tensor:
+    return _Product.apply(x, bias, linears, name)
+
+
+class _Product(torch.autograd.Function):
+    """Rounding of activations to int8 has the gradient 1, as if they were not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linears: Sequence[StoredLinear], name: str) -> Tensor:
+        ctx.packed, ctx.bias = [m.packed for m in linears], bias if bias is None else bias.dtype
+        return linear(x, [m.prepared(x.device) for m in linears], bias, linears[0].activations, name)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            parts = gradient.split([packed.out_features for packed in ctx.packed], dim=-1)
+            to_x = sum(part @ _dense(packed, part) for part, packed in zip(parts, ctx.packed, strict=True))
+        if ctx.needs_input_grad[1]:
+            to_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias)
+        return to_x, to_bias, None, None
+
+
+def _dense(packed: PackedWeight, like: Tensor) -> Tensor:
+    """The weight [out_features, in_features] with the device and dtype of `like`."""
+    weight = dequantized(packed) if like.device.type == "cpu" else dequantize(packed.to(like.device))
+    return weight.to(like.dtype)
+
+
 class SharedInput:
     """Linears that read one tensor, multiplied in one call; they agree on having a bias.
 
@@ -212,11 +298,10 @@ class SharedInput:
         return found if waiting.is_for(x) else member.alone(x)
 
     def _all(self, member: StoredLinear, x: Tensor) -> Tensor:
-        weights = [m.prepared(x.device) for m in self.members]
         biases = [m.bias for m in self.members if m.bias is not None]
         bias = torch.cat(biases) if biases else None
-        y = linear(x, weights, bias, member.activations, f"{member.name} and those that share its input")
-        parts = y.split([w.out_features for w in weights], dim=-1)
+        y = _product(x, self.members, bias, f"{member.name} and those that share its input")
+        parts = y.split([m.out_features for m in self.members], dim=-1)
         # nn.Linear gives contiguous results, and model code may count on it; of a single row this copies nothing
         results = {id(m): part.contiguous() for m, part in zip(self.members, parts, strict=True)}
         mine = results.pop(id(member))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from amq.backends import check_activations
 from amq.bank import WeightBank
 from amq.errors import AmqError
+from amq.formats import KEPT
 from amq.linears import get_linear
 from amq.native import dequantize_into
 from amq.quantized_linear import QuantizedLinear
@@ -36,15 +37,23 @@ class LinearSwap:
         self._current: dict[str, tuple[WeightBank, str]] = {}
 
     def apply(self, formats: Mapping[str, str], bank: WeightBank) -> None:
-        """Puts {linear: format} into the model, weights taken from `bank`."""
+        """Puts {linear: format} into the model, weights taken from `bank`; those that are kept get their own again."""
         if formats.keys() != self._linears.keys():
             odd = sorted(formats.keys() ^ self._linears.keys())[0]
             raise AmqError(f"the configuration and the model disagree about linear {odd!r}")
         for name, fmt in formats.items():
             if self._current.get(name) != (bank, fmt):
                 self._current.pop(name, None)  # a failure below must not leave a wrong note of what is there
-                (self._dequantize if self._backend == "reference" else self._replace)(name, fmt, bank)
+                self._put_format(name, fmt, bank)
                 self._current[name] = (bank, fmt)
+
+    def _put_format(self, name: str, fmt: str, bank: WeightBank) -> None:
+        if fmt == KEPT.name:
+            self._put_back(name)
+        elif self._backend == "reference":
+            self._dequantize(name, fmt, bank)
+        else:
+            self._replace(name, fmt, bank)
 
     def _dequantize(self, name: str, fmt: str, bank: WeightBank) -> None:
         buffer = self._buffers.get(name)
@@ -65,10 +74,13 @@ class LinearSwap:
 
     def restore(self) -> None:
         """Puts the full-precision linears back."""
-        for name, module in self._linears.items():
-            module.weight.data = self._full[name]
-            self._put(name, module)
+        for name in self._linears:
+            self._put_back(name)
         self._current.clear()
+
+    def _put_back(self, name: str) -> None:
+        self._linears[name].weight.data = self._full[name]
+        self._put(name, self._linears[name])
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:

@@ -187,16 +187,16 @@ def test_a_dtype_does_not_touch_quantized_weights(dtype: torch.dtype, folders: C
 def test_weights_are_mapped_and_prepared_when_used(folders: Callable[[str], Path]) -> None:
     model = load(folders("llama"))
     linears = [m for m in model.modules() if isinstance(m, StoredLinear)]
-    assert all(m.data is None for m in linears) and "backend=," in repr(linears[0])
+    assert all(m.data.is_meta for m in linears) and "backend=," in repr(linears[0])
     maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     spans = [tuple(int(end, 16) for end in m[0].split("-")) for m in maps if m[-1].endswith("/llama/model.safetensors")]
     for module in linears:
         address = module.packed.qweight.data_ptr()
         assert any(start <= address < end for start, end in spans), module.name
     model(TOKENS)
-    assert all(m.weight.backend == "cpu" for m in linears)
+    assert all(m.prepared(torch.device("cpu")).backend == "cpu" for m in linears)
     model.to("meta")
-    assert all(m.data is None and m.packed.qweight.device.type == "cpu" for m in linears)
+    assert all(m.data.is_meta and m.packed.qweight.device.type == "cpu" for m in linears)
 
 
 def test_state_dict_loads_into_another_model(folders: Callable[[str], Path]) -> None:

@@ -18,6 +18,7 @@ RANKS = {
     "amq.gguf_file": 1, "amq.gguf_rope": 1, "amq.gguf_config": 1,
     "amq.checkpoint": 2, "amq.gguf_convert": 2, "amq.models": 2,
     "amq.native": 2, "amq.quantizers": 2, "amq.calibration": 2, "amq.perplexity": 2, "amq.gpu": 2, "amq.backends": 2,
+    "amq.usable": 2,
     "amq.bank": 3, "amq.ops": 3, "amq.quantized_linear": 3,
     "amq.quantized_embedding": 3,
     "amq.swap": 4, "amq.evaluator": 4, "amq.fisher": 4, "amq.hf": 4,

@@ -103,7 +103,7 @@ X = torch.zeros(2, 100)
         (X, {"bias": torch.zeros(1, 33)}, r"bias must be .* got torch.float32 \[1, 33\]"),
         (X, {"bias": torch.zeros(33).double()}, r"bias must be .* got torch.float64 \[33\]"),
         (X, {"bias": torch.zeros(33, device="meta")}, r"bias must be .* on meta"),
-        (X.clone().requires_grad_(), {}, "q_proj: quantized linears have no gradient; call it under torch.no_grad"),
+        (X.clone().requires_grad_(), {}, "q_proj: a prepared weight has no gradient: call it under torch.no_grad"),
     ),
 )
 def test_input_errors_name_the_linear(x: torch.Tensor, options: dict, message: str) -> None:

@@ -12,8 +12,8 @@ import pytest
 from analytic import AnalyticLosses, linears, settings, solve, space
 from analytic import problem as make
 
+from amq.configuration import parse_pins
 from amq.errors import AmqError
-from amq.formats import FORMATS
 from amq.search.archive import Archive
 from amq.search.fit import fit_records
 from amq.search.front import hypervolume, pareto_indices, spread
@@ -25,7 +25,6 @@ from amq.search.selection import Budget, choose
 from amq.search.sensitivity import prune, sensitivity_costs
 from amq.search.settings import PAPER
 from amq.search.solvers import get_solver
-from amq.search.space import parse_pins
 from amq.search.surrogates import make_surrogate
 
 
@@ -197,7 +196,7 @@ def test_choice_at_an_unevaluated_budget_uses_the_table(tmp_path):
 
 
 def test_ties_and_pins_hold_in_every_solver(tmp_path):
-    of = space(pinned=parse_pins(["layers.1.mlp.up_proj=int8"], linears(), FORMATS), ties=["qv"])
+    of = space(pinned=parse_pins(["layers.1.mlp.up_proj=int8"], linears()), ties=["qv"])
     losses = AnalyticLosses(of)
     for solver in ("additive", "paper", "random"):
         problem = Problem(of, Archive(tmp_path / f"{solver}.jsonl"), losses, solver, 0)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from analytic import linears, space
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, parse_pins
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.search.space import SearchSpace, parse_pins, tie_pattern
+from amq.search.space import SearchSpace, tie_pattern
 
 
 def test_decode_encode_and_bits_agree_with_the_configuration():
@@ -27,7 +27,7 @@ def test_decode_encode_and_bits_agree_with_the_configuration():
 
 
 def test_pins_are_no_variables_and_bound_the_range():
-    pinned = parse_pins([r"v_proj=int4", r"layers\.0\.attn\.v_proj=int6"], linears(), FORMATS)
+    pinned = parse_pins([r"v_proj=int4", r"layers\.0\.attn\.v_proj=int6"], linears())
     of = space(pinned=pinned)
     assert len(of.variables) == 12
     formats = of.decode(np.zeros(12, dtype=int))
@@ -40,12 +40,12 @@ def test_pins_are_no_variables_and_bound_the_range():
 @pytest.mark.parametrize("pin", ["v_proj", "v_proj=int7", "(=int4", "nothing_here=int4"])
 def test_bad_pins_name_themselves(pin):
     with pytest.raises(AmqError):
-        parse_pins([pin], linears(), FORMATS)
+        parse_pins([pin], linears())
 
 
 def test_everything_pinned_is_refused():
     with pytest.raises(AmqError, match="every linear is pinned"):
-        space(pinned=parse_pins([".=int4"], linears(), FORMATS))
+        space(pinned=parse_pins([".=int4"], linears()))
 
 
 def test_ties_share_a_format_within_a_block():

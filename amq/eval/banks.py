@@ -9,6 +9,9 @@ from amq.models import LoadedModel, model_fingerprint
 from amq.progress import Progress
 from amq.swap import LinearSwap
 
+Key = tuple[BankRecipe, frozenset[str]]
+"""A recipe and the linears that are quantized: a bank is of those, without what a configuration keeps."""
+
 
 class Banks:
     """Opens the banks that a table needs and puts configurations into the model."""
@@ -16,17 +19,24 @@ class Banks:
     def __init__(self, loaded: LoadedModel, parts: Inventory, swap: LinearSwap, progress: Progress) -> None:
         self._loaded, self._parts, self._progress = loaded, parts, progress
         self._fingerprint = model_fingerprint(loaded.model)
-        self._open: dict[BankRecipe, WeightBank] = {}
-        self._names: dict[BankRecipe, set[str]] = {}
+        self._open: dict[Key, WeightBank] = {}
+        self._names: dict[Key, set[str]] = {}
         self._swap = swap
 
-    def open(self, recipe: BankRecipe, formats: set[str]) -> None:
+    def open(self, recipe: BankRecipe, configuration: Configuration) -> None:
         """Builds or opens the bank while the model still holds its full-precision weights."""
-        names = self._names.setdefault(recipe, set())
+        key = _key(recipe, configuration)
+        names = self._names.setdefault(key, set())
+        formats = set(configuration.quantized.values())
         if formats <= names:
             return
         names |= formats
-        self._open[recipe] = recipe.open(self._loaded, self._parts, names, self._progress, self._fingerprint)
+        parts = self._parts.only(configuration.quantized)
+        self._open[key] = recipe.open(self._loaded, parts, names, self._progress, self._fingerprint)
 
     def apply(self, configuration: Configuration, recipe: BankRecipe) -> None:
-        self._swap.apply(configuration.formats, self._open[recipe])
+        self._swap.apply(configuration.formats, self._open[_key(recipe, configuration)])
+
+
+def _key(recipe: BankRecipe, configuration: Configuration) -> Key:
+    return recipe, frozenset(configuration.quantized)

@@ -11,7 +11,6 @@ from amq.backends import check_activations, choose_backend
 from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.configuration import OTHER_BYTES
 from amq.formats import get_format
-from amq.linears import LinearSpec
 from amq.models import LoadedModel, load_model
 
 
@@ -30,8 +29,7 @@ def runtime_backend(checkpoints: Iterable[Checkpoint], backend: str | None, acti
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Of the linears in the blocks, as everywhere: a quantized head is counted in `weight_bytes` only."""
-    linears = [LinearSpec(name, 0, name, *shape) for name, shape in checkpoint.record.block_shapes.items()]
-    return checkpoint.configuration.bits_per_weight(linears)
+    return checkpoint.record.bits_per_weight
 
 
 def weight_bytes(checkpoint: Checkpoint) -> int:

@@ -31,7 +31,7 @@ from amq.errors import AmqError
 from amq.evaluator import token_losses
 from amq.files import check_place, write_json
 from amq.formats import BitFormat, check_group_size, get_format, parse_formats
-from amq.linears import LinearSpec, check_weights, get_linear, inventory
+from amq.linears import LinearSpec, check_weights, get_linear
 from amq.models import load_model
 from amq.packing import dequantize
 from amq.progress import Progress, terminal_progress
@@ -40,6 +40,7 @@ from amq.quantize.methods import METHODS, Method, head_dim
 from amq.quantizers import get_quantizer
 from amq.quantizers.awq import candidate_scales, scale_errors
 from amq.settings import TRUST_REMOTE_CODE, add_flags, flag
+from amq.usable import find_usable
 
 BANDS = 5
 """Bands of size within which configurations are compared; ten or so in each."""
@@ -89,7 +90,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
     check_place(Path(settings.output), "--output")
     loaded = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-    parts = inventory(loaded.model)
+    parts = find_usable(loaded.model).parts
     check_weights(loaded.model, parts.linears)
     corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
     deal = WindowSampler(corpus, settings.window_length, settings.seed)

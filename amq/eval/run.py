@@ -17,10 +17,11 @@ from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation
 from amq.eval.tasks import TaskRunner, TaskSettings
 from amq.formats import BitFormat, parse_formats
-from amq.linears import check_weights, inventory
+from amq.linears import check_weights
 from amq.models import load_model
 from amq.progress import Progress
 from amq.swap import LinearSwap
+from amq.usable import find_usable
 
 
 def evaluate(
@@ -130,10 +131,11 @@ class _Run:
     ) -> None:
         """A model in full precision, then uniform formats and configurations from their banks."""
         loaded = load_model(name, self.dtype, self.device, self.trust_remote_code)
-        parts = inventory(loaded.model)
+        usable = find_usable(loaded.model)
+        parts = usable.parts
         check_weights(loaded.model, parts.linears)
         for _, configuration in configurations:
-            configuration.check(parts.linears)
+            configuration.check(parts.linears, usable.reasons)
         self.measure.prepare(loaded)
         swap = LinearSwap(loaded.model, (s.name for s in parts.linears), self.backend, self.activations)
         banks = Banks(loaded, parts, swap, self.measure.progress)
@@ -141,7 +143,7 @@ class _Run:
         jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
         forms = [Form(label, 16.0, 2 * parts.numel)] if full else []
         for title, configuration, of in jobs:
-            banks.open(of, set(configuration.formats.values()))
+            banks.open(of, configuration)
             size = configuration.bytes(parts.linears) + sum(item.bytes for item in other_items(parts))
             bits = configuration.bits_per_weight(parts.linears)
             forms.append(Form(title, bits, size, lambda c=configuration, r=of: banks.apply(c, r)))

@@ -23,7 +23,7 @@ from amq.linears import Inventory, LinearSpec, get_linear
 from amq.models import LoadedModel
 from amq.packing import PackedWeight
 from amq.quantize.methods import BlockResult, install, relative_error
-from amq.quantizers.grid import decode, packed, to_groups
+from amq.quantizers.grid import check_scales, decode, packed, to_groups
 
 BATCH = 8
 """Windows per tuning step, auto-round's own choice."""
@@ -68,6 +68,7 @@ class AutoRoundSource:
         self._tuned: dict[str, PackedWeight] = {}
         for spec in inventory.linears:
             _check(spec, self._formats[spec.name])
+            check_scales(spec.name, get_linear(self._model, spec.name).weight, self._formats[spec.name], group_size)
 
     def make(self, block: int) -> BlockResult:
         linears = self._inventory.in_block(block)

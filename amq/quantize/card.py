@@ -19,7 +19,7 @@ tags: [amq, quantized, mixed-bit]
 
 {model}, its {count} linears quantized by [amq](https://pypi.org/project/amq/) {version} (method `{method}`, group size
 {group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
-{head}
+{head}{unusable}
 | format | linears |
 |---|---|
 {formats}
@@ -55,18 +55,19 @@ Without `import amq` transformers fills the linears with random numbers and only
 def write_card(folder: Path, name: str, record: QuantizationRecord, log: dict[str, Any]) -> None:
     """Writes README.md; log: the content of quantization.json."""
     settings = log["settings"]
-    counts = Counter(record.formats[name] for name in record.block_shapes)
+    counts = Counter(record.configuration.formats.values())
     memory = [(i["name"], i["bytes"]) for i in log["memory"]["items"] if i["bytes"]]
     memory.append(("**total**", log["memory"]["total"]))
     text = TEMPLATE.format(
         name=name,
         model=settings["model"],
-        count=len(record.block_shapes),
+        count=len(record.configuration.formats),
         version=amq.__version__,
         method=settings["method"],
         group_size=record.group_size,
         bits=log["bits_per_weight"],
         head=_head(log["head"]),
+        unusable=_unusable(log["not_quantized"]),
         formats="\n".join(f"| {fmt} | {counts[fmt]} |" for fmt in sorted(counts)),
         memory="\n".join(f"| {item} | {size / 2**20:.1f} |" for item, size in memory),
         perplexity=_perplexity(log["perplexity"]),
@@ -83,6 +84,17 @@ def _head(head: dict[str, Any] | None) -> str:
         return ""
     what = "lm_head and the embedding tied to it are one" if head["embedding"] else "lm_head is an"
     return f"Besides them, the {what} {head['format']} weight of {head['bytes'] / 2**20:.1f} MiB.\n"
+
+
+def _unusable(reasons: dict[str, str]) -> str:
+    """reasons: {linear: why it could not be quantized}."""
+    if not reasons:
+        return ""
+    name, reason = next(iter(reasons.items()))
+    return (
+        f"{len(reasons)} more linears are not counted in that and stay in 16 bits, such as `{name}`: {reason}. "
+        "`quantization.json` lists them.\n"
+    )
 
 
 def _perplexity(figures: dict[str, Any] | None) -> str:

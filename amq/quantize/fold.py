@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from amq.linears import LinearSpec, get_linear
 
 TOLERANCE = 1e-3
-"""Largest change of the block's output, relative to its largest value: rounding of 1 + weight, nothing else."""
+"""Largest change of an output, relative to its largest value: rounding of 1 + weight, nothing else."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,7 @@ def find_fold(
     head_dim: features per attention head, for v → o with fewer key-value heads.
     run: the block's output on some tokens, with the weights that the model has at that moment.
     """
-    before = run()
-    limit = TOLERANCE * float(before.abs().max())
+    before = _outputs(model, group, run)
     generator = torch.Generator().manual_seed(0)
     for fold in _candidates(model, block, group, head_dim):
         channels = int(fold.index.max()) + 1
@@ -58,13 +57,31 @@ def find_fold(
         undo = [(t, t.data.clone()) for t in _touched(model, fold, group)]
         try:
             apply_fold(model, fold, group, factors)
-            difference = float((run() - before).abs().max())
+            after = _outputs(model, group, run)
         finally:
             for parameter, saved in undo:
                 parameter.data.copy_(saved)
-        if difference <= limit:
+        if len(after) == len(before) and all(map(_alike, after, before)):
             return fold
     return None
+
+
+def _outputs(model: nn.Module, group: Sequence[LinearSpec], run: Callable[[], Tensor]) -> list[Tensor]:
+    """The block's output, and those of the linears themselves, which may be lost in it."""
+    found: list[Tensor] = []
+    handles = [
+        get_linear(model, s.name).register_forward_hook(lambda module, args, output: found.append(output.clone()))
+        for s in group
+    ]
+    try:
+        return [run(), *found]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _alike(after: Tensor, before: Tensor) -> bool:
+    return after.shape == before.shape and float((after - before).abs().max()) <= TOLERANCE * float(before.abs().max())
 
 
 def apply_fold(

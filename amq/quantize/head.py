@@ -22,7 +22,7 @@ from amq.linears import get_linear
 from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.quantize.methods import relative_error
-from amq.quantizers.grid import encode, fitted_grid, packed, to_groups
+from amq.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
 from amq.threads import parallel_map
 
 NONE = "none"
@@ -68,6 +68,11 @@ def quantize_head(model: nn.Module, head: Head, group_size: int, zero_points: st
     """Rounds the head and leaves the result in `model`, and so in a tied embedding; with it ‖W − Ŵ‖/‖W‖."""
     parameter = get_linear(model, head.name).weight
     weight = parameter.detach().float().cpu()
+    if out_of_range(weight, head.format, group_size):
+        raise AmqError(
+            f"{head.name}: its weights reach {float(weight.abs().max()):.1e}, for which {head.format.name} needs "
+            f"scales beyond fp16's range: use --head {NONE}"
+        )
     result = round_to_grid(weight, head.format, group_size, zero_points)
     error = relative_error(weight, result, None)
     parameter.data.copy_(dequantized(result))

@@ -22,9 +22,11 @@ from amq.formats import get_format
 from amq.linears import Inventory, LinearSpec, get_linear
 from amq.native import dequantized
 from amq.packing import PackedWeight
+from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
 from amq.quantizers import NEEDS_GRAM, get_quantizer
 from amq.quantizers.awq import search_scale
+from amq.quantizers.grid import check_scales
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,9 @@ class BlockSource(Protocol):
 class BlockQuantizer:
     """Quantizes `model` in place, one block per call, in order.
 
-    formats: {linear: format name}. windows: int64 [windows, length], or None for methods without calibration.
+    formats: {linear: format name}; the inventory's other linears keep their weights, but for scales that are folded
+        into the producer of an input that they share.
+    windows: int64 [windows, length]; methods without calibration look at the first alone, and only for odd weights.
     stored: dtype that norms will have in the checkpoint.
     """
 
@@ -88,7 +92,7 @@ class BlockQuantizer:
         formats: Mapping[str, str],
         group_size: int,
         method: Method,
-        windows: Tensor | None,
+        windows: Tensor,
         zero_points: str = "fractional",
         stored: torch.dtype = torch.float32,
     ) -> None:
@@ -108,15 +112,41 @@ class BlockQuantizer:
         """Quantizes the next block, whose number is `block`."""
         linears = self._inventory.in_block(block)
         result = BlockResult()
+        if small_or_large := unfit(self._model, self._quantized(linears), self._formats, self._group_size):
+            self._move_exponents(block, small_or_large, result)
         if self._stream is None:
             self._round(linears, None, result)
             return result
-        groups = self._stream.measure(linears)
+        groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
+        groups = [group for group in groups if self._quantized(group.linears)]
         if self._method.scales:
             groups = self._scale(f"{self._inventory.blocks_path}.{block}", groups, result)
         for group in groups:
             self._round(group.linears, group.gram, result)
         return result
+
+    def _move_exponents(self, block: int, names: set[str], result: BlockResult) -> None:
+        """Makes the linears `names` of the next block fit, or raises AmqError; rare, so it may take its time."""
+        linears = self._inventory.in_block(block)
+        stream = self._stream
+        if stream is None:
+            stream = CalibrationStream(self._model, self._windows[:1])
+            for _ in range(block):
+                stream.advance()
+        how = (self._formats, self._group_size, self._head_dim, stream.sample, self._stored)
+        for group in stream.measure(linears):
+            if any(spec.name in names for spec in group.linears):
+                fold = move_exponent(self._model, f"{self._inventory.blocks_path}.{block}", group, *how)
+                self._note_changes(fold, group.linears, result)
+                moved = ", ".join(spec.role for spec in group.linears)
+                result.notes.append(f"block {block}: {moved}: their scales lie beyond fp16, moved into {fold.producer}")
+        for spec in self._quantized(linears):
+            weight = get_linear(self._model, spec.name).weight
+            check_scales(spec.name, weight, self._formats[spec.name], self._group_size)
+
+    def _quantized(self, linears: Sequence[LinearSpec]) -> list[LinearSpec]:
+        """Those of `linears` that are not kept as they are."""
+        return [spec for spec in linears if spec.name in self._formats]
 
     @torch.no_grad()
     def finish(self, result: BlockResult) -> None:
@@ -127,7 +157,7 @@ class BlockQuantizer:
 
     def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
         quantize = get_quantizer(self._method.rounding)
-        for spec in specs:
+        for spec in self._quantized(specs):
             fmt = self._formats[spec.name]
             weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
             try:
@@ -150,23 +180,26 @@ class BlockQuantizer:
                 result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
                 scaled.append(group)
                 continue
-            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in group.linears]
-            formats = [self._formats[s.name] for s in group.linears]
+            rounded = self._quantized(group.linears)
+            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in rounded]
+            formats = [self._formats[s.name] for s in rounded]
             scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
             factors = torch.ones(int(fold.index.max()) + 1)
             factors[fold.index] = 1 / scale
             factors = apply_fold(self._model, fold, group.linears, factors, self._stored)
             scale = 1 / factors.cpu()[fold.index]
             scaled.append(InputGroup(group.linears, group.gram / scale.unsqueeze(1) / scale))
-            self._note_changes(fold, result)
+            self._note_changes(fold, group.linears, result)
         return scaled
 
-    def _note_changes(self, fold: Fold, result: BlockResult) -> None:
-        """Keeps the parameters of a producer that stay in the checkpoint as they are: norms, and biases of linears."""
+    def _note_changes(self, fold: Fold, readers: Sequence[LinearSpec], result: BlockResult) -> None:
+        """Keeps the changed parameters that stay in the checkpoint as they are: norms, biases, and kept linears."""
         module = self._model.get_submodule(fold.producer)
         for name, parameter in module.named_parameters(recurse=False):
             if fold.producer not in self._formats or name != "weight":
                 result.changed[f"{fold.producer}.{name}"] = parameter.data.clone()
+        for spec in (s for s in readers if s.name not in self._formats):
+            result.changed[f"{spec.name}.weight"] = get_linear(self._model, spec.name).weight.data.clone()
 
 
 def install(model: nn.Module, result: BlockResult) -> None:

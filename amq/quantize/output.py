@@ -42,7 +42,8 @@ HOLLOW = "model.safetensors"
 @dataclass(frozen=True)
 class CheckpointOutput:
     """folder: as the user gave it. source: the model folder that `loaded` came from; only read.
-    dtype: the 16 bits that unquantized weights are stored in. trust_remote_code: that the user said so."""
+    dtype: the 16 bits that unquantized weights are stored in. originals: {name: tensor} in place of those of the model,
+    which changed them as it ran. trust_remote_code: that the user said so."""
 
     folder: Path
     source: Path
@@ -51,6 +52,7 @@ class CheckpointOutput:
     record: QuantizationRecord
     configuration: Configuration
     dtype: torch.dtype
+    originals: Mapping[str, Tensor]
     trust_remote_code: bool = False
 
     @property
@@ -114,7 +116,7 @@ class CheckpointOutput:
         write_card(folder, real_folder(self.folder).name, self.record, log)
 
     def _others(self) -> dict[str, Tensor]:
-        return other_tensors(self.loaded.model, (*self.record.formats, *self.record.embedding))
+        return other_tensors(self.loaded.model, (*self.record.formats, *self.record.embedding), self.originals)
 
 
 def config_as_found(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
@@ -129,14 +131,17 @@ def config_as_found(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     return {**found, "text_config": {**text, key: tied}} if isinstance(text, Mapping) and key in text else found
 
 
-def other_tensors(model: nn.Module, packed: Iterable[str]) -> dict[str, Tensor]:
-    """Everything that stays unquantized by its name, shared tensors once; packed: modules, by their names."""
+def other_tensors(model: nn.Module, packed: Iterable[str], originals: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Everything that stays unquantized by its name, shared tensors once.
+
+    packed: modules, by their names. originals: {name: tensor} in place of those of the model.
+    """
     taken = {f"{name}.weight" for name in packed}
     kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
         name: tensor
-        for name, tensor in model.state_dict().items()
+        for name, tensor in {**model.state_dict(), **originals}.items()
         if name not in taken and (name in kept or name not in parameters)
     }
 

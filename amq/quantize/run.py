@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from torch import Tensor
 from amq.bank import BankRecipe
 from amq.calibration import shared_inputs
 from amq.checkpoint import QuantizationRecord
-from amq.configuration import Configuration, memory_items, memory_json
+from amq.configuration import Configuration, memory_items, memory_json, parse_pins
 from amq.data import Corpus, WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
 from amq.folders import check_new_folder
 from amq.formats import get_format
-from amq.linears import Inventory, check_weights, inventory
+from amq.linears import Inventory, check_weights
 from amq.models import LoadedModel, load_model, model_fingerprint, resolve
 from amq.models import fingerprint as content_hash
 from amq.packing import PackedWeight
@@ -33,9 +34,14 @@ from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.quantize.work import WorkFolder
+from amq.usable import Usable, find_usable
+
+logger = logging.getLogger(__name__)
 
 SCHEMA = "amq/quantization/1"
 SHARING_TOKENS = 16
+MOST_ERROR = 0.5
+"""Relative error of a linear above which a warning names it."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,7 @@ class _Job:
     """
 
     loaded: LoadedModel
-    parts: Inventory
+    usable: Usable
     configuration: Configuration
     fingerprint: str
     corpus: Corpus
@@ -100,24 +106,32 @@ class _Job:
     record: QuantizationRecord
     output: CheckpointOutput
 
+    @property
+    def parts(self) -> Inventory:
+        return self.usable.parts
+
 
 def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     """Loads the model and refuses what does not fit it."""
     folder = resolve(settings.model)
     loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
-    parts = inventory(loaded.model)
+    usable = find_usable(loaded.model)
+    parts = usable.parts
     check_weights(loaded.model, parts.linears)
-    configuration = _configuration(settings, parts)
+    configuration = _configuration(settings, usable)
     fingerprint = model_fingerprint(loaded.model)
     _check_provenance(configuration, fingerprint, settings.model)
     corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
     head = find_head(loaded.model, settings.head)
-    sharing = shared_inputs(loaded.model, parts.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
+    quantized = parts.only(configuration.quantized)
+    sharing = shared_inputs(loaded.model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, parts, settings.method, sharing, head)
     dtype = stored_dtype(folder, loaded.model)
-    files = CheckpointOutput(output, folder, loaded, parts, record, configuration, dtype)
-    return _Job(loaded, parts, configuration, fingerprint, corpus, windows, head, record, files)
+    files = CheckpointOutput(
+        output, folder, loaded, parts, record, configuration, dtype, usable.loaded, settings.trust_remote_code
+    )
+    return _Job(loaded, usable, configuration, fingerprint, corpus, windows, head, record, files)
 
 
 def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> dict[str, Any]:
@@ -174,6 +188,7 @@ def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | Non
         "memory": _memory(job),
         "perplexity": perplexity,
         "linears": _linears(job.parts, job.configuration, []),
+        "not_quantized": job.usable.reasons,
         "head": head_json(job.head, job.record.group_size, None) if job.head else None,
         "notes": [],
         "seconds": None,
@@ -188,10 +203,11 @@ def _record(
     sharing: tuple[tuple[str, ...], ...],
     head: Head | None,
 ) -> QuantizationRecord:
-    formats = dict(configuration.formats)
+    formats = configuration.quantized
     shapes = {s.name: (s.out_features, s.in_features) for s in parts.linears}
+    kept = {name: shapes.pop(name) for name in list(shapes) if name not in formats}
     if head is None:
-        return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing)
+        return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing, kept=kept)
     embedding = {head.embedding: head.name} if head.embedding else {}
     return QuantizationRecord(
         {**formats, head.name: head.format.name},
@@ -201,14 +217,22 @@ def _record(
         sharing,
         head.name,
         embedding,
+        kept,
     )
 
 
-def _configuration(settings: QuantizeSettings, parts: Inventory) -> Configuration:
+def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
+    """What is asked for, pins included; names exactly the linears that can be quantized."""
+    parts = usable.parts
     if settings.uniform:
-        return Configuration.uniform(parts.linears, get_format(settings.uniform), settings.group_size)
-    configuration = Configuration.load(Path(settings.configuration))
-    configuration.check(parts.linears)
+        configuration = Configuration.uniform(parts.linears, get_format(settings.uniform), settings.group_size)
+    else:
+        configuration = Configuration.load(Path(settings.configuration))
+        configuration.check(parts.linears, usable.reasons)
+    pins = {name: fmt.name for name, fmt in parse_pins(settings.pin, parts.linears).items()}
+    configuration = replace(configuration, formats={**configuration.formats, **pins})
+    if not configuration.quantized:
+        raise AmqError("every linear is kept in 16 bits: nothing is left to quantize")
     return configuration
 
 
@@ -223,23 +247,22 @@ def _check_provenance(configuration: Configuration, fingerprint: str, model: str
 
 def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockSource:
     """What makes block after block."""
-    loaded, parts, windows, formats = job.loaded, job.parts, job.windows, job.configuration.formats
+    loaded, windows, formats = job.loaded, job.windows, job.configuration.quantized
     model, group_size, zero_points = loaded.model, job.configuration.group_size, settings.zero_points
+    quantized = job.parts.only(formats)
     if settings.method in METHODS:
-        method = METHODS[settings.method]
-        calibration = windows if method.calibrated else None
-        dtype = job.output.dtype
-        return BlockQuantizer(model, parts, formats, group_size, method, calibration, zero_points, dtype)
+        method, dtype = METHODS[settings.method], job.output.dtype
+        return BlockQuantizer(model, job.parts, formats, group_size, method, windows, zero_points, dtype)
     if settings.method == "bank":
         names = ("calibration", "window_length", "seed")
         recipe = BankRecipe(
             "gptq", group_size, bank_windows=settings.windows, **{n: getattr(settings, n) for n in names}
         ).of(job.configuration)
-        bank = recipe.open(loaded, parts, set(formats.values()), progress, job.fingerprint)
-        return BankSource(model, parts, formats, bank)
+        bank = recipe.open(loaded, quantized, set(formats.values()), progress, job.fingerprint)
+        return BankSource(model, quantized, formats, bank)
     if settings.method == "autoround":
         iterations = settings.autoround_iterations
-        return AutoRoundSource(loaded, parts, formats, group_size, windows, zero_points, iterations, settings.seed)
+        return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
     raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
 
 
@@ -255,6 +278,7 @@ def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progres
                 work.save(block, source.make(block))
                 result = work.load(block)  # mapped, so that finished blocks take no memory
                 note = _errors(result)
+                _warn_of(result)
             source.finish(result)
             results.append(result)
             seconds = time.monotonic() - start
@@ -272,6 +296,14 @@ def _errors(result: BlockResult) -> str:
         for name, error in result.errors.items()
     ]
     return "relative error " + " ".join(shown)
+
+
+def _warn_of(result: BlockResult) -> None:
+    """Names the linears of a block that lost more than half of what they compute."""
+    for name, error in result.errors.items():
+        if not error <= MOST_ERROR:
+            fmt = result.packed[name].format.name
+            logger.warning("%s in %s has a relative error of %.2f: give it a wider format", name, fmt, error)
 
 
 def _linears(parts: Inventory, configuration: Configuration, results: list[BlockResult]) -> dict[str, dict[str, Any]]:

@@ -24,6 +24,9 @@ class QuantizeSettings:
     output: str = flag("", "folder of the checkpoint; must not exist, or be empty", metavar="DIR")
     configuration: str = flag("", "configuration.json of a search", metavar="FILE")
     uniform: str = flag("", "one format for all linears, instead of --configuration", metavar="FORMAT")
+    pin: list[str] = flag(
+        [], "REGEX=FORMAT: linears that get this format, or keep their 16 bits (16bit); may be repeated", metavar="PIN"
+    )
     group_size: int = flag(128, "input features per scale, with --uniform", metavar="G")
     method: str = flag(DEFAULT_METHOD, "how the weights are rounded", choices=(*METHODS, *OTHER_METHODS))
     zero_points: str = flag("fractional", "other tools' formats need integer or symmetric ones", choices=ZERO_POINTS)

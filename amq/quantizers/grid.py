@@ -8,15 +8,21 @@ bounds zero_point to [0, max_code] and keeps it exact in fp16.
 
 from __future__ import annotations
 
+import re
+
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.formats import BitFormat, n_groups
+from amq.formats import KEPT, BitFormat, n_groups
 from amq.packing import PackedWeight, expand_groups, pack_codes
 
 TINY = 2.0**-20
 """The smallest scale: a subnormal fp16 that still has five significant bits."""
+LARGEST = 65504.0
+"""The largest number of fp16."""
+NEGLIGIBLE = 1e-4
+"""Share of a linear's energy, in squared scales of groups, whose scales may be lost: a hundredth of its size."""
 
 
 def to_groups(weight: Tensor, group_size: int) -> Tensor:
@@ -34,7 +40,33 @@ two."""
 
 def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
     """Rounds a grid to fp16 and returns it as float32."""
-    return scale.clamp(min=TINY, max=65504.0).half().float(), zero_point.half().float()
+    return scale.clamp(min=TINY, max=LARGEST).half().float(), zero_point.half().float()
+
+
+def group_scales(weight: Tensor, fmt: BitFormat, group_size: int) -> Tensor:
+    """The scales that the ranges of `weight` [rows, in_features] ask for, float32 [rows, n_groups], before fp16."""
+    groups = to_groups(weight.detach().cpu(), group_size)
+    return (groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)) / fmt.max_code
+
+
+def out_of_range(weight: Tensor, fmt: BitFormat, group_size: int) -> bool:
+    """Whether fp16 cannot hold the scales of groups that `weight` [rows, in_features] is made of.
+
+    Those of groups that hold next to nothing of it may be lost: what they lose is small beside the rest.
+    """
+    scales = group_scales(weight, fmt, group_size).double()
+    odd = (scales > LARGEST) | (scales < TINY)
+    energy = scales.square()
+    return float(energy[odd].sum()) > NEGLIGIBLE * float(energy.sum())
+
+
+def check_scales(name: str, weight: Tensor, fmt: BitFormat, group_size: int) -> None:
+    """Refuses the linear `name` where its scales are out of fp16's range."""
+    if out_of_range(weight, fmt, group_size):
+        raise AmqError(
+            f"{name}: its weights reach {float(weight.abs().max()):.1e}, for which {fmt.name} needs scales beyond "
+            f"fp16's range (from {TINY:.0e} to {LARGEST:.0e}): keep it with --pin '^{re.escape(name)}$={KEPT.name}'"
+        )
 
 
 def minmax_grid(

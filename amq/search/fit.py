@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from amq.formats import quantized_formats
 from amq.losses import LN2
 
 
@@ -61,8 +62,8 @@ def fit_loss(cost: np.ndarray, loss: np.ndarray) -> LossFit | None:
 
 
 def table_cost(table: Mapping[str, Mapping[str, float]], formats: Mapping[str, str]) -> float:
-    """Summed cost of a configuration {linear: format} over a table {linear: {format: cost}}."""
-    return sum(table[name][fmt] for name, fmt in formats.items())
+    """Summed cost of a configuration {linear: format} over a table {linear: {format: cost}}; kept ones cost nothing."""
+    return sum(table[name][fmt] for name, fmt in quantized_formats(formats).items())
 
 
 def fit_records(records: list[dict[str, Any]], table: Mapping[str, Mapping[str, float]]) -> LossFit | None:

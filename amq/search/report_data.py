@@ -18,7 +18,7 @@ from typing import Any
 
 from amq.errors import AmqError
 from amq.files import read_json
-from amq.formats import FORMATS
+from amq.formats import STORED
 from amq.search.archive import Record, read_archive
 from amq.search.run_files import (
     READABLE,
@@ -164,12 +164,12 @@ def child(document: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
 
 def format_bits(name: str) -> float:
     """Code bits of a format; a name from a newer registry sorts last."""
-    return FORMATS[name].code_bits if name in FORMATS else math.inf
+    return STORED[name].code_bits if name in STORED else math.inf
 
 
 def format_label(name: str) -> str:
     """The format's code bits as text ("3"), or its name where the registry does not know it."""
-    return f"{FORMATS[name].code_bits:g}" if name in FORMATS else name
+    return f"{STORED[name].code_bits:g}" if name in STORED else name
 
 
 def sort_formats(names: Iterable[str]) -> list[str]:

@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from amq.bank import BankSettings, WeightBank, open_bank
-from amq.configuration import Configuration
+from amq.configuration import Configuration, parse_pins
 from amq.data import Corpus, WindowSampler, load_corpus
 from amq.errors import AmqError
 from amq.evaluator import Evaluator
 from amq.files import check_place, write_json
 from amq.fisher import fisher_passes
-from amq.formats import FORMATS
-from amq.linears import Inventory, check_weights, inventory
+from amq.formats import Kept
+from amq.linears import Inventory, check_weights
 from amq.machine import cpu_name
 from amq.models import LoadedModel, check_memory, load_model, model_fingerprint
 from amq.models import fingerprint as content_hash
@@ -42,8 +42,9 @@ from amq.search.selection import Budget, budget_from_memory, check_bits, choose,
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
 from amq.search.solvers import Solution, get_solver
-from amq.search.space import SearchSpace, parse_pins
+from amq.search.space import SearchSpace
 from amq.settings import parse_size, parse_time
+from amq.usable import find_usable
 
 log = logging.getLogger(__name__)
 
@@ -79,10 +80,14 @@ class _Timings:
 
 @dataclass
 class _Stage:
-    """A loaded model with its bank and evaluator: everything of a search that touches weights."""
+    """A loaded model with its bank and evaluator: everything of a search that touches weights.
+
+    quantized: `parts` without the linears that are kept in 16 bits.
+    """
 
     loaded: LoadedModel
     parts: Inventory
+    quantized: Inventory
     space: SearchSpace
     bank: WeightBank
     evaluator: Evaluator
@@ -162,15 +167,16 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
 def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
     with timings.measure("load"):
         loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
-        parts = inventory(loaded.model)
+        parts = find_usable(loaded.model).parts
         check_weights(loaded.model, parts.linears)
         size = loaded.model.get_input_embeddings().weight.dtype.itemsize
         check_memory(
             sum(s.numel for s in parts.linears) * size + parse_size(settings.cache_memory),
             "the working copy of the linears and --cache-memory", settings.device,
         )  # fmt: skip
-        pinned = parse_pins(settings.pin, parts.linears, FORMATS)
+        pinned = parse_pins(settings.pin, parts.linears)
         space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        quantized = parts.only({s.name for s in space.quantized})
         if settings.target_bits is not None:
             check_bits(settings.target_bits, space)
         corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
@@ -180,10 +186,11 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
         cost_windows = deal.take(settings.cost_passes)
         fingerprint = model_fingerprint(loaded.model)
         windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
-    formats = sorted({*settings.bit_formats, *pinned.values()}, key=lambda f: f.code_bits)
+    pins = {fmt for fmt in pinned.values() if not isinstance(fmt, Kept)}
+    formats = sorted({*settings.bit_formats, *pins}, key=lambda f: f.code_bits)
     with timings.measure("bank"):
         bank = open_bank(
-            loaded.model, parts, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
+            loaded.model, quantized, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
             fingerprint=fingerprint,
         )  # fmt: skip
     with timings.measure("reference"):
@@ -191,7 +198,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
             loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
             settings.activations, corpus.unscored,
         )  # fmt: skip
-    return _Stage(loaded, parts, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
+    return _Stage(loaded, parts, quantized, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
 
 
 def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
@@ -242,7 +249,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, path: Pat
         stage.evaluator.full_precision(),
     ):
         passes = fisher_passes(
-            stage.loaded.model, stage.parts, stage.bank, stage.cost_windows, formats, settings.seed, done,
+            stage.loaded.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
             stage.corpus.unscored,
         )  # fmt: skip
         for table in passes:

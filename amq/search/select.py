@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, parse_pins
 from amq.errors import AmqError
-from amq.formats import FORMATS
 from amq.linears import Inventory
 from amq.search.archive import read_archive
 from amq.search.fit import fit_records
@@ -16,7 +15,7 @@ from amq.search.records import provenance
 from amq.search.run_files import CostFile, RunFile
 from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.settings import SearchSettings
-from amq.search.space import SearchSpace, parse_pins
+from amq.search.space import SearchSpace
 from amq.settings import parse_size
 
 
@@ -37,7 +36,7 @@ class FinishedRun:
             raise AmqError(f"{folder} is not a run folder: expected run.json and archive.jsonl from `amq.search`")
         run, settings = RunFile.read(folder / "run.json")
         parts = run.inventory
-        pinned = parse_pins(settings.pin, parts.linears, FORMATS)
+        pinned = parse_pins(settings.pin, parts.linears)
         space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
         records = list(read_archive(folder / "archive.jsonl", space))
         table = None

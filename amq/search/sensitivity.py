@@ -73,14 +73,15 @@ def sensitivity_costs(problem: Problem) -> Table:
     zero = float(saturation(np.array(_loss(base_record))))
     table: Table = {
         s.name: dict.fromkeys((*space.format_names, *(f.name for f in space.pinned.values())), 0.0)
-        for s in space.linears
+        for s in space.quantized
     }
     for (name, fmt), record in records.items():
         table[name][fmt] = max(0.0, float(saturation(np.array(_loss(record)))) - zero)
-    # a constant for the base makes sums comparable with losses: T(base) is spread over all linears by size
-    for spec in space.linears:
+    # a constant for the base makes sums comparable with losses: T(base) is spread over quantized linears by size
+    numel = sum(spec.numel for spec in space.quantized)
+    for spec in space.quantized:
         for fmt in table[spec.name]:
-            table[spec.name][fmt] += zero * spec.numel / space.numel
+            table[spec.name][fmt] += zero * spec.numel / numel
     return table
 
 

@@ -50,7 +50,9 @@ class SearchSettings:
     # what to choose from
     formats: str = flag("int2,int3,int4", f"candidate formats, of {', '.join(FORMATS)}", metavar="LIST")
     group_size: int = flag(128, "input features per scale: 32, 64 or 128", metavar="G")
-    pin: list[str] = flag([], "REGEX=FORMAT: linears that keep a format; may be repeated", metavar="REGEX=FORMAT")
+    pin: list[str] = flag(
+        [], "REGEX=FORMAT: linears that keep a format, or their 16 bits (16bit); may be repeated", metavar="PIN"
+    )
     tie: str = flag("", "groups whose members share a format per block, such as qkv,gate_up", metavar="GROUPS")
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", choices=tuple(QUANTIZERS))

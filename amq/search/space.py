@@ -1,7 +1,8 @@
 """SearchSpace: which formats each linear may take, as vectors of small integers with exact sizes.
 
 A variable is one linear, or several that are tied and share a format. Pinned linears have a single choice and are no
-variables. A point is an int array [n_variables] of indices into `formats` (cheapest first).
+variables; those pinned to `16bit` are kept as they are in every configuration. A point is an int array [n_variables] of
+indices into `formats` (cheapest first).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 
 from amq.configuration import linear_bytes
 from amq.errors import AmqError
-from amq.formats import BitFormat
-from amq.linears import LinearSpec, match_linears
+from amq.formats import BitFormat, Kept
+from amq.linears import LinearSpec
 from amq.records import shorten
 
 
@@ -29,7 +30,7 @@ class SearchSpace:
     linears: tuple[LinearSpec, ...]
     formats: tuple[BitFormat, ...]
     group_size: int
-    pinned: Mapping[str, BitFormat]
+    pinned: Mapping[str, BitFormat | Kept]
     variables: tuple[tuple[LinearSpec, ...], ...]
 
     @staticmethod
@@ -37,7 +38,7 @@ class SearchSpace:
         linears: Sequence[LinearSpec],
         formats: Sequence[BitFormat],
         group_size: int,
-        pinned: Mapping[str, BitFormat] | None = None,
+        pinned: Mapping[str, BitFormat | Kept] | None = None,
         ties: Sequence[str] = (),
     ) -> SearchSpace:
         """ties: group names such as `qkv` or `gate_up`, see `tie_pattern`."""
@@ -64,6 +65,16 @@ class SearchSpace:
     @property
     def numel(self) -> int:
         return sum(s.numel for s in self.linears)
+
+    @property
+    def kept(self) -> dict[str, str]:
+        """{linear: `16bit`} of the linears that no configuration quantizes."""
+        return {name: fmt.name for name, fmt in self.pinned.items() if isinstance(fmt, Kept)}
+
+    @property
+    def quantized(self) -> tuple[LinearSpec, ...]:
+        kept = self.kept
+        return tuple(s for s in self.linears if s.name not in kept)
 
     @property
     def format_names(self) -> tuple[str, ...]:
@@ -119,8 +130,8 @@ class SearchSpace:
         return np.array([index[formats[v[0].name]] for v in self.variables])
 
     def uniform(self, fmt: BitFormat) -> dict[str, str]:
-        """Every linear in one format, pinned ones too: the baseline a search must beat."""
-        return dict.fromkeys((s.name for s in self.linears), fmt.name)
+        """Every linear in one format, pinned ones too unless they are kept: the baseline a search must beat."""
+        return {**dict.fromkeys((s.name for s in self.linears), fmt.name), **self.kept}
 
     def bits_of(self, formats: Mapping[str, str]) -> float:
         """Bits per weight of any configuration of these linears."""
@@ -151,16 +162,3 @@ def tie_pattern(tie: str) -> re.Pattern[str]:
     if not all(names):
         raise AmqError(f"--tie {tie!r}: expected names like qkv or gate_up")
     return re.compile("(" + "|".join(map(re.escape, names)) + ")(_.*)?")
-
-
-def parse_pins(
-    pins: Sequence[str], linears: tuple[LinearSpec, ...], get_format: Mapping[str, BitFormat]
-) -> dict[str, BitFormat]:
-    """`REGEX=FORMAT` texts → {linear: format}; later ones win."""
-    pinned: dict[str, BitFormat] = {}
-    for pin in pins:
-        pattern, separator, name = pin.rpartition("=")
-        if not separator or name not in get_format:
-            raise AmqError(f"--pin {pin!r}: expected REGEX=FORMAT with a format of {', '.join(get_format)}")
-        pinned.update(dict.fromkeys((s.name for s in match_linears(linears, pattern)), get_format[name]))
-    return pinned
