@@ -382,3 +382,9 @@ def test_every_stage_names_a_token_that_has_no_row(stage: str, tmp_path: Path) -
     with pytest.raises(AmqError, match="holds the token '<tool>' with id 256, but the model's embedding has 256 rows"):
         run()
     assert not Path(output).exists()
+
+
+@pytest.mark.parametrize("head", ["", "int8"])
+def test_rows_of_an_embedding_that_is_packed_with_the_head(head: str, tmp_path: Path) -> None:
+    folder = tiny_checkpoint(make_model(), tmp_path / "checkpoint", head=head)
+    assert load_model(str(folder)).embedding_rows == ROWS
