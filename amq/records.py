@@ -42,6 +42,9 @@ def parse_record(data: Any, kind: type[Record], source: str) -> Record:
         reason, _, place = str(error).partition(" - at ")
         where, reason = f" at {place.strip('`')}" if place else "", reason[:1].lower() + reason[1:]
         raise AmqError(f"{source}{where}: {reason}; the file is damaged or was edited") from None
+    except UnicodeEncodeError as error:  # "\ud800", which JSON can spell
+        what = shorten(error.object)
+        raise AmqError(f"{source}: {what} holds half a character (a lone surrogate); the file is damaged") from None
 
 
 def check_range(record: Any, *names: str, least: float = 1, most: float = MOST) -> None:

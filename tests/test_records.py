@@ -38,6 +38,7 @@ WRONG = {
     "huge": ({"inner": {"size": 1 << 200}}, "got a number of 201 bits"),
     "no float either": ({"inner": {"size": 10**400}}, "got a number of 1329 bits"),
     "short shape": ({"inner": {"size": 3}, "shape": [3]}, r"\$\.shape: expected `array` of length 2, got 1"),
+    "half a character": ({"inner": {"size": "\ud800"}}, "half a character"),
     "text for a loss": ({"inner": {"size": 3}, "losses": {"a": "x"}}, "expected `float`, got `str`"),
 }
 
