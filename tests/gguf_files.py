@@ -49,18 +49,32 @@ def finish(writer: Any) -> None:
 
 
 def add_tokenizer(writer: Any) -> None:
-    """A small tokenizer of GPT-2's kind: two merges, since transformers 5.14 to 5.17 take one for its only element."""
+    """A small tokenizer of GPT-2's kind: one token per byte but two, and two merges: readers break on fewer."""
     import gguf
     from tokenizers import pre_tokenizers
 
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "th", "qz"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:-2], "th", "he"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
     writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(["t h", "q z"])
+    writer.add_token_merges(["t h", "h e"])
 
 
+def add_sentencepiece(writer: Any) -> None:
+    """A small tokenizer of Llama 2's kind, which some families' readers expect: bytes only."""
+    import gguf
+
+    kind = gguf.TokenType
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(251)), "\u2581", "a"])
+    writer.add_token_scores([-float(i) for i in range(256)])
+    writer.add_token_types([kind.UNKNOWN, kind.CONTROL, kind.CONTROL, *[kind.BYTE] * 251, kind.NORMAL, kind.NORMAL])
+    for i, name in ((0, "unk"), (1, "bos"), (2, "eos"), (2, "pad")):
+        getattr(writer, f"add_{name}_token_id")(i)
+
+
+SENTENCEPIECE = {"phi3", "gemma2", "gemma3"}
 OFFSET_NORMS = {"gemma2", "gemma3", "nemotron"}
 """Architectures whose norms llama.cpp has larger by one."""
 LAYER_NORMS = {"stablelm", "starcoder2", "nemotron"}
@@ -141,7 +155,7 @@ def write_gguf(
     for name, value in keys.items():
         add_key(writer, name.removeprefix(".") if name.startswith(".") else f"{architecture}.{name}", value)
     if tokenizer:
-        add_tokenizer(writer)
+        (add_sentencepiece if architecture in SENTENCEPIECE else add_tokenizer)(writer)
     for name, weight in weights.items():
         stored = gguf.GGMLQuantizationType[kind if weight.ndim > 1 else "F32"]
         writer.add_tensor(name, gguf.quantize(weight.astype(np.float32), stored), raw_dtype=stored)
