@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.folders import real_folder
+from amq.limits import check_memory, free_memory
 from amq.linears import Inventory, get_linear
-from amq.models import check_memory
 
 FLOAT = 4
 """Bytes of the numbers that blocks are quantized in."""
@@ -82,7 +82,7 @@ def plan_text(
     check_memory(memory, f"quantizing by {method}", device)
     counts = Counter(configuration.formats.values())
     formats = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
-    resident, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+    resident, free = psutil.Process().memory_info().rss, free_memory()
     return (
         f"plan: {len(parts.linears)} linears in {parts.n_blocks} blocks by {method} ({formats}): "
         f"{configuration.bits_per_weight(parts.linears):.4f} bits per weight, {checkpoint / 2**20:.1f} MiB in all\n"
