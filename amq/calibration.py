@@ -4,6 +4,9 @@ Hidden states at one block boundary are held for all windows; `measure` runs the
 of what its linears read, once per distinct tensor, since q, k and v read the same; `advance` runs it and goes on. What
 the block holds at that moment counts: a bank leaves it in full precision, a sequential quantizer measures with what it
 has quantized so far and advances with the finished block.
+
+Positions that hold a window's prefix (BOS) are counted like any other: their predictions have no loss, but what a
+linear makes of them is read by all tokens after them.
 """
 
 from __future__ import annotations
