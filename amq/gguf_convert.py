@@ -143,9 +143,19 @@ def _remove_old(models: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_conversion(folder)
+    except AmqError:
+        return False
+    return True
+
+
 def _publish(whole: Path, folder: Path, damaged: Path) -> None:
-    """`whole` becomes `folder`; another process may have made it meanwhile, with the same content."""
+    """`whole` becomes `folder`; one that another process made meanwhile stays, for it may be in use."""
     if folder.exists():
+        if _is_whole(folder):
+            return
         os.rename(folder, damaged)
     try:
         os.rename(whole, folder)

@@ -408,6 +408,24 @@ def test_conversion_of_an_older_amq_is_not_taken(converted: tuple[Path, Path]) -
     assert gguf_folder(path) == folder and (folder / "config.json").stat().st_ino != before
 
 
+def test_another_process_that_is_faster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder may be in use: it stays as it is."""
+    path = write(tmp_path, build("llama"))
+    save, made = gguf_convert._save_tokenizer, []
+
+    def overtaken(*arguments: Any) -> None:
+        monkeypatch.setattr(gguf_convert, "_save_tokenizer", save)
+        made.append(gguf_folder(path))
+        made.append((made[0] / "config.json").stat().st_ino)
+        save(*arguments)
+
+    monkeypatch.setattr(gguf_convert, "_save_tokenizer", overtaken)
+    folder = gguf_folder(path)
+    assert [folder, (folder / "config.json").stat().st_ino] == made
+    check_conversion(folder)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
 def test_two_conversions_give_equal_bytes(tmp_path: Path, converted: tuple[Path, Path]) -> None:
     path, folder = converted
     first = {p.name: p.read_bytes() for p in folder.iterdir()}

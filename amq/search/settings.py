@@ -137,7 +137,7 @@ class SearchSettings:
         return SearchSettings(**{**(PAPER if preset else {}), **given})
 
 
-FREE_ON_RESUME = frozenset({"output", "time", "cache_memory", "refine", "iterations"})
+FREE_ON_RESUME = frozenset({"output", "time", "cache_memory", "refine", "iterations", "trust_remote_code"})
 """What may change between an interrupted run and its resumption: it alters no evaluation, only how many there are."""
 
 
