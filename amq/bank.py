@@ -41,6 +41,7 @@ from amq.native import dequantized
 from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
+from amq.temporary import remove_stale_below
 from amq.tensors import save_file
 
 VERSION = 3
@@ -184,6 +185,7 @@ def open_bank(
     if settings.proxy in NEEDS_GRAM and (settings.calibration is None or not len(settings.calibration)):
         raise AmqError(f"the {settings.proxy} bank needs at least one calibration window (--bank-windows)")
     folder = (cache or cache_dir() / "banks") / settings.key(fingerprint or model_fingerprint(model))
+    remove_stale_below(folder)
     blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
     missing = {b: fs for b, fs in missing.items() if fs}
