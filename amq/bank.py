@@ -42,6 +42,7 @@ from amq.packing import PackedWeight
 from amq.progress import Progress
 from amq.quantizers import NEEDS_GRAM, get_quantizer
 from amq.quantizers.grid import check_scales
+from amq.temporary import remove_stale_below
 from amq.tensors import save_file
 
 VERSION = 3
@@ -188,6 +189,7 @@ def open_bank(
     folder = (cache or cache_dir() / "banks") / settings.key(
         fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
     )
+    remove_stale_below(folder)
     blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
     missing = {b: fs for b, fs in missing.items() if fs}

@@ -2,7 +2,7 @@
 
 A folder is named after its target with a random part, so that no two writers share one, whatever their process ids
 (containers that share a cache have equal ones). While its writer lives it holds an exclusive `flock` on the folder,
-which the kernel drops when the process ends in any way. The next writer of the same target removes the folders whose
+which the kernel drops when the process ends in any way. The next writer in the same place removes the folders whose
 lock it can take: their writers are gone. On a file system without locks nothing is ever taken for dead.
 """
 
@@ -22,6 +22,7 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
+NAME = re.compile(r"\..+\.amq-[a-z0-9_]+\.tmp", re.DOTALL)
 MOST_NAME = 200
 """Bytes of a target's name that stand in a temporary's; file systems allow 255 in all. Longer names are hashed."""
 UNSYNCED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
@@ -32,9 +33,9 @@ UNSYNCED = (errno.EINVAL, errno.EBADF, errno.ENOTSUP, errno.EACCES)
 def temporary_folder(target: Path) -> Iterator[Path]:
     """A new, empty folder beside `target`, on the same file system; gone at the end, unless it was renamed.
 
-    Removes the folders first that killed processes left for the same target. Raises OSError where none can be made.
+    Removes the folders first that killed processes left in the same place. Raises OSError where none can be made.
     """
-    remove_stale(target)
+    remove_stale_below(target.parent)
     folder, lock = _make(target)
     try:
         yield folder
@@ -43,16 +44,13 @@ def temporary_folder(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def remove_stale(target: Path) -> None:
-    """Removes the temporary folders of `target` whose writers are gone."""
-    remove_stale_below(target.parent, re.escape(_prefix(target)))
+def remove_stale_below(folder: Path) -> None:
+    """Removes the temporary folders in `folder` whose writers are gone, whatever they were writing.
 
-
-def remove_stale_below(folder: Path, prefix: str = r"\..+\.amq-") -> None:
-    """Removes the temporary folders in `folder` whose writers are gone, of all targets; prefix: of names, a pattern."""
-    pattern = re.compile(prefix + r"[a-z0-9_]+\.tmp")
+    A target that got its name just before its writer was killed is perhaps never written again.
+    """
     try:
-        found = [e.path for e in os.scandir(folder) if pattern.fullmatch(e.name)]
+        found = [e.path for e in os.scandir(folder) if NAME.fullmatch(e.name)]
     except OSError:  # not there, or not readable: making a folder says so
         return
     for path in found:

@@ -259,6 +259,14 @@ def test_a_cache_that_cannot_be_made_is_named(tiny_llama: nn.Module, tmp_path: P
             build(tiny_llama, cache, RTN)
 
 
+def test_what_a_killed_build_left_in_a_finished_bank_goes(tiny_llama: nn.Module, banks: Path) -> None:
+    folder = build(tiny_llama, banks, RTN).folder
+    left = folder / ".block-000.int4.safetensors.amq-abcd_123.tmp"
+    left.mkdir()
+    build(tiny_llama, banks, RTN)
+    assert not left.exists()
+
+
 def test_full_disk_is_foreseen(tiny_llama: nn.Module, banks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     with pytest.raises(AmqError, match=r"the bank needs 0.00 GiB under .*, 0.00 GiB are free: .*AMQ_CACHE"):

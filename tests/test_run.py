@@ -267,7 +267,8 @@ def test_select_writes_nothing_into_the_run_of_a_search_that_goes_on(finished, t
     assert {p.name: p.read_bytes() for p in run.iterdir()} == before
 
 
-def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path):
+def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("amq.search.run.load_model", lambda *a, **k: pytest.fail("a model was loaded first"))
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = (run / "run.json").read_bytes()

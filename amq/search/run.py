@@ -142,6 +142,8 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
     changed = differences(before.json(), settings.json())
     if changed:
         raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
+    if (output / "archive.jsonl").is_file():  # damaged, or another search's: said before a model is loaded
+        Archive(output / "archive.jsonl").close()
     return previous
 
 
