@@ -13,14 +13,15 @@ import json
 import logging
 import shutil
 import struct
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError
@@ -99,16 +100,32 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
         raise AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete")
 
 
+class _WithoutBars:
+    """A text stream without what tqdm writes to it: its lines begin with a carriage return, and end with a newline of
+    their own. Everything else goes through."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._bar = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._bar = text.startswith("\r") or (self._bar and not text.strip("\n\x1b[A"))
+        return len(text) if self._bar else self._stream.write(text)
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers draws a bar for every file it reads, where ours is the only progress shown, and warns whenever a
-    `quantization_config` says how to run a quantized folder."""
+    """transformers draws a bar for every file it reads or writes, where ours is the only progress shown, and warns
+    whenever a `quantization_config` says how to run a quantized folder. Its switch does not reach all of its bars: that
+    of GGUF files is tqdm's own. No stage of ours (amq.progress) may be open meanwhile."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with redirect_stderr(_WithoutBars(sys.stderr)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
             yield
     finally:
@@ -218,7 +235,8 @@ def _convert_gguf(path: Path, folder: Path) -> None:
     clean.generation_config = loaded.generation_config
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        clean.save_pretrained(temporary)
+        with _quietly():
+            clean.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         if not folder.exists():  # another process may have made it meanwhile; the content is the same
             temporary.rename(folder)
