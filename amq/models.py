@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor, nn
@@ -121,16 +122,32 @@ def _check_complete(path: Path, info: dict[str, Any]) -> None:
         raise AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete")
 
 
+class _WithoutBars:
+    """A text stream without what tqdm writes to it: its lines begin with a carriage return, and end with a newline of
+    their own. Everything else goes through."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._bar = stream, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._bar = text.startswith("\r") or (self._bar and not text.strip("\n\x1b[A"))
+        return len(text) if self._bar else self._stream.write(text)
+
+
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """transformers draws a bar for every file it reads, where ours is the only progress shown, and warns whenever a
-    `quantization_config` says how to run a quantized folder."""
+    """transformers draws a bar for every file it reads or writes, where ours is the only progress shown, and warns
+    whenever a `quantization_config` says how to run a quantized folder. Its switch does not reach all of its bars: that
+    of GGUF files is tqdm's own. No stage of ours (amq.progress) may be open meanwhile."""
     from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        with warnings.catch_warnings():
+        with redirect_stderr(_WithoutBars(sys.stderr)), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "You passed `quantization_config`")
             yield
     finally:
