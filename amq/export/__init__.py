@@ -90,7 +90,7 @@ def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
 
 def _readme(checkpoint: Checkpoint, to: str, loading: str, facts: dict[str, Any]) -> str:
     record = checkpoint.record
-    counts = Counter(record.formats[name] for name in record.block_shapes)
+    counts = Counter(record.configuration.formats.values())
     formats = ", ".join(f"{count} linears {name}" for name, count in sorted(counts.items()))
     formats += f", {record.head} {record.formats[record.head]}" if record.head else ""
     lines = [

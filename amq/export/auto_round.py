@@ -16,11 +16,15 @@ from amq.checkpoint import Checkpoint, write_tensors
 from amq.export.common import plain_config
 from amq.export.gptq import bits, check, commonest, split_block, tensors
 from amq.files import write_json
+from amq.formats import KEPT
 
 BITS = (2, 3, 4, 5, 6, 8)
 """Bits per code of auto-round's torch kernel."""
 VLLM_BITS = (4, 8)
 """Bits per code that vLLM loads, symmetric, on CUDA (its `inc_wna16_linear.py` of 2026; earlier ones had 2 and 3)."""
+
+LEFT_ALONE = {"bits": int(KEPT.code_bits), "data_type": "float"}
+"""What AutoRound says of a linear that is not quantized."""
 
 LOADING = """
 ## Loading
@@ -58,7 +62,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         "sym": symmetric,
         "data_type": "int",
         "block_name_to_quantize": ",".join(blocks),
-        "extra_config": {name: {"bits": bits(fmt)} for name, fmt in record.formats.items() if fmt != base},
+        "extra_config": {name: {"bits": bits(fmt)} for name, fmt in record.formats.items() if fmt != base}
+        | dict.fromkeys(record.kept, LEFT_ALONE),
     }
     write_tensors(folder, tensors(checkpoint, "AutoRound", less_one=symmetric, g_idx=False))
     write_json(folder / "config.json", {**plain_config(checkpoint), "quantization_config": settings})

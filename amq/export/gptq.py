@@ -28,7 +28,7 @@ from amq.export.common import (
     whole_zero_points,
 )
 from amq.files import write_json
-from amq.formats import FORMATS, get_format
+from amq.formats import FORMATS, KEPT, get_format, get_stored
 from amq.packing import PackedWeight, pack_codes
 
 WORD_BITS = 32
@@ -61,7 +61,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     symmetric = check(checkpoint, BITS, "GPTQ")
     formats = checkpoint.record.formats
     base = commonest(formats)
-    rules = dynamic_rules(formats, base)
+    rules = dynamic_rules({**formats, **checkpoint.configuration.formats}, base)
     group_size = checkpoint.record.group_size
     settings = {
         "quant_method": "gptq",
@@ -141,7 +141,8 @@ def commonest(formats: Mapping[str, str]) -> str:
 def dynamic_rules(formats: Mapping[str, str], base: str) -> dict[str, dict[str, Any]]:
     """GPTQModel's `dynamic`: {`+:` and a regular expression of names: {"bits": n}} for all linears that are not `base`.
 
-    One rule holds the blocks whose linears of the same roles have one format.
+    Linears that are kept have `-:` and {}: GPTQModel leaves them alone. One rule holds the blocks whose linears of the
+    same roles have one format.
     """
     blocks: dict[tuple[str, str, str], list[str]] = defaultdict(list)  # (format, before the number, after it) → numbers
     for name, fmt in formats.items():
@@ -151,10 +152,11 @@ def dynamic_rules(formats: Mapping[str, str], base: str) -> dict[str, dict[str, 
     roles: dict[tuple[str, str, tuple[str, ...]], list[str]] = defaultdict(list)
     for (fmt, before, after), numbers in blocks.items():
         roles[fmt, before, tuple(numbers)].append(after)
-    return {
-        f"+:^{re.escape(before)}{_any(numbers)}{_any(afters)}$": {"bits": bits(fmt)}
-        for (fmt, before, numbers), afters in sorted(roles.items(), key=lambda item: get_format(item[0][0]).levels)
-    }
+    rules = {}
+    for (fmt, before, numbers), afters in sorted(roles.items(), key=lambda item: get_stored(item[0][0]).code_bits):
+        sign, settings = ("-", {}) if fmt == KEPT.name else ("+", {"bits": bits(fmt)})
+        rules[f"{sign}:^{re.escape(before)}{_any(numbers)}{_any(afters)}$"] = settings
+    return rules
 
 
 def split_block(name: str) -> tuple[str, str, str]:

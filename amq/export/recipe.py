@@ -10,6 +10,7 @@ from typing import Any
 
 from amq.checkpoint import Checkpoint, QuantizationRecord
 from amq.errors import AmqError
+from amq.export.auto_round import LEFT_ALONE
 from amq.export.gptq import bits, commonest, dynamic_rules
 from amq.files import write_json
 
@@ -56,9 +57,10 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         encoding="utf-8",
     )
     layers = {name: {"bits": bits(fmt), "group_size": record.group_size} for name, fmt in formats.items()}
+    layers |= dict.fromkeys(record.kept, LEFT_ALONE)
     scheme = {"bits": bits(base), "group_size": record.group_size}
     write_json(folder / LAYER_CONFIG, {**scheme, "sym": True, "layer_config": layers})
-    write_json(folder / DYNAMIC, {**scheme, "dynamic": dynamic_rules(formats, base)})
+    write_json(folder / DYNAMIC, {**scheme, "dynamic": dynamic_rules(record.configuration.formats, base)})
     narrow = sum(shape[1] % SUPER_BLOCK > 0 for shape in record.block_shapes.values())
     facts = {f"{fmt} in llama.cpp": TYPES[fmt][0] for fmt in sorted(set(formats.values()))}
     if record.head:
@@ -84,7 +86,7 @@ def tensor_types(checkpoint: Checkpoint) -> dict[str, str]:
         raise AmqError(f"llama.cpp has no architecture for model type {kind!r}: there is no recipe for this model")
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     types = {}
-    for linear in record.block_shapes:
+    for linear in (*record.block_shapes, *record.kept):
         name = names.get_name(linear)
         if name is None:
             raise AmqError(f"llama.cpp's {gguf.MODEL_ARCH_NAMES[arch]} has no tensor for {linear}: no recipe for it")
@@ -93,7 +95,9 @@ def tensor_types(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def llama_type(record: QuantizationRecord, linear: str) -> str:
-    """llama.cpp's type nearest to the format of `linear`."""
+    """llama.cpp's type nearest to the format of `linear`; 16 bits for one that is kept."""
+    if linear in record.kept:
+        return "f16"
     fmt = record.formats[linear]
     if fmt not in TYPES:
         raise AmqError(f"llama.cpp has no type near {fmt}, which {linear} uses: expected {', '.join(TYPES)}")
