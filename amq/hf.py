@@ -137,7 +137,7 @@ class AmqQuantizer(HfQuantizer):
         self._new = _new_names(model)
         found = {names.tensor(name) for name in tensors}
         check_complete(files[0].parent, (n for n in _expected_names(model, found) if n not in self._new), found)
-        check_tensors({names.tensor(name): file for name, file in tensors.items()}, model.state_dict())
+        check_tensors(tensors, model.state_dict(), names.tensor)
         if record.head:
             model.resize_token_embeddings = _refuse_resizing
         ignored = model._keys_to_ignore_on_load_unexpected or set()
