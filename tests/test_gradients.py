@@ -173,8 +173,9 @@ def test_smollm2s_adapter_learns(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     torch.manual_seed(0)
+    (tmp_path / "text.txt").write_text("rounding to nearest reads no text, but the trial of linears does. " * 9)
     quantize("smollm2", str(tmp_path / "q"), uniform="int4", method="rtn", group_size=64, perplexity="none", windows=1,
-             window_length=32)  # fmt: skip
+             window_length=32, calibration=str(tmp_path / "text.txt"))  # fmt: skip
     model = load(tmp_path / "q")
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     text = "Adapters learn what the frozen weights beside them do not know: this very line, word for word, by heart."
