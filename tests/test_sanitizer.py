@@ -29,6 +29,10 @@ TESTS = (
     *("test_linear.py", "test_linear_faults.py", "test_native.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
 )
+LEFT_OUT = "environment or gil or non_finite or nan_and_infinity or huge_activations or tiny_activations"
+LEFT_OUT += " or damaged_scales"
+"""Tests of the above that start processes of their own, or run the shapes of others with other values: no value chooses
+an address. They take two fifths of the time."""
 SOURCES = ("csrc/**/*", "CMakeLists.txt", "amq/formats.py", "tests/test_sanitizer.py")
 """Of the module; what runs it, beside TESTS:"""
 RUN = ("amq/native.py", "amq/ops.py", "amq/packing.py", "amq/backends.py", "amq/runtime/native_engine.py", "tests/*.py")
@@ -123,7 +127,7 @@ def test_kernels_under_the_sanitizers(environment: dict[str, str], record_proper
     inputs = unchanged.inputs_of((*SOURCES, *RUN), *facts(), unchanged.packages("torch", "hypothesis"))
     if unchanged.passed_before("sanitizers", inputs, record_property):
         return
-    arguments = ("-m", "pytest", "-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider")
+    arguments = ("-m", "pytest", "-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})")
     result = run_python(environment, *arguments, *(str(ROOT / "tests" / name) for name in TESTS))
     report = result.stdout[-6000:] + result.stderr[-6000:]
     assert result.returncode == 0, report
