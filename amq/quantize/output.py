@@ -168,16 +168,18 @@ def write_hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def stored_dtype(source: Path, module: nn.Module) -> torch.dtype:
-    """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it does not overflow."""
+    """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it reaches."""
     config = read_json(source / "config.json", floats=True)
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
-    largest = max(float(p.abs().max()) for p in module.parameters() if p.numel())
+    sizes = [float(p.abs().max()) for p in module.parameters() if p.numel()]
     if own is not None and own.itemsize == 2:
-        if largest <= torch.finfo(own).max:
+        if max(sizes) <= torch.finfo(own).max:
             return own
         log.warning(
             "the model's config says %s, which its largest weight %.4g is beyond: what stays unquantized is stored in "
-            "bfloat16", str(own).removeprefix("torch."), largest,
+            "bfloat16", str(own).removeprefix("torch."), max(sizes),
         )  # fmt: skip
         return torch.bfloat16
-    return torch.float16 if largest < torch.finfo(torch.float16).max / 4 else torch.bfloat16
+    limits = torch.finfo(torch.float16)
+    fits = max(sizes) < limits.max / 4 and all(size >= limits.tiny for size in sizes if size)
+    return torch.float16 if fits else torch.bfloat16

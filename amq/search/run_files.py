@@ -15,6 +15,7 @@ from typing import Any
 
 from amq.errors import AmqError
 from amq.files import read_json
+from amq.formats import KEPT
 from amq.linears import Inventory, LinearSpec, OtherWeight
 from amq.records import check_range, parse_record, shorten
 from amq.search.settings import SearchSettings
@@ -150,16 +151,18 @@ class CostFile:
 
     @staticmethod
     def read(path: Path, space: SearchSpace) -> CostFile:
-        """Raises AmqError unless the table has a cost for every linear in every format of `space`."""
+        """Raises AmqError unless each linear of `space` has a cost in each format but 16 bits, which costs nothing."""
         data = read_json(path)
         check_schema(data, path, COST_SCHEMA)
         file = parse_record(data, CostFile, str(path))
         remedy = "it is damaged or was edited; delete it and run the search with --resume"
-        for name in file.cost.keys() ^ space.linear_sizes.keys():
+        kept = {name for name, fmt in space.pinned.items() if fmt is KEPT}
+        wanted = {name: sizes.keys() - {KEPT.name} for name, sizes in space.linear_sizes.items() if name not in kept}
+        for name in file.cost.keys() ^ wanted.keys():
             what = "has a linear {} that the run does not" if name in file.cost else "lacks the linear {}"
             raise AmqError(f"{path}: the table {what.format(shorten(name))}: {remedy}")
-        for name, sizes in space.linear_sizes.items():
-            for fmt in sizes.keys() - file.cost[name].keys():
+        for name, formats in wanted.items():
+            for fmt in formats - file.cost[name].keys():
                 raise AmqError(f"{path}: the table lacks {name} in {fmt}: {remedy}")
         return file
 

@@ -164,7 +164,7 @@ def compile_part(device: Device, part: int, of: int, clock: Clock) -> None:
         for rows in job.rows
     }
     mine = list(todo.values())[part::of]
-    for job, rows in mine[:2] if device.smoke else mine:  # the interpreter compiles nothing
+    for job, rows in mine[:1] if device.smoke else mine:  # the interpreter compiles nothing
         if clock.left() < 0:
             return
         failure = attempt(device, run_once, device, job, rows)
