@@ -27,9 +27,9 @@ from amq.folders import write_folder
 from amq.formats import KEPT, BitFormat, check_group_size, get_format, n_groups
 from amq.linears import LinearSpec
 from amq.packing import PackedWeight
-from amq.records import MOST, check_range, parse_record, read_record
+from amq.records import MOST, parse_record, read_record
 from amq.tensors import save_file
-from amq.weight_files import INDEX, weight_files
+from amq.weight_files import INDEX, check_config, weight_files
 
 METHOD = "amq"
 """`quant_method` in config.json."""
@@ -179,47 +179,25 @@ def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
         raise AmqError(f"{source}: format {fmt.name} was written as {record}, this amq knows it as {expected}")
 
 
-@dataclass(frozen=True)
-class _Layers:
-    num_hidden_layers: int | None = None
-
-    def __post_init__(self) -> None:
-        check_range(self, "num_hidden_layers")
-
-
 class Checkpoint:
     """Read access to a folder; tensors are memory-mapped. Made by `open_checkpoint`."""
 
     def __init__(self, folder: Path, config: dict[str, Any], record: QuantizationRecord) -> None:
         self.folder, self.config, self.record = folder, config, record
-        self._files = open_files(self._paths())
+        self._files = open_files(weight_files(folder))
         names = [n for linear in record.formats for n in part_names(linear)]
         check_complete(folder, [*names, *(f"{linear}.weight" for linear in record.kept)], self._files)
         for linear in record.formats:
             self._check_parts(linear)
 
-    def _paths(self) -> list[Path]:
-        try:
-            return safetensors_files(self.folder)
-        except OSError as error:  # an index may name a file that no file system takes
-            raise AmqError(f"the files of {self.folder} cannot be looked up: {error}") from error
-
     @property
     def configuration(self) -> Configuration:
         return self.record.configuration
 
-    def check_layers(self) -> None:
-        """Raises AmqError where config.json has more layers than the files have tensors: a model that would be built
-        without end."""
-        for place, config in (("", self.config), ("text_config.", self.config.get("text_config"))):
-            if isinstance(config, dict):
-                path = self.folder / "config.json"
-                layers = parse_record(config, _Layers, str(path)).num_hidden_layers
-                if layers is not None and layers > len(self._files):
-                    raise AmqError(
-                        f"{path}: {place}num_hidden_layers is {layers}, but the files hold {len(self._files)} tensors; "
-                        "config.json was altered, or belongs to another model"
-                    )
+    @property
+    def names(self) -> list[str]:
+        """All tensors."""
+        return list(self._files)
 
     @property
     def other_names(self) -> list[str]:
@@ -316,15 +294,10 @@ def open_checkpoint(folder: Path | str, verify: bool = True) -> Checkpoint:
     config = read_record(path, dict[str, Any], floats=True)
     record = QuantizationRecord.parse(config.get("quantization_config"), str(path))
     checkpoint = Checkpoint(folder, config, record)
-    checkpoint.check_layers()
+    check_config(config, len(checkpoint.names), str(path))
     if verify:
         checkpoint.verify()
     return checkpoint
-
-
-def safetensors_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: those that its index names, else `model.safetensors`; see `amq.weight_files`."""
-    return weight_files(folder)
 
 
 def open_file(path: Path) -> Any:

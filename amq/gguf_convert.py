@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amq.checkpoint import HASHES, safetensors_files, tensor_hash, verify_file
+from amq.checkpoint import HASHES, tensor_hash, verify_file
 from amq.errors import AmqError
 from amq.files import cache_dir, is_disk_full, make_folder, write_json
 from amq.gguf_config import FAMILIES, Translation, translate
@@ -38,6 +38,7 @@ from amq.limits import check_memory
 from amq.records import MOST, read_record, shorten
 from amq.temporary import remove_stale_below, temporary_folder
 from amq.tensor_stream import write_stream
+from amq.weight_files import weight_files
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def _file_hash(path: Path) -> str:
 def check_conversion(folder: Path) -> None:
     """Raises AmqError naming the file or tensor of a converted folder that is not what was written."""
     manifest = read_record(folder / MANIFEST, Manifest)
-    weights = {path.name for path in safetensors_files(folder)}
+    weights = {path.name for path in weight_files(folder)}
     for name, expected in manifest.files.items():
         if name != Path(name).name or not (folder / name).is_file():
             raise AmqError(f"{folder / name} is missing")

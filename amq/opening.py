@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from amq.checkpoint import PARTS, QuantizationRecord, open_files, safetensors_files
+from amq.checkpoint import PARTS, QuantizationRecord, open_files
 from amq.errors import AmqError
+from amq.weight_files import weight_files
 
 SEVERAL = 3
 """Names that an error lists."""
@@ -31,7 +32,7 @@ def open_checkpoint_once(folder: Path, trust_remote_code: bool = False) -> None:
     from amq.hf import AmqConfig, AmqQuantizer
 
     model, config = empty_model(folder, trust_remote_code)
-    files = safetensors_files(folder)
+    files = weight_files(folder)
     stored = dict(config.quantization_config)
     quantizer = AmqQuantizer(AmqConfig(verify=False, **stored), pre_quantized=True)
     quantizer.preprocess_model(model=model, checkpoint_files=[str(path) for path in files])
@@ -87,7 +88,7 @@ def _open_tokenizer(folder: Path, trust_remote_code: bool = False) -> None:
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """{tensor: shape} of a folder's weight files, from their headers."""
     return {
-        name: tuple(file.get_slice(name).get_shape()) for name, file in open_files(safetensors_files(folder)).items()
+        name: tuple(file.get_slice(name).get_shape()) for name, file in open_files(weight_files(folder)).items()
     }
 
 

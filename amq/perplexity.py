@@ -8,7 +8,7 @@ each behind at least one token of text, and no window is charged for a first tok
 llama.cpp's `perplexity` counts likewise, but for two things: it puts BOS in the place of each window's first token
 instead of before it, and by default it counts the second half of each window only. lm-eval's `loglikelihood_rolling`
 puts BOS (or EOS, for a tokenizer that adds nothing) before the text once, scores the first token of the text from it,
-and begins every later window with the last token of the one before. tests/test_perplexity.py counts in all three ways.
+and begins every later window with the last token of the one before. tests/test_prefix.py counts in all three ways.
 """
 
 from __future__ import annotations

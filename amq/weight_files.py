@@ -63,7 +63,11 @@ def weight_files(folder: Path) -> list[Path]:
         raise AmqError(f"{folder} has no weights: expected {SINGLE}, or {INDEX} and its files{_hint(folder)}")
     paths = [folder / name for name in indexed(folder)]
     for path in paths:
-        if not path.is_file():
+        try:
+            there = path.is_file()
+        except OSError as error:  # a name that no file system takes
+            raise AmqError(f"{shorten(str(path))} cannot be looked up: {error.strerror}; {INDEX} was edited") from error
+        if not there:
             raise AmqError(f"{path} is missing: the checkpoint is incomplete")
     return paths
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from amq import models
-from amq.checkpoint import open_checkpoint, safetensors_files
+from amq.checkpoint import open_checkpoint
 from amq.errors import AmqError
 from amq.linears import check_weights, inventory, narrowed
 from amq.models import load_model
@@ -88,7 +88,7 @@ def test_one_file_goes_before_an_index(shards: Path, folder: Path, tiny_folder: 
 def test_an_adapter_beside_a_checkpoint_does_not_alter_it(folder: Path, tmp_path: Path) -> None:
     output = quantize(folder, tmp_path / "out")
     save_file({"w": torch.zeros(3)}, output / "adapter_model.safetensors")
-    assert [path.name for path in safetensors_files(output)] == ["model.safetensors"]
+    assert [path.name for path in weight_files(output)] == ["model.safetensors"]
     open_checkpoint(output)
 
 
