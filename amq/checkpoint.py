@@ -207,7 +207,7 @@ class Checkpoint:
 
     def verify(self) -> None:
         """Reads all tensors once; raises AmqError unless they have the hashes that were written."""
-        for path in self._paths():
+        for path in weight_files(self.folder):
             verify_file(path)
 
     def described(self, name: str) -> tuple[str, list[int]]:
