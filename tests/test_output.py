@@ -461,7 +461,7 @@ def damage(folder: Path, change: Callable[[dict], None]) -> None:
     [
         (lambda t: t.pop("model.norm.weight"), r"lacks .*model\.norm\.weight"),
         (lambda t: t.pop("model.layers.1.mlp.up_proj.scale"), r"lacks .*up_proj\.scale"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"has model\.norm\.weight \[3\] instead of \[64\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(3)}), r"norm\.weight: .* floats \[64\], .* F32 \[3\]"),
         (lambda t: t.update({"model.nothing": torch.ones(3)}), r"does not use: model\.nothing"),
         (lambda t: t.update({"model.layers.0.mlp.up_proj.scale": torch.ones(3, 2).half()}), "up_proj"),
     ],
@@ -480,7 +480,7 @@ def test_a_config_that_does_not_fit_its_weights_does_not_open(tmp_path: Path) ->
     for entries, message in (
         ({"num_hidden_layers": 1}, "not in this"),
         ({"num_hidden_layers": 3}, r"lacks .*layers\.2"),
-        ({"vocab_size": 300}, r"instead of \[300, 64\]"),
+        ({"vocab_size": 300}, r"floats \[300, 64\], the checkpoint has F32 \[256, 64\]"),
         ({"model_type": "nothing"}, "cannot build a model"),
     ):
         before = (folder / "config.json").read_text()

@@ -260,7 +260,7 @@ def test_runs_with_and_without_are_not_mixed(folders: dict[str, Path], text: str
     family_tokenizer("qwen", shared)
     amq.search(str(shared), run, calibration=text, **QUICK)
     family_tokenizer("llama", shared)  # the weights, and so the fingerprint, stay
-    with pytest.raises(AmqError, match=r"begin with \[\], with this tokenizer they begin with \['<bos>'\]"):
+    with pytest.raises(AmqError, match="gives other windows of tokens than when"):
         amq.search(str(shared), run, resume=True, calibration=text, **QUICK)
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(state | {"schema": "amq/run/1"}))
@@ -303,7 +303,7 @@ def test_an_interrupted_quantization_is_not_finished_with_other_windows(
         with pytest.raises(KeyboardInterrupt):
             amq.quantize(str(model), str(output), **settings)
     family_tokenizer("llama", model)
-    with pytest.raises(AmqError, match="was made with another window_prefix"):
+    with pytest.raises(AmqError, match="was made with another calibration windows"):
         amq.quantize(str(model), str(output), resume=True, **settings)
     family_tokenizer("qwen", model)
     amq.quantize(str(model), str(output), resume=True, **settings)

@@ -21,6 +21,7 @@ from amq.search.select import FinishedRun
 from amq.search.settings import SearchSettings
 from amq.settings import run_command
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {
     "group_size": 64, "window_length": 32, "windows": 2, "confirm_windows": 2, "bank_windows": 4, "cost_passes": 2,
     "points": 3,

@@ -12,7 +12,7 @@ import logging
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ class CheckpointOutput:
     record: QuantizationRecord
     configuration: Configuration
     dtype: torch.dtype
-    originals: Mapping[str, Tensor]
+    originals: Mapping[str, Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
 
     @property
