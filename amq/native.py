@@ -48,7 +48,7 @@ def cpu_module() -> ModuleType:
 
 def memory(tensor: Tensor) -> tuple[int, int]:
     """(address, bytes) of a contiguous tensor: how `amq._cpu` takes it, to compare with what it would read or write."""
-    return tensor.data_ptr(), tensor.nbytes
+    return tensor.data_ptr(), tensor.numel() * tensor.element_size()  # not nbytes, which torch.compile cannot trace
 
 
 NO_MEMORY = (0, 0)
@@ -170,7 +170,7 @@ def linear(
     Raises AmqError where a weight has not the bytes of its shape, or the bias not those of all columns.
     """
     rows, in_features = x.shape
-    parts = [(w.format.name, w.data.data_ptr(), w.data.nbytes, w.out_features) for w in weights]
+    parts = [(w.format.name, *memory(w.data), w.out_features) for w in weights]
     columns = sum(w.out_features for w in weights)
     y = torch.empty(rows, columns)
     try:
@@ -189,7 +189,7 @@ def linear_each(x: Tensor, weights: Sequence[PreparedWeight], activations: str, 
     What an engine that keeps its linears in C++ pays for each of them, for benchmarks.
     """
     rows, in_features = x.shape
-    parts = [(w.format.name, w.data.data_ptr(), w.data.nbytes, w.out_features) for w in weights]
+    parts = [(w.format.name, *memory(w.data), w.out_features) for w in weights]
     y = torch.empty(rows, weights[0].out_features)
     cpu_module().linear_each(
         parts, memory(x), memory(y), rows, in_features, weights[0].group_size, y.shape[1],

@@ -441,3 +441,13 @@ def test_compiled(qkv: list[StoredLinear]) -> None:
     with torch.no_grad():
         expected = attend(x)
         assert torch.allclose(torch.compile(attend, fullgraph=True, backend="eager")(x), expected, atol=1e-6)
+
+
+def test_a_loaded_model_compiles(tmp_path: Path) -> None:
+    """Whole, with weights that are prepared while it is traced, and at lengths that make its sizes symbolic."""
+    folder = tiny_checkpoint(ARCHITECTURES["llama"].build(), tmp_path / "out")
+    plain, compiled = load(folder), torch.compile(load(folder), backend="eager")
+    with torch.no_grad():
+        for length in (3, 5, 7):
+            tokens = torch.arange(length).unsqueeze(0)
+            assert torch.equal(compiled(tokens).logits, plain(tokens).logits)
