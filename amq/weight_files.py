@@ -66,7 +66,8 @@ def weight_files(folder: Path) -> list[Path]:
         try:
             there = path.is_file()
         except OSError as error:  # a name that no file system takes
-            raise AmqError(f"{shorten(str(path))} cannot be looked up: {error.strerror}; {INDEX} was edited") from error
+            named = f"{folder / INDEX} names {shorten(path.name)}"
+            raise AmqError(f"{named}, which cannot be looked up: {error.strerror}; it was edited") from error
         if not there:
             raise AmqError(f"{path} is missing: the checkpoint is incomplete")
     return paths
