@@ -7,7 +7,6 @@ and a folder saved again by transformers (`amq.hf`) carries its own.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from collections.abc import Callable, Container, Iterable, Mapping
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import json_floats, write_json
+from amq.files import is_out_of_memory, json_floats, write_json
 from amq.folders import write_folder
 from amq.formats import KEPT, BitFormat, check_group_size, get_format, n_groups
 from amq.linears import LinearSpec
@@ -311,12 +310,6 @@ def open_file(path: Path) -> Any:
                 "runs under, or use a larger machine"
             ) from error
         raise AmqError(f"{path} cannot be read ({error}): it is damaged or cut short; copy it again") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory or address space ran out; libraries below us report it as text only."""
-    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-    return known or "Cannot allocate memory" in str(error) or "can't allocate memory" in str(error)
 
 
 def open_files(paths: Iterable[Path]) -> dict[str, Any]:

@@ -114,6 +114,13 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in full or "No space left on device" in str(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory or address space ran out; libraries below us report it as text only."""
+    known = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    said = ("Cannot allocate memory", "can't allocate memory", "out of memory")  # mmap, torch on a CPU, torch on a GPU
+    return known or any(text in str(error) for text in said)
+
+
 def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -12,14 +12,13 @@ import logging
 import os
 import re
 import sys
-import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from amq.errors import AmqError
-from amq.files import reason
+from amq.files import is_out_of_memory, reason
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +87,7 @@ def _parse(text: str, units: dict[str, float], expected: str) -> float:
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> int:
     """Runs a command's main: an AmqError becomes one line on stderr and status 2, Ctrl-C becomes 130.
 
-    So does what the system refuses (a folder that cannot be written, a disk that fails), wherever it was asked.
+    So does what the system refuses (a folder that cannot be written, a disk that fails, memory), wherever it was asked.
     """
     try:
         return main(argv)
@@ -97,9 +96,15 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         return 2
     except BrokenPipeError as error:
         return _reader_has_gone(error)
-    except OSError as error:
+    except (MemoryError, OSError, RuntimeError) as error:
         log.debug("where this came from", exc_info=True)
-        print(f"error: {reason(error)}", file=sys.stderr)
+        if is_out_of_memory(error):
+            remedy = "use --dtype bfloat16, a smaller --cache-memory, or a larger machine"
+            print(f"error: out of memory; {remedy}", file=sys.stderr)
+        elif isinstance(error, OSError):
+            print(f"error: {reason(error)}", file=sys.stderr)
+        else:
+            raise
         return 2
     except ValueError as error:
         if "embedded null" not in str(error):  # of a path
@@ -109,12 +114,6 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; run the same command with --resume", file=sys.stderr)
         return 130
-    except MemoryError:
-        traceback.print_exc()
-        print(
-            "error: out of memory; use --dtype bfloat16, a smaller --cache-memory, or a larger machine", file=sys.stderr
-        )
-        return 2
 
 
 def _reader_has_gone(error: BrokenPipeError) -> int:

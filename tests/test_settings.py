@@ -139,6 +139,9 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
         (ValueError("embedded null byte"), 2, "error: a path holds a NUL character"),
         (KeyboardInterrupt(), 130, "interrupted: what was finished is kept"),
         (MemoryError(), 2, "error: out of memory; use --dtype bfloat16"),
+        (OSError(12, "Cannot allocate memory"), 2, "error: out of memory; use --dtype bfloat16"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, "error: out of memory; use"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 2, "error: out of memory; use"),
     ],
 )
 def test_exit_status(outcome: object, status: int, message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,11 +156,10 @@ def test_exit_status(outcome: object, status: int, message: str, capsys: pytest.
     assert run_command(main, ["a", "b"]) == status
     captured = capsys.readouterr()
     assert message in captured.err and not captured.out and seen == [["a", "b"]]
-    if isinstance(outcome, AmqError | OSError):
-        assert captured.err == message, "a user's error has no traceback"
+    assert captured.err.count("\n") == bool(message), "one line, and no traceback"
 
 
-@pytest.mark.parametrize("defect", [ZeroDivisionError(), ValueError("not of a path")])
+@pytest.mark.parametrize("defect", [ZeroDivisionError(), ValueError("not of a path"), RuntimeError("a defect")])
 def test_our_own_defects_keep_their_traceback(defect: Exception) -> None:
     def main(argv: Sequence[str] | None) -> int:
         raise defect

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from amq import native
 from amq.backends import check_activations
-from amq.checkpoint import Checkpoint, is_out_of_memory, open_checkpoint
+from amq.checkpoint import Checkpoint, open_checkpoint
 from amq.errors import AmqError
+from amq.files import is_out_of_memory
 from amq.formats import get_format
 from amq.native import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
