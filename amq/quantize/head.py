@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amq.checkpoint import PARTS
 from amq.configuration import MemoryItem
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, get_format
@@ -83,14 +84,15 @@ def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: 
     """[rows, in_features] to nearest on the grid of least squared error, which is fitted to every group."""
     importance = to_groups(torch.ones(1, weight.shape[1]), check_group_size(group_size))[0]
 
-    def solve(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(rows: Tensor) -> PackedWeight:  # packed here: codes take 8 bytes each meanwhile, and a head has many rows
         groups = to_groups(rows, group_size)
         scale, zero_point = fitted_grid(groups, importance, fmt, zero_points)
         codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]]
-        return codes.to(torch.uint8), scale, zero_point
+        return packed(codes, scale, zero_point, fmt, group_size)
 
     parts = parallel_map(solve, weight.split(ROWS))
-    return packed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), fmt, group_size)
+    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in PARTS)
+    return PackedWeight(fmt, weight.shape[1], group_size, *tensors)
 
 
 def head_json(head: Head, group_size: int, error: float | None) -> dict[str, Any]:
