@@ -14,7 +14,6 @@ read one tensor), its linears are quantized, and the hidden states move on.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from amq.calibration import CalibrationStream
-from amq.checkpoint import HASHES, PARTS, hashes_metadata, part_names
+from amq.checkpoint import PARTS, hashes_metadata, part_names, verify_file
 from amq.configuration import Configuration, linear_bytes
 from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
@@ -149,20 +148,9 @@ def _open_file(path: Path) -> Any:
     A damaged file is named, not built again: a disk that changes what it holds is something to know about.
     """
     try:
-        file = safe_open(path, framework="pt")
-    except Exception as error:  # safetensors has an exception type of its own, and OSError
+        return verify_file(path, whole=True)
+    except AmqError as error:
         raise _damaged(path, error) from error
-    found = json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES])
-    try:
-        expected = json.loads((file.metadata() or {})[HASHES])
-    except (KeyError, ValueError, RecursionError):
-        raise _damaged(path, "it has no hashes of its tensors") from None
-    if not isinstance(expected, dict):
-        raise _damaged(path, "it has no hashes of its tensors")
-    for name in sorted(found.keys() | expected.keys()):
-        if found.get(name) != expected.get(name):
-            raise _damaged(path, f"tensor {name} is not what was written: its hash differs")
-    return file
 
 
 def _damaged(path: Path, error: Exception | str) -> AmqError:

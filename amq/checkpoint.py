@@ -361,17 +361,23 @@ def hashes_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {"format": "pt", HASHES: json.dumps(hashes)}
 
 
-def verify_file(path: Path) -> None:
-    """Raises AmqError unless every tensor of the file has the hash that its header gives."""
+def verify_file(path: Path, whole: bool = False) -> Any:
+    """The open file; raises AmqError unless every tensor in it has the hash that its header gives.
+
+    whole: and unless every tensor that has a hash is there, which the shards that transformers saves are not asked: all
+        of them have the hashes of all.
+    """
     file = open_file(path)
     try:
         stored = json.loads((file.metadata() or {})[HASHES])
     except (KeyError, ValueError, RecursionError):
         raise AmqError(f"{path} has no hashes of its tensors: it was not written by amq, or was altered") from None
     expected = parse_record(stored, dict[str, str], f"{path}: {HASHES}")
-    for name, found in json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES]).items():
-        if expected.get(name) != found:
+    found = json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES])
+    for name in found.keys() | (expected.keys() if whole else set()):
+        if expected.get(name) != found.get(name):
             raise AmqError(f"{path}: tensor {name} is not what was written (its hash differs); copy the file again")
+    return file
 
 
 def write_checkpoint(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import re
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,11 +19,10 @@ from pathlib import Path
 
 from amq.errors import AmqError
 from amq.files import check_path, is_disk_full, reason
-from amq.temporary import sync, temporary_folder
+from amq.temporary import NAME, sync, temporary_folder
 
 INSIDE = "content"
 """What the temporary folder in a folder that exists is named after."""
-TEMPORARY = re.compile(r"\..*\.amq-[a-z0-9_]+\.tmp")
 PARTIAL = ".amq.partial"
 LOST_FOUND = "lost+found"
 """What a disk of Linux's ext kind holds when it is new."""
@@ -147,7 +145,7 @@ def _is_ours(path: Path) -> bool:
     """Whether a folder that holds `path` is empty all the same."""
     name = path.name
     new_disk = name == LOST_FOUND and path.is_dir() and os.path.ismount(path.parent)
-    return new_disk or name == PARTIAL or bool(TEMPORARY.fullmatch(name))
+    return new_disk or name == PARTIAL or bool(NAME.fullmatch(name))
 
 
 def _target(folder: Path) -> Path:

@@ -8,6 +8,7 @@ The fake engine repeats the prompt: "abc" goes on "abcabc…", so every answer t
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -90,6 +91,17 @@ class FakeEngine:
 
     def cached_tokens(self) -> tuple[int, int]:
         return sum(slot.capacity for slot in self.slots), self.positions
+
+
+def hold_until_input(engine: FakeEngine) -> None:
+    """Holds all passes until this process reads a line from its input: for servers in processes of their own."""
+    engine.gate.clear()
+
+    def open_gate() -> None:
+        sys.stdin.readline()
+        engine.gate.set()
+
+    threading.Thread(target=open_gate, daemon=True).start()
 
 
 def byte_tokenizer() -> Tokenizer:

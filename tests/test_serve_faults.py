@@ -363,18 +363,13 @@ def test_nobody_gets_anothers_text():
 
 
 SERVER = """
-import sys, threading
-from serve_helpers import fake_runtime
+from serve_helpers import fake_runtime, hold_until_input
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
 settings = ServeSettings(port=0, queue=1, drain=120.0)
 listener = bind(settings)
 runtime = fake_runtime(max_sequences=1)
-runtime.engine.gate.clear()
-def open_gate():
-    sys.stdin.readline()
-    runtime.engine.gate.set()
-threading.Thread(target=open_gate, daemon=True).start()
+hold_until_input(runtime.engine)
 app = create_app(runtime, settings)
 Server(app, settings, lambda: print(url(listener), flush=True)).run([listener])
 """

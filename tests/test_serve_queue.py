@@ -295,17 +295,13 @@ def test_the_worker_sleeps_when_there_is_nothing_to_do():
 
 
 PROCESS = """
-import sys, threading
+import sys
 sys.path.insert(0, {tests!r})
-from serve_helpers import fake_runtime
+from serve_helpers import fake_runtime, hold_until_input
 from amq.serve import __main__
 import amq.runtime
 runtime = fake_runtime(context=9000)
-runtime.engine.gate.clear()
-def open_gate():
-    sys.stdin.readline()
-    runtime.engine.gate.set()
-threading.Thread(target=open_gate, daemon=True).start()
+hold_until_input(runtime.engine)
 amq.runtime.load = lambda *args, **options: runtime
 code = __main__.main(["DIR", "--port", "0", "--drain", "60", "--max-new-tokens", "8000"])
 heavy = {{"hqq", "pymoo", "sklearn", "matplotlib", "transformers", "amq.search"}} & set(sys.modules)

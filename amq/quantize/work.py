@@ -144,14 +144,11 @@ class WorkFolder:
         if not path.is_file():
             return None
         try:
-            if block not in self._saved:
-                verify_file(path)
-            return self._read(path)
+            return self._read(open_file(path) if block in self._saved else verify_file(path))
         except (AmqError, SafetensorError) as error:
             raise AmqError(f"{path} is damaged ({error}): delete it and run the same command with --resume") from error
 
-    def _read(self, path: Path) -> BlockResult:
-        file = open_file(path)
+    def _read(self, file: Any) -> BlockResult:
         facts = parse_facts((file.metadata() or {}).get("facts", ""))
 
         def packed(linear: str) -> Any:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amq.backends import ACTIVATIONS, choose_backend, default_activations, get_backend
-from amq.checkpoint import is_checkpoint, open_checkpoint
+from amq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.limits import fit_threads
 from amq.records import parse_record
@@ -87,7 +87,7 @@ def load(
         else:
             return Runtime(str(model), engine, Tokenizer.from_folder(folder), engine.weight_bytes)
     return _load_torch(
-        str(model), quantized, device, backend, activations, dtype, context, max_sequences, why,
+        str(model), checkpoint, device, backend, activations, dtype, context, max_sequences, why,
         trust_remote_code,
     )  # fmt: skip
 
@@ -114,17 +114,16 @@ def _check(
         raise AmqError(f"threads must be at least 1, got {threads}")
 
 
-def _default_activations(folder: Path, device: str, backend: str | None) -> str:
+def _default_activations(checkpoint: Checkpoint, device: str, backend: str | None) -> str:
     """Those of `backend`, or of the one that the formats of the checkpoint get on `device`."""
     if backend is None and device != "cpu":
         return default_activations("cuda")  # like those of every other backend of a GPU
-    formats = open_checkpoint(folder, verify=False).record.formats.values()
-    return default_activations(backend or choose_backend(sorted(set(formats))))
+    return default_activations(backend or choose_backend(sorted(set(checkpoint.record.formats.values()))))
 
 
 def _load_torch(
     model: str,
-    quantized: bool,
+    checkpoint: Checkpoint | None,
     device: str,
     backend: str | None,
     activations: str | None,
@@ -138,12 +137,12 @@ def _load_torch(
     from amq.runtime.torch_engine import TorchEngine
 
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
-    if quantized:
+    if checkpoint is not None:
         from amq.hf import AmqConfig
 
-        activations = activations or _default_activations(Path(model).expanduser(), device, backend)
+        activations = activations or _default_activations(checkpoint, device, backend)
         how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}
-    loaded = load_model(str(Path(model).expanduser()) if quantized else model, dtype, device, **how)
+    loaded = load_model(str(checkpoint.folder) if checkpoint else model, dtype, device, **how)
     engine = TorchEngine(loaded.model, context, max_sequences, why=why)
     ends = loaded.model.generation_config.eos_token_id
     if ends is None:
