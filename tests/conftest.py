@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from torch import nn
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Code that models bring along is copied into a folder of this process's own: two that run tests at once would find
+    each other's half-made modules. transformers reads the name when it is imported."""
+    modules = tempfile.TemporaryDirectory(prefix="amq-modules-")
+    config.add_cleanup(modules.cleanup)
+    os.environ["HF_MODULES_CACHE"] = modules.name
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
