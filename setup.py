@@ -32,7 +32,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 FAILURE = "_cuda_failed.txt"
-"""As in amq/gpu/cuda.py, which reads it."""
+"""As in amq/kernels/cuda.py, which reads it."""
 
 INSTALL_REQUIRES = [
     "torch>=2.11",

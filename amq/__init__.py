@@ -5,7 +5,8 @@
     table = amq.evaluate("smollm2", configurations=["runs/smollm2/configuration.json"], uniform="int3,int4")
 
 Importing amq loads nothing heavy: each stage's packages are imported when the stage is used. It does make transformers
-able to load amq's checkpoints: `amq.hf` is imported when transformers loads its quantizers, or now if it already has.
+able to load amq's checkpoints: `amq.integrations.transformers` is imported when transformers loads its quantizers, or
+now if it already has.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def __getattr__(name: str) -> Any:
 
 
 class _Registration:
-    """A finder that imports `amq.hf` right after `MODULE`, whoever imports that and whenever.
+    """A finder that imports `amq.integrations.transformers` right after `MODULE`, whoever imports that and whenever.
 
     MODULE takes seconds to import, so that importing it from here would slow down every command that needs no model.
     """
@@ -49,13 +50,13 @@ class _Registration:
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module("amq.hf")
+                importlib.import_module("amq.integrations.transformers")
 
             spec.loader.exec_module = execute_and_register
         return spec
 
 
 if _Registration.MODULE in sys.modules:
-    importlib.import_module("amq.hf")
+    importlib.import_module("amq.integrations.transformers")
 else:
     sys.meta_path.insert(0, _Registration)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from amq.formats import FORMATS, GROUP_SIZES
-from amq.settings import run_command
+from amq.util.settings import run_command
 
 Command = Callable[[Sequence[str] | None], int]
 
@@ -59,8 +59,8 @@ def _serve(argv: Sequence[str] | None) -> int:
 
 
 def _formats(argv: Sequence[str] | None) -> int:
-    from amq.backends import availability
-    from amq.native import cpu_module
+    from amq.kernels.backends import availability
+    from amq.kernels.cpu import cpu_module
 
     description = "Lists the bit formats, and which backend runs them on this machine."
     argparse.ArgumentParser(prog="amq formats", description=description).parse_args(argv)

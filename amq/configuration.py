@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
-from amq.files import read_json, write_json
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
-from amq.linears import Inventory, LinearSpec, match_linears
-from amq.records import check_range, parse_record, shorten
+from amq.model.inventory import Inventory, LinearSpec, match_linears
+from amq.util.files import read_json, write_json
+from amq.util.records import check_range, parse_record, shorten
 
 SCHEMA = "amq/configuration/1"
 OTHER_BYTES = 2

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from amq.backends import ACTIVATIONS, BACKENDS
 from amq.errors import AmqError
-from amq.files import check_file, write_json
+from amq.kernels.backends import ACTIVATIONS, BACKENDS
 from amq.runtime import Generation, Runtime, Sampling, generate, load
-from amq.settings import TRUST_REMOTE_CODE, run_command
+from amq.util.files import check_file, write_json
+from amq.util.settings import TRUST_REMOTE_CODE, run_command
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
 

@@ -18,6 +18,13 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, n_groups
 
+PARTS = ("qweight", "scale", "zero_point")
+"""The tensors of a packed weight, fields of `PackedWeight`; files call them `LINEAR.PART`."""
+
+
+def part_names(linear: str) -> list[str]:
+    return [f"{linear}.{part}" for part in PARTS]
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -75,9 +82,9 @@ class PackedWeight:
 
 @dataclass(frozen=True)
 class PreparedWeight:
-    """One linear in the layout of the backend that `amq.backends.prepare` made it for.
+    """One linear in the layout of the backend that `amq.kernels.backends.prepare` made it for.
 
-    backend: a name in `amq.backends.BACKENDS`.
+    backend: a name in `amq.kernels.backends.BACKENDS`.
     data: uint8, one dimension; the layout is the backend's own.
     """
 

@@ -36,11 +36,11 @@ from peers import PEERS
 from peers.base import Problem
 from peers.worker import TOLERANCE, measure
 
-from amq import native
-from amq.backends import BACKENDS, prepare
 from amq.bench.machine import OtherWork, last_level_cache
 from amq.formats import FORMATS, BitFormat, n_groups
-from amq.ops import linear
+from amq.kernels import cpu as native
+from amq.kernels.backends import BACKENDS, prepare
+from amq.kernels.ops import linear
 from amq.packing import PackedWeight, PreparedWeight
 
 GROUP_SIZE = 128
@@ -269,7 +269,7 @@ def threads(case: Case) -> Iterator[None]:
 
 
 def seconds_through_op(case: Case, x: torch.Tensor, weights: list[PreparedWeight]) -> float:
-    """Seconds per product through `amq.ops.linear` in a Python loop, whose cost small linears feel."""
+    """Seconds per product through `amq.kernels.ops.linear` in a Python loop, whose cost small linears feel."""
     rounds = []
     for _ in range(5):
         start = time.perf_counter()

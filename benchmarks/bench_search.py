@@ -18,13 +18,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from amq.bank import BankSettings, open_bank
-from amq.data import WindowSampler, load_corpus
-from amq.evaluator import Evaluator
-from amq.fisher import fisher_passes
 from amq.formats import FORMATS, parse_formats
-from amq.linears import inventory
-from amq.models import load_model
+from amq.model.inventory import inventory
+from amq.model.open import load_model
+from amq.model.text import WindowSampler, load_corpus
+from amq.proxy.evaluator import Evaluator
+from amq.proxy.fisher import fisher_passes
+from amq.quantize.bank import BankSettings, open_bank
 from amq.search.space import SearchSpace
 
 LIST = "int2,int3,int4"
@@ -123,7 +123,12 @@ def test_cost_table(stage, benchmark, smoke):
         benchmark.pedantic(
             lambda: tables.extend(
                 fisher_passes(
-                    stage.loaded.model, stage.parts, stage.bank, windows, ["int2", "int3", "int4"], 0,
+                    stage.loaded.model,
+                    stage.parts,
+                    stage.bank,
+                    windows,
+                    ["int2", "int3", "int4"],
+                    0,
                     unscored=stage.corpus.unscored,
                 )  # fmt: skip
             ),

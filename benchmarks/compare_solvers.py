@@ -22,15 +22,15 @@ from pathlib import Path
 import numpy as np
 
 from amq.configuration import configuration_key
-from amq.files import write_json
 from amq.formats import FORMATS
-from amq.progress import LineProgress
 from amq.search.archive import Archive
 from amq.search.front import hypervolume
 from amq.search.problem import Problem
 from amq.search.run import _cost_tables, _prepare, _Timings
 from amq.search.settings import SearchSettings
 from amq.search.solvers import get_solver
+from amq.util.files import write_json
+from amq.util.progress import LineProgress
 
 BUDGETS = tuple(2.5 + 0.25 * i for i in range(1, 8))
 SHOWN = (2.75, 3.0, 3.25, 3.5, 4.0)

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import amq
 from amq.eval.__main__ import table
-from amq.files import write_json
-from amq.folders import work_folder
-from amq.progress import Progress, terminal_progress
 from amq.quantize.__main__ import summary as quantized_summary
 from amq.runtime import Sampling, generate, load
 from amq.search.__main__ import summary
 from amq.search.select import select_from_run
+from amq.util.files import write_json
+from amq.util.folders import work_folder
+from amq.util.progress import Progress, terminal_progress
 
 FORMATS = "int2,int3,int4,int6"
 BUDGETS = (3.5, 4.0, 5.0)

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 import amq
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.export import export
-from amq.files import write_json
-from amq.linears import inventory
-from amq.models import load_model
+from amq.model.inventory import inventory
+from amq.model.open import load_model
 from amq.packing import dequantize
+from amq.util.files import write_json
 
 GROUP_SIZE = 64
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

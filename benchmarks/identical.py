@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 
-from amq.files import write_json
 from amq.runtime import Runtime, load
 from amq.runtime.engine import Segment
-from amq.settings import run_command
+from amq.util.files import write_json
+from amq.util.settings import run_command
 
 PROMPTS = (
     "Write a story about a lighthouse keeper who finds a letter.",
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 def _transformers(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    from amq.hf import AmqConfig
+    from amq.integrations.transformers import AmqConfig
 
     how = AmqConfig(activations="fp32")
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)

@@ -16,18 +16,18 @@ from typing import Any
 
 import torch
 
-from amq.bank import BankRecipe
 from amq.configuration import Configuration
-from amq.data import WindowSampler, fixed_windows, load_corpus
-from amq.files import read_json, write_json
 from amq.formats import get_format
-from amq.linears import inventory
-from amq.machine import cpu_name
-from amq.models import load_model, model_fingerprint
-from amq.perplexity import perplexity
-from amq.progress import Progress
-from amq.quantize.methods import METHODS, BlockQuantizer, BlockSource
+from amq.model.inventory import inventory
+from amq.model.open import load_model, model_fingerprint
+from amq.model.perplexity import perplexity
+from amq.model.text import WindowSampler, fixed_windows, load_corpus
+from amq.quantize.bank import BankRecipe
+from amq.quantize.blocks import METHODS, BlockQuantizer, BlockSource
 from amq.quantize.sources import BankSource
+from amq.util.files import read_json, write_json
+from amq.util.machine import cpu_name
+from amq.util.progress import Progress
 
 SCHEMA = "amq/quality/1"
 

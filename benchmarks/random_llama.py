@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from amq.checkpoint import QuantizationRecord, write_checkpoint
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import write_checkpoint
 from amq.errors import AmqError
-from amq.folders import check_new_folder
 from amq.formats import FORMATS, BitFormat, check_group_size, get_format, n_groups
-from amq.models import TOKENIZER_FILES, resolve
+from amq.model.open import TOKENIZER_FILES, resolve
 from amq.packing import PackedWeight
-from amq.settings import run_command
+from amq.util.folders import check_new_folder
+from amq.util.settings import run_command
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -32,9 +32,9 @@ import httpx
 import psutil
 
 from amq.errors import AmqError
-from amq.files import write_json
-from amq.machine import cpu_name
-from amq.settings import run_command
+from amq.util.files import write_json
+from amq.util.machine import cpu_name
+from amq.util.settings import run_command
 
 SCHEMA = "amq/serve_load/1"
 START_SECONDS = 180.0

@@ -40,7 +40,7 @@ def main() -> None:
         theme = {"name": "prefers-color-scheme", "value": "dark" if args.dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[theme])
         page.open(url)
-        page.run("localStorage.setItem('amq.settings', JSON.stringify({temperature: '0', max_tokens: '400'}))")
+        page.run("localStorage.setItem('amq.util.settings', JSON.stringify({temperature: '0', max_tokens: '400'}))")
         page.open(f"{url}/?settings")
         page.wait("server.model")
         *first, last = args.question or QUESTIONS

@@ -1,4 +1,4 @@
-// amq._cpu: the CPU kernels for Python. Tensors come as addresses and lengths, so no libtorch is linked; amq/native.py
+// amq._cpu: the CPU kernels for Python. Tensors come as addresses and lengths, so no libtorch is linked; amq/kernels/cpu.py
 // is the typed door, this file checks what would otherwise read or write out of bounds and releases the GIL.
 
 #include <pybind11/pybind11.h>
@@ -100,7 +100,7 @@ std::map<std::string, std::string> missing() {
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-    m.doc() = "CPU kernels of amq; call them through amq.native";
+    m.doc() = "CPU kernels of amq; call them through amq.kernels.cpu";
     m.def("formats", &formats, "Formats compiled in: {name: [levels, unit_codes, unit_bytes]}");
     m.def("isas", &isas, "Instruction sets that this processor can run, worst first");
     m.def("missing", &missing, "What this machine lacks, {instruction set: reason}, of those that it cannot run");

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from amq.formats import parse_formats
-from amq.linears import LinearSpec
-from amq.losses import LN2
+from amq.model.inventory import LinearSpec
+from amq.model.losses import LN2
 from amq.search.archive import Archive
 from amq.search.problem import Problem
 from amq.search.settings import SearchSettings

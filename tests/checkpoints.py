@@ -8,10 +8,11 @@ from typing import Any
 from tiny_models import byte_tokenizer
 from torch import nn
 
-from amq.checkpoint import QuantizationRecord, write_checkpoint
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import write_checkpoint
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
-from amq.quantizers import rtn
+from amq.model.inventory import get_linear, inventory
+from amq.quantize.quantizers import rtn
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

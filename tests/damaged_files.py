@@ -121,7 +121,7 @@ def damage_tensors(rng: random.Random) -> Damage:
         import torch
         from safetensors.torch import load_file, save_file
 
-        from amq.checkpoint import hashes_metadata
+        from amq.util.tensors import hashes_metadata
 
         tensors = load_file(path)
         name = rng.choice([n for n in sorted(tensors) if not n.endswith(("weight", "scale")) or rng.random() < 0.7])

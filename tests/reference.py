@@ -13,8 +13,9 @@ import torch
 from test_native import random_packed
 from torch import Tensor
 
-from amq import backends, native
 from amq.formats import FORMATS
+from amq.kernels import backends
+from amq.kernels import cpu as native
 from amq.packing import PackedWeight, PreparedWeight, dequantize
 
 MODES = backends.ACTIVATIONS

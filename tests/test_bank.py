@@ -18,13 +18,13 @@ from tiny_models import ARCHITECTURES, random_tokens
 from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
-from amq import bank as bank_module
-from amq import quantizers
-from amq.bank import BankSettings, open_bank
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
+from amq.model.inventory import get_linear, inventory
 from amq.packing import dequantize
+from amq.quantize import bank as bank_module
+from amq.quantize import quantizers
+from amq.quantize.bank import BankSettings, open_bank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

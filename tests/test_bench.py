@@ -25,13 +25,13 @@ from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing
 from amq.bench.run import Settings, bench
 from amq.bench.worker import Worker, WorkerFailed
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
-from amq.linears import get_linear
-from amq.models import ALIASES
+from amq.model.inventory import get_linear
+from amq.model.open import ALIASES
+from amq.model.perplexity import perplexity
 from amq.packing import dequantize
-from amq.perplexity import perplexity
 from amq.runtime.engine import Segment, Slot
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,8 +10,8 @@ import torch
 from tiny_models import ARCHITECTURES, Architecture, random_tokens, randomized
 from torch import Tensor, nn
 
-from amq.blocks import BlockRunner
 from amq.errors import AmqError
+from amq.model.blocks import BlockRunner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

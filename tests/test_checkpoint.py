@@ -14,9 +14,12 @@ from checkpoints import tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from amq import checkpoint as module
-from amq.checkpoint import PARTS, QuantizationRecord, is_checkpoint, open_checkpoint, tensor_hash
+from amq.checkpoint import store as module
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import is_checkpoint, open_checkpoint
 from amq.errors import AmqError
+from amq.packing import PARTS
+from amq.util.tensors import tensor_hash
 
 DOWN = "model.layers.1.mlp.down_proj"
 
@@ -204,7 +207,7 @@ def test_remote_code_names_the_models_class(folder: Path) -> None:
 
 
 def test_a_checkpoint_can_be_read_by_those_who_may_read_other_new_files(tmp_path):
-    from amq.folders import write_folder
+    from amq.util.folders import write_folder
 
     def write(folder: Path) -> None:
         (folder / "file").touch(mode=0o600)

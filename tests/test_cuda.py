@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: the very sources of kernels/cuda, through the door of amq/gpu/cuda.py, on the shim's
+"""The CUDA kernels on a CPU: the very sources of kernels/cuda, through the door of amq/kernels/cuda.py, on the shim's
 fibers.
 
 Fragment layouts, masks, shifts, tails, barriers and addresses are what runs here; speed, the compiler's SASS and the
@@ -19,10 +19,10 @@ from cuda_shim.build import build_shim, sanitizer_environment
 from test_native import random_packed
 from torch import Tensor
 
-from amq import backends
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.gpu import cuda, layout
+from amq.kernels import backends, cuda
+from amq.kernels import gpu_layout as layout
 from amq.packing import PackedWeight, PreparedWeight, dequantize, unpack_codes
 
 BUILD = "AMQ_TEST_CUDA_LIBRARY"

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import TEMPLATES, VOCABULARY, byte_tokenizer, family_tokenizer
 
-from amq.data import BUILTIN, Corpus, WindowSampler, fixed_windows, load_corpus, load_text, tokenize
 from amq.errors import AmqError
+from amq.model.text import BUILTIN, Corpus, WindowSampler, fixed_windows, load_corpus, load_text, tokenize
 
 ROWS = VOCABULARY + 3
 PREFIXES = {"llama": ["<bos>"], "gemma": ["<bos>"], "glm": ["<start>", "<bos>"], "eos": [], "qwen": []}
@@ -54,7 +54,7 @@ def test_seed_decides_the_order() -> None:
 
 def test_used_up_text_starts_again_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     sampler = WindowSampler(counted(23), 5, 0)
-    with caplog.at_level(logging.WARNING, "amq.data"):
+    with caplog.at_level(logging.WARNING, "amq.model.text"):
         first = sampler.take(4)
         assert not caplog.records
         second = sampler.take(3)
@@ -250,7 +250,7 @@ def test_ids_that_cannot_be() -> None:
 
 def test_where_the_prefix_is_looked_for() -> None:
     """A tokenizer without a token for the usual probe is asked with the text itself; one that rewrites is refused."""
-    from amq.data import PROBE
+    from amq.model.text import PROBE
 
     odd = encoder({PROBE: []}, {PROBE: [1], "abc": [1, 5, 5, 5, 2]})
     assert tokenize("abc", "x", odd, str, 10).prefix == (1,)

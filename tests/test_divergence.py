@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from amq import native
 from amq.errors import AmqError
-from amq.losses import LN2, LOSSES
+from amq.kernels import cpu as native
+from amq.model.losses import LN2, LOSSES
 
 ISAS = native.cpu_module().isas()
 VOCABULARIES = (1, 7, 1000, 1025, 49152)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import ARCHITECTURES, VOCABULARY
 
 from amq.errors import AmqError
-from amq.native import cpu_module
+from amq.kernels.cpu import cpu_module
 from amq.runtime.engine import Segment
 from amq.runtime.native_engine import NativeEngine, Unsupported, open_native
 from amq.runtime.pages import PagePool
@@ -59,7 +59,7 @@ def text(length: int, seed: int = 0) -> list[int]:
 def transformers_logits(folder: Path, tokens: list[int], activations: str = "fp32") -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
-    from amq.hf import AmqConfig
+    from amq.integrations.transformers import AmqConfig
 
     how = AmqConfig(activations=activations)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)

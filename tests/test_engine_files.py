@@ -19,13 +19,14 @@ from safetensors.torch import load_file, save_file
 from test_engine import text, transformers_logits
 from tiny_models import ARCHITECTURES
 
-from amq.checkpoint import hashes_metadata, open_checkpoint, open_file
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.native import cpu_module
+from amq.kernels.cpu import cpu_module
 from amq.runtime.engine import Segment
 from amq.runtime.loading import load
 from amq.runtime.native_config import read_config, read_sizes
 from amq.runtime.native_engine import MAX_ROWS, Unsupported, describe, open_native
+from amq.util.tensors import hashes_metadata, open_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -314,7 +315,7 @@ def test_a_second_thread_is_refused(whole: dict[str, Path]) -> None:
 OUT_OF_MEMORY = """
 import json, resource, struct, sys
 from pathlib import Path
-from amq.checkpoint import open_file
+from amq.checkpoint.store import open_file
 from amq.errors import AmqError
 path, size = Path(sys.argv[1]), 1 << 36
 header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()

@@ -17,16 +17,16 @@ from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 import amq
-from amq.bank import BankSettings, open_bank
 from amq.configuration import Configuration
-from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
 from amq.eval import evaluate, negative_log_likelihood, perplexity
 from amq.eval.__main__ import main
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
+from amq.model.inventory import get_linear, inventory
+from amq.model.text import WindowSampler, load_corpus
 from amq.packing import dequantize
-from amq.settings import run_command
+from amq.quantize.bank import BankSettings, open_bank
+from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 

@@ -13,15 +13,16 @@ from tiny_models import ARCHITECTURES, byte_tokenizer
 from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
-from amq.checkpoint import QuantizationRecord, open_checkpoint, write_checkpoint
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import open_checkpoint, write_checkpoint
 from amq.errors import AmqError
 from amq.eval import evaluate
 from amq.eval.__main__ import main
 from amq.formats import get_format
-from amq.linears import get_linear, inventory
+from amq.model.inventory import get_linear, inventory
 from amq.packing import PackedWeight, dequantize
-from amq.quantizers import rtn
-from amq.settings import run_command
+from amq.quantize.quantizers import rtn
+from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
@@ -196,7 +197,7 @@ def test_damaged_checkpoints_are_refused_first(
 def test_memory_is_counted_as_packed(checkpoint: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     """Packed weights are not cast to float32: they need no more memory than in the file."""
     asked: list[int] = []
-    monkeypatch.setattr("amq.models.check_memory", lambda needed, what, device="cpu": asked.append(needed))
+    monkeypatch.setattr("amq.model.open.check_memory", lambda needed, what, device="cpu": asked.append(needed))
     evaluate(str(checkpoint), text=text, **OPTIONS)
     model = make_tiny_llama()
     packed = packed_weights(model, MIXED).values()

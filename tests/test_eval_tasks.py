@@ -16,7 +16,7 @@ from torch import nn
 from amq.errors import AmqError
 from amq.eval import TaskSettings, evaluate, table
 from amq.eval.__main__ import main
-from amq.settings import run_command
+from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 

@@ -14,14 +14,14 @@ import torch
 from tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
 
-from amq.bank import BankSettings, WeightBank, open_bank
 from amq.errors import AmqError
-from amq.evaluator import Evaluator
 from amq.formats import FORMATS
-from amq.linears import Inventory, get_linear, inventory
-from amq.losses import LN2, LOSSES
-from amq.models import LoadedModel
+from amq.model.inventory import Inventory, get_linear, inventory
+from amq.model.losses import LN2, LOSSES
+from amq.model.open import LoadedModel
 from amq.packing import PackedWeight, dequantize
+from amq.proxy.evaluator import Evaluator
+from amq.quantize.bank import BankSettings, WeightBank, open_bank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

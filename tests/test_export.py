@@ -12,15 +12,16 @@ import torch
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_llama
 
-from amq.checkpoint import Checkpoint, QuantizationRecord, open_checkpoint, write_checkpoint, write_tensors
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import Checkpoint, open_checkpoint, write_checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export import EXPORTS, export
 from amq.export.__main__ import main
 from amq.export.gptq import dynamic_rules
 from amq.formats import FORMATS, get_format
-from amq.linears import inventory
+from amq.model.inventory import inventory
 from amq.packing import dequantize, unpack_codes
-from amq.quantizers import rtn
+from amq.quantize.quantizers import rtn
 
 GPTQ_FORMATS = ("int2", "int3", "int4", "int8")
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint, QuantizationRecord, open_checkpoint, write_checkpoint
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import Checkpoint, open_checkpoint, write_checkpoint
 from amq.errors import AmqError
 from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
@@ -22,9 +23,9 @@ from amq.export.architecture import attention_window, with_flat_rope
 from amq.export.gguf_tokenizer import pre_tokenizer_rule
 from amq.export.gguf_types import TYPES, decode, encode, find_type
 from amq.formats import FORMATS, get_format
-from amq.linears import inventory
+from amq.model.inventory import inventory
 from amq.packing import PackedWeight, dequantize, pack_codes
-from amq.quantizers import rtn
+from amq.quantize.quantizers import rtn
 
 ALL = tuple(FORMATS)
 

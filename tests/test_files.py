@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from amq.errors import AmqError
-from amq.files import check_place, make_folder, reason, write_atomic, write_json, write_text
-from amq.temporary import temporary_folder
+from amq.util.files import check_place, make_folder, reason, write_atomic, write_json, write_text
+from amq.util.temporary import temporary_folder
 
 
 def listing(folder: Path) -> list[str]:
@@ -53,7 +53,7 @@ def test_file_and_folder_are_on_the_disk_before_it_returns(tmp_path: Path, monke
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from amq.files import write_atomic
+from amq.util.files import write_atomic
 def write(temporary):
     temporary.write_bytes(b"half")
     print("half", flush=True)

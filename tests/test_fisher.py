@@ -10,14 +10,14 @@ import torch
 from tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 
-from amq import fisher
-from amq.bank import BankSettings, WeightBank, open_bank
-from amq.evaluator import Evaluator
-from amq.fisher import fisher_passes
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
-from amq.models import LoadedModel
+from amq.model.inventory import get_linear, inventory
+from amq.model.open import LoadedModel
 from amq.packing import dequantize
+from amq.proxy import fisher
+from amq.proxy.evaluator import Evaluator
+from amq.proxy.fisher import fisher_passes
+from amq.quantize.bank import BankSettings, WeightBank, open_bank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -20,14 +20,15 @@ from safetensors import safe_open
 from tiny_models import COMMON, random_tokens, randomized
 from torch import nn
 
-from amq import gguf_convert
-from amq.checkpoint import open_checkpoint, tensor_hash
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.export.gguf import rope_frequencies, with_flat_rope
-from amq.gguf_convert import check_conversion, dequantized, gguf_folder
-from amq.gguf_file import read_gguf
-from amq.gguf_rope import FREQUENCIES, LONG, SHORT
-from amq.models import load_model
+from amq.model.gguf import convert as gguf_convert
+from amq.model.gguf.convert import check_conversion, dequantized, gguf_folder
+from amq.model.gguf.file import read_gguf
+from amq.model.gguf.rope import FREQUENCIES, LONG, SHORT
+from amq.model.open import load_model
+from amq.util.tensors import tensor_hash
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 gguf = pytest.importorskip("gguf", reason="GGUF files need the gguf package")

@@ -12,12 +12,13 @@ from reference import make_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from amq import backends, ops
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.gpu import layout, tune, tuning
+from amq.kernels import backends, ops, tune
+from amq.kernels import gpu_layout as layout
+from amq.kernels import launch_table as tuning
+from amq.kernels.modules import QuantizedLinear
 from amq.packing import PreparedWeight
-from amq.quantized_linear import QuantizedLinear
 
 ROWS = 8
 """What the stand-in of the CUDA library takes at most."""
@@ -189,7 +190,7 @@ def test_warps_follow_the_table(monkeypatch: pytest.MonkeyPatch, cache: Path, ca
     path.write_text("[]")
     tuning._entries.cache_clear()
     with pytest.raises(
-        AmqError, match="Test-GPU-1.json is not a table of schema .* delete it, and run `python -m amq.gpu"
+        AmqError, match="Test-GPU-1.json is not a table of schema .* delete it, and run `python -m amq.kernels"
     ):
         backends.cuda._warps(4096)
     tuning._entries.cache_clear()

@@ -121,7 +121,7 @@ import sys
 sys.path.insert(0, "benchmarks/gpu")
 import correctness
 from common import Device
-from amq.gpu import triton
+from amq.kernels import triton
 device = Device(smoke=True)
 case = next(c for c in correctness.cases(smoke=True) if c.check == "products" and c.backend == "triton")
 right = triton.linear

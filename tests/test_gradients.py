@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 import amq  # noqa: F401
 from amq.errors import AmqError
-from amq.hf import AmqConfig
-from amq.models import resolve
+from amq.integrations.transformers import AmqConfig
+from amq.kernels.modules import SharedInput, StoredLinear
+from amq.model.open import resolve
 from amq.quantize import quantize
-from amq.quantized_linear import SharedInput, StoredLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 TOKENS = random_tokens(2, 20)

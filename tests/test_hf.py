@@ -25,14 +25,16 @@ from tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-import amq.hf
-from amq import ops, quantized_linear
-from amq.checkpoint import HASHES, hashes_metadata, open_checkpoint, verify_file
+import amq.integrations.transformers
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.hf import AmqConfig
+from amq.integrations.transformers import AmqConfig
+from amq.kernels import modules as quantized_linear
+from amq.kernels import ops
+from amq.kernels.embedding import StoredEmbedding
+from amq.kernels.modules import QuantizedLinear, StoredLinear
 from amq.packing import dequantize
-from amq.quantized_embedding import StoredEmbedding
-from amq.quantized_linear import QuantizedLinear, StoredLinear
+from amq.util.tensors import HASHES, hashes_metadata, verify_file
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -266,7 +268,7 @@ def test_saving_into_the_folder_it_was_loaded_from(damaged: Path) -> None:
 
 
 def test_importing_amq_loads_neither_torch_nor_transformers() -> None:
-    code = "import amq, sys; assert not {'torch', 'transformers', 'amq.hf'} & sys.modules.keys()"
+    code = "import amq, sys; assert not {'torch', 'transformers', 'amq.integrations.transformers'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
 
 
@@ -280,17 +282,21 @@ def test_registration_follows_the_module_that_it_waits_for(tmp_path: Path, monke
     monkeypatch.setattr(amq.importlib, "import_module", lambda name: seen.append((name, sys.modules["stand_in"].HERE)))
     import stand_in
 
-    assert stand_in.HERE and seen == [("amq.hf", True)] and amq._Registration not in sys.meta_path
+    assert (
+        stand_in.HERE and seen == [("amq.integrations.transformers", True)] and amq._Registration not in sys.meta_path
+    )
 
 
 def test_registering_twice_and_an_old_transformers(
     folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    amq.hf.register()
-    mapping = {k: v for k, v in amq.hf.auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if k != "amq"}
-    monkeypatch.setattr(amq.hf.auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", mapping)
+    amq.integrations.transformers.register()
+    mapping = {
+        k: v for k, v in amq.integrations.transformers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING.items() if k != "amq"
+    }
+    monkeypatch.setattr(amq.integrations.transformers.auto, "AUTO_QUANTIZATION_CONFIG_MAPPING", mapping)
     monkeypatch.setattr(transformers, "__version__", "5.2.0")
-    amq.hf.register()
+    amq.integrations.transformers.register()
     with pytest.raises(AmqError, match="transformers 5.2.0 cannot load amq checkpoints: amq needs"):
         load(folders("llama"))
 

@@ -15,10 +15,10 @@ from tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.quantized_embedding import StoredEmbedding
-from amq.quantized_linear import StoredLinear
+from amq.kernels.embedding import StoredEmbedding
+from amq.kernels.modules import StoredLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = random_tokens(2, 20)

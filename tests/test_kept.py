@@ -14,14 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import amq
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.eval import evaluate
 from amq.export import export
 from amq.formats import FORMATS, KEPT
-from amq.linears import inventory
-from amq.native import dequantized
+from amq.kernels.cpu import dequantized
+from amq.model.inventory import inventory
 from amq.quantize import quantize
 from amq.runtime.native_engine import Unsupported, open_native
 from amq.search.select import select_from_run
@@ -35,7 +35,7 @@ TOKENS = random_tokens(2, 24)
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(6000))
-    monkeypatch.setattr("amq.data.BUILTIN", {"pydoc": lambda: text, "docstrings": lambda: text})
+    monkeypatch.setattr("amq.model.text.BUILTIN", {"pydoc": lambda: text, "docstrings": lambda: text})
 
 
 def kept_names(model: nn.Module) -> list[str]:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from amq import limits
 from amq.errors import AmqError
-from amq.limits import check_memory, fit_threads, free_memory, processors, total_memory
+from amq.util import limits
+from amq.util.limits import check_memory, fit_threads, free_memory, processors, total_memory
 
 MIB = 1 << 20
 

@@ -31,8 +31,9 @@ from reference import (
 )
 from test_native import assert_same_bits, random_packed
 
-from amq import backends, native
 from amq.formats import FORMATS, GROUP_SIZES
+from amq.kernels import backends
+from amq.kernels import cpu as native
 from amq.packing import PackedWeight, unpack_codes
 
 pytestmark = pytest.mark.usefixtures("one_thread")

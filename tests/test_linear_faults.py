@@ -34,9 +34,9 @@ from reference import (
 from test_linear import every_isa_and_mode, every_kernel, prepare_into
 from test_native import GUARD, assert_same_bits, guarded, random_packed
 
-from amq import native
-from amq.backends import prepare
 from amq.formats import FORMATS
+from amq.kernels import cpu as native
+from amq.kernels.backends import prepare
 from amq.packing import PackedWeight, PreparedWeight, dequantize
 
 ROOT = Path(__file__).resolve().parents[1]

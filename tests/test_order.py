@@ -10,17 +10,17 @@ import pytest
 import torch
 from tiny_models import random_tokens, tiny_llama
 
-from amq.calibration import CalibrationStream
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.eval.order import OrderSettings, _Walk, correlations, order_equivalence, spread_configurations
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
-from amq.losses import jensen_shannon
+from amq.model.calibration import CalibrationStream
+from amq.model.inventory import get_linear, inventory
+from amq.model.losses import jensen_shannon
 from amq.packing import dequantize
-from amq.progress import Progress
-from amq.quantize.methods import METHODS
-from amq.quantizers import rtn
+from amq.quantize.blocks import METHODS
+from amq.quantize.quantizers import rtn
+from amq.util.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 SMALL = [FORMATS[name] for name in ("int2", "int3", "int4")]

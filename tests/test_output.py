@@ -15,16 +15,16 @@ from checkpoints import tiny_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens, tiny_llama
 
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.export import export
-from amq.folders import PARTIAL, check_new_folder, work_folder, write_folder
-from amq.model_files import copy_model_files
-from amq.opening import open_checkpoint_once, open_export_once
-from amq.progress import Progress
+from amq.integrations.opening import open_checkpoint_once, open_export_once
+from amq.model.companions import copy_model_files
 from amq.quantize import quantize
 from amq.quantize import run as quantize_run
-from amq.quantize.work import WorkFolder
+from amq.quantize.resume import WorkFolder
+from amq.util.folders import PARTIAL, check_new_folder, work_folder, write_folder
+from amq.util.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 SMALL = {"uniform": "int4", "group_size": 32, "method": "rtn", "windows": 2, "window_length": 48, "perplexity": "none"}
@@ -34,7 +34,7 @@ FILES = {"config.json", "a", "below"}
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
-    monkeypatch.setattr("amq.data.BUILTIN", {"pydoc": lambda: text, "docstrings": lambda: text})
+    monkeypatch.setattr("amq.model.text.BUILTIN", {"pydoc": lambda: text, "docstrings": lambda: text})
 
 
 def run(source: Path, output: Path | str, **settings: object) -> Path:
@@ -108,7 +108,7 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     def read_only(*_: object, **options: object) -> str:
         raise OSError(errno.EROFS, "Read-only file system", options["dir"])
 
-    monkeypatch.setattr("amq.temporary.tempfile.mkdtemp", read_only)
+    monkeypatch.setattr("amq.util.temporary.tempfile.mkdtemp", read_only)
     with pytest.raises(AmqError, match=f"new cannot be written: Read-only file system .{tmp_path}"):
         check_new_folder(tmp_path / "far" / "new")
     assert names(tmp_path) == set()
@@ -529,8 +529,8 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pyte
     """Its checkpoint loads with the code of the folder; without leave to run that, nothing is quantized."""
     from transformers import AutoModelForCausalLM
 
-    from amq.linears import inventory
-    from amq.models import LoadedModel
+    from amq.model.inventory import inventory
+    from amq.model.open import LoadedModel
     from amq.quantize.output import CheckpointOutput
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))

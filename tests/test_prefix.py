@@ -18,18 +18,18 @@ from tiny_models import VOCABULARY, byte_tokenizer, family_tokenizer, tiny_llama
 from torch import Tensor, nn
 
 import amq
-from amq.blocks import BlockRunner
 from amq.configuration import Configuration
-from amq.data import Corpus, WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
 from amq.eval.order import OrderSettings, order_equivalence
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
-from amq.losses import jensen_shannon
-from amq.models import load_model
+from amq.model.blocks import BlockRunner
+from amq.model.inventory import get_linear, inventory
+from amq.model.losses import jensen_shannon
+from amq.model.open import load_model
+from amq.model.perplexity import negative_log_likelihood
+from amq.model.text import Corpus, WindowSampler, fixed_windows, load_corpus
 from amq.packing import dequantize
-from amq.perplexity import negative_log_likelihood
-from amq.quantizers import rtn
+from amq.quantize.quantizers import rtn
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 ROWS = VOCABULARY + 3
@@ -291,7 +291,7 @@ def test_quantize(
 def test_an_interrupted_quantization_is_not_finished_with_other_windows(
     tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from amq.quantize.methods import BlockQuantizer
+    from amq.quantize.blocks import BlockQuantizer
 
     model, output = tmp_path / "model", tmp_path / "out"
     make_model().save_pretrained(model)

@@ -14,23 +14,23 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 
-from amq.calibration import CalibrationStream, shared_inputs
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.folders import work_folder
 from amq.formats import FORMATS
-from amq.linears import inventory
+from amq.model.calibration import CalibrationStream, shared_inputs
+from amq.model.inventory import inventory
 from amq.packing import dequantize, unpack_codes
 from amq.quantize import quantize
 from amq.quantize import run as quantize_run
+from amq.quantize.blocks import METHODS
 from amq.quantize.fold import apply_fold, find_fold
-from amq.quantize.methods import METHODS
-from amq.quantize.work import WorkFolder
-from amq.quantizers import clip
-from amq.quantizers.awq import search_scale
-from amq.quantizers.clip import clipped_grid, diagonal_blocks
-from amq.quantizers.grid import ZERO_POINTS, symmetric_zero
+from amq.quantize.quantizers import clip
+from amq.quantize.quantizers.awq import search_scale
+from amq.quantize.quantizers.clip import clipped_grid, diagonal_blocks
+from amq.quantize.quantizers.grid import ZERO_POINTS, symmetric_zero
+from amq.quantize.resume import WorkFolder
+from amq.util.folders import work_folder
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 SMALL = {"windows": 3, "window_length": 48, "perplexity": "none", "calibration": "docstrings"}
@@ -40,7 +40,7 @@ SMALL = {"windows": 3, "window_length": 48, "perplexity": "none", "calibration":
 def short_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in texts take seconds to read: tests calibrate on a short one."""
     text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
-    monkeypatch.setattr("amq.data.BUILTIN", {"docstrings": lambda: text})
+    monkeypatch.setattr("amq.model.text.BUILTIN", {"docstrings": lambda: text})
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_clipping_and_error_compensation_lower_the_output_error(zero_points: str
     """gptq < clip < rtn in (W − Ŵ) H (W − Ŵ)ᵀ, with every kind of zero point, at int3."""
     from test_quantizers import output_error, random_gram, random_weight
 
-    from amq.quantizers import QUANTIZERS
+    from amq.quantize.quantizers import QUANTIZERS
 
     weight, gram = random_weight(48, 96), random_gram(96)
     fmt = FORMATS["int3"]
@@ -248,9 +248,7 @@ def interrupted(folder: Path, output: Path, configuration: Path, **settings: Any
     return work_folder(output)
 
 
-def test_a_text_that_was_rewritten_meanwhile_is_refused(
-    tiny_folder: Path, tmp_path: Path, configuration: Path
-) -> None:
+def test_a_text_that_was_rewritten_meanwhile_is_refused(tiny_folder: Path, tmp_path: Path, configuration: Path) -> None:
     """Under the same name: else blocks of two calibrations would lie in one checkpoint."""
     text, output = tmp_path / "text.txt", tmp_path / "out"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 200)
@@ -404,7 +402,7 @@ def test_a_full_disk_leaves_nothing_but_the_finished_blocks(
 
     output = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr("amq.checkpoint.save_file", full)
+        patch.setattr("amq.checkpoint.store.save_file", full)
         with pytest.raises(AmqError, match="the disk is full"):
             run(tiny_folder, output, configuration, method="rtn")
     assert not output.exists()
@@ -456,7 +454,7 @@ def test_the_grid_of_a_head_is_no_worse_than_its_range() -> None:
     from test_quantizers import random_weight
 
     from amq.quantize.head import round_to_grid
-    from amq.quantizers import rtn
+    from amq.quantize.quantizers import rtn
 
     weight = random_weight(48, 96)
     for fmt in (FORMATS["int4"], FORMATS["int8"]):

@@ -13,16 +13,16 @@ import torch
 from tiny_models import byte_tokenizer, random_tokens, tiny_llama
 from torch import nn
 
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import FORMATS, get_format
-from amq.linears import inventory
-from amq.models import LoadedModel
+from amq.model.inventory import inventory
+from amq.model.open import LoadedModel
 from amq.packing import PackedWeight, dequantize
 from amq.quantize import autoround, quantize
 from amq.quantize.autoround import AutoRoundSource, read_off
-from amq.quantizers.grid import symmetric_zero
+from amq.quantize.quantizers.grid import symmetric_zero
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 Taken = dict[str, tuple[torch.Tensor, PackedWeight]]

@@ -13,10 +13,10 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
 from amq.packing import PackedWeight, dequantize, expand_groups, unpack_codes
-from amq.quantizers import QUANTIZERS, get_quantizer
-from amq.quantizers.gptq import DAMPING, damped
-from amq.quantizers.grid import TINY, expand, fitted_grid, to_groups
-from amq.threads import parallel_map
+from amq.quantize.quantizers import QUANTIZERS, get_quantizer
+from amq.quantize.quantizers.gptq import DAMPING, damped
+from amq.quantize.quantizers.grid import TINY, expand, fitted_grid, to_groups
+from amq.util.threads import parallel_map
 
 IN_FEATURES = (32, 100, 128, 200)
 ALL = tuple(FORMATS.values())

@@ -16,7 +16,7 @@ fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
 PROGRAM = """
 import sys, warnings
 from pathlib import Path
-from amq.models import _quietly, load_model
+from amq.model.open import _quietly, load_model
 from tqdm.auto import tqdm
 from transformers.utils import logging
 from transformers.utils.logging import tqdm as switched

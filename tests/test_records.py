@@ -1,4 +1,4 @@
-"""amq.records: every wrong file is one error with its place; nothing else comes out."""
+"""amq.util.records: every wrong file is one error with its place; nothing else comes out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from amq.errors import AmqError
-from amq.records import check_range, parse_record, read_record
+from amq.util.records import check_range, parse_record, read_record
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,7 @@ import pytest
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.search.report import write_report
-from amq.search.report_charts import (
+from amq.report.charts import (
     FrontData,
     Omitted,
     SensitivityData,
@@ -23,8 +22,9 @@ from amq.search.report_charts import (
     memory_data,
     sensitivity_data,
 )
-from amq.search.report_data import count_formats, load_run, show_bytes, show_loss
-from amq.search.report_style import format_colors, log_ticks, pick_ticks
+from amq.report.data import count_formats, load_run, show_bytes, show_loss
+from amq.report.style import format_colors, log_ticks, pick_ticks
+from amq.report.write import write_report
 
 pytest.importorskip("plotly", reason="the report needs plotly")
 pytest.importorskip("matplotlib", reason="the report needs matplotlib")

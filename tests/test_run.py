@@ -19,7 +19,7 @@ from amq.search.__main__ import main
 from amq.search.run import _check_output
 from amq.search.select import FinishedRun
 from amq.search.settings import SearchSettings
-from amq.settings import run_command
+from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 QUICK = {
@@ -131,7 +131,7 @@ def test_fisher_passes_resume_where_they_stopped(folder, tmp_path):
 def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     amq.search(str(folder), run, **QUICK, target_bits=3.4)
-    monkeypatch.setattr("amq.models.load_model", lambda *a, **k: pytest.fail("select must not load a model"))
+    monkeypatch.setattr("amq.model.open.load_model", lambda *a, **k: pytest.fail("select must not load a model"))
     status, out, err = command("select", run, "--target-bits", 2.9, capsys=capsys)
     assert status == 0, err
     chosen = Configuration.load(run / "configuration-2.9.json")
@@ -155,7 +155,7 @@ def finished(folder, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "amq-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMQ_CACHE", str(cache))
-        patch.setattr("amq.search.report.write_report", lambda run: [])
+        patch.setattr("amq.report.write.write_report", lambda run: [])
         return amq.search(str(folder), tmp_path_factory.mktemp("runs") / "run", **QUICK, target_bits=3.4).output
 
 
@@ -234,7 +234,7 @@ def test_select_and_resume_name_what_is_damaged_in_a_run(finished, tmp_path, nam
 
 
 def test_a_pin_that_would_match_for_ever_is_named(finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("amq.linears.MATCH_SECONDS", 0.05)
+    monkeypatch.setattr("amq.model.inventory.MATCH_SECONDS", 0.05)
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     edit(settings__pin=["(.|..)+$y=int4"])(run / "run.json")
@@ -282,7 +282,7 @@ def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path, mo
 
 def test_a_text_that_was_rewritten_meanwhile_is_refused(folder, tmp_path, monkeypatch):
     """Under the same name: else losses on two texts would lie in one archive."""
-    monkeypatch.setattr("amq.search.report.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
     path, run = tmp_path / "text.txt", tmp_path / "run"
     whole = "The quick brown fox jumps over the lazy dog. " * 60
     path.write_text(whole)
@@ -303,7 +303,7 @@ def test_equal_runs_write_equal_files(folder, finished, tmp_path, monkeypatch):
     """With a cache of its own, so that the bank is built again: its bytes are equal too."""
     cache = os.environ["AMQ_CACHE"]
     monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("amq.search.report.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
     other = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.4).output
     for name in ("configuration.json", "front.json", "cost.json"):
         assert (other / name).read_bytes() == (finished / name).read_bytes(), name
@@ -420,7 +420,7 @@ def test_non_finite_weights_name_the_linear(tmp_path, capsys):
 
 
 def test_nan_losses_are_infeasible_and_the_search_goes_on(folder, tmp_path, monkeypatch):
-    from amq.evaluator import Evaluator
+    from amq.proxy.evaluator import Evaluator
 
     real = Evaluator.evaluate
 

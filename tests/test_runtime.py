@@ -17,14 +17,14 @@ from checkpoints import tiny_checkpoint
 from tiny_models import ARCHITECTURES
 
 from amq import generate as command
-from amq.backends import choose_backend
 from amq.errors import AmqError
-from amq.models import LoadedModel, load_model
-from amq.quantized_linear import StoredLinear
+from amq.kernels.backends import choose_backend
+from amq.kernels.modules import StoredLinear
+from amq.model.open import LoadedModel, load_model
 from amq.runtime import Runtime, Sampling, generate, load
 from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.torch_engine import TorchEngine
-from amq.settings import run_command
+from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def loaded(folder: Path) -> LoadedModel:
     """transformers' model, to compare with."""
-    from amq.hf import AmqConfig
+    from amq.integrations.transformers import AmqConfig
 
     return load_model(str(folder), quantization_config=AmqConfig(activations="fp32", backend="reference"))
 
@@ -159,7 +159,7 @@ def test_activations_where_nobody_says(
         seen.append(quantization_config.activations)
         raise AmqError("far enough")
 
-    monkeypatch.setattr("amq.models.load_model", stop)
+    monkeypatch.setattr("amq.model.open.load_model", stop)
     with pytest.raises(AmqError, match="far enough"):
         load(folder, **options)
     assert seen == [expected]
@@ -214,8 +214,8 @@ def test_which_engine_runs(
     def missing() -> None:
         raise AmqError("the native module is not built")
 
-    monkeypatch.setattr("amq.quantized_linear._choose", choose_backend)  # forgets what earlier loads have found
-    monkeypatch.setattr("amq.native.cpu_module", missing)
+    monkeypatch.setattr("amq.kernels.modules._choose", choose_backend)  # forgets what earlier loads have found
+    monkeypatch.setattr("amq.kernels.cpu.cpu_module", missing)
     slow = load(folder, activations="fp32")
     assert slow.engine.banner.endswith("(backend cpu does not run its formats here)")
     assert "the native module is not built" in caplog.text
@@ -300,7 +300,7 @@ def test_the_runtime_never_imports_the_stages_that_make_checkpoints() -> None:
         todo = {name for module in todo if module.startswith("amq.") for name in imported(module)} - reached
     heavy = {"hqq", "pymoo", "sklearn", "matplotlib", "plotly", "scipy", "datasets", "fastapi", "uvicorn"}
     stages = {"search", "quantizers", "quantize", "eval", "export", "bank", "evaluator", "fisher", "serve", "bench"}
-    assert "amq.quantized_linear" in reached
+    assert "amq.kernels.modules" in reached
     assert not {
         name
         for name in reached

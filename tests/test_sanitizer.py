@@ -21,8 +21,8 @@ import pytest
 import unchanged
 from cuda_shim.build import runtime_library
 
-from amq import native
 from amq.formats import FORMATS
+from amq.kernels import cpu as native
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
@@ -35,7 +35,14 @@ LEFT_OUT += " or damaged_scales"
 an address. They take two fifths of the time."""
 SOURCES = ("csrc/**/*", "CMakeLists.txt", "amq/formats.py", "tests/test_sanitizer.py")
 """Of the module; what runs it, beside TESTS:"""
-RUN = ("amq/native.py", "amq/ops.py", "amq/packing.py", "amq/backends.py", "amq/runtime/native_engine.py", "tests/*.py")
+RUN = (
+    "amq/kernels/cpu.py",
+    "amq/kernels/ops.py",
+    "amq/packing.py",
+    "amq/kernels/backends.py",
+    "amq/runtime/native_engine.py",
+    "tests/*.py",
+)
 UNCHECKED = "null,alignment,object-size,vptr,nonnull-attribute,returns-nonnull-attribute"
 QUICK = f"-O1 -g1 -fno-var-tracking -fno-sanitize={UNCHECKED} -fno-sanitize-address-use-after-scope"
 QUICK += " --param=asan-instrumentation-with-call-threshold=0"
@@ -43,7 +50,7 @@ QUICK += " --param=asan-instrumentation-with-call-threshold=0"
 
 PLUGIN = """
 import importlib.util, sys
-import torch  # first, as in amq/native.py
+import torch  # first, as in amq/kernels/cpu.py
 import amq
 spec = importlib.util.spec_from_file_location("amq._cpu", {path!r})
 amq._cpu = sys.modules["amq._cpu"] = importlib.util.module_from_spec(spec)

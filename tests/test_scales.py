@@ -12,14 +12,14 @@ from tiny_models import random_tokens, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from amq.bank import BankSettings, open_bank
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.linears import inventory
-from amq.native import dequantized
+from amq.kernels.cpu import dequantized
+from amq.model.inventory import inventory
 from amq.quantize import quantize
-from amq.quantizers.grid import LARGEST, TINY, out_of_range
+from amq.quantize.bank import BankSettings, open_bank
+from amq.quantize.quantizers.grid import LARGEST, TINY, out_of_range
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 SMALL = {"uniform": "int8", "group_size": 32, "windows": 3, "window_length": 48, "perplexity": "none"}
@@ -29,7 +29,7 @@ WEIGHT = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "".join(chr(97 + (i * i + i // 7) % 26) for i in range(4000))
-    monkeypatch.setattr("amq.data.BUILTIN", {"pydoc": lambda: text})
+    monkeypatch.setattr("amq.model.text.BUILTIN", {"pydoc": lambda: text})
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)

@@ -348,7 +348,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
 
 def test_a_taken_port_is_named_before_the_model_is_loaded(capsys):
     from amq.serve.__main__ import main
-    from amq.settings import run_command
+    from amq.util.settings import run_command
 
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -358,7 +358,7 @@ def test_a_taken_port_is_named_before_the_model_is_loaded(capsys):
 
 def test_settings_that_do_not_fit(capsys):
     from amq.serve.__main__ import main
-    from amq.settings import run_command
+    from amq.util.settings import run_command
 
     for flags in (
         ["--max-sequences", "0"],

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from amq.errors import AmqError
-from amq.settings import SIZE_UNITS, TIME_UNITS, add_flags, flag, parse_size, parse_time, run_command
+from amq.util.settings import SIZE_UNITS, TIME_UNITS, add_flags, flag, parse_size, parse_time, run_command
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,10 @@ def test_our_own_defects_keep_their_traceback(defect: Exception) -> None:
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:
-    code = "import sys; from amq.settings import run_command; sys.exit(run_command(lambda _: print('x' * 10**6) or 0))"
+    code = (
+        "import sys; from amq.util.settings import run_command; "
+        "sys.exit(run_command(lambda _: print('x' * 10**6) or 0))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.read(10)
     process.stdout.close()

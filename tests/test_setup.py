@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from amq.gpu import cuda
+from amq.kernels import cuda
 
 ROOT = Path(__file__).parents[1]
 OUTPUT = """[ 50%] Building CUDA object CMakeFiles/_cuda.dir/kernels/cuda/launch.cu.o

@@ -15,13 +15,13 @@ from analytic import problem as make
 from amq.configuration import parse_pins
 from amq.errors import AmqError
 from amq.search.archive import Archive
-from amq.search.fit import fit_records
+from amq.search.choose import Budget, choose
 from amq.search.front import hypervolume, pareto_indices, spread
 from amq.search.knapsack import select, select_exact
+from amq.search.loss_curve import fit_records
 from amq.search.problem import Problem, TimeIsUp
-from amq.search.quality import quality
 from amq.search.refine import refine
-from amq.search.selection import Budget, choose
+from amq.search.scores import quality
 from amq.search.sensitivity import prune, sensitivity_costs
 from amq.search.settings import PAPER
 from amq.search.solvers import get_solver

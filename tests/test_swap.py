@@ -12,15 +12,15 @@ import torch
 from tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
 
-from amq.bank import BankSettings, WeightBank, open_bank
 from amq.errors import AmqError
-from amq.evaluator import Evaluator
 from amq.formats import FORMATS
-from amq.linears import get_linear, inventory
-from amq.models import LoadedModel
+from amq.kernels.modules import QuantizedLinear
+from amq.model.inventory import get_linear, inventory
+from amq.model.open import LoadedModel
 from amq.packing import PackedWeight
-from amq.quantized_linear import QuantizedLinear
-from amq.swap import LinearSwap
+from amq.proxy.evaluator import Evaluator
+from amq.proxy.swap import LinearSwap
+from amq.quantize.bank import BankSettings, WeightBank, open_bank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

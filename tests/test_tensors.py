@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from amq.errors import AmqError
-from amq.tensors import save_file, save_tensors
+from amq.util.tensors import save_file, save_tensors
 
 METADATA = {f"key {i} \"'\\\n\t\x01\x7f é 漢 😀": 'value \\ " \b\f\r ü' * (i + 1) for i in range(8)}
 TENSORS = {"b": torch.arange(12, dtype=torch.float16).reshape(3, 4), "a": torch.arange(5, dtype=torch.uint8)}
@@ -33,7 +33,7 @@ def test_equal_content_gives_equal_bytes_in_every_process(tmp_path: Path) -> Non
     """safetensors orders metadata by a hash with a random seed: 8 keys agree by chance once in 40,320 processes."""
     code = (
         "import sys; from pathlib import Path; from test_tensors import METADATA, TENSORS; "
-        "from amq.tensors import save_file; save_file(TENSORS, Path(sys.argv[1]), METADATA)"
+        "from amq.util.tensors import save_file; save_file(TENSORS, Path(sys.argv[1]), METADATA)"
     )
     here = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}

@@ -17,8 +17,8 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 
 from amq.errors import AmqError
-from amq.files import cache_dir
 from amq.runtime.tokenizer import TextStream, Tokenizer
+from amq.util.files import cache_dir
 
 TEXTS = ("", "hello", "  two  spaces ", "naïve 日本語 🙂 \x00\n\t", "<|im_start|>user\nhi<|im_end|>", "a" * 300)
 CHAT = [

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import unchanged
 
-INPUTS = ("kernels/triton/*.py", "amq/gpu/*.py", "amq/packing.py", "amq/formats.py", "amq/backends.py")
+INPUTS = ("kernels/triton/*.py", "amq/kernels/*.py", "amq/packing.py", "amq/formats.py", "amq/kernels/backends.py")
 TESTS = ("tests/triton_interpreter.py", "tests/test_native.py", "tests/reference.py")
 
 

@@ -22,7 +22,7 @@ from amq.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
 
-INPUTS = ("kernels/triton/*.py", "amq/gpu/*.py", "amq/packing.py", "amq/formats.py", "benchmarks/gpu/sass.py")
+INPUTS = ("kernels/triton/*.py", "amq/kernels/*.py", "amq/packing.py", "amq/formats.py", "benchmarks/gpu/sass.py")
 """What the machine code depends on, beside Triton's version and tests/triton_compile.py."""
 ALL = ("80", "86", "89", "90", "120", "gfx942")
 FEATURES = 14336  # 28 slabs: a loop of 7 trips, both in the gemv and in the gemm

@@ -14,13 +14,13 @@ import transformers
 from tiny_models import random_tokens, randomized, tiny_llama
 from torch import nn
 
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.linears import inventory
+from amq.model.inventory import inventory
+from amq.model.usable import find_usable
 from amq.packing import dequantize
 from amq.quantize import quantize
-from amq.usable import find_usable
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 

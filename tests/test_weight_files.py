@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from amq import models
-from amq.checkpoint import open_checkpoint
+from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.linears import check_weights, inventory, narrowed
-from amq.models import load_model
+from amq.model import open as models
+from amq.model.inventory import check_weights, inventory, narrowed
+from amq.model.open import load_model
+from amq.model.weight_files import INDEX, read_header, weight_files
 from amq.quantize.run import run_quantize
 from amq.quantize.settings import QuantizeSettings
-from amq.weight_files import INDEX, read_header, weight_files
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
 

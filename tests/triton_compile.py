@@ -24,8 +24,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from amq.formats import FORMATS
-from amq.gpu import layout
-from amq.gpu import triton as launcher
+from amq.kernels import gpu_layout as layout
+from amq.kernels import triton as launcher
 from amq.packing import PreparedWeight
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "gpu"))

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.gpu import layout
-from amq.gpu import triton as launcher
-from amq.gpu.triton import Launch, choose, dequantize, linear, linear_into, why_not
+from amq.kernels import gpu_layout as layout
+from amq.kernels import triton as launcher
+from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, why_not
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
 

@@ -6,6 +6,6 @@ import sys
 
 if __name__ == "__main__":
     from amq.bench.command import main
-    from amq.settings import run_command
+    from amq.util.settings import run_command
 
     sys.exit(run_command(main))

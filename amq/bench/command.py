@@ -7,14 +7,14 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from amq.backends import ACTIVATIONS, BACKENDS
 from amq.bench.cases import grid
 from amq.bench.run import Settings, bench
 from amq.bench.table import csv_text, table
 from amq.errors import AmqError
-from amq.files import check_file, write_json, write_text
-from amq.progress import terminal_progress
-from amq.settings import TRUST_REMOTE_CODE
+from amq.kernels.backends import ACTIVATIONS, BACKENDS
+from amq.util.files import check_file, write_json, write_text
+from amq.util.progress import terminal_progress
+from amq.util.settings import TRUST_REMOTE_CODE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,7 +54,7 @@ def numbers(text: str, flag: str, least: int = 1) -> list[int]:
 
 
 def _threads() -> int:
-    from amq.limits import fit_threads
+    from amq.util.limits import fit_threads
 
     return fit_threads()
 

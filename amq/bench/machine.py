@@ -27,8 +27,8 @@ def describe(device: str) -> dict[str, Any]:
     """Facts about the machine, for JSON."""
     import torch
 
-    from amq.machine import cpu_name
-    from amq.native import cpu_module
+    from amq.kernels.cpu import cpu_module
+    from amq.util.machine import cpu_name
 
     facts: dict[str, Any] = {"processor": cpu_name(), "cores": os.cpu_count(), "isa": cpu_module().isa()}
     facts["last_level_cache_bytes"] = last_level_cache()
@@ -73,7 +73,7 @@ class Reading:
     def __init__(self, name: str, size: int, device: str) -> None:
         import torch
 
-        from amq.native import empty_bytes
+        from amq.kernels.cpu import empty_bytes
 
         self.name, self.size, self.samples = name, size, []
         self._device = device
@@ -94,7 +94,7 @@ class Reading:
     def _pass(self) -> int:
         import torch
 
-        from amq.native import read_bytes
+        from amq.kernels.cpu import read_bytes
 
         if self._device == "cpu":
             read_bytes(self._buffer)
@@ -106,7 +106,7 @@ class Reading:
 
 def buffer_bytes() -> int:
     """Twice the last-level cache, or 256 MiB where the system does not say; at most a quarter of the free memory."""
-    from amq.limits import free_memory
+    from amq.util.limits import free_memory
 
     return min(2 * (last_level_cache() or 128 << 20), free_memory() // 4)
 

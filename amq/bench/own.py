@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from amq.bench.cases import Case
 from amq.bench.machine import OtherWork, memory
 from amq.errors import AmqError
-from amq.weight_files import weight_files
+from amq.model.weight_files import weight_files
 
 if TYPE_CHECKING:
     from amq.runtime.engine import Engine, Slot
@@ -126,18 +126,19 @@ class OwnEngine:
         return {"seconds": time.perf_counter() - start, "others": others.share()}
 
     def windows(self, text: str, length: int, max_tokens: int) -> tuple[list[list[int]], tuple[str, ...]]:
-        """The first tokens of a text file, or of a text that amq.data knows, in consecutive windows.
+        """The first tokens of a text file, or of a text that amq.model.text knows, in consecutive windows.
 
         Also the tokens that every window begins with, because the tokenizer puts them before a text.
         """
-        from amq.data import fixed_windows, load_text, tokenize
+        from amq.model.text import fixed_windows, load_text, tokenize
 
         tokenizer = self._runtime.tokenizer
         corpus = tokenize(load_text(text), text, tokenizer.encode, tokenizer.token_text, self._engine.vocab_size)
         return fixed_windows(corpus, length, max_tokens).tolist(), corpus.prefix_names
 
     def log_likelihood(self, windows: list[list[int]], unscored: int) -> float:
-        """Sum of the log-probabilities of each window's tokens from `unscored` + 1 on, as `amq.perplexity` counts them.
+        """Sum of the log-probabilities of each window's tokens from `unscored` + 1 on, as `amq.model.perplexity`
+        counts them.
 
         Through the passes that decoding makes, unscored: leading positions whose predictions do not count.
         Windows of one length run beside each other, as many as the engine has slots.

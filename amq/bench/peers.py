@@ -13,8 +13,8 @@ from amq.bench.cases import Case
 from amq.bench.llama_cpp import CONFIGURATIONS, Configuration, LlamaCpp, Quantizer
 from amq.bench.worker import Worker, WorkerFailed
 from amq.errors import AmqError
-from amq.files import cache_dir, read_json, write_atomic
-from amq.models import ALIASES, alias_file
+from amq.model.open import ALIASES, alias_file
+from amq.util.files import cache_dir, read_json, write_atomic
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing, open_peer
 from amq.bench.worker import Worker, WorkerFailed
 from amq.errors import AmqError
-from amq.progress import Progress, Step
+from amq.util.progress import Progress, Step
 
 SCHEMA = "amq/bench/1"
 OURS = "amq"

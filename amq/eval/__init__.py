@@ -3,7 +3,7 @@
 from amq.eval.result import Evaluation, Row, table
 from amq.eval.run import evaluate
 from amq.eval.tasks import TaskRow, TaskSettings
-from amq.perplexity import negative_log_likelihood, perplexity
+from amq.model.perplexity import negative_log_likelihood, perplexity
 
 __all__ = [
     "Evaluation", "Row", "TaskRow", "TaskSettings", "evaluate", "negative_log_likelihood", "perplexity", "table",

@@ -9,13 +9,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from amq.backends import ACTIVATIONS, BACKENDS
 from amq.eval import TaskSettings, evaluate, table
-from amq.files import check_file, write_json
 from amq.formats import FORMATS
-from amq.progress import terminal_progress
-from amq.quantizers import QUANTIZERS
-from amq.settings import TRUST_REMOTE_CODE, add_flags, run_command
+from amq.kernels.backends import ACTIVATIONS, BACKENDS
+from amq.quantize.quantizers import QUANTIZERS
+from amq.util.files import check_file, write_json
+from amq.util.progress import terminal_progress
+from amq.util.settings import TRUST_REMOTE_CODE, add_flags, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

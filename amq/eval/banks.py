@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from amq.bank import BankRecipe, WeightBank
 from amq.configuration import Configuration
-from amq.linears import Inventory
-from amq.models import LoadedModel, model_fingerprint
-from amq.progress import Progress
-from amq.swap import LinearSwap
+from amq.model.inventory import Inventory
+from amq.model.open import LoadedModel, model_fingerprint
+from amq.proxy.swap import LinearSwap
+from amq.quantize.bank import BankRecipe, WeightBank
+from amq.util.progress import Progress
 
 Key = tuple[BankRecipe, frozenset[str]]
 """A recipe and the linears that are quantized: a bank is of those, without what a configuration keeps."""

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from amq.backends import check_activations, choose_backend
-from amq.checkpoint import Checkpoint, open_checkpoint
+from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.configuration import OTHER_BYTES
 from amq.formats import get_format
-from amq.models import LoadedModel, load_model
+from amq.kernels.backends import check_activations, choose_backend
+from amq.model.open import LoadedModel, load_model
 
 
 def open_all(folders: Iterable[str]) -> dict[str, Checkpoint]:
@@ -42,7 +42,7 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
 
 def load(name: str, dtype: str, device: str, backend: str, activations: str, trust: bool = False) -> LoadedModel:
     """The model as it runs in the runtime; `open_all` has verified it."""
-    from amq.hf import AmqConfig
+    from amq.integrations.transformers import AmqConfig
 
     how = AmqConfig(activations=activations, backend=backend, verify=False)
     return load_model(name, dtype, device, trust, quantization_config=how)

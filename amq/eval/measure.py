@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from amq.blocks import BlockRunner
-from amq.data import fixed_windows, load_corpus
 from amq.errors import AmqError
 from amq.eval.result import Row
 from amq.eval.tasks import TaskRow, TaskRunner
-from amq.models import LoadedModel
-from amq.perplexity import exp, negative_log_likelihood
-from amq.progress import Progress
+from amq.model.blocks import BlockRunner
+from amq.model.open import LoadedModel
+from amq.model.perplexity import exp, negative_log_likelihood
+from amq.model.text import fixed_windows, load_corpus
+from amq.util.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -23,24 +23,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from amq.blocks import TOKENS, BlockRunner
-from amq.calibration import CalibrationStream, InputGroup
 from amq.configuration import Configuration
-from amq.data import WindowSampler, load_corpus
 from amq.errors import AmqError
-from amq.evaluator import token_losses
-from amq.files import check_place, write_json
 from amq.formats import BitFormat, check_group_size, get_format, parse_formats
-from amq.linears import LinearSpec, check_weights, get_linear
-from amq.models import load_model
+from amq.model.blocks import TOKENS, BlockRunner
+from amq.model.calibration import CalibrationStream, InputGroup
+from amq.model.inventory import LinearSpec, check_weights, get_linear
+from amq.model.open import load_model
+from amq.model.text import WindowSampler, load_corpus
+from amq.model.usable import find_usable
 from amq.packing import dequantize
-from amq.progress import Progress, terminal_progress
+from amq.proxy.evaluator import token_losses
+from amq.quantize.blocks import METHODS, Method, head_dim
 from amq.quantize.fold import find_fold
-from amq.quantize.methods import METHODS, Method, head_dim
-from amq.quantizers import get_quantizer
-from amq.quantizers.awq import candidate_scales, scale_errors
-from amq.settings import TRUST_REMOTE_CODE, add_flags, flag
-from amq.usable import find_usable
+from amq.quantize.quantizers import get_quantizer
+from amq.quantize.quantizers.awq import candidate_scales, scale_errors
+from amq.util.files import check_place, write_json
+from amq.util.progress import Progress, terminal_progress
+from amq.util.settings import TRUST_REMOTE_CODE, add_flags, flag
 
 BANDS = 5
 """Bands of size within which configurations are compared; ten or so in each."""
@@ -238,7 +238,8 @@ class _Walk:
 class QuantizedGroup:
     """What linears that share an input multiply with after `method`, for any formats; each piece is computed once.
 
-    weights: float32 [out_features_i, in_features] each. tie: as in `amq.quantizers.awq.candidate_scales`, or None where
+    weights: float32 [out_features_i, in_features] each. tie: as in `amq.quantize.quantizers.awq.candidate_scales`, or
+        None where
     no scale can be folded.
     """
 

@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from amq.bank import BankRecipe
-from amq.checkpoint import Checkpoint, is_checkpoint
+from amq.checkpoint.store import Checkpoint, is_checkpoint
 from amq.configuration import Configuration, other_items
 from amq.errors import AmqError
 from amq.eval import checkpoints
@@ -17,11 +16,12 @@ from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation
 from amq.eval.tasks import TaskRunner, TaskSettings
 from amq.formats import BitFormat, parse_formats
-from amq.linears import check_weights
-from amq.models import load_model
-from amq.progress import Progress
-from amq.swap import LinearSwap
-from amq.usable import find_usable
+from amq.model.inventory import check_weights
+from amq.model.open import load_model
+from amq.model.usable import find_usable
+from amq.proxy.swap import LinearSwap
+from amq.quantize.bank import BankRecipe
+from amq.util.progress import Progress
 
 
 def evaluate(
@@ -52,11 +52,12 @@ def evaluate(
     model: one or several; a folder that amq quantized runs as it is, any other model in full precision.
     configurations: files written by the search; each is assembled from the very bank it was searched on.
     uniform: comma-separated formats, from the first configuration's bank, else the one that `proxy` to `seed` name.
-    backend, activations: what multiplies the quantized linears; see `amq.swap`. None: `reference` for banks, and for
-        checkpoints the fastest on `device` that runs their formats.
+    backend, activations: what multiplies the quantized linears; see `amq.proxy.swap`. None: `reference` for banks,
+        and for checkpoints the fastest on `device` that runs their formats.
     dequantized: every checkpoint also as plain torch linears.
-    text: a file, or a name that `amq.data.load_text` knows, of which the first `max_tokens` tokens are used; or empty.
-    trust_remote_code: see `amq.models.load_model`.
+    text: a file, or a name that `amq.model.text.load_text` knows, of which the first `max_tokens` tokens are used; or
+        empty.
+    trust_remote_code: see `amq.model.open.load_model`.
     Raises AmqError for unusable input before anything is computed; for a tokenizer unlike the first when it is loaded.
     """
     names = [model] if isinstance(model, str) else list(model)
@@ -151,9 +152,7 @@ class _Run:
 
     def checkpoint(self, name: str, label: str, checkpoint: Checkpoint, dequantized: bool) -> None:
         """A checkpoint as the backend runs it, and as plain torch linears; `reference` means the latter alone."""
-        loaded = checkpoints.load(
-            name, self.dtype, self.device, self.backend, self.activations, self.trust_remote_code
-        )
+        loaded = checkpoints.load(name, self.dtype, self.device, self.backend, self.activations, self.trust_remote_code)
         bits, size = checkpoints.bits_per_weight(checkpoint), checkpoints.weight_bytes(checkpoint)
         forms = [Form(label, bits, size)]
         plain = Form(f"{label} dequantized", bits, size, loaded.model.dequantize)

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
-from amq.models import LoadedModel
-from amq.settings import flag
+from amq.model.open import LoadedModel
+from amq.util.settings import flag
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ One module per target, `amq/export/<name>.py` (`-` becomes `_`), imported when i
         `{folder}` stands for the folder's name.
 
 `amq/export/common.py` holds what several of them need: the checks of groups, formats and zero points, and config.json
-without amq's part; `amq.checkpoint.write_tensors` writes weight files in shards.
+without amq's part; `amq.checkpoint.store.write_tensors` writes weight files in shards.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amq.checkpoint import Checkpoint, open_checkpoint
+from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.export.common import DenseHead, plain_config
-from amq.folders import check_new_folder, real_folder, write_folder
-from amq.model_files import copy_model_files
-from amq.opening import open_export_once
+from amq.integrations.opening import open_export_once
+from amq.model.companions import copy_model_files
+from amq.util.folders import check_new_folder, real_folder, write_folder
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ EXPORTS = {
         "settings for people who quantize with llama.cpp, AutoRound or GPTQModel", model_folder=False, head=True
     ),
 }
+
 
 def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
     """Exports the quantized folder `source` to the format `to`, as the folder `output`; returns the format's facts.

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from amq.export import EXPORTS, export
-from amq.settings import run_command
+from amq.util.settings import run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

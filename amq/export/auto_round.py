@@ -12,11 +12,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amq.checkpoint import Checkpoint, write_tensors
+from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.export.common import plain_config
 from amq.export.gptq import bits, check, commonest, split_block, tensors
-from amq.files import write_json
 from amq.formats import KEPT
+from amq.util.files import write_json
 
 BITS = (2, 3, 4, 5, 6, 8)
 """Bits per code of auto-round's torch kernel."""

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint
+from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
-from amq.files import json_floats
 from amq.formats import FORMATS, BitFormat, get_format
-from amq.native import dequantized
+from amq.kernels.cpu import dequantized
 from amq.packing import PackedWeight
-from amq.quantizers.grid import symmetric_zero
+from amq.quantize.quantizers.grid import symmetric_zero
+from amq.util.files import json_floats
 
 
 class DenseHead(Checkpoint):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint
+from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.architecture import attention_window, rope_type, with_flat_rope
 from amq.export.common import plain_config, stored_name

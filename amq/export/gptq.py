@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint, write_tensors
+from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export.common import (
     check_formats,
@@ -27,9 +27,9 @@ from amq.export.common import (
     plain_config,
     whole_zero_points,
 )
-from amq.files import write_json
 from amq.formats import FORMATS, KEPT, get_format, get_stored
 from amq.packing import PackedWeight, pack_codes
+from amq.util.files import write_json
 
 WORD_BITS = 32
 BITS = (2, 3, 4, 8)

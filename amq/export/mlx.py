@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amq.checkpoint import Checkpoint, write_tensors
+from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.errors import AmqError
 from amq.export.architecture import attention_window, with_flat_rope
 from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config, stored_name
-from amq.files import write_json
 from amq.formats import FORMATS, BitFormat, n_groups
 from amq.packing import PackedWeight
+from amq.util.files import write_json
 
 BITS = (2, 3, 4, 5, 6, 8)
 """Bits per code of MLX's affine mode."""

@@ -8,11 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amq.checkpoint import Checkpoint, QuantizationRecord
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.auto_round import LEFT_ALONE
 from amq.export.gptq import bits, commonest, dynamic_rules
-from amq.files import write_json
+from amq.util.files import write_json
 
 SUPER_BLOCK = 256
 """Input features of one block of llama.cpp's k-quants: where they do not divide a row, the older types are left."""

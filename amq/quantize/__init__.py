@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amq.progress import Progress
     from amq.quantize.run import QuantizeResult
+    from amq.util.progress import Progress
 
 
 def quantize(

@@ -7,10 +7,10 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from amq.progress import terminal_progress
 from amq.quantize.run import QuantizeResult, run_quantize
 from amq.quantize.settings import QuantizeSettings
-from amq.settings import add_flags, run_command
+from amq.util.progress import terminal_progress
+from amq.util.settings import add_flags, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.formats import BitFormat, get_format
-from amq.linears import Inventory, LinearSpec, get_linear
-from amq.models import LoadedModel
+from amq.model.inventory import Inventory, LinearSpec, get_linear
+from amq.model.open import LoadedModel
 from amq.packing import PackedWeight
-from amq.quantize.methods import BlockResult, install, relative_error
-from amq.quantizers.grid import check_scales, decode, packed, to_groups
+from amq.quantize.blocks import BlockResult, install, relative_error
+from amq.quantize.quantizers.grid import check_scales, decode, packed, to_groups
 
 BATCH = 8
 """Windows per tuning step, auto-round's own choice."""

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import amq
-from amq.checkpoint import QuantizationRecord
-from amq.files import write_text
+from amq.checkpoint.record import QuantizationRecord
+from amq.util.files import write_text
 
 TEMPLATE = """---
 library_name: transformers

@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from amq.calibration import InputGroup
 from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat
-from amq.linears import LinearSpec, get_linear
+from amq.model.calibration import InputGroup
+from amq.model.inventory import LinearSpec, get_linear
 from amq.quantize.fold import Fold, apply_fold, find_fold
-from amq.quantizers.grid import check_scales, group_scales, out_of_range
+from amq.quantize.quantizers.grid import check_scales, group_scales, out_of_range
 
 LOW, HIGH = 2.0**-14, 2.0**14
 """Where scales are moved to: normal numbers of fp16, with room on both sides."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amq.linears import LinearSpec, get_linear
+from amq.model.inventory import LinearSpec, get_linear
 
 TOLERANCE = 1e-3
 """Largest change of an output, relative to its largest value: rounding of 1 + weight, nothing else."""

@@ -2,7 +2,7 @@
 
 The head of a small model is a large part of what it stores and of what every token reads, and in 8 bits it loses next
 to nothing. It is rounded to nearest, without calibration: each group takes the grid of least squared error. Tied
-embeddings are then read from the packed head (`amq.quantized_embedding`), so that one copy is left of both. A quantizer
+embeddings are then read from the packed head (`amq.kernels.embedding`), so that one copy is left of both. A quantizer
 that sees calibration inputs sees those of the embedding as it will be.
 """
 
@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amq.checkpoint import PARTS
 from amq.configuration import MemoryItem
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, get_format
-from amq.linears import get_linear
-from amq.native import dequantized
-from amq.packing import PackedWeight
-from amq.quantize.methods import relative_error
-from amq.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
-from amq.threads import parallel_map
+from amq.kernels.cpu import dequantized
+from amq.model.inventory import get_linear
+from amq.packing import PARTS, PackedWeight
+from amq.quantize.blocks import relative_error
+from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
+from amq.util.threads import parallel_map
 
 NONE = "none"
 ROWS = 512

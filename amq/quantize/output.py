@@ -20,18 +20,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from amq.checkpoint import QuantizationRecord, part_names, write_checkpoint, write_config
+from amq.checkpoint.record import QuantizationRecord
+from amq.checkpoint.store import write_checkpoint, write_config
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.files import read_json, reason, write_json, write_text
-from amq.folders import real_folder
 from amq.formats import get_format, n_groups
-from amq.linears import Inventory, narrowed
-from amq.model_files import copy_model_files
-from amq.models import DTYPES, LoadedModel
-from amq.opening import open_checkpoint_once
-from amq.packing import PackedWeight
+from amq.integrations.opening import open_checkpoint_once
+from amq.model.companions import copy_model_files
+from amq.model.inventory import Inventory, narrowed
+from amq.model.open import DTYPES, LoadedModel
+from amq.packing import PackedWeight, part_names
 from amq.quantize.card import write_card
+from amq.util.files import read_json, reason, write_json, write_text
+from amq.util.folders import real_folder
 
 log = logging.getLogger(__name__)
 

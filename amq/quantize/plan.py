@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.folders import real_folder
-from amq.limits import check_memory, free_memory
-from amq.linears import Inventory, get_linear
+from amq.model.inventory import Inventory, get_linear
+from amq.util.folders import real_folder
+from amq.util.limits import check_memory, free_memory
 
 FLOAT = 4
 """Bytes of the numbers that blocks are quantized in."""

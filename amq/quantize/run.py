@@ -12,29 +12,29 @@ from typing import Any
 
 from torch import Tensor
 
-from amq.bank import BankRecipe
-from amq.calibration import shared_inputs
-from amq.checkpoint import QuantizationRecord
+from amq.checkpoint.record import QuantizationRecord
 from amq.configuration import Configuration, memory_items, memory_json, parse_pins
-from amq.data import Corpus, WindowSampler, fixed_windows, load_corpus
 from amq.errors import AmqError
-from amq.folders import check_new_folder
 from amq.formats import get_format
-from amq.linears import Inventory, check_weights
-from amq.models import LoadedModel, load_model, model_fingerprint, resolve
-from amq.models import fingerprint as content_hash
+from amq.model.calibration import shared_inputs
+from amq.model.inventory import Inventory, check_weights
+from amq.model.open import LoadedModel, load_model, model_fingerprint, resolve
+from amq.model.open import fingerprint as content_hash
+from amq.model.perplexity import perplexity
+from amq.model.text import Corpus, WindowSampler, fixed_windows, load_corpus
+from amq.model.usable import Usable, find_usable
 from amq.packing import PackedWeight
-from amq.perplexity import perplexity
-from amq.progress import Progress
 from amq.quantize.autoround import AutoRoundSource
+from amq.quantize.bank import BankRecipe
+from amq.quantize.blocks import METHODS, BlockQuantizer, BlockResult, BlockSource
 from amq.quantize.head import Head, find_head, head_json, quantize_head, with_head
-from amq.quantize.methods import METHODS, BlockQuantizer, BlockResult, BlockSource
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
+from amq.quantize.resume import WorkFolder
 from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
-from amq.quantize.work import WorkFolder
-from amq.usable import Usable, find_usable
+from amq.util.folders import check_new_folder
+from amq.util.progress import Progress
 
 logger = logging.getLogger(__name__)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format
+from amq.quantize.blocks import METHODS
 from amq.quantize.head import NONE
-from amq.quantize.methods import METHODS
-from amq.quantizers.grid import ZERO_POINTS
-from amq.settings import TRUST_REMOTE_CODE, flag
+from amq.quantize.quantizers.grid import ZERO_POINTS
+from amq.util.settings import TRUST_REMOTE_CODE, flag
 
 OTHER_METHODS = ("bank", "autoround")
 DEFAULT_METHOD = "gptq"

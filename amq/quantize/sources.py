@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from amq.bank import WeightBank
-from amq.linears import Inventory, get_linear
-from amq.quantize.methods import BlockResult, install, relative_error
+from amq.model.inventory import Inventory, get_linear
+from amq.quantize.bank import WeightBank
+from amq.quantize.blocks import BlockResult, install, relative_error
 
 
 class BankSource:

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amq.backends import ACTIVATIONS, choose_backend, default_activations, get_backend
-from amq.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from amq.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint
 from amq.errors import AmqError
-from amq.limits import fit_threads
-from amq.records import parse_record
+from amq.kernels.backends import ACTIVATIONS, choose_backend, default_activations, get_backend
 from amq.runtime.engine import Engine
 from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.tokenizer_files import EndTokens
+from amq.util.limits import fit_threads
+from amq.util.records import parse_record
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,20 @@ def load(
 ) -> Runtime:
     """Loads MODEL with its tokenizer.
 
-    model: a folder that `amq.quantize` wrote; or what `amq.models.load_model` takes, which then runs in plain torch.
+    model: a folder that `amq.quantize` wrote; or what `amq.model.open.load_model` takes, which then runs in plain
+        torch.
     device: where everything but packed weights goes; those are prepared there when they are first used.
-    backend: a name in `amq.backends.BACKENDS`; None takes the fastest that runs the model's formats on the device.
-    activations: `int8` (faster on a CPU) or `fp32` (exact); see `amq.ops.linear`. None takes int8 on backend cpu, and
-        fp32 on every other one: on a GPU int8 costs a launch for each linear. Triton and reference refuse int8.
+    backend: a name in `amq.kernels.backends.BACKENDS`; None takes the fastest that runs the model's formats on the
+        device.
+    activations: `int8` (faster on a CPU) or `fp32` (exact); see `amq.kernels.ops.linear`. None takes int8 on backend
+        cpu, and fp32 on every other one: on a GPU int8 costs a launch for each linear. Triton and reference refuse
+        int8.
     dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
     max_sequences: that run at once.
     threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.
-    trust_remote_code: see `amq.models.load_model`.
+    trust_remote_code: see `amq.model.open.load_model`.
     Raises AmqError when the folder is damaged or cannot be found, or an argument does not fit.
     """
     folder = Path(model).expanduser()
@@ -133,12 +136,12 @@ def _load_torch(
     why: str,
     trust_remote_code: bool,
 ) -> Runtime:
-    from amq.models import load_model
+    from amq.model.open import load_model
     from amq.runtime.torch_engine import TorchEngine
 
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if checkpoint is not None:
-        from amq.hf import AmqConfig
+        from amq.integrations.transformers import AmqConfig
 
         activations = activations or _default_activations(checkpoint, device, backend)
         how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}

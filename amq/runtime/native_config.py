@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.records import check_range, parse_record
+from amq.util.records import check_range, parse_record
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
 """`model_type`s whose block decoder.h computes. Others look alike and differ in a detail: a scale, a norm, a layer

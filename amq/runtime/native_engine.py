@@ -16,17 +16,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from amq import native
-from amq.backends import check_activations
-from amq.checkpoint import Checkpoint, open_checkpoint
+from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.errors import AmqError
-from amq.files import is_out_of_memory
 from amq.formats import get_format
-from amq.native import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
+from amq.kernels import cpu as native
+from amq.kernels.backends import check_activations
+from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
 from amq.runtime.engine import Segment, Slot
 from amq.runtime.native_config import ModelConfig, Unsupported, read_config, read_sizes, rotary_frequencies, windows
 from amq.runtime.pages import PagePool
+from amq.util.files import is_out_of_memory
 
 MAX_ROWS = 512
 ALIGNMENT = 64

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from amq.errors import AmqError
-from amq.records import MOST, read_record
+from amq.util.records import MOST, read_record
 
 Record = TypeVar("Record")
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.quantized_linear import QuantizedLinear, StoredLinear
+from amq.kernels.modules import QuantizedLinear, StoredLinear
 from amq.runtime.engine import Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
 from amq.runtime.trial import REFUSALS, try_cache

@@ -10,8 +10,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amq.progress import Progress
     from amq.search.run import SearchResult
+    from amq.util.progress import Progress
 
 
 def search(
@@ -28,10 +28,15 @@ def search(
     settings: any field of `amq.search.settings.SearchSettings` (the command's flags with underscores).
     Raises AmqError for bad input, before anything is written.
     """
-    from amq.search.run import run_search
     from amq.search.settings import SearchSettings
 
-    return run_search(SearchSettings.make(preset, model=model, output=str(output), **settings), resume, progress)
+    made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
+    from amq.report.write import write_report
+    from amq.search.run import run_search
+
+    result = run_search(made, resume, progress)
+    write_report(result.output)
+    return result
 
 
 class _CallablePackage(ModuleType):

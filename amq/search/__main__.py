@@ -11,7 +11,7 @@ from pathlib import Path
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.search.settings import SearchSettings
-from amq.settings import add_flags, run_command
+from amq.util.settings import add_flags, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,13 +34,11 @@ def _search(argv: Sequence[str]) -> int:
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
     add_flags(parser, SearchSettings)
     given = vars(parser.parse_args(argv))
-    resume, preset = given.pop("resume"), given.pop("preset")
-    settings = SearchSettings.make(preset, **given)
 
-    from amq.progress import terminal_progress
-    from amq.search.run import run_search
+    from amq.search import search
+    from amq.util.progress import terminal_progress
 
-    result = run_search(settings, resume, terminal_progress())
+    result = search(**given, progress=terminal_progress())
     print(summary(result.configuration))
     print(f"front of {len(result.front)} points, hypervolume {result.hypervolume:.4f}; {result.timings['total']:.0f} s")
     print(f"wrote {result.output}/configuration.json, front.json, archive.jsonl, report.html")

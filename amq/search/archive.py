@@ -23,9 +23,9 @@ from typing import Any
 
 from amq.configuration import configuration_key
 from amq.errors import AmqError
-from amq.files import check_path, is_disk_full, make_folder, reason
-from amq.records import check_range, parse_record
 from amq.search.space import SearchSpace
+from amq.util.files import check_path, is_disk_full, make_folder, reason
+from amq.util.records import check_range, parse_record
 
 log = logging.getLogger(__name__)
 

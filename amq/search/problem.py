@@ -1,6 +1,6 @@
 """Problem: all that a solver sees. A space, an archive, and callables that turn configurations into losses.
 
-No weights, no model, no files: the losses may come from an `amq.evaluator.Evaluator` or from a formula in a test.
+No weights, no model, no files: the losses may come from an `amq.proxy.evaluator.Evaluator` or from a formula in a test.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Protocol
 import numpy as np
 
 from amq.errors import AmqError
-from amq.progress import Progress, Step
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices
 from amq.search.space import SearchSpace
+from amq.util.progress import Progress, Step
 
 Formats = Mapping[str, str]
 Table = dict[str, dict[str, float]]

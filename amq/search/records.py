@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 import amq
-from amq.linears import Inventory
-from amq.search.fit import LossFit, table_cost
+from amq.model.inventory import Inventory
 from amq.search.front import hypervolume
 from amq.search.knapsack import select
+from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Problem, Table
 from amq.search.space import SearchSpace
 

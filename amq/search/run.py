@@ -19,32 +19,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from amq.bank import BankSettings, WeightBank, open_bank
 from amq.configuration import Configuration, parse_pins
-from amq.data import Corpus, WindowSampler, load_corpus
 from amq.errors import AmqError
-from amq.evaluator import Evaluator
-from amq.files import check_place, write_json
-from amq.fisher import fisher_passes
 from amq.formats import Kept
-from amq.linears import Inventory, check_weights
-from amq.machine import cpu_name
-from amq.models import LoadedModel, check_memory, load_model, model_fingerprint
-from amq.models import fingerprint as content_hash
-from amq.progress import Progress
+from amq.model.inventory import Inventory, check_weights
+from amq.model.open import LoadedModel, check_memory, load_model, model_fingerprint
+from amq.model.open import fingerprint as content_hash
+from amq.model.text import Corpus, WindowSampler, load_corpus
+from amq.model.usable import find_usable
+from amq.proxy.evaluator import Evaluator
+from amq.proxy.fisher import fisher_passes
+from amq.quantize.bank import BankSettings, WeightBank, open_bank
 from amq.search.archive import Archive
-from amq.search.fit import fit_records
+from amq.search.choose import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.front import pareto_indices
+from amq.search.loss_curve import fit_records
 from amq.search.problem import Problem, Table, TimeIsUp
 from amq.search.records import describe_model, front_json, provenance, versions
-from amq.search.run_files import COST_SCHEMA, RUN_SCHEMA, CostFile, RunFile
-from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
+from amq.search.run_folder import COST_SCHEMA, RUN_SCHEMA, CostFile, RunFile
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
 from amq.search.solvers import Solution, get_solver
 from amq.search.space import SearchSpace
-from amq.settings import parse_size, parse_time
-from amq.usable import find_usable
+from amq.util.files import check_place, write_json
+from amq.util.machine import cpu_name
+from amq.util.progress import Progress
+from amq.util.settings import parse_size, parse_time
 
 log = logging.getLogger(__name__)
 
@@ -349,10 +349,6 @@ def _finish(
     run["timings"]["total"] = round(time.monotonic() - started, 3)
     run["evaluations"] = _evaluation_counts(problem, stage.evaluator, timings)
     write_json(output / "run.json", run)
-    with timings.measure("report"):
-        from amq.search.report import write_report
-
-        write_report(output)
     return SearchResult(
         output, configuration, content["front"], content["uniform"], content["hypervolume"], status, run["timings"]
     )

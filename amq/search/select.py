@@ -8,15 +8,15 @@ from typing import Any
 
 from amq.configuration import Configuration, parse_pins
 from amq.errors import AmqError
-from amq.linears import Inventory
+from amq.model.inventory import Inventory
 from amq.search.archive import read_archive
-from amq.search.fit import fit_records
+from amq.search.choose import Budget, budget_from_memory, check_bits, choose, to_configuration
+from amq.search.loss_curve import fit_records
 from amq.search.records import provenance
-from amq.search.run_files import CostFile, RunFile
-from amq.search.selection import Budget, budget_from_memory, check_bits, choose, to_configuration
+from amq.search.run_folder import CostFile, RunFile
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
-from amq.settings import parse_size
+from amq.util.settings import parse_size
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from amq.search.fit import saturation
+from amq.search.loss_curve import saturation
 from amq.search.problem import Problem, Table
 
 

@@ -6,13 +6,13 @@ import dataclasses
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from amq.backends import ACTIVATIONS, BACKENDS, check_activations
 from amq.errors import AmqError
 from amq.formats import FORMATS, check_group_size, parse_formats
-from amq.losses import LOSSES
-from amq.quantizers import QUANTIZERS
+from amq.kernels.backends import ACTIVATIONS, BACKENDS, check_activations
+from amq.model.losses import LOSSES
+from amq.quantize.quantizers import QUANTIZERS
 from amq.search.surrogates import SURROGATES
-from amq.settings import TRUST_REMOTE_CODE, flag, parse_size, parse_time
+from amq.util.settings import TRUST_REMOTE_CODE, flag, parse_size, parse_time
 
 COSTS = ("fisher", "sensitivity", "weight")
 SOLVER_NAMES = ("additive", "paper", "random")

@@ -18,14 +18,14 @@ import numpy as np
 from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat, Kept
-from amq.linears import LinearSpec
-from amq.records import shorten
+from amq.model.inventory import LinearSpec
+from amq.util.records import shorten
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """linears: all of them, pinned ones included. formats: candidates, cheapest first. pinned: {linear: format name}.
-    """
+    """linears: all of them, pinned ones included. formats: candidates, cheapest first. pinned: {linear: format
+    name}."""
 
     linears: tuple[LinearSpec, ...]
     formats: tuple[BitFormat, ...]

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from amq.errors import AmqError
-from amq.settings import add_flags, run_command
+from amq.util.settings import add_flags, run_command
 
 if TYPE_CHECKING:
     from amq.serve.app import Service

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amq.backends import ACTIVATIONS, BACKENDS
 from amq.errors import AmqError
-from amq.settings import TRUST_REMOTE_CODE, flag, parse_size
+from amq.kernels.backends import ACTIVATIONS, BACKENDS
+from amq.util.settings import TRUST_REMOTE_CODE, flag, parse_size
 
 
 @dataclass

@@ -41,10 +41,12 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small funct
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from amq import native  # noqa: E402
 from amq.errors import AmqError  # noqa: E402
 from amq.formats import BitFormat, n_groups  # noqa: E402
-from amq.gpu import cuda, layout, triton, tuning  # noqa: E402
+from amq.kernels import cpu as native  # noqa: E402
+from amq.kernels import cuda, triton  # noqa: E402
+from amq.kernels import gpu_layout as layout  # noqa: E402
+from amq.kernels import launch_table as tuning  # noqa: E402
 from amq.packing import PackedWeight, PreparedWeight, dequantize  # noqa: E402
 
 COLD = 4
@@ -157,7 +159,7 @@ class Device:
         activations: str = "fp32",
         warps: int | None = None,
     ) -> Tensor:
-        """x · Wᵀ (+ bias) through `amq.gpu.cuda` or `amq.gpu.triton`, on the current stream.
+        """x · Wᵀ (+ bias) through `amq.kernels.cuda` or `amq.kernels.triton`, on the current stream.
 
         warps: of a block of the CUDA kernel; None leaves them to amq.
         """
@@ -318,7 +320,7 @@ def output_of(*command: str) -> str:
 
 def sources_digest() -> str:
     """Tells which kernels ran even where there is no git."""
-    files = [f for folder in ("kernels/cuda", "kernels/triton", "amq/gpu") for f in (ROOT / folder).glob("*.*")]
+    files = [f for folder in ("kernels/cuda", "kernels/triton", "amq/kernels") for f in (ROOT / folder).glob("*.*")]
     digest = hashlib.sha256()
     for file in sorted(f for f in files if f.suffix in (".py", ".cu", ".cuh")):
         digest.update(file.name.encode() + file.read_bytes())
@@ -359,7 +361,7 @@ def machine(device: Device) -> dict:
 
 
 def tuning_table(device: Device) -> str:
-    """Whether launch parameters come from measurements made before (`amq.gpu.tuning`)."""
+    """Whether launch parameters come from measurements made before (`amq.kernels.launch_table`)."""
     path = None if device.smoke else tuning.table_path(device.properties.name)
     return f"launch parameters from {path}" if path and path.exists() else "no table: launch parameters as reasoned"
 

@@ -4,8 +4,9 @@
 
 A case is one weight with all its numbers of rows. Outputs start as NaN inside guards, activations and weights lie
 between NaN, and the bar is derived: the root mean square error relative to √Σ (x·W)² may be twice that of torch's
-product in the same dtype (for int8 activations, of what `amq.backends.quantize_activations` makes of x). Products of
-few outputs may have one rounding more, as twice a small sample's error is no bar. One-hot rows must return columns of
+product in the same dtype (for int8 activations, of what `amq.kernels.backends.quantize_activations` makes of x).
+Products of few outputs may have one rounding more, as twice a small sample's error is no bar. One-hot rows must
+return columns of
 the weight. Further cases: fused against separate, CUDA graphs, another stream, torch.compile.
 
 Cases run in worker processes, because Triton compiles one kernel at a time in each, and because a kernel that faults
@@ -43,9 +44,9 @@ from common import (
 )
 from torch import Tensor
 
-from amq.backends import quantize_activations
 from amq.formats import FORMATS, GROUP_SIZES, get_format
-from amq.gpu import triton
+from amq.kernels import triton
+from amq.kernels.backends import quantize_activations
 from amq.packing import PackedWeight, PreparedWeight
 
 WORKERS = 13
@@ -108,9 +109,7 @@ def cases(smoke: bool) -> list[Case]:
     ]  # fmt: skip
     compiled += [Case("products", "triton", (f,), shape=s, rows=(1, 16)) for s in SHAPES[1:] for f in every]
     modes = (("cuda", "fp16", "fp32"), ("cuda", "fp16", "int8"), ("cuda", "bf16", "fp32"), ("triton", "fp16", "fp32"))
-    large = [
-        Case("products", b, (f,), d, a, 128, shape, (1, 8)) for shape in LARGE for f in every for b, d, a in modes
-    ]
+    large = [Case("products", b, (f,), d, a, 128, shape, (1, 8)) for shape in LARGE for f in every for b, d, a in modes]
     return special((133, 1543), every) + large + grid + compiled
 
 
@@ -307,7 +306,7 @@ def compiled(device: Device, case: Case) -> dict:
     """A module of two QuantizedLinear under torch.compile(fullgraph=True) computes what it does without."""
     from torch import nn
 
-    from amq.quantized_linear import QuantizedLinear
+    from amq.kernels.modules import QuantizedLinear
 
     backend = "reference" if device.smoke else case.backend  # amq refuses GPU backends on a CPU
     n, k = 64, 128
@@ -326,9 +325,7 @@ def compiled(device: Device, case: Case) -> dict:
     return {"prepared_for": backend}
 
 
-CHECKS: dict[str, Callable[[Device, Case], dict]] = {
-    f.__name__: f for f in (products, fused, graph, stream, compiled)
-}
+CHECKS: dict[str, Callable[[Device, Case], dict]] = {f.__name__: f for f in (products, fused, graph, stream, compiled)}
 
 
 def run_case(device: Device, case: Case) -> dict:

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from amq.formats import FORMATS, get_format
-from amq.gpu import cuda
+from amq.kernels import cuda
 
 GROUP_SIZE = 128
 NARROW = tuple(name for name, fmt in FORMATS.items() if fmt.code_bits <= 4)

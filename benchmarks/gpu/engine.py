@@ -28,7 +28,7 @@ from decode import LLAMA, NARROW, SMOKE, Config
 from torch import Tensor, nn
 
 from amq.formats import get_format
-from amq.quantized_linear import Execution, SharedInput, StoredLinear
+from amq.kernels.modules import Execution, SharedInput, StoredLinear
 from amq.runtime.engine import Segment
 from amq.runtime.torch_engine import TorchEngine
 

@@ -1,6 +1,6 @@
 """Starts DIR/suite.json afresh with where and with what the suite runs.
 
-    python benchmarks/gpu/machine.py DIR [--smoke]
+python benchmarks/gpu/machine.py DIR [--smoke]
 """
 
 from __future__ import annotations

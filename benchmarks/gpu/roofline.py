@@ -23,7 +23,7 @@ from pathlib import Path
 import sass
 
 from amq.formats import FORMATS
-from amq.gpu.layout import layout_of
+from amq.kernels.gpu_layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "kernels" / "cuda"

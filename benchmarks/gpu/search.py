@@ -31,12 +31,12 @@ from common import Clock, Device, Failure, Results, arguments, attempt, load_cpu
 from engine import agrees
 from torch import Tensor, nn
 
-from amq.bank import BankSettings, WeightBank, open_bank
-from amq.evaluator import Evaluator
-from amq.fisher import fisher_passes
 from amq.formats import get_format
-from amq.linears import Inventory, inventory
-from amq.models import LoadedModel
+from amq.model.inventory import Inventory, inventory
+from amq.model.open import LoadedModel
+from amq.proxy.evaluator import Evaluator
+from amq.proxy.fisher import fisher_passes
+from amq.quantize.bank import BankSettings, WeightBank, open_bank
 
 LAYERS, GROUP_SIZE = 2, 64
 FORMATS = ("int2", "int3", "int4")

@@ -51,7 +51,8 @@ from common import (
 )
 
 from amq.formats import FORMATS, get_format
-from amq.gpu import cuda, layout, triton
+from amq.kernels import cuda, triton
+from amq.kernels import gpu_layout as layout
 from amq.packing import PreparedWeight
 
 GROUP_SIZE = 128

@@ -1,6 +1,6 @@
 // Jensen–Shannon divergence of a candidate's next-token distribution from a reference, from logits, in one call.
 //
-// With d = ln q − ln p and a = |d|, the sum of amq/losses.py is, token of the vocabulary by token,
+// With d = ln q − ln p and a = |d|, the sum of amq/model/losses.py is, token of the vocabulary by token,
 //
 //     JSD(p, q) = ½ Σ p·ln(p/m) + q·ln(q/m) = Σ max(p, q)·F(a),   m = (p + q)/2
 //     F(a) = ½ [(1 + e^−a)·(ln 2 − ln(1 + e^−a)) − a·e^−a]        0 at a = 0, a²/8 near it, ½ ln 2 as a → ∞

@@ -9,7 +9,7 @@
 // Σ x comes from the same fragments of x against a weight of one: no shuffles, and exactly the x that the codes met. Rows of
 // a product are output rows, columns are rows of x: up to eight of them cost what one does. Columns past the last row of x
 // repeat it and are dropped. Fragment layouts: PTX manual, "Matrix Fragments for mma.m16n8k16" and "m16n8k32"; which input
-// features a fragment calls its k-th is free, and amq/gpu/layout.py chose.
+// features a fragment calls its k-th is free, and amq/kernels/gpu_layout.py chose.
 
 #pragma once
 

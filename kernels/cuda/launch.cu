@@ -1,7 +1,7 @@
 // The C ABI of the kernels: addresses, sizes and a stream in, a status out. No torch, no CUDA call before amq_cuda_check or a
 // launch, so the library loads on a machine without a driver.
 //
-// Status: 0, or a cudaError_t, or one of Status below. amq/gpu/cuda.py turns it into an error that names the linear.
+// Status: 0, or a cudaError_t, or one of Status below. amq/kernels/cuda.py turns it into an error that names the linear.
 
 #include <string>
 #include <type_traits>
@@ -36,7 +36,7 @@ int slabs_of(int in_features) { return (in_features + kSlab - 1) / kSlab; }
 // Words of scratch that the codes of int8 activations take; their scales follow.
 int64_t x_code_words(int rows, int slabs) { return static_cast<int64_t>(rows) * slabs * kUnits * kColumns; }
 
-// Output rows of a block, and planes of a tile as amq/gpu/layout.py counts them, for a format's index.
+// Output rows of a block, and planes of a tile as amq/kernels/gpu_layout.py counts them, for a format's index.
 struct Counts {
     int block_rows, planes;
 };

@@ -1,4 +1,4 @@
-// The layout of prepared weights, as amq/gpu/layout.py writes it: tiles of 8 output rows, slabs of 512 input features, planes
+// The layout of prepared weights, as amq/kernels/gpu_layout.py writes it: tiles of 8 output rows, slabs of 512 input features, planes
 // of 8 × 16 words. Lane 4·row + column/4 of a warp reads a plane with one 16-byte load, and holds 4 columns of its row.
 
 #pragma once

@@ -1,4 +1,5 @@
-"""Triton kernels on prepared weights (`amq/gpu/layout.py`), for `amq/gpu/triton.py`, installed as `amq._triton`.
+"""Triton kernels on prepared weights (`amq/kernels/gpu_layout.py`), for `amq/kernels/triton.py`, installed as
+`amq._triton`.
 
 `gemv` and `gemm` are one body each for all formats, `dequantize` a third kernel, `slabs` what they share. A format is a
 file with `BITS` and `byte_words(planes)`, which gives the byte words of its planes, and a line in DECODERS.

@@ -1,7 +1,8 @@
 """What every kernel shares: which segment a program works on, and how it reads planes, codes, scales and activations.
 
-The layout of a weight is described in `amq/gpu/layout.py`; in short, a slab of 512 features of 8 rows is `bits` planes
-of [8 rows, 16 columns] 32-bit words, the 32 features 512·slab + 32·step + 2·column + p of one *step* (0 ≤ step < 16,
+The layout of a weight is described in `amq/kernels/gpu_layout.py`; in short, a slab of 512 features of 8 rows is
+`bits` planes of [8 rows, 16 columns] 32-bit words, the 32 features 512·slab + 32·step + 2·column + p of one *step* (0
+≤ step < 16,
 p in {0, 1}) lie at one bit position of one byte word, and p = 1 is 16 bits above p = 0.
 
 The last dimension of a tile of words is the 16 columns, four neighbours to a thread; the others are up to the kernel.

@@ -11,7 +11,7 @@ import numpy as np
 
 from amq.search.front import pareto_indices, spread
 from amq.search.problem import Problem
-from amq.search.quality import quality
+from amq.search.scores import quality
 from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform, pruned, random_points
 from amq.search.space import SearchSpace
 from amq.search.surrogates import Surrogate, make_surrogate

@@ -1,0 +1,1 @@
+"""A quantized model on disk (docs/format.md)."""

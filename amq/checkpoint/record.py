@@ -1,0 +1,161 @@
+"""What config.json says of a quantized model under `quantization_config` (docs/format.md): one typed record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from amq.configuration import Configuration
+from amq.errors import AmqError
+from amq.formats import KEPT, BitFormat, check_group_size, get_format
+from amq.model.inventory import LinearSpec
+from amq.packing import PackedWeight
+from amq.util.records import MOST, parse_record
+
+METHOD = "amq"
+"""`quant_method` in config.json."""
+VERSIONS = (1, 2)
+"""1: only linears are packed. 2: an embedding is, too, which a reader of version 1 would look for in vain."""
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """What config.json says under `quantization_config`.
+
+    formats: {linear: format name}, every quantized linear of the model.
+    shapes: {linear: (out_features, in_features)}; bytes alone do not tell how many codes the last unit of a row holds.
+    quantizer: the method that made the weights, such as `gptq`; for information.
+    shared_inputs: groups of linears that read one tensor (q, k, v), which a runtime may multiply in one call.
+    head: the linear behind the blocks (`lm_head`), where it is one of `formats`; else empty.
+    embedding: {embedding: linear} where an embedding's row i is row i of that packed linear: tied weights. Such an
+        embedding has no tensor of its own.
+    kept: {linear: (out_features, in_features)} of the blocks' linears that were left in 16 bits by choice: plain
+        tensors under their own names, counted in bits per weight.
+    """
+
+    formats: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, int]]
+    group_size: int
+    quantizer: str = ""
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    head: str = ""
+    embedding: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> Configuration:
+        """Of the linears in the blocks, as a search makes it: without the head, with what is kept."""
+        formats = {name: self.formats[name] for name in self.block_shapes}
+        return Configuration({**formats, **dict.fromkeys(self.kept, KEPT.name)}, self.group_size)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the linears in the blocks, kept ones at their 16 bits."""
+        shapes = {**self.block_shapes, **self.kept}
+        return self.configuration.bits_per_weight([LinearSpec(n, 0, n, *shape) for n, shape in shapes.items()])
+
+    @property
+    def block_shapes(self) -> dict[str, tuple[int, int]]:
+        """`shapes` without the head's: the quantized linears of the blocks."""
+        return {name: shape for name, shape in self.shapes.items() if name != self.head}
+
+    def json(self) -> dict[str, Any]:
+        records = {name: asdict(get_format(name)) for name in sorted(set(self.formats.values()))}
+        return {
+            "quant_method": METHOD,
+            "version": VERSIONS[bool(self.embedding)],
+            "group_size": self.group_size,
+            "quantizer": self.quantizer,
+            "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
+            "formats": dict(self.formats),
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "shared_inputs": [list(group) for group in self.shared_inputs],
+            **({"head": self.head} if self.head else {}),
+            **({"embedding": dict(self.embedding)} if self.embedding else {}),
+            **({"kept": {name: list(shape) for name, shape in self.kept.items()}} if self.kept else {}),
+        }
+
+    @staticmethod
+    def parse(data: Any, source: str) -> QuantizationRecord:
+        """Reads `quantization_config`; `source` names the file in errors. Unknown keys are ignored."""
+        if not isinstance(data, Mapping) or data.get("quant_method") != METHOD:
+            found = data.get("quant_method") if isinstance(data, Mapping) else None
+            raise AmqError(f"{source}: expected quantization_config.quant_method {METHOD!r}, found {found!r}")
+        version = data.get("version")
+        if type(version) is not int or version not in VERSIONS:
+            raise AmqError(
+                f"{source}: checkpoint version {version!r} is not known to this amq, which reads "
+                f"{' and '.join(map(str, VERSIONS))}: upgrade amq"
+            )
+        stored = parse_record(data, _Stored, f"{source}: quantization_config")
+        stored.check(source)
+        shared = tuple(tuple(group) for group in stored.shared_inputs)
+        return QuantizationRecord(
+            stored.formats, stored.shapes, stored.group_size, stored.quantizer, shared, stored.head, stored.embedding,
+            stored.kept,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """`quantization_config` as `QuantizationRecord.json` writes it."""
+
+    formats: dict[str, str]
+    shapes: dict[str, tuple[int, int]]
+    group_size: int
+    records: dict[str, Any]
+    quantizer: str = ""
+    shared_inputs: list[list[str]] = field(default_factory=list)
+    head: str = ""
+    embedding: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, shape in (*self.shapes.items(), *self.kept.items()):
+            if min(shape) < 1 or max(shape) > MOST:
+                raise ValueError(f"expected a shape of {name} from 1 to {MOST}, got {list(shape)}")
+
+    def check(self, source: str) -> None:
+        """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats."""
+        check_group_size(self.group_size)
+        if odd := sorted(self.formats.keys() ^ self.shapes.keys()):
+            raise AmqError(f"{source}: linear {odd[0]!r} has a format or a shape, but not both; the file is damaged")
+        for name in sorted(set(self.formats.values())):
+            _check_record(get_format(name), self.records.get(name), source)
+        once: set[str] = set()
+        for name in (n for group in self.shared_inputs for n in group):
+            if name not in self.formats or name in once:
+                why = "which is in another group too" if name in once else "which has no format"
+                raise AmqError(f"{source}: shared_inputs names {name!r}, {why}; the file is damaged")
+            once.add(name)
+        head = {"head": self.head} if self.head else {}
+        for key, name in (*head.items(), *(("embedding", n) for n in self.embedding.values())):
+            if name not in self.formats:
+                raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
+        if both := sorted(self.formats.keys() & self.kept.keys()):
+            raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
+
+
+def _check_record(fmt: BitFormat, record: Any, source: str) -> None:
+    expected = {"levels": fmt.levels, "unit_codes": fmt.unit_codes, "unit_bytes": fmt.unit_bytes}
+    if record != expected:
+        raise AmqError(f"{source}: format {fmt.name} was written as {record}, this amq knows it as {expected}")
+
+
+def check_parts(
+    linear: str, record: QuantizationRecord, qweight: Tensor, scale: Tensor, zero_point: Tensor
+) -> PackedWeight:
+    """The three tensors of `linear` as a PackedWeight of the recorded shape and format, or an error that names it."""
+    out_features, in_features = record.shapes[linear]
+    try:
+        packed = PackedWeight(
+            get_format(record.formats[linear]), in_features, record.group_size, qweight, scale, zero_point
+        )
+    except AmqError as error:
+        raise AmqError(f"{linear}: {error}; the checkpoint is damaged") from None
+    if packed.out_features != out_features:
+        raise AmqError(f"{linear}: expected {out_features} output rows, got {packed.out_features}; it is damaged")
+    return packed

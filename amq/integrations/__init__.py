@@ -1,0 +1,1 @@
+"""amq's checkpoints inside other libraries."""

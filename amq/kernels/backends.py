@@ -1,0 +1,219 @@
+"""Backends: which of them runs which format on this machine, why not where one does not, and the layout each wants.
+
+A backend repacks a `PackedWeight` once at load (`prepare`) and multiplies with what came out (`linear`); the file on
+disk never changes for a kernel's sake.
+
+- `reference` dequantizes and multiplies in plain torch. It runs everywhere and is what the others are tested against.
+- `cpu` is `amq._cpu`: tiles of 16 output rows (csrc/cpu/tiles.h), AVX-512 VNNI and AMX down to portable C++.
+- `triton` runs on NVIDIA and AMD GPUs (kernels/triton).
+- `cuda` runs on NVIDIA GPUs: kernels/cuda for the few rows of a decode step, Triton for more, on the same weights.
+
+Nothing here falls back on its own: `choose_backend` takes a slower one when asked, or logs why it had to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.formats import FORMATS, BitFormat, get_format, n_groups
+from amq.kernels import cpu as native
+from amq.kernels import cuda, triton
+from amq.kernels import gpu_layout as layout
+from amq.packing import PackedWeight, PreparedWeight, dequantize
+
+ACTIVATIONS = ("fp32", "int8")
+"""fp32: exact products. int8: x is rounded to 8 bits per row and group at run time; see `amq.kernels.ops.linear`."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a backend can do.
+
+    why_not: format → None if it runs here, else the reason.
+    prepare: packed weight → uint8 data on its device.
+    linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x and bias contiguous, y of x's dtype, the
+        bias of any in DTYPES, all on one device.
+    dtypes, activations: what x may be, and what may be done to it.
+    device: the type of device that it multiplies on, None for any.
+    """
+
+    name: str
+    why_not: Callable[[BitFormat], str | None]
+    prepare: Callable[[PackedWeight], Tensor]
+    linear: Callable[[Tensor, Sequence[PreparedWeight], Tensor | None, str], Tensor]
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+    activations: tuple[str, ...] = ACTIVATIONS
+    device: str | None = None
+
+
+def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
+    """`packed` in the layout of `backend`; the caller may drop `packed` afterwards.
+
+    It takes the packed size where its blocks divide the shape: on the CPU 32 input features (else at most 1.02 × it for
+    real linears), on a GPU 512 input features and 8 output rows (1.00 to 1.02 × it for 11008 features, 1.02 to 1.4 ×
+    for 576).
+    """
+    chosen = get_backend(backend)
+    reason = chosen.why_not(packed.format)
+    if reason is not None:
+        raise AmqError(f"backend {backend} cannot run {packed.format.name}: {reason}")
+    return PreparedWeight.of(packed, backend, chosen.prepare(packed))
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called `name`, or an error that lists the known ones."""
+    try:
+        return BACKENDS[name]
+    except KeyError:
+        raise AmqError(f"unknown backend {name!r}: expected one of {', '.join(BACKENDS)}") from None
+
+
+def check_activations(backend: str, activations: str) -> None:
+    """Refuses unknown names, a mode that the backend lacks, and int8 on `reference`, which a model's evaluation runs as
+    plain torch linears."""
+    chosen = get_backend(backend)
+    if activations not in ACTIVATIONS:
+        raise AmqError(f"activations must be one of {', '.join(ACTIVATIONS)}, got {activations!r}")
+    if activations not in chosen.activations or (backend == "reference" and activations != "fp32"):
+        able = [b.name for b in BACKENDS.values() if activations in b.activations and b.name != "reference"]
+        raise AmqError(
+            f"--activations {activations} does not go with backend {backend}: take --backend {' or '.join(able)}"
+        )
+
+
+def default_activations(backend: str) -> str:
+    """What `backend` runs with where nobody says: int8 on the CPU, where it is several times faster; exact on a GPU,
+    where rounding x is one more launch for each linear (and Triton has no int8), and on `reference`."""
+    return "int8" if backend == "cpu" else "fp32"
+
+
+def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
+    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a
+    warning."""
+    records = [get_format(name) for name in formats]
+    for backend in BACKENDS.values():
+        if backend.device not in (device, None):
+            continue
+        reasons = [(fmt.name, reason) for fmt in records if (reason := backend.why_not(fmt)) is not None]
+        if not reasons:
+            return backend.name
+        log.warning("backend %s is passed over: %s: %s", backend.name, *reasons[0])
+    raise AssertionError("unreachable: `reference` runs everything everywhere")
+
+
+def _reference_prepare(packed: PackedWeight) -> Tensor:
+    """qweight, scale and zero_point one after another."""
+    parts = (packed.qweight, packed.scale, packed.zero_point)
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+
+
+def _reference_packed(weight: PreparedWeight) -> PackedWeight:
+    rows, groups = weight.out_features, n_groups(weight.in_features, weight.group_size)
+    sizes = (rows * weight.format.row_bytes(weight.in_features), 2 * rows * groups, 2 * rows * groups)
+    if weight.data.numel() != sum(sizes):
+        raise AmqError(f"bytes of a {weight.format.name} weight: expected {sum(sizes)}, got {weight.data.numel()}")
+    qweight, scale, zero_point = (part.clone() for part in weight.data.split(sizes))  # fp16 wants an even address
+    return PackedWeight(
+        weight.format,
+        weight.in_features,
+        weight.group_size,
+        qweight.view(rows, weight.format.row_bytes(weight.in_features)),
+        scale.view(torch.float16).view(rows, groups),
+        zero_point.view(torch.float16).view(rows, groups),
+    )
+
+
+def quantize_activations(x: Tensor, group_size: int) -> Tensor:
+    """What the int8 mode computes with in place of x: float32 [M, K] → float32 [M, K].
+
+    Per row and group a = max|x|/127 and x becomes a · round(x/a), ties to even. A group with a NaN or an infinity
+    becomes NaN; one whose magnitudes are all below 2^-100 becomes 0.
+    """
+    rows, in_features = x.shape
+    padded = torch.nn.functional.pad(x, (0, -in_features % group_size))
+    groups = padded.view(rows, n_groups(in_features, group_size), group_size)
+    largest = groups.abs().amax(-1, keepdim=True)
+    codes = (groups * (127 / largest)).round()
+    rounded = torch.where(largest < 2.0**-100, 0.0, codes * (largest / 127))
+    rounded = torch.where(largest.isfinite(), rounded, torch.nan)
+    return rounded.view(padded.shape)[:, :in_features]
+
+
+def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    rows = x.float()
+    if activations == "int8":
+        rows = quantize_activations(rows, weights[0].group_size)
+    y = torch.cat([rows @ dequantize(_reference_packed(weight)).T for weight in weights], dim=-1)
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def _cpu_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    return native.linear(x.float(), weights, None if bias is None else bias.float(), activations).to(x.dtype)
+
+
+def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    return triton.linear(x, weights, bias)
+
+
+def _cuda_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    if x.shape[0] <= cuda.max_rows():
+        return cuda.linear(x, weights, None if bias is None else bias.to(x.dtype), activations)
+    if activations == "int8":  # what a small batch computes with, so that a row does not depend on how many there are
+        x = quantize_activations(x.float(), weights[0].group_size).to(x.dtype)
+    return triton.linear(x, weights, bias)
+
+
+def _cpu_why_not(fmt: BitFormat) -> str | None:
+    try:
+        native.check_compiled(fmt)
+    except AmqError as error:
+        return str(error)
+    return None if fmt.is_dense else f"tiles hold dense bitstreams only, not {fmt.levels} levels in {fmt.unit_bytes} B"
+
+
+def _cuda_why_not(fmt: BitFormat) -> str | None:
+    return cuda.why_not(fmt) or triton.why_not(fmt)
+
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("cpu", _cpu_why_not, native.prepare, _cpu_linear, device="cpu"),
+        Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
+        Backend("triton", triton.why_not, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"),
+        Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear),
+    )
+}
+"""Every backend by name; of those for one device, the fastest first."""
+
+
+def availability() -> list[tuple[str, str, dict[str, str | None]]]:
+    """(backend, instruction set, {format: None or the reason why not}) for everything compiled, missing or not."""
+    rows = _cpu_availability()
+    for backend in BACKENDS.values():
+        if backend.name != "cpu":
+            where = "torch" if backend.device is None else "gpu"
+            rows.append((backend.name, where, {name: backend.why_not(fmt) for name, fmt in FORMATS.items()}))
+    return rows
+
+
+def _cpu_availability() -> list[tuple[str, str, dict[str, str | None]]]:
+    try:
+        module = native.cpu_module()
+    except AmqError as error:
+        return [("cpu", "none", dict.fromkeys(FORMATS, str(error)))]
+    missing = module.missing()
+    return [
+        ("cpu", isa, {name: missing.get(isa) or _cpu_why_not(fmt) for name, fmt in FORMATS.items()})
+        for isa in (*module.isas(), *missing)
+    ]

@@ -1,0 +1,326 @@
+"""Linears whose weight stays in its bit format and is multiplied by a backend's kernel.
+
+`QuantizedLinear` holds a prepared weight. `StoredLinear` belongs to a checkpoint: it holds the packed weight as the
+file gave it (memory-mapped, on the CPU) and prepares it when it first meets an input on a device, so that loading costs
+nothing, `.to(device)` and device maps need no care, and the model can be saved again bit for bit. `SharedInput` joins
+linears that read one tensor into one call of the kernel, inside a model that knows nothing of it.
+
+Gradients flow through StoredLinears to their inputs and biases, so that an adapter beside them can be trained: the
+backward multiplies with the dequantized weight. The packed weight itself is a constant.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.formats import BitFormat
+from amq.kernels.backends import check_activations, choose_backend, default_activations, prepare
+from amq.kernels.cpu import dequantized
+from amq.kernels.ops import linear
+from amq.packing import PARTS, PackedWeight, PreparedWeight, dequantize
+
+
+class QuantizedLinear(nn.Module):
+    """y = x · Wᵀ (+ bias), float32, bfloat16 or float16 in and out, [..., in_features] → [..., out_features].
+
+    weight: prepared; its bytes are a buffer of the module, and not in its state dict, because the layout is the
+        backend's: a checkpoint stores the packed weight.
+    bias: [out_features] or None.
+    activations: `int8` or `fp32`, None for the backend's default; see `amq.kernels.ops.linear`.
+    name: the linear's dotted name in its model, for errors.
+    """
+
+    def __init__(
+        self,
+        weight: PreparedWeight,
+        bias: Tensor | None = None,
+        activations: str | None = None,
+        name: str = "linear",
+    ) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.activations, self.name = activations or default_activations(weight.backend), name
+        self._weight = weight
+        self.register_buffer("data", weight.data, persistent=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_packed(
+        cls,
+        packed: PackedWeight,
+        bias: Tensor | None = None,
+        backend: str = "cpu",
+        activations: str | None = None,
+        name: str = "linear",
+    ) -> QuantizedLinear:
+        """Prepares `packed` for `backend`; drop `packed` afterwards to hold the weight only once."""
+        return cls(prepare(packed, backend), bias, activations, name)
+
+    @property
+    def weight(self) -> PreparedWeight:
+        if self.data is not self._weight.data:  # torch moved or replaced the buffer
+            self._weight = replace(self._weight, data=self.data)
+        return self._weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, (self.weight,), self.bias, self.activations, self.name)
+
+    def extra_repr(self) -> str:
+        weight = self._weight
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"format={weight.format.name}, group_size={weight.group_size}, backend={weight.backend}, "
+            f"activations={self.activations}"
+        )
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the linears of one model are multiplied.
+
+    backend: a name in `amq.kernels.backends.BACKENDS`, or None for the first that runs all `formats` on the input's
+        device.
+    """
+
+    activations: str
+    backend: str | None
+    formats: tuple[str, ...]
+
+    def backend_on(self, device: torch.device) -> str:
+        """Raises AmqError where the backend lacks `activations`."""
+        name = self.backend or _choose(self.formats, device.type)
+        check_activations(name, self.activations)
+        return name
+
+
+_choose = cache(choose_backend)  # it logs what it passes over: once per model and kind of device is enough
+
+
+class QuantizedWeight:
+    """What a StoredLinear has for a `weight`: where it is and how large, for those who ask, and no numbers."""
+
+    dtype = torch.uint8
+    requires_grad = False
+
+    def __init__(self, linear: str, shape: tuple[int, int], device: torch.device) -> None:
+        self._linear, self.shape, self.device = linear, torch.Size(shape), device
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NoPlainWeight(
+            f"{self._linear} is quantized, its weight has no {name!r}: nothing can be merged into it; call "
+            "model.dequantize() first"
+        )
+
+
+class NoPlainWeight(AmqError, AttributeError):
+    """Someone asked a quantized weight for what only a plain one has."""
+
+
+class StoredLinear(QuantizedLinear, nn.Linear):
+    """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
+
+    It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
+
+    packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
+    shared: set where this linear's input is another one's too.
+    place: the device that the rest of the model is on, as far as is known before an input comes.
+    """
+
+    packed: PackedWeight | None
+    shared: SharedInput | None
+    place: torch.device
+
+    def __init__(
+        self,
+        fmt: BitFormat,
+        shape: tuple[int, int],
+        group_size: int,
+        execution: Execution,
+        bias: Tensor | None = None,
+        name: str = "linear",
+    ) -> None:
+        stored = PreparedWeight("", fmt, *shape, group_size, _unprepared(fmt, shape, group_size))
+        super().__init__(stored, bias, execution.activations, name)
+        self.execution, self.packed, self.shared = execution, None, None
+        self.place = torch.device("cpu")
+
+    def store(self, packed: PackedWeight) -> None:
+        """Takes the weight, which has the format and shape that this linear was made for."""
+        self.packed = packed
+        self._forget()
+
+    def _forget(self) -> None:
+        shape, group_size = (self.out_features, self.in_features), self._weight.group_size
+        self.data = _unprepared(self._weight.format, shape, group_size)
+        self._weight = replace(self._weight, backend="", data=self.data)
+
+    def prepared(self, device: torch.device) -> PreparedWeight:
+        """The weight on `device`, prepared now if it is not there yet."""
+        weight = self._weight  # read once: another thread may prepare too
+        if weight.backend and weight.data.device == device:
+            return weight
+        if self.packed is None:
+            raise AmqError(f"{self.name} has no weight yet: load it with from_pretrained, or give it one with store()")
+        weight = prepare(self.packed.to(device), self.execution.backend_on(device))
+        self._weight, self.data, self.place = weight, weight.data, device
+        return weight
+
+    @property
+    def weight(self) -> QuantizedWeight | Tensor:
+        """No numbers; while transformers loads, an empty tensor, for models that initialise weights by hand."""
+        shape = (self.out_features, self.in_features)
+        if self.packed is None:
+            return torch.empty(shape, device="meta")
+        return QuantizedWeight(self.name, shape, self.place)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shared is not None and not torch.compiler.is_compiling():
+            return self.shared.linear(self, x)
+        return self.alone(x)
+
+    def alone(self, x: Tensor) -> Tensor:
+        return _product(x, (self,), self.bias, self.name)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        if self.packed is None:
+            return super()._apply(fn, recurse)
+        before, self.data = self.data, None
+        super()._apply(fn, recurse)
+        self.place = fn(torch.empty(0)).device
+        if not before.is_meta:
+            self.data = before if fn(before) is before else None
+        if self.data is None:
+            self._forget()  # the layout of one device's backend is of no use on another
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed is not None:
+            destination.update({prefix + part: getattr(self.packed, part) for part in PARTS})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        names = [prefix + part for part in PARTS]
+        missing = [name for name in names if name not in state_dict]
+        if missing:
+            missing_keys.extend(missing if strict else [])
+        else:
+            parts = (state_dict[name].cpu() for name in names)
+            self.store(PackedWeight(self._weight.format, self.in_features, self._weight.group_size, *parts))
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
+
+
+def _unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tensor:
+    """An empty buffer of the packed weight's size, until it is prepared: device maps and footprints count buffers."""
+    return torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
+
+
+def _product(x: Tensor, linears: Sequence[StoredLinear], bias: Tensor | None, name: str) -> Tensor:
+    """`amq.kernels.ops.linear` of the weights of `linears`, which share x, with gradients to x and `bias` where they
+    want them."""
+    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
+    if wanted and torch.is_grad_enabled():
+        return _differentiable(x, linears, bias, name)
+    return linear(x, [m.prepared(x.device) for m in linears], bias, linears[0].activations, name)
+
+
+@torch.compiler.disable  # the backward calls native code, which dynamo cannot trace
+def _differentiable(x: Tensor, linears: Sequence[StoredLinear], bias: Tensor | None, name: str) -> Tensor:
+    return _Product.apply(x, bias, linears, name)
+
+
+class _Product(torch.autograd.Function):
+    """Rounding of activations to int8 has the gradient 1, as if they were not rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linears: Sequence[StoredLinear], name: str) -> Tensor:
+        ctx.packed, ctx.bias = [m.packed for m in linears], bias if bias is None else bias.dtype
+        return linear(x, [m.prepared(x.device) for m in linears], bias, linears[0].activations, name)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            parts = gradient.split([packed.out_features for packed in ctx.packed], dim=-1)
+            to_x = sum(part @ _dense(packed, part) for part, packed in zip(parts, ctx.packed, strict=True))
+        if ctx.needs_input_grad[1]:
+            to_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias)
+        return to_x, to_bias, None, None
+
+
+def _dense(packed: PackedWeight, like: Tensor) -> Tensor:
+    """The weight [out_features, in_features] with the device and dtype of `like`."""
+    weight = dequantized(packed) if like.device.type == "cpu" else dequantize(packed.to(like.device))
+    return weight.to(like.dtype)
+
+
+class SharedInput:
+    """Linears that read one tensor, multiplied in one call; they agree on having a bias.
+
+    The first that is called with x computes all; each of the others takes its own result when it is called with that
+    very tensor, and computes alone with any other. Only a weak reference to x is kept, and results that nobody takes go
+    when x goes. Threads that run one model at once see each other's x as another tensor.
+    """
+
+    def __init__(self, members: Sequence[StoredLinear]) -> None:
+        self.members = tuple(members)
+        self._waiting: _Waiting | None = None
+        for member in members:
+            member.shared = self
+
+    def __getstate__(self) -> dict[str, Any]:  # a copied model has seen no x
+        return {"members": self.members, "_waiting": None}
+
+    def linear(self, member: StoredLinear, x: Tensor) -> Tensor:
+        waiting = self._waiting
+        found = waiting.results.pop(id(member), None) if waiting is not None else None
+        if waiting is None or found is None:
+            return self._all(member, x)
+        return found if waiting.is_for(x) else member.alone(x)
+
+    def _all(self, member: StoredLinear, x: Tensor) -> Tensor:
+        biases = [m.bias for m in self.members if m.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        y = _product(x, self.members, bias, f"{member.name} and those that share its input")
+        parts = y.split([m.out_features for m in self.members], dim=-1)
+        # nn.Linear gives contiguous results, and model code may count on it; of a single row this copies nothing
+        results = {id(m): part.contiguous() for m, part in zip(self.members, parts, strict=True)}
+        mine = results.pop(id(member))
+        self._waiting = _Waiting(x, results)
+        return mine
+
+
+class _Waiting:
+    """Results for the tensor x that have not been asked for."""
+
+    def __init__(self, x: Tensor, results: dict[int, Tensor]) -> None:
+        self.results = results
+        self._version = _version(x)
+        self._x = weakref.ref(x, lambda _: results.clear())
+
+    def is_for(self, x: Tensor) -> bool:
+        return self._x() is x and self._version == _version(x)
+
+
+def _version(x: Tensor) -> int:
+    """Counts changes in place; tensors made under torch.inference_mode do not count theirs."""
+    return 0 if x.is_inference() else x._version

@@ -1,0 +1,149 @@
+"""Runs a causal LM from any decoder block to any other, through the model's own forward.
+
+Sensitivities recompute only the blocks after a change, Hessians are collected block by block, and logits are computed a
+few tokens at a time from cached final hidden states. All three need the model cut at block boundaries. Instead of
+rebuilding each architecture's masks, rotary tables, norms and logit scaling, the cut is made inside the model: blocks
+that need not run are replaced for the call by a `_Replay`, which hands on a hidden state, and a forward hook stops the
+call after the last block that must run. So the model prepares every block's arguments itself.
+
+This holds where blocks run in order and pass on nothing but one hidden-state tensor. `BlockRunner.check` proves it on
+real tokens before anything relies on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.model.inventory import find_blocks
+
+TOKENS = 128
+"""Tokens whose logits exist at once, wherever logits are computed from final hidden states: a vocabulary is large."""
+
+
+class _Replay(nn.Module):
+    """Stands in for a block that need not run: returns `hidden`, or its own input when `hidden` is None."""
+
+    def __init__(self, block: nn.Module, hidden: Tensor | None, as_tuple: bool) -> None:
+        super().__init__()
+        object.__setattr__(self, "_block", block)  # not a submodule: it is only asked for attributes
+        self._hidden, self._as_tuple = hidden, as_tuple
+
+    def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, such as the attention type
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(object.__getattribute__(self, "_block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = self._hidden
+        if hidden is None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if self._as_tuple else hidden
+
+
+class _Stop(Exception):
+    """Leaves the model's forward once the wanted block has run."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+class BlockRunner:
+    """Cuts `model` at block boundaries; `n_blocks` decoder blocks, boundary i lies before block i."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.blocks_path, self.blocks = find_blocks(model)
+        self.n_blocks = len(self.blocks)
+        self._as_tuple = False
+
+    def hidden(self, tokens: Tensor, stop: int, start: int = 0, hidden: Tensor | None = None) -> Tensor:
+        """Hidden state at boundary `stop` (≥ start).
+
+        tokens: int64 [batch, length].
+        start, hidden: boundary to start from and the hidden state there, [batch, length, hidden_size]; block 0 starts
+            from the tokens.
+        """
+        if stop == start and hidden is not None:
+            return hidden
+        with self._replaying(start, hidden), self._stopping(stop):
+            try:
+                self.model(input_ids=tokens, use_cache=False)
+            except _Stop as stopped:
+                return stopped.hidden
+        raise AmqError(f"{type(self.model).__name__} never ran block {stop - 1} at {self.blocks_path}.{stop - 1}")
+
+    def boundaries(self, tokens: Tensor) -> list[Tensor]:
+        """Hidden states after every block, n_blocks of [batch, length, hidden_size], from one forward."""
+        states: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            states.append(output[0] if isinstance(output, tuple) else output)
+
+        handles = [block.register_forward_hook(keep) for block in self.blocks[:-1]]
+        try:
+            last = self.hidden(tokens, self.n_blocks)
+            return [*states, last]
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] of final hidden states [tokens, hidden_size]: norm, head and scaling only."""
+        tokens = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
+        with self._replaying(self.n_blocks, hidden.unsqueeze(0)):
+            return self.model(input_ids=tokens, use_cache=False).logits[0]
+
+    def check(self, tokens: Tensor) -> None:
+        """Raises AmqError unless the model cut at every boundary gives the very logits of an uncut forward.
+
+        tokens: int64 [1, n].
+        """
+        name = type(self.model).__name__
+        with torch.no_grad():
+            whole = self.model(input_ids=tokens, use_cache=False).logits[0]
+            if not bool(torch.isfinite(whole).all()):
+                raise AmqError(f"the logits of {name} are not finite (NaN or infinity): load it in a wider --dtype")
+            refused = f"{name} cannot be run block by block: its blocks at {self.blocks_path} pass on "
+            refused += "more than one hidden state ({}); this architecture is not supported"
+            try:
+                state = self.hidden(tokens, 1)
+                for boundary in range(1, self.n_blocks):
+                    state = self.hidden(tokens, boundary + 1, boundary, state)
+                cut = self.logits(state[0])
+            except Exception as error:  # the uncut forward ran: what the model's code raises now is due to the cut
+                raise AmqError(refused.format(f"{type(error).__name__}: {error}")) from error
+        error = float((cut - whole).abs().max() / whole.abs().max())
+        if not error <= 1e-3:
+            raise AmqError(refused.format(f"logits differ by {error:.1e} relative"))
+
+    @contextmanager
+    def _replaying(self, start: int, hidden: Tensor | None) -> Iterator[None]:
+        originals = list(self.blocks[:start])
+        try:
+            for index, block in enumerate(originals):
+                state = hidden if index == start - 1 else None
+                self.blocks[index] = _Replay(block, state, self._as_tuple)
+            yield
+        finally:
+            for index, block in enumerate(originals):
+                self.blocks[index] = block
+
+    @contextmanager
+    def _stopping(self, stop: int) -> Iterator[None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            self._as_tuple = isinstance(output, tuple)
+            raise _Stop(output[0] if self._as_tuple else output)
+
+        handle = self.blocks[stop - 1].register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()

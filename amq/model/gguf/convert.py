@@ -1,0 +1,398 @@
+"""A GGUF file → a folder of float32 safetensors in the cache, made once and compared with its hashes at every use.
+
+Weights go from file to file one by one, in the transformers library's order and names, so that a conversion takes the
+memory of two tensors whatever the model's size. Architectures that are not translated here
+(`amq.model.gguf.config.FAMILIES`) are loaded whole by transformers, as long as nothing in the file is known to be
+lost on that way.
+
+Folders are named after the content of the file and `VERSION`. A conversion that a killed process left half done is
+removed by the next one, see `amq.util.temporary`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.model.gguf.config import FAMILIES, Translation, translate
+from amq.model.gguf.file import GgufFile, GgufTensor, parts_of, read_model
+from amq.model.gguf.rope import TENSORS as ROPE_TENSORS
+from amq.model.gguf.rope import check_frequencies
+from amq.model.weight_files import weight_files
+from amq.util.files import cache_dir, is_disk_full, make_folder, write_json
+from amq.util.limits import check_memory
+from amq.util.records import MOST, read_record, shorten
+from amq.util.temporary import remove_stale_below, temporary_folder
+from amq.util.tensor_stream import write_stream
+from amq.util.tensors import HASHES, tensor_hash, verify_file
+
+log = logging.getLogger(__name__)
+
+VERSION = 2
+"""Of what a conversion makes: raised when its result changes. 1 dropped rotary scaling and had no hashes."""
+MANIFEST = "conversion.json"
+MOST_STEM = 80
+OLD_TEMPORARY, OLD_SECONDS = re.compile(r"\..*-[0-9a-f]{32}\.[a-z0-9_]{8}"), 3600
+PIECE = 1 << 20
+"""Elements that one thread dequantizes at a time."""
+LOST = ("rope.scaling.", "rope.scale_linear")
+"""Keys that transformers' whole-model path is known to drop."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """files: {name: BLAKE2b} of all files but the weights, which have hashes of their own."""
+
+    version: int
+    files: dict[str, str]
+
+
+def gguf_folder(path: Path) -> Path:
+    """The cached folder of the model that `path` is a file of, converted now unless it is there and whole."""
+    paths = parts_of(path)
+    stem = re.sub(r"-00001-of-\d{5}$", "", paths[0].stem)[:MOST_STEM]
+    folder = cache_dir() / "models" / f"{stem}-v{VERSION}-{_digest(paths)}"
+    if (folder / MANIFEST).is_file():
+        try:
+            check_conversion(folder)
+        except AmqError as error:
+            log.warning("the cached conversion of %s is damaged and is made again: %s", path.name, error)
+        else:
+            return folder
+    log.info("dequantizing %s once into %s", path.name, folder)
+    _convert(paths, folder)
+    return folder
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        digest.update(bytes.fromhex(_file_hash(path)))
+    return digest.hexdigest()
+
+
+def _file_hash(path: Path) -> str:
+    digest = hashlib.blake2b()
+    try:
+        with open(path, "rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    except OSError as error:
+        raise AmqError(f"{path} cannot be read: {error}") from None
+    return digest.hexdigest()
+
+
+def check_conversion(folder: Path) -> None:
+    """Raises AmqError naming the file or tensor of a converted folder that is not what was written."""
+    manifest = read_record(folder / MANIFEST, Manifest)
+    weights = {path.name for path in weight_files(folder)}
+    for name, expected in manifest.files.items():
+        if name != Path(name).name or not (folder / name).is_file():
+            raise AmqError(f"{folder / name} is missing")
+        if _file_hash(folder / name) != expected:
+            raise AmqError(f"{folder / name} is not what was written (its hash differs)")
+    for name in sorted(weights):
+        verify_file(folder / name)
+
+
+def _convert(paths: Sequence[Path], folder: Path) -> None:
+    file = read_model(paths)
+    _check_types(file)
+    make_folder(folder.parent, "set AMQ_CACHE to a folder that can be written")
+    remove_stale_below(folder.parent)
+    _remove_old(folder.parent)
+    try:
+        with temporary_folder(folder) as temporary:
+            whole = temporary / "whole"
+            whole.mkdir()
+            if file.architecture in FAMILIES and _has_tools():
+                _stream(file, whole)
+            else:
+                _whole_model(file, paths, whole)
+            _save_tokenizer(paths[0], whole)
+            others = [path for path in sorted(whole.iterdir()) if path.suffix != ".safetensors"]
+            write_json(whole / MANIFEST, {"version": VERSION, "files": {p.name: _file_hash(p) for p in others}})
+            _publish(whole, folder, temporary / "damaged")
+    except AmqError:
+        raise
+    except Exception as error:
+        if is_disk_full(error):
+            raise AmqError(f"the disk is full: could not cache {paths[0].name} under {folder}") from error
+        if isinstance(error, OSError):
+            raise AmqError(f"could not cache {paths[0].name} under {folder}: {error}") from error
+        raise
+
+
+def _remove_old(models: Path) -> None:
+    """Removes what conversions of an amq without locks left, when nothing has been written there for an hour."""
+    for path in models.iterdir():
+        if OLD_TEMPORARY.fullmatch(path.name) and time.time() - path.stat().st_mtime > OLD_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        check_conversion(folder)
+    except AmqError:
+        return False
+    return True
+
+
+def _publish(whole: Path, folder: Path, damaged: Path) -> None:
+    """`whole` becomes `folder`; one that another process made meanwhile stays, for it may be in use."""
+    if folder.exists():
+        if _is_whole(folder):
+            return
+        os.rename(folder, damaged)
+    try:
+        os.rename(whole, folder)
+    except OSError:
+        if not (folder / MANIFEST).is_file():
+            raise
+
+
+def _check_types(file: GgufFile) -> None:
+    import gguf
+
+    if not file.tensors:
+        raise AmqError(f"{file.path} holds no tensors: expected a model")
+    kind = file.keys.get("general.type", "model")
+    if kind != "model":
+        raise AmqError(f"{file.path} is no model: its general.type is {shorten(kind)}")
+    checked: set[str] = set()
+    for tensor in file.tensors:
+        if tensor.type in checked:
+            continue
+        checked.add(tensor.type)
+        try:
+            gguf.dequantize(tensor.read(0, 1), gguf.GGMLQuantizationType[tensor.type])
+        except NotImplementedError:
+            raise AmqError(
+                f"{tensor.path}: tensor {tensor.name} has type {tensor.type}, which cannot be dequantized; use a GGUF "
+                "of another type, or the original safetensors"
+            ) from None
+
+
+def dequantized(tensor: GgufTensor) -> np.ndarray:
+    """float32 of the tensor's shape, in pieces on as many threads as torch has."""
+    import gguf
+
+    kind, columns = gguf.GGMLQuantizationType[tensor.type], tensor.shape[-1]
+    result = np.empty((tensor.rows, columns), np.float32)
+    step = max(1, PIECE // columns)
+
+    def fill(first: int) -> None:
+        last = min(first + step, tensor.rows)
+        result[first:last] = gguf.dequantize(tensor.read(first, last), kind)
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(fill, range(0, tensor.rows, step)))
+    return result.reshape(tensor.shape)
+
+
+def _stream(file: GgufFile, folder: Path) -> None:
+    """Config and weights of one of `FAMILIES`, tensor by tensor."""
+    factors = {t.name: dequantized(t).astype(np.float64) for t in file.tensors if t.name in ROPE_TENSORS}
+    translation = translate(file, factors)
+    model = _empty_model(file, translation)
+    processor, mapping = _processor(file, model)
+    sources: dict[str, list[GgufTensor]] = {}
+    for tensor in file.tensors:
+        if tensor.name in factors:
+            continue
+        target = mapping.get(tensor.name, mapping.get(tensor.name.removesuffix(".weight")))
+        if target is None:
+            raise AmqError(
+                f"{tensor.path}: nothing takes the tensor {tensor.name} {list(tensor.shape)}, which changes what the "
+                f"model computes: {type(model).__name__} has no place for it; use the original safetensors"
+            )
+        sources.setdefault(target, []).append(tensor)
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    _check_shapes(file, shapes, sources)
+    largest = max(torch.Size(shape).numel() for shape in shapes.values())
+    check_memory(2 * 4 * largest, f"dequantizing {file.path.name}")
+    make = partial(_made, processor, mapping, sources, shapes)
+    write_stream(folder, shapes, make, HASHES, tensor_hash)
+    _save_config(model, folder)
+
+
+def _empty_model(file: GgufFile, translation: Translation) -> nn.Module:
+    """The model without memory, its rotary table compared with what the file says."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.for_model(translation.model_type, **translation.values)
+        config.name_or_path = str(file.path.parent)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # a config's own checks and a model's constructor raise many types
+        raise AmqError(f"{file.path}: no model can be built of its keys ({type(error).__name__}: {error})") from error
+    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    if not rotary:
+        raise AmqError(f"{file.path}: {type(model).__name__} has no rotary table that could be compared with the file")
+    for kind in {type(module) for module in rotary}:
+        buffers = dict(kind(config=config).named_buffers())
+        name = next((n for n in ("full_attention_inv_freq", "inv_freq") if n in buffers), "")
+        if not name:
+            raise AmqError(f"{file.path}: the rotary table of {kind.__name__} has no frequencies to compare")
+        check_frequencies(buffers[name].double().numpy(), translation.rope, str(file.path))
+    return model
+
+
+def _has_tools() -> bool:
+    """Whether this transformers has what `_processor` takes of it, which is not part of its documented interface."""
+    try:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
+    except ImportError as error:
+        log.warning("this transformers gives no names of GGUF tensors (%s): files are loaded whole", error)
+        return False
+    return callable(get_gguf_hf_weights_map) and "llama" in TENSOR_PROCESSORS
+
+
+def _processor(file: GgufFile, model: nn.Module) -> tuple[Any, dict[str, str]]:
+    """transformers' own object that undoes llama.cpp's changes of weights, and {name in the file: its own name}."""
+    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+
+    config = model.config.to_dict()
+    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
+    return processor, get_gguf_hf_weights_map(model, processor)
+
+
+def _check_shapes(
+    file: GgufFile, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Sequence[GgufTensor]]
+) -> None:
+    """Raises AmqError unless every weight of the model comes from tensors of its size."""
+    missing = [name for name in shapes if name not in sources]
+    if missing:
+        raise _incomplete(file.path, missing, len({tensor.path for tensor in file.tensors}))
+    for target, tensors in sources.items():
+        if target not in shapes:
+            raise AmqError(f"{file.path}: tensor {tensors[0].name} is tied to another weight, but the file has its own")
+        if sum(t.numel for t in tensors) != torch.Size(shapes[target]).numel():
+            found = " and ".join(f"{t.name} {list(t.shape)}" for t in tensors)
+            raise AmqError(f"{file.path}: {found} cannot be {target} of shape {list(shapes[target])}, as its keys say")
+
+
+def _incomplete(path: Path, missing: Sequence[str], parts: int = 1) -> AmqError:
+    what = "it is incomplete" if parts == 1 else f"its {parts} parts are incomplete"
+    return AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: {what}")
+
+
+def _made(
+    processor: Any,
+    mapping: dict[str, str],
+    sources: Mapping[str, Sequence[GgufTensor]],
+    shapes: Mapping[str, tuple[int, ...]],
+    target: str,
+) -> Tensor:
+    """One weight of the model from the file's tensors: one, or the two halves of experts."""
+    parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
+    value: np.ndarray | None = None
+    for tensor in sources[target]:
+        weights = dequantized(tensor)
+        result = processor.process(
+            weights=weights, name=tensor.name, tensor_key_mapping=mapping, parsed_parameters=parsed
+        )
+        if result.name is not None:
+            value = result.weights
+    made = parsed["tensors"].get(target) if value is None else torch.from_numpy(np.ascontiguousarray(value))
+    if made is None or tuple(made.shape) != shapes[target]:
+        found = None if made is None else list(made.shape)
+        raise AmqError(f"{sources[target][0].path}: {target} came out as {found}, expected {list(shapes[target])}")
+    return made.contiguous()
+
+
+def _save_config(model: nn.Module, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    config = model.config
+    config.architectures = [type(model).__name__]
+    config.dtype = torch.float32
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+
+
+def _save_tokenizer(path: Path, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    _by_transformers(
+        path, lambda: AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
+    )
+
+
+def _by_transformers(path: Path, action: Callable[[], Any]) -> Any:
+    try:
+        return action()
+    except Exception as error:  # gguf and transformers raise many types for a file that they cannot read
+        if is_disk_full(error):
+            raise
+        raise AmqError(f"{path} cannot be converted by transformers: {type(error).__name__}: {error}") from error
+
+
+def _whole_model(file: GgufFile, paths: Sequence[Path], folder: Path) -> None:
+    """An architecture that only transformers translates: the whole model in memory, twice."""
+    from transformers import AutoModelForCausalLM
+
+    path, architecture = file.path, file.architecture
+    if len(paths) > 1:
+        raise AmqError(f"{path}: {architecture} is not read in parts; join them with llama-gguf-split --merge")
+    _check_whole_model(file)
+    log.warning(
+        "%s: the architecture %s is not translated by amq but by transformers, which takes the model's memory twice "
+        "and may leave keys out", path.name, architecture,
+    )  # fmt: skip
+    check_memory(2 * 4 * sum(t.numel for t in file.tensors), f"dequantizing {path.name}")
+    model, info = _by_transformers(
+        path,
+        lambda: AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        ),
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise _incomplete(path, missing)
+    kept = {name for name, _ in model.named_parameters()}  # a shared parameter only under its first name
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    tensors = {n: t for n, t in model.state_dict().items() if n in kept or n not in every}
+    if odd := [name for name, tensor in tensors.items() if tensor.dtype != torch.float32]:
+        raise AmqError(f"{path}: transformers left {odd[0]} as {tensors[odd[0]].dtype}, expected float32")
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    write_stream(folder, shapes, lambda name: tensors[name].contiguous(), HASHES, tensor_hash)
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    _save_config(model, folder)
+
+
+def _check_whole_model(file: GgufFile) -> None:
+    """Bounds the sizes that transformers builds a model of, and refuses what it is known to drop."""
+    prefix = f"{file.architecture}."
+    for name, value in file.keys.items():
+        if not name.startswith(prefix):
+            continue
+        key = name.removeprefix(prefix)
+        if isinstance(value, int) and not -MOST <= value <= MOST:
+            raise AmqError(f"{file.path}: {name} is {shorten(value)}, expected at most {MOST}")
+        if key == "block_count" and (not isinstance(value, int) or value > len(file.tensors)):
+            raise AmqError(f"{file.path}: {name} is {shorten(value)}, the file has {len(file.tensors)} tensors")
+        if key.startswith(LOST) and value not in ("none", 1.0) and key != "rope.scaling.finetuned":
+            raise AmqError(f"{file.path}: transformers would drop the key {name}: use the original safetensors")
+    for tensor in file.tensors:
+        if tensor.name in ROPE_TENSORS:
+            raise AmqError(
+                f"{file.path}: transformers would drop the tensor {tensor.name}: use the original safetensors"
+            )

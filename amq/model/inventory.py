@@ -1,0 +1,227 @@
+"""Finds what a causal LM is made of by walking its module tree: no model names, no role lists, no per-model tables.
+
+The decoder blocks are the `nn.ModuleList` that holds the most linear weights; every `nn.Linear` inside it is a
+`LinearSpec`, named by its module path. Every other parameter is listed too, as an `OtherWeight` with a kind, so that a
+memory figure can be itemised and nothing is left out silently: embeddings, lm_head, norms and biases, and weights that
+stay as they are because no format applies to them (experts held as one 3-D parameter, convolutions, linears outside the
+blocks). A parameter that two modules share is counted once.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.util.records import shorten
+
+MOST_PATTERN = 1000
+"""Characters of a pattern, and the product of its counted repetitions, which compiling writes out one by one."""
+MATCH_SECONDS = 5.0
+"""For one pattern on all linears, which takes microseconds unless it backtracks without end."""
+
+
+@dataclass(frozen=True)
+class LinearSpec:
+    """One quantizable linear: `name` is its module path, `role` that path inside its block."""
+
+    name: str
+    block: int
+    role: str
+    out_features: int
+    in_features: int
+
+    @property
+    def numel(self) -> int:
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class OtherWeight:
+    """A parameter that stays in 16 bits; kind: embedding, lm_head, small (norms, biases), not quantized."""
+
+    name: str
+    kind: str
+    numel: int
+    shape: tuple[int, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Inventory:
+    """Every parameter of a model, each exactly once."""
+
+    blocks_path: str
+    n_blocks: int
+    linears: tuple[LinearSpec, ...]
+    others: tuple[OtherWeight, ...]
+    head_is_tied: bool
+
+    @property
+    def numel(self) -> int:
+        return sum(s.numel for s in self.linears) + sum(o.numel for o in self.others)
+
+    def in_block(self, block: int) -> list[LinearSpec]:
+        return [s for s in self.linears if s.block == block]
+
+    def only(self, names: Container[str]) -> Inventory:
+        """The same model, of whose linears a stage sees those called `names`: the ones that are quantized."""
+        return replace(self, linears=tuple(s for s in self.linears if s.name in names))
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears."""
+    best: tuple[int, str, nn.ModuleList] | None = None
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        weights = sum(m.in_features * m.out_features for m in module.modules() if _is_linear(m))
+        if weights and (best is None or weights > best[0]):  # ties go to the outer list, which is walked first
+            best = (weights, path, module)
+    if best is None:
+        raise AmqError(
+            f"{type(model).__name__} has no list of decoder blocks that holds nn.Linear modules: nothing to quantize"
+        )
+    return best[1], best[2]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """nn.Linear, or what stands in for one (`amq.kernels.modules`) and says its size in the same way."""
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """An nn.Linear with a weight of its own, which those of a quantized model do not have."""
+    return isinstance(module, nn.Linear) and "weight" in module._parameters
+
+
+def inventory(model: nn.Module) -> Inventory:
+    """Walks `model` (a Hugging Face causal LM, on any device, meta included) into an `Inventory`."""
+    blocks_path, blocks = find_blocks(model)
+    linears = tuple(_block_linears(blocks_path, blocks))
+    if not linears:
+        raise AmqError(f"no nn.Linear found in the blocks at {blocks_path!r}: nothing to quantize")
+    taken = {f"{s.name}.weight" for s in linears}
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    embedding_weight = getattr(embedding, "weight", None)
+    head_weight = getattr(head, "weight", None)
+    others = []
+    for name, parameter in model.named_parameters():  # yields a shared parameter once, under its first name
+        if name in taken:
+            continue
+        if parameter is embedding_weight:
+            kind, reason = "embedding", ""
+        elif parameter is head_weight:
+            kind, reason = "lm_head", ""
+        elif parameter.ndim < 2:
+            kind, reason = "small", ""
+        else:
+            kind, reason = "not quantized", _why_not(model, name, parameter, blocks_path)
+        others.append(OtherWeight(name, kind, parameter.numel(), tuple(parameter.shape), reason))
+    tied = head_weight is not None and head_weight is embedding_weight
+    return Inventory(blocks_path, len(blocks), linears, tuple(others), tied)
+
+
+def _block_linears(blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSpec]:
+    seen: set[int] = set()
+    for index, block in enumerate(blocks):
+        for role, module in block.named_modules():
+            if _is_plain(module) and id(module.weight) not in seen:
+                seen.add(id(module.weight))
+                yield LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
+
+
+def _why_not(model: nn.Module, name: str, parameter: Tensor, blocks_path: str) -> str:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if not name.startswith(blocks_path + "."):
+        return f"{type(owner).__name__} outside the decoder blocks"
+    if parameter.ndim > 2:
+        return f"{parameter.ndim}-D parameter of {type(owner).__name__}, not an nn.Linear"
+    return f"{type(owner).__name__} is not an nn.Linear"
+
+
+def get_linear(model: nn.Module, name: str) -> nn.Linear:
+    """The nn.Linear at the dotted `name`, or an error that says what is there instead."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise AmqError(f"linear {name!r} is not in this {type(model).__name__}") from None
+    if not _is_plain(module):
+        raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Linear")
+    return module
+
+
+def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
+    """Refuses linears that cannot be quantized, which are empty, and any weight with NaN or infinity.
+
+    Norms, embeddings and heads count: what is written with them is a broken model, too.
+    """
+    for spec in linears:
+        if not spec.numel:
+            raise AmqError(
+                f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized"
+            )
+    names = {f"{spec.name}.weight": f"linear {spec.name}" for spec in linears}
+    for name, tensor in model.named_parameters():
+        if not tensor.is_floating_point() or tensor.is_meta or is_finite(tensor):
+            continue
+        raise AmqError(
+            f"{names.get(name, name)} holds {int((~torch.isfinite(tensor)).sum())} non-finite weights: "
+            "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
+        )
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it has neither NaN nor infinity; without a mask of its size: the extremes show both."""
+    return not tensor.numel() or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as `dtype`; raises AmqError naming it where a finite value would become infinity."""
+    result = tensor.to(dtype)
+    if dtype.is_floating_point and not is_finite(result) and is_finite(tensor):
+        largest = float(tensor.abs().max())
+        raise AmqError(
+            f"{name} holds {largest:.4g}, beyond the range of {str(dtype).removeprefix('torch.')}: say "
+            "--dtype bfloat16, or correct the dtype in the model's config.json"
+        )
+    return result
+
+
+def match_linears(linears: tuple[LinearSpec, ...], pattern: str) -> list[LinearSpec]:
+    """The linears whose name contains a match of the regular expression `pattern`; none is an error.
+
+    `regex` instead of `re`, which knows no time limit: a pattern from a file must not be able to hang whoever reads it.
+    """
+    import regex
+
+    counts = [int(n) for braces in re.findall(r"\{([0-9, ]*)\}", pattern) for n in re.findall("[0-9]{1,9}", braces)]
+    if len(pattern) > MOST_PATTERN or math.prod(max(1, n) for n in counts) > MOST_PATTERN:
+        raise AmqError(
+            f"the pattern {shorten(pattern)} is too large: expected at most {MOST_PATTERN} characters and repetitions"
+        )
+    found = []
+    try:
+        expression, left = regex.compile(pattern), MATCH_SECONDS
+        for spec in linears:
+            start = time.monotonic()
+            if expression.search(spec.name, timeout=left):
+                found.append(spec)
+            left = max(left - (time.monotonic() - start), 0.001)
+    except (regex.error, RecursionError, OverflowError) as error:
+        raise AmqError(f"{shorten(pattern)} is not a regular expression: {error}") from None
+    except TimeoutError:
+        raise AmqError(
+            f"the pattern {shorten(pattern)} takes longer than {MATCH_SECONDS:g} s to match: write it without "
+            "repetitions inside repetitions, such as (.+)+"
+        ) from None
+    if not found:
+        raise AmqError(f"no linear matches {pattern!r}; names look like {linears[0].name}")
+    return found

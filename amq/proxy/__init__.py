@@ -1,0 +1,1 @@
+"""Weights to losses: what a search is handed to measure a configuration with."""

@@ -1,0 +1,228 @@
+"""The methods that quantize one block, and the stream that calls them: model → one `BlockResult` after the other.
+
+A calibrated method sees the inputs that the quantized blocks before it produce, measures all its linears' inputs once,
+moves scales between producers and linears (`awq`), and rounds. Blocks before the current one hold their dequantized
+weights, so memory is the model, one block's statistics and the hidden states of the calibration windows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
+from amq.formats import get_format
+from amq.kernels.cpu import dequantized
+from amq.model.calibration import CalibrationStream, InputGroup
+from amq.model.inventory import Inventory, LinearSpec, get_linear
+from amq.packing import PackedWeight
+from amq.quantize.exponents import move_exponent, unfit
+from amq.quantize.fold import Fold, apply_fold, find_fold
+from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantize.quantizers.awq import search_scale
+from amq.quantize.quantizers.grid import check_scales
+
+
+@dataclass(frozen=True)
+class Method:
+    """rounding: a name in `amq.quantize.quantizers.QUANTIZERS`. scales: whether AWQ's scales are searched and folded
+    first."""
+
+    rounding: str
+    scales: bool = False
+    help: str = ""
+
+    @property
+    def calibrated(self) -> bool:
+        return self.scales or self.rounding in NEEDS_GRAM
+
+
+METHODS = {
+    "awq": Method("clip", True, "activation-aware scales and asymmetric clipping"),
+    "gptq": Method("gptq", False, "error-compensated rounding, block by block"),
+    "awq+gptq": Method("gptq", True, "activation-aware scales, then error-compensated rounding"),
+    "clip": Method("clip", False, "asymmetric clipping alone"),
+    "hqq": Method("hqq", False, "half-quadratic quantization, no calibration"),
+    "rtn": Method("rtn", False, "round to nearest, no calibration"),
+}
+"""Methods that quantize here; `bank` and `autoround` (amq/quantize/run.py) take weights that others made."""
+
+
+@dataclass
+class BlockResult:
+    """One finished block.
+
+    packed: {linear: weight}. changed: {parameter name: new value} of norms and biases that took a scale.
+    errors: {linear: ‖(W − Ŵ)x‖/‖Wx‖ over calibration inputs, or ‖W − Ŵ‖/‖W‖ without calibration}; W after folding.
+    notes: what a user should know of, such as which scales could not be folded.
+    """
+
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    changed: dict[str, Tensor] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+class BlockSource(Protocol):
+    """Makes the blocks' results in order: `make(0)`, `finish(…)`, `make(1)`, …; one made before is only finished."""
+
+    def make(self, block: int) -> BlockResult: ...
+
+    def finish(self, result: BlockResult) -> None: ...
+
+
+class BlockQuantizer:
+    """Quantizes `model` in place, one block per call, in order.
+
+    formats: {linear: format name}; the inventory's other linears keep their weights, but for scales that are folded
+        into the producer of an input that they share.
+    windows: int64 [windows, length]; methods without calibration look at the first alone, and only for odd weights.
+    stored: dtype that norms will have in the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inventory: Inventory,
+        formats: Mapping[str, str],
+        group_size: int,
+        method: Method,
+        windows: Tensor,
+        zero_points: str = "fractional",
+        stored: torch.dtype = torch.float32,
+    ) -> None:
+        self._model, self._inventory = model, inventory
+        self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
+        self._group_size, self._method, self._zero_points, self._stored = group_size, method, zero_points, stored
+        self._windows = windows
+        self._head_dim = head_dim(model.config)
+
+    @cached_property
+    def _stream(self) -> CalibrationStream | None:
+        """Starts with the first block: what the embedding holds then counts."""
+        return CalibrationStream(self._model, self._windows) if self._method.calibrated else None
+
+    @torch.no_grad()
+    def make(self, block: int) -> BlockResult:
+        """Quantizes the next block, whose number is `block`."""
+        linears = self._inventory.in_block(block)
+        result = BlockResult()
+        if small_or_large := unfit(self._model, self._quantized(linears), self._formats, self._group_size):
+            self._move_exponents(block, small_or_large, result)
+        if self._stream is None:
+            self._round(linears, None, result)
+            return result
+        groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
+        groups = [group for group in groups if self._quantized(group.linears)]
+        if self._method.scales:
+            groups = self._scale(f"{self._inventory.blocks_path}.{block}", groups, result)
+        for group in groups:
+            self._round(group.linears, group.gram, result)
+        return result
+
+    def _move_exponents(self, block: int, names: set[str], result: BlockResult) -> None:
+        """Makes the linears `names` of the next block fit, or raises AmqError; rare, so it may take its time."""
+        linears = self._inventory.in_block(block)
+        stream = self._stream
+        if stream is None:
+            stream = CalibrationStream(self._model, self._windows[:1])
+            for _ in range(block):
+                stream.advance()
+        how = (self._formats, self._group_size, self._head_dim, stream.sample, self._stored)
+        for group in stream.measure(linears):
+            if any(spec.name in names for spec in group.linears):
+                fold = move_exponent(self._model, f"{self._inventory.blocks_path}.{block}", group, *how)
+                self._note_changes(fold, group.linears, result)
+                moved = ", ".join(spec.role for spec in group.linears)
+                result.notes.append(f"block {block}: {moved}: their scales lie beyond fp16, moved into {fold.producer}")
+        for spec in self._quantized(linears):
+            weight = get_linear(self._model, spec.name).weight
+            check_scales(spec.name, weight, self._formats[spec.name], self._group_size)
+
+    def _quantized(self, linears: Sequence[LinearSpec]) -> list[LinearSpec]:
+        """Those of `linears` that are not kept as they are."""
+        return [spec for spec in linears if spec.name in self._formats]
+
+    @torch.no_grad()
+    def finish(self, result: BlockResult) -> None:
+        """Leaves that block's dequantized weights in the model and goes on; `result` may be of an earlier run."""
+        install(self._model, result)
+        if self._stream is not None:
+            self._stream.advance()
+
+    def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
+        quantize = get_quantizer(self._method.rounding)
+        for spec in self._quantized(specs):
+            fmt = self._formats[spec.name]
+            weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
+            try:
+                packed = quantize([weight], [fmt], self._group_size, gram, self._zero_points)[0][fmt.name]
+            except AmqError as error:
+                raise AmqError(f"{spec.name}: {error}") from None
+            result.packed[spec.name] = packed
+            result.errors[spec.name] = relative_error(weight, packed, gram)
+
+    def _scale(self, block: str, groups: Sequence[InputGroup], result: BlockResult) -> list[InputGroup]:
+        """Searches every group's scales and moves them into their producers; returns the groups as they are then.
+
+        All scales are searched on the weights as they were: a producer's rows get a factor each, which leaves the
+        relative error of rounding them alone.
+        """
+        scaled = []
+        for group in groups:
+            fold = find_fold(self._model, block, group.linears, self._head_dim, self._stream.sample)
+            if fold is None:
+                result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
+                scaled.append(group)
+                continue
+            rounded = self._quantized(group.linears)
+            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in rounded]
+            formats = [self._formats[s.name] for s in rounded]
+            scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
+            factors = torch.ones(int(fold.index.max()) + 1)
+            factors[fold.index] = 1 / scale
+            factors = apply_fold(self._model, fold, group.linears, factors, self._stored)
+            scale = 1 / factors.cpu()[fold.index]
+            scaled.append(InputGroup(group.linears, group.gram / scale.unsqueeze(1) / scale))
+            self._note_changes(fold, group.linears, result)
+        return scaled
+
+    def _note_changes(self, fold: Fold, readers: Sequence[LinearSpec], result: BlockResult) -> None:
+        """Keeps the changed parameters that stay in the checkpoint as they are: norms, biases, and kept linears."""
+        module = self._model.get_submodule(fold.producer)
+        for name, parameter in module.named_parameters(recurse=False):
+            if fold.producer not in self._formats or name != "weight":
+                result.changed[f"{fold.producer}.{name}"] = parameter.data.clone()
+        for spec in (s for s in readers if s.name not in self._formats):
+            result.changed[f"{spec.name}.weight"] = get_linear(self._model, spec.name).weight.data.clone()
+
+
+def install(model: nn.Module, result: BlockResult) -> None:
+    """Puts a block's dequantized weights and changed parameters into `model`."""
+    for name, value in result.changed.items():
+        model.get_parameter(name).data.copy_(value)
+    for name, packed in result.packed.items():
+        get_linear(model, name).weight.data.copy_(dequantized(packed))
+
+
+def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:
+    """‖(W − Ŵ)x‖/‖Wx‖, root mean square over tokens and rows; without `gram` ‖W − Ŵ‖/‖W‖."""
+    error = dequantized(packed).sub_(weight)
+
+    def energy(rows: Tensor) -> float:
+        return float((rows if gram is None else rows @ gram).mul_(rows).sum(dtype=torch.float64))
+
+    return math.sqrt(max(energy(error), 0.0) / max(energy(weight.clone()), 1e-30))
+
+
+def head_dim(config: object) -> int | None:
+    """Features per attention head, by a Hugging Face config."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)

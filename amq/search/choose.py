@@ -1,0 +1,136 @@
+"""Selection: from a finished run (archive, cost table, fit) and a budget to one configuration. Evaluates nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from amq.configuration import Configuration, memory_items, memory_json
+from amq.errors import AmqError
+from amq.model.inventory import Inventory
+from amq.search.archive import Record
+from amq.search.knapsack import select
+from amq.search.loss_curve import LossFit, table_cost
+from amq.search.problem import Table
+from amq.search.space import SearchSpace
+
+
+@dataclass(frozen=True)
+class Budget:
+    """At most `bits` bits per weight, or (with `max_loss`) the fewest bits whose loss is at most that."""
+
+    bits: float | None = None
+    max_loss: float | None = None
+
+
+def budget_from_memory(memory: int, context: int, inventory: Inventory, config: Any, space: SearchSpace) -> float:
+    """Bits per weight that the linears may take when everything must fit in `memory` bytes."""
+    smallest = Configuration(space.decode(space.sizes.argmin(axis=1)), space.group_size)
+    items = memory_items(inventory, smallest, config, context)
+    rest = sum(i.bytes for i in items) - smallest.bytes(space.linears)
+    bits = 8 * (memory - rest) / space.numel
+    low, high = space.bits_range
+    if bits < low:
+        listing = ", ".join(f"{i.name} {i.bytes / 2**20:.1f} MiB" for i in items if i.bytes)
+        raise AmqError(
+            f"--memory {memory / 2**30:.3f} GiB is below the smallest configuration, which needs "
+            f"{sum(i.bytes for i in items) / 2**30:.3f} GiB ({listing}); "
+            "give more memory, a smaller --context or cheaper --formats"
+        )
+    return min(bits, high)
+
+
+def check_bits(bits: float, space: SearchSpace) -> float:
+    """`bits` if the space reaches it, else an error with the reachable range."""
+    low, high = space.bits_range
+    if not low - 1e-9 <= bits <= high + 1e-9:
+        side = "below the smallest" if bits < low else "above the largest"
+        raise AmqError(
+            f"a budget of {bits:g} bits per weight is {side} configuration: with "
+            f"formats {','.join(space.format_names)} at "
+            f"group {space.group_size} the reachable range is {low:.4f} to {high:.4f}"
+        )
+    return min(max(bits, low), high)
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A configuration with what is known of its loss: measured, confirmed on held-out windows, predicted."""
+
+    formats: dict[str, str]
+    bits_per_weight: float
+    loss: float | None
+    loss_confirm: float | None
+    predicted: float | None
+
+
+def choose(
+    budget: Budget, space: SearchSpace, records: list[Record], table: Table | None = None, fit: LossFit | None = None
+) -> Chosen:
+    """The best configuration within the budget.
+
+    records: the archive. Candidates are every feasible record and, with a cost table, the knapsack optimum at the
+    budget; they compare by measured loss, or by predicted loss where none was measured.
+    """
+    search = {_key(r): r for r in records if r["windows"] == "search" and r["loss"] is not None}
+    confirm = {_key(r): r["loss"] for r in records if r["windows"] == "confirm" and r["loss"] is not None}
+    if not search:
+        raise AmqError("the run holds no feasible evaluation: nothing to choose from")
+    if budget.max_loss is not None:
+        return _within_loss(budget.max_loss, search, confirm)
+    bits = check_bits(budget.bits if budget.bits is not None else space.bits_range[1], space)
+    candidates = [_from_record(r, confirm) for r in search.values() if r["bits_per_weight"] <= bits + 1e-6]
+    if table is not None and fit is not None:
+        formats = space.decode(select(space.variable_costs(table), space.sizes, space.capacity(bits)))
+        if not any(
+            r["configuration"] == formats for r in records
+        ):  # an infeasible one must not come back as a prediction
+            predicted = float(fit.predict(np.array(table_cost(table, formats))))
+            candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
+    if not candidates:
+        raise AmqError(f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget")
+    return min(candidates, key=lambda c: c.loss if c.loss is not None else c.predicted)
+
+
+def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, float]) -> Chosen:
+    good = [r for r in search.values() if r["loss"] <= max_loss]
+    if not good:
+        best = min(search.values(), key=lambda r: r["loss"])
+        raise AmqError(
+            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best['loss']:.5f} at "
+            f"{best['bits_per_weight']:.3f} bits per weight: raise --max-loss or add a wider format to --formats"
+        )
+    return _from_record(min(good, key=lambda r: (r["bits_per_weight"], r["loss"])), confirm)
+
+
+def _from_record(record: Record, confirm: dict[Any, float]) -> Chosen:
+    return Chosen(record["configuration"], record["bits_per_weight"], record["loss"], confirm.get(_key(record)), None)
+
+
+def _key(record: Record) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(record["configuration"].items()))
+
+
+def to_configuration(
+    chosen: Chosen,
+    model: str,
+    group_size: int,
+    inventory: Inventory,
+    config: Any,
+    context: int,
+    provenance: dict[str, Any],
+) -> Configuration:
+    """The configuration file's content."""
+    bare = Configuration(chosen.formats, group_size)
+    return Configuration(chosen.formats, group_size, {
+        "model": model,
+        "bits_per_weight": round(chosen.bits_per_weight, 6),
+        "bytes": bare.bytes(inventory.linears),
+        "loss": chosen.loss,
+        "loss_confirm": chosen.loss_confirm,
+        "predicted_loss": chosen.predicted,
+        "memory": memory_json(memory_items(inventory, bare, config, context)),
+        "provenance": provenance,
+    })  # fmt: skip
