@@ -175,7 +175,7 @@ def other_items(model: Inventory) -> list[MemoryItem]:
     items = [
         MemoryItem("embeddings", total("embedding"), "16 bits"),
         MemoryItem("lm_head", total("lm_head"), tied),
-        MemoryItem("norms and biases", total("small"), "16 bits"),
+        MemoryItem("norms and biases", total("norm_or_bias"), "16 bits"),
     ]
     rest = total("not quantized")
     if rest:

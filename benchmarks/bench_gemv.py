@@ -33,7 +33,7 @@ import numpy as np
 import pytest
 import torch
 from peers import PEERS
-from peers.base import Problem
+from peers.base import Product
 from peers.worker import TOLERANCE, measure
 
 from amq.bench.machine import OtherWork, last_level_cache
@@ -143,9 +143,9 @@ class Stage:
         self.rows: list[tuple[Case, dict]] = []
         wanted = os.environ.get("AMQ_BENCH_PEERS", ",".join(PEERS)).split(",")
         self.left_out = {
-            name: peer.why_not() if name in wanted else "not in AMQ_BENCH_PEERS"
+            name: peer.unsupported_reason() if name in wanted else "not in AMQ_BENCH_PEERS"
             for name, peer in PEERS.items()
-            if name not in wanted or peer.why_not() is not None
+            if name not in wanted or peer.unsupported_reason() is not None
         }
 
     def bandwidth(self) -> list[float]:
@@ -188,7 +188,7 @@ class Stage:
         count = math.ceil(self.cold_bytes / PEERS[name].matrix_bytes(n, k)) if case.cold else 1
         readings, others = self.bandwidth(), OtherWork()
         try:
-            result = measure(name, Problem(n, k, case.tokens, count, case.threads))
+            result = measure(name, Product(n, k, case.tokens, count, case.threads))
         except RuntimeError as error:
             self.left_out[name] = f"failed: {error}"
             return {}
@@ -307,7 +307,7 @@ def significant(figure: float) -> float:
 
 
 def test_gemv(case: Case, stage: Stage, benchmark) -> None:
-    if reason := BACKENDS["cpu"].why_not(case.format):
+    if reason := BACKENDS["cpu"].unsupported_reason(case.format):
         pytest.skip(reason)
     peers = stage.peers(case)
     packed, weights = stage.weights(case.format, case.shape)

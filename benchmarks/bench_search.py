@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from amq.formats import FORMATS, parse_formats
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.model.open import load_model
 from amq.model.text import WindowSampler, load_corpus
 from amq.proxy.evaluator import Evaluator
@@ -34,11 +34,11 @@ LIST = "int2,int3,int4"
 def stage(model_name, smoke, tmp_path_factory):
     """Model, windows and a gptq bank in a cache of its own."""
     loaded = load_model(model_name)
-    parts = inventory(loaded.model)
+    parts = take_inventory(loaded.model)
     length = 32 if smoke else 512
     corpus = load_corpus("pydoc", loaded.tokenizer, loaded.embedding_rows)
-    deal = WindowSampler(corpus, length, 0)
-    bank_windows, windows = deal.take(4 if smoke else 24), {"search": deal.take(2 if smoke else 4)}
+    sampler = WindowSampler(corpus, length, 0)
+    bank_windows, windows = sampler.take(4 if smoke else 24), {"search": sampler.take(2 if smoke else 4)}
     settings = BankSettings("gptq", 64 if smoke else 128, bank_windows)
     cache = tmp_path_factory.mktemp("banks")
     start = time.perf_counter()
@@ -51,14 +51,14 @@ def stage(model_name, smoke, tmp_path_factory):
 
 def test_bank_build_and_open(stage, benchmark):
     """Build once (seconds in extra_info); what is timed is the second start."""
-    benchmark.extra_info.update(build_seconds=round(stage.built, 2), formats=LIST, linears=len(stage.parts.linears))
+    benchmark.extra_info.update(build_seconds=round(stage.built, 2), formats=LIST, linears=len(stage.inventory.linears))
     opened = benchmark.pedantic(
         open_bank,
-        (stage.loaded.model, stage.parts, parse_formats(LIST), stage.settings),
+        (stage.loaded.model, stage.inventory, parse_formats(LIST), stage.settings),
         {"cache": stage.cache},
         rounds=5,
     )
-    name = stage.parts.linears[0].name
+    name = stage.inventory.linears[0].name
     assert opened.get(name, "int3").nbytes == stage.bank.get(name, "int3").nbytes
 
 
@@ -69,7 +69,7 @@ def test_evaluation(stage, benchmark, backend, activations):
     points = itertools.cycle(rng.integers(0, 3, (7, len(stage.space.variables))))
     stage.evaluator.restore()
     evaluator = Evaluator(
-        stage.loaded, stage.parts, stage.bank, stage.windows, backend=backend, activations=activations,
+        stage.loaded, stage.inventory, stage.bank, stage.windows, backend=backend, activations=activations,
         unscored=stage.corpus.unscored,
     )  # fmt: skip
     first = evaluator.evaluate(stage.space.decode(next(points)))
@@ -89,7 +89,7 @@ def test_evaluation(stage, benchmark, backend, activations):
 def test_sensitivities_against_full_evaluations(stage, benchmark, smoke):
     """All single-linear sensitivities by recomputing only later blocks, against evaluating some of them in full."""
     base = stage.space.uniform(FORMATS["int4"])
-    linears = [s.name for s in stage.parts.linears]
+    linears = [s.name for s in stage.inventory.linears]
     sample = linears[:: 1 if smoke else 15]
     found = {}
 
@@ -112,7 +112,7 @@ def test_sensitivities_against_full_evaluations(stage, benchmark, smoke):
 def test_cost_table(stage, benchmark, smoke):
     """The 16-pass Fisher table in units of one evaluation, both on the same windows' length."""
     passes = 2 if smoke else 16
-    windows = stage.deal.take(passes)
+    windows = stage.sampler.take(passes)
     configuration = stage.space.uniform(FORMATS["int3"])
     stage.evaluator.evaluate(stage.space.uniform(FORMATS["int2"]))
     start = time.perf_counter()
@@ -124,7 +124,7 @@ def test_cost_table(stage, benchmark, smoke):
             lambda: tables.extend(
                 fisher_passes(
                     stage.loaded.model,
-                    stage.parts,
+                    stage.inventory,
                     stage.bank,
                     windows,
                     ["int2", "int3", "int4"],

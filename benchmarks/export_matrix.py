@@ -23,7 +23,7 @@ import amq
 from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.export import export
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.model.open import load_model
 from amq.packing import dequantize
 from amq.util.files import write_json
@@ -127,7 +127,7 @@ def make_checkpoint(model: torch.nn.Module, source: Source, folder: Path) -> Non
     if folder.exists():
         return
     draw, names = random.Random(0), {}
-    for spec in inventory(model).linears:
+    for spec in take_inventory(model).linears:
         role = spec.role.rpartition(".")[2]
         group = next((roles for roles in SHARED if source.tied and role in roles), (role,))
         names[spec.name] = f"{spec.block}{group[0]}"

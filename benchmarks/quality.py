@@ -18,7 +18,7 @@ import torch
 
 from amq.configuration import Configuration
 from amq.formats import get_format
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.model.open import load_model, model_fingerprint
 from amq.model.perplexity import perplexity
 from amq.model.text import WindowSampler, fixed_windows, load_corpus
@@ -54,7 +54,7 @@ def main() -> None:
 def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
     """Adds the missing rows to `content` and writes it after each."""
     loaded = load_model(args.model)
-    parts = inventory(loaded.model)
+    parts = take_inventory(loaded.model)
     fingerprint = model_fingerprint(loaded.model)
     texts = args.text or ["docstrings"]
     measured = {Path(t).name: load_corpus(t, loaded.tokenizer, loaded.embedding_rows) for t in texts}

@@ -91,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result = {"schema": SCHEMA, "machine": cpu_name(), "server_args": args.server_args, "size": vars(size)}
             if args.concurrency:
                 users = [int(n) for n in args.concurrency.split(",")]
-                engine = Engine(folder, args.server_args) if folder else None
+                engine = ServedEngine(folder, args.server_args) if folder else None
                 measured, good = asyncio.run(users_in_turns(client, users, size, engine)), True
             else:
                 measured, good = asyncio.run(load(client, process, size, args.seed))
@@ -334,7 +334,7 @@ def table(figures: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-class Engine:
+class ServedEngine:
     """The engine without a server, in this process."""
 
     def __init__(self, folder: Path, server_args: str) -> None:
@@ -355,7 +355,7 @@ class Engine:
 
 
 async def users_in_turns(
-    client: httpx.AsyncClient, users: Sequence[int], size: Size, engine: Engine | None
+    client: httpx.AsyncClient, users: Sequence[int], size: Size, engine: ServedEngine | None
 ) -> dict[str, Any]:
     """Measures each number of users, and the engine, `rounds` times in turns, so that noise is fair to all."""
     model, vocabulary, tokens = await model_of(client), words(), size.tokens[1]

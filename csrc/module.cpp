@@ -1,5 +1,5 @@
 // amq._cpu: the CPU kernels for Python. Tensors come as addresses and lengths, so no libtorch is linked; amq/kernels/cpu.py
-// is the typed door, this file checks what would otherwise read or write out of bounds and releases the GIL.
+// has the typed bindings, this file checks what would otherwise read or write out of bounds and releases the GIL.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

@@ -11,7 +11,7 @@ from torch import nn
 from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import write_checkpoint
 from amq.formats import FORMATS
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.quantize.quantizers import rtn
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -20,7 +20,7 @@ SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, head: str = "", **options: Any) -> Path:
     """Writes `model` quantized into `folder`, the head as the format `head`; `options` go to `write_checkpoint`."""
     packed, shapes, names = {}, {}, list(FORMATS)
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     for i, spec in enumerate(linears):
         fmt = FORMATS[names[i % len(names)]]
         packed[spec.name] = rtn.quantize([get_linear(model, spec.name).weight], [fmt], group_size)[0][fmt.name]

@@ -96,7 +96,7 @@ def strided_memory(matrix: Tensor) -> tuple[int, int]:
 def run_raw(
     x: Tensor, parts: Sequence[tuple[PreparedWeight, Tensor]], bias: Tensor | None, y: Tensor, mode: str, isa: str
 ) -> None:
-    """Past the typed door: x and y may have row strides, and a weight is read from the bytes beside it."""
+    """Past the typed bindings: x and y may have row strides, and a weight is read from the bytes beside it."""
     weight = parts[0][0]
     native.cpu_module().linear(
         [(w.format.name, data.data_ptr(), data.numel(), w.out_features) for w, data in parts],

@@ -20,7 +20,7 @@ from torch import nn
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.packing import dequantize
 from amq.quantize import bank as bank_module
 from amq.quantize import quantizers
@@ -42,7 +42,7 @@ def banks(tmp_path: Path) -> Path:
 def build(
     model: nn.Module, cache: Path, settings: BankSettings = SETTINGS, formats: tuple = (INT2, INT4), **kwargs: Any
 ) -> Any:
-    return open_bank(model, inventory(model), formats, settings, cache=cache, **kwargs)
+    return open_bank(model, take_inventory(model), formats, settings, cache=cache, **kwargs)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -81,7 +81,7 @@ def test_holds_every_linear_in_every_format(tiny_llama: nn.Module, banks: Path, 
     before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
     bank = build(tiny_llama, banks, settings)
     errors = bank.weight_errors()
-    for spec in inventory(tiny_llama).linears:
+    for spec in take_inventory(tiny_llama).linears:
         weight = get_linear(tiny_llama, spec.name).weight
         for fmt in (INT2, INT4):
             packed = bank.get(spec.name, fmt.name)
@@ -96,7 +96,7 @@ def test_holds_every_linear_in_every_format(tiny_llama: nn.Module, banks: Path, 
 
 def test_rtn_bank_is_the_quantizer_s_output(tiny_llama: nn.Module, banks: Path) -> None:
     bank = build(tiny_llama, banks, RTN)
-    for spec in inventory(tiny_llama).linears:
+    for spec in take_inventory(tiny_llama).linears:
         expected = quantizers.QUANTIZERS["rtn"]([get_linear(tiny_llama, spec.name).weight], [INT2], 32, None)[0]["int2"]
         packed = bank.get(spec.name, "int2")
         assert all(torch.equal(getattr(packed, f), getattr(expected, f)) for f in ("qweight", "scale", "zero_point"))
@@ -161,7 +161,7 @@ def test_adding_a_format_builds_only_that_one(
 def test_formats_do_not_depend_on_each_other(tiny_llama: nn.Module, banks: Path, tmp_path: Path) -> None:
     alone = build(tiny_llama, tmp_path / "alone", formats=(INT4,))
     together = build(tiny_llama, banks, formats=(INT2, FORMATS["int3"], INT4))
-    for spec in inventory(tiny_llama).linears:
+    for spec in take_inventory(tiny_llama).linears:
         a, b = dequantize(alone.get(spec.name, "int4")), dequantize(together.get(spec.name, "int4"))
         weight = get_linear(tiny_llama, spec.name).weight
         # The work matrix is wider and its products may round differently, which can flip a code here and there.
@@ -300,7 +300,7 @@ def test_disk_that_fills_up_leaves_no_partial_file(
 def test_grams_are_mean_x_xt_of_shared_inputs(name: str, banks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against every linear's input caught from whole forwards, in float64."""
     model = ARCHITECTURES[name].build()
-    parts = inventory(model)
+    parts = take_inventory(model)
     inputs: dict[str, list[torch.Tensor]] = {s.name: [] for s in parts.linears}
     handles = [
         get_linear(model, n).register_forward_pre_hook(
@@ -344,10 +344,10 @@ def test_grams_are_mean_x_xt_of_shared_inputs(name: str, banks: Path, monkeypatc
 
 def test_block_of_zero_weights(tiny_llama: nn.Module, banks: Path) -> None:
     """Nothing to approximate: exact zeros in every format, and no division by the block's energy."""
-    for spec in inventory(tiny_llama).in_block(1):
+    for spec in take_inventory(tiny_llama).in_block(1):
         get_linear(tiny_llama, spec.name).weight.zero_()
     bank = build(tiny_llama, banks)
-    for spec in inventory(tiny_llama).in_block(1):
+    for spec in take_inventory(tiny_llama).in_block(1):
         assert not dequantize(bank.get(spec.name, "int2")).any()
 
 

@@ -24,7 +24,7 @@ from amq.bench.command import main, numbers
 from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing
 from amq.bench.run import Settings, bench
-from amq.bench.worker import Worker, WorkerFailed
+from amq.bench.worker import ChildFailed, ChildProcess
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
@@ -122,15 +122,15 @@ def test_names_and_lists():
 
 
 def test_a_worker_reports_errors_and_its_own_death():
-    with Worker(importlib.import_module, "os") as worker:
+    with ChildProcess(importlib.import_module, "os") as worker:
         assert worker.call("getpid") != os.getpid()
-        with pytest.raises(WorkerFailed, match="FileNotFoundError"):
+        with pytest.raises(ChildFailed, match="FileNotFoundError"):
             worker.call("listdir", "/no/such/folder")
         assert worker.call("getcwd") == os.getcwd()  # it goes on
-        with pytest.raises(WorkerFailed, match="SIGABRT"):
+        with pytest.raises(ChildFailed, match="SIGABRT"):
             worker.call("abort")
     with pytest.raises(AmqError, match="int99"):
-        Worker(get_format, "int99")
+        ChildProcess(get_format, "int99")
 
 
 def test_command_on_a_tiny_checkpoint(tmp_path, monkeypatch, capsys):
@@ -138,7 +138,7 @@ def test_command_on_a_tiny_checkpoint(tmp_path, monkeypatch, capsys):
     folder = tiny_checkpoint(tiny_llama(), tmp_path / "tiny")
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 20)
     monkeypatch.setattr(run, "STARTUP_REPETITIONS", 1)
-    monkeypatch.setattr(llama_cpp, "why_not", lambda: "llama-cpp-python is not installed")
+    monkeypatch.setattr(llama_cpp, "unsupported_reason", lambda: "llama-cpp-python is not installed")
     text, json_file, csv_file = tmp_path / "text.txt", tmp_path / "b.json", tmp_path / "b.csv"
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(200)))
     arguments = f"--prompt 24 --generate 6 --batch 1,2 --repetitions 2 --threads 1 --peers --perplexity {text}"
@@ -189,7 +189,7 @@ class FakeWorker:
             case, repetition = arguments
             self.log.append(f"{self.name} {case.name} {repetition}")
             if case.name == self.fails:
-                raise WorkerFailed("its process was ended by SIGSEGV")
+                raise ChildFailed("its process was ended by SIGSEGV")
             return {"seconds": self.seconds[case.decode], "others": 0.0}
         return {
             "facts": {"vocab_size": self.vocab, "weight_bytes": 2000, "file_bytes": 3000},
@@ -209,7 +209,7 @@ def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -
     chosen = {False: configuration, True: configuration}
     peer = Peer(Path("x.gguf"), facts, chosen, [{"configuration": str(configuration)}], {configuration: theirs})
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
-    monkeypatch.setattr(run, "Worker", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
+    monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
     monkeypatch.setattr(run, "open_peer", lambda *_: peer)
     cases = (Case(False, 8), Case(True, 4), Case(True, 4, 2))
     return bench(Settings("model", cases, 2, 1, startup=False, peers=True, perplexity="text", window_length=3))
@@ -251,7 +251,7 @@ def test_the_gguf_of_a_checkpoint(tmp_path, monkeypatch, cache):
 
     original = tmp_path / "original.gguf"
     original.write_text("weights")
-    monkeypatch.setattr(peers, "Worker", Quantizing)
+    monkeypatch.setattr(peers, "ChildProcess", Quantizing)
     monkeypatch.setattr(peers, "alias_file", lambda name: original)
     (tmp_path / "quantization.json").write_text(json.dumps({"model": {"name": next(iter(ALIASES))}}))
     files = [peers.gguf_file(str(tmp_path), kind, 1) for kind in ("auto", "q4_0", "Q4_K_M")]
@@ -285,7 +285,7 @@ def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path):
     assert sizes["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters()) < sizes["file_bytes"]
     windows = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
     configuration = llama_cpp.Configuration("as stored", False)
-    with Worker(llama_cpp.LlamaCpp, str(path), 1, configuration, 0) as worker:
+    with ChildProcess(llama_cpp.LlamaCpp, str(path), 1, configuration, 0) as worker:
         assert worker.call("facts")["vocab_size"] == VOCABULARY
         found = [worker.call("log_likelihood", windows.tolist(), unscored) for unscored in (0, 3)]
         for case in (Case(False, 16), Case(True, 4, 2, depth=8)):

@@ -1,5 +1,4 @@
-"""The CUDA kernels on a CPU: the very sources of kernels/cuda, through the door of amq/kernels/cuda.py, on the shim's
-fibers.
+"""The CUDA kernels on a CPU: the very sources of kernels/cuda, through amq/kernels/cuda.py, on the shim's fibers.
 
 Fragment layouts, masks, shifts, tails, barriers and addresses are what runs here; speed, the compiler's SASS and the
 hardware's own rounding inside a tensor-core product are not. AMQ_TEST_CUDA_LIBRARY names another build:
@@ -208,20 +207,23 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.
     """Each missing piece is named, with what to do."""
     cuda.library.cache_clear()
     monkeypatch.setenv("AMQ_CUDA_LIBRARY", str(tmp_path / "none.so"))
-    assert "none.so: amq was built without nvcc; install the CUDA toolkit" in cuda.why_not(FORMATS["int3"])
+    assert "none.so: amq was built without nvcc; install the CUDA toolkit" in cuda.unsupported_reason(FORMATS["int3"])
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
     monkeypatch.setenv("AMQ_CUDA_LIBRARY", str(broken))
-    assert "broken.so cannot be loaded" in cuda.why_not(FORMATS["int3"])
+    assert "broken.so cannot be loaded" in cuda.unsupported_reason(FORMATS["int3"])
     monkeypatch.setattr(cuda, "library", lambda: library)
     if not torch.cuda.is_available():
-        assert "install a CUDA build of torch" in cuda.why_not(FORMATS["int3"]) or "no NVIDIA GPU" in cuda._no_device()
+        assert (
+            "install a CUDA build of torch" in cuda.unsupported_reason(FORMATS["int3"])
+            or "no NVIDIA GPU" in cuda._no_device()
+        )
     assert library.bits == {name: fmt.max_code.bit_length() for name, fmt in FORMATS.items()}
     for bits in ({"int2": 2}, {"int2": 2, "int3": 4}):
         monkeypatch.setattr(library, "bits", bits)
         assert (
             "kernels/cuda has no file for it, or one for other codes; the library holds int2 (2 bits)"
-            in cuda.why_not(FORMATS["int3"])
+            in cuda.unsupported_reason(FORMATS["int3"])
         )
 
 
@@ -229,12 +231,12 @@ def test_a_library_newer_than_the_driver_is_noticed(library: cuda.Library, monke
     """Before any product: any minor version of the driver's own CUDA runs, another major one does not."""
     for driver, runs in (("13000", True), ("13010", True), ("14000", True), ("12090", False), ("0", False)):
         monkeypatch.setenv("AMQ_SHIM_DRIVER", driver)
-        assert (library.why_not() is None) == runs, driver
+        assert (library.unsupported_reason() is None) == runs, driver
     monkeypatch.setenv("AMQ_SHIM_DRIVER", "12040")
     monkeypatch.setattr(cuda, "library", lambda: library)
     monkeypatch.setattr(cuda, "_no_device", lambda: None)  # as if torch had a GPU
     cuda._not_loadable.cache_clear()
-    reason = cuda.why_not(FORMATS["int3"])
+    reason = cuda.unsupported_reason(FORMATS["int3"])
     cuda._not_loadable.cache_clear()
     assert "was built with CUDA 13.0, and this machine's NVIDIA driver knows CUDA 12.4 only: update the " in reason
     assert "a toolkit of CUDA 12 " in reason
@@ -243,7 +245,7 @@ def test_a_library_newer_than_the_driver_is_noticed(library: cuda.Library, monke
     cuda._not_loadable.cache_clear()
     monkeypatch.delenv("AMQ_SHIM_DRIVER")
     monkeypatch.setenv("AMQ_SHIM_NO_IMAGE", "1")
-    assert "error 209, no kernel image is available" in library.why_not()
+    assert "error 209, no kernel image is available" in library.unsupported_reason()
 
 
 def test_a_failed_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -251,7 +253,7 @@ def test_a_failed_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     (tmp_path / cuda.FAILURE).write_text("gemv.cuh(288): error: unknown attribute\n")
     monkeypatch.setenv("AMQ_CUDA_LIBRARY", str(tmp_path / "_cuda.so"))
     cuda.library.cache_clear()
-    reason = cuda.why_not(FORMATS["int3"])
+    reason = cuda.unsupported_reason(FORMATS["int3"])
     cuda.library.cache_clear()
     assert "_cuda.so: nvcc failed (gemv.cuh(288): error: unknown attribute); install the CUDA toolkit" in reason
 

@@ -22,7 +22,7 @@ from amq.errors import AmqError
 from amq.eval import evaluate, negative_log_likelihood, perplexity
 from amq.eval.__main__ import main
 from amq.formats import FORMATS
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.model.text import WindowSampler, load_corpus
 from amq.packing import dequantize
 from amq.quantize.bank import BankSettings, open_bank
@@ -45,7 +45,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def configuration(tmp_path: Path) -> Path:
     """A mixed configuration without provenance: its bank is the one that the flags name."""
-    linears = inventory(make_tiny_llama()).linears
+    linears = take_inventory(make_tiny_llama()).linears
     formats = {s.name: ("int2", "int3", "int8")[i % 3] for i, s in enumerate(linears)}
     path = tmp_path / "mixed.json"
     Configuration(formats, 32).save(path)
@@ -63,8 +63,8 @@ def quantized(proxy: str, formats: Callable[[str], str], text: str, tmp_path: Pa
     model = make_tiny_llama()
     windows = WindowSampler(load_corpus(text, byte_tokenizer(), VOCABULARY), LENGTH, 0).take(2)
     settings = BankSettings(proxy, 32, windows)
-    bank = open_bank(model, inventory(model), list(FORMATS.values()), settings, cache=tmp_path / "other banks")
-    for spec in inventory(model).linears:
+    bank = open_bank(model, take_inventory(model), list(FORMATS.values()), settings, cache=tmp_path / "other banks")
+    for spec in take_inventory(model).linears:
         get_linear(model, spec.name).weight.copy_(dequantize(bank.get(spec.name, formats(spec.name))))
     return model
 
@@ -101,7 +101,7 @@ def test_rows(tiny_folder: Path, configuration: Path, text: str, proxy: str, tmp
         expected = direct(direct_model)
         assert row.negative_log_likelihood == pytest.approx(expected, rel=tolerance), row.name
         assert row.perplexity == math.exp(row.negative_log_likelihood)
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     assert [r.bits_per_weight for r in result.rows] == [16.0, 3.0, 5.0, round(mixed.bits_per_weight(linears), 4)]
     rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in linears)
     assert result.rows[0].weight_bytes == 2 * sum(p.numel() for p in model.parameters())

@@ -19,7 +19,7 @@ from amq.errors import AmqError
 from amq.eval import evaluate
 from amq.eval.__main__ import main
 from amq.formats import get_format
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.packing import PackedWeight, dequantize
 from amq.quantize.quantizers import rtn
 from amq.util.settings import run_command
@@ -36,7 +36,7 @@ MIXED = ("int2", "int3", "int8")
 def packed_weights(model: nn.Module, formats: tuple[str, ...]) -> dict[str, PackedWeight]:
     """Every linear, the formats in turn, rounded to nearest."""
     packed = {}
-    for index, spec in enumerate(inventory(model).linears):
+    for index, spec in enumerate(take_inventory(model).linears):
         fmt = get_format(formats[index % len(formats)])
         packed[spec.name] = rtn.quantize([get_linear(model, spec.name).weight], [fmt], GROUP)[0][fmt.name]
     return packed
@@ -44,7 +44,7 @@ def packed_weights(model: nn.Module, formats: tuple[str, ...]) -> dict[str, Pack
 
 def write(folder: Path, model: nn.Module, formats: tuple[str, ...], tokenizer: Any = None) -> Path:
     packed = packed_weights(model, formats)
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     record = QuantizationRecord(
         {name: weight.format.name for name, weight in packed.items()},
         {s.name: (s.out_features, s.in_features) for s in linears},
@@ -89,7 +89,7 @@ def test_the_runtime_and_the_dequantized_model(checkpoint: Path, text: str) -> N
     assert result.settings["backend"] == "cpu" and result.settings["activations"] == "fp32"
     assert "bank" not in result.settings
     model = make_tiny_llama()
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     stored = sum(w.nbytes for w in packed_weights(model, MIXED).values())
     rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in linears)
     assert result.rows[0].bits_per_weight == round(8 * stored / sum(s.numel for s in linears), 4)
@@ -202,5 +202,5 @@ def test_memory_is_counted_as_packed(checkpoint: Path, monkeypatch: pytest.Monke
     model = make_tiny_llama()
     packed = packed_weights(model, MIXED).values()
     scales = sum(w.scale.numel() + w.zero_point.numel() for w in packed)
-    rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in inventory(model).linears)
+    rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in take_inventory(model).linears)
     assert asked == [sum(w.qweight.numel() for w in packed) + 4 * (scales + rest)]

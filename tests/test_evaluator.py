@@ -16,7 +16,7 @@ from torch import nn
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.model.inventory import Inventory, get_linear, inventory
+from amq.model.inventory import Inventory, get_linear, take_inventory
 from amq.model.losses import LN2, LOSSES
 from amq.model.open import LoadedModel
 from amq.packing import PackedWeight, dequantize
@@ -35,7 +35,7 @@ class Setup:
 
     def __init__(self, model: nn.Module, cache: Path) -> None:
         self.model = model
-        self.inventory: Inventory = inventory(model)
+        self.inventory: Inventory = take_inventory(model)
         formats = [FORMATS[n] for n in NAMES]
         self.bank: WeightBank = open_bank(model, self.inventory, formats, BankSettings("rtn", 32), cache=cache)
         self.original = copy.deepcopy(model)

@@ -19,7 +19,7 @@ from amq.export import EXPORTS, export
 from amq.export.__main__ import main
 from amq.export.gptq import dynamic_rules
 from amq.formats import FORMATS, get_format
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.packing import dequantize, unpack_codes
 from amq.quantize.quantizers import rtn
 
@@ -31,7 +31,7 @@ def make(
 ) -> Checkpoint:
     """A tiny Llama whose linears have `formats` in turn, and zero points of a kind; its head is packed as `head`."""
     model = tiny_llama(**options)
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     chosen = {s.name: formats[i % len(formats)] for i, s in enumerate(linears)}
     packed = {
         s.name: rtn.quantize(

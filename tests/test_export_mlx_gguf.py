@@ -23,7 +23,7 @@ from amq.export.architecture import attention_window, with_flat_rope
 from amq.export.gguf_tokenizer import pre_tokenizer_rule
 from amq.export.gguf_types import TYPES, decode, encode, find_type
 from amq.formats import FORMATS, get_format
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.packing import PackedWeight, dequantize, pack_codes
 from amq.quantize.quantizers import rtn
 
@@ -57,7 +57,7 @@ def make_checkpoint(
 ) -> Checkpoint:
     """A tiny model, its linears rounded to all formats in turn, its head to the format `head`."""
     model = ARCHITECTURES[family].build(**{"num_hidden_layers": 2, **options})
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     formats = {s.name: ALL[i % len(ALL)] for i, s in enumerate(linears)}
     state = model.state_dict()
     packed = {

@@ -11,7 +11,7 @@ from tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 
 from amq.formats import FORMATS
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.model.open import LoadedModel
 from amq.packing import dequantize
 from amq.proxy import fisher
@@ -26,11 +26,11 @@ WINDOWS = random_tokens(2, fisher.TOKENS + 22, seed=5)  # two chunks of head gra
 
 
 def rtn_bank(model: nn.Module, cache: Path) -> WeightBank:
-    return open_bank(model, inventory(model), [FORMATS[n] for n in NAMES], BankSettings("rtn", 32), cache=cache)
+    return open_bank(model, take_inventory(model), [FORMATS[n] for n in NAMES], BankSettings("rtn", 32), cache=cache)
 
 
 def passes(model: nn.Module, bank: WeightBank, windows: Tensor = WINDOWS, seed: int = 3, start: int = 0) -> list[Any]:
-    return list(fisher_passes(model, inventory(model), bank, windows, NAMES, seed, start))
+    return list(fisher_passes(model, take_inventory(model), bank, windows, NAMES, seed, start))
 
 
 def brute_force(
@@ -48,7 +48,7 @@ def brute_force(
         output.retain_grad()
 
     model.requires_grad_(True)
-    names = [s.name for s in inventory(model).linears]
+    names = [s.name for s in take_inventory(model).linears]
     handles = [
         get_linear(model, n).register_forward_hook(lambda module, args, output, n=n: keep(n, args[0], output))
         for n in names
@@ -87,7 +87,7 @@ def test_scores_are_the_whole_model_s(name: str, tmp_path: Path) -> None:
 def test_leading_positions_without_a_loss(tiny_llama: nn.Module, tmp_path: Path, unscored: int) -> None:
     """They have no label; what later tokens read there still counts."""
     bank = rtn_bank(tiny_llama, tmp_path)
-    found = list(fisher_passes(tiny_llama, inventory(tiny_llama), bank, WINDOWS[:1], NAMES, 3, unscored=unscored))
+    found = list(fisher_passes(tiny_llama, take_inventory(tiny_llama), bank, WINDOWS[:1], NAMES, 3, unscored=unscored))
     expected = brute_force(tiny_llama, bank, WINDOWS[0], torch.Generator().manual_seed(3 * 1_000_003), unscored)
     for linear, scores in found[0].items():
         assert scores == pytest.approx(expected[linear], rel=2e-3), linear
@@ -110,7 +110,7 @@ def test_model_is_left_as_it_was(tiny_llama: nn.Module, tmp_path: Path) -> None:
     bank = rtn_bank(tiny_llama, tmp_path)
     before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
     blocks = list(tiny_llama.model.layers)
-    iterator = fisher_passes(tiny_llama, inventory(tiny_llama), bank, WINDOWS, NAMES, 0)
+    iterator = fisher_passes(tiny_llama, take_inventory(tiny_llama), bank, WINDOWS, NAMES, 0)
     next(iterator)
     with pytest.raises(RuntimeError, match="stop here"):
         handle = tiny_llama.model.layers[0].mlp.register_forward_hook(stop_under_grad)
@@ -135,8 +135,8 @@ def test_small_errors_are_predicted_by_the_sum(name: str, tmp_path: Path) -> Non
     windows = random_tokens(8, 128, seed=7)
     tables = passes(model, bank, windows)
     predicted = sum(t[linear]["int8"] for t in tables for linear in t) / len(tables)
-    evaluator = Evaluator(LoadedModel(model, None, name), inventory(model), bank, {"search": windows})
-    assert 0.4 < predicted / evaluator.evaluate({s.name: "int8" for s in inventory(model).linears}) < 2
+    evaluator = Evaluator(LoadedModel(model, None, name), take_inventory(model), bank, {"search": windows})
+    assert 0.4 < predicted / evaluator.evaluate({s.name: "int8" for s in take_inventory(model).linears}) < 2
 
 
 def test_one_linear_s_score_is_its_loss(tiny_llama: nn.Module, tmp_path: Path) -> None:
@@ -144,8 +144,8 @@ def test_one_linear_s_score_is_its_loss(tiny_llama: nn.Module, tmp_path: Path) -
     bank = rtn_bank(tiny_llama, tmp_path)
     windows = random_tokens(16, 128, seed=8)
     tables = passes(tiny_llama, bank, windows)
-    linears = inventory(tiny_llama).linears
-    evaluator = Evaluator(LoadedModel(tiny_llama, None, "tiny"), inventory(tiny_llama), bank, {"search": windows})
+    linears = take_inventory(tiny_llama).linears
+    evaluator = Evaluator(LoadedModel(tiny_llama, None, "tiny"), take_inventory(tiny_llama), bank, {"search": windows})
     evaluator.apply({s.name: "int8" for s in linears})
     for role in ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"):
         chosen = f"model.layers.1.{role}"

@@ -1,4 +1,4 @@
-"""How the GPU backends are chosen and called; the kernels have files of their own. No GPU: the doors are stood in
+"""How the GPU backends are chosen and called; the kernels have files of their own. No GPU: the bindings are stood in
 for."""
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ def prepared(backend: str, device: str = "cpu") -> PreparedWeight:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Tensor]]:
-    """Stand-ins for both doors that note (door, x)."""
+    """Stand-ins for both bindings that note (binding, x)."""
     seen: list[tuple[str, Tensor]] = []
 
-    def door(name: str, x: Tensor, weights: list[PreparedWeight], *_: object) -> Tensor:
+    def binding(name: str, x: Tensor, weights: list[PreparedWeight], *_: object) -> Tensor:
         seen.append((name, x))
         return x.new_zeros(len(x), sum(w.out_features for w in weights))
 
     monkeypatch.setattr(backends.cuda, "max_rows", lambda: ROWS)
-    monkeypatch.setattr(backends.cuda, "linear", lambda *a: door("cuda", *a))
-    monkeypatch.setattr(backends.triton, "linear", lambda *a: door("triton", *a))
+    monkeypatch.setattr(backends.cuda, "linear", lambda *a: binding("cuda", *a))
+    monkeypatch.setattr(backends.triton, "linear", lambda *a: binding("triton", *a))
     return seen
 
 
 def test_few_rows_go_to_cuda_and_more_to_triton(calls: list) -> None:
     linear = backends.get_backend("cuda").linear
-    for rows, door in ((1, "cuda"), (ROWS, "cuda"), (ROWS + 1, "triton")):
+    for rows, binding in ((1, "cuda"), (ROWS, "cuda"), (ROWS + 1, "triton")):
         x = torch.randn(rows, 640).half()
         assert linear(x, [prepared("cuda")], None, "fp32").shape == (rows, 24)
-        assert calls.pop() == (door, x)
+        assert calls.pop() == (binding, x)
     backends.get_backend("triton").linear(x[:1], [prepared("triton")], None, "fp32")
     assert calls.pop()[0] == "triton"
 
@@ -57,8 +57,8 @@ def test_few_rows_go_to_cuda_and_more_to_triton(calls: list) -> None:
 def test_int8_with_many_rows_computes_with_the_same_activations(calls: list) -> None:
     x = torch.randn(ROWS + 1, 640).half()
     backends.get_backend("cuda").linear(x, [prepared("cuda")], None, "int8")
-    door, given = calls.pop()
-    assert door == "triton" and torch.equal(given, backends.quantize_activations(x.float(), 64).half())
+    binding, given = calls.pop()
+    assert binding == "triton" and torch.equal(given, backends.quantize_activations(x.float(), 64).half())
 
 
 def test_a_bias_gets_the_dtype_of_x(calls: list, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,7 +97,9 @@ def test_without_a_gpu_nothing_is_prepared_for_one(caplog: pytest.LogCaptureFixt
 def test_choose_backend_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     def able(name: str, reason: str | None) -> None:
         old = backends.BACKENDS[name]
-        fields = {field: getattr(old, field) for field in old.__dataclass_fields__} | {"why_not": lambda fmt: reason}
+        fields = {field: getattr(old, field) for field in old.__dataclass_fields__} | {
+            "unsupported_reason": lambda fmt: reason
+        }
         monkeypatch.setitem(backends.BACKENDS, name, backends.Backend(**fields))
 
     able("cuda", None)
@@ -165,8 +167,8 @@ def test_tune_measures_and_remembers(
     monkeypatch.setattr(tuning, "_gpu", lambda: "Test GPU/2")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU/2")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=1 << 16))
-    for door in (backends.cuda, backends.triton):
-        monkeypatch.setattr(door, "why_not", lambda fmt: None)
+    for binding in (backends.cuda, backends.triton):
+        monkeypatch.setattr(binding, "unsupported_reason", lambda fmt: None)
     assert tune.main(["--in-features", "1024", "--rows", "1", "--formats", "int3"]) == 0
     paper = backends.triton.choose(1, 16, 1024, 3)
     best = backends.triton.measured(1, 16, 1024, 3)

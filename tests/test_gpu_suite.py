@@ -166,7 +166,7 @@ from common import Clock, Device, Results
 from dataclasses import replace
 folder = pathlib.Path({str(tmp_path)!r})
 device = Device(smoke=True)
-device.why_not = lambda backend, fmt: "not here" if backend == "cuda" else None
+device.unsupported_reason = lambda backend, fmt: "not here" if backend == "cuda" else None
 def multiply(backend, x, weights, bias=None, activations="fp32", warps=None):
     if len(x) == 8:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")

@@ -21,7 +21,7 @@ from amq.eval import evaluate
 from amq.export import export
 from amq.formats import FORMATS, KEPT
 from amq.kernels.cpu import dequantized
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.quantize import quantize
 from amq.runtime.native_engine import Unsupported, open_native
 from amq.search.select import select_from_run
@@ -39,7 +39,7 @@ def short_text(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def kept_names(model: nn.Module) -> list[str]:
-    return list(parse_pins(PINS, inventory(model).linears))
+    return list(parse_pins(PINS, take_inventory(model).linears))
 
 
 def dequantized_model(folder: Path) -> nn.Module:
@@ -75,7 +75,7 @@ def test_quantize(method: str, tiny_folder: Path, tmp_path: Path) -> None:
         assert (logits - original).norm() < 0.5 * original.norm()
     with pytest.raises(Unsupported, match="wants all linears quantized, model.layers.0.mlp.down_proj is not"):
         open_native(output)
-    linears = inventory(model).linears
+    linears = take_inventory(model).linears
     bits = sum(s.numel * (16 if s.name in kept else 5) for s in linears) / sum(s.numel for s in linears)
     assert log["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
     assert checkpoint.record.bits_per_weight == pytest.approx(bits)
@@ -103,7 +103,7 @@ def test_awq_folds_scales_into_an_input_that_a_kept_linear_shares(tiny_folder: P
 
 def test_configurations(tiny_folder: Path, tmp_path: Path) -> None:
     model = tiny_llama()
-    parts, kept = inventory(model), kept_names(model)
+    parts, kept = take_inventory(model), kept_names(model)
     configuration = Configuration({s.name: KEPT.name if s.name in kept else "int3" for s in parts.linears}, 32)
     configuration.save(tmp_path / "configuration.json")
     assert Configuration.load(tmp_path / "configuration.json").formats == configuration.formats
@@ -141,7 +141,7 @@ def test_a_search_neither_builds_nor_changes_them(options: dict, tiny_folder: Pa
     records = [json.loads(line)["configuration"] for line in (run / "archive.jsonl").read_text().splitlines()]
     for formats in (result.configuration.formats, *records):
         assert {name for name, fmt in formats.items() if fmt == KEPT.name} == set(kept)
-    assert result.configuration.bits_per_weight(inventory(model).linears) <= 7.0 + 1e-6
+    assert result.configuration.bits_per_weight(take_inventory(model).linears) <= 7.0 + 1e-6
     said = json.loads((run / "run.json").read_text())
     assert {n for n, f in said["pinned"].items() if f == KEPT.name} == set(kept)
     for path in Path(said["bank"]).glob("*.safetensors"):
@@ -153,7 +153,7 @@ def test_a_search_neither_builds_nor_changes_them(options: dict, tiny_folder: Pa
 
 
 def test_eval_measures_kept_linears_at_full_precision(tiny_folder: Path, tmp_path: Path) -> None:
-    names = [s.name for s in inventory(tiny_llama()).linears]
+    names = [s.name for s in take_inventory(tiny_llama()).linears]
     one = Configuration({**dict.fromkeys(names, KEPT.name), names[0]: "int8"}, 32)
     other = Configuration({**dict.fromkeys(names, "int2"), names[0]: KEPT.name}, 32)
     for name, configuration in (("one", one), ("other", other)):

@@ -10,7 +10,7 @@ from torch import nn
 from amq.configuration import Configuration, kv_cache_bytes, memory_items, memory_json
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.model.inventory import LinearSpec, check_weights, get_linear, inventory, match_linears
+from amq.model.inventory import LinearSpec, check_weights, get_linear, match_linears, take_inventory
 
 by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 BLOCKS = 3
@@ -19,7 +19,7 @@ BLOCKS = 3
 @by_architecture
 def test_linears_of_every_block(architecture: Architecture) -> None:
     model = architecture.build()
-    found = inventory(model)
+    found = take_inventory(model)
     assert (found.blocks_path, found.n_blocks) == (architecture.blocks_path, BLOCKS)
     names = [f"{architecture.blocks_path}.{b}.{role}" for b in range(BLOCKS) for role in architecture.roles]
     assert sorted(s.name for s in found.linears) == sorted(names)
@@ -34,7 +34,7 @@ def test_linears_of_every_block(architecture: Architecture) -> None:
 @by_architecture
 def test_every_parameter_is_counted_once(architecture: Architecture) -> None:
     model = architecture.build()
-    found = inventory(model)
+    found = take_inventory(model)
     assert found.numel == sum(p.numel() for p in model.parameters())
     names = [f"{s.name}.weight" for s in found.linears] + [o.name for o in found.others]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
@@ -43,7 +43,7 @@ def test_every_parameter_is_counted_once(architecture: Architecture) -> None:
 @by_architecture
 def test_embeddings_and_head(architecture: Architecture) -> None:
     model = architecture.build()
-    found = inventory(model)
+    found = take_inventory(model)
     sizes = {kind: sum(o.numel for o in found.others if o.kind == kind) for kind in ("embedding", "lm_head")}
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert found.head_is_tied is tied
@@ -52,13 +52,13 @@ def test_embeddings_and_head(architecture: Architecture) -> None:
 
 
 def test_tying_is_seen_both_ways() -> None:
-    assert inventory(tiny_llama(tie_word_embeddings=True)).head_is_tied
-    assert not inventory(tiny_llama(tie_word_embeddings=False)).head_is_tied
+    assert take_inventory(tiny_llama(tie_word_embeddings=True)).head_is_tied
+    assert not take_inventory(tiny_llama(tie_word_embeddings=False)).head_is_tied
 
 
 def test_experts_are_listed_with_a_reason() -> None:
     model = ARCHITECTURES["mixtral"].build()
-    found = inventory(model)
+    found = take_inventory(model)
     rest = [o for o in found.others if o.kind == "not quantized"]
     experts = [o for o in rest if len(o.shape) == 3]
     assert len(experts) == 2 * BLOCKS and all("3-D parameter of MixtralExperts" in o.reason for o in experts)
@@ -69,7 +69,7 @@ def test_experts_are_listed_with_a_reason() -> None:
 
 
 def test_weights_outside_the_blocks_say_so() -> None:
-    rest = [o for o in inventory(ARCHITECTURES["opt"].build()).others if o.kind == "not quantized"]
+    rest = [o for o in take_inventory(ARCHITECTURES["opt"].build()).others if o.kind == "not quantized"]
     assert [o.name for o in rest] == ["model.decoder.embed_positions.weight"]
     assert rest[0].reason == "OPTLearnedPositionalEmbedding outside the decoder blocks"
 
@@ -77,23 +77,23 @@ def test_weights_outside_the_blocks_say_so() -> None:
 def test_linear_used_in_two_blocks_is_one_linear() -> None:
     model = tiny_llama()
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    found = inventory(model)
+    found = take_inventory(model)
     assert found.numel == sum(p.numel() for p in model.parameters())
     assert [s.block for s in found.linears if "mlp" in s.role] == [0, 0, 0]
 
 
 def test_models_without_linear_blocks_are_refused() -> None:
     with pytest.raises(AmqError, match="Embedding has no list of decoder blocks"):
-        inventory(nn.Embedding(4, 4))
+        take_inventory(nn.Embedding(4, 4))
     with pytest.raises(AmqError, match="ModuleList has no list of decoder blocks"):
-        inventory(nn.ModuleList([nn.LayerNorm(4)]))
+        take_inventory(nn.ModuleList([nn.LayerNorm(4)]))
 
 
 @by_architecture
 def test_memory_items_add_up(architecture: Architecture) -> None:
     """Quantized linears from the formula, everything else at two bytes, and the KV cache: nothing twice."""
     model = architecture.build()
-    found = inventory(model)
+    found = take_inventory(model)
     configuration = Configuration.uniform(found.linears, FORMATS["int3"], 32)
     items = memory_items(found, configuration, model.config, context=100)
     # 64, 96 and 128 fill their groups of 32: 3 bits per code and 4 bytes per group
@@ -135,7 +135,7 @@ def test_kv_cache_of_a_config_without_heads() -> None:
 
 
 def test_match_linears(tiny_llama: nn.Module) -> None:
-    linears = inventory(tiny_llama).linears
+    linears = take_inventory(tiny_llama).linears
     assert [s.name for s in match_linears(linears, r"layers\.1\..*k_proj$")] == ["model.layers.1.self_attn.k_proj"]
     assert len(match_linears(linears, "mlp")) == 6
     with pytest.raises(AmqError, match="no linear matches 'lm_head'; names look like model.layers.0.self_attn.q_proj"):
@@ -172,7 +172,7 @@ def test_get_linear_errors(tiny_llama: nn.Module) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_weights_are_refused(tiny_llama: nn.Module, value: float) -> None:
-    linears = inventory(tiny_llama).linears
+    linears = take_inventory(tiny_llama).linears
     check_weights(tiny_llama, linears)
     get_linear(tiny_llama, "model.layers.1.mlp.up_proj").weight[3, 4:6] = value
     with pytest.raises(AmqError, match="linear model.layers.1.mlp.up_proj holds 2 non-finite weights"):
@@ -182,7 +182,7 @@ def test_non_finite_weights_are_refused(tiny_llama: nn.Module, value: float) -> 
 def test_empty_linears_are_refused(tiny_llama: nn.Module) -> None:
     tiny_llama.model.layers[0].mlp.up_proj = nn.utils.skip_init(nn.Linear, 8, 0)
     with pytest.raises(AmqError, match=r"linear model.layers.0.mlp.up_proj is empty \(0 x 8\)"):
-        check_weights(tiny_llama, inventory(tiny_llama).linears)
+        check_weights(tiny_llama, take_inventory(tiny_llama).linears)
 
 
 def test_inventory_needs_no_weights() -> None:
@@ -190,4 +190,4 @@ def test_inventory_needs_no_weights() -> None:
     real = architecture.build()
     with torch.device("meta"):
         meta = type(real)(architecture.config())
-    assert inventory(meta) == inventory(real)
+    assert take_inventory(meta) == take_inventory(real)

@@ -155,7 +155,7 @@ WRONG_DATA = {
 @pytest.mark.parametrize("case", WRONG_DATA)
 @every_backend
 def test_data_of_a_weight_is_what_its_shape_says(backend: str, case: str) -> None:
-    """Through both doors, before anything is read by an address."""
+    """Through both bindings, before anything is read by an address."""
     change, message = WRONG_DATA[case]
     good = prepared("int4", 34, backend)
     bad = replace(good, data=change(good.data))

@@ -15,7 +15,7 @@ from amq.errors import AmqError
 from amq.eval.order import OrderSettings, _Walk, correlations, order_equivalence, spread_configurations
 from amq.formats import FORMATS
 from amq.model.calibration import CalibrationStream
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.model.losses import jensen_shannon
 from amq.packing import dequantize
 from amq.quantize.blocks import METHODS
@@ -27,7 +27,7 @@ SMALL = [FORMATS[name] for name in ("int2", "int3", "int4")]
 
 
 def test_configurations_cover_the_budget_evenly() -> None:
-    linears = inventory(tiny_llama(num_hidden_layers=8)).linears
+    linears = take_inventory(tiny_llama(num_hidden_layers=8)).linears
     configurations = spread_configurations(linears, SMALL, 32, 30, seed=0)
     bits = [Configuration(c, 32).bits_per_weight(linears) for c in configurations]
     low, high = (f.bits_per_weight(32) for f in (SMALL[0], SMALL[-1]))
@@ -59,7 +59,7 @@ def test_the_walk_measures_what_the_assembled_model_would(unscored: int) -> None
     unscored: leading positions of every window that have no loss.
     """
     model = tiny_llama()
-    parts = inventory(model)
+    parts = take_inventory(model)
     windows = random_tokens(2, 40)
     configurations = spread_configurations(parts.linears, SMALL, 32, 3, seed=0)
     walk = _Walk(model, 32, {"rtn": METHODS["rtn"]}, configurations, windows, unscored)

@@ -529,7 +529,7 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pyte
     """Its checkpoint loads with the code of the folder; without leave to run that, nothing is quantized."""
     from transformers import AutoModelForCausalLM
 
-    from amq.model.inventory import inventory
+    from amq.model.inventory import take_inventory
     from amq.model.open import LoadedModel
     from amq.quantize.output import CheckpointOutput
 
@@ -543,7 +543,7 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pyte
     edit_json(source / "config.json", auto_map=auto_map, model_type="odd", architectures=["OddForCausalLM"])
     loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
     stored = open_checkpoint(tiny_checkpoint(tiny_llama(), tmp_path / "plain"))
-    made = LoadedModel(loaded, byte_tokenizer(), "odd"), inventory(loaded), stored.record, stored.configuration
+    made = LoadedModel(loaded, byte_tokenizer(), "odd"), take_inventory(loaded), stored.record, stored.configuration
     log = json.loads((run(source_of_plain(tmp_path), tmp_path / "log") / "quantization.json").read_text())
     with pytest.raises(AmqError, match="nothing was quantized: .*contains custom code"):
         CheckpointOutput(tmp_path / "out", source, *made, torch.float16).try_out(log)

@@ -23,7 +23,7 @@ from amq.errors import AmqError
 from amq.eval.order import OrderSettings, order_equivalence
 from amq.formats import FORMATS
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.model.losses import jensen_shannon
 from amq.model.open import load_model
 from amq.model.perplexity import negative_log_likelihood
@@ -203,7 +203,7 @@ def scored_logits(model: nn.Module, windows: Tensor, unscored: int) -> Tensor:
 def rounded(fmt: Callable[[str], str]) -> nn.Module:
     """The model with each linear rounded to nearest in the format that `fmt` gives its name."""
     model = make_model()
-    for spec in inventory(model).linears:
+    for spec in take_inventory(model).linears:
         linear = get_linear(model, spec.name)
         packed = rtn.quantize([linear.weight], [FORMATS[fmt(spec.name)]], 32)[0][fmt(spec.name)]
         linear.weight.data = dequantize(packed)
@@ -241,9 +241,9 @@ def test_search(
     assert state["schema"] == "amq/run/2" and state["calibration"]["window_prefix"] == PREFIX[kind]
     assert result.configuration.details["provenance"]["window_prefix"] == PREFIX[kind]
     corpus = load_corpus(text, family_tokenizer(kind, folders[kind]), ROWS)
-    deal = WindowSampler(corpus, LENGTH, 0)
-    deal.take(QUICK["bank_windows"])
-    sets = {"search": deal.take(2), "confirm": deal.take(2)}
+    sampler = WindowSampler(corpus, LENGTH, 0)
+    sampler.take(QUICK["bank_windows"])
+    sets = {"search": sampler.take(2), "confirm": sampler.take(2)}
     records = [json.loads(line) for line in (run / "archive.jsonl").read_text().splitlines()]
     full = make_model()
     for record in records[0], next(r for r in records if r["windows"] == "confirm"):
@@ -371,7 +371,7 @@ def test_every_stage_names_a_token_that_has_no_row(stage: str, tmp_path: Path) -
     path.write_text(TEXT + "<tool>" + TEXT)
     text, output = str(path), str(tmp_path / "out")
     configuration = tmp_path / "configuration.json"
-    Configuration({s.name: "int3" for s in inventory(tiny_llama()).linears}, 32).save(configuration)
+    Configuration({s.name: "int3" for s in take_inventory(tiny_llama()).linears}, 32).save(configuration)
     run = {
         "search": lambda: amq.search(str(model), output, calibration=text, **QUICK),
         "quantize": lambda: amq.quantize(str(model), output, uniform="int3", group_size=32, calibration=text),

@@ -19,7 +19,7 @@ from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.model.calibration import CalibrationStream, shared_inputs
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.packing import dequantize, unpack_codes
 from amq.quantize import quantize
 from amq.quantize import run as quantize_run
@@ -46,7 +46,7 @@ def short_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def configuration(tmp_path: Path) -> Path:
     """All formats, dealt to the linears of `tiny_folder` in turn; group size 32."""
-    names = [s.name for s in inventory(tiny_llama()).linears]
+    names = [s.name for s in take_inventory(tiny_llama()).linears]
     formats = {name: list(FORMATS)[i % len(FORMATS)] for i, name in enumerate(names)}
     path = tmp_path / "configuration.json"
     Configuration(formats, 32).save(path)
@@ -182,7 +182,7 @@ PRODUCERS = {  # the last part of each group's producer, by the group's first li
 @pytest.mark.parametrize("family", PRODUCERS)
 def test_producers_are_found_by_trying_and_folding_changes_nothing(family: str) -> None:
     model = ARCHITECTURES[family].build()
-    parts = inventory(model)
+    parts = take_inventory(model)
     stream = CalibrationStream(model, random_tokens(1, 40))
     tokens = random_tokens(2, 32, seed=1)
     with torch.no_grad():
@@ -200,7 +200,7 @@ def test_producers_are_found_by_trying_and_folding_changes_nothing(family: str) 
 
 def test_linears_that_read_one_tensor_are_found() -> None:
     model = tiny_llama()
-    groups = shared_inputs(model, inventory(model).linears, random_tokens(1, 8))
+    groups = shared_inputs(model, take_inventory(model).linears, random_tokens(1, 8))
     roles = [[name.rpartition(".")[2] for name in group] for group in groups]
     assert roles == 2 * [["q_proj", "k_proj", "v_proj"], ["gate_proj", "up_proj"]]
 
@@ -391,7 +391,7 @@ def test_inputs_that_overflow_name_the_linear() -> None:
     stream = CalibrationStream(model, random_tokens(1, 40))
     model.model.layers[0].mlp.up_proj.weight.data.fill_(1e38)
     with pytest.raises(AmqError, match=r"inputs of model\.layers\.0\.mlp\.down_proj are not finite"), torch.no_grad():
-        stream.measure(inventory(model).in_block(0))
+        stream.measure(take_inventory(model).in_block(0))
 
 
 def test_a_full_disk_leaves_nothing_but_the_finished_blocks(

@@ -17,7 +17,7 @@ from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import FORMATS, get_format
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.model.open import LoadedModel
 from amq.packing import PackedWeight, dequantize
 from amq.quantize import autoround, quantize
@@ -57,7 +57,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> Taken:
 
 def dealt(model: nn.Module) -> dict[str, str]:
     """All formats, dealt to the model's linears in turn."""
-    return {s.name: list(FORMATS)[i % len(FORMATS)] for i, s in enumerate(inventory(model).linears)}
+    return {s.name: list(FORMATS)[i % len(FORMATS)] for i, s in enumerate(take_inventory(model).linears)}
 
 
 @pytest.mark.usefixtures("package")
@@ -93,7 +93,7 @@ def test_symmetric_ragged_groups_from_the_second_block_on(taken: Taken) -> None:
     """As after an interruption that left block 0 saved; group 128 is more than any linear here has."""
     model = tiny_llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    parts = inventory(model)
+    parts = take_inventory(model)
     loaded = LoadedModel(model, byte_tokenizer(), "tiny")
     source = AutoRoundSource(loaded, parts, dealt(model), 128, random_tokens(3, 48), "symmetric", 2, 0)
     result = source.make(1)
@@ -141,7 +141,7 @@ def test_bad_input_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
     def source(model: nn.Module, iterations: int = 1) -> AutoRoundSource:
         loaded = LoadedModel(model, None, "tiny")
         return AutoRoundSource(
-            loaded, inventory(model), dealt(model), 32, random_tokens(1, 8), "integer", iterations, 0
+            loaded, take_inventory(model), dealt(model), 32, random_tokens(1, 8), "integer", iterations, 0
         )
 
     monkeypatch.setattr(autoround.importlib.util, "find_spec", lambda name: None)

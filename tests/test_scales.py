@@ -16,7 +16,7 @@ from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels.cpu import dequantized
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.quantize import quantize
 from amq.quantize.bank import BankSettings, open_bank
 from amq.quantize.quantizers.grid import LARGEST, TINY, out_of_range
@@ -89,7 +89,7 @@ def test_what_cannot_move_is_refused_by_name_and_can_be_kept(
         with pytest.raises(AmqError, match=message):
             quantize(folder, str(tmp_path / method), method=method, **SMALL)
     with pytest.raises(AmqError, match=message):
-        open_bank(model, inventory(model), [FORMATS["int4"]], BankSettings("rtn", 32), cache=tmp_path / "banks")
+        open_bank(model, take_inventory(model), [FORMATS["int4"]], BankSettings("rtn", 32), cache=tmp_path / "banks")
     quantize(folder, str(tmp_path / "kept"), method="rtn", pin=["0.self_attn.q_proj=16bit"], **SMALL)
     checkpoint = open_checkpoint(tmp_path / "kept")
     assert list(checkpoint.record.kept) == ["model.layers.0.self_attn.q_proj"]

@@ -15,7 +15,7 @@ from torch import nn
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels.modules import QuantizedLinear
-from amq.model.inventory import get_linear, inventory
+from amq.model.inventory import get_linear, take_inventory
 from amq.model.open import LoadedModel
 from amq.packing import PackedWeight
 from amq.proxy.evaluator import Evaluator
@@ -46,7 +46,7 @@ class Setup:
     """A tiny model, its rtn bank at group 32, and swaps and evaluators on it."""
 
     def __init__(self, model: nn.Module, cache: Path) -> None:
-        self.model, self.inventory = model, inventory(model)
+        self.model, self.inventory = model, take_inventory(model)
         self.names = [s.name for s in self.inventory.linears]
         formats = [FORMATS[n] for n in NAMES]
         self.bank = Counting(open_bank(model, self.inventory, formats, BankSettings("rtn", 32), cache=cache))

@@ -17,7 +17,7 @@ from torch import nn
 from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.model.inventory import inventory
+from amq.model.inventory import take_inventory
 from amq.model.usable import find_usable
 from amq.packing import dequantize
 from amq.quantize import quantize
@@ -90,7 +90,7 @@ def test_all_of_an_ordinary_model_is_usable_and_the_trial_leaves_no_trace(caplog
     weights = {name: (p, p.clone()) for name, p in model.named_parameters()}
     with caplog.at_level(logging.INFO):
         usable = find_usable(model)
-    assert usable.parts == inventory(model) and not usable.reasons and not usable.loaded and not caplog.records
+    assert usable.inventory == take_inventory(model) and not usable.reasons and not usable.loaded and not caplog.records
     assert modules == {name: (id(module), type(module)) for name, module in model.named_modules()}
     assert all(p is weights[name][0] and torch.equal(p, weights[name][1]) for name, p in model.named_parameters())
 
@@ -126,10 +126,10 @@ def test_odd_modules() -> None:
     mlp.up_proj.__class__ = Squared
     usable = find_usable(model)
     assert usable.reasons == {"model.layers.0.mlp.up_proj": "a Squared multiplies in a way of its own"}
-    assert {s.name for s in usable.parts.linears} | {"model.layers.0.mlp.up_proj"} == {
-        s.name for s in inventory(model).linears
+    assert {s.name for s in usable.inventory.linears} | {"model.layers.0.mlp.up_proj"} == {
+        s.name for s in take_inventory(model).linears
     }
-    assert usable.parts.numel == inventory(model).numel
+    assert usable.inventory.numel == take_inventory(model).numel
     mlp.up_proj = Asking(nn.Linear(64, 96, bias=False))
     with pytest.raises(AmqError, match=r"not with other modules in place of its linears \(TypeError: not an nn.Linear"):
         find_usable(model)
@@ -138,6 +138,6 @@ def test_odd_modules() -> None:
 def test_a_configuration_that_names_one_is_refused(make_folder: Callable[[nn.Module], Path], tmp_path: Path) -> None:
     model = build("Mamba")
     path = tmp_path / "configuration.json"
-    Configuration({s.name: "int4" for s in inventory(model).linears}, 32).save(path)
+    Configuration({s.name: "int4" for s in take_inventory(model).linears}, 32).save(path)
     with pytest.raises(AmqError, match=r"names backbone.layers.0.mixer.dt_proj, which stays in 16 bits in any case"):
         quantize(str(make_folder(model)), str(tmp_path / "out"), configuration=str(path), perplexity="none")

@@ -16,7 +16,7 @@ from torch import nn
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.model import open as models
-from amq.model.inventory import check_weights, inventory, narrowed
+from amq.model.inventory import check_weights, narrowed, take_inventory
 from amq.model.open import load_model
 from amq.model.weight_files import INDEX, read_header, weight_files
 from amq.quantize.run import run_quantize
@@ -236,7 +236,7 @@ def test_non_finite_weights_are_named(name: str, value: float, folder: Path, tmp
 
 
 def test_non_finite_linear_is_called_a_linear(tiny_llama: nn.Module) -> None:
-    linears = inventory(tiny_llama).linears
+    linears = take_inventory(tiny_llama).linears
     check_weights(tiny_llama, linears)
     tiny_llama.get_submodule(linears[0].name).weight[0, 0] = float("nan")
     with pytest.raises(AmqError, match=f"linear {linears[0].name} holds 1 non-finite"):

@@ -26,7 +26,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
-from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, why_not
+from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, unsupported_reason
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
 
@@ -307,12 +307,14 @@ def test_errors_name_the_linear_and_the_remedy() -> None:
 
 
 def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert all(why_not(fmt) is None for fmt in FORMATS.values())
-    assert "dense bitstreams only" in why_not(SYNTHETIC[0])
+    assert all(unsupported_reason(fmt) is None for fmt in FORMATS.values())
+    assert "dense bitstreams only" in unsupported_reason(SYNTHETIC[0])
     kernels = SimpleNamespace(decoders={"int2": (2,), "int3": (4,)}, interpreted=False)
     monkeypatch.setattr(launcher, "_kernels", lambda: kernels)
     for name in ("int3", "int4"):
-        assert f"it has no decode file, or one for other codes: add kernels/triton/{name}.py" in why_not(FORMATS[name])
+        assert f"it has no decode file, or one for other codes: add kernels/triton/{name}.py" in unsupported_reason(
+            FORMATS[name]
+        )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert "torch finds no GPU" in why_not(FORMATS["int2"])
+    assert "torch finds no GPU" in unsupported_reason(FORMATS["int2"])

@@ -55,7 +55,7 @@ CONFIGURATIONS = [
 ]
 
 
-def why_not() -> str | None:
+def unsupported_reason() -> str | None:
     """Why llama.cpp cannot run here; None where it can."""
     import importlib.util
 

@@ -11,7 +11,7 @@ from typing import Any
 from amq.bench import llama_cpp
 from amq.bench.cases import Case
 from amq.bench.llama_cpp import CONFIGURATIONS, Configuration, LlamaCpp, Quantizer
-from amq.bench.worker import Worker, WorkerFailed
+from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 from amq.model.open import ALIASES, alias_file
 from amq.util.files import cache_dir, read_json, write_atomic
@@ -40,9 +40,9 @@ class Peer:
     facts: dict[str, Any]
     chosen: dict[bool, Configuration]
     trials: list[dict[str, Any]]
-    workers: dict[Configuration, Worker] = field(default_factory=dict)
+    workers: dict[Configuration, ChildProcess] = field(default_factory=dict)
 
-    def worker(self, decode: bool) -> Worker:
+    def worker(self, decode: bool) -> ChildProcess:
         return self.workers[self.chosen[decode]]
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ def open_peer(model: str, device: str, gguf: str, threads: int, seed: int, step:
     """
     if device != "cpu":
         raise PeerMissing(f"the model runs on {device}, and llama.cpp is measured on CPUs only")
-    if reason := llama_cpp.why_not():
+    if reason := llama_cpp.unsupported_reason():
         raise PeerMissing(reason)
     file = gguf_file(model, gguf, threads)
     trials = []
@@ -72,9 +72,9 @@ def open_peer(model: str, device: str, gguf: str, threads: int, seed: int, step:
     peer = Peer(file, {**weights(file), "file": str(file)}, chosen, trials)
     try:
         for configuration in set(chosen.values()):
-            peer.workers[configuration] = Worker(LlamaCpp, str(file), threads, configuration, seed)
+            peer.workers[configuration] = ChildProcess(LlamaCpp, str(file), threads, configuration, seed)
         peer.facts |= peer.worker(True).call("facts")
-    except (AmqError, WorkerFailed) as error:
+    except (AmqError, ChildFailed) as error:
         peer.close()
         raise PeerMissing(f"{file.name}: {error}") from error
     return peer
@@ -88,11 +88,11 @@ def _trial(file: Path, threads: int, configuration: Configuration, seed: int) ->
     """{configuration, pp256, tg24}: the best of a few repetitions in tokens/s; or {configuration, failed}."""
     result: dict[str, Any] = {"configuration": str(configuration)}
     try:
-        with Worker(LlamaCpp, str(file), threads, configuration, seed) as worker:
+        with ChildProcess(LlamaCpp, str(file), threads, configuration, seed) as worker:
             for case in TRIALS:
                 seconds = [worker.call("measure", case, i)["seconds"] for i in range(TRIAL_REPETITIONS)]
                 result[case.name] = case.tokens / min(seconds)
-    except (AmqError, WorkerFailed) as error:
+    except (AmqError, ChildFailed) as error:
         return {"configuration": str(configuration), "failed": str(error).splitlines()[-1]}
     return result
 
@@ -110,12 +110,12 @@ def gguf_file(model: str, gguf: str, threads: int) -> Path:
         log.info("quantizing %s to %s with llama.cpp", source.name, kind)
 
         def write(temporary: Path) -> None:
-            with Worker(Quantizer) as worker:
+            with ChildProcess(Quantizer) as worker:
                 worker.call("quantize", str(source), str(temporary), kind, threads)
 
         try:
             write_atomic(output, write)
-        except WorkerFailed as error:
+        except ChildFailed as error:
             raise PeerMissing(f"llama.cpp could not quantize {source.name} to {kind}: {error}") from error
     return output
 

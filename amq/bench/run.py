@@ -17,7 +17,7 @@ from amq.bench.cases import Case
 from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
 from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing, open_peer
-from amq.bench.worker import Worker, WorkerFailed
+from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 from amq.util.progress import Progress, Step
 
@@ -64,12 +64,12 @@ class Settings:
 
 
 @dataclass
-class Engine:
+class Contender:
     """One of the engines that take turns: its facts, its configuration by kind of case, and its processes."""
 
     name: str
     facts: dict[str, Any]
-    workers: dict[bool, Worker]
+    workers: dict[bool, ChildProcess]
     configurations: dict[bool, str]
 
 
@@ -82,9 +82,9 @@ def bench(settings: Settings, progress: Progress | None = None) -> dict[str, Any
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
         startup = start_up(settings, progress) if settings.startup else []
-        ours = Worker(OwnEngine, settings.model, settings.seed, settings.load_options())
+        ours = ChildProcess(OwnEngine, settings.model, settings.seed, settings.load_options())
         stack.callback(ours.close)
-        engines = [Engine(OURS, ours.call("facts"), {False: ours, True: ours}, {False: "", True: ""})]
+        engines = [Contender(OURS, ours.call("facts"), {False: ours, True: ours}, {False: "", True: ""})]
         if startup:
             engines[0].facts["startup_seconds"] = startup
         trials: list[dict[str, Any]] = []
@@ -144,9 +144,9 @@ def _open_peer(settings: Settings, progress: Progress) -> Peer:
         return open_peer(settings.model, settings.device, settings.gguf, settings.threads, settings.seed, step)
 
 
-def _engine(peer: Peer) -> Engine:
+def _engine(peer: Peer) -> Contender:
     workers = {decode: peer.worker(decode) for decode in (False, True)}
-    return Engine(llama_cpp.NAME, peer.facts, workers, {d: str(c) for d, c in peer.chosen.items()})
+    return Contender(llama_cpp.NAME, peer.facts, workers, {d: str(c) for d, c in peer.chosen.items()})
 
 
 def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
@@ -161,10 +161,10 @@ def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
 
 
 def _rows(
-    settings: Settings, engines: list[Engine], readings: list[Reading], left_out: dict[str, str], progress: Progress
+    settings: Settings, engines: list[Contender], readings: list[Reading], left_out: dict[str, str], progress: Progress
 ) -> list[dict[str, Any]]:
     """One row per case and engine; an engine that fails (not ours) is dropped from `engines`, with the reason."""
-    measured: list[tuple[Case, Engine, list[dict[str, Any]]]] = []
+    measured: list[tuple[Case, Contender, list[dict[str, Any]]]] = []
     with progress.stage("measuring", len(settings.cases) * (settings.repetitions + 1)) as step:
         for case in settings.cases:
             for reading in readings:
@@ -177,7 +177,7 @@ def _rows(
 
 
 def _alternate(
-    case: Case, repetitions: int, engines: list[Engine], left_out: dict[str, str], step: Step
+    case: Case, repetitions: int, engines: list[Contender], left_out: dict[str, str], step: Step
 ) -> dict[str, list[dict[str, Any]]]:
     """Figures of every repetition but the first, which warms up; who goes first alternates."""
     samples: dict[str, list[dict[str, Any]]] = {engine.name: [] for engine in engines}
@@ -185,7 +185,7 @@ def _alternate(
         for engine in engines[:: 1 if repetition % 2 else -1]:
             try:
                 figures = engine.workers[case.decode].call("measure", case, repetition)
-            except (AmqError, WorkerFailed) as error:
+            except (AmqError, ChildFailed) as error:
                 _drop(engine, engines, left_out, f"{case.name}: {error}", error)
                 continue
             if repetition:
@@ -194,7 +194,7 @@ def _alternate(
     return samples
 
 
-def _drop(engine: Engine, engines: list[Engine], left_out: dict[str, str], reason: str, error: Exception) -> None:
+def _drop(engine: Contender, engines: list[Contender], left_out: dict[str, str], reason: str, error: Exception) -> None:
     if engine.name == OURS:
         raise error
     engines.remove(engine)
@@ -202,7 +202,7 @@ def _drop(engine: Engine, engines: list[Engine], left_out: dict[str, str], reaso
 
 
 def _row(
-    settings: Settings, case: Case, engine: Engine, samples: list[dict[str, Any]], readings: list[Reading]
+    settings: Settings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
 ) -> dict[str, Any]:
     speeds = [case.tokens * case.sequences / sample["seconds"] for sample in samples]
     others = [sample["others"] for sample in samples if sample["others"] is not None]
@@ -224,13 +224,13 @@ def _row(
     }
 
 
-def _after(engine: Engine) -> None:
+def _after(engine: Contender) -> None:
     """Memory once all cases have run; of several processes, the one that decodes."""
     engine.facts |= engine.workers[True].call("memory")
 
 
 def _perplexities(
-    settings: Settings, engines: list[Engine], left_out: dict[str, str], progress: Progress
+    settings: Settings, engines: list[Contender], left_out: dict[str, str], progress: Progress
 ) -> dict[str, Any]:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
@@ -244,7 +244,7 @@ def _perplexities(
                     raise AmqError(f"its vocabulary has {sizes}: not the same model")
                 total = engine.workers[True].call("log_likelihood", windows, len(prefix))
                 engine.facts["perplexity"] = math.exp(min(700.0, -total / predicted))
-            except (AmqError, WorkerFailed) as error:
+            except (AmqError, ChildFailed) as error:
                 if engine.name == OURS:
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
@@ -254,7 +254,11 @@ def _perplexities(
 
 
 def _result(
-    settings: Settings, engines: list[Engine], rows: list[dict[str, Any]], readings: list[Reading], more: dict[str, Any]
+    settings: Settings,
+    engines: list[Contender],
+    rows: list[dict[str, Any]],
+    readings: list[Reading],
+    more: dict[str, Any],
 ) -> dict[str, Any]:
     facts = {engine.name: engine.facts for engine in engines}
     return {

@@ -16,15 +16,15 @@ PATIENCE = 900.0
 """Seconds that an answer may take before the process is given up."""
 
 
-class WorkerFailed(RuntimeError):
+class ChildFailed(RuntimeError):
     """The process died, hung, or raised something that was no AmqError; the message says which."""
 
 
-class Worker:
+class ChildProcess:
     """Makes `make(*arguments)` in a new process; `call` calls its methods there. A context manager.
 
     make, arguments, and what methods take and return must be picklable. Both raise the
-    process's AmqErrors, and WorkerFailed.
+    process's AmqErrors, and ChildFailed.
     """
 
     def __init__(self, make: Callable[..., Any], *arguments: Any) -> None:
@@ -48,21 +48,21 @@ class Worker:
 
     def _answer(self) -> Any:
         if not self._connection.poll(PATIENCE):
-            raise WorkerFailed(f"no answer within {PATIENCE:.0f} s")
+            raise ChildFailed(f"no answer within {PATIENCE:.0f} s")
         try:
             value = self._connection.recv()
         except (EOFError, ConnectionResetError):
             raise self._death() from None
-        if isinstance(value, (AmqError, WorkerFailed)):
+        if isinstance(value, (AmqError, ChildFailed)):
             raise value
         return value
 
-    def _death(self) -> WorkerFailed:
+    def _death(self) -> ChildFailed:
         self._process.join(10)
         code = self._process.exitcode
         if code is not None and code < 0:
-            return WorkerFailed(f"its process was ended by {signal.Signals(-code).name}")
-        return WorkerFailed(f"its process ended with status {code}")
+            return ChildFailed(f"its process was ended by {signal.Signals(-code).name}")
+        return ChildFailed(f"its process ended with status {code}")
 
     def close(self) -> None:
         self._connection.close()  # the process ends when it finds nobody there
@@ -71,7 +71,7 @@ class Worker:
             self._process.kill()
             self._process.join()
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> ChildProcess:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -94,7 +94,7 @@ def _serve(connection: Connection, make: Callable[..., Any], arguments: tuple[An
         except AmqError as error:
             answer = error
         except Exception:  # noqa: BLE001 (whatever it is, the other process is told)
-            answer = WorkerFailed(traceback.format_exc().strip())
+            answer = ChildFailed(traceback.format_exc().strip())
         try:
             connection.send(answer)
         except (BrokenPipeError, ConnectionResetError):

@@ -16,8 +16,8 @@ Key = tuple[BankRecipe, frozenset[str]]
 class Banks:
     """Opens the banks that a table needs and puts configurations into the model."""
 
-    def __init__(self, loaded: LoadedModel, parts: Inventory, swap: LinearSwap, progress: Progress) -> None:
-        self._loaded, self._parts, self._progress = loaded, parts, progress
+    def __init__(self, loaded: LoadedModel, inventory: Inventory, swap: LinearSwap, progress: Progress) -> None:
+        self._loaded, self._inventory, self._progress = loaded, inventory, progress
         self._fingerprint = model_fingerprint(loaded.model)
         self._open: dict[Key, WeightBank] = {}
         self._names: dict[Key, set[str]] = {}
@@ -31,8 +31,8 @@ class Banks:
         if formats <= names:
             return
         names |= formats
-        parts = self._parts.only(configuration.quantized)
-        self._open[key] = recipe.open(self._loaded, parts, names, self._progress, self._fingerprint)
+        inventory = self._inventory.only(configuration.quantized)
+        self._open[key] = recipe.open(self._loaded, inventory, names, self._progress, self._fingerprint)
 
     def apply(self, configuration: Configuration, recipe: BankRecipe) -> None:
         self._swap.apply(configuration.formats, self._open[_key(recipe, configuration)])

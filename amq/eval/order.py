@@ -90,26 +90,26 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
     check_place(Path(settings.output), "--output")
     loaded = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-    parts = find_usable(loaded.model).parts
-    check_weights(loaded.model, parts.linears)
+    inventory = find_usable(loaded.model).inventory
+    check_weights(loaded.model, inventory.linears)
     corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
-    deal = WindowSampler(corpus, settings.window_length, settings.seed)
-    calibration, windows = deal.take(settings.calibration_windows), deal.take(settings.windows)
+    sampler = WindowSampler(corpus, settings.window_length, settings.seed)
+    calibration, windows = sampler.take(settings.calibration_windows), sampler.take(settings.windows)
     configurations = spread_configurations(
-        parts.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
+        inventory.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
     )
     walk = _Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
     stream = CalibrationStream(loaded.model, calibration)
-    with progress.stage("order", parts.n_blocks) as step:
-        for block in range(parts.n_blocks):
-            path = f"{parts.blocks_path}.{block}"
-            groups = stream.measure(parts.in_block(block))
+    with progress.stage("order", inventory.n_blocks) as step:
+        for block in range(inventory.n_blocks):
+            path = f"{inventory.blocks_path}.{block}"
+            groups = stream.measure(inventory.in_block(block))
             folds = [find_fold(loaded.model, path, g.linears, head_dim(loaded.config), stream.sample) for g in groups]
             stream.advance()  # before the weights change
             walk.block(block, groups, [None if fold is None else fold.index for fold in folds])
             step()
     losses = walk.losses(progress)
-    bits = [Configuration(c, settings.group_size).bits_per_weight(parts.linears) for c in configurations]
+    bits = [Configuration(c, settings.group_size).bits_per_weight(inventory.linears) for c in configurations]
     pairs = [(p, d) for p in _names(settings.proxy) for d in _names(settings.deployed)]
     result = {
         "schema": "amq/order/1",

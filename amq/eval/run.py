@@ -133,20 +133,20 @@ class _Run:
         """A model in full precision, then uniform formats and configurations from their banks."""
         loaded = load_model(name, self.dtype, self.device, self.trust_remote_code)
         usable = find_usable(loaded.model)
-        parts = usable.parts
-        check_weights(loaded.model, parts.linears)
+        inventory = usable.inventory
+        check_weights(loaded.model, inventory.linears)
         for _, configuration in configurations:
-            configuration.check(parts.linears, usable.reasons)
+            configuration.check(inventory.linears, usable.reasons)
         self.measure.prepare(loaded)
-        swap = LinearSwap(loaded.model, (s.name for s in parts.linears), self.backend, self.activations)
-        banks = Banks(loaded, parts, swap, self.measure.progress)
-        jobs = [(f.name, Configuration.uniform(parts.linears, f, recipe.group_size), recipe) for f in formats]
+        swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), self.backend, self.activations)
+        banks = Banks(loaded, inventory, swap, self.measure.progress)
+        jobs = [(f.name, Configuration.uniform(inventory.linears, f, recipe.group_size), recipe) for f in formats]
         jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
-        forms = [Form(label, 16.0, 2 * parts.numel)] if full else []
+        forms = [Form(label, 16.0, 2 * inventory.numel)] if full else []
         for title, configuration, of in jobs:
             banks.open(of, configuration)
-            size = configuration.bytes(parts.linears) + sum(item.bytes for item in other_items(parts))
-            bits = configuration.bits_per_weight(parts.linears)
+            size = configuration.bytes(inventory.linears) + sum(item.bytes for item in other_items(inventory))
+            bits = configuration.bits_per_weight(inventory.linears)
             forms.append(Form(title, bits, size, lambda c=configuration, r=of: banks.apply(c, r)))
         self.measure.run(loaded, forms)
 

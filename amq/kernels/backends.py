@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 class Backend:
     """What a backend can do.
 
-    why_not: format → None if it runs here, else the reason.
+    unsupported_reason: format → None if it runs here, else the reason.
     prepare: packed weight → uint8 data on its device.
     linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x and bias contiguous, y of x's dtype, the
         bias of any in DTYPES, all on one device.
@@ -48,7 +48,7 @@ class Backend:
     """
 
     name: str
-    why_not: Callable[[BitFormat], str | None]
+    unsupported_reason: Callable[[BitFormat], str | None]
     prepare: Callable[[PackedWeight], Tensor]
     linear: Callable[[Tensor, Sequence[PreparedWeight], Tensor | None, str], Tensor]
     dtypes: tuple[torch.dtype, ...] = DTYPES
@@ -64,7 +64,7 @@ def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
     for 576).
     """
     chosen = get_backend(backend)
-    reason = chosen.why_not(packed.format)
+    reason = chosen.unsupported_reason(packed.format)
     if reason is not None:
         raise AmqError(f"backend {backend} cannot run {packed.format.name}: {reason}")
     return PreparedWeight.of(packed, backend, chosen.prepare(packed))
@@ -104,7 +104,7 @@ def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
     for backend in BACKENDS.values():
         if backend.device not in (device, None):
             continue
-        reasons = [(fmt.name, reason) for fmt in records if (reason := backend.why_not(fmt)) is not None]
+        reasons = [(fmt.name, reason) for fmt in records if (reason := backend.unsupported_reason(fmt)) is not None]
         if not reasons:
             return backend.name
         log.warning("backend %s is passed over: %s: %s", backend.name, *reasons[0])
@@ -182,7 +182,7 @@ def _cpu_why_not(fmt: BitFormat) -> str | None:
 
 
 def _cuda_why_not(fmt: BitFormat) -> str | None:
-    return cuda.why_not(fmt) or triton.why_not(fmt)
+    return cuda.unsupported_reason(fmt) or triton.unsupported_reason(fmt)
 
 
 BACKENDS: dict[str, Backend] = {
@@ -190,7 +190,9 @@ BACKENDS: dict[str, Backend] = {
     for backend in (
         Backend("cpu", _cpu_why_not, native.prepare, _cpu_linear, device="cpu"),
         Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
-        Backend("triton", triton.why_not, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"),
+        Backend(
+            "triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"
+        ),
         Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear),
     )
 }
@@ -203,7 +205,7 @@ def availability() -> list[tuple[str, str, dict[str, str | None]]]:
     for backend in BACKENDS.values():
         if backend.name != "cpu":
             where = "torch" if backend.device is None else "gpu"
-            rows.append((backend.name, where, {name: backend.why_not(fmt) for name, fmt in FORMATS.items()}))
+            rows.append((backend.name, where, {name: backend.unsupported_reason(fmt) for name, fmt in FORMATS.items()}))
     return rows
 
 

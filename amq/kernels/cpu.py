@@ -1,9 +1,9 @@
-"""The door to the compiled CPU kernels (`amq._cpu`): typed arguments in; addresses, lengths and strides out.
+"""Bindings of the compiled CPU kernels (`amq._cpu`): typed arguments in; addresses, lengths and strides out.
 
 `dequantize_into` writes `(codes − zero_point) · scale` as float32, bit-equal to `amq.packing.dequantize` and near the
 speed at which memory can be written. It is there to fill one preallocated weight again and again while formats are
 tried. For another dtype or device it computes the reference and copies it: that route is the specification, chosen by
-the caller's `out`, not a fallback; GPU kernels have doors of their own.
+the caller's `out`, not a fallback; GPU kernels have bindings of their own.
 
 `jensen_shannon` is `amq.model.losses.jensen_shannon` after `log_softmax`, fused: the candidate's logits are read
 twice, the reference once, and nothing of their size is written.

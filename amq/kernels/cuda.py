@@ -1,4 +1,4 @@
-"""The door to the compiled CUDA kernels (`amq/_cuda.so`, kernels/cuda): tensors in, addresses and a stream out.
+"""Bindings of the compiled CUDA kernels (`amq/_cuda.so`, kernels/cuda): tensors in, addresses and a stream out.
 
 The library links CUDA's runtime statically and knows no torch, so it loads on any machine, and is loaded when it is
 first asked for. It multiplies up to `max_rows()` rows of x; `amq.kernels.backends` gives larger batches to Triton, on
@@ -62,7 +62,7 @@ class Library:
         function = getattr(self._library, name)
         function.restype, function.argtypes = result, arguments
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """None if the kernels can run on CUDA's current device, else the reason and the remedy; launches nothing."""
         runtime, driver = ctypes.c_int(), ctypes.c_int()
         status = self._library.amq_cuda_check(ctypes.byref(runtime), ctypes.byref(driver))
@@ -185,9 +185,9 @@ def library() -> Library:
         raise AmqError(f"{path} cannot be loaded ({error}); build it again with `pip install -e .`") from error
 
 
-def why_not(fmt: BitFormat) -> str | None:
+def unsupported_reason(fmt: BitFormat) -> str | None:
     """None if this machine can run `fmt`, else the reason and the remedy."""
-    if reason := layout.why_not(fmt):
+    if reason := layout.unsupported_reason(fmt):
         return reason
     try:
         bits = library().bits.get(fmt.name)
@@ -213,7 +213,7 @@ def _no_device() -> str | None:
 
 @lru_cache(maxsize=1)
 def _not_loadable() -> str | None:
-    return library().why_not()
+    return library().unsupported_reason()
 
 
 def max_rows() -> int:

@@ -94,11 +94,11 @@ class Layout:
 
 
 def layout_of(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> Layout:
-    """The sizes for a dense format (`why_not` says which are)."""
+    """The sizes for a dense format (`unsupported_reason` says which are)."""
     return Layout(fmt.max_code.bit_length(), out_features, in_features, group_size)
 
 
-def why_not(fmt: BitFormat) -> str | None:
+def unsupported_reason(fmt: BitFormat) -> str | None:
     """None if the layout can hold `fmt`, else the reason."""
     if not fmt.is_dense:
         return f"planes hold dense bitstreams only, not {fmt.levels} levels in {fmt.unit_bytes} B"
@@ -127,7 +127,7 @@ PREPARE_ROWS = 512
 
 def prepare(packed: PackedWeight) -> Tensor:
     """`packed` in this layout: uint8, one dimension, on the device of `packed`."""
-    if reason := why_not(packed.format):
+    if reason := unsupported_reason(packed.format):
         raise AmqError(f"prepare {packed.format.name} for a GPU: {reason}")
     layout = layout_of(packed.format, packed.out_features, packed.in_features, packed.group_size)
     data = torch.zeros(layout.nbytes, dtype=torch.uint8, device=packed.qweight.device)

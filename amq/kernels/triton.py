@@ -100,9 +100,9 @@ def _slabs_per_step(in_features: int, most: int) -> int:
     return most
 
 
-def why_not(fmt: BitFormat) -> str | None:
+def unsupported_reason(fmt: BitFormat) -> str | None:
     """None if these kernels run `fmt` on this machine, else the reason and the remedy."""
-    if reason := layout.why_not(fmt):
+    if reason := layout.unsupported_reason(fmt):
         return reason
     try:
         kernels = _kernels()
@@ -192,7 +192,7 @@ def linear_into(
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """W [out_features, in_features] in `dtype` (a float), bit-equal to `amq.packing.dequantize`."""
     if weight.format.name not in _kernels().decoders:
-        raise AmqError(f"dequantize {weight.format.name} with Triton: {why_not(weight.format)}")
+        raise AmqError(f"dequantize {weight.format.name} with Triton: {unsupported_reason(weight.format)}")
     _check_data([weight], weight.data.device, "dequantize")
     kernels = _kernels()
     out = weight.data.new_empty(weight.out_features, weight.in_features, dtype=dtype)
@@ -282,7 +282,7 @@ def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
         raise AmqError(f"{name}: the Triton kernels have activations fp32 only, got {activations!r}; use backend cuda")
     for weight in weights:
         if weight.format.name not in _kernels().decoders:
-            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {why_not(weight.format)}")
+            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {unsupported_reason(weight.format)}")
     in_features = weights[0].in_features
     if x.ndim != 2 or x.shape[1] != in_features or not x.is_contiguous():
         raise AmqError(

@@ -149,7 +149,7 @@ def tune(
                 bits = fmt.max_code.bit_length()
                 key = tuning.triton_key(count, features, bits)
                 entries[key] = best(key, triton_candidates(count, features, bits), x, weights)
-            if fmt == formats[0] and cuda.why_not(fmt) is None:
+            if fmt == formats[0] and cuda.unsupported_reason(fmt) is None:
                 key, x = tuning.cuda_key(features), torch.randn(1, features, dtype=torch.float16, device=DEVICE)
                 entries[key] = best(key, cuda_candidates(features), x, weights)
     entries[tuning.DENSE_KEY] = dense_rows(weights)
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     formats = [get_format(name) for name in arguments.formats.split(",")]
     for fmt in formats:
-        if reason := triton.why_not(fmt):
+        if reason := triton.unsupported_reason(fmt):
             raise AmqError(f"nothing to tune: Triton cannot run {fmt.name}: {reason}")
     numbers = [[int(n) for n in text.split(",")] for text in (arguments.in_features, arguments.rows)]
     entries = tune(*numbers, formats, check_group_size(arguments.group_size))

@@ -44,7 +44,7 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class OtherWeight:
-    """A parameter that stays in 16 bits; kind: embedding, lm_head, small (norms, biases), not quantized."""
+    """A parameter that stays in 16 bits; kind: embedding, lm_head, norm_or_bias, not quantized."""
 
     name: str
     kind: str
@@ -101,7 +101,7 @@ def _is_plain(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and "weight" in module._parameters
 
 
-def inventory(model: nn.Module) -> Inventory:
+def take_inventory(model: nn.Module) -> Inventory:
     """Walks `model` (a Hugging Face causal LM, on any device, meta included) into an `Inventory`."""
     blocks_path, blocks = find_blocks(model)
     linears = tuple(_block_linears(blocks_path, blocks))
@@ -121,7 +121,7 @@ def inventory(model: nn.Module) -> Inventory:
         elif parameter is head_weight:
             kind, reason = "lm_head", ""
         elif parameter.ndim < 2:
-            kind, reason = "small", ""
+            kind, reason = "norm_or_bias", ""
         else:
             kind, reason = "not quantized", _why_not(model, name, parameter, blocks_path)
         others.append(OtherWeight(name, kind, parameter.numel(), tuple(parameter.shape), reason))

@@ -196,7 +196,7 @@ class WindowSampler:
     """Deals out windows of one corpus whose text is disjoint, in an order fixed by a seed.
 
     All windows have `length` tokens, the corpus's prefix included; `take(n)` returns int64 [n, length]. When the corpus
-    is used up, the deal starts again with a warning, so that sets may overlap but nothing fails.
+    is used up, the sampler starts again with a warning, so that sets may overlap but nothing fails.
     """
 
     def __init__(self, corpus: Corpus, length: int, seed: int) -> None:

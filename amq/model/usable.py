@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.model.inventory import Inventory, OtherWeight, get_linear, inventory
+from amq.model.inventory import Inventory, OtherWeight, get_linear, take_inventory
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +37,13 @@ SHARED = "its weight is also {}"
 class Usable:
     """What of a model can be quantized.
 
-    parts: the inventory; its linears are those that can.
+    inventory: the inventory; its linears are those that can.
     reasons: {linear: why it stays in 16 bits}, of those that cannot.
     loaded: {parameter: value}: weights that the model changed while it ran, as they were loaded; a checkpoint must hold
         these, because the model will change them again.
     """
 
-    parts: Inventory
+    inventory: Inventory
     reasons: dict[str, str]
     loaded: dict[str, Tensor]
 
@@ -53,42 +53,42 @@ def find_usable(model: nn.Module) -> Usable:
 
     Raises AmqError where no linear is left.
     """
-    parts = inventory(model)
-    reasons = _shared(model, parts)
-    for spec in parts.linears:
+    inventory = take_inventory(model)
+    reasons = _shared(model, inventory)
+    for spec in inventory.linears:
         linear = get_linear(model, spec.name)
         if type(linear).forward is not nn.Linear.forward:
             reasons.setdefault(spec.name, REDEFINED.format(type(linear).__name__))
-    uses = _weights_used(model, [s.name for s in parts.linears if s.name not in reasons])
+    uses = _weights_used(model, [s.name for s in inventory.linears if s.name not in reasons])
     reasons |= dict.fromkeys(sorted(uses), USED)
-    if len(reasons) == len(parts.linears):
+    if len(reasons) == len(inventory.linears):
         name, reason = next(iter(reasons.items()))
         raise AmqError(f"no linear of this {type(model).__name__} can be quantized: {name}: {reason}")
     for name, reason in reasons.items():
         log.warning("%s stays in 16 bits: %s", name, reason)
     loaded = {f"{name}.weight": weight for name, weight in uses.items()}
     loaded = {name: weight for name, weight in loaded.items() if not torch.equal(weight, model.get_parameter(name))}
-    return Usable(_without(parts, reasons), reasons, loaded)
+    return Usable(_without(inventory, reasons), reasons, loaded)
 
 
-def _without(parts: Inventory, reasons: Mapping[str, str]) -> Inventory:
-    """`parts` with the linears of `reasons` among the other weights."""
+def _without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
+    """`inventory` with the linears of `reasons` among the other weights."""
     moved = [
         OtherWeight(f"{s.name}.weight", "not quantized", s.numel, (s.out_features, s.in_features), reasons[s.name])
-        for s in parts.linears
+        for s in inventory.linears
         if s.name in reasons
     ]
-    left = tuple(s for s in parts.linears if s.name not in reasons)
-    return replace(parts, linears=left, others=(*parts.others, *moved))
+    left = tuple(s for s in inventory.linears if s.name not in reasons)
+    return replace(inventory, linears=left, others=(*inventory.others, *moved))
 
 
-def _shared(model: nn.Module, parts: Inventory) -> dict[str, str]:
+def _shared(model: nn.Module, inventory: Inventory) -> dict[str, str]:
     """{linear: reason} where the model has the same weight, or the whole module, in another place too."""
     places: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         places.setdefault(id(parameter), []).append(name)
     found = {}
-    for spec in parts.linears:
+    for spec in inventory.linears:
         name = f"{spec.name}.weight"
         others = [other for other in places[id(model.get_parameter(name))] if other != name]
         if others:

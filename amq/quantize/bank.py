@@ -85,14 +85,14 @@ class BankRecipe:
         return BankRecipe(group_size=configuration.group_size, **given)
 
     def open(
-        self, loaded: LoadedModel, parts: Inventory, formats: set[str], progress: Progress, fingerprint: str
+        self, loaded: LoadedModel, inventory: Inventory, formats: set[str], progress: Progress, fingerprint: str
     ) -> WeightBank:
         """Opens or builds it, for a model that holds its full-precision weights."""
         corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
         windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
         records = sorted((get_format(n) for n in formats), key=lambda f: f.code_bits)
         settings = BankSettings(self.proxy, self.group_size, windows)
-        return open_bank(loaded.model, parts, records, settings, progress, fingerprint=fingerprint)
+        return open_bank(loaded.model, inventory, records, settings, progress, fingerprint=fingerprint)
 
 
 class WeightBank:

@@ -49,7 +49,7 @@ class CheckpointOutput:
     folder: Path
     source: Path
     loaded: LoadedModel
-    parts: Inventory
+    inventory: Inventory
     record: QuantizationRecord
     configuration: Configuration
     dtype: torch.dtype
@@ -60,7 +60,7 @@ class CheckpointOutput:
     def config(self) -> dict[str, Any]:
         """The model's config.json, with what the model is rather than what its own file says."""
         config = {**self.loaded.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
-        return config_as_found(config, self.parts.head_is_tied)
+        return config_as_found(config, self.inventory.head_is_tied)
 
     def try_out(self, log: Mapping[str, Any]) -> int:
         """Raises AmqError where this checkpoint could not be written or loaded; returns the bytes of all but weights.

@@ -26,28 +26,28 @@ HEADERS = 1 << 20
 
 
 def working_bytes(
-    model: nn.Module, parts: Inventory, sharing: Sequence[Sequence[str]], windows: Tensor, calibrated: bool
+    model: nn.Module, inventory: Inventory, sharing: Sequence[Sequence[str]], windows: Tensor, calibrated: bool
 ) -> int:
     """Bytes needed besides the loaded model: hidden states, one block's second moments, the largest linear's copies.
 
     sharing: groups of linears that read one tensor. windows: int64 [windows, length].
     """
-    largest = max(s.numel for s in parts.linears)
+    largest = max(s.numel for s in inventory.linears)
     if not calibrated:
         return WEIGHT_COPIES * FLOAT * largest
     followers = {name for group in sharing for name in group[1:]}
-    grams = [0] * parts.n_blocks
-    for spec in parts.linears:
+    grams = [0] * inventory.n_blocks
+    for spec in inventory.linears:
         grams[spec.block] += spec.in_features**2 * (spec.name not in followers)
     embedding = model.get_input_embeddings().weight
-    states = (windows.numel() + windows.shape[1]) * parts_width(model, parts) * embedding.element_size()
+    states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
     return states + GRAM_COPIES * FLOAT * max(grams) + WEIGHT_COPIES * FLOAT * largest
 
 
-def parts_width(model: nn.Module, parts: Inventory) -> int:
+def model_width(model: nn.Module, inventory: Inventory) -> int:
     """Numbers per token between blocks."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-    return getattr(config, "hidden_size", None) or get_linear(model, parts.linears[0].name).in_features
+    return getattr(config, "hidden_size", None) or get_linear(model, inventory.linears[0].name).in_features
 
 
 def check_disk(output: Path, needed: int) -> int:
@@ -65,7 +65,7 @@ def check_disk(output: Path, needed: int) -> int:
 
 
 def plan_text(
-    parts: Inventory,
+    inventory: Inventory,
     configuration: Configuration,
     method: str,
     checkpoint: int,
@@ -84,8 +84,8 @@ def plan_text(
     formats = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
     resident, free = psutil.Process().memory_info().rss, free_memory()
     return (
-        f"plan: {len(parts.linears)} linears in {parts.n_blocks} blocks by {method} ({formats}): "
-        f"{configuration.bits_per_weight(parts.linears):.4f} bits per weight, {checkpoint / 2**20:.1f} MiB in all\n"
+        f"plan: {len(inventory.linears)} linears in {inventory.n_blocks} blocks by {method} ({formats}): "
+        f"{configuration.bits_per_weight(inventory.linears):.4f} bits per weight, {checkpoint / 2**20:.1f} MiB in all\n"
         f"plan: memory: {resident / 2**30:.2f} GiB in use with the model, about {memory / 2**30:.2f} GiB more, "
         f"{free / 2**30:.2f} GiB free; disk: {disk[0] / 2**20:.0f} MiB needed, {disk[1] / 2**20:.0f} MiB free"
     )

@@ -74,10 +74,10 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
             weight, error = quantize_head(job.loaded.model, job.head, group_size, settings.zero_points)
             packed[job.head.name] = weight
             log["head"] = head_json(job.head, group_size, error)
-        results = _blocks(source, work, job.parts.n_blocks, progress)
+        results = _blocks(source, work, job.inventory.n_blocks, progress)
         perplexities.measure(settings.method)
         log |= {
-            "linears": _linears(job.parts, job.configuration, results),
+            "linears": _linears(job.inventory, job.configuration, results),
             "notes": sorted({note for result in results for note in result.notes}),
             "seconds": round(time.monotonic() - started, 1),
             "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -107,8 +107,8 @@ class _Job:
     output: CheckpointOutput
 
     @property
-    def parts(self) -> Inventory:
-        return self.usable.parts
+    def inventory(self) -> Inventory:
+        return self.usable.inventory
 
 
 def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
@@ -116,20 +116,20 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     folder = resolve(settings.model)
     loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
     usable = find_usable(loaded.model)
-    parts = usable.parts
-    check_weights(loaded.model, parts.linears)
+    inventory = usable.inventory
+    check_weights(loaded.model, inventory.linears)
     configuration = _configuration(settings, usable)
     fingerprint = model_fingerprint(loaded.model)
     _check_provenance(configuration, fingerprint, settings.model)
     corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
     head = find_head(loaded.model, settings.head)
-    quantized = parts.only(configuration.quantized)
+    quantized = inventory.only(configuration.quantized)
     sharing = shared_inputs(loaded.model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
-    record = _record(configuration, parts, settings.method, sharing, head)
+    record = _record(configuration, inventory, settings.method, sharing, head)
     dtype = stored_dtype(folder, loaded.model)
     files = CheckpointOutput(
-        output, folder, loaded, parts, record, configuration, dtype, usable.loaded, settings.trust_remote_code
+        output, folder, loaded, inventory, record, configuration, dtype, usable.loaded, settings.trust_remote_code
     )
     return _Job(loaded, usable, configuration, fingerprint, corpus, windows, head, record, files)
 
@@ -157,15 +157,19 @@ def _say_plan(
     """
     method = METHODS.get(settings.method)
     calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
-    memory = working_bytes(job.loaded.model, job.parts, job.record.shared_inputs, job.windows, calibrated)
+    memory = working_bytes(job.loaded.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
     checkpoint = _memory(job)["total"]
-    needed = checkpoint + job.configuration.bytes(job.parts.linears) + small + HEADERS - work.nbytes
+    needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
-    progress.say(plan_text(job.parts, job.configuration, settings.method, checkpoint, memory, disk, settings.device))
+    progress.say(
+        plan_text(job.inventory, job.configuration, settings.method, checkpoint, memory, disk, settings.device)
+    )
     progress.say(perplexities.plan())
-    done = work.finished(job.parts.n_blocks)
+    done = work.finished(job.inventory.n_blocks)
     there = (
-        f"{done} of {job.parts.n_blocks} blocks are there" if done else "what a block takes is measured on the first"
+        f"{done} of {job.inventory.n_blocks} blocks are there"
+        if done
+        else "what a block takes is measured on the first"
     )
     progress.say(f"plan: {there}")
 
@@ -173,7 +177,7 @@ def _say_plan(
 def _memory(job: _Job) -> dict[str, Any]:
     """The checkpoint's size, itemised."""
     head = head_json(job.head, job.record.group_size, None) if job.head else None
-    return memory_json(with_head(memory_items(job.parts, job.configuration), head))
+    return memory_json(with_head(memory_items(job.inventory, job.configuration), head))
 
 
 def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | None) -> dict[str, Any]:
@@ -184,10 +188,10 @@ def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | Non
         "model": {"name": settings.model, "fingerprint": job.fingerprint},
         "calibration_sha256": job.corpus.sha256,
         "window_prefix": list(job.corpus.prefix_names),
-        "bits_per_weight": round(job.configuration.bits_per_weight(job.parts.linears), 4),
+        "bits_per_weight": round(job.configuration.bits_per_weight(job.inventory.linears), 4),
         "memory": _memory(job),
         "perplexity": perplexity,
-        "linears": _linears(job.parts, job.configuration, []),
+        "linears": _linears(job.inventory, job.configuration, []),
         "not_quantized": job.usable.reasons,
         "head": head_json(job.head, job.record.group_size, None) if job.head else None,
         "notes": [],
@@ -198,13 +202,13 @@ def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | Non
 
 def _record(
     configuration: Configuration,
-    parts: Inventory,
+    inventory: Inventory,
     method: str,
     sharing: tuple[tuple[str, ...], ...],
     head: Head | None,
 ) -> QuantizationRecord:
     formats = configuration.quantized
-    shapes = {s.name: (s.out_features, s.in_features) for s in parts.linears}
+    shapes = {s.name: (s.out_features, s.in_features) for s in inventory.linears}
     kept = {name: shapes.pop(name) for name in list(shapes) if name not in formats}
     if head is None:
         return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing, kept=kept)
@@ -223,13 +227,13 @@ def _record(
 
 def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
     """What is asked for, pins included; names exactly the linears that can be quantized."""
-    parts = usable.parts
+    inventory = usable.inventory
     if settings.uniform:
-        configuration = Configuration.uniform(parts.linears, get_format(settings.uniform), settings.group_size)
+        configuration = Configuration.uniform(inventory.linears, get_format(settings.uniform), settings.group_size)
     else:
         configuration = Configuration.load(Path(settings.configuration))
-        configuration.check(parts.linears, usable.reasons)
-    pins = {name: fmt.name for name, fmt in parse_pins(settings.pin, parts.linears).items()}
+        configuration.check(inventory.linears, usable.reasons)
+    pins = {name: fmt.name for name, fmt in parse_pins(settings.pin, inventory.linears).items()}
     configuration = replace(configuration, formats={**configuration.formats, **pins})
     if not configuration.quantized:
         raise AmqError("every linear is kept in 16 bits: nothing is left to quantize")
@@ -249,10 +253,10 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
     """What makes block after block."""
     loaded, windows, formats = job.loaded, job.windows, job.configuration.quantized
     model, group_size, zero_points = loaded.model, job.configuration.group_size, settings.zero_points
-    quantized = job.parts.only(formats)
+    quantized = job.inventory.only(formats)
     if settings.method in METHODS:
         method, dtype = METHODS[settings.method], job.output.dtype
-        return BlockQuantizer(model, job.parts, formats, group_size, method, windows, zero_points, dtype)
+        return BlockQuantizer(model, job.inventory, formats, group_size, method, windows, zero_points, dtype)
     if settings.method == "bank":
         names = ("calibration", "window_length", "seed")
         recipe = BankRecipe(
@@ -306,7 +310,9 @@ def _warn_of(result: BlockResult) -> None:
             logger.warning("%s in %s has a relative error of %.2f: give it a wider format", name, fmt, error)
 
 
-def _linears(parts: Inventory, configuration: Configuration, results: list[BlockResult]) -> dict[str, dict[str, Any]]:
+def _linears(
+    inventory: Inventory, configuration: Configuration, results: list[BlockResult]
+) -> dict[str, dict[str, Any]]:
     errors = {name: error for result in results for name, error in result.errors.items()}
     return {
         s.name: {
@@ -314,7 +320,7 @@ def _linears(parts: Inventory, configuration: Configuration, results: list[Block
             "shape": [s.out_features, s.in_features],
             "relative_error": errors.get(s.name),
         }
-        for s in parts.linears
+        for s in inventory.linears
     }
 
 

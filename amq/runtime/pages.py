@@ -1,4 +1,4 @@
-"""Which page of the KV cache belongs to whom, and the reuse of what earlier sequences with the same beginning left.
+"""Which page of the KV cache belongs to whom, and prefix caching.
 
 A sequence holds pages for all the positions that it may come to, from the start, so that nothing is evicted in
 mid-text. A full page is never written again. When its sequence ends, it stays as it is, known by the tokens that

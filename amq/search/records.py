@@ -86,7 +86,7 @@ def _curve(space: SearchSpace, table: Table | None, fit: LossFit | None) -> list
     return curve
 
 
-def describe_model(parts: Inventory, config: Any) -> dict[str, Any]:
+def describe_model(inventory: Inventory, config: Any) -> dict[str, Any]:
     """The part of run.json that stands in for the model: its linears, its other weights, and its KV cache."""
     config = config.get_text_config()
     return {
@@ -98,10 +98,10 @@ def describe_model(parts: Inventory, config: Any) -> dict[str, Any]:
                 "out_features": s.out_features,
                 "in_features": s.in_features,
             }
-            for s in parts.linears
+            for s in inventory.linears
         ],
-        "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in parts.others],
-        "head_is_tied": parts.head_is_tied,
+        "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in inventory.others],
+        "head_is_tied": inventory.head_is_tied,
         "kv_cache": _kv_entries(config),
     }
 

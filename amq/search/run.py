@@ -82,11 +82,11 @@ class _Timings:
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: `parts` without the linears that are kept in 16 bits.
+    quantized: `inventory` without the linears that are kept in 16 bits.
     """
 
     loaded: LoadedModel
-    parts: Inventory
+    inventory: Inventory
     quantized: Inventory
     space: SearchSpace
     bank: WeightBank
@@ -169,23 +169,23 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
 def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) -> _Stage:
     with timings.measure("load"):
         loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
-        parts = find_usable(loaded.model).parts
-        check_weights(loaded.model, parts.linears)
+        inventory = find_usable(loaded.model).inventory
+        check_weights(loaded.model, inventory.linears)
         size = loaded.model.get_input_embeddings().weight.dtype.itemsize
         check_memory(
-            sum(s.numel for s in parts.linears) * size + parse_size(settings.cache_memory),
+            sum(s.numel for s in inventory.linears) * size + parse_size(settings.cache_memory),
             "the working copy of the linears and --cache-memory", settings.device,
         )  # fmt: skip
-        pinned = parse_pins(settings.pin, parts.linears)
-        space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
-        quantized = parts.only({s.name for s in space.quantized})
+        pinned = parse_pins(settings.pin, inventory.linears)
+        space = SearchSpace.build(inventory.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        quantized = inventory.only({s.name for s in space.quantized})
         if settings.target_bits is not None:
             check_bits(settings.target_bits, space)
         corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
-        deal = WindowSampler(corpus, settings.window_length, settings.seed)
-        bank_windows = deal.take(settings.bank_windows)
-        windows = {"search": deal.take(settings.windows), "confirm": deal.take(settings.confirm_windows)}
-        cost_windows = deal.take(settings.cost_passes)
+        sampler = WindowSampler(corpus, settings.window_length, settings.seed)
+        bank_windows = sampler.take(settings.bank_windows)
+        windows = {"search": sampler.take(settings.windows), "confirm": sampler.take(settings.confirm_windows)}
+        cost_windows = sampler.take(settings.cost_passes)
         fingerprint = model_fingerprint(loaded.model)
         windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
     pins = {fmt for fmt in pinned.values() if not isinstance(fmt, Kept)}
@@ -197,10 +197,10 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: _Timings) ->
         )  # fmt: skip
     with timings.measure("reference"):
         evaluator = Evaluator(
-            loaded, parts, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
+            loaded, inventory, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
             settings.activations, corpus.unscored,
         )  # fmt: skip
-    return _Stage(loaded, parts, quantized, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
+    return _Stage(loaded, inventory, quantized, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
 
 
 def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
@@ -208,7 +208,7 @@ def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
         return Budget(max_loss=settings.max_loss)
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        return Budget(budget_from_memory(memory, settings.context, stage.parts, stage.loaded.config, stage.space))
+        return Budget(budget_from_memory(memory, settings.context, stage.inventory, stage.loaded.config, stage.space))
     if settings.target_bits is not None:
         return Budget(check_bits(settings.target_bits, stage.space))
     # no budget given: the cost of the middle format, so that there is something to compare with
@@ -338,7 +338,7 @@ def _finish(
         front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, stage.space, problem.archive.records, solution.table, fit)
     configuration = to_configuration(
-        chosen, settings.model, settings.group_size, stage.parts, stage.loaded.config, settings.context,
+        chosen, settings.model, settings.group_size, stage.inventory, stage.loaded.config, settings.context,
         provenance(settings.json(), stage.fingerprint, stage.corpus.prefix_names),
     )  # fmt: skip
     configuration.save(output / "configuration.json")
@@ -405,8 +405,8 @@ def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
         "schema": RUN_SCHEMA,
         "status": "running",
         "model": {
-            "name": settings.model, "fingerprint": stage.fingerprint, "parameters": stage.parts.numel,
-            "blocks": stage.parts.n_blocks, "class": type(stage.loaded.model).__name__,
+            "name": settings.model, "fingerprint": stage.fingerprint, "parameters": stage.inventory.numel,
+            "blocks": stage.inventory.n_blocks, "class": type(stage.loaded.model).__name__,
         },
         "settings": settings.json(),
         "calibration": {
@@ -419,6 +419,6 @@ def _describe(settings: SearchSettings, stage: _Stage) -> dict[str, Any]:
             "threads": torch.get_num_threads(), "device": settings.device,
         },
         "bank": str(stage.bank.folder),
-        **describe_model(stage.parts, stage.loaded.config),
+        **describe_model(stage.inventory, stage.loaded.config),
         "pinned": {n: f.name for n, f in stage.space.pinned.items()},
     }  # fmt: skip

@@ -25,6 +25,8 @@ RUN_SCHEMA = "amq/run/2"
 READABLE = (RUN_SCHEMA, "amq/run/1")
 """Windows of schema 1 began without the tokenizer's BOS: it is chosen from and reported, but not resumed."""
 COST_SCHEMA = "amq/cost/1"
+KIND_NAMES = {"small": "norm_or_bias"}
+"""Kinds of other weights that runs before 2026-11-29 have under another name."""
 MOST_LAYERS = 1 << 16
 """Lists of this length are made from a number of layers; no model comes near."""
 
@@ -129,7 +131,7 @@ class RunFile:
     def inventory(self) -> Inventory:
         """The model's parts; only the path of its blocks and the shapes of other weights are unknown."""
         linears = tuple(LinearSpec(s.name, s.block, s.role, s.out_features, s.in_features) for s in self.linears)
-        others = tuple(OtherWeight(o.name, o.kind, o.numel, (), o.reason) for o in self.others)
+        others = tuple(OtherWeight(o.name, KIND_NAMES.get(o.kind, o.kind), o.numel, (), o.reason) for o in self.others)
         return Inventory("", self.model.blocks, linears, others, self.head_is_tied)
 
 

@@ -25,7 +25,7 @@ class FinishedRun:
 
     run: RunFile
     settings: SearchSettings
-    parts: Inventory
+    inventory: Inventory
     space: SearchSpace
     records: list[dict[str, Any]]
     table: dict[str, dict[str, float]] | None
@@ -35,14 +35,14 @@ class FinishedRun:
         if not (folder / "run.json").is_file() or not (folder / "archive.jsonl").is_file():
             raise AmqError(f"{folder} is not a run folder: expected run.json and archive.jsonl from `amq.search`")
         run, settings = RunFile.read(folder / "run.json")
-        parts = run.inventory
-        pinned = parse_pins(settings.pin, parts.linears)
-        space = SearchSpace.build(parts.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        inventory = run.inventory
+        pinned = parse_pins(settings.pin, inventory.linears)
+        space = SearchSpace.build(inventory.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
         records = list(read_archive(folder / "archive.jsonl", space))
         table = None
         if settings.solver == "additive" and (folder / "cost.json").is_file():
             table = CostFile.read(folder / "cost.json", space).cost
-        return FinishedRun(run, settings, parts, space, records, table)
+        return FinishedRun(run, settings, inventory, space, records, table)
 
 
 def select_from_run(
@@ -59,7 +59,7 @@ def select_from_run(
     if len(given) != 1:
         raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
     if memory is not None:
-        bits = budget_from_memory(parse_size(memory), context, finished.parts, config, finished.space)
+        bits = budget_from_memory(parse_size(memory), context, finished.inventory, config, finished.space)
     else:
         bits = None if target_bits is None else check_bits(target_bits, finished.space)
     fit = fit_records(finished.records, finished.table) if finished.table else None
@@ -68,5 +68,5 @@ def select_from_run(
         finished.settings.json(), finished.run.model.fingerprint, finished.run.calibration.window_prefix
     )
     return to_configuration(
-        chosen, finished.settings.model, finished.settings.group_size, finished.parts, config, context, origin
+        chosen, finished.settings.model, finished.settings.group_size, finished.inventory, config, context, origin
     )

@@ -21,7 +21,7 @@ from amq.runtime.sampling import Choice
 from amq.runtime.scheduler import Piece
 from amq.runtime.tokenizer import Tokenizer
 from amq.serve.protocol import ApiError
-from amq.serve.worker import Job, Worker
+from amq.serve.worker import EngineThread, Job
 
 DONE = b"data: [DONE]\n\n"
 LEAST_LOGPROB = -9999.0
@@ -167,7 +167,7 @@ def timings(job: Job) -> dict[str, float | None]:
 class Answer(Response):
     """Sends what a job makes, streamed or whole, and cancels it when the client leaves."""
 
-    def __init__(self, worker: Worker, job: Job, shape: Shape, stream: bool) -> None:
+    def __init__(self, worker: EngineThread, job: Job, shape: Shape, stream: bool) -> None:
         super().__init__()
         self.worker, self.job, self.shape, self.stream = worker, job, shape, stream
 

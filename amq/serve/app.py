@@ -27,7 +27,7 @@ from amq.serve.answers import Answer, ChatShape, CompletionShape, Shape
 from amq.serve.metrics import Metrics
 from amq.serve.protocol import ApiError, ChatRequest, CompletionRequest, GenerationRequest, parse
 from amq.serve.settings import ServeSettings
-from amq.serve.worker import Job, Worker
+from amq.serve.worker import EngineThread, Job
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
@@ -53,7 +53,7 @@ class Service:
         self.model = settings.model_name or _short(runtime.name)
         self.created = int(time.time())
         self.metrics = Metrics()
-        self.worker = Worker(runtime, settings, self.metrics)
+        self.worker = EngineThread(runtime, settings, self.metrics)
         self.encoder = ThreadPoolExecutor(1, "amq-encode")  # long texts take one core at most, however many come
         self.encoding = 0
         self.keys = [_digest(key.encode()) for key in settings.api_key]

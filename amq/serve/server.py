@@ -15,7 +15,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from amq.errors import AmqError
 from amq.serve.settings import ServeSettings
-from amq.serve.worker import Worker
+from amq.serve.worker import EngineThread
 
 CLOSE_SECONDS = 5
 """After the drain: how long the last bytes may take to reach their readers."""
@@ -86,7 +86,7 @@ class Server(uvicorn.Server):
                 server_header=False,
             )
         )
-        self._worker: Worker = app.state.service.worker
+        self._worker: EngineThread = app.state.service.worker
         self._drain, self._ready, self._deadline = settings.drain, ready, 0.0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

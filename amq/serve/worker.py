@@ -81,7 +81,7 @@ class Job:
         return pieces
 
 
-class Worker:
+class EngineThread:
     """Runs jobs. `start` and `stop` it on the event loop that uses it."""
 
     def __init__(self, runtime: Runtime, settings: ServeSettings, metrics: Metrics) -> None:

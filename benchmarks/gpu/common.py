@@ -133,14 +133,14 @@ class Device:
         self._stream = None if smoke else torch.cuda.Stream()
         load_triton_kernels()
 
-    def why_not(self, backend: str, fmt: BitFormat) -> str | None:
+    def unsupported_reason(self, backend: str, fmt: BitFormat) -> str | None:
         """None if `backend` can run `fmt`, else the reason."""
         if backend == "cuda" and self.smoke:
             try:
                 return None if fmt.name in cuda.library().formats else "the shim was built without it"
             except AmqError as error:
                 return str(error)
-        return (cuda if backend == "cuda" else triton).why_not(fmt)
+        return (cuda if backend == "cuda" else triton).unsupported_reason(fmt)
 
     def synchronize(self) -> None:
         if not self.smoke:

@@ -334,7 +334,7 @@ def run_case(device: Device, case: Case) -> dict:
     if case.backend == "triton" and device.smoke and case.dtype == "bf16":
         return {**result, "passed": None, "reason": "Triton's interpreter gets bfloat16 wrong"}
     for name in case.formats:
-        if reason := device.why_not(case.backend, get_format(name)):
+        if reason := device.unsupported_reason(case.backend, get_format(name)):
             return {**result, "passed": False, "reason": f"{case.backend} cannot run {name}: {reason}"}
     torch.manual_seed(0)
     found = attempt(device, check, device, case)
@@ -373,7 +373,7 @@ def work(options) -> int:
     return 0
 
 
-class Worker:
+class CheckProcess:
     """A process that runs every `of`-th case, and is started again behind a case that took it down."""
 
     def __init__(self, options, part: int, of: int, folder: Path, clock: Clock) -> None:
@@ -420,7 +420,7 @@ def supervise(options, clock: Clock, save: Callable[[list[dict]], None]) -> list
     of = 1 if options.smoke else max(1, min(WORKERS, (os.cpu_count() or 2) - 2))
     saved = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="amq-correctness-") as folder:
-        workers = [Worker(options, part, of, Path(folder), clock) for part in range(of)]
+        workers = [CheckProcess(options, part, of, Path(folder), clock) for part in range(of)]
         try:
             while any([w.running() for w in workers]) and clock.left() > -2:  # a case of its last moment may end
                 time.sleep(0.2)
@@ -436,7 +436,7 @@ def supervise(options, clock: Clock, save: Callable[[list[dict]], None]) -> list
         return results_of(workers)
 
 
-def results_of(workers: list[Worker]) -> list[dict]:
+def results_of(workers: list[CheckProcess]) -> list[dict]:
     return sorted((r for w in workers for r in w.results()), key=lambda r: r["index"])
 
 

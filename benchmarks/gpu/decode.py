@@ -347,7 +347,9 @@ class Decode:
 
     def run_variant(self, variant: Variant, shared: SimpleNamespace) -> bool:
         """False where nothing more can run in this process."""
-        reasons = [self.device.why_not(variant.backend, get_format(f)) for f in variant.pattern if variant.backend]
+        reasons = [
+            self.device.unsupported_reason(variant.backend, get_format(f)) for f in variant.pattern if variant.backend
+        ]
         if any(reasons) or self.clock.left() < 0:
             why = next((reason for reason in reasons if reason), "no time left")
             self.content["left_out"][str(variant)] = why

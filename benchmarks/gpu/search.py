@@ -32,7 +32,7 @@ from engine import agrees
 from torch import Tensor, nn
 
 from amq.formats import get_format
-from amq.model.inventory import Inventory, inventory
+from amq.model.inventory import Inventory, take_inventory
 from amq.model.open import LoadedModel
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
@@ -76,25 +76,25 @@ class Side:
     def __init__(self, stage: Stage, dtype: torch.dtype, where: torch.device, backend: str = "reference") -> None:
         self.stage, self.dtype = stage, dtype
         self.model = random_llama(stage.sizes, dtype, where)
-        self.parts: Inventory = inventory(self.model)
+        self.inventory: Inventory = take_inventory(self.model)
         self._backend = backend
 
     def evaluator(self, bank: WeightBank) -> Evaluator:
         loaded = LoadedModel(self.model, None, "random")
-        return Evaluator(loaded, self.parts, bank, {"search": self.stage.windows}, backend=self._backend)
+        return Evaluator(loaded, self.inventory, bank, {"search": self.stage.windows}, backend=self._backend)
 
     def bank(self, proxy: str) -> WeightBank:
         """Built afresh from what this side's model says of the windows."""
         settings = BankSettings(proxy, GROUP_SIZE, self.stage.windows)
         folder = Path(tempfile.mkdtemp(dir=self.stage.folder))
         formats = [get_format(name) for name in FORMATS]
-        return open_bank(self.model, self.parts, formats, settings, cache=folder, fingerprint="random")
+        return open_bank(self.model, self.inventory, formats, settings, cache=folder, fingerprint="random")
 
     def fisher(self, bank: WeightBank, passes: int) -> Tensor:
         """[passes, scores], in the order of linears and formats."""
         windows = windows_of(self.stage.sizes, passes, self.stage.windows.shape[1], 2)
-        tables = fisher_passes(self.model, self.parts, bank, windows, FORMATS, seed=0)
-        return torch.tensor([[table[s.name][f] for s in self.parts.linears for f in FORMATS] for table in tables])
+        tables = fisher_passes(self.model, self.inventory, bank, windows, FORMATS, seed=0)
+        return torch.tensor([[table[s.name][f] for s in self.inventory.linears for f in FORMATS] for table in tables])
 
 
 def moved(dtype: torch.dtype, logits_rms: float) -> float:
@@ -121,7 +121,7 @@ class Stage:
         self.cpu = Side(self, torch.float32, torch.device("cpu"))
         self.other = Side(self, torch.float64 if self.device.smoke else torch.float32, device)
         self.shared = self.cpu.bank("rtn")
-        names = [s.name for s in self.cpu.parts.linears]
+        names = [s.name for s in self.cpu.inventory.linears]
         self.mixed = {name: FORMATS[at % len(FORMATS)] for at, name in enumerate(names)}
         self.configurations = {f: dict.fromkeys(names, f) for f in FORMATS} | {"mixed": self.mixed}
         with torch.no_grad():
@@ -175,7 +175,7 @@ class Stage:
 
     def bank(self) -> list[dict]:
         mine, theirs = (side.bank("gptq").weight_errors() for side in (self.other, self.cpu))
-        fewest = min(s.numel for s in self.cpu.parts.linears)
+        fewest = min(s.numel for s in self.cpu.inventory.linears)
         allowed, rows = 4 / math.sqrt(fewest), []
         for fmt in FORMATS:
             name = max(theirs, key=lambda n, f=fmt: abs(mine[n][f] / theirs[n][f] - 1))

@@ -320,7 +320,7 @@ class Bench:
     def modes(self, job: Job, rows: int) -> Iterator[tuple[str, str]]:
         """(backend, activations) that can run; why another cannot is noted."""
         for backend, mode in (("cuda", "fp32"), ("cuda", "int8"), ("triton", "fp32")):
-            reasons = [r for name in job.formats if (r := self.device.why_not(backend, get_format(name)))]
+            reasons = [r for name in job.formats if (r := self.device.unsupported_reason(backend, get_format(name)))]
             if reasons:
                 self.unavailable[f"{backend} {job.name}"] = reasons[0]
             elif backend == "triton" or rows <= cuda.library().max_rows:

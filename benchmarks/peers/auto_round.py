@@ -9,26 +9,26 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import GROUP_SIZE, Peer, Problem, Runner, missing_module, random_scales
+from .base import GROUP_SIZE, Peer, Product, Runner, missing_module, random_scales
 
 
 class AutoRound(Peer):
     def __init__(self, rival: str, bits: int) -> None:
         self.name, self.rival, self.bits = f"auto-round-int{bits}", rival, bits
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         return missing_module("torch", "auto_round_kernel")
 
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
         groups = in_features // GROUP_SIZE
         return out_features * (in_features * self.bits // 8 + 8 * groups)  # a scale and a sum per group, measured
 
-    def build(self, problem: Problem, x: np.ndarray) -> Runner:
+    def build(self, problem: Product, x: np.ndarray) -> Runner:
         return _Blobs(problem, x, self.bits)
 
 
 class _Blobs(Runner):
-    def __init__(self, problem: Problem, x: np.ndarray, bits: int) -> None:
+    def __init__(self, problem: Product, x: np.ndarray, bits: int) -> None:
         import auto_round_kernel
         import torch
 

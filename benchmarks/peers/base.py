@@ -17,7 +17,7 @@ GROUP_SIZE = 128
 
 
 @dataclass(frozen=True)
-class Problem:
+class Product:
     """R = `count` linears [out_features, in_features] and an x of `tokens` rows, on `threads` threads."""
 
     out_features: int
@@ -62,7 +62,7 @@ class Peer(ABC):
     rival: str
 
     @abstractmethod
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         """None where it can run here, else the reason; imports nothing."""
 
     @abstractmethod
@@ -70,7 +70,7 @@ class Peer(ABC):
         """Bytes of one linear's weight, before the library's own repacking where that pads."""
 
     @abstractmethod
-    def build(self, problem: Problem, x: np.ndarray) -> Runner:
+    def build(self, problem: Product, x: np.ndarray) -> Runner:
         """x: float32 [tokens, in_features]."""
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .base import Peer, Problem, Runner
+from .base import Peer, Product, Runner
 
 GGML_TYPE = {"q4_0": 2, "q8_0": 8, "q2_K": 10, "q3_K": 11, "q4_K": 12}  # enum ggml_type
 BLOCK = {"q4_0": (32, 18), "q8_0": (32, 34), "q2_K": (256, 84), "q3_K": (256, 110), "q4_K": (256, 144)}
@@ -67,14 +67,14 @@ class Ggml(Peer):
     def __init__(self, rival: str, kind: str) -> None:
         self.name, self.rival, self.kind = f"ggml-{kind}", rival, kind
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         return None if _libraries() else "no libggml*.so: llama-cpp-python is not installed"
 
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
         weights, size = BLOCK[self.kind]
         return out_features * in_features // weights * size
 
-    def build(self, problem: Problem, x: np.ndarray) -> Runner:
+    def build(self, problem: Product, x: np.ndarray) -> Runner:
         return _Graph(problem, x, self.kind)
 
 
@@ -96,7 +96,7 @@ def _load() -> dict:
 
 
 class _Graph(Runner):
-    def __init__(self, problem: Problem, x: np.ndarray, kind: str) -> None:
+    def __init__(self, problem: Product, x: np.ndarray, kind: str) -> None:
         self._problem, self._kind, self._c = problem, kind, _load()
         self._c["log_set"](ctypes.cast(_silence, c_void_p), None)
         self._backend = self._c["backend_cpu_init"]()

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import GROUP_SIZE, Peer, Problem, Runner, missing_module, random_scales
+from .base import GROUP_SIZE, Peer, Product, Runner, missing_module, random_scales
 
 
 class OnnxRuntime(Peer):
     def __init__(self, rival: str, bits: int) -> None:
         self.name, self.rival, self.bits = f"onnxruntime-int{bits}", rival, bits
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         return missing_module("onnxruntime", "onnx")
 
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
@@ -23,12 +23,12 @@ class OnnxRuntime(Peer):
         zero_points = -(-groups * self.bits // 8)
         return out_features * (in_features * self.bits // 8 + 4 * groups + zero_points)
 
-    def build(self, problem: Problem, x: np.ndarray) -> Runner:
+    def build(self, problem: Product, x: np.ndarray) -> Runner:
         return _Session(problem, x, self.bits)
 
 
 class _Session(Runner):
-    def __init__(self, problem: Problem, x: np.ndarray, bits: int) -> None:
+    def __init__(self, problem: Product, x: np.ndarray, bits: int) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
@@ -59,7 +59,7 @@ class _Session(Runner):
 _CONSTANTS = ("weight", "scale", "zero")
 
 
-def _weight(problem: Problem, bits: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _weight(problem: Product, bits: int, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random codes uint8 [N, groups, bytes], scales float32 [N, groups], zero points uint8 [N, bytes]."""
     n, groups, random = problem.out_features, problem.in_features // GROUP_SIZE, problem.random(index)
     codes = np.frombuffer(random.bytes(n * problem.in_features * bits // 8), np.uint8).reshape(n, groups, -1)
@@ -67,7 +67,7 @@ def _weight(problem: Problem, bits: int, index: int) -> tuple[np.ndarray, np.nda
     return codes, random_scales(random, n, groups), zeros
 
 
-def _model(problem: Problem, bits: int, constants: dict) -> bytes:
+def _model(problem: Product, bits: int, constants: dict) -> bytes:
     """The graph; its constants are named only, the session gets their values directly (protobuf copies too often)."""
     from onnx import TensorProto, helper
 

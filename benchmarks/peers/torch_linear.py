@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .base import GROUP_SIZE, Peer, Problem, Runner, missing_module, random_scales
+from .base import GROUP_SIZE, Peer, Product, Runner, missing_module, random_scales
 
 
 class TorchDense(Peer):
@@ -13,13 +13,13 @@ class TorchDense(Peer):
     def __init__(self, dtype: str) -> None:
         self.name, self.dtype = f"torch-{dtype}", dtype
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         return missing_module("torch")
 
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
         return out_features * in_features * {"float32": 4, "bfloat16": 2}[self.dtype]
 
-    def build(self, problem: Problem, x: np.ndarray) -> Runner:
+    def build(self, problem: Product, x: np.ndarray) -> Runner:
         import torch
 
         def weight(random: np.random.Generator) -> torch.Tensor:
@@ -34,7 +34,7 @@ class TorchInt4(Peer):
 
     name, rival = "torch-int4pack", "int4"
 
-    def why_not(self) -> str | None:
+    def unsupported_reason(self) -> str | None:
         reason = missing_module("torch")
         if reason is None:
             import torch
@@ -46,7 +46,7 @@ class TorchInt4(Peer):
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
         return out_features * (in_features // 2 + 4 * (in_features // GROUP_SIZE))
 
-    def build(self, problem: Problem, x: np.ndarray) -> Runner:
+    def build(self, problem: Product, x: np.ndarray) -> Runner:
         import torch
 
         n, k, first = problem.out_features, problem.in_features, []

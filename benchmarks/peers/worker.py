@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from . import PEERS
-from .base import Problem
+from .base import Product
 
 TOLERANCE = 0.02
 """Relative error of the checked product: rounding x to 8 bits gives 0.007, a misunderstood layout gives over 0.5."""
@@ -38,7 +38,7 @@ class PeerError(RuntimeError):
     """A peer that is installed and yet did not deliver a correct product."""
 
 
-def measure(peer: str, problem: Problem) -> dict:
+def measure(peer: str, problem: Product) -> dict:
     """Builds and times one peer: `seconds` (median), `fastest` and `bytes` per matrix, `rounds`, `error`, `detail`."""
     threads = str(problem.threads)
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
@@ -61,7 +61,7 @@ def measure(peer: str, problem: Problem) -> dict:
     return json.loads(output.splitlines()[-1])
 
 
-def work(peer: str, problem: Problem) -> dict:
+def work(peer: str, problem: Product) -> dict:
     """What the worker process does; see `measure`."""
     x = problem.random().standard_normal((problem.tokens, problem.in_features), dtype=np.float32)
     runner = PEERS[peer].build(problem, x)
@@ -89,4 +89,4 @@ def work(peer: str, problem: Problem) -> dict:
 
 if __name__ == "__main__":
     fields = json.loads(sys.argv[1])
-    print(json.dumps(work(fields.pop("peer"), Problem(**fields))))
+    print(json.dumps(work(fields.pop("peer"), Product(**fields))))

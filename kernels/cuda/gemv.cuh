@@ -74,11 +74,11 @@ struct Place {
     Lane lane;
     uint32_t codes_from[Work::kTiles], scales_from[Work::kTiles];
 
-    AMQ_DEVICE Place(const LinearArguments& arguments, const Segment& segment, int block, Lane lane)
-        : arguments(arguments), codes(segment.codes), scales(segment.scales), lane(lane) {
+    AMQ_DEVICE Place(const LinearArguments& arguments, const Weight& weight, int block, Lane lane)
+        : arguments(arguments), codes(weight.codes), scales(weight.scales), lane(lane) {
         for (int i = 0; i < Work::kTiles; ++i) {
-            const uint32_t tile = min(block * Work::kTiles + i, (segment.out_features - 1) / kTileRows);
-            codes_from[i] = tile * segment.planes * kWarp + 4 * lane.row + lane.column;
+            const uint32_t tile = min(block * Work::kTiles + i, (weight.out_features - 1) / kTileRows);
+            codes_from[i] = tile * weight.planes * kWarp + 4 * lane.row + lane.column;
             scales_from[i] = (tile * arguments.slabs * kTileRows + lane.row) * (kSlab / Work::kGroup);
         }
     }
@@ -254,13 +254,13 @@ AMQ_DEVICE void store(const LinearArguments& arguments, int row, int64_t column,
 using Partials = float[kMaxWarps][2 * kTileRows * kMaxPairs][kMaxRows];
 
 template <class Format, class Element, int kGroup>
-AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& segment, int block, Partials& partials) {
+AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Weight& weight, int block, Partials& partials) {
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const Lane lane = {static_cast<int>(threadIdx.x) % kWarp / 4, static_cast<int>(threadIdx.x) % 4};
     const int x_row = min(lane.row, arguments.rows - 1);
 
     Work<Format, Element, kGroup> work;
-    const Place<decltype(work)> place(arguments, segment, block, lane);
+    const Place<decltype(work)> place(arguments, weight, block, lane);
     for (int pair = 0; pair < kPairs<Format>; ++pair)
         for (int i = 0; i < 4; ++i) work.outputs[pair][i] = 0.0f;
     clear_sums(work);
@@ -277,23 +277,23 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Segment& s
     for (int i = threadIdx.x; i < kBlockRows<Format> * arguments.rows; i += blockDim.x) {
         const int n = i % kBlockRows<Format>, row = i / kBlockRows<Format>;
         const int out = block * kBlockRows<Format> + n;
-        if (out >= segment.out_features) continue;
+        if (out >= weight.out_features) continue;
         float sum = 0.0f;
         for (int w = 0; w < warps; ++w) sum += partials[w][n][row];
-        store(arguments, row, segment.column + out, sum * Element::kFinal);
+        store(arguments, row, weight.column + out, sum * Element::kFinal);
     }
 }
 
 template <class Element, int kGroup>
 __global__ void AMQ_REGISTERS(kRegisters<kGroup>, kMaxWarps * kWarp) linear_kernel(LinearArguments arguments) {
     __shared__ Partials partials;
-    int index = arguments.n_segments - 1;
-    while (static_cast<int>(blockIdx.x) < arguments.segments[index].first_block) --index;
-    const Segment& segment = arguments.segments[index];
-    const int block = blockIdx.x - segment.first_block;
-    switch (segment.format) {
+    int index = arguments.n_weights - 1;
+    while (static_cast<int>(blockIdx.x) < arguments.weights[index].first_block) --index;
+    const Weight& weight = arguments.weights[index];
+    const int block = blockIdx.x - weight.first_block;
+    switch (weight.format) {
 #define AMQ_CASE(name) \
-    case kIndex_##name: return multiply_rows<name, Element, kGroup>(arguments, segment, block, partials);
+    case kIndex_##name: return multiply_rows<name, Element, kGroup>(arguments, weight, block, partials);
         AMQ_CUDA_FORMATS(AMQ_CASE)
 #undef AMQ_CASE
     }

@@ -14,7 +14,7 @@ namespace amq {
 enum Status : int {
     kOk = 0,
     kBadRows = -1,       // rows of x outside 1 to kMaxRows
-    kBadSegments = -2,   // none or too many
+    kBadWeights = -2,   // none or too many
     kBadFormat = -3,
     kBadGroup = -4,
     kBadDType = -5,
@@ -58,21 +58,21 @@ Counts counts_of(int format, int in_features) {
     return {1, 0};
 }
 
-// Divides the grid among the segments and launches: `arguments` with everything but blocks, columns, planes and scales.
+// Divides the grid among the weights and launches: `arguments` with everything but blocks, columns, planes and scales.
 template <class Element>
-cudaError_t launch_segments(int group_size, int threads, cudaStream_t stream, LinearArguments arguments) {
+cudaError_t launch_weights(int group_size, int threads, cudaStream_t stream, LinearArguments arguments) {
     int blocks = 0;
     int64_t column = 0;
-    for (int i = 0; i < arguments.n_segments; ++i) {
-        Segment& segment = arguments.segments[i];
-        const Counts sizes = counts_of(segment.format, arguments.in_features);
-        const int64_t tiles = (segment.out_features + kTileRows - 1) / kTileRows;
-        segment.planes = sizes.planes;
-        segment.scales = reinterpret_cast<const uint32_t*>(segment.codes + tiles * sizes.planes * kWarp);
-        segment.first_block = blocks;
-        segment.column = column;
-        blocks += (segment.out_features + sizes.block_rows - 1) / sizes.block_rows;
-        column += segment.out_features;
+    for (int i = 0; i < arguments.n_weights; ++i) {
+        Weight& weight = arguments.weights[i];
+        const Counts sizes = counts_of(weight.format, arguments.in_features);
+        const int64_t tiles = (weight.out_features + kTileRows - 1) / kTileRows;
+        weight.planes = sizes.planes;
+        weight.scales = reinterpret_cast<const uint32_t*>(weight.codes + tiles * sizes.planes * kWarp);
+        weight.first_block = blocks;
+        weight.column = column;
+        blocks += (weight.out_features + sizes.block_rows - 1) / sizes.block_rows;
+        column += weight.out_features;
     }
     return with_group(group_size, [&](auto group) {
         return launch(linear_kernel<Element, group()>, blocks, threads, stream, arguments);
@@ -117,35 +117,35 @@ __attribute__((visibility("default"))) int amq_cuda_check(int* runtime, int* dri
 __attribute__((visibility("default"))) int amq_cuda_max_rows() { return amq::kMaxRows; }
 
 // y = x · Wᵀ (+ bias), see gemv.cuh.
-//   weights     [n_segments] addresses of prepared weights (16-byte aligned), [n_segments] format indices and output features
+//   weights     [n_weights] addresses of prepared weights (16-byte aligned), [n_weights] format indices and output features
 //   x           [rows, in_features and zeros up to a multiple of 128] of dtype (0 fp16, 1 bf16), rows x_stride elements apart and
 //               at multiples of 16 bytes
 //   y           [rows, all output features], rows y_stride elements apart
 //   scratch     null for exact products; else 16-byte aligned memory of amq_cuda_scratch_bytes, for int8 activations
 //   warps       of a block, 1 to 8
 __attribute__((visibility("default"))) int amq_cuda_linear(
-    int n_segments, const int64_t* weights, const int64_t* formats, const int64_t* out_features, int rows, int in_features,
+    int n_weights, const int64_t* weights, const int64_t* formats, const int64_t* out_features, int rows, int in_features,
     int group_size, int dtype, const void* x, int64_t x_stride, const void* bias, void* y, int64_t y_stride, void* scratch,
     int warps, void* stream) {
     using namespace amq;
     if (rows < 1 || rows > kMaxRows) return kBadRows;
-    if (n_segments < 1 || n_segments > kMaxSegments) return kBadSegments;
+    if (n_weights < 1 || n_weights > kMaxWeights) return kBadWeights;
     if (group_size != 32 && group_size != 64 && group_size != 128) return kBadGroup;
     if (dtype != kHalf && dtype != kBfloat16) return kBadDType;
     if (in_features < 1 || !x || unaligned(x) || x_stride % 8 || !y || unaligned(scratch)) return kBadSize;
     if (warps < 1 || warps > kMaxWarps) return kBadSize;
 
     LinearArguments arguments{};
-    for (int i = 0; i < n_segments; ++i) {
-        Segment& segment = arguments.segments[i];
+    for (int i = 0; i < n_weights; ++i) {
+        Weight& weight = arguments.weights[i];
         if (formats[i] < 0 || formats[i] >= kFormats) return kBadFormat;
         if (out_features[i] < 1 || out_features[i] > INT32_MAX || !weights[i]) return kBadSize;
-        segment.codes = reinterpret_cast<const uint4*>(weights[i]);
-        if (unaligned(segment.codes)) return kBadSize;
-        segment.format = static_cast<int>(formats[i]);
-        segment.out_features = static_cast<int>(out_features[i]);
+        weight.codes = reinterpret_cast<const uint4*>(weights[i]);
+        if (unaligned(weight.codes)) return kBadSize;
+        weight.format = static_cast<int>(formats[i]);
+        weight.out_features = static_cast<int>(out_features[i]);
     }
-    arguments.n_segments = n_segments;
+    arguments.n_weights = n_weights;
     arguments.rows = rows;
     arguments.in_features = in_features;
     arguments.slabs = slabs_of(in_features);
@@ -158,8 +158,8 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     const auto on = static_cast<cudaStream_t>(stream);
     const int threads = warps * kWarp;
     if (!scratch) {
-        if (dtype == kHalf) return launch_segments<HalfElement>(group_size, threads, on, arguments);
-        return launch_segments<Bfloat16Element>(group_size, threads, on, arguments);
+        if (dtype == kHalf) return launch_weights<HalfElement>(group_size, threads, on, arguments);
+        return launch_weights<Bfloat16Element>(group_size, threads, on, arguments);
     }
     uint32_t* x_codes = static_cast<uint32_t*>(scratch);
     float* x_scales = reinterpret_cast<float*>(x_codes + x_code_words(rows, arguments.slabs));
@@ -170,7 +170,7 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     if (status) return status;
     arguments.x_codes = reinterpret_cast<const uint4*>(x_codes);
     arguments.x_scales = x_scales;
-    return launch_segments<Int8Element>(group_size, threads, on, arguments);
+    return launch_weights<Int8Element>(group_size, threads, on, arguments);
 }
 
 // Bytes of scratch that int8 activations take.

@@ -14,7 +14,7 @@ constexpr int kUnits = 8;             // units of 64 features in a slab: all cod
 constexpr int kUnit = kSlab / kUnits;
 constexpr int kWarp = 32;
 constexpr int kMaxRows = 8;           // rows of x that one launch multiplies: the columns of a tensor-core product
-constexpr int kMaxSegments = 4;
+constexpr int kMaxWeights = 4;
 
 // A format's fields and byte words, derived from its bits; `Format` is one of int2.cuh and its neighbours.
 template <class Format>
@@ -27,7 +27,7 @@ struct Fields {
 enum DType : int { kHalf = 0, kBfloat16 = 1 };
 
 // One weight of a launch.
-struct Segment {
+struct Weight {
     const uint4* codes;      // [tiles, planes, 32]
     const uint32_t* scales;  // [tiles, slabs, 8, groups of a slab]: scale below, zero point above, both fp16
     int format;              // index in AMQ_CUDA_FORMATS
@@ -38,8 +38,8 @@ struct Segment {
 };
 
 struct LinearArguments {
-    Segment segments[kMaxSegments];
-    int n_segments;
+    Weight weights[kMaxWeights];
+    int n_weights;
     int rows;                // of x and y, 1 to kMaxRows
     int in_features;
     int slabs;
