@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # tiny_models, for --smoke
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # helpers.tiny_models, for --smoke
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +32,7 @@ def model_name(request: pytest.FixtureRequest, smoke: bool, tmp_path_factory: py
     """MODEL as every command takes it."""
     if not smoke:
         return request.config.getoption("--model")
-    from tiny_models import byte_tokenizer, tiny_llama
+    from helpers.tiny_models import byte_tokenizer, tiny_llama
 
     folder = tmp_path_factory.mktemp("tiny")
     tiny_llama().save_pretrained(folder)

@@ -163,7 +163,7 @@ def at(url: str) -> Iterator[tuple[str, psutil.Process | None]]:
 
 def tiny_folder(folder: Path) -> Path:
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from tiny_models import byte_tokenizer, tiny_llama
+    from helpers.tiny_models import byte_tokenizer, tiny_llama
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from serve_load import serving
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import chromium  # noqa: E402
+from helpers import chromium  # noqa: E402
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -38,7 +38,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tiny_llama() -> nn.Module:
     """A random 2-block Llama: hidden 64, vocabulary 256 (bytes), tied embeddings, float32, no gradients."""
-    from tiny_models import tiny_llama
+    from helpers.tiny_models import tiny_llama
 
     return tiny_llama()
 
@@ -46,7 +46,7 @@ def tiny_llama() -> nn.Module:
 @pytest.fixture(scope="session")
 def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[nn.Module], Path]:
     """Saves a tiny model and the byte-level tokenizer as a new Hugging Face folder."""
-    from tiny_models import byte_tokenizer
+    from helpers.tiny_models import byte_tokenizer
 
     def make(model: nn.Module) -> Path:
         folder = tmp_path_factory.mktemp("model")
@@ -60,7 +60,7 @@ def make_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[nn.Module
 @pytest.fixture(scope="session")
 def tiny_folder(make_folder: Callable[[nn.Module], Path]) -> Path:
     """The model of `tiny_llama` with its tokenizer, as `load_model` loads it; read-only."""
-    from tiny_models import tiny_llama
+    from helpers.tiny_models import tiny_llama
 
     return make_folder(tiny_llama())
 

@@ -9,7 +9,7 @@ import math
 import os
 
 import pytest
-from analytic import settings, solve
+from helpers.analytic import settings, solve
 
 from amq.errors import AmqError
 from amq.search.archive import Archive, read_archive
@@ -58,7 +58,7 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path):
 
 
 def test_an_infeasible_loss_is_recorded_as_null_and_the_search_goes_on(tmp_path):
-    from analytic import AnalyticLosses, space
+    from helpers.analytic import AnalyticLosses, space
 
     losses = AnalyticLosses(space(), nan_when="layers.0.attn.q_proj")
     problem = solve(tmp_path / "a.jsonl", settings(solver="paper"), losses)
@@ -92,7 +92,7 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_line_is_named_by_reader_and_search(tmp_path, case):
-    from analytic import space
+    from helpers.analytic import space
 
     change, message = WRONG[case]
     path = tmp_path / "archive.jsonl"

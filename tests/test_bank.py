@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import ARCHITECTURES, random_tokens
+from helpers.tiny_models import tiny_llama as make_tiny_llama
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, random_tokens
-from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq.errors import AmqError

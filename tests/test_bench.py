@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
-from gguf_files import finish, llama_writer, tensor_names, turned
-from tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
+from helpers.checkpoints import tiny_checkpoint
+from helpers.gguf_files import finish, llama_writer, tensor_names, turned
+from helpers.tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
 
 from amq.bench import llama_cpp, machine, peers, run
 from amq.bench.cases import Case, grid

@@ -25,7 +25,7 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path):
     """The comparison script on a tiny model: every method, one seed."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import compare_solvers
-    from tiny_models import byte_tokenizer, tiny_llama
+    from helpers.tiny_models import byte_tokenizer, tiny_llama
 
     assert {m["solver"] for m in compare_solvers.METHODS.values()} == {"additive", "paper", "random"}
     folder = tmp_path / "model"
@@ -65,7 +65,7 @@ def test_quality_table_goes_on_with_what_is_missing(tmp_path, cache, monkeypatch
     """Two methods on a tiny model; a second call measures nothing that is there and adds the third."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import quality
-    from tiny_models import byte_tokenizer, tiny_llama
+    from helpers.tiny_models import byte_tokenizer, tiny_llama
 
     folder, results = tmp_path / "model", tmp_path / "quality.json"
     tiny_llama().save_pretrained(folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, Architecture, random_tokens, randomized
+from helpers.tiny_models import ARCHITECTURES, Architecture, random_tokens, randomized
 from torch import Tensor, nn
 
 from amq.errors import AmqError

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
+from helpers.checkpoints import tiny_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -26,7 +26,7 @@ DOWN = "model.layers.1.mlp.down_proj"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from tiny_models import tiny_llama
+    from helpers.tiny_models import tiny_llama
 
     return tiny_checkpoint(tiny_llama(), tmp_path_factory.mktemp("checkpoint") / "one")
 
@@ -153,7 +153,7 @@ def test_unknown_keys_are_ignored(copy: Path) -> None:
 
 def test_a_packed_head_and_its_embedding(tmp_path: Path, folder: Path) -> None:
     """One packed tensor for a tied pair, and a version that older readers refuse; untied, the old version."""
-    from tiny_models import tiny_llama
+    from helpers.tiny_models import tiny_llama
 
     for tied in (True, False):
         path = tiny_checkpoint(tiny_llama(tie_word_embeddings=tied), tmp_path / str(tied), head="int8")

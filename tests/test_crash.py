@@ -6,7 +6,7 @@ import os
 import sys
 
 import pytest
-from analytic import settings, solve
+from helpers.analytic import settings, solve
 from test_archive import lines
 
 from amq.search import archive as archive_module

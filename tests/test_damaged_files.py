@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import tiny_checkpoint
-from damaged_files import GROUPS
-from tiny_models import tiny_llama
+from helpers.checkpoints import tiny_checkpoint
+from helpers.damaged_files import GROUPS
+from helpers.tiny_models import tiny_llama
 
 CASES = 60
 SEED = 20261128
@@ -24,7 +24,7 @@ MOST_OK = 0.85
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[dict[str, Any], str]]:
     """(what was done, what came of it) of all cases, from one process that a crash would end early."""
     folder = tiny_checkpoint(tiny_llama(0, num_hidden_layers=1), tmp_path_factory.mktemp("damaged") / "whole")
-    program = Path(__file__).with_name("damaged_files.py")
+    program = Path(__file__).with_name("helpers") / "damaged_files.py"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [sys.executable, program, folder, str(SEED), str(CASES)],

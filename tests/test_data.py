@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import TEMPLATES, VOCABULARY, byte_tokenizer, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEMPLATES, VOCABULARY, byte_tokenizer, family_tokenizer
 
 from amq.errors import AmqError
 from amq.model.text import BUILTIN, Corpus, WindowSampler, fixed_windows, load_corpus, load_text, tokenize

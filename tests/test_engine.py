@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import ARCHITECTURES, VOCABULARY
 
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 from test_engine import text, transformers_logits
-from tiny_models import ARCHITECTURES
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError

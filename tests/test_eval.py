@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import VOCABULARY, byte_tokenizer
-from tiny_models import tiny_llama as make_tiny_llama
+from helpers.tiny_models import VOCABULARY, byte_tokenizer
+from helpers.tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 import amq

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
-from tiny_models import ARCHITECTURES, byte_tokenizer
-from tiny_models import tiny_llama as make_tiny_llama
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES, byte_tokenizer
+from helpers.tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq.checkpoint.record import QuantizationRecord

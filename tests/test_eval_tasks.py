@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer
-from tiny_models import tiny_llama as make_tiny_llama
+from helpers.tiny_models import byte_tokenizer
+from helpers.tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq.errors import AmqError

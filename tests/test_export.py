@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import byte_tokenizer, tiny_llama
 from safetensors.torch import load_file
-from tiny_models import byte_tokenizer, tiny_llama
 
 from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import Checkpoint, open_checkpoint, write_checkpoint, write_tensors

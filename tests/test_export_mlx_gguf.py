@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.tiny_models import ARCHITECTURES
 from safetensors.torch import load_file
-from tiny_models import ARCHITECTURES
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, random_tokens
+from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 
 from amq.formats import FORMATS

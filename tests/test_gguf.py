@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from gguf_files import keys_of, weights_of, write_gguf
+from helpers.gguf_files import keys_of, weights_of, write_gguf
+from helpers.tiny_models import COMMON, random_tokens, randomized
 from safetensors import safe_open
-from tiny_models import COMMON, random_tokens, randomized
 from torch import nn
 
 from amq.checkpoint.store import open_checkpoint

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from reference import make_weight
+from helpers.reference import make_weight
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
-from tiny_models import ARCHITECTURES, random_tokens
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from tiny_models import tiny_llama
+from helpers.tiny_models import tiny_llama
 from transformers.cache_utils import StaticLayer
 
 from amq.runtime import torch_engine

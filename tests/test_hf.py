@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoints import tiny_checkpoint
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiny_models import byte_tokenizer, random_tokens, tiny_llama
 from safetensors import safe_open
-from tiny_models import byte_tokenizer, random_tokens, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -12,9 +12,7 @@ import weakref
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from reference import (
+from helpers.reference import (
     FLOOR,
     ISAS,
     MODES,
@@ -29,6 +27,8 @@ from reference import (
     seen_by,
     torch_threads,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_native import assert_same_bits, random_packed
 
 from amq.formats import FORMATS, GROUP_SIZES

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import (
+from helpers.reference import (
     ISAS,
     MODES,
     UNIT,

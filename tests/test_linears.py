@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import ARCHITECTURES, HIDDEN, VOCABULARY, Architecture, tiny_llama
+from helpers.tiny_models import ARCHITECTURES, HIDDEN, VOCABULARY, Architecture, tiny_llama
 from torch import nn
 
 from amq.configuration import Configuration, kv_cache_bytes, memory_items, memory_json

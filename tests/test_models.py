@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from gguf_files import add_tokenizer, finish, llama_writer, tensor_names, turned
+from helpers.gguf_files import add_tokenizer, finish, llama_writer, tensor_names, turned
+from helpers.tiny_models import VOCABULARY, random_tokens
+from helpers.tiny_models import tiny_llama as make_tiny_llama
 from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, random_tokens
-from tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq.errors import AmqError

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_llama
+from helpers.tiny_models import random_tokens, tiny_llama
 
 from amq.configuration import Configuration
 from amq.errors import AmqError

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens, tiny_llama
 from safetensors.torch import load_file, save_file
-from tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens, tiny_llama
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError

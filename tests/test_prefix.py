@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
-from tiny_models import VOCABULARY, byte_tokenizer, family_tokenizer, tiny_llama
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import VOCABULARY, byte_tokenizer, family_tokenizer, tiny_llama
 from torch import Tensor, nn
 
 import amq

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 
 from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, random_tokens, tiny_llama
+from helpers.tiny_models import byte_tokenizer, random_tokens, tiny_llama
 from torch import nn
 
 from amq.checkpoint.store import open_checkpoint

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from reference import torch_threads
+from helpers.reference import torch_threads
 from torch import Tensor
 
 from amq.errors import AmqError

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer, tiny_llama
+from helpers.tiny_models import byte_tokenizer, tiny_llama
 
 import amq
 from amq.configuration import Configuration

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import tiny_checkpoint
-from tiny_models import ARCHITECTURES
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import ARCHITECTURES
 
 from amq import generate as command
 from amq.errors import AmqError
@@ -232,7 +232,7 @@ def test_wrong_prompts(runtime: Runtime) -> None:
 
 
 def test_chat_template(runtime: Runtime, loaded: LoadedModel) -> None:
-    from tiny_models import byte_tokenizer
+    from helpers.tiny_models import byte_tokenizer
 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"

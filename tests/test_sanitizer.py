@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import unchanged
 from cuda_shim.build import runtime_library
+from helpers import unchanged
 
 from amq.formats import FORMATS
 from amq.kernels import cpu as native

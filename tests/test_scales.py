@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import random_tokens, tiny_llama
+from helpers.tiny_models import random_tokens, tiny_llama
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import byte_tokenizer
+from helpers.tiny_models import byte_tokenizer
 
 from amq.errors import AmqError
 from amq.runtime.engine import Segment, Slot

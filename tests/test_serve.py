@@ -14,7 +14,7 @@ openai = pytest.importorskip("openai", reason="the real client is part of the te
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
-from serve_helpers import SECONDS, byte_tokenizer, fake_runtime, serving  # noqa: E402
+from helpers.serving import SECONDS, byte_tokenizer, fake_runtime, serving  # noqa: E402
 
 CHAT = {"model": "fake", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 12}
 CHAT_TEXT = "user: hi|use"  # the fake engine repeats the prompt, here twelve tokens of it
@@ -333,8 +333,8 @@ def test_a_quantized_checkpoint(tmp_path, one_thread):
     """Answers are those of `generate`, however many are made at once."""
     from concurrent.futures import ThreadPoolExecutor
 
-    from checkpoints import tiny_checkpoint
-    from tiny_models import tiny_llama
+    from helpers.checkpoints import tiny_checkpoint
+    from helpers.tiny_models import tiny_llama
 
     from amq.runtime import Sampling, generate, load
 

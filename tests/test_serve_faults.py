@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 import httpx
 import pytest
-import serve_helpers
-from serve_helpers import fake_runtime, serving
+from helpers import serving as servers
+from helpers.serving import fake_runtime, serving
 
 HERE = Path(__file__).parent
 CLIENT = httpx.Client(timeout=120.0, verify=False, limits=httpx.Limits(max_connections=None))
@@ -31,7 +31,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 SECONDS = 120.0
 """Bounds what hangs; generous, because machines that run tests are busy."""
 
-wait_for = partial(serve_helpers.wait_for, seconds=SECONDS)
+wait_for = partial(servers.wait_for, seconds=SECONDS)
 
 
 @pytest.fixture(scope="module")
@@ -363,7 +363,7 @@ def test_nobody_gets_anothers_text():
 
 
 SERVER = """
-from serve_helpers import fake_runtime, hold_until_input
+from helpers.serving import fake_runtime, hold_until_input
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
 settings = ServeSettings(port=0, queue=1, drain=120.0)

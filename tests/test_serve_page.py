@@ -13,8 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import chromium
 import pytest
+from helpers import chromium
 
 PAGE = Path(__file__).parents[1] / "amq" / "serve" / "page.html"
 MARKDOWN = """Some **bold** words and `x < y`:
@@ -299,7 +299,7 @@ def test_a_phones_width(page, server):
 
 
 def test_against_the_real_server(page):
-    from serve_helpers import fake_runtime, serving, wait_for
+    from helpers.serving import fake_runtime, serving, wait_for
 
     with serving(fake_runtime(delay=0.002, context=2000), max_new_tokens=1500, api_key=["secret"]) as real:
         page.open(real.url)

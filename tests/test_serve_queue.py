@@ -22,7 +22,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
-from serve_helpers import SECONDS, fake_runtime, serving, tokens_of, wait_for  # noqa: E402
+from helpers.serving import SECONDS, fake_runtime, serving, tokens_of, wait_for  # noqa: E402
 
 from amq.serve.queue import FairQueue  # noqa: E402
 
@@ -297,7 +297,7 @@ def test_the_worker_sleeps_when_there_is_nothing_to_do():
 PROCESS = """
 import sys
 sys.path.insert(0, {tests!r})
-from serve_helpers import fake_runtime, hold_until_input
+from helpers.serving import fake_runtime, hold_until_input
 from amq.serve import __main__
 import amq.runtime
 runtime = fake_runtime(context=9000)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from analytic import AnalyticLosses, linears, settings, solve, space
-from analytic import problem as make
+from helpers.analytic import AnalyticLosses, linears, settings, solve, space
+from helpers.analytic import problem as make
 
 from amq.configuration import parse_pins
 from amq.errors import AmqError

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from analytic import linears, space
+from helpers.analytic import linears, space
 
 from amq.configuration import Configuration, parse_pins
 from amq.errors import AmqError

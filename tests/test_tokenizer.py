@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import transformers
+from helpers.tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Inner
 

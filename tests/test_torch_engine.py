@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import ARCHITECTURES, random_tokens, randomized
+from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

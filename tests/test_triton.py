@@ -10,10 +10,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import unchanged
+from helpers import unchanged
 
 INPUTS = ("kernels/triton/*.py", "amq/kernels/*.py", "amq/packing.py", "amq/formats.py", "amq/kernels/backends.py")
-TESTS = ("tests/triton_interpreter.py", "tests/test_native.py", "tests/reference.py")
+TESTS = ("tests/triton_interpreter.py", "tests/test_native.py", "tests/helpers/reference.py")
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import unchanged
+from helpers import unchanged
 
 from amq.formats import FORMATS
 

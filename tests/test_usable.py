@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import random_tokens, randomized, tiny_llama
+from helpers.tiny_models import random_tokens, randomized, tiny_llama
 from torch import nn
 
 from amq.checkpoint.store import open_checkpoint

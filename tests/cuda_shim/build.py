@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import unchanged
+from helpers import unchanged
 
 SHIM = Path(__file__).resolve().parent
 KERNELS = SHIM.parents[1] / "kernels" / "cuda"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tiny_models import byte_tokenizer
 from torch import nn
 
 from amq.checkpoint.record import QuantizationRecord
@@ -13,6 +12,7 @@ from amq.checkpoint.store import write_checkpoint
 from amq.formats import FORMATS
 from amq.model.inventory import get_linear, take_inventory
 from amq.quantize.quantizers import rtn
+from helpers.tiny_models import byte_tokenizer
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -2,7 +2,7 @@
 
 Run as a program by test_damaged_files.py, in a process of its own, because what it looks for are crashes:
 
-    python damaged_files.py FOLDER SEED COUNT
+    python tests/helpers/damaged_files.py FOLDER SEED COUNT
 
 One JSON line per case: its group, what was done, and `ok`, `named` (an AmqError) or the traceback of anything else.
 """
