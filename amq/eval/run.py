@@ -55,8 +55,7 @@ def evaluate(
     backend, activations: what multiplies the quantized linears; see `amq.proxy.swap`. None: `reference` for banks,
         and for checkpoints the fastest on `device` that runs their formats.
     dequantized: every checkpoint also as plain torch linears.
-    text: a file, or a name that `amq.model.text.load_text` knows, of which the first `max_tokens` tokens are used; or
-        empty.
+    text: a file, or a name that `load_text` knows, of which the first `max_tokens` tokens are used; or empty.
     trust_remote_code: see `amq.model.open.load_model`.
     Raises AmqError for unusable input before anything is computed; for a tokenizer unlike the first when it is loaded.
     """
