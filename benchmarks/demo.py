@@ -43,7 +43,7 @@ def main() -> int:
     )
     searched = time.monotonic() - start
     print(summary(result.configuration))
-    uniform_int3 = next(u["bits_per_weight"] for u in result.uniform if u["name"] == "int3")
+    uniform_int3 = next(u.bits_per_weight for u in result.uniform if u.name == "int3")
     paths = []
     for bits in (uniform_int3, *BUDGETS):
         name = "searched-at-int3-cost" if bits == uniform_int3 else f"searched-{bits}"

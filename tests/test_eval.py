@@ -17,7 +17,7 @@ from helpers.tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 import amq
-from amq.configuration import Configuration
+from amq.configuration import Configuration, Details, Provenance
 from amq.errors import AmqError
 from amq.eval import evaluate, negative_log_likelihood, perplexity
 from amq.eval.__main__ import main
@@ -114,7 +114,7 @@ def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Pat
     mixed = Configuration.load(configuration)
     provenance = {"proxy": "rtn", "calibration": text, "bank_windows": 2, "window_length": LENGTH, "seed": 0}
     found = tmp_path / "found.json"
-    Configuration(mixed.formats, 32, {"provenance": provenance}).save(found)
+    Configuration(mixed.formats, 32, Details(provenance=Provenance(**provenance))).save(found)
     options = {**OPTIONS, "group_size": 128}
     result = evaluate(
         str(tiny_folder), [found], "int3", text=text, proxy="gptq", calibration="pydoc", full=False, **options

@@ -79,9 +79,9 @@ class BankRecipe:
 
     def of(self, configuration: Configuration) -> BankRecipe:
         """The bank that a configuration was searched on; what its provenance does not say is taken from here."""
-        provenance = configuration.details.get("provenance") or {}
         names = ("proxy", "calibration", "bank_windows", "window_length", "seed")
-        given = {n: getattr(self, n) if provenance.get(n) is None else provenance[n] for n in names}
+        found = {n: getattr(configuration.details.provenance, n, None) for n in names}
+        given = {n: getattr(self, n) if value is None else value for n, value in found.items()}
         return BankRecipe(group_size=configuration.group_size, **given)
 
     def open(

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import Configuration, memory_items, memory_json, parse_pins
+from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model.calibration import shared_inputs
@@ -35,6 +35,7 @@ from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.util.folders import check_new_folder
 from amq.util.progress import Progress
+from amq.util.records import to_json
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +159,7 @@ def _say_plan(
     method = METHODS.get(settings.method)
     calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
     memory = working_bytes(job.loaded.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
-    checkpoint = _memory(job)["total"]
+    checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
     progress.say(
@@ -174,10 +175,10 @@ def _say_plan(
     progress.say(f"plan: {there}")
 
 
-def _memory(job: _Job) -> dict[str, Any]:
+def _memory(job: _Job) -> Memory:
     """The checkpoint's size, itemised."""
     head = head_json(job.head, job.record.group_size, None) if job.head else None
-    return memory_json(with_head(memory_items(job.inventory, job.configuration), head))
+    return Memory.of(with_head(memory_items(job.inventory, job.configuration), head))
 
 
 def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | None) -> dict[str, Any]:
@@ -189,7 +190,7 @@ def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | Non
         "calibration_sha256": job.corpus.sha256,
         "window_prefix": list(job.corpus.prefix_names),
         "bits_per_weight": round(job.configuration.bits_per_weight(job.inventory.linears), 4),
-        "memory": _memory(job),
+        "memory": to_json(_memory(job)),
         "perplexity": perplexity,
         "linears": _linears(job.inventory, job.configuration, []),
         "not_quantized": job.usable.reasons,
@@ -241,8 +242,8 @@ def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
 
 
 def _check_provenance(configuration: Configuration, fingerprint: str, model: str) -> None:
-    made_for = (configuration.details.get("provenance") or {}).get("model_fingerprint")
-    if made_for and made_for != fingerprint:
+    provenance = configuration.details.provenance
+    if provenance and provenance.model_fingerprint not in (None, fingerprint):
         raise AmqError(
             f"the configuration was searched on other weights than those of {model}: search this model, or remove "
             "model_fingerprint from the file's provenance if you know that it fits"

@@ -45,6 +45,7 @@ class AnalyticLosses:
             for s, w in zip(of.linears, weights, strict=True)
         }
         self.calls = 0
+        self.seconds = self.seconds_in_model = 0.0
         self.nan_when = nan_when
 
     def evaluate(self, formats: Mapping[str, str], windows: str = "search") -> float:
@@ -71,7 +72,7 @@ def settings(**given) -> SearchSettings:
         "points": 5,
         "group_size": 64,
     }
-    return SearchSettings.make(model="m", output="o", **{**quick, **given})
+    return SearchSettings.make(**{"model": "m", "output": "o", **quick, **given})
 
 
 def problem(path: Path, options: SearchSettings, losses: AnalyticLosses | None = None, **fields) -> Problem:
