@@ -8,13 +8,13 @@ Widths are the container's, so that the page fits a telephone.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
-from amq.report.data import Point, Shown, count_formats, show_bits, show_loss, sort_formats
+from amq.report.data import Point, Shown, count_formats, show_loss, sort_formats
 
 LOSSES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
 RAMP = ("#f2de7e", "#a6d49f", "#55b7ad", "#2f8fc0", "#4569bd", "#6a3f9e")
@@ -47,23 +47,22 @@ Chart = alt.LayerChart | Missing
 def theme(ink: str, muted: str, line: str, columns: int) -> dict[str, Any]:
     """A Vega-Lite configuration: colours of text, labels and grid; columns: legend entries beside each other."""
     labels = {"labelColor": muted, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500}
-    lines = {"gridColor": line, "domainColor": line, "tickColor": line}
+    lines = {"gridColor": line, "domainColor": line, "tickColor": line, "labelOverlap": "greedy", "labelSeparation": 4}
+    legend = {"orient": "bottom", "columns": columns, "labelLimit": 75 * columns, "symbolStrokeWidth": 0}
     return {
         "background": "transparent",
         "font": "system-ui, 'Liberation Sans', 'DejaVu Sans', sans-serif",
-        "axis": {**labels, **lines, "labelOverlap": "greedy", "labelSeparation": 4},
-        "legend": {**labels, "orient": "bottom", "columns": columns, "labelLimit": 300, "symbolStrokeWidth": 0},
+        "numberFormat": ".4~g",
+        "axis": {**labels, **lines},
+        "legend": {**labels, **legend},
         "title": {"color": ink, "subtitleColor": muted, "anchor": "start", "fontSize": 13, "subtitleFontSize": 12},
         "view": {"stroke": None},
-        "style": {"label": {"fill": ink}},
+        "text": {"color": ink, "fontSize": 12},
     }
 
 
-LIGHT, DARK = ("#1c2430", "#55626f", "#dfe4e9"), ("#e8edf2", "#a3b0bd", "#38424d")
-THEMES = {
-    name: {width: theme(*colors, columns) for width, columns in (("wide", 5), ("narrow", 2))}
-    for name, colors in (("light", LIGHT), ("dark", DARK))
-}
+COLORS = {"light": ("#1c2430", "#55626f", "#dfe4e9"), "dark": ("#e8edf2", "#a3b0bd", "#38424d")}
+THEMES = {name: {"wide": theme(*colors, 5), "narrow": theme(*colors, 2)} for name, colors in COLORS.items()}
 
 
 def _rows(rows: Iterable[dict[str, Any]]) -> alt.Chart:
@@ -72,9 +71,8 @@ def _rows(rows: Iterable[dict[str, Any]]) -> alt.Chart:
 
 def _finish(layers: list[alt.Chart], title: Any, description: str, height: int = 300) -> alt.LayerChart:
     size = alt.AutoSizeParams(type="fit-x", contains="padding")
-    return alt.layer(*layers).properties(
-        width="container", height=height, autosize=size, title=alt.Title(title), description=description
-    )
+    more: dict[str, Any] = {"autosize": size, "title": alt.Title(title), "description": description}
+    return alt.LayerChart(layer=layers, width="container", height=height, **more)
 
 
 def _log(values: Iterable[float]) -> alt.Scale:
@@ -83,34 +81,32 @@ def _log(values: Iterable[float]) -> alt.Scale:
     return alt.Scale(type="log", nice=False, domain=[min(found) * 0.85, max(found) * 1.18], clamp=True)
 
 
-def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: alt.Tooltip) -> alt.Chart:
+def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> alt.Chart:
     """Rows of one of `KINDS` each, in the order of drawing, with a legend."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     color = alt.Color("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][0] for kind in kinds])
     shape = alt.Shape("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][1] for kind in kinds])
-    sized = ({**row, "size": KINDS[row["kind"]][2]} for row in rows)
-    marks = _rows(sized).mark_point(filled=True, opacity=0.9)
-    tips = [alt.Tooltip("kind:N"), alt.Tooltip("bits:Q", format=".3f"), *tooltip, alt.Tooltip("formats:N")]
-    return marks.encode(x, y, color, shape, alt.Size("size:Q").scale(None).legend(None), tooltip=tips)
+    size = alt.Size("size:Q").scale(None).legend(None)
+    marks = _rows({**row, "size": KINDS[row["kind"]][2]} for row in rows).mark_point(filled=True, opacity=0.9)
+    return marks.encode(x, y, color, shape, size, tooltip=["kind:N", "bits:Q", *tooltip, "formats:N"])
 
 
 def memory_chart(run: Shown) -> Chart:
     """Everything that must be resident, now and with the linears in 16 bits."""
     if not run.memory or run.chosen is None:
         return Missing("nothing was chosen yet, or configuration.json itemises no memory")
-    unit, size = ("GiB", 2**30) if run.size_16 >= 2**30 else ("MiB", 2**20)
-    now, parts = f"{show_bits(run.chosen.bits)} bits", [item.name for item in run.memory if item.bytes]
+    full = 2 * run.numel
+    unit, size = ("GiB", 2**30) if run.size(16) >= 2**30 else ("MiB", 2**20)
+    now, parts = f"{run.chosen.bits:.2f} bits", [item.name for item in run.memory if item.bytes]
     bars = [(now, item.name, item.bytes) for item in run.memory]
-    bars += [("16 bits", item.name, item.bytes) for item in run.others]
-    bars.append(("16 bits", parts[0], 2 * run.numel))
-    rows = ({"bar": bar, "part": part, "size": n / size, "at": parts.index(part)} for bar, part, n in bars if n)
-    colors = [PARTS[i % len(PARTS)] for i in range(len(parts))]
+    bars += [("16 bits", parts[0], full), *(("16 bits", item.name, item.bytes) for item in run.others)]
+    rows = ({"bar": bar, "part": part, unit: n / size, "at": parts.index(part)} for bar, part, n in bars if n)
     chart = _rows(rows).mark_bar(height=26).encode(
-        alt.X("size:Q").title(unit).axis(tickCount=6),
+        alt.X(f"{unit}:Q").axis(tickCount=6),
         alt.Y("bar:N").title(None).sort(None),
-        alt.Color("part:N").title(None).scale(domain=parts, range=colors),
+        alt.Color("part:N").title(None).scale(domain=parts, range=[PARTS[i % len(PARTS)] for i in range(len(parts))]),
         alt.Order("at:O"),
-        tooltip=[alt.Tooltip("part:N"), alt.Tooltip("size:Q", format=".3f", title=unit)],
+        tooltip=["part:N", f"{unit}:Q"],
     )  # fmt: skip
     return _finish([chart], "Memory", f"Stacked bars: memory by part in {unit}, now and in 16 bits", 84)
 
@@ -122,58 +118,46 @@ def bits_chart(run: Shown) -> Chart:
     formats = sort_formats(name for point in run.choices for name in point.formats.values())
     last = len(run.choices) - 1
     start = next((i for i, p in enumerate(run.choices) if run.is_chosen(p)), last // 2)
-    slider = {"bind": alt.binding_range(min=0, max=last, step=1, name="point of the front ")} if last else {}
-    labels = [
-        [
-            f"{show_bits(p.bits)} bits, loss {show_loss(p.lost)}" + " (chosen)" * run.is_chosen(p),
-            count_formats(p.formats.values()),
-        ]
-        for p in run.choices
-    ]
+    slider = alt.binding_range(min=0, max=last, step=1, name="point of the front ") if last else alt.Undefined
+    figures = [f"{p.bits:.2f} bits, loss {show_loss(p.lost)}" + " (chosen)" * run.is_chosen(p) for p in run.choices]
+    labels = [[line, count_formats(p.formats.values())] for line, p in zip(figures, run.choices, strict=True)]
     codes = {s.name: [formats.index(p.formats[s.name]) for p in run.choices] for s in run.folder.run.linears}
     colors = [RAMP[round(i * (len(RAMP) - 1) / max(1, len(formats) - 1))] for i in range(len(formats))]
     color = alt.Color("format:N").title(None).scale(domain=formats, range=colors)
-    layers = _heat_map(run, {"codes": codes}, color, alt.Tooltip("format:N"))
-    layers[0] = layers[0].transform_calculate(format="names[datum.codes[at]]")
-    title, described = alt.expr("labels[at]"), "Heat map: the format of each linear by role and block"
-    values = (alt.param(name="names", value=formats), alt.param(name="labels", value=labels))
-    return _finish(layers, title, described, _height(run)).add_params(
-        alt.param(name="at", value=start, **slider), *values
-    )
+    chart = _heat_map(run, "format", codes, "names[datum.value[at]]", color, alt.expr("labels[at]"))
+    names, texts = alt.param(name="names", value=formats), alt.param(name="labels", value=labels)
+    return chart.add_params(names, texts, alt.param(name="at", value=start, bind=slider))
 
 
 def _heat_map(
-    run: Shown, columns: dict[str, dict[str, Any]], color: alt.Color, tooltip: alt.Tooltip
-) -> list[alt.Chart]:
-    """Role by block, and a frame around each pinned linear. columns: {field: {linear: value}}."""
-    x = alt.X("block:O").title("block").axis(labelAngle=0, grid=False).scale(paddingInner=0.05)
-    y = alt.Y("role:N").title(None).sort(list(run.roles.values())).axis(labelLimit=150, grid=False)
-    y = y.scale(paddingInner=0.08)
+    run: Shown, field: str, values: dict[str, Any], formula: str, color: alt.Color, title: Any
+) -> alt.LayerChart:
+    """Role by block, and a frame around each pinned linear. formula: of `field`, from `datum.value`, the linear's."""
+    x = alt.X("block:O").title("block").axis(labelAngle=0, grid=False, labelOverlap="parity")
+    x = x.scale(paddingInner=min(0.06, run.folder.run.model.blocks / 400))
+    y = alt.Y("role:N").title(None).axis(labelLimit=150, grid=False).scale(paddingInner=0.08)
+    y = y.sort(list(run.roles.values()))
+    pinned = run.folder.run.pinned
     cells = [
-        {
-            **{"linear": spec.name, "role": run.roles[spec.role], "block": spec.block},
-            **{"pinned": run.folder.run.pinned.get(spec.name, "no")},
-            **{field: values[spec.name] for field, values in columns.items()},
-        }
-        for spec in run.folder.run.linears
-        if all(spec.name in values for values in columns.values())
+        {"linear": s.name, "role": run.roles[s.role], "block": s.block, "value": values[s.name]}
+        | {"pinned": pinned.get(s.name, "no")}
+        for s in run.folder.run.linears
+        if s.name in values
     ]
-    tips = [alt.Tooltip("linear:N"), tooltip, alt.Tooltip("pinned:N")]
-    pinned = _rows(cell for cell in cells if cell["pinned"] != "no")
-    frames = pinned.mark_rect(filled=False, stroke=ORANGE, strokeWidth=2).encode(x, y)
-    return [_rows(cells).mark_rect().encode(x, y, color, tooltip=tips), *([frames] if run.folder.run.pinned else [])]
-
-
-def _height(run: Shown) -> int:
-    """Of a heat map: with lower rows where a model of experts has hundreds of roles."""
-    return len(run.roles) * max(2, min(26, MOST_HEIGHT // len(run.roles)))
+    map_ = _rows(cells).transform_calculate(**{field: formula}).mark_rect()
+    layers = [map_.encode(x, y, color, tooltip=["linear:N", color["shorthand"], "pinned:N"])]
+    if pinned:
+        frames = _rows(cell for cell in cells if cell["linear"] in pinned)
+        layers.append(frames.mark_rect(filled=False, stroke=ORANGE, strokeWidth=2).encode(x, y))
+    row = max(2, min(26, MOST_HEIGHT // len(run.roles)))  # a model of experts has hundreds of roles
+    return _finish(layers, title, f"Heat map: the {field} of each linear by role and block", row * len(run.roles))
 
 
 def cost_chart(run: Shown) -> Chart:
     """Measured sensitivities, or where the run has none the solver's cost at the lowest format."""
     if run.folder.sensitivity is not None:
         title, unit = f"Sensitivity of each linear at {run.folder.sensitivity.lowest}", "nats/token"
-        found = run.folder.sensitivity.loss
+        found: dict[str, float | None] = {**run.folder.sensitivity.loss}
     elif run.folder.cost is not None:
         lowest = sort_formats(name for row in run.folder.cost.cost.values() for name in row)[0]
         title, unit = f"Cost ({run.folder.cost.kind}) of each linear at {lowest}", run.folder.cost.unit
@@ -186,8 +170,7 @@ def cost_chart(run: Shown) -> Chart:
     scale = alt.Scale(type="log" if min(values.values()) > 0 else "linear", scheme="viridis")
     legend = alt.Legend(gradientLength=220, format=".2~g", tickCount=3)
     color = alt.Color("cost:Q", title=unit, scale=scale, legend=legend)
-    layers = _heat_map(run, {"cost": values}, color, alt.Tooltip("cost:Q", format=".3g"))
-    return _finish(layers, title, "Heat map: the cost of each linear by role and block", _height(run))
+    return _heat_map(run, "cost", values, "datum.value", color, title)
 
 
 def front_chart(run: Shown) -> Chart:
@@ -196,7 +179,7 @@ def front_chart(run: Shown) -> Chart:
     if not rows:
         return Missing("no configuration has a loss yet")
     x = alt.X("bits:Q").title("bits per weight").scale(zero=False, nice=False, padding=14).axis(tickCount=10)
-    y = alt.Y("loss:Q").title("loss, nats/token").scale(_log(row["loss"] for row in rows)).axis(format="~g")
+    y = alt.Y("loss:Q").title("loss, nats/token").scale(_log(row["loss"] for row in rows))
     front, layers = run.folder.front, []
     if front is not None and front.band is not None:
         edges = [(p.bits_per_weight, *front.band.around(p.loss)) for p in front.front if p.loss > 0]
@@ -209,10 +192,9 @@ def front_chart(run: Shown) -> Chart:
         rule = _rows([{"bits": run.folder.settings.target_bits}]).mark_rule(color=ORANGE, strokeDash=[2, 3])
         layers.append(rule.encode(alt.X("bits:Q")))
     layers.append(_rows(row for row in rows if row["kind"] == "front").mark_line(color=BLUE).encode(x, y))
-    layers.append(_points(rows, x, y, alt.Tooltip("loss:Q", format=".3g")))
+    layers.append(_points(rows, x, y, "loss:Q"))
     names = _rows({"bits": p.bits, "loss": p.loss, "name": p.name} for p in run.uniform if p.loss and p.loss > 0)
-    text = names.mark_text(style="label", align="left", dx=9, dy=-6, fontSize=12)
-    layers.append(text.encode(x, y, alt.Text("name:N")))
+    layers.append(names.mark_text(align="left", dx=9, dy=-6).encode(x, y, alt.Text("name:N")))
     return _finish(layers, "Loss against bits per weight", "Scatter chart: loss against bits, with the front", 380)
 
 
@@ -237,68 +219,64 @@ def heldout_chart(run: Shown) -> Chart:
     """Loss on held-out windows against loss on the windows that the search chose by."""
     pairs = [(p, p.loss, p.heldout) for p in (*run.uniform, *run.choices)]
     band = run.folder.front.band if run.folder.front else None
-    return _agreement(
-        run, pairs, "loss on search windows", "on held-out windows", (band.low, band.high) if band else None
-    )
+    return _agreement(run, pairs, "search loss", "held-out loss", (band.low, band.high) if band else None)
 
 
 def predicted_chart(run: Shown) -> Chart:
     """Measured against predicted loss of the front."""
-    return _agreement(run, [(p, p.predicted, p.loss) for p in run.choices], "predicted loss", "measured loss")
+    return _agreement(run, [(p, p.predicted, p.loss) for p in run.choices], "predicted loss", "measured loss", None)
 
 
 def _agreement(
-    run: Shown,
-    pairs: Iterable[tuple[Point, float | None, float | None]],
-    across: str,
-    up: str,
-    slopes: tuple[float, float] | None = None,
-) -> Chart:
+    run: Shown, pairs: Iterable[tuple[Point, float | None, float | None]], across: str, up: str,
+    slopes: tuple[float, float] | None,
+) -> Chart:  # fmt: skip
     """Points (x, y) and the line where the two are equal; slopes: of the band's edges y = slope · x."""
-    rows = [
-        {"kind": run.kind(p), "bits": p.bits, "x": x, "y": y, "formats": count_formats(p.formats.values())}
+    rows: list[dict[str, Any]] = [
+        {"kind": run.kind(p), "bits": p.bits, across: x, up: y, "formats": count_formats(p.formats.values())}
         for p, x, y in pairs
         if x is not None and y is not None and x > 0 and y > 0
     ]
     if len(rows) < 2:
         return Missing(f"fewer than two configurations have both a {across} and a {up}")
-    scale = _log(row[k] for row in rows for k in ("x", "y"))
     low, high = slopes or (1.0, 1.0)
-    ends = _rows({"x": end, "y": end, "low": end * low, "high": end * high} for end in scale.domain)
-    x = alt.X("x:Q").title(f"{across}, nats/token").scale(scale).axis(format="~g", tickCount=5)
-    y = alt.Y("y:Q").title(up).scale(scale).axis(format="~g")
-    tips = (alt.Tooltip("x:Q", format=".3g", title=across), alt.Tooltip("y:Q", format=".3g", title=up))
-    layers = [ends.mark_line(**DASHED).encode(x, y), _points(rows, x, y, *tips)]
+    domain = _log(row[name] for row in rows for name in (across, up))
+    ends = _rows({across: end, up: end, "low": end * low, "high": end * high} for end in domain["domain"])
+    x = alt.X(f"{across}:Q").title(f"{across}, nats/token").scale(domain).axis(tickCount=5)
+    y = alt.Y(f"{up}:Q").scale(domain)
+    layers = [ends.mark_line(**DASHED).encode(x, y), _points(rows, x, y, f"{across}:Q", f"{up}:Q")]
     if slopes:
-        layers.insert(0, ends.mark_area(**BAND).encode(x, alt.Y("low:Q").scale(scale), alt.Y2("high:Q")))
-    title = f"{up} against {across}".removeprefix("on ").capitalize()
+        layers.insert(0, ends.mark_area(**BAND).encode(x, alt.Y("low:Q").title(up).scale(domain), alt.Y2("high:Q")))
+    title = f"{up.capitalize()} against {across}"
     return _finish(layers, title, f"Scatter chart: {title}")
 
 
 def surrogate_chart(run: Shown) -> Chart:
     """How well the surrogate of the iterative solver ranked candidates that it had not seen."""
-    return _history(run, "Surrogate: rank correlation by iteration", ("spearman", "kendall"))
-
-
-def progress_chart(run: Shown) -> Chart:
-    """How far the front had come at each iteration of the iterative solver."""
-    return _history(run, "Hypervolume of the front by iteration", ("hypervolume",))
-
-
-def _history(run: Shown, title: str, scores: tuple[str, ...]) -> Chart:
+    scores = ("spearman", "kendall")
     rows = [
-        {"iteration": row.iteration, "value": getattr(row, name), "score": name, "rmse": row.rmse}
+        {
+            "score": name,
+            "value": getattr(row, name),
+            **{k: getattr(row, k) for k in ("iteration", "rmse", "hypervolume")},
+        }
         for row in run.folder.surrogate or ()
         for name in scores
         if getattr(row, name) is not None
     ]
     if not rows:
-        return Missing("the run has no such scores; the paper solver writes them after each iteration")
-    tips = [alt.Tooltip(f"{name}:Q", format=".3~g") for name in ("iteration", "value", "rmse")]
+        return Missing("no iteration has a score; the paper solver writes one after each")
     chart = _rows(rows).mark_line(point=True).encode(
         alt.X("iteration:Q").axis(tickMinStep=1).scale(zero=False),
-        alt.Y("value:Q").title(None).scale(zero=False),
-        alt.Color("score:N").title(None).scale(domain=scores, range=[BLUE, ORANGE][: len(scores)]),
-        tooltip=[alt.Tooltip("score:N"), *tips],
+        alt.Y("value:Q").title("rank correlation").scale(zero=False),
+        alt.Color("score:N").title(None).scale(domain=scores, range=(BLUE, ORANGE)),
+        tooltip=["iteration:Q", "score:N", "value:Q", "rmse:Q", "hypervolume:Q"],
     )  # fmt: skip
-    return _finish([chart], title, f"Line chart: {title}", 260)
+    return _finish([chart], "Surrogate: rank correlation by iteration", "Line chart: rank correlation by iteration")
+
+
+CHARTS: dict[str, Callable[[Shown], Chart]] = {
+    "memory": memory_chart, "bits": bits_chart, "cost": cost_chart, "front": front_chart, "heldout": heldout_chart,
+    "predicted": predicted_chart, "surrogate": surrogate_chart,
+}  # fmt: skip
+"""In the page's order; a name is also its PNG's."""

@@ -1,8 +1,7 @@
-"""What the report shows of a run folder: points, memory, costs and scores, each in one record, and how figures read.
+"""What the report shows of a run folder: its points and what they take, and how figures read.
 
-Everything is read through `RunFolder.open`; no file of a run is known here. The archive can hold 10,000 configurations
-of hundreds of linears, so a line shrinks to its bits, its loss and a count of formats. Losses are nats/token, sizes
-bytes; bits are bits per weight, scales and zero points included.
+Everything is read through `RunFolder.open`. Losses are nats/token, sizes bytes; bits are bits per weight, scales and
+zero points included.
 """
 
 from __future__ import annotations
@@ -12,17 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 from amq.configuration import MemoryItem
+from amq.errors import AmqError
 from amq.formats import STORED, get_format
 from amq.search.archive import Record
 from amq.search.run_folder import RunFolder
 
 EPSILON = 1e-6
 """Two bits per weight closer than this are the same cost."""
-NEIGHBOURS = 2
-"""Front points on each side of the chosen one that the page compares it with."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +41,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Shown:
-    """A run folder as the page and its charts see it."""
+    """A run folder as the page and its charts see it. Its files are read, and damage to them named, when asked for."""
 
     folder: RunFolder
-
-    @staticmethod
-    def open(run_dir: Path) -> Shown:
-        """Raises AmqError for a folder that is none of a search's; damaged files are named when they are read."""
-        return Shown(RunFolder.open(run_dir))
 
     @cached_property
     def numel(self) -> int:
@@ -64,8 +56,13 @@ class Shown:
 
     @cached_property
     def front(self) -> list[Point]:
-        """By rising bits; empty where the run has no front.json yet."""
+        """By rising bits, empty before the search has one. Raises AmqError for points that are not the run's."""
         points = self.folder.front.front if self.folder.front else ()
+        try:
+            for point in points:
+                self.folder.space.check(point.configuration)
+        except ValueError as error:
+            raise AmqError(f"{self.folder.path / 'front.json'}: {error}; the file is damaged or was edited") from None
         found = (Point(p.bits_per_weight, p.loss, p.loss_confirm, p.predicted, p.configuration) for p in points)
         return sorted(found, key=lambda p: p.bits)
 
@@ -79,9 +76,10 @@ class Shown:
     @cached_property
     def chosen(self) -> Point | None:
         """What configuration.json holds; None before the search has chosen."""
-        if self.folder.configuration is None:
-            return None
         of = self.folder.configuration
+        if of is None:
+            return None
+        of.check(self.folder.run.linears)
         bits = of.bits_per_weight(self.folder.run.linears)
         return Point(bits, of.details.loss, of.details.loss_confirm, of.details.predicted_loss, of.formats)
 
@@ -100,12 +98,6 @@ class Shown:
         return "uniform" if point.name else "chosen" if self.is_chosen(point) else "front"
 
     @property
-    def neighbours(self) -> list[Point]:
-        """The chosen point between the next smaller and larger ones of the front; empty where none was chosen."""
-        at = next((i for i, p in enumerate(self.choices) if self.is_chosen(p)), None)
-        return [] if at is None else self.choices[max(0, at - NEIGHBOURS) : at + NEIGHBOURS + 1]
-
-    @property
     def memory(self) -> tuple[MemoryItem, ...]:
         details = self.folder.configuration.details if self.folder.configuration else None
         return details.memory.items if details and details.memory else ()
@@ -115,14 +107,9 @@ class Shown:
         """`memory` without the linears: what every configuration needs."""
         return [item for item in self.memory if not item.name.startswith("linears")]
 
-    def size(self, point: Point) -> int:
-        """Bytes of everything that `memory` lists, with the linears of `point`; of its linears alone without a list."""
-        return sum(item.bytes for item in self.others) + round(point.bits * self.numel / 8)
-
-    @property
-    def size_16(self) -> int:
-        """As `size`, with all linears in 16 bits."""
-        return sum(item.bytes for item in self.others) + 2 * self.numel
+    def size(self, bits: float) -> int:
+        """Bytes of all that `memory` lists, with the linears at `bits` per weight; of those alone without a list."""
+        return sum(item.bytes for item in self.others) + round(bits * self.numel / 8)
 
     @cached_property
     def roles(self) -> dict[str, str]:
@@ -132,14 +119,9 @@ class Shown:
         return dict(zip(roles, tails if len(set(tails)) == len(tails) else roles, strict=True))
 
 
-def format_bits(name: str) -> float:
-    """Code bits of a format; a name from a newer registry sorts last."""
-    return STORED[name].code_bits if name in STORED else math.inf
-
-
 def sort_formats(names: Iterable[str]) -> list[str]:
     """Distinct format names, fewest bits first."""
-    return sorted(set(names), key=lambda name: (format_bits(name), name))
+    return sorted(set(names), key=lambda name: (STORED[name].code_bits, name))
 
 
 def count_formats(names: Iterable[str]) -> str:
@@ -157,18 +139,12 @@ def show_loss(loss: float | None) -> str:
     return f"{loss:.{max(0, 2 - math.floor(math.log10(abs(loss))))}f}"
 
 
-def show_bits(bits: float | None) -> str:
-    return "–" if bits is None else f"{bits:.2f}"
-
-
-def show_bytes(count: float) -> str:
-    """Binary units, three significant digits: "812 MiB", "−1.35 GiB"."""
-    sign, count = "−" * (count < 0), abs(count)
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            value = count / size
-            return f"{sign}{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{sign}{count:.0f} B"
+def show_bytes(count: float, plus: str = "") -> str:
+    """Binary units, three significant digits: "812 MiB", "−1.35 GiB". plus: a sign for what is above zero."""
+    sign, count = "−" if count < 0 else plus * (count > 0), abs(count)
+    unit, size = next((u for u in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if count >= u[1]), ("B", 1))
+    value = count / size
+    return f"{sign}{value:.{0 if size == 1 or value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
 def show_change(new: float | None, old: float | None) -> str:
