@@ -25,7 +25,7 @@ from amq.formats import FORMATS
 from amq.model.inventory import get_linear, take_inventory
 from amq.model.text import WindowSampler, load_corpus
 from amq.packing import dequantize
-from amq.quantize.bank import BankSettings, open_bank
+from amq.quantize.bank import BankRecipe, BankSettings, open_bank
 from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -106,7 +106,7 @@ def test_rows(tiny_folder: Path, configuration: Path, text: str, proxy: str, tmp
     rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in linears)
     assert result.rows[0].weight_bytes == 2 * sum(p.numel() for p in model.parameters())
     assert result.rows[1].weight_bytes == 2 * rest + sum(s.numel for s in linears) * 3 // 8
-    assert result.settings["tokens"] == 4 * LENGTH and result.settings["bank"]["proxy"] == proxy
+    assert result.settings.tokens == 4 * LENGTH and result.settings.bank.proxy == proxy
 
 
 def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Path, text: str, tmp_path: Path) -> None:
@@ -122,7 +122,7 @@ def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Pat
     assert [r.name for r in result.rows] == ["int3", "found"]
     for row, formats in zip(result.rows, (lambda name: "int3", mixed.formats.__getitem__), strict=True):
         assert row.negative_log_likelihood == pytest.approx(direct(quantized("rtn", formats, text, tmp_path)), rel=1e-5)
-    assert result.settings["bank"] == {**provenance, "group_size": 32}
+    assert result.settings.bank == BankRecipe(**provenance, group_size=32)
 
 
 def test_repeatable_and_cached(tiny_folder: Path, text: str, cache: Path) -> None:

@@ -318,8 +318,8 @@ def test_evaluate(kind: str, folders: dict[str, Path], text: str, first_tokens: 
     check_begins(kind, first_tokens)
     slot = LENGTH - len(PREFIX[kind])
     settings = result.settings
-    assert settings["window_prefix"] == PREFIX[kind] and settings["tokens"] == 200 // slot * slot
-    assert (settings["window_length"], settings["stride"]) == (LENGTH, slot)
+    assert settings.window_prefix == tuple(PREFIX[kind]) and settings.tokens == 200 // slot * slot
+    assert (settings.window_length, settings.stride) == (LENGTH, slot)
     from amq.eval import table
 
     shown = table(result).splitlines()[0]

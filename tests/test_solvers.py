@@ -72,9 +72,7 @@ def test_solvers_beat_the_line_between_uniform_points(tmp_path, solver):
         tmp_path / "a.jsonl",
         settings(solver=solver, initial=40, iterations=6, per_iteration=8, population=40, generations=8),
     )
-    uniform = np.array(
-        [(r.bits_per_weight, r.loss) for r in problem.archive.evaluated() if r.phase == "uniform"]
-    )
+    uniform = np.array([(r.bits_per_weight, r.loss) for r in problem.archive.evaluated() if r.phase == "uniform"])
     assert problem.hypervolume() > hypervolume(uniform, problem.space.bits_range)
 
 

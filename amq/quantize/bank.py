@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -38,13 +38,15 @@ from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
 from amq.quantize.quantizers.grid import check_scales
-from amq.util.files import cache_dir, make_folder, write_atomic, write_json
+from amq.util.files import cache_dir, make_folder, write_atomic
 from amq.util.progress import Progress
+from amq.util.records import JsonFile
 from amq.util.temporary import remove_stale_below
 from amq.util.tensors import hashes_metadata, save_file, verify_file
 
 VERSION = 3
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
+INDEX = "bank.json"
 ERROR = "weight_error"
 """Beside the three parts of each linear: ‖W − Ŵ‖², float64, a tensor so that its hash is kept as theirs are."""
 
@@ -64,6 +66,22 @@ class BankSettings:
         if self.proxy in NEEDS_GRAM:
             parts.append(content_hash([("calibration", self.calibration)]))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankIndex(JsonFile):
+    """bank.json, for people: what a bank is of. Programs find a bank by its key, and its content by its files' names.
+
+    model: the class; linears: how many.
+    """
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bank/1",)
+
+    schema: str = SCHEMAS[0]
+    proxy: str
+    group_size: int
+    model: str
+    linears: int
 
 
 @dataclass(frozen=True)
@@ -183,10 +201,11 @@ def open_bank(
     if missing:
         _check_disk(folder, inventory, missing, settings.group_size)
         make_folder(folder, "point AMQ_CACHE at a folder that can be written")
-        write_json(folder / "bank.json", {
-            "schema": "amq/bank/1", "proxy": settings.proxy, "group_size": settings.group_size,
-            "model": type(model).__name__, "linears": len(inventory.linears),
-        })  # fmt: skip
+        index = BankIndex(
+            proxy=settings.proxy, group_size=settings.group_size, model=type(model).__name__,
+            linears=len(inventory.linears),
+        )  # fmt: skip
+        index.write(folder / INDEX)
         _build(model, inventory, folder, missing, settings, progress or Progress())
     return WeightBank(folder, inventory.linears, formats, settings.group_size)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from amq.formats import parse_formats
+from amq.formats import parse_formats, quantized_formats
 from amq.model.inventory import LinearSpec
 from amq.model.losses import LN2
 from amq.search.archive import Archive
@@ -52,7 +52,7 @@ class AnalyticLosses:
         self.calls += 1
         if self.nan_when and formats[self.nan_when] == "int2":
             return math.nan
-        total = sum(self.table[n][f] for n, f in formats.items())
+        total = sum(self.table[n][f] for n, f in quantized_formats(formats).items())
         return LN2 * -math.expm1(-total * (1.0 if windows == "search" else 1.1))
 
     def sensitivities(
