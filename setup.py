@@ -178,7 +178,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"amq.serve": ["page.html"]},
+    package_data={"amq.serve": ["page.html"], "amq.report": ["page.html.jinja"]},
     ext_modules=[Extension("amq._cpu", sources=[])],
     cmdclass={"build": TemporaryBuild, "build_ext": CMakeBuild},
     setup_requires=build_requirements(),
