@@ -41,6 +41,7 @@ from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
 from amq.search.solvers import Solution, get_solver
 from amq.search.space import SearchSpace
+from amq.util.extras import needs
 from amq.util.files import check_place, write_json
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress
@@ -103,6 +104,8 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
+    with needs("search", "amq search"):  # before hours of work, not after
+        import pymoo  # noqa: F401
     timings = _Timings()
     stage = _prepare(settings, progress, timings)
     budget = _budget(settings, stage)
