@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from helpers import unchanged
 from helpers.setup_file import setup_names
 
-from amq.util.extras import DISTRIBUTION, EXTRAS
+from amq.util.extras import DISTRIBUTION, EXTRAS, install_hint
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
@@ -176,3 +177,62 @@ def test_a_wheel_of_the_source_distribution_runs(source: Path, tmp_path: Path, r
     listed = run([str(tmp_path / "fresh" / "bin" / "amq"), "formats"], cwd=tmp_path)
     assert re.search(r"^cpu .* yes", listed, re.MULTILINE), listed
     unchanged.passed("wheel", inputs)
+
+
+COMMANDS = {
+    "": ("amq.generate", "{checkpoint}", "--prompt", "hello", "--max-new-tokens", "4"),
+    "models": ("amq.generate", "{checkpoint}", "--prompt", "hello", "--dtype", "bfloat16"),
+    "search": ("amq.search.__main__", "smollm2", "--target-bits", "4", "--output", "{new}"),
+    "export": ("amq.export.__main__", "{checkpoint}", "--to", "recipe", "--output", "{new}"),
+    "serve": ("amq.serve.__main__", "{checkpoint}"),
+    "tasks": ("amq.eval.__main__", "{checkpoint}", "--tasks", "arc_easy"),
+}
+"""{extra: a command that needs it}"""
+BASE_ALONE = """
+import contextlib, importlib, io, json, sys
+from importlib.machinery import PathFinder
+
+class Base(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in {missing!r} else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Base
+from amq.util.settings import run_command
+results = {{}}
+for extra, (module, *arguments) in {commands!r}.items():
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        code = run_command(importlib.import_module(module).main, arguments)
+    results[extra] = code, said.getvalue()
+print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def base_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """{extra: status and stderr of its command} in a process that can import what the base requires, and no extra."""
+    from helpers.checkpoints import tiny_checkpoint
+    from helpers.tiny_models import tiny_llama
+
+    names, out = setup_names(), tmp_path_factory.mktemp("out")
+    extras = {module for extra in names["EXTRAS_REQUIRE"].values() for module in modules(extra)}
+    missing = (extras | FOREIGN.keys()) - modules(names["INSTALL_REQUIRES"]) - {"packaging"}  # huggingface_hub's too
+    checkpoint = tiny_checkpoint(tiny_llama(), out / "checkpoint")
+    commands = {
+        extra: [argument.format(checkpoint=checkpoint, new=out / "new") for argument in command]
+        for extra, command in COMMANDS.items()
+    }
+    code = BASE_ALONE.format(missing=missing, commands=commands)
+    return json.loads(run([sys.executable, "-c", code], cwd=ROOT, timeout=900).splitlines()[-1])
+
+
+def test_the_base_runs_a_checkpoint(base_alone: dict[str, tuple[int, str]]) -> None:
+    status, said = base_alone[""]
+    assert status == 0 and "native engine (llama)" in said, said
+
+
+@pytest.mark.parametrize("extra", [extra for extra in COMMANDS if extra])
+def test_a_missing_extra_is_one_line(extra: str, base_alone: dict[str, tuple[int, str]]) -> None:
+    status, said = base_alone[extra]
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1, said
+    assert f'needs the extra "{extra}"' in said and said.rstrip().endswith(install_hint(extra))

@@ -8,6 +8,7 @@ from typing import Any
 
 import amq
 from amq.checkpoint.record import QuantizationRecord
+from amq.util.extras import DISTRIBUTION, install_hint
 from amq.util.files import write_text
 
 TEMPLATE = """---
@@ -17,8 +18,8 @@ tags: [amq, quantized, mixed-bit]
 ---
 # {name}
 
-{model}, its {count} linears quantized by [amq](https://pypi.org/project/amq/) {version} (method `{method}`, group size
-{group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
+{model}, its {count} linears quantized by [amq](https://pypi.org/project/{distribution}/) {version} (method `{method}`,
+group size {group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
 {head}{unusable}
 | format | linears |
 |---|---|
@@ -31,7 +32,7 @@ tags: [amq, quantized, mixed-bit]
 ## Run it
 
 ```
-pip install amq
+{install}
 python -m amq.generate {name} --prompt "Why is the sky blue?"
 python -m amq.serve {name}
 python -m amq.eval {name}
@@ -63,6 +64,8 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: dict[st
         model=settings["model"],
         count=len(record.configuration.formats),
         version=amq.__version__,
+        distribution=DISTRIBUTION,
+        install=install_hint("models,serve"),
         method=settings["method"],
         group_size=record.group_size,
         bits=log["bits_per_weight"],
