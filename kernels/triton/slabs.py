@@ -46,20 +46,12 @@ def byte_words_of(bits):
 
 
 @triton.constexpr_function
-def spare_planes(word, bits):
-    """(first, end) of the planes whose spare bits hold byte word `word`, which is not itself a plane."""
-    used = 8 // bits * bits
-    begin = (word - bits) * used
-    return begin // (8 - used), -(-(begin + used) // (8 - used))
-
-
-@triton.constexpr_function
 def spare_field(word, plane, bits):
-    """(how far right, mask of a word) to bring the spare bits of `plane` to their place in byte word `word`."""
+    """(how far right, mask of a word) to bring spare bits of `plane` to their place in byte word `word`, which is not
+    itself a plane; mask 0 where none of them belong there."""
     used = 8 // bits * bits
     to = plane * (8 - used) - (word - bits) * used
-    first, end = max(to, 0), min(to + 8 - used, used)
-    return used - to, ((1 << end) - (1 << first)) * 0x01010101
+    return used - to, sum(0x01010101 << bit for bit in range(used) if to <= bit < to + 8 - used)
 
 
 @triton.constexpr_function
@@ -119,11 +111,18 @@ def _byte_words(planes, BITS: tl.constexpr):
     words = planes
     for w in tl.static_range(BITS, byte_words_of(BITS)):
         word = 0
-        for plane in tl.static_range(spare_planes(w, BITS)[0], spare_planes(w, BITS)[1]):
-            AT: tl.constexpr = spare_field(w, plane, BITS)
-            word |= (planes[plane] >> AT[0]) & AT[1]
+        for plane in tl.static_range(BITS):
+            word = _with_spare_bits(word, planes[plane], w, plane, BITS)
         words = words + (word,)
     return words
+
+
+@triton.jit
+def _with_spare_bits(word, bits, WORD: tl.constexpr, PLANE: tl.constexpr, BITS: tl.constexpr):
+    SPARE: tl.constexpr = spare_field(WORD, PLANE, BITS)
+    if SPARE[1] != 0:
+        word |= (bits >> SPARE[0]) & SPARE[1]
+    return word
 
 
 @triton.jit
