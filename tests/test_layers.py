@@ -60,7 +60,7 @@ def test_search_never_sees_a_weight(path):
     assert not re.search(r"^import torch|^from torch", path.read_text(), re.M)
 
 
-def test_no_bit_width_outside_the_records():
+def test_no_bit_width_outside_the_records() -> None:
     literal = re.compile(r"\bn?bits\s*==\s*\d|\[\s*2\s*,\s*3\s*,\s*4\s*\]|levels\s*==\s*\d+\b(?!\s*<<)")
     native = [p for folder in ("csrc", "kernels") for p in (ROOT / folder).rglob("*") if p.suffix in SUFFIXES]
     for path in [*sources(), *native]:

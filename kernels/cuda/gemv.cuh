@@ -10,6 +10,9 @@
 // a product are output rows, columns are rows of x: up to eight of them cost what one does. Columns past the last row of x
 // repeat it and are dropped. Fragment layouts: PTX manual, "Matrix Fragments for mma.m16n8k16" and "m16n8k32"; which input
 // features a fragment calls its k-th is free, and amq/kernels/gpu_layout.py chose.
+//
+// From the kernel to the product: linear_kernel (one weight) → multiply_rows (a warp's slabs) → multiply_slab → multiply_step
+// (32 features) → multiply (two columns of a fragment, see layout.cuh) → mma.
 
 #pragma once
 
@@ -152,9 +155,7 @@ AMQ_DEVICE Scales<Work> load_scales(const Place<Work>& place, int slab, int grou
 // What a sum of unit kUnitIndex is multiplied with for the field that its codes stayed in.
 template <class Work, int kUnitIndex>
 constexpr float kUnscale =
-    Work::Element::kInPlace
-        ? 1.0f / (1 << (kUnitIndex % Fields<Work::kBits>::kPerByte * Work::kBits))
-        : 1.0f;
+    Work::Element::kInPlace ? 1.0f / (1 << (kUnitIndex % Fields<Work::kBits>::kPerByte * Work::kBits)) : 1.0f;
 
 // A group is done, of which kUnitIndex is the last unit: its sums become outputs.
 template <int kUnitIndex, class Work>
