@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_shim.build import build_shim, sanitizer_environment
-from test_native import random_packed
+from helpers.packed import random_packed
 from torch import Tensor
 
 from amq.errors import AmqError

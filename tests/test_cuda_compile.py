@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import roofline
+import sass
 from helpers.kernel_budgets import budget
 
 from amq.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-
-import roofline  # noqa: E402
-import sass  # noqa: E402
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one", allow_module_level=True)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from helpers import unchanged
 from helpers.kernel_budgets import budget
+from helpers.processes import python_path
 
 from amq.formats import FORMATS
 
@@ -57,6 +58,7 @@ def compiled() -> Callable[[str], list[dict]]:
 def compile_all(requests: list[dict]) -> list[dict]:
     """In as many processes as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= python_path("benchmarks/gpu")
     script, workers = Path(__file__).with_name("triton_compile.py"), min(os.cpu_count(), len(requests))
     shares = [requests[worker::workers] for worker in range(workers)]
     processes = [

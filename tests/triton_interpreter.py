@@ -20,7 +20,7 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
-from test_native import SYNTHETIC, random_packed
+from helpers.packed import SYNTHETIC, random_packed
 from torch import Tensor
 
 from amq.errors import AmqError

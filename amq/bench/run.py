@@ -126,6 +126,7 @@ def start_up(settings: Settings, progress: Progress) -> list[float]:
             with tempfile.TemporaryFile("w+") as errors:
                 start = time.perf_counter()
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
+                assert process.stdout is not None  # it is a pipe
                 process.stdout.read(1)
                 seconds.append(time.perf_counter() - start)
                 process.communicate()

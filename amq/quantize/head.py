@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import relative_error
 from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
 from amq.util.threads import parallel_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NONE = "none"
 ROWS = 512
@@ -43,7 +46,7 @@ class Head:
     shape: tuple[int, int]
 
 
-def find_head(model: nn.Module, fmt: str) -> Head | None:
+def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
     """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
     if fmt == NONE:
         return None

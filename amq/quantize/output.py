@@ -114,7 +114,7 @@ class CheckpointOutput:
             write_text(folder / GENERATION, generation.to_json_string())  # save_pretrained refuses what loading accepts
         self.configuration.save(folder / "configuration.json")
         write_json(folder / "quantization.json", log)
-        write_card(folder, real_folder(self.folder).name, self.record, log)
+        write_card(folder, real_folder(self.folder).name, self.record, dict(log))
 
     def _others(self) -> dict[str, Tensor]:
         return other_tensors(self.loaded.model, (*self.record.formats, *self.record.embedding), self.originals)

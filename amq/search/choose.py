@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,7 +92,13 @@ def choose(
             candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
     if not candidates:
         raise AmqError(f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget")
-    return min(candidates, key=lambda c: c.loss if c.loss is not None else c.predicted)
+    return min(candidates, key=_expected_loss)
+
+
+def _expected_loss(candidate: Chosen) -> float:
+    """Measured where it was, else predicted: every candidate has one of the two."""
+    known = candidate.loss if candidate.loss is not None else candidate.predicted
+    return math.inf if known is None else known
 
 
 def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, float]) -> Chosen:

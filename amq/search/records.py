@@ -46,7 +46,7 @@ def front_json(
         return record["loss"] if record else None
 
     def predicted(formats: dict[str, str]) -> float | None:
-        return float(fit.predict(table_cost(table, formats))) if fit else None
+        return float(fit.predict(table_cost(table, formats))) if fit and table is not None else None
 
     uniform = []
     for fmt in space.formats:

@@ -58,6 +58,7 @@ def select_from_run(
     given = [b for b in (target_bits, memory, max_loss) if b is not None]
     if len(given) != 1:
         raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
+    bits: float | None
     if memory is not None:
         bits = budget_from_memory(parse_size(memory), context, finished.inventory, config, finished.space)
     else:
