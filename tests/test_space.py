@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.analytic import linears, space
 
-from amq.configuration import Configuration, parse_pins
+from amq.configuration import Configuration, Details, parse_pins
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.search.space import SearchSpace, tie_pattern
@@ -72,11 +72,11 @@ def test_ragged_rows_cost_what_their_file_does():
 
 def test_configuration_file_round_trip_and_errors(tmp_path):
     of = space()
-    configuration = Configuration(of.uniform(FORMATS["int3"]), 64, {"model": "m", "loss": 0.25})
+    configuration = Configuration(of.uniform(FORMATS["int3"]), 64, Details(model="m", loss=0.25))
     path = tmp_path / "configuration.json"
     configuration.save(path)
     loaded = Configuration.load(path)
-    assert loaded == configuration and loaded.details["loss"] == 0.25
+    assert loaded == configuration and loaded.details.loss == 0.25
     loaded.check(of.linears)
     with pytest.raises(AmqError, match="another model"):
         loaded.check(of.linears[:3])

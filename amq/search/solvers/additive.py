@@ -73,8 +73,8 @@ def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) 
     """Narrows down the smallest budget that meets `max_loss` by true evaluations between its neighbours."""
     for _ in range(BISECTIONS):
         records = problem.archive.evaluated()
-        good = [r["bits_per_weight"] for r in records if r["loss"] <= problem.max_loss]
-        bad = [r["bits_per_weight"] for r in records if r["loss"] > problem.max_loss]
+        good = [r.bits_per_weight for r in records if r.loss <= problem.max_loss]
+        bad = [r.bits_per_weight for r in records if r.loss > problem.max_loss]
         if not good:
             return
         upper = min(good)
