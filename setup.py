@@ -82,7 +82,7 @@ def read_constant(path: str, name: str) -> str:
 
 
 def formats_header() -> str:
-    """The records of amq/formats.py as a macro list `X(name, levels, unit_codes, unit_bytes)`.
+    """What C++ and CUDA see of amq/formats.py.
 
     The module and its one import need only the standard library. A bare package stands in for `amq` so that
     `amq/__init__.py`, which may import torch, does not run in a build environment.
@@ -90,9 +90,7 @@ def formats_header() -> str:
     package = types.ModuleType("amq")
     package.__path__ = [str(ROOT / "amq")]
     sys.modules["amq"] = package
-    formats = importlib.import_module("amq.formats").FORMATS.values()
-    entries = " ".join(f"X({f.name}, {f.levels}, {f.unit_codes}, {f.unit_bytes})" for f in formats)
-    return f"// Written by setup.py from amq/formats.py.\n#pragma once\n#define AMQ_FORMATS(X) {entries}\n"
+    return importlib.import_module("amq.formats").native_header()
 
 
 class TemporaryBuild(build):
