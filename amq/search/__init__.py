@@ -31,7 +31,7 @@ def search(
     from amq.search.settings import SearchSettings
 
     made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
-    from amq.report.write import write_report
+    from amq.report import write_report
     from amq.search.run import run_search
 
     result = run_search(made, resume, progress)
