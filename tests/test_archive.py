@@ -57,9 +57,9 @@ def test_an_infeasible_loss_is_recorded_as_null_and_the_search_goes_on(tmp_path)
 
     losses = AnalyticLosses(space(), nan_when="layers.0.attn.q_proj")
     problem = solve(tmp_path / "a.jsonl", settings(solver="paper"), losses)
-    infeasible = [r for r in problem.archive.records if r["loss"] is None]
-    assert infeasible and all(r["configuration"]["layers.0.attn.q_proj"] == "int2" for r in infeasible)
-    assert all(math.isfinite(r["loss"]) for r in problem.archive.evaluated())
+    infeasible = [r for r in problem.archive.records if r.loss is None]
+    assert infeasible and all(r.configuration["layers.0.attn.q_proj"] == "int2" for r in infeasible)
+    assert all(math.isfinite(r.loss) for r in problem.archive.evaluated())
     assert len(list(read_archive(tmp_path / "a.jsonl"))) == len(problem.archive.records)
 
 
@@ -110,7 +110,7 @@ def test_a_loss_a_rounding_below_zero_is_read_as_it_was_written(tmp_path):
     archive = Archive(tmp_path / "a.jsonl")
     archive.append({"a": "int8"}, -3e-8, 8.25, 0.1, **RECORD)
     archive.close()
-    assert [r["loss"] for r in read_archive(tmp_path / "a.jsonl")] == [-3e-8]
+    assert [r.loss for r in read_archive(tmp_path / "a.jsonl")] == [-3e-8]
 
 
 def test_a_reader_of_a_running_search_changes_nothing(tmp_path):
@@ -158,4 +158,4 @@ def test_a_failed_append_is_named_hidden_by_nothing_and_may_be_tried_again(tmp_p
     archive.append({"a": "int3"}, 0.4, 3.25, 0.1, **RECORD)
     archive.close()
     archive.close()
-    assert [r["loss"] for r in read_archive(path)] == [0.5, 0.4]
+    assert [r.loss for r in read_archive(path)] == [0.5, 0.4]

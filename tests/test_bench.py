@@ -32,6 +32,7 @@ from amq.model.inventory import get_linear
 from amq.model.open import ALIASES
 from amq.model.perplexity import perplexity
 from amq.packing import dequantize
+from amq.util.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -191,7 +192,7 @@ def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
     monkeypatch.setattr(run, "open_peer", lambda *_: peer)
     cases = (Case(False, 8), Case(True, 4), Case(True, 4, 2))
-    return bench(Settings("model", cases, 2, 1, startup=False, peers=True, perplexity="text", window_length=3))
+    return to_json(bench(Settings("model", cases, 2, 1, startup=False, peers=True, perplexity="text", window_length=3)))
 
 
 def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch):

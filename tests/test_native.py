@@ -180,9 +180,11 @@ def test_formats_and_isa_of_the_module() -> None:
 
 SHIM = """
 #include "cpu/dequantize.h"
-extern "C" void shim(int format, int isa, const uint8_t* qweight, const uint16_t* scale, const uint16_t* zero_point,
-                     float* out, int64_t row_bytes, int64_t groups, int64_t rows, int64_t columns, int64_t group_size) {
-    amq::dequantize(amq::compiled_formats()[format], static_cast<amq::Isa>(isa),
+extern "C" void shim(int format, bool avx2_loops, const uint8_t* qweight, const uint16_t* scale,
+                     const uint16_t* zero_point, float* out, int64_t row_bytes, int64_t groups, int64_t rows,
+                     int64_t columns, int64_t group_size) {
+    const amq::Isa isa{"", nullptr, nullptr, nullptr, avx2_loops};
+    amq::dequantize(amq::compiled_formats()[format], isa,
                     {qweight, scale, zero_point, out, row_bytes, groups, columns, rows, columns, group_size}, 2);
 }
 """
@@ -200,7 +202,7 @@ def synthetic_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "shim.cpp").write_text(SHIM)
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -ffp-contract=off -fPIC -shared -pthread".split()
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", f"-I{folder}", f"-I{CSRC}"]
-    names = ("dequantize", "isa", "threads")
+    names = ("dequantize", "threads")
     sources = [str(folder / "shim.cpp"), *(str(CSRC / "cpu" / f"{name}.cpp") for name in names)]
     subprocess.run([compiler, *flags, *sources, "-o", str(folder / "shim.so")], check=True)
     return ctypes.CDLL(str(folder / "shim.so"))
@@ -211,13 +213,13 @@ def test_formats_nobody_has_declared_yet(synthetic_library: ctypes.CDLL, fmt: Bi
     for group_size in GROUP_SIZES:
         for in_features in IN_FEATURES:
             packed = random_packed(fmt, 3, in_features, group_size)
-            for isa in range(len(ISAS)):
+            for avx2_loops in {False, "avx2" in ISAS}:
                 out = torch.full((3, in_features), torch.nan)
                 tensors = (packed.qweight, packed.scale, packed.zero_point, out)
                 sizes = (packed.qweight.shape[1], packed.scale.shape[1], 3, in_features, group_size)
                 synthetic_library.shim(
                     SYNTHETIC.index(fmt),
-                    isa,
+                    avx2_loops,
                     *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
                     *(ctypes.c_int64(size) for size in sizes),
                 )

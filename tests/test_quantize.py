@@ -351,7 +351,7 @@ def change(path: Path, **entries: object) -> None:
     [
         ({"formats": {"model.layers.0.nothing": "int4"}}, "'model.layers.0.nothing'.*which the model does not have"),
         ({"formats": {"model.layers.0.self_attn.q_proj": "int4"}}, "lacks 'model.layers.0.mlp.down_proj'"),
-        ({"formats": {"model.layers.0.self_attn.q_proj": "int7"}}, "unknown format 'int7'"),
+        ({"formats": {"model.layers.0.self_attn.q_proj": "int9"}}, "unknown format 'int9'"),
         ({"provenance": {"model_fingerprint": "other"}}, "searched on other weights than those of"),
         ({"schema": "other"}, "is not a configuration"),
     ],
@@ -442,8 +442,8 @@ def test_heads_that_cannot_be_quantized(tmp_path: Path, make_folder: Callable, c
     source = make_folder(ARCHITECTURES["gemma2"].build(num_hidden_layers=2))
     with pytest.raises(AmqError, match="is a Gemma2TextScaledWordEmbedding, .* use --head none"):
         run(source, tmp_path / "out", configuration, head="int8", method="rtn")
-    with pytest.raises(AmqError, match="unknown format 'int7'"):
-        run(source, tmp_path / "out", configuration, head="int7")
+    with pytest.raises(AmqError, match="unknown format 'int9'"):
+        run(source, tmp_path / "out", configuration, head="int9")
     assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
 
 

@@ -12,7 +12,7 @@ from amq.bench.run import Settings, bench
 from amq.bench.table import csv_text, table
 from amq.errors import AmqError
 from amq.kernels.backends import ACTIVATIONS, BACKENDS
-from amq.util.files import check_file, write_json, write_text
+from amq.util.files import check_file, write_text
 from amq.util.progress import terminal_progress
 from amq.util.settings import TRUST_REMOTE_CODE
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = bench(Settings(cases=cases, **args | {"threads": args["threads"] or _threads()}), terminal_progress())
     print(table(result))
     if json_file:
-        write_json(json_file, result)
+        result.write(json_file)
     if csv_file:
         write_text(csv_file, csv_text(result))
     return 0

@@ -13,7 +13,7 @@ from amq.eval import TaskSettings, evaluate, table
 from amq.formats import FORMATS
 from amq.kernels.backends import ACTIVATIONS, BACKENDS
 from amq.quantize.quantizers import QUANTIZERS
-from amq.util.files import check_file, write_json
+from amq.util.files import check_file
 from amq.util.progress import terminal_progress
 from amq.util.settings import TRUST_REMOTE_CODE, add_flags, run_command
 
@@ -46,7 +46,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     result = evaluate(configurations=configurations, text=text, tasks=tasks, progress=terminal_progress(), **args)
     print(table(result))
     if path:
-        write_json(path, result.json())
+        result.write(path)
     return 0
 
 

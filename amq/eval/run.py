@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint
 from amq.configuration import Configuration, other_items
@@ -14,7 +13,7 @@ from amq.errors import AmqError
 from amq.eval import checkpoints
 from amq.eval.banks import Banks
 from amq.eval.measure import Form, Measure
-from amq.eval.result import Evaluation
+from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.tasks import TaskRunner, TaskSettings
 from amq.formats import BitFormat, parse_formats
 from amq.model.inventory import check_weights
@@ -77,14 +76,13 @@ def evaluate(
             run.checkpoint(name, label, opened[name], dequantized)
         else:
             run.plain(name, label, formats, found, recipe, full)
-    settings: dict[str, Any] = {
-        "model": ", ".join(names), "text": text, "tokens": measure.tokens,
-        "window_length": window_length, "stride": window_length - len(measure.window_prefix),
-        "window_prefix": list(measure.window_prefix), "backend": run.backend, "activations": activations,
-    }  # fmt: skip
-    settings |= {} if opened else {"bank": asdict(recipe)}
-    settings |= {"tasks": runner.settings} if runner else {}
-    return Evaluation(measure.rows, settings, tuple(measure.task_rows))
+    settings = EvaluationSettings(
+        model=", ".join(names), text=text, tokens=measure.tokens, window_length=window_length,
+        stride=window_length - len(measure.window_prefix), window_prefix=tuple(measure.window_prefix),
+        backend=run.backend, activations=activations, bank=None if opened else recipe,
+        tasks=runner.settings if runner else None,
+    )  # fmt: skip
+    return Evaluation(settings=settings, rows=tuple(measure.rows), tasks=tuple(measure.task_rows))
 
 
 def _check(

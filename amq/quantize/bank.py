@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -38,8 +38,9 @@ from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
 from amq.quantize.quantizers.grid import check_scales
-from amq.util.files import cache_dir, make_folder, write_atomic, write_json
+from amq.util.files import cache_dir, make_folder, write_atomic
 from amq.util.progress import Progress
+from amq.util.records import JsonFile
 from amq.util.temporary import remove_stale_below
 from amq.util.tensors import hashes_metadata, save_file, verify_file
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 
 VERSION = 3
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
+INDEX = "bank.json"
 ERROR = "weight_error"
 """Beside the three parts of each linear: ‖W − Ŵ‖², float64, a tensor so that its hash is kept as theirs are."""
 
@@ -78,6 +80,22 @@ class BankSettings:
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
 
 
+@dataclass(frozen=True, kw_only=True)
+class BankIndex(JsonFile):
+    """bank.json, for people: what a bank is of. Programs find a bank by its key, and its content by its files' names.
+
+    model: the class; linears: how many.
+    """
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bank/1",)
+
+    schema: str = SCHEMAS[0]
+    proxy: str
+    group_size: int
+    model: str
+    linears: int
+
+
 @dataclass(frozen=True)
 class BankRecipe:
     """What names a bank of one model in the words of a command line: `BankSettings` with the text by its name."""
@@ -91,9 +109,9 @@ class BankRecipe:
 
     def of(self, configuration: Configuration) -> BankRecipe:
         """The bank that a configuration was searched on; what its provenance does not say is taken from here."""
-        provenance = configuration.details.get("provenance") or {}
         names = ("proxy", "calibration", "bank_windows", "window_length", "seed")
-        given = {n: getattr(self, n) if provenance.get(n) is None else provenance[n] for n in names}
+        found = {n: getattr(configuration.details.provenance, n, None) for n in names}
+        given = {n: getattr(self, n) if value is None else value for n, value in found.items()}
         return BankRecipe(group_size=configuration.group_size, **given)
 
     def open(
@@ -193,10 +211,11 @@ def open_bank(
     if missing:
         _check_disk(folder, inventory, missing, settings.group_size)
         make_folder(folder, "point AMQ_CACHE at a folder that can be written")
-        write_json(folder / "bank.json", {
-            "schema": "amq/bank/1", "proxy": settings.proxy, "group_size": settings.group_size,
-            "model": type(model).__name__, "linears": len(inventory.linears),
-        })  # fmt: skip
+        index = BankIndex(
+            proxy=settings.proxy, group_size=settings.group_size, model=type(model).__name__,
+            linears=len(inventory.linears),
+        )  # fmt: skip
+        index.write(folder / INDEX)
         _build(model, inventory, folder, missing, settings, progress or Progress())
     return WeightBank(folder, inventory.linears, formats, settings.group_size)
 

@@ -1,9 +1,8 @@
-"""The settings of one quantization: the command line of `python -m amq.quantize`, and what makes two runs the same."""
+"""The settings of one quantization: the command line of `python -m amq.quantize`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format
@@ -59,21 +58,3 @@ class QuantizeSettings:
             get_format(self.head)
         if self.windows < 1:
             raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
-
-    @property
-    def known_identity(self) -> dict[str, Any]:
-        """The part of `identity` that is known before the model is loaded."""
-        names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
-        names += ["autoround_iterations"] if self.method == "autoround" else []
-        given = asdict(self)
-        return {n: given[n] for n in names}
-
-    def identity(
-        self, fingerprint: str, formats: dict[str, str], group_size: int, inputs: dict[str, str]
-    ) -> dict[str, Any]:
-        """What a finished block depends on: a resumed run must have the same.
-
-        inputs: hashes of what names in the settings stand for, such as the calibration text.
-        """
-        found = {"model": fingerprint, "formats": formats, "group_size": group_size, "inputs": inputs}
-        return {**self.known_identity, **found}

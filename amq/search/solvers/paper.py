@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from amq.search.archive import Record
 from amq.search.front import pareto_indices, spread
 from amq.search.problem import Problem
+from amq.search.records import SurrogateScores
 from amq.search.scores import quality
 from amq.search.solvers.base import Solution, evaluate_uniform, pruned, random_points
 from amq.search.space import SearchSpace
@@ -51,13 +53,13 @@ class _Data:
         self.y = np.empty(0)
         self.seen: set[bytes] = set()
 
-    def add(self, point: np.ndarray, record: dict) -> float:
+    def add(self, point: np.ndarray, record: Record) -> float:
         self.seen.add(point.astype(np.int8).tobytes())
-        if record["loss"] is None:
+        if record.loss is None:
             return np.nan
         self.x = np.vstack([self.x, point])
-        self.y = np.append(self.y, record["loss"])
-        return record["loss"]
+        self.y = np.append(self.y, record.loss)
+        return record.loss
 
 
 def _candidates(
@@ -135,8 +137,8 @@ def _log_quality(
     """How well the surrogate predicted candidates it had not seen: its held-out quality."""
     use = np.isfinite(true)
     best = problem.best_at(problem.budget)
-    problem.surrogate_log.append({
-        "iteration": iteration, "evaluations": evaluations, "surrogate": name,
+    problem.surrogate_log.append(SurrogateScores(
+        iteration=iteration, evaluations=evaluations, surrogate=name,
         **(quality(true[use], predicted[use]) if use.sum() > 1 else {"rmse": None, "spearman": None, "kendall": None}),
-        "hypervolume": problem.hypervolume(), "best_loss_at_budget": best["loss"] if best else None,
-    })  # fmt: skip
+        hypervolume=problem.hypervolume(), best_loss_at_budget=best.loss if best else None,
+    ))  # fmt: skip
