@@ -256,6 +256,7 @@ def _perplexities(
     settings: Settings, engines: list[Contender], left_out: dict[str, str], progress: Progress
 ) -> TextEntry:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
+    assert settings.perplexity is not None  # else there is nothing to do here
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
     windows, prefix = engines[0].workers[True].call("windows", *arguments)
     predicted = len(windows) * (settings.window_length - 1 - len(prefix))

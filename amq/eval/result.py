@@ -73,7 +73,7 @@ class Evaluation(JsonFile):
 
 
 def _finite(row: Figures) -> Figures:
-    broken = {n: None for n, v in vars(row).items() if isinstance(v, float) and not math.isfinite(v)}
+    broken: dict[str, Any] = {n: None for n, v in vars(row).items() if isinstance(v, float) and not math.isfinite(v)}
     return replace(row, **broken)
 
 
@@ -99,8 +99,9 @@ def _perplexities(result: Evaluation) -> Iterator[str]:
 def _task_figures(result: Evaluation) -> Iterator[str]:
     if not result.tasks:
         return
+    version = (result.settings.tasks or {}).get("lm_eval", "of an unknown version")
     widths = {n: max(len(getattr(row, n)) for row in result.tasks) for n in ("model", "task", "metric")}
-    yield f"tasks of lm-eval {result.settings.tasks['lm_eval']}, value ± standard error"
+    yield f"tasks of lm-eval {version}, value ± standard error"
     for row in result.tasks:
         names = "  ".join(f"{getattr(row, n):{width}}" for n, width in widths.items())
         error = "" if row.stderr is None else f" ± {row.stderr:.4f}"

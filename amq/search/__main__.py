@@ -55,6 +55,8 @@ def summary(configuration: Configuration) -> str:
     if details.loss_confirm is not None:
         loss += f" ({details.loss_confirm:.5f} on held-out windows)"
     lines = [f"chosen: {details.bits_per_weight:.4f} bits per weight, {loss}"]
+    if details.memory is None:
+        return lines[0]
     for item in details.memory.items:
         if item.bytes or item.note:
             lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))

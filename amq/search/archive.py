@@ -48,6 +48,11 @@ class Record:
     iteration: int | None = None
     configuration: dict[str, str]
 
+    @property
+    def known_loss(self) -> float:
+        """The loss; infinite where the candidate was infeasible."""
+        return math.inf if self.loss is None else self.loss
+
     def __post_init__(self) -> None:
         check_range(self, "index", "seconds", "bits_per_weight", least=0)
         check_range(self, "loss", least=-ROUNDING)

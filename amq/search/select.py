@@ -27,7 +27,7 @@ def select_from_run(
         raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
     bits: float | None
     if memory is not None:
-        bits: float | None = budget_from_memory(parse_size(memory), context, folder.inventory, config, folder.space)
+        bits = budget_from_memory(parse_size(memory), context, folder.inventory, config, folder.space)
     else:
         bits = None if target_bits is None else check_bits(target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None

@@ -71,10 +71,11 @@ def front_budgets(space: SearchSpace, points: int) -> list[float]:
 
 def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) -> None:
     """Narrows down the smallest budget that meets `max_loss` by true evaluations between its neighbours."""
+    assert problem.max_loss is not None  # without it there is nothing to narrow down
     for _ in range(BISECTIONS):
         records = problem.archive.evaluated()
-        good = [r.bits_per_weight for r in records if r.loss <= problem.max_loss]
-        bad = [r.bits_per_weight for r in records if r.loss > problem.max_loss]
+        good = [r.bits_per_weight for r in records if r.known_loss <= problem.max_loss]
+        bad = [r.bits_per_weight for r in records if r.known_loss > problem.max_loss]
         if not good:
             return
         upper = min(good)
