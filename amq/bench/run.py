@@ -150,6 +150,7 @@ def start_up(settings: Settings, progress: Progress) -> list[float]:
             with tempfile.TemporaryFile("w+") as errors:
                 start = time.perf_counter()
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
+                assert process.stdout is not None  # it is a pipe
                 process.stdout.read(1)
                 seconds.append(time.perf_counter() - start)
                 process.communicate()
@@ -271,8 +272,8 @@ def _perplexities(
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
             step(engine.name)
-    length = settings.window_length
-    return TextEntry(text=settings.perplexity, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
+    text, length = settings.perplexity or "", settings.window_length
+    return TextEntry(text=text, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
 
 
 def _warnings(rows: list[Row], readings: list[Reading], settings: Settings) -> list[str]:

@@ -253,7 +253,7 @@ def write_tensors(
     if len(files) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(files):
         file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint
@@ -144,7 +145,7 @@ class _Run:
             banks.open(of, configuration)
             size = configuration.bytes(inventory.linears) + sum(item.bytes for item in other_items(inventory))
             bits = configuration.bits_per_weight(inventory.linears)
-            forms.append(Form(title, bits, size, lambda c=configuration, r=of: banks.apply(c, r)))
+            forms.append(Form(title, bits, size, partial(banks.apply, configuration, of)))
         self.measure.run(loaded, forms)
 
     def checkpoint(self, name: str, label: str, checkpoint: Checkpoint, dequantized: bool) -> None:

@@ -258,7 +258,7 @@ def _kernels() -> SimpleNamespace:
         from triton.errors import TritonError
     except ImportError as error:
         raise AmqError(f"the package triton cannot be imported ({error}): pip install triton") from error
-    from amq import _triton
+    import amq._triton as _triton
     from amq._triton import dequantize, gemm, gemv
 
     return SimpleNamespace(

@@ -9,6 +9,7 @@ that sees calibration inputs sees those of the embedding as it will be.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import relative_error
 from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
 from amq.util.threads import parallel_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NONE = "none"
 ROWS = 512
@@ -44,7 +48,7 @@ class Head:
         return self.format.stored_bytes(*self.shape, group_size)
 
 
-def find_head(model: nn.Module, fmt: str) -> Head | None:
+def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
     """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
     if fmt == NONE:
         return None

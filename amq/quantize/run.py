@@ -278,15 +278,16 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
 
 def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
     """Every block's result, from the work folder where it is there."""
-    results, measured = [], False
+    results: list[BlockResult] = []
+    measured = False
     with progress.stage("quantize", count) as step:
         for block in range(count):
             start = time.monotonic()
-            result, note = work.load(block), "is there"
-            made = result is None
-            if result is None:
+            note, made = "is there", not work.has(block)
+            if made:
                 work.save(block, source.make(block))
-                result = work.load(block)  # mapped, so that finished blocks take no memory
+            result = work.load(block)  # mapped, so that finished blocks take no memory
+            if made:
                 note = _errors(result)
                 _warn_of(result)
             source.finish(result)

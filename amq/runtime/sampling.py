@@ -86,7 +86,8 @@ class Sampling:
 def _is_number(value: Any, types: tuple[type, ...]) -> bool:
     if not isinstance(value, types) or isinstance(value, bool):
         return False
-    return isinstance(value, int) or math.isfinite(value)  # isfinite(10**400) overflows
+    number: Any = value
+    return isinstance(value, int) or math.isfinite(number)  # isfinite(10**400) overflows
 
 
 @dataclass(frozen=True)

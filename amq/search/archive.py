@@ -52,6 +52,11 @@ class Record:
         check_range(self, "index", "seconds", "bits_per_weight", least=0)
         check_range(self, "loss", least=-ROUNDING)
 
+    @property
+    def ranked(self) -> float:
+        """The loss to compare by: an infeasible candidate's is infinite."""
+        return math.inf if self.loss is None else self.loss
+
 
 def read_archive(path: Path, space: SearchSpace | None = None) -> Iterator[Record]:
     """The records of an archive that may be another process's; a last line without its end is left out.

@@ -18,7 +18,7 @@ import torch
 from amq.configuration import parse_pins
 from amq.errors import AmqError
 from amq.formats import Kept
-from amq.model.inventory import Inventory, check_weights
+from amq.model.inventory import Inventory, check_weights, embedding_weight
 from amq.model.open import LoadedModel, check_memory, load_model, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.text import Corpus, WindowSampler, load_corpus
@@ -139,7 +139,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
         inventory = find_usable(loaded.model).inventory
         check_weights(loaded.model, inventory.linears)
-        size = loaded.model.get_input_embeddings().weight.dtype.itemsize
+        size = embedding_weight(loaded.model).dtype.itemsize
         check_memory(
             sum(s.numel for s in inventory.linears) * size + parse_size(settings.cache_memory),
             "the working copy of the linears and --cache-memory", settings.device,
@@ -205,7 +205,8 @@ def _cost_tables(
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
     formats = [f.name for f in stage.bank.formats]
-    done, total = 0, None
+    done = 0
+    total: Table = {}
     saved = read_cost(folder.path, stage.space)
     if saved:
         if saved.kind != "fisher" or saved.passes is None or saved.passes > settings.cost_passes:
@@ -223,7 +224,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
             stage.corpus.unscored,
         )  # fmt: skip
         for table in passes:
-            total = table if total is None else {
+            total = table if not done else {
                 n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
             }  # fmt: skip
             done += 1

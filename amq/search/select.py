@@ -25,8 +25,9 @@ def select_from_run(
     given = [b for b in (target_bits, memory, max_loss) if b is not None]
     if len(given) != 1:
         raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
+    bits: float | None
     if memory is not None:
-        bits: float | None = budget_from_memory(parse_size(memory), context, folder.inventory, config, folder.space)
+        bits = budget_from_memory(parse_size(memory), context, folder.inventory, config, folder.space)
     else:
         bits = None if target_bits is None else check_bits(target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from amq.errors import AmqError
-from amq.formats import FORMATS, check_group_size, parse_formats
+from amq.formats import FORMATS, BitFormat, check_group_size, parse_formats
 from amq.kernels.backends import ACTIVATIONS, BACKENDS, check_activations
 from amq.model.losses import LOSSES
 from amq.quantize.quantizers import QUANTIZERS
@@ -115,7 +115,7 @@ class SearchSettings:
             parse_time(self.time)
 
     @property
-    def bit_formats(self):  # noqa: ANN201 - tuple[BitFormat, ...]
+    def bit_formats(self) -> tuple[BitFormat, ...]:
         return parse_formats(self.formats)
 
     @property

@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from amq.errors import AmqError
@@ -28,7 +28,7 @@ SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB"
 TIME_UNITS = {"s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0}
 
 
-def flag(default: Any, help: str, choices: Sequence[str] | None = None, metavar: str | None = None) -> Any:
+def flag(default: Any, help: str, choices: Collection[str] | None = None, metavar: str | None = None) -> Any:
     """A dataclass field that is also a command-line flag."""
     metadata = {"help": help, "choices": choices, "metavar": metavar}
     if isinstance(default, list):

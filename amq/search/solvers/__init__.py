@@ -7,13 +7,17 @@ function of its arguments and of losses alone (randomness from `problem.rng`): t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from amq.errors import AmqError
 from amq.search.problem import Problem
 from amq.search.solvers import additive, paper, random
-from amq.search.solvers.base import Solution, SolverOptions
+from amq.search.solvers.base import Solution
 
-Solver = Callable[[Problem, SolverOptions], Solution]
+if TYPE_CHECKING:
+    from amq.search.settings import SearchSettings
+
+Solver = Callable[[Problem, "SearchSettings"], Solution]
 
 SOLVERS: dict[str, Solver] = {"additive": additive.solve, "paper": paper.solve, "random": random.solve}
 
@@ -25,4 +29,4 @@ def get_solver(name: str) -> Solver:
         raise AmqError(f"unknown solver {name!r}: expected one of {', '.join(SOLVERS)}") from None
 
 
-__all__ = ["SOLVERS", "Solution", "Solver", "SolverOptions", "get_solver"]
+__all__ = ["SOLVERS", "Solution", "Solver", "get_solver"]
