@@ -232,7 +232,7 @@ def test_unreadable_configurations(tiny_folder: Path, tmp_path: Path, text: str)
     ("flags", "message"),
     [
         (["--text", "no such file"], "error: no text 'no such file': expected the path of a text file"),
-        (["--uniform", "int4,int7"], "error: unknown format 'int7': expected one of int2"),
+        (["--uniform", "int4,int9"], "error: unknown format 'int9': expected one of int2"),
         (
             ["--uniform", "int4", "--group-size", "100"],
             "error: group size 100 is not supported: expected one of 32, 64, 128",

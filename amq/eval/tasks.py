@@ -17,6 +17,7 @@ from typing import Any
 
 from amq.errors import AmqError
 from amq.model.open import LoadedModel
+from amq.util.extras import needs
 from amq.util.settings import flag
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,8 @@ class TaskRunner:
 
     def __init__(self, settings: TaskSettings) -> None:
         settings.check()
-        try:
+        with needs("tasks", "--tasks"):
             import lm_eval
-        except ImportError:
-            raise AmqError("--tasks needs the package lm-eval: run `pip install lm-eval`") from None
         self._settings = settings
         self.settings: dict[str, Any] = {**asdict(settings), "lm_eval": lm_eval.__version__}
         with _errors_only():

@@ -28,6 +28,7 @@ from amq.errors import AmqError
 from amq.export.common import DenseHead, plain_config
 from amq.integrations.opening import open_export_once
 from amq.model.companions import copy_model_files
+from amq.util.extras import needs
 from amq.util.folders import check_new_folder, real_folder, write_folder
 
 
@@ -63,6 +64,9 @@ def export(source: Path | str, to: str, output: Path | str) -> dict[str, Any]:
         raise AmqError(f"unknown export {to!r}: expected one of {', '.join(EXPORTS)}")
     output, source = Path(output), Path(source)
     check_new_folder(output)
+    with needs("export", f"amq export --to {to}"):
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
     stored = checkpoint = open_checkpoint(source)
     module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
     record = stored.record

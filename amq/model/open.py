@@ -27,6 +27,7 @@ from amq.errors import AmqError
 from amq.model.gguf.convert import gguf_folder
 from amq.model.inventory import embedding_weight
 from amq.model.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
+from amq.util.extras import needs
 from amq.util.files import read_json
 from amq.util.limits import check_memory, fit_threads
 
@@ -72,7 +73,8 @@ def load_model(
     options: for from_pretrained, such as `quantization_config`, which says how a quantized folder runs.
     Raises AmqError when it cannot be found or read, or does not fit the free memory.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with needs("models", f"opening {name} through transformers"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     fit_threads()
     _check_device(device)
@@ -148,7 +150,8 @@ def _quietly() -> Iterator[None]:
     """transformers draws a bar for every file it reads or writes, where ours is the only progress shown, and warns
     whenever a `quantization_config` says how to run a quantized folder. Its switch does not reach all of its bars: that
     of GGUF files is tqdm's own. No stage of ours (amq.util.progress) may be open meanwhile."""
-    from transformers.utils import logging as transformers_logging
+    with needs("models", "opening a model through transformers"):
+        from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()

@@ -16,6 +16,7 @@ from amq.kernels.backends import ACTIVATIONS, choose_backend, default_activation
 from amq.runtime.engine import Engine
 from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.tokenizer_files import EndTokens
+from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
 
@@ -141,7 +142,8 @@ def _load_torch(
 
     how: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if checkpoint is not None:
-        from amq.integrations.transformers import AmqConfig
+        with needs("models", f"running {model} through transformers ({why})"):
+            from amq.integrations.transformers import AmqConfig
 
         activations = activations or _default_activations(checkpoint, device, backend)
         how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}

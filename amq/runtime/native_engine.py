@@ -19,7 +19,7 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
-from amq.kernels import cpu as native
+from amq.kernels import cpu
 from amq.kernels.backends import check_activations
 from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
@@ -280,7 +280,7 @@ class _Weights:
         if name in self._prepared:  # the head, which an embedding is tied to
             return self._prepared[name]
         packed, size = self.checkpoint.packed(name), self._sizes[name]
-        weight = PreparedWeight.of(packed, "cpu", native.prepare(packed, self._memory[:size]))
+        weight = PreparedWeight.of(packed, "cpu", cpu.prepare(packed, self._memory[:size]))
         self._memory = self._memory[-(-size // ALIGNMENT) * ALIGNMENT :]
         self.keep.append(weight.data)
         self.bytes += weight.data.numel()

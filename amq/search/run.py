@@ -45,6 +45,7 @@ from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
 from amq.search.space import SearchSpace
+from amq.util.extras import needs
 from amq.util.files import check_place
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress
@@ -76,6 +77,8 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
+    with needs("search", "amq search"):  # before hours of work, not after
+        import pymoo  # noqa: F401
     timings = Timings()
     stage = _prepare(settings, progress, timings)
     budget = _budget(settings, stage)

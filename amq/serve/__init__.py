@@ -2,14 +2,29 @@
 
     python -m amq.serve DIR
 
-`create_app(runtime, settings)` makes the ASGI app, `Server` runs it. Needs the extra `serve` (FastAPI, uvicorn,
-prometheus-client); nothing else in amq imports those.
+`create_app(runtime, settings)` makes the ASGI app, `Server` runs it. Both need the extra `serve` (FastAPI, uvicorn,
+prometheus-client), which is imported when they are first asked for; nothing else in amq imports those.
 """
 
 from __future__ import annotations
 
-from amq.serve.app import create_app
-from amq.serve.server import Server, bind
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from amq.serve.settings import ServeSettings
+from amq.util.extras import needs
+
+if TYPE_CHECKING:
+    from amq.serve.app import create_app
+    from amq.serve.server import Server, bind
 
 __all__ = ["ServeSettings", "Server", "bind", "create_app"]
+
+_PLACES = {"create_app": "app", "Server": "server", "bind": "server"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module 'amq.serve' has no attribute {name!r}")
+    with needs("serve", "amq serve"):
+        return getattr(importlib.import_module(f"amq.serve.{_PLACES[name]}"), name)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from amq.errors import AmqError
+from amq.util.extras import needs
 from amq.util.settings import add_flags, run_command
 
 if TYPE_CHECKING:
@@ -17,11 +17,9 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
+    with needs("serve", "amq serve"):
         from amq.serve import Server, ServeSettings, bind, create_app
         from amq.serve.server import url
-    except ModuleNotFoundError as error:
-        raise AmqError(f"the server needs {error.name}: pip install 'amq[serve]'") from None
     from amq.runtime import load
 
     parser = argparse.ArgumentParser(prog="python -m amq.serve", description="Serves a model with OpenAI's API.")

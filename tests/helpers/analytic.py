@@ -5,9 +5,11 @@ A module of its own, beside conftest, so that crash tests can import it in a chi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -88,3 +90,8 @@ def solve(path: Path, options: SearchSettings, losses: AnalyticLosses | None = N
     get_solver(options.solver)(made, options)
     made.archive.close()
     return made
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Records of an archive without what depends on the clock."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]

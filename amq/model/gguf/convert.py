@@ -34,6 +34,7 @@ from amq.model.gguf.file import GgufFile, GgufTensor, parts_of, read_model
 from amq.model.gguf.rope import TENSORS as ROPE_TENSORS
 from amq.model.gguf.rope import check_frequencies
 from amq.model.weight_files import weight_files
+from amq.util.extras import needs
 from amq.util.files import cache_dir, is_disk_full, make_folder, write_json
 from amq.util.limits import check_memory
 from amq.util.records import MOST, read_record, shorten, to_json
@@ -77,6 +78,9 @@ def gguf_folder(path: Path) -> Path:
             log.warning("the cached conversion of %s is damaged and is made again: %s", path.name, error)
         else:
             return folder
+    with needs("models", f"reading {path.name}"):
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
     log.info("dequantizing %s once into %s", path.name, folder)
     _convert(paths, folder)
     return folder
