@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, Memory
 from amq.errors import AmqError
 from amq.search.settings import SearchSettings
 from amq.util.settings import add_flags, run_command
@@ -55,12 +55,11 @@ def summary(configuration: Configuration) -> str:
     if details.loss_confirm is not None:
         loss += f" ({details.loss_confirm:.5f} on held-out windows)"
     lines = [f"chosen: {details.bits_per_weight:.4f} bits per weight, {loss}"]
-    if details.memory is None:
-        return lines[0]
-    for item in details.memory.items:
+    memory = details.memory or Memory.of(())
+    for item in memory.items:
         if item.bytes or item.note:
             lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))
-    lines.append(f"  {details.memory.total / 2**20:10.2f} MiB  total")
+    lines.append(f"  {memory.total / 2**20:10.2f} MiB  total")
     return "\n".join(lines)
 
 
