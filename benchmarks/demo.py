@@ -13,13 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+from provenance import write_results
+
 import amq
 from amq.eval.__main__ import table
 from amq.quantize.__main__ import summary as quantized_summary
 from amq.runtime import Sampling, generate, load
 from amq.search.__main__ import summary
 from amq.search.select import select_from_run
-from amq.util.files import write_json
 from amq.util.folders import work_folder
 from amq.util.progress import Progress, terminal_progress
 
@@ -59,7 +60,7 @@ def main() -> int:
     checkpoint = _quantize(args, progress)
     print(f"search {searched:.0f} s, everything {time.monotonic() - start:.0f} s; open {args.output}/report.html")
     print(f"ask it more: python -m amq.generate {checkpoint} --chat --prompt …, or python -m amq.serve {checkpoint}")
-    write_json(args.output / "eval.json", evaluation.json())
+    write_results(args.output / "eval.json", evaluation.json())
     print(
         json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows})
     )
