@@ -1,4 +1,4 @@
-"""Measured launch parameters, one file per GPU: what `python -m amq.kernels.tune` writes and the launchers look up.
+"""Measured launch parameters, one file per GPU: what `python benchmarks/gpu/tune.py` writes and the launchers look up.
 
     <cache>/gpu/<GPU>.json = {"schema": "amq/gpu-tuning/1", "gpu", "torch", "triton", "date",
                               "entries": {key: {"parameters": …, "microseconds": …, "tried": …}}}
@@ -70,7 +70,7 @@ def _entries(gpu: str | None) -> dict[str, dict]:
     table = read_json(path)
     if not isinstance(table, dict) or table.get("schema") != SCHEMA or not isinstance(table.get("entries"), dict):
         raise AmqError(
-            f"{path} is not a table of schema {SCHEMA}: delete it, and run `python -m amq.kernels.tune` again"
+            f"{path} is not a table of schema {SCHEMA}: delete it, and run `python benchmarks/gpu/tune.py` again"
         )
     log.info("launch parameters from %s", path)
     return table["entries"]
