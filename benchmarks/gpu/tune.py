@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Tuner:
 
     def time(self, product: Product, x: Tensor, weights: Sequence[PreparedWeight]) -> Timing:
         launches = 1 if self.device.smoke else LAUNCHES
-        return self.device.time([lambda weight=weight: product(x, weight) for weight in weights], launches)
+        return self.device.time([partial(product, x, weight) for weight in weights], launches)
 
     def best(
         self, key: str, candidates: dict[str, tuple[object, Product]], x: Tensor, weights: Sequence[PreparedWeight]
@@ -147,9 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise AmqError(f"nothing to tune: Triton cannot run {fmt.name}: {reason}")
     out_features = SMOKE_OUT_FEATURES if arguments.smoke else OUT_FEATURES
     tuner = Tuner(device, out_features, check_group_size(arguments.group_size))
-    numbers = [[int(n) for n in text.split(",")] for text in (arguments.in_features, arguments.rows)]
-    entries = tune(tuner, *numbers, formats)
-    if arguments.smoke:
+    in_features, rows = ([int(n) for n in text.split(",")] for text in (arguments.in_features, arguments.rows))
+    entries = tune(tuner, in_features, rows, formats)
+    if device.properties is None:
         say("a smoke run on a CPU: nothing was measured, no table is written")
         return 0
     made = provenance()
