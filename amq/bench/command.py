@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from amq.bench.cases import grid
-from amq.bench.run import Settings, bench
+from amq.bench.run import OpenPeer, Settings, bench
 from amq.bench.table import csv_text, table
 from amq.errors import AmqError
 from amq.kernels.backends import ACTIVATIONS, BACKENDS
@@ -17,7 +18,12 @@ from amq.util.progress import terminal_progress
 from amq.util.settings import TRUST_REMOTE_CODE
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    peers: Mapping[str, OpenPeer] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> int:
+    """peers, provenance: see `amq.bench.run.bench`; for scripts that measure other engines beside ours."""
     args = vars(_parser().parse_args(argv))
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     json_file, csv_file = args.pop("json"), args.pop("csv")
@@ -31,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = tuple(grid(lists["prompt"], lists["generate"], lists["batch"], depths))
     if not cases:
         raise AmqError("nothing to measure: give --prompt or --generate")
-    result = bench(Settings(cases=cases, **args | {"threads": args["threads"] or _threads()}), terminal_progress())
+    settings = Settings(cases=cases, **args | {"threads": args["threads"] or _threads()})
+    result = bench(settings, terminal_progress(), peers, provenance)
     print(table(result))
     if json_file:
         result.write(json_file)
@@ -63,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m amq.bench",
         description="Measures prompt processing and decode in tokens/s, start-up, memory and the use of the memory's "
-        "bandwidth; with --peers, llama.cpp on the nearest GGUF in turn with it.",
+        "bandwidth.",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="a folder that amq.quantize wrote; or hub id, folder, .gguf file, smollm2")
@@ -74,12 +81,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--repetitions", type=int, default=5, metavar="N", help="of every test, after one to warm up (default 5)")
     add("--threads", type=int, metavar="N", help="CPU threads of every engine (default: torch's choice)")
     add("--no-startup", dest="startup", action="store_false", help="do not time a fresh process")
-    add("--peers", action="store_true", help="measure llama.cpp too (pip install llama-cpp-python)")
-    add(
-        "--gguf", default="auto", metavar="FILE|TYPE",
-        help="what llama.cpp runs: a .gguf file; or a type that its quantizer makes of the model's own GGUF "
-        "(default auto: Q4_0)",
-    )  # fmt: skip
     add("--perplexity", metavar="FILE", help="a text file (or pydoc, docstrings): every engine's perplexity on it")
     add("--max-tokens", type=int, default=8192, metavar="N", help="of that text (default 8192)")
     add("--window-length", type=int, default=512, metavar="N", help="of that text (default 512)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -19,23 +19,7 @@ from amq.util.settings import TRUST_REMOTE_CODE, add_flags, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    command = COMMANDS.get(argv[0]) if argv else None
-    return command(argv[1:]) if command else _evaluate(argv)
-
-
-def _order(argv: Sequence[str]) -> int:
-    from amq.eval.order import main
-
-    return main(argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"order": _order}
-"""Sub-commands, which import their modules when they run; a first argument that is none of them is a model."""
-
-
-def _evaluate(argv: Sequence[str]) -> int:
     args = vars(_parser().parse_args(argv))
     path, configurations, text = args.pop("json"), args.pop("configuration"), args.pop("text")
     check_file(path, "--json")
