@@ -220,7 +220,7 @@ def test_a_peer_that_cannot_run_is_left_out(monkeypatch):
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, [], "amq"))
     result = bench(Settings("model", (Case(False, 8),), 1, 1, startup=False), peers={"other": missing})
-    assert result["left_out"] == {"other": "it is not installed"} and result["ratios"] == {}
+    assert result.left_out == {"other": "it is not installed"} and result.ratios == {}
 
 
 def test_other_processes_work_is_seen_and_our_own_is_not():

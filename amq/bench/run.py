@@ -135,7 +135,7 @@ def bench(
         read_bandwidth={reading.name: ReadBandwidth.of(reading) for reading in readings},
         engines=facts, rows=tuple(rows), ratios={name: ratios(rows, facts, name) for name in facts if name != OURS},
         scaling=scaling(rows), perplexity=text, trials=tuple(trials), left_out=left_out,
-        warnings=tuple(_warnings(rows, readings, settings)), provenance=provenance,
+        warnings=tuple(_warnings(rows, readings, settings)), provenance=dict(provenance) if provenance else None,
     )  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def show_bytes(count: float, plus: str = "") -> str:
 
 def show_change(new: float | None, old: float | None) -> str:
     """`"+12 %"`, `"−3 %"`; a dash where either is unknown."""
-    if new is None or not old:
+    if new is None or not old or not math.isfinite(new / old):
         return "–"
     percent = round(100 * (new / old - 1))
     return f"{percent:+d} %".replace("-", "−") if percent else "0 %"
