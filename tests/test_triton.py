@@ -11,7 +11,8 @@ import pytest
 from helpers import unchanged
 from helpers.nested import run_nested
 
-INPUTS = ("kernels/triton/*.py", "amq/kernels/*.py", "amq/packing.py", "amq/formats.py")
+KERNELS = ("kernels/cuda/*", "tests/cuda_shim/*.*")
+INPUTS = ("kernels/triton/*.py", *KERNELS, "amq/kernels/*.py", "amq/packing.py", "amq/formats.py")
 TESTS = ("tests/triton_interpreter.py", "tests/helpers/packed.py")
 
 

@@ -65,9 +65,10 @@ def triton_key(rows: int, in_features: int, bits: int) -> str:
     return f"triton rows<={1 << (rows - 1).bit_length()} in_features={in_features} bits={bits}"
 
 
-def look_up(key: str) -> Any:
-    """The parameters measured best on torch's current GPU, or None where nothing was measured."""
-    found = _entries(_gpu()).get(key)
+def look_up(key: str, gpu: str | None = None) -> Any:
+    """The parameters measured best on the GPU called `gpu` (None: torch's current one), or None where nothing was
+    measured."""
+    found = _entries(gpu or _gpu()).get(key)
     return found and found.parameters
 
 
