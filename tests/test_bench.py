@@ -20,10 +20,11 @@ from helpers.tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
 
 from amq.bench import llama_cpp, machine, peers, run
 from amq.bench.cases import Case, grid
-from amq.bench.command import main, numbers
+from amq.bench.command import main
 from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing
-from amq.bench.run import Settings, bench
+from amq.bench.run import bench
+from amq.bench.settings import BenchSettings, numbers
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -211,8 +212,8 @@ def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
     monkeypatch.setattr(run, "open_peer", lambda *_: peer)
-    cases = (Case(False, 8), Case(True, 4), Case(True, 4, 2))
-    return bench(Settings("model", cases, 2, 1, startup=False, peers=True, perplexity="text", window_length=3))
+    grid = {"prompt": "8", "generate": "4", "batch": "1,2", "repetitions": 2, "window_length": 3}
+    return bench(BenchSettings(model="model", **grid, threads=1, startup=False, peers=True, perplexity="text"))
 
 
 def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch):

@@ -12,8 +12,8 @@ from helpers.tiny_models import byte_tokenizer
 
 from amq.errors import AmqError
 from amq.runtime.engine import Segment, Slot
-from amq.runtime.sampling import Sampling
 from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import Tokenizer
 
 VOCABULARY = 256

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from amq.bench import llama_cpp
@@ -17,8 +17,10 @@ from amq.bench.cases import Case
 from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
 from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing, open_peer
+from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
+from amq.util.limits import fit_threads
 from amq.util.progress import Progress, Step
 
 SCHEMA = "amq/bench/1"
@@ -31,38 +33,6 @@ COUNTED = (
 )
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What `python -m amq.bench` was asked for; see its --help."""
-
-    model: str
-    cases: tuple[Case, ...]
-    repetitions: int
-    threads: int
-    seed: int = 0
-    device: str = "cpu"
-    backend: str | None = None
-    activations: str | None = None
-    dtype: str = "auto"
-    startup: bool = True
-    peers: bool = False
-    gguf: str = "auto"
-    perplexity: str | None = None
-    max_tokens: int = 8192
-    window_length: int = 512
-    trust_remote_code: bool = False
-
-    def load_options(self) -> dict[str, Any]:
-        """For `amq.runtime.load`, with room for the largest case and no more."""
-        positions = [case.positions for case in self.cases] + ([self.window_length + 1] if self.perplexity else [])
-        return {
-            **{"device": self.device, "backend": self.backend, "activations": self.activations, "dtype": self.dtype},
-            **{"context": max(positions), "max_sequences": max(case.sequences for case in self.cases)},
-            "threads": self.threads,
-            "trust_remote_code": self.trust_remote_code,
-        }
-
-
 @dataclass
 class Contender:
     """One of the engines that take turns: its facts, its configuration by kind of case, and its processes."""
@@ -73,12 +43,13 @@ class Contender:
     configurations: dict[bool, str]
 
 
-def bench(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+def bench(settings: BenchSettings, progress: Progress | None = None) -> dict[str, Any]:
     """Measures and returns what --json writes.
 
     Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
     """
     progress = progress or Progress()
+    settings = replace(settings, threads=settings.threads or fit_threads())
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
         startup = start_up(settings, progress) if settings.startup else []
@@ -104,7 +75,7 @@ def bench(settings: Settings, progress: Progress | None = None) -> dict[str, Any
     return _result(settings, engines, rows, readings, {"perplexity": text, "trials": trials, "left_out": left_out})
 
 
-def start_up(settings: Settings, progress: Progress) -> list[float]:
+def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
     """Seconds from starting `python -m amq.generate` until its first text came, a few times."""
     command = [
         sys.executable,
@@ -139,7 +110,7 @@ def start_up(settings: Settings, progress: Progress) -> list[float]:
     return seconds
 
 
-def _open_peer(settings: Settings, progress: Progress) -> Peer:
+def _open_peer(settings: BenchSettings, progress: Progress) -> Peer:
     with progress.stage("peer's ways", len(llama_cpp.CONFIGURATIONS)) as step:
         return open_peer(settings.model, settings.device, settings.gguf, settings.threads, settings.seed, step)
 
@@ -149,7 +120,7 @@ def _engine(peer: Peer) -> Contender:
     return Contender(llama_cpp.NAME, peer.facts, workers, {d: str(c) for d, c in peer.chosen.items()})
 
 
-def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
+def _readings(settings: BenchSettings, weight_bytes: int) -> list[Reading]:
     import torch
 
     torch.set_num_threads(settings.threads)
@@ -161,7 +132,11 @@ def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
 
 
 def _rows(
-    settings: Settings, engines: list[Contender], readings: list[Reading], left_out: dict[str, str], progress: Progress
+    settings: BenchSettings,
+    engines: list[Contender],
+    readings: list[Reading],
+    left_out: dict[str, str],
+    progress: Progress,
 ) -> list[dict[str, Any]]:
     """One row per case and engine; an engine that fails (not ours) is dropped from `engines`, with the reason."""
     measured: list[tuple[Case, Contender, list[dict[str, Any]]]] = []
@@ -202,7 +177,7 @@ def _drop(engine: Contender, engines: list[Contender], left_out: dict[str, str],
 
 
 def _row(
-    settings: Settings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
+    settings: BenchSettings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
 ) -> dict[str, Any]:
     speeds = [case.tokens * case.sequences / sample["seconds"] for sample in samples]
     others = [sample["others"] for sample in samples if sample["others"] is not None]
@@ -230,7 +205,7 @@ def _after(engine: Contender) -> None:
 
 
 def _perplexities(
-    settings: Settings, engines: list[Contender], left_out: dict[str, str], progress: Progress
+    settings: BenchSettings, engines: list[Contender], left_out: dict[str, str], progress: Progress
 ) -> dict[str, Any]:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
@@ -254,7 +229,7 @@ def _perplexities(
 
 
 def _result(
-    settings: Settings,
+    settings: BenchSettings,
     engines: list[Contender],
     rows: list[dict[str, Any]],
     readings: list[Reading],
@@ -305,7 +280,7 @@ def _scaling(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     return factors
 
 
-def _warnings(rows: list[dict[str, Any]], readings: list[Reading], settings: Settings) -> list[str]:
+def _warnings(rows: list[dict[str, Any]], readings: list[Reading], settings: BenchSettings) -> list[str]:
     found = []
     busy = [f"{row['engine']} {row['test']}" for row in rows if (row["others"] or 0) > BUSY]
     if busy:

@@ -36,7 +36,7 @@ from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PARTS, PackedWeight, part_names
-from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
 from amq.util.files import cache_dir, make_folder, write_atomic, write_json
 from amq.util.progress import Progress
@@ -169,7 +169,7 @@ def open_bank(
 
     fingerprint: `model_fingerprint(model)` where the caller has it already.
     """
-    get_quantizer(settings.proxy)
+    QUANTIZERS[settings.proxy]  # noqa: B018 - raises on an unknown name
     check_group_size(settings.group_size)
     if settings.proxy in NEEDS_GRAM and (settings.calibration is None or not len(settings.calibration)):
         raise AmqError(f"the {settings.proxy} bank needs at least one calibration window (--bank-windows)")
@@ -210,7 +210,7 @@ def _build(
     settings: BankSettings,
     progress: Progress,
 ) -> None:
-    quantize = get_quantizer(settings.proxy)
+    quantize = QUANTIZERS[settings.proxy]
     stream = CalibrationStream(model, settings.calibration) if settings.proxy in NEEDS_GRAM else None
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():

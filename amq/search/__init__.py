@@ -30,7 +30,9 @@ def search(
     """
     from amq.search.settings import SearchSettings
 
-    made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
+    made = SearchSettings.preset(
+        preset, model=str(model), output=str(output), **settings
+    )  # refused before torch is imported
     from amq.report.write import write_report
     from amq.search.run import run_search
 

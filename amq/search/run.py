@@ -39,7 +39,8 @@ from amq.search.records import describe_model, front_json, provenance, versions
 from amq.search.run_folder import COST_SCHEMA, RUN_SCHEMA, CostFile, RunFile
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings, differences
-from amq.search.solvers import Solution, get_solver
+from amq.search.solvers import SOLVERS
+from amq.search.solvers.base import Solution
 from amq.search.space import SearchSpace
 from amq.util.files import check_place, write_json
 from amq.util.machine import cpu_name
@@ -279,7 +280,7 @@ def _solve(
     solution, status = Solution(), "finished"
     with timings.measure("solve"), progress.stage("search", planned) as problem.step:
         try:
-            solution = get_solver(settings.solver)(problem, settings)
+            solution = SOLVERS[settings.solver](problem, settings)
         except TimeIsUp:
             status = "stopped"
     problem.step = None

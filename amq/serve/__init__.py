@@ -8,8 +8,22 @@ prometheus-client); nothing else in amq imports those.
 
 from __future__ import annotations
 
-from amq.serve.app import create_app
-from amq.serve.server import Server, bind
-from amq.serve.settings import ServeSettings
+from typing import TYPE_CHECKING
+
+from amq.util.lazy import lazy
+
+if TYPE_CHECKING:
+    from amq.serve.app import create_app
+    from amq.serve.server import Server, bind
+    from amq.serve.settings import ServeSettings
 
 __all__ = ["ServeSettings", "Server", "bind", "create_app"]
+__getattr__ = lazy(
+    __name__,
+    {
+        "create_app": "amq.serve.app",
+        "Server": "amq.serve.server",
+        "bind": "amq.serve.server",
+        "ServeSettings": "amq.serve.settings",
+    },
+)

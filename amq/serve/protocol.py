@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.responses import JSONResponse
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampling
+from amq.runtime.settings import Sampling
+from amq.util.settings import limits
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
@@ -38,7 +39,8 @@ NO_CHANGE: dict[str, tuple[Any, ...]] = {
 """Unsupported parameters, each with the values that ask for nothing."""
 
 MAX_STOPS = 4
-MAX_TOP_LOGPROBS = 20
+MAX_TEMPERATURE = 2
+"""OpenAI's; `Sampling` has none."""
 
 
 class ApiError(Exception):
@@ -87,15 +89,15 @@ class GenerationRequest(_Model):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, lt=2**31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = Field(None, **limits(Sampling, "max_new_tokens"))
+    temperature: float = Field(1.0, le=MAX_TEMPERATURE, **limits(Sampling, "temperature"))
+    top_p: float = Field(1.0, **limits(Sampling, "top_p"))
+    top_k: int = Field(0, **limits(Sampling, "top_k"))
+    min_p: float = Field(0.0, **limits(Sampling, "min_p"))
+    repetition_penalty: float = Field(1.0, **limits(Sampling, "repetition_penalty"))
+    presence_penalty: float = Field(0.0, **limits(Sampling, "presence_penalty"))
+    frequency_penalty: float = Field(0.0, **limits(Sampling, "frequency_penalty"))
+    seed: int | None = Field(None, **limits(Sampling, "seed"))
     stop: list[str] = Field([], max_length=MAX_STOPS)
     ignore_eos: bool = False
 
@@ -165,7 +167,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: str | list[int]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: int | None = Field(None, **limits(Sampling, "logprobs"))
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -214,9 +216,9 @@ class ChatRequest(GenerationRequest):
     token_limits: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens")
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, **limits(Sampling, "max_new_tokens"))
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, **limits(Sampling, "logprobs"))
 
     @model_validator(mode="after")
     def _top(self) -> ChatRequest:

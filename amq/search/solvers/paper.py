@@ -14,7 +14,7 @@ from amq.search.problem import Problem
 from amq.search.scores import quality
 from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform, pruned, random_points
 from amq.search.space import SearchSpace
-from amq.search.surrogates import Surrogate, make_surrogate
+from amq.search.surrogates import SURROGATES, Surrogate
 
 
 def solve(problem: Problem, options: SolverOptions) -> Solution:
@@ -26,7 +26,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     for point in np.concatenate([uniform, draws]):
         data.add(point, problem.evaluate(space.decode(point), "initial"))
     for iteration in range(options.iterations):
-        surrogate = make_surrogate(options.surrogate, problem.seed)
+        surrogate = SURROGATES[options.surrogate](problem.seed)
         surrogate.fit(data.x, data.y)
         chosen = _candidates(problem, space, surrogate, data, options, iteration)
         if not len(chosen):
