@@ -49,9 +49,9 @@ class Verb:
     main: str
     before: tuple[str, ...] = ()
 
-    def __call__(self, argv: Sequence[str]) -> int:
+    def __call__(self, argv: Sequence[str] | None) -> int:
         main: Callable[[Sequence[str]], int] = load(self.main)
-        return main([*self.before, *argv])
+        return main([*self.before, *(argv or ())])
 
 
 VERBS = {

@@ -52,8 +52,8 @@ class BenchSettings(RuntimeSettings):
 
     @property
     def cases(self) -> list[Case]:
-        lists = (numbers(getattr(self, name), f"--{name}") for name in ("prompt", "generate", "batch"))
-        return grid(*lists, numbers(self.depth, "--depth", least=0))
+        prompts, generates = numbers(self.prompt, "--prompt"), numbers(self.generate, "--generate")
+        return grid(prompts, generates, numbers(self.batch, "--batch"), numbers(self.depth, "--depth", least=0))
 
     def load_options(self) -> dict[str, Any]:
         """For `amq.runtime.load`, with room for the largest case and no more."""

@@ -68,8 +68,6 @@ class Sampling(Settings):
     Raises AmqError for a value out of range.
     """
 
-    max_new_tokens: int = flag(256, "tokens to generate at most", WRITE, least=1, metavar="N")
-    stop: tuple[str, ...] = flag((), "ends the text; may be repeated", WRITE, metavar="TEXT")
     temperature: float = flag(0.0, "0 takes the likeliest token", DRAW, least=0, metavar="T")
     top_k: int = flag(0, "draw from the K likeliest tokens; 0: from all", DRAW, least=0, most=2**31 - 1, metavar="K")
     top_p: float = flag(1.0, "draw from the likeliest that make up P", DRAW, above=0, most=1, metavar="P")
@@ -78,6 +76,8 @@ class Sampling(Settings):
     presence_penalty: float = flag(0.0, "above 0: fewer words that came before", DRAW, least=-2, most=2, metavar="P")
     frequency_penalty: float = flag(0.0, "above 0: fewer words that came often", DRAW, least=-2, most=2, metavar="P")
     seed: int | None = flag(None, "of the draws, to repeat them", DRAW, least=-(2**63), most=2**63 - 1, metavar="N")
+    max_new_tokens: int = flag(256, "tokens to generate at most", WRITE, least=1, metavar="N")
+    stop: tuple[str, ...] = flag((), "ends the text; may be repeated", WRITE, metavar="TEXT")
     logprobs: int | None = flag(None, "", least=0, most=MAX_LOGPROBS)
     ignore_end: bool = False
 

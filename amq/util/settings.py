@@ -90,9 +90,7 @@ class Declared:
         return self.name if self.flag.positional else "--" + (self.flag.name or self.name).replace("_", "-")
 
 
-@functools.cache
-def declared(settings: type) -> dict[str, Declared]:
-    """The flags of a dataclass by field."""
+def _declared(settings: type) -> dict[str, Declared]:
     hints, found = typing.get_type_hints(settings), {}
     for field in dataclasses.fields(settings):
         if (own := field.metadata.get("flag")) is None:
@@ -104,6 +102,10 @@ def declared(settings: type) -> dict[str, Declared]:
         plain = typing.get_origin(kind) or kind
         found[field.name] = Declared(field.name, own, plain, type(None) in kinds, field.default, required)
     return found
+
+
+declared: Callable[[type], dict[str, Declared]] = functools.cache(_declared)
+"""The flags of a dataclass by field."""
 
 
 Made = TypeVar("Made", bound="Settings")
@@ -250,8 +252,8 @@ def _add(parser: argparse._ActionsContainer, field: Declared) -> None:
         if not field.many:
             options["type"] = field.kind
     if own.positional:
-        options["metavar"] = field.name.upper()
-        parser.add_argument(field.name, **options, **({"nargs": "+"} if field.many else {}))
+        options |= {"metavar": field.name.upper()} | ({"nargs": "+"} if field.many else {})
+        parser.add_argument(field.name, **options)
         return
     if field.many:
         options["action"] = "append"
