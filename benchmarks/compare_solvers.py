@@ -119,13 +119,11 @@ def run_method(settings: SearchSettings, stage, losses: MemoLosses) -> dict:  # 
     seconds = losses.spent + (timings.seconds.get("cost", 0.0) if settings.cost == "fisher" else 0.0)
     each = float(np.median(losses.each))
     # the 210 sensitivities are measured before the front; the front itself is what the solver chose to evaluate
-    chosen = [r for r in archive.evaluated() if r["phase"] != "sensitivity"]
+    chosen = [r for r in archive.evaluated() if r.phase != "sensitivity"]
     ends = [stage.space.uniform(FORMATS[n]) for n in ("int2", "int4")]
-    losses = {
-        b: min((r["loss"] for r in chosen if r["bits_per_weight"] <= b + 1e-6), default=np.log(2)) for b in BUDGETS
-    }
+    losses = {b: min((r.loss for r in chosen if r.bits_per_weight <= b + 1e-6), default=np.log(2)) for b in BUDGETS}
     points = [(b, loss) for b, loss in losses.items()]
-    points += [(stage.space.bits_of(e), archive.find(e)["loss"]) for e in ends]
+    points += [(stage.space.bits_of(e), archive.find(e).loss) for e in ends]
     return {
         "evaluations": len(chosen), "sensitivities": len(archive.records) - len(chosen),
         "hv7": round(hypervolume(np.array(points), stage.space.bits_range), 4),

@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
+from helpers.engines import FakeEngine
 from helpers.gguf_files import finish, llama_writer, tensor_names, turned
 from helpers.tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
 
@@ -33,36 +33,16 @@ from amq.model.inventory import get_linear
 from amq.model.open import ALIASES
 from amq.model.perplexity import perplexity
 from amq.packing import dequantize
-from amq.runtime.engine import Segment, Slot
+from amq.util.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class FakeEngine:
-    """Remembers every pass. The likeliest token is always the last one plus one; `known` tokens are remembered."""
-
-    banner, vocab_size, context, max_rows, max_sequences = "fake", 1000, 64, 8, 2
-
-    def __init__(self, known: int = 0) -> None:
-        self.known, self.passes, self.opened, self.closed = known, [], [], []
-
-    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
-        if len(self.opened) - len(self.closed) == self.max_sequences:
-            return None
-        self.opened.append(Slot(len(prompt) + new_tokens, min(self.known, len(prompt) - 1)))
-        return self.opened[-1]
-
-    def close(self, slot: Slot) -> None:
-        self.closed.append(slot)
-
-    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
-        assert sum(len(s.tokens) for s in segments) <= self.max_rows
-        for s in segments:
-            s.slot.length += len(s.tokens)
-            assert s.slot.length <= s.slot.capacity
-        self.passes.append([(list(s.tokens), s.logits) for s in segments])
-        last = torch.tensor([s.tokens[-1] for s in segments if s.logits], dtype=torch.int64)
-        return torch.nn.functional.one_hot((last + 1) % self.vocab_size, self.vocab_size).float()
+def engine_of(shared: int = 0) -> FakeEngine:
+    """The likeliest token is always the last one plus one; `shared` tokens of every prompt are remembered."""
+    engine = FakeEngine(64, 2, vocab_size=1000, max_rows=8, following=lambda slot: (slot.tokens[-1] + 1) % 1000)
+    engine.shared = shared
+    return engine
 
 
 def own(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> OwnEngine:
@@ -71,38 +51,38 @@ def own(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> OwnEngine:
 
 
 def test_a_prompt_is_passes_of_max_rows_with_logits_after_the_last(monkeypatch):
-    engine = FakeEngine()
+    engine = engine_of()
     figures = own(engine, monkeypatch).measure(Case(False, 20, depth=10), 1)
     lengths = [len(tokens) for pass_ in engine.passes for tokens, _ in pass_]
     assert lengths == [8, 2, 8, 8, 4]
     assert [logits for pass_ in engine.passes for _, logits in pass_] == [False, False, False, False, True]
     assert 0 < figures["seconds"] <= figures["first_token_seconds"]
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
 
 
 def test_decoding_feeds_the_likeliest_token_back_for_every_sequence(monkeypatch):
-    engine = FakeEngine()
+    engine = engine_of()
     own(engine, monkeypatch).measure(Case(True, 5, sequences=2), 1)
     steps = [[tokens[0] for tokens, logits in pass_ if logits] for pass_ in engine.passes]
     assert len(steps) == 5 and steps[0][0] != steps[0][1]
     assert steps == [[(token + i) % 1000 for token in steps[0]] for i in range(5)]
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
     with pytest.raises(AmqError, match="no room for sequence 3 of 3.*--batch"):
         own(engine, monkeypatch).measure(Case(True, 5, sequences=3), 1)
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
 
 
 def test_what_an_engine_remembers_is_not_counted_as_computed(monkeypatch):
-    engine = FakeEngine(known=6)
+    engine = engine_of(shared=6)
     own(engine, monkeypatch).measure(Case(False, 8, depth=10), 1)
     assert [len(tokens) for pass_ in engine.passes for tokens, _ in pass_] == [4, 8]
     with pytest.raises(AmqError, match="--seed"):
         own(engine, monkeypatch).measure(Case(False, 8, depth=5), 1)
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
 
 
 def test_repetitions_measure_other_tokens_after_the_same_depth(monkeypatch):
-    engine = FakeEngine()
+    engine = engine_of()
     bencher = own(engine, monkeypatch)
     for repetition in (1, 2, 1):
         bencher.measure(Case(False, 8, depth=8), repetition)
@@ -213,7 +193,8 @@ def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
     monkeypatch.setattr(run, "open_peer", lambda *_: peer)
     grid = {"prompt": "8", "generate": "4", "batch": "1,2", "repetitions": 2, "window_length": 3}
-    return bench(BenchSettings(model="model", **grid, threads=1, startup=False, peers=True, perplexity="text"))
+    settings = BenchSettings(model="model", **grid, threads=1, startup=False, peers=True, perplexity="text")
+    return to_json(bench(settings))
 
 
 def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch):

@@ -23,7 +23,6 @@ def test_benchmarks_smoke(tmp_path):
 
 def test_compare_solvers_runs_from_its_own_table(tmp_path):
     """The comparison script on a tiny model: every method, one seed."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import compare_solvers
     from helpers.tiny_models import byte_tokenizer, tiny_llama
 

@@ -192,7 +192,7 @@ def test_warps_follow_the_table(monkeypatch: pytest.MonkeyPatch, cache: Path, ca
     path.write_text("[]")
     tuning._entries.cache_clear()
     with pytest.raises(
-        AmqError, match="Test-GPU-1.json is not a table of schema .* delete it, and run `python -m amq.kernels"
+        AmqError, match="Test-GPU-1.json: expected schema .* got 'list': delete it, and run `python -m amq.kernels"
     ):
         backends.cuda._warps(4096)
     tuning._entries.cache_clear()

@@ -34,6 +34,7 @@ from amq.kernels import ops
 from amq.kernels.embedding import StoredEmbedding
 from amq.kernels.modules import QuantizedLinear, StoredLinear
 from amq.packing import dequantize
+from amq.util.extras import install_hint
 from amq.util.tensors import HASHES, hashes_metadata, verify_file
 
 pytestmark = [
@@ -257,6 +258,15 @@ def test_remote_code_and_none(folders: Callable[[str], Path], tmp_path: Path) ->
     plain.save_pretrained(tmp_path / "plain")
     assert (tmp_path / "remote" / "modeling_amq.py").exists()
     assert not json.loads((tmp_path / "plain" / "config.json").read_text()).get("auto_map")
+
+
+def test_remote_code_without_amq_says_what_to_install(folders: Callable[[str], Path]) -> None:
+    """Random weights would be the alternative. transformers' own words would be the name of another package."""
+    code = "import sys; sys.modules['amq'] = None; from transformers import AutoModelForCausalLM as Model; "
+    code += f"Model.from_pretrained({str(folders('llama'))!r}, trust_remote_code=True)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
+    said = f"ImportError: the weights of this model are packed by amq: {install_hint()}"
+    assert result.returncode == 1 and result.stderr.rstrip().endswith(said), result.stderr
 
 
 def test_saving_into_the_folder_it_was_loaded_from(damaged: Path) -> None:

@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.packed import SYNTHETIC, assert_same_bits, random_packed
 from helpers.reference import MODES, UNIT, make_weight, product, random_x, rounding_bound, seen_by
-from test_native import SYNTHETIC, assert_same_bits, random_packed
 from torch import nn
 
 from amq.errors import AmqError

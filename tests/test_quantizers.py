@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers.reference import torch_threads
+from helpers.statistics import output_error, random_gram, random_weight
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -25,30 +26,11 @@ by_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 by_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
 
 
-def random_weight(rows: int, in_features: int, seed: int = 0) -> Tensor:
-    return 0.05 * torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed))
-
-
-def random_gram(in_features: int, tokens: int = 512, seed: int = 1) -> Tensor:
-    """Correlated inputs of uneven size, as a model has them."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(in_features, in_features, generator=generator) / math.sqrt(in_features)
-    x = torch.randn(tokens, in_features, generator=generator) @ (mixing + torch.eye(in_features))
-    x *= torch.linspace(0.2, 3.0, in_features)[torch.randperm(in_features, generator=generator)]
-    return x.T @ x / tokens
-
-
 def quantize(
     name: str, weight: Tensor, formats: tuple[BitFormat, ...] = ALL, group_size: int = 64, gram: Tensor | None = None
 ) -> dict[str, PackedWeight]:
     gram = random_gram(weight.shape[1]) if gram is None else gram
     return QUANTIZERS[name]([weight], formats, group_size, gram)[0]
-
-
-def output_error(weight: Tensor, packed: PackedWeight, gram: Tensor) -> Tensor:
-    """(w − ŵ) H (w − ŵ)ᵀ of each row, in float64."""
-    delta = weight.double() - dequantize(packed).double()
-    return ((delta @ gram.double()) * delta).sum(-1)
 
 
 @by_quantizer

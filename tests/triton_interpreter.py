@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from test_native import SYNTHETIC, random_packed
+from helpers.packed import SYNTHETIC, random_packed
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -178,14 +179,14 @@ def test_gemm(name: str, case: tuple[int, int, int], rows: int, launch: Launch, 
 
 @pytest.mark.parametrize("launch", (GEMV, GEMM, GEMM_SPLIT), ids=("gemv", "gemm", "gemm-split"))
 def test_fused_weights_give_the_bits_of_separate_ones(launch: Launch) -> None:
-    """Six formats are two launches, with a segment of one row and rows that fill no block among them."""
-    shapes = dict(zip(FORMATS, (40, 1, 24, 13, 70, 8), strict=True))
+    """More formats than one launch takes, with a weight of one row and rows that fill no block among them."""
+    shapes = dict(zip(FORMATS, cycle((40, 1, 24, 13, 70, 8)), strict=False))
     weights = [prepared(random_packed(FORMATS[name], rows, 600, 64)) for name, rows in shapes.items()]
     x, bias = inputs(2, 600), torch.randn(sum(shapes.values()))
     parts = bias.split(list(shapes.values()))
     separate = [run(x, [weight], launch, part) for weight, part in zip(weights, parts, strict=True)]
     assert torch.equal(run(x, weights, launch, bias), torch.cat(separate, 1))
-    some = (0, 2, 0)  # one decoder for two segments
+    some = (0, 2, 0)  # one width for two weights
     y = run(x, [weights[i] for i in some], launch, torch.cat([parts[i] for i in some]))
     assert torch.equal(y, torch.cat([separate[i] for i in some], 1))
 
@@ -225,14 +226,14 @@ def test_memory(launch: Launch) -> None:
 
 
 def test_memory_checker_bites() -> None:
-    """x one row short, and a y whose second segment starts where the first has not ended."""
+    """x one row short, and a y whose second weight starts where the first has not ended."""
     weight = prepared(random_packed(FORMATS["int4"], 13, 64, 32))
     x, y = inputs(2, 64), torch.empty(2, 13, dtype=torch.float16)
     with checked_memory([x[:1], weight.data], [y]) as faults:
         linear_into(y, x, [weight], None, lambda *_: GEMV)
     assert faults and all("out of bounds" in fault for fault in faults)
     with checked_memory([x, weight.data], [y]) as faults:
-        launcher._launch_segments(y.as_strided((2, 13), (7, 1)), x, [weight], None, GEMV)
+        launcher._launch_weights(y.as_strided((2, 13), (7, 1)), x, [weight], None, GEMV)
     assert faults == ["an address stored twice"]
 
 
@@ -309,12 +310,7 @@ def test_errors_name_the_linear_and_the_remedy() -> None:
 def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(unsupported_reason(fmt) is None for fmt in FORMATS.values())
     assert "dense bitstreams only" in unsupported_reason(SYNTHETIC[0])
-    kernels = SimpleNamespace(decoders={"int2": (2,), "int3": (4,)}, interpreted=False)
-    monkeypatch.setattr(launcher, "_kernels", lambda: kernels)
-    for name in ("int3", "int4"):
-        assert f"it has no decode file, or one for other codes: add kernels/triton/{name}.py" in unsupported_reason(
-            FORMATS[name]
-        )
+    monkeypatch.setattr(launcher, "_kernels", lambda: SimpleNamespace(interpreted=False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "torch finds no GPU" in unsupported_reason(FORMATS["int2"])

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 
 from amq.bench.settings import BenchCommand, BenchSettings
-from amq.util.files import check_file, write_json, write_text
+from amq.util.files import check_file, write_text
 from amq.util.settings import parse_command
 
 
@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     result = bench(settings, terminal_progress())
     print(table(result))
     if json_file:
-        write_json(json_file, result)
+        result.write(json_file)
     if csv_file:
         write_text(csv_file, csv_text(result))
     return 0

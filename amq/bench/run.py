@@ -17,14 +17,25 @@ from amq.bench.cases import Case
 from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
 from amq.bench.own import OwnEngine
 from amq.bench.peers import Peer, PeerMissing, open_peer
+from amq.bench.result import (
+    OURS,
+    BenchResult,
+    EngineFacts,
+    MachineEntry,
+    ReadBandwidth,
+    Row,
+    SettingsEntry,
+    TextEntry,
+    ratios,
+    scaling,
+)
 from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 from amq.util.limits import fit_threads
 from amq.util.progress import Progress, Step
+from amq.util.records import parse_record
 
-SCHEMA = "amq/bench/1"
-OURS = "amq"
 STARTUP_PROMPT = "The capital of France is"
 STARTUP_REPETITIONS = 3
 COUNTED = (
@@ -43,7 +54,7 @@ class Contender:
     configurations: dict[bool, str]
 
 
-def bench(settings: BenchSettings, progress: Progress | None = None) -> dict[str, Any]:
+def bench(settings: BenchSettings, progress: Progress | None = None) -> BenchResult:
     """Measures and returns what --json writes.
 
     Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
@@ -72,7 +83,20 @@ def bench(settings: BenchSettings, progress: Progress | None = None) -> dict[str
         for engine in engines:
             _after(engine)
         text = _perplexities(settings, engines, left_out, progress) if settings.perplexity else None
-    return _result(settings, engines, rows, readings, {"perplexity": text, "trials": trials, "left_out": left_out})
+    facts = {engine.name: parse_record(engine.facts, EngineFacts, f"what {engine.name} says") for engine in engines}
+    return BenchResult(
+        model=settings.model, settings=_asked(settings), counted=COUNTED,
+        machine=parse_record(describe(settings.device), MachineEntry, "what this machine says"),
+        read_bandwidth={reading.name: ReadBandwidth.of(reading) for reading in readings},
+        engines=facts, rows=tuple(rows), ratios={name: ratios(rows, facts, name) for name in facts if name != OURS},
+        scaling=scaling(rows), perplexity=text, trials=tuple(trials), left_out=left_out,
+        warnings=tuple(_warnings(rows, readings, settings)),
+    )  # fmt: skip
+
+
+def _asked(settings: BenchSettings) -> SettingsEntry:
+    names = ("repetitions", "threads", "seed", "device", "backend", "activations", "dtype")
+    return SettingsEntry(**{n: getattr(settings, n) for n in names}, tests=tuple(case.name for case in settings.cases))
 
 
 def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
@@ -97,6 +121,7 @@ def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
             with tempfile.TemporaryFile("w+") as errors:
                 start = time.perf_counter()
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
+                assert process.stdout is not None  # it is a pipe
                 process.stdout.read(1)
                 seconds.append(time.perf_counter() - start)
                 process.communicate()
@@ -112,7 +137,7 @@ def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
 
 def _open_peer(settings: BenchSettings, progress: Progress) -> Peer:
     with progress.stage("peer's ways", len(llama_cpp.CONFIGURATIONS)) as step:
-        return open_peer(settings.model, settings.device, settings.gguf, settings.threads, settings.seed, step)
+        return open_peer(settings.model, settings.device, settings.gguf, settings.thread_count, settings.seed, step)
 
 
 def _engine(peer: Peer) -> Contender:
@@ -123,7 +148,7 @@ def _engine(peer: Peer) -> Contender:
 def _readings(settings: BenchSettings, weight_bytes: int) -> list[Reading]:
     import torch
 
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.thread_count)
     large = buffer_bytes() if settings.device == "cpu" else 1 << 30
     return [
         Reading("memory", max(large, weight_bytes), settings.device),
@@ -137,7 +162,7 @@ def _rows(
     readings: list[Reading],
     left_out: dict[str, str],
     progress: Progress,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """One row per case and engine; an engine that fails (not ours) is dropped from `engines`, with the reason."""
     measured: list[tuple[Case, Contender, list[dict[str, Any]]]] = []
     with progress.stage("measuring", len(settings.cases) * (settings.repetitions + 1)) as step:
@@ -178,25 +203,23 @@ def _drop(engine: Contender, engines: list[Contender], left_out: dict[str, str],
 
 def _row(
     settings: BenchSettings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
-) -> dict[str, Any]:
+) -> Row:
     speeds = [case.tokens * case.sequences / sample["seconds"] for sample in samples]
     others = [sample["others"] for sample in samples if sample["others"] is not None]
     first = [sample["first_token_seconds"] for sample in samples if "first_token_seconds" in sample]
     weight_bytes = engine.facts["weight_bytes"]
     read = weight_bytes * statistics.median(speeds) / case.sequences if case.decode else None
     shares = {r.name: None if read is None else read / statistics.median(r.samples) for r in readings}
-    return {
-        **{"engine": engine.name, "test": case.name, "kind": "decode" if case.decode else "prompt"},
-        **{"tokens": case.tokens, "sequences": case.sequences, "depth": case.depth, "threads": settings.threads},
-        **{"configuration": engine.configurations[case.decode], "file_bytes": engine.facts["file_bytes"]},
-        "weight_bytes_per_token": weight_bytes / case.sequences if case.decode else None,
-        "tokens_per_second": statistics.median(speeds),
-        **{"lowest": min(speeds), "highest": max(speeds), "samples": speeds},
-        "first_token_seconds": statistics.median(first) if first else None,
-        "weights_bytes_per_second": read,
-        **{"share_of_memory_bandwidth": shares["memory"], "share_of_model_size_bandwidth": shares["model"]},
-        "others": statistics.median(others) if others else None,
-    }
+    return Row(
+        engine=engine.name, test=case.name, kind="decode" if case.decode else "prompt", tokens=case.tokens,
+        sequences=case.sequences, depth=case.depth, threads=settings.thread_count,
+        configuration=engine.configurations[case.decode], file_bytes=engine.facts["file_bytes"],
+        weight_bytes_per_token=weight_bytes / case.sequences if case.decode else None,
+        tokens_per_second=statistics.median(speeds), lowest=min(speeds), highest=max(speeds), samples=tuple(speeds),
+        first_token_seconds=statistics.median(first) if first else None, weights_bytes_per_second=read,
+        share_of_memory_bandwidth=shares["memory"], share_of_model_size_bandwidth=shares["model"],
+        others=statistics.median(others) if others else None,
+    )  # fmt: skip
 
 
 def _after(engine: Contender) -> None:
@@ -206,7 +229,7 @@ def _after(engine: Contender) -> None:
 
 def _perplexities(
     settings: BenchSettings, engines: list[Contender], left_out: dict[str, str], progress: Progress
-) -> dict[str, Any]:
+) -> TextEntry:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
     windows, prefix = engines[0].workers[True].call("windows", *arguments)
@@ -224,65 +247,13 @@ def _perplexities(
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
             step(engine.name)
-    facts = {"text": settings.perplexity, "windows": len(windows), "window_length": settings.window_length}
-    return {**facts, "window_prefix": list(prefix)}
+    length = settings.window_length
+    return TextEntry(text=settings.perplexity, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
 
 
-def _result(
-    settings: BenchSettings,
-    engines: list[Contender],
-    rows: list[dict[str, Any]],
-    readings: list[Reading],
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    facts = {engine.name: engine.facts for engine in engines}
-    return {
-        "schema": SCHEMA,
-        "model": settings.model,
-        "settings": {
-            **{"repetitions": settings.repetitions, "threads": settings.threads, "seed": settings.seed},
-            **{"device": settings.device, "backend": settings.backend, "activations": settings.activations},
-            **{"dtype": settings.dtype, "tests": [case.name for case in settings.cases]},
-        },
-        "counted": COUNTED,
-        "machine": describe(settings.device),
-        "read_bandwidth": {
-            r.name: {"bytes": r.size, "bytes_per_second": statistics.median(r.samples), "lowest": min(r.samples),
-                     "highest": max(r.samples)}
-            for r in readings
-        },
-        "engines": facts,
-        "rows": rows,
-        "ratios": {name: _ratios(rows, facts, name) for name in facts if name != OURS},
-        "scaling": _scaling(rows),
-        **more,
-        "warnings": _warnings(rows, readings, settings),
-    }  # fmt: skip
-
-
-def _ratios(rows: list[dict[str, Any]], facts: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
-    """Ours over theirs: tokens/s of every test; perplexity, bytes of the file and of the weights of a token."""
-    speeds = {(row["engine"], row["test"]): row["tokens_per_second"] for row in rows}
-    tests = [test for engine, test in speeds if engine == OURS and (name, test) in speeds]
-    ratios = {test: speeds[OURS, test] / speeds[name, test] for test in tests}
-    figures = ("perplexity", "file_bytes", "weight_bytes")
-    return ratios | {f: facts[OURS][f] / facts[name][f] for f in figures if facts[OURS].get(f) and facts[name].get(f)}
-
-
-def _scaling(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Tokens/s of several sequences over those of one: {engine: {test: factor}}."""
-    single = {(r["engine"], r["kind"], r["tokens"], r["depth"]): r for r in rows if r["sequences"] == 1}
-    factors: dict[str, dict[str, float]] = {}
-    for row in rows:
-        one = single.get((row["engine"], row["kind"], row["tokens"], row["depth"]))
-        if row["sequences"] > 1 and one:
-            factors.setdefault(row["engine"], {})[row["test"]] = row["tokens_per_second"] / one["tokens_per_second"]
-    return factors
-
-
-def _warnings(rows: list[dict[str, Any]], readings: list[Reading], settings: BenchSettings) -> list[str]:
+def _warnings(rows: list[Row], readings: list[Reading], settings: BenchSettings) -> list[str]:
     found = []
-    busy = [f"{row['engine']} {row['test']}" for row in rows if (row["others"] or 0) > BUSY]
+    busy = [f"{row.engine} {row.test}" for row in rows if (row.others or 0) > BUSY]
     if busy:
         found.append(f"other processes had over {BUSY:.0%} of the cores' time, not figures to quote: {', '.join(busy)}")
     cache = last_level_cache()

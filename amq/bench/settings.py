@@ -39,8 +39,8 @@ class BenchSettings(RuntimeSettings):
         "auto", "what llama.cpp runs: a .gguf file; or a type that its quantizer makes of the model's own GGUF (auto: "
         "Q4_0)", PEERS, metavar="FILE|TYPE",
     )  # fmt: skip
-    perplexity: str | None = flag(
-        None, "a text file (or pydoc, docstrings): every engine's perplexity on it", TEXT, metavar="FILE"
+    perplexity: str = flag(
+        "", "a text file (or pydoc, docstrings): every engine's perplexity on it", TEXT, metavar="FILE"
     )
     max_tokens: int = flag(8192, "of that text", TEXT, least=1, metavar="N")
     window_length: int = flag(512, "of that text", TEXT, least=1, metavar="N")
@@ -54,6 +54,12 @@ class BenchSettings(RuntimeSettings):
     def cases(self) -> list[Case]:
         prompts, generates = numbers(self.prompt, "--prompt"), numbers(self.generate, "--generate")
         return grid(prompts, generates, numbers(self.batch, "--batch"), numbers(self.depth, "--depth", least=0))
+
+    @property
+    def thread_count(self) -> int:
+        """`threads`, which `bench` has filled in."""
+        assert self.threads is not None
+        return self.threads
 
     def load_options(self) -> dict[str, Any]:
         """For `amq.runtime.load`, with room for the largest case and no more."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from amq.eval.settings import EvalCommand, EvalSettings
-from amq.util.files import check_file, write_json
+from amq.util.files import check_file
 from amq.util.settings import parse_command, run_command
 
 
@@ -38,7 +38,7 @@ def _evaluate(argv: Sequence[str]) -> int:
     result = evaluate(**given, progress=terminal_progress())
     print(table(result))
     if path:
-        write_json(path, result.json())
+        result.write(path)
     return 0
 
 

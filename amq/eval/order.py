@@ -17,11 +17,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
@@ -42,6 +42,9 @@ from amq.quantize.quantizers.awq import candidate_scales, scale_errors
 from amq.util.files import check_place, write_json
 from amq.util.progress import Progress, terminal_progress
 from amq.util.settings import add_flags, flag
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BANDS = 5
 """Bands of size within which configurations are compared; ten or so in each."""
@@ -172,7 +175,7 @@ class _Walk:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         group_size: int,
         methods: dict[str, Method],
         configurations: list[Formats],
@@ -209,7 +212,7 @@ class _Walk:
     def losses(self, progress: Progress) -> dict[str, list[float]]:
         """Per method, each configuration's mean Jensen–Shannon divergence per token, nats."""
         reference = self._scored(self._reference)
-        divergence = token_losses("jsd", self._reference.device)
+        divergence = token_losses("jsd", reference[0].device)
         totals = {name: np.zeros(len(self._configurations)) for name in self._methods}
         with progress.stage("losses", len(reference)) as step:
             for chunk, hidden in enumerate(reference):
@@ -222,8 +225,9 @@ class _Walk:
         count = sum(map(len, reference))
         return {name: [float(t) / count for t in total] for name, total in totals.items()}
 
-    def _scored(self, state: Tensor) -> tuple[Tensor, ...]:
+    def _scored(self, state: Tensor | None) -> tuple[Tensor, ...]:
         """Of hidden states [windows, length, hidden_size] those that have a loss, in chunks [tokens, hidden_size]."""
+        assert state is not None  # losses are asked for after the last block
         return state[:, self._unscored :].flatten(0, 1).split(TOKENS)
 
     def _logits(self, hidden: Tensor) -> Tensor:

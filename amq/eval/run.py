@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint
 from amq.configuration import Configuration, other_items
@@ -13,7 +13,7 @@ from amq.errors import AmqError
 from amq.eval import checkpoints
 from amq.eval.banks import Banks
 from amq.eval.measure import Form, Measure
-from amq.eval.result import Evaluation
+from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.settings import EvalSettings
 from amq.eval.tasks import TaskRunner
 from amq.formats import BitFormat, parse_formats
@@ -48,14 +48,13 @@ def run_evaluate(settings: EvalSettings, progress: Progress | None = None) -> Ev
             run.checkpoint(name, label, opened[name])
         else:
             run.plain(name, label, formats, found, recipe)
-    facts: dict[str, Any] = {
-        "model": ", ".join(names), "text": text, "tokens": measure.tokens,
-        "window_length": window_length, "stride": window_length - len(measure.window_prefix),
-        "window_prefix": list(measure.window_prefix), "backend": run.backend, "activations": settings.activations,
-    }  # fmt: skip
-    facts |= {} if opened else {"bank": asdict(recipe)}
-    facts |= {"tasks": runner.settings} if runner else {}
-    return Evaluation(measure.rows, facts, tuple(measure.task_rows))
+    facts = EvaluationSettings(
+        model=", ".join(names), text=text, tokens=measure.tokens, window_length=window_length,
+        stride=window_length - len(measure.window_prefix), window_prefix=tuple(measure.window_prefix),
+        backend=run.backend, activations=settings.activations, bank=None if opened else recipe,
+        tasks=runner.settings if runner else None,
+    )  # fmt: skip
+    return Evaluation(settings=facts, rows=tuple(measure.rows), tasks=tuple(measure.task_rows))
 
 
 def _check(settings: EvalSettings, opened: dict[str, Checkpoint]) -> None:
@@ -108,7 +107,7 @@ class _Run:
             banks.open(of, configuration)
             size = configuration.bytes(inventory.linears) + sum(item.bytes for item in other_items(inventory))
             bits = configuration.bits_per_weight(inventory.linears)
-            forms.append(Form(title, bits, size, lambda c=configuration, r=of: banks.apply(c, r)))
+            forms.append(Form(title, bits, size, partial(banks.apply, configuration, of)))
         self.measure.run(loaded, forms)
 
     def checkpoint(self, name: str, label: str, checkpoint: Checkpoint) -> None:

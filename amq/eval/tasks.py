@@ -29,14 +29,15 @@ FEWSHOT_SEED = 1234
 class TaskRow:
     """One figure. model: the name of its row in the perplexity table. filter: lm-eval's, `none` for most.
 
-    stderr: None where lm-eval gives none. count: questions asked; None for a group.
+    value: None where it was not finite, in a file. stderr: None where lm-eval gives none. count: questions asked; None
+    for a group.
     """
 
     model: str
     task: str
     metric: str
     filter: str
-    value: float
+    value: float | None
     stderr: float | None
     num_fewshot: int | None
     count: int | None

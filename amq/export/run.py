@@ -21,9 +21,11 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     source, to, output = Path(settings.checkpoint), settings.to, Path(settings.output)
     target = EXPORTS[to]
     check_new_folder(output)
-    stored = checkpoint = open_checkpoint(source)
     with needs("export", f"amq export --to {to}"):
-        module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
+    stored = checkpoint = open_checkpoint(source)
+    module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
     record = stored.record
     facts: dict[str, Any] = {}
     if record.head and not target.head:
@@ -36,8 +38,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
         facts["not opened"] = "the model has code of its own, which an export does not run"
 
     def write(folder: Path) -> None:
-        with needs("export", f"amq export --to {to}"):
-            facts.update(module.write(checkpoint, folder))
+        facts.update(module.write(checkpoint, folder))
         if target.model_folder:
             copy_model_files(source, folder)
         readme = _readme(stored, to, module.LOADING.replace("{folder}", real_folder(output).name), facts)

@@ -46,11 +46,12 @@ class QuantizedLinear(nn.Module):
         name: str = "linear",
     ) -> None:
         nn.Module.__init__(self)
+        self.data: Tensor
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.activations, self.name = activations or default_activations(weight.backend), name
         self._weight = weight
         self.register_buffer("data", weight.data, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def from_packed(
@@ -126,7 +127,7 @@ class NoPlainWeight(AmqError, AttributeError):
     """Someone asked a quantized weight for what only a plain one has."""
 
 
-class StoredLinear(QuantizedLinear, nn.Linear):
+class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bias may be None
     """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
 
     It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
@@ -176,7 +177,7 @@ class StoredLinear(QuantizedLinear, nn.Linear):
         return weight
 
     @property
-    def weight(self) -> QuantizedWeight | Tensor:
+    def weight(self) -> QuantizedWeight | Tensor:  # type: ignore[override]  # the one lie of this nn.Linear
         """No numbers; while transformers loads, an empty tensor, for models that initialise weights by hand."""
         shape = (self.out_features, self.in_features)
         if self.packed is None:
@@ -194,12 +195,13 @@ class StoredLinear(QuantizedLinear, nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
         if self.packed is None:
             return super()._apply(fn, recurse)
-        before, self.data = self.data, None
+        before = self.data
+        self._buffers["data"] = None  # not moved with the rest
         super()._apply(fn, recurse)
         self.place = fn(torch.empty(0)).device
-        if not before.is_meta:
-            self.data = before if fn(before) is before else None
-        if self.data is None:
+        if not before.is_meta and fn(before) is before:
+            self.data = before
+        else:
             self._forget()  # the layout of one device's backend is of no use on another
         return self
 
@@ -298,7 +300,7 @@ class SharedInput:
         return found if waiting.is_for(x) else member.alone(x)
 
     def _all(self, member: StoredLinear, x: Tensor) -> Tensor:
-        biases = [m.bias for m in self.members if m.bias is not None]
+        biases: list[Tensor] = [m.bias for m in self.members if m.bias is not None]
         bias = torch.cat(biases) if biases else None
         y = _product(x, self.members, bias, f"{member.name} and those that share its input")
         parts = y.split([m.out_features for m in self.members], dim=-1)

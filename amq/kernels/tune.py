@@ -84,7 +84,7 @@ def best(
             log.warning("%s: %s is left out: %s", key, label, error)
     if not tried:
         return None
-    fastest = min(tried, key=tried.get)
+    fastest = min(tried, key=lambda label: tried[label])
     print(f"{key}: {fastest} {tried[fastest]:.1f} µs of {len(tried)} tried", flush=True)
     rounded = {label: round(time, 2) for label, time in tried.items()}
     return {"parameters": candidates[fastest][0], "microseconds": rounded[fastest], "tried": rounded}
@@ -146,7 +146,7 @@ def tune(
             weights = [random_weight(fmt, OUT_FEATURES, features, group_size) for _ in range(-(-L2_TIMES * l2 // size))]
             for count in rows:
                 x = torch.randn(count, features, dtype=torch.float16, device=DEVICE)
-                bits = fmt.max_code.bit_length()
+                bits = fmt.bits
                 key = tuning.triton_key(count, features, bits)
                 entries[key] = best(key, triton_candidates(count, features, bits), x, weights)
             if fmt == formats[0] and cuda.unsupported_reason(fmt) is None:
@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if reason := triton.unsupported_reason(fmt):
             raise AmqError(f"nothing to tune: Triton cannot run {fmt.name}: {reason}")
     numbers = [[int(n) for n in text.split(",")] for text in (arguments.in_features, arguments.rows)]
-    entries = tune(*numbers, formats, check_group_size(arguments.group_size))
+    entries = tune(numbers[0], numbers[1], formats, check_group_size(arguments.group_size))
     versions = {"torch": torch.__version__, "triton": version("triton"), "date": date.today().isoformat()}
     print(f"{len(entries)} entries in {tuning.save(torch.cuda.get_device_name(), entries, versions)}")
     return 0

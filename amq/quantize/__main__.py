@@ -27,17 +27,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(result: QuantizeResult) -> str:
     """What was made, in a few lines."""
     log = result.log
+    head = f"{log.head.name} {log.head.format}, " if log.head else ""
     lines = [
-        f"{len(log['linears'])} linears at {log['bits_per_weight']:.4f} bits per weight, "
-        f"{log['head']['name'] + ' ' + log['head']['format'] + ', ' if log['head'] else ''}"
-        f"{log['memory']['total'] / 2**20:.1f} MiB with everything else; {log['seconds']:.0f} s, "
-        f"peak memory {log['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{len(log.linears)} linears at {log.bits_per_weight:.4f} bits per weight, {head}"
+        f"{log.memory.total / 2**20:.1f} MiB with everything else; {log.seconds:.0f} s, "
+        f"peak memory {log.peak_memory_bytes / 2**30:.2f} GiB"
     ]
-    if log["perplexity"]:
-        figures = log["perplexity"]
-        rows = ", ".join(f"{name} {'broken' if v is None else f'{v:.3f}'}" for name, v in figures["rows"].items())
-        lines.append(f"perplexity on {figures['tokens']} tokens of {figures['text']}: {rows}")
-    lines += [f"note: {note}" for note in log["notes"]]
+    if figures := log.perplexity:
+        rows = ", ".join(f"{name} {'broken' if v is None else f'{v:.3f}'}" for name, v in figures.rows.items())
+        lines.append(f"perplexity on {figures.tokens} tokens of {figures.text}: {rows}")
+    lines += [f"note: {note}" for note in log.notes]
     lines.append(f"wrote {result.output}: python -m amq.generate {result.output} --prompt …")
     return "\n".join(lines)
 

@@ -8,10 +8,10 @@ weights, so memory is the model, one block's statistics and the hidden states of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from amq.quantize.methods import Method
 from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.grid import check_scales
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -64,7 +67,7 @@ class BlockQuantizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         inventory: Inventory,
         formats: Mapping[str, str],
         group_size: int,
@@ -97,7 +100,8 @@ class BlockQuantizer:
         groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
         groups = [group for group in groups if self._quantized(group.linears)]
         if self._method.scales:
-            groups = self._scale(f"{self._inventory.blocks_path}.{block}", groups, result)
+            path = f"{self._inventory.blocks_path}.{block}"
+            groups = self._scale(path, groups, self._stream.sample, result)
         for group in groups:
             self._round(group.linears, group.gram, result)
         return result
@@ -144,7 +148,9 @@ class BlockQuantizer:
             result.packed[spec.name] = packed
             result.errors[spec.name] = relative_error(weight, packed, gram)
 
-    def _scale(self, block: str, groups: Sequence[InputGroup], result: BlockResult) -> list[InputGroup]:
+    def _scale(
+        self, block: str, groups: Sequence[InputGroup], run: Callable[[], Tensor], result: BlockResult
+    ) -> list[InputGroup]:
         """Searches every group's scales and moves them into their producers; returns the groups as they are then.
 
         All scales are searched on the weights as they were: a producer's rows get a factor each, which leaves the
@@ -152,7 +158,7 @@ class BlockQuantizer:
         """
         scaled = []
         for group in groups:
-            fold = find_fold(self._model, block, group.linears, self._head_dim, self._stream.sample)
+            fold = find_fold(self._model, block, group.linears, self._head_dim, run)
             if fold is None:
                 result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
                 scaled.append(group)
@@ -197,7 +203,7 @@ def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) ->
     return math.sqrt(max(energy(error), 0.0) / max(energy(weight.clone()), 1e-30))
 
 
-def head_dim(config: object) -> int | None:
+def head_dim(config: Any) -> int | None:
     """Features per attention head, by a Hugging Face config."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     heads = getattr(config, "num_attention_heads", None)

@@ -8,9 +8,8 @@ that sees calibration inputs sees those of the embedding as it will be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,9 @@ from amq.quantize.blocks import relative_error
 from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
 from amq.quantize.settings import NO_HEAD
 from amq.util.threads import parallel_map
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ROWS = 512
 """Rows rounded at once, by one thread."""
@@ -42,8 +44,11 @@ class Head:
     format: BitFormat
     shape: tuple[int, int]
 
+    def stored_bytes(self, group_size: int) -> int:
+        return self.format.stored_bytes(*self.shape, group_size)
 
-def find_head(model: nn.Module, fmt: str) -> Head | None:
+
+def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
     """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
     if fmt == NO_HEAD:
         return None
@@ -94,24 +99,11 @@ def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: 
     return PackedWeight(fmt, weight.shape[1], group_size, *tensors)
 
 
-def head_json(head: Head, group_size: int, error: float | None) -> dict[str, Any]:
-    """What quantization.json says of it; error: None before it is known."""
-    return {
-        "name": head.name,
-        "format": head.format.name,
-        "shape": list(head.shape),
-        "bytes": head.format.stored_bytes(*head.shape, group_size),
-        "relative_error": error,
-        "embedding": head.embedding or None,
-    }
-
-
-def with_head(items: tuple[MemoryItem, ...], head: Mapping[str, Any] | None) -> tuple[MemoryItem, ...]:
-    """`amq.configuration.memory_items` with the head as `head` (of `head_json`) stores it, in place of 16 bits."""
+def with_head(items: tuple[MemoryItem, ...], head: Head | None, group_size: int) -> tuple[MemoryItem, ...]:
+    """`amq.configuration.memory_items` with the head as it is quantized, in place of its 16 bits."""
     if head is None:
         return items
-    tied = head["embedding"] is not None
-    changed = {"lm_head": MemoryItem("lm_head", head["bytes"], head["format"])}
-    if tied:
+    changed = {"lm_head": MemoryItem("lm_head", head.stored_bytes(group_size), head.format.name)}
+    if head.embedding:
         changed["embeddings"] = MemoryItem("embeddings", 0, "tied to the lm_head: the same bytes")
     return tuple(changed.get(item.name, item) for item in items)

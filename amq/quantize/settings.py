@@ -1,9 +1,9 @@
-"""The settings of one quantization: the command line of `amq quantize`, and what makes two runs the same."""
+"""The settings of one quantization: the command line of `amq quantize`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format
@@ -66,24 +66,6 @@ class QuantizeSettings(ModelSettings):
             check_group_size(self.group_size)
         if self.head != NO_HEAD:
             get_format(self.head)
-
-    @property
-    def known_identity(self) -> dict[str, Any]:
-        """The part of `identity` that is known before the model is loaded."""
-        names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
-        names += ["autoround_iterations"] if self.method == "autoround" else []
-        given = asdict(self)
-        return {n: given[n] for n in names}
-
-    def identity(
-        self, fingerprint: str, formats: dict[str, str], group_size: int, inputs: dict[str, str]
-    ) -> dict[str, Any]:
-        """What a finished block depends on: a resumed run must have the same.
-
-        inputs: hashes of what names in the settings stand for, such as the calibration text.
-        """
-        found = {"model": fingerprint, "formats": formats, "group_size": group_size, "inputs": inputs}
-        return {**self.known_identity, **found}
 
 
 @dataclass(frozen=True)

@@ -16,21 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from amq.errors import AmqError
 from amq.formats import STORED
-from amq.search.archive import Record, read_archive
-from amq.search.run_folder import (
-    READABLE,
-    Row,
-    ShownCost,
-    ShownFront,
-    ShownRun,
-    ShownScores,
-    ShownSensitivity,
-    check_schema,
-    read_shown,
-)
-from amq.util.files import read_json
+from amq.search.archive import Record
+from amq.search.front_file import Front
+from amq.search.run_folder import RunFolder
+from amq.util.records import to_json
 
 HOVER_BLOCKS = 100
 """Up to this many blocks a configuration's text has one character per block; above, only its counts."""
@@ -103,33 +93,37 @@ class Grid:
 
 def load_run(run_dir: Path) -> Run:
     """Every file of the run folder `run_dir`, or an AmqError that names the file at fault."""
-    if not (run_dir / "run.json").is_file():
-        raise AmqError(
-            f"{run_dir / 'run.json'} does not exist, so {run_dir} is not a run folder: "
-            f"give the folder that `python -m amq.search MODEL --output RUN` wrote"
-        )
-    check_schema(read_json(run_dir / "run.json"), run_dir / "run.json", *READABLE)
-    archive = run_dir / "archive.jsonl"
+    folder = RunFolder.open(run_dir)
+    configuration = folder.configuration
     return Run(
         path=run_dir,
-        run=read_shown(run_dir / "run.json", ShownRun),
-        archive=[_candidate(record) for record in read_archive(archive)] if archive.exists() else [],
-        front=read_shown(run_dir / "front.json", ShownFront),
-        configuration=read_shown(run_dir / "configuration.json", Row),
-        sensitivity=read_shown(run_dir / "sensitivity.json", ShownSensitivity),
-        cost=read_shown(run_dir / "cost.json", ShownCost),
-        surrogate=read_shown(run_dir / "surrogate.json", list[ShownScores]),
+        run=to_json(folder.run),
+        archive=[_candidate(record) for record in folder.archive],
+        front=_front(folder.front),
+        configuration=configuration and {"formats": configuration.formats, **to_json(configuration.details)},
+        sensitivity=to_json(folder.sensitivity),
+        cost=to_json(folder.cost),
+        surrogate=to_json(folder.surrogate),
     )
+
+
+def _front(front: Front | None) -> dict[str, Any] | None:
+    """front.json, its band as the limits of every point."""
+    if front is None:
+        return None
+    limits = [front.band.around(point.loss) for point in front.front] if front.band else []
+    low, high = [list(side) for side in zip(*limits, strict=True)] or ([], [])
+    return {**to_json(front), "band": {"low": low, "high": high}}
 
 
 def _candidate(record: Record) -> Candidate:
     return Candidate(
-        index=record["index"],
-        phase=record["phase"],
-        windows=record["windows"],
-        bits=record["bits_per_weight"],
-        loss=record["loss"],
-        counts=count_formats(record["configuration"].values()),
+        index=record.index,
+        phase=record.phase,
+        windows=record.windows,
+        bits=record.bits_per_weight,
+        loss=record.loss,
+        counts=count_formats(record.configuration.values()),
     )
 
 

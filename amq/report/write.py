@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from amq.errors import AmqError
 from amq.report.charts import (
     BitsData,
     FrontData,
@@ -32,6 +31,7 @@ from amq.report.charts import (
 )
 from amq.report.data import Run, load_run, show_bytes
 from amq.report.page import Section, memory_table, page
+from amq.util.extras import needs
 from amq.util.files import write_atomic
 
 if TYPE_CHECKING:
@@ -72,13 +72,11 @@ def write_report(run_dir: Path) -> list[Path]:
 
 
 def _renderers() -> tuple[Any, Any, Callable[[], str]]:
-    try:
+    with needs("report", "the report"):
         from plotly.offline import get_plotlyjs
 
         from amq.report import plotly as report_plotly
         from amq.report import png as report_png
-    except ModuleNotFoundError as error:
-        raise AmqError(f"the report needs {error.name}: pip install plotly matplotlib, then write it again") from error
     return report_plotly, report_png, get_plotlyjs
 
 

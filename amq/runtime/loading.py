@@ -17,6 +17,7 @@ from amq.runtime.engine import Engine
 from amq.runtime.settings import LoadSettings
 from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.tokenizer_files import EndTokens
+from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
 
@@ -90,7 +91,8 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     device, backend = settings.device, settings.backend
     how: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if checkpoint is not None:
-        from amq.integrations.transformers import AmqConfig
+        with needs("models", f"running {model} through transformers ({why})"):
+            from amq.integrations.transformers import AmqConfig
 
         activations = settings.activations or _default_activations(checkpoint, device, backend)
         how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}

@@ -38,28 +38,26 @@ def _search(argv: Sequence[str]) -> int:
 def summary(configuration: Configuration) -> str:
     """The chosen configuration in a few lines, memory itemised."""
     details = configuration.details
-    if details["loss"] is not None:
-        loss = f"loss {details['loss']:.5f} nats/token"
+    if details.loss is not None:
+        loss = f"loss {details.loss:.5f} nats/token"
     else:
-        loss = f"predicted loss {details['predicted_loss']:.5f} nats/token (not evaluated)"
-    if details["loss_confirm"] is not None:
-        loss += f" ({details['loss_confirm']:.5f} on held-out windows)"
-    lines = [f"chosen: {details['bits_per_weight']:.4f} bits per weight, {loss}"]
-    for item in details["memory"]["items"]:
-        if item["bytes"] or item["note"]:
-            lines.append(
-                f"  {item['bytes'] / 2**20:10.2f} MiB  {item['name']}" + (f" ({item['note']})" if item["note"] else "")
-            )
-    lines.append(f"  {details['memory']['total'] / 2**20:10.2f} MiB  total")
+        loss = f"predicted loss {details.predicted_loss:.5f} nats/token (not evaluated)"
+    if details.loss_confirm is not None:
+        loss += f" ({details.loss_confirm:.5f} on held-out windows)"
+    lines = [f"chosen: {details.bits_per_weight:.4f} bits per weight, {loss}"]
+    for item in details.memory.items:
+        if item.bytes or item.note:
+            lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))
+    lines.append(f"  {details.memory.total / 2**20:10.2f} MiB  total")
     return "\n".join(lines)
 
 
 def _select(argv: Sequence[str]) -> int:
     settings = SelectSettings(**parse_command(argv, SelectSettings))
-    from amq.search.select import select_from_run
+    from amq.search.select import select
 
     run, (budget,) = Path(settings.run), settings.budgets.values()
-    configuration = select_from_run(run, settings.target_bits, settings.memory, settings.context, settings.max_loss)
+    configuration = select(settings)
     path = Path(settings.output) if settings.output else run / f"configuration-{budget}.json"
     if path.exists() and path.name == "configuration.json":
         raise AmqError(f"{path} exists: give another --output")

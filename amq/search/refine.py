@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from amq.search.archive import Record
 from amq.search.knapsack import select
 from amq.search.problem import Problem
 
@@ -50,5 +51,5 @@ def refine(
     return best
 
 
-def _loss(record: dict) -> float:
-    return float("inf") if record["loss"] is None else record["loss"]
+def _loss(record: Record) -> float:
+    return float("inf") if record.loss is None else record.loss

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from amq.serve.settings import ServeCommand, ServeSettings
-from amq.util.extras import needs
 from amq.util.settings import parse_command, run_command
 
 if TYPE_CHECKING:
@@ -22,10 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "api_key" not in given and (key := os.environ.get("AMQ_API_KEY")):
         given["api_key"] = [key]
     settings = ServeSettings(**given)
-    with needs("serve", "amq serve"):
-        from amq.serve import Server, bind, create_app
-        from amq.serve.server import url
     from amq.runtime import load
+    from amq.serve import Server, bind, create_app  # says which extra is missing, if it is
+    from amq.serve.server import url
 
     listener = bind(settings)
     runtime = load(model, **settings.loading)

@@ -13,9 +13,10 @@ from amq.util.lazy import Registry
 
 if TYPE_CHECKING:
     from amq.search.problem import Problem
-    from amq.search.solvers.base import Solution, SolverOptions
+    from amq.search.settings import SearchSettings
+    from amq.search.solvers.base import Solution
 
-Solver = Callable[["Problem", "SolverOptions"], "Solution"]
+Solver = Callable[["Problem", "SearchSettings"], "Solution"]
 
 SOLVERS: Registry[Solver] = Registry(
     "solver", {name: f"amq.search.solvers.{name}:solve" for name in ("additive", "paper", "random")}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,13 +19,16 @@ from amq.search.knapsack import select, select_exact
 from amq.search.problem import Problem
 from amq.search.refine import refine
 from amq.search.sensitivity import measure
-from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform
+from amq.search.solvers.base import Solution, evaluate_uniform
 from amq.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from amq.search.settings import SearchSettings
 
 BISECTIONS = 5
 
 
-def solve(problem: Problem, options: SolverOptions) -> Solution:
+def solve(problem: Problem, options: SearchSettings) -> Solution:
     space = problem.space
     problem.evaluate(space.uniform(space.formats[-1]), "uniform")
     table = problem.cost_table(options.cost)
@@ -69,8 +73,8 @@ def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) 
     """Narrows down the smallest budget that meets `max_loss` by true evaluations between its neighbours."""
     for _ in range(BISECTIONS):
         records = problem.archive.evaluated()
-        good = [r["bits_per_weight"] for r in records if r["loss"] <= problem.max_loss]
-        bad = [r["bits_per_weight"] for r in records if r["loss"] > problem.max_loss]
+        good = [r.bits_per_weight for r in records if r.loss <= problem.max_loss]
+        bad = [r.bits_per_weight for r in records if r.loss > problem.max_loss]
         if not good:
             return
         upper = min(good)
