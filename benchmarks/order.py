@@ -36,13 +36,14 @@ from amq.model.text import WindowSampler, load_corpus
 from amq.model.usable import find_usable
 from amq.packing import dequantize
 from amq.proxy.evaluator import token_losses
-from amq.quantize.blocks import METHODS, Method, head_dim
+from amq.quantize.blocks import head_dim
 from amq.quantize.fold import find_fold
-from amq.quantize.quantizers import get_quantizer
+from amq.quantize.methods import METHODS, Method
+from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import candidate_scales, scale_errors
 from amq.util.files import check_place
 from amq.util.progress import Progress, terminal_progress
-from amq.util.settings import TRUST_REMOTE_CODE, add_flags, flag, run_command
+from amq.util.settings import add_flags, flag, run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ class OrderSettings:
     window_length: int = flag(512, "tokens per window, BOS included where the tokenizer puts one", metavar="N")
     seed: int = flag(0, "of configurations and windows", metavar="N")
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
-    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
+    trust_remote_code: bool = flag(False, "run the Python code that the model's folder brings along")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +88,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     """Measures, writes order.json and order.png into `settings.output`, and returns the content of the first."""
     progress = progress or Progress()
     start = time.monotonic()
-    methods = {name: _method(name) for name in (*_names(settings.proxy), *_names(settings.deployed))}
+    methods = {name: METHODS[name] for name in (*_names(settings.proxy), *_names(settings.deployed))}
     check_group_size(settings.group_size)
     if settings.samples < 2 * BANDS:
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
@@ -131,12 +132,6 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise AmqError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def spread_configurations(
@@ -250,7 +245,7 @@ class QuantizedGroup:
         self, group: InputGroup, weights: Sequence[Tensor], group_size: int, method: Method, tie: Tensor | None
     ) -> None:
         self._full = {spec.name: weight for spec, weight in zip(group.linears, weights, strict=True)}
-        self._gram, self._group_size, self._rounding = group.gram, group_size, get_quantizer(method.rounding)
+        self._gram, self._group_size, self._rounding = group.gram, group_size, QUANTIZERS[method.rounding]
         self._scales = torch.ones(1, len(group.gram))
         if method.scales and tie is not None:
             self._scales = candidate_scales(group.gram, tie)

@@ -24,7 +24,8 @@ from amq.model.open import load_model, model_fingerprint
 from amq.model.perplexity import perplexity
 from amq.model.text import WindowSampler, fixed_windows, load_corpus
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import METHODS, BlockQuantizer, BlockSource
+from amq.quantize.blocks import BlockQuantizer, BlockSource
+from amq.quantize.methods import METHODS
 from amq.quantize.sources import BankSource
 from amq.util.files import read_json
 from amq.util.progress import Progress

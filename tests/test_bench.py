@@ -19,9 +19,10 @@ from helpers.tiny_models import byte_tokenizer, tiny_llama
 
 from amq.bench import machine, run
 from amq.bench.cases import Case, grid
-from amq.bench.command import main, numbers
+from amq.bench.command import main
 from amq.bench.own import OwnEngine
-from amq.bench.run import Contender, PeerMissing, Settings, bench
+from amq.bench.run import Contender, PeerMissing, bench
+from amq.bench.settings import BenchSettings, numbers
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -184,8 +185,8 @@ def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -
     peer = Contender("llama.cpp", facts, dict.fromkeys((False, True), theirs), {False: "a", True: "b"}, "more", trials)
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
-    cases = (Case(False, 8), Case(True, 4), Case(True, 4, 2))
-    settings = Settings("model", cases, 2, 1, startup=False, perplexity="text", window_length=3)
+    grid = {"prompt": "8", "generate": "4", "batch": "1,2", "repetitions": 2, "window_length": 3}
+    settings = BenchSettings(model="model", **grid, threads=1, startup=False, perplexity="text")
     result = to_json(bench(settings, peers={"llama.cpp": lambda *_: peer}, provenance={"commit": "0"}))
     assert theirs.closed and result["trials"] == trials and result["provenance"] == {"commit": "0"}
     assert result["counted"].endswith("; more")
@@ -219,7 +220,10 @@ def test_a_peer_that_cannot_run_is_left_out(monkeypatch):
 
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, [], "amq"))
-    result = bench(Settings("model", (Case(False, 8),), 1, 1, startup=False), peers={"other": missing})
+    result = bench(
+        BenchSettings(model="model", prompt="8", generate="0", batch="1", repetitions=1, threads=1, startup=False),
+        peers={"other": missing},
+    )
     assert result.left_out == {"other": "it is not installed"} and result.ratios == {}
 
 

@@ -16,7 +16,7 @@ from peers import llama_cpp, strongest
 
 from amq.bench import run
 from amq.bench.cases import Case
-from amq.bench.run import PeerMissing, Settings
+from amq.bench.run import PeerMissing
 from amq.bench.worker import ChildProcess
 from amq.errors import AmqError
 from amq.model.open import ALIASES
@@ -73,7 +73,7 @@ def test_the_gguf_of_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(PeerMissing, match="--gguf FILE"):
         strongest.gguf_file("some/model", "auto", 1)
     with pytest.raises(PeerMissing, match="cuda:0.*CPUs only"):
-        strongest.open_peer(Settings("smollm2", (), 1, 1, device="cuda:0"), Progress(), "auto")
+        strongest.open_peer(BenchSettings(model="smollm2", device="cuda:0"), Progress(), "auto")
 
 
 def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path: Path) -> None:

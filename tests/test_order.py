@@ -18,7 +18,7 @@ from amq.model.calibration import CalibrationStream
 from amq.model.inventory import get_linear, take_inventory
 from amq.model.losses import jensen_shannon
 from amq.packing import dequantize
-from amq.quantize.blocks import METHODS
+from amq.quantize.methods import METHODS
 from amq.quantize.quantizers import rtn
 from amq.util.progress import Progress
 

@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from amq.bench.cases import Case
@@ -28,8 +28,10 @@ from amq.bench.result import (
     ratios,
     scaling,
 )
+from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
+from amq.util.limits import fit_threads
 from amq.util.progress import Progress, Step
 from amq.util.records import parse_record
 
@@ -39,36 +41,6 @@ COUNTED = (
     "a prompt is timed until the logits after its last token are there; a decoded token of amq includes choosing the "
     "likeliest; tokens/s of several sequences are their sum"
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `python -m amq.bench` was asked for; see its --help."""
-
-    model: str
-    cases: tuple[Case, ...]
-    repetitions: int
-    threads: int
-    seed: int = 0
-    device: str = "cpu"
-    backend: str | None = None
-    activations: str | None = None
-    dtype: str = "auto"
-    startup: bool = True
-    perplexity: str | None = None
-    max_tokens: int = 8192
-    window_length: int = 512
-    trust_remote_code: bool = False
-
-    def load_options(self) -> dict[str, Any]:
-        """For `amq.runtime.load`, with room for the largest case and no more."""
-        positions = [case.positions for case in self.cases] + ([self.window_length + 1] if self.perplexity else [])
-        return {
-            **{"device": self.device, "backend": self.backend, "activations": self.activations, "dtype": self.dtype},
-            **{"context": max(positions), "max_sequences": max(case.sequences for case in self.cases)},
-            "threads": self.threads,
-            "trust_remote_code": self.trust_remote_code,
-        }
 
 
 @dataclass
@@ -90,12 +62,12 @@ class PeerMissing(Exception):
     """Why there is no peer to measure."""
 
 
-OpenPeer = Callable[[Settings, Progress], Contender]
+OpenPeer = Callable[[BenchSettings, Progress], Contender]
 """Starts a peer, which `bench` closes; raises PeerMissing with the reason where it cannot run."""
 
 
 def bench(
-    settings: Settings,
+    settings: BenchSettings,
     progress: Progress | None = None,
     peers: Mapping[str, OpenPeer] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -106,6 +78,7 @@ def bench(
     Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
     """
     progress = progress or Progress()
+    settings = replace(settings, threads=settings.threads or fit_threads())
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
         startup = start_up(settings, progress) if settings.startup else []
@@ -139,12 +112,12 @@ def bench(
     )  # fmt: skip
 
 
-def _asked(settings: Settings) -> SettingsEntry:
+def _asked(settings: BenchSettings) -> SettingsEntry:
     names = ("repetitions", "threads", "seed", "device", "backend", "activations", "dtype")
     return SettingsEntry(**{n: getattr(settings, n) for n in names}, tests=tuple(case.name for case in settings.cases))
 
 
-def start_up(settings: Settings, progress: Progress) -> list[float]:
+def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
     """Seconds from starting `python -m amq.generate` until its first text came, a few times."""
     command = [
         sys.executable,
@@ -180,10 +153,10 @@ def start_up(settings: Settings, progress: Progress) -> list[float]:
     return seconds
 
 
-def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
+def _readings(settings: BenchSettings, weight_bytes: int) -> list[Reading]:
     import torch
 
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.thread_count)
     large = buffer_bytes() if settings.device == "cpu" else 1 << 30
     return [
         Reading("memory", max(large, weight_bytes), settings.device),
@@ -192,7 +165,11 @@ def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
 
 
 def _rows(
-    settings: Settings, engines: list[Contender], readings: list[Reading], left_out: dict[str, str], progress: Progress
+    settings: BenchSettings,
+    engines: list[Contender],
+    readings: list[Reading],
+    left_out: dict[str, str],
+    progress: Progress,
 ) -> list[Row]:
     """One row per case and engine; an engine that fails (not ours) is dropped from `engines`, with the reason."""
     measured: list[tuple[Case, Contender, list[dict[str, Any]]]] = []
@@ -233,7 +210,7 @@ def _drop(engine: Contender, engines: list[Contender], left_out: dict[str, str],
 
 
 def _row(
-    settings: Settings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
+    settings: BenchSettings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
 ) -> Row:
     speeds = [case.tokens * case.sequences / sample["seconds"] for sample in samples]
     others = [sample["others"] for sample in samples if sample["others"] is not None]
@@ -243,7 +220,7 @@ def _row(
     shares = {r.name: None if read is None else read / statistics.median(r.samples) for r in readings}
     return Row(
         engine=engine.name, test=case.name, kind="decode" if case.decode else "prompt", tokens=case.tokens,
-        sequences=case.sequences, depth=case.depth, threads=settings.threads,
+        sequences=case.sequences, depth=case.depth, threads=settings.thread_count,
         configuration=engine.configurations[case.decode], file_bytes=engine.facts["file_bytes"],
         weight_bytes_per_token=weight_bytes / case.sequences if case.decode else None,
         tokens_per_second=statistics.median(speeds), lowest=min(speeds), highest=max(speeds), samples=tuple(speeds),
@@ -259,7 +236,7 @@ def _after(engine: Contender) -> None:
 
 
 def _perplexities(
-    settings: Settings, engines: list[Contender], left_out: dict[str, str], progress: Progress
+    settings: BenchSettings, engines: list[Contender], left_out: dict[str, str], progress: Progress
 ) -> TextEntry:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
     assert settings.perplexity is not None  # else there is nothing to do here
@@ -283,7 +260,7 @@ def _perplexities(
     return TextEntry(text=text, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
 
 
-def _warnings(rows: list[Row], readings: list[Reading], settings: Settings) -> list[str]:
+def _warnings(rows: list[Row], readings: list[Reading], settings: BenchSettings) -> list[str]:
     found = []
     busy = [f"{row.engine} {row.test}" for row in rows if (row.others or 0) > BUSY]
     if busy:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from amq.bench.cases import Case
-from amq.bench.run import Contender, PeerMissing, Settings
+from amq.bench.run import Contender, PeerMissing
+from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 from amq.model.open import ALIASES, alias_file
@@ -24,7 +25,7 @@ TRIALS = (Case(False, 256), Case(True, 24))
 TRIAL_REPETITIONS = 3
 
 
-def open_peer(settings: Settings, progress: Progress, gguf: str) -> Contender:
+def open_peer(settings: BenchSettings, progress: Progress, gguf: str) -> Contender:
     """Tries all configurations and starts the strongest; raises PeerMissing with the reason where none runs.
 
     gguf: a .gguf file, `auto`, or a type of llama.cpp's quantizer.
@@ -33,11 +34,11 @@ def open_peer(settings: Settings, progress: Progress, gguf: str) -> Contender:
         raise PeerMissing(f"the model runs on {settings.device}, and llama.cpp is measured on CPUs only")
     if reason := unsupported_reason():
         raise PeerMissing(reason)
-    file = gguf_file(settings.model, gguf, settings.threads)
+    file = gguf_file(settings.model, gguf, settings.thread_count)
     trials = []
     with progress.stage("llama.cpp's ways", len(CONFIGURATIONS)) as step:
         for configuration in CONFIGURATIONS:
-            trials.append(_trial(file, settings.threads, configuration, settings.seed))
+            trials.append(_trial(file, settings.thread_count, configuration, settings.seed))
             step(str(configuration))
     working = [trial for trial in trials if "failed" not in trial]
     if not working:
@@ -48,13 +49,15 @@ def open_peer(settings: Settings, progress: Progress, gguf: str) -> Contender:
 
 
 def _start(
-    settings: Settings, file: Path, chosen: dict[bool, Configuration], trials: list[dict[str, Any]]
+    settings: BenchSettings, file: Path, chosen: dict[bool, Configuration], trials: list[dict[str, Any]]
 ) -> Contender:
     """chosen: the configuration for prompts (False) and decode (True); the same one gets one process."""
     started: dict[Configuration, ChildProcess] = {}
     try:
         for configuration in set(chosen.values()):
-            started[configuration] = ChildProcess(LlamaCpp, str(file), settings.threads, configuration, settings.seed)
+            started[configuration] = ChildProcess(
+                LlamaCpp, str(file), settings.thread_count, configuration, settings.seed
+            )
         workers = {decode: started[configuration] for decode, configuration in chosen.items()}
         facts = {**weights(file), "file": str(file), **workers[True].call("facts")}
     except (AmqError, ChildFailed) as error:
