@@ -17,6 +17,7 @@ from peers import llama_cpp, strongest
 from amq.bench import run
 from amq.bench.cases import Case
 from amq.bench.run import PeerMissing
+from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildProcess
 from amq.errors import AmqError
 from amq.model.open import ALIASES
