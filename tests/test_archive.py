@@ -9,17 +9,12 @@ import math
 import os
 
 import pytest
-from helpers.analytic import settings, solve
+from helpers.analytic import lines, settings, solve
 
 from amq.errors import AmqError
 from amq.search.archive import Archive, read_archive
 
 RECORD = dict(solver="s", phase="p", windows="search", seed=0)
-
-
-def lines(path):
-    """Records without what depends on the clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("solver", ["additive", "paper", "random"])

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
+from helpers.engines import text, transformers_logits
 from helpers.tiny_models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
-from test_engine import text, transformers_logits
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -315,7 +315,7 @@ def test_a_second_thread_is_refused(whole: dict[str, Path]) -> None:
 OUT_OF_MEMORY = """
 import json, resource, struct, sys
 from pathlib import Path
-from amq.checkpoint.store import open_file
+from amq.util.tensors import open_file
 from amq.errors import AmqError
 path, size = Path(sys.argv[1]), 1 << 36
 header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()

@@ -232,14 +232,14 @@ def test_unreadable_configurations(tiny_folder: Path, tmp_path: Path, text: str)
     ("flags", "message"),
     [
         (["--text", "no such file"], "error: no text 'no such file': expected the path of a text file"),
-        (["--uniform", "int4,int7"], "error: unknown format 'int7': expected one of int2"),
+        (["--uniform", "int4,int9"], "error: unknown format 'int9': expected one of int2"),
         (
             ["--uniform", "int4", "--group-size", "100"],
             "error: group size 100 is not supported: expected one of 32, 64, 128",
         ),
-        (["--uniform", "int4", "--bank-windows", "0"], "error: the gptq bank needs at least one calibration window"),
-        (["--window-length", "0"], "error: a window length of 0 is too small: expected at least 2"),
-        (["--window-length", "1"], "error: a window length of 1 is too small: expected at least 2"),
+        (["--uniform", "int4", "--bank-windows", "0"], "error: --bank-windows must be at least 1, got 0"),
+        (["--window-length", "0"], "error: --window-length must be at least 2, got 0"),
+        (["--window-length", "1"], "error: --window-length must be at least 2, got 1"),
         (["--max-tokens", "100"], "at most 100 used), less than one window of 512"),
         (["--dtype", "int8"], "error: unknown dtype 'int8': expected auto, float32, bfloat16, float16"),
         (["--device", "nonesuch"], "error: device 'nonesuch' cannot be used here: Expected one of cpu, cuda"),

@@ -276,7 +276,7 @@ def test_two_processes_do_not_write_one_output(tiny_folder: Path, tmp_path: Path
 
 
 def test_bad_input_leaves_no_work_folder(tiny_folder: Path, tmp_path: Path) -> None:
-    for settings in ({"window_length": 100_000}, {"head": "int7"}, {"uniform": "int7"}, {"group_size": 7}):
+    for settings in ({"window_length": 100_000}, {"head": "int9"}, {"uniform": "int9"}, {"group_size": 7}):
         with pytest.raises(AmqError):
             run(tiny_folder, tmp_path / "out", **settings)
     assert names(tmp_path) == set()

@@ -380,7 +380,7 @@ def test_resume_refuses_other_settings_models_and_folders(folder, tmp_path, caps
         (["--target-bits", "1.5"], r"reachable range is 2\.5"),
         (["--target-bits", "7"], "above the largest"),
         (["--group-size", "48"], "group size 48 is not supported"),
-        (["--formats", "int2,int7"], "unknown format 'int7'"),
+        (["--formats", "int2,int9"], "unknown format 'int9'"),
         (["--formats", "int3"], "at least two formats"),
         (["--memory", "1KiB"], "below the smallest configuration"),
         (["--memory", "lots"], "not a size"),

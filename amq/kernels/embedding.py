@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.kernels.cpu import dequantized
 from amq.kernels.modules import StoredLinear
-from amq.packing import PackedWeight, dequantize
+from amq.packing import PARTS, PackedWeight, dequantize
 
 
 class StoredEmbedding(nn.Module):
@@ -25,6 +25,8 @@ class StoredEmbedding(nn.Module):
     padding_idx: kept for the nn.Embedding that this stands for; it matters to gradients only.
     Raises AmqError while the head has no weight, IndexError for an id that is no row.
     """
+
+    weight: Tensor
 
     def __init__(self, head: StoredLinear, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -41,9 +43,8 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         packed = self.packed(ids.device)
-        parts = (packed.qweight, packed.scale, packed.zero_point)
-        parts = tuple(part.index_select(0, ids.reshape(-1)) for part in parts)
-        rows = PackedWeight(packed.format, packed.in_features, packed.group_size, *parts)
+        looked_up = (getattr(packed, part).index_select(0, ids.reshape(-1)) for part in PARTS)
+        rows = PackedWeight(packed.format, packed.in_features, packed.group_size, *looked_up)
         native = ids.device.type == "cpu" and not torch.compiler.is_compiling()
         weight = dequantized(rows) if native else dequantize(rows)
         return weight.to(self.weight.dtype).view(*ids.shape, self.embedding_dim)

@@ -8,6 +8,7 @@ from pathlib import Path
 import amq
 from amq.checkpoint.record import QuantizationRecord
 from amq.quantize.log import HeadOutcome, PerplexityFigures, QuantizationLog
+from amq.util.extras import DISTRIBUTION, install_hint
 from amq.util.files import write_text
 
 TEMPLATE = """---
@@ -17,8 +18,8 @@ tags: [amq, quantized, mixed-bit]
 ---
 # {name}
 
-{model}, its {count} linears quantized by [amq](https://pypi.org/project/amq/) {version} (method `{method}`, group size
-{group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
+{model}, its {count} linears quantized by [amq](https://pypi.org/project/{distribution}/) {version} (method `{method}`,
+group size {group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
 {head}{unusable}
 | format | linears |
 |---|---|
@@ -31,7 +32,7 @@ tags: [amq, quantized, mixed-bit]
 ## Run it
 
 ```
-pip install amq
+{install}
 python -m amq.generate {name} --prompt "Why is the sky blue?"
 python -m amq.serve {name}
 python -m amq.eval {name}
@@ -64,6 +65,8 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: Quantiz
         count=len(record.configuration.formats),
         version=amq.__version__,
         method=settings.method,
+        distribution=DISTRIBUTION,
+        install=install_hint("models,serve"),
         group_size=record.group_size,
         bits=log.bits_per_weight,
         head=_head(log.head),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord, check_parts
 from amq.errors import AmqError
-from amq.packing import PARTS
+from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import BlockResult
 from amq.quantize.settings import QuantizeSettings
 from amq.util.files import write_atomic, write_json
@@ -151,7 +151,10 @@ class WorkFolder:
 
     def finished(self, count: int) -> int:
         """How many of the blocks 0 to `count` − 1 are there."""
-        return sum(self._path(block).is_file() for block in range(count))
+        return sum(self.has(block) for block in range(count))
+
+    def has(self, block: int) -> bool:
+        return self._path(block).is_file()
 
     @property
     def nbytes(self) -> int:
@@ -166,23 +169,23 @@ class WorkFolder:
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
         self._saved.add(block)
 
-    def load(self, block: int) -> BlockResult | None:
-        """A finished block, its tensors mapped, or None. Raises AmqError for a file that is not what was written."""
+    def load(self, block: int) -> BlockResult:
+        """A finished block, its tensors mapped. Raises AmqError for a file that is not what was written."""
         path = self._path(block)
-        if not path.is_file():
-            return None
         try:
             return self._read(open_file(path) if block in self._saved else verify_file(path))
         except (AmqError, SafetensorError) as error:
             raise AmqError(f"{path} is damaged ({error}): delete it and run the same command with --resume") from error
 
     def _read(self, file: Any) -> BlockResult:
-        facts = parse_facts((file.metadata() or {}).get("facts", ""))
+        facts, record = parse_facts((file.metadata() or {}).get("facts", "")), self._record
+        if record is None:
+            raise AmqError("a block was read before `begin` said what it is for")
 
-        def packed(linear: str) -> Any:
-            if linear not in self._record.formats:
+        def packed(linear: str) -> PackedWeight:
+            if linear not in record.formats:
                 raise AmqError(f"it holds {shorten(linear)}, which has no format")
-            return check_parts(linear, self._record, *(file.get_tensor(f"packed/{linear}.{part}") for part in PARTS))
+            return check_parts(linear, record, *(file.get_tensor(f"packed/{linear}.{part}") for part in PARTS))
 
         changed: dict[str, Tensor] = {
             name.removeprefix("changed/"): file.get_tensor(name) for name in file.keys() if name.startswith("changed/")

@@ -40,7 +40,7 @@ class RotaryTables:
         self.dynamic: int | None = None
         """Positions beyond which every length has a table of its own."""
         for parameters in kinds:
-            kind = parameters.get("rope_type", parameters.get("type", "default"))
+            kind = str(parameters.get("rope_type", parameters.get("type", "default")))
             if kind in LONG:
                 own = getattr(config, "original_max_position_embeddings", None)
                 self._borders.add(parameters.get("original_max_position_embeddings", own) or 0)

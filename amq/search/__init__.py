@@ -30,7 +30,7 @@ def search(
     """
     from amq.search.settings import SearchSettings
 
-    made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
+    made = SearchSettings.preset(preset, model=str(model), output=str(output), **settings)  # before torch is imported
     from amq.report import write_report
     from amq.search.run import run_search
     from amq.util.extras import needs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,18 +96,24 @@ def choose(
             candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
     if not candidates:
         raise AmqError(f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget")
-    return min(candidates, key=lambda c: c.loss if c.loss is not None else c.predicted)
+    return min(candidates, key=_expected_loss)
+
+
+def _expected_loss(candidate: Chosen) -> float:
+    """Measured where it was, else predicted: every candidate has one of the two."""
+    known = candidate.loss if candidate.loss is not None else candidate.predicted
+    return math.inf if known is None else known
 
 
 def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, float]) -> Chosen:
-    good = [r for r in search.values() if r.loss <= max_loss]
+    good = [r for r in search.values() if r.ranked <= max_loss]
     if not good:
-        best = min(search.values(), key=lambda r: r.loss)
+        best = min(search.values(), key=lambda r: r.ranked)
         raise AmqError(
-            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best.loss:.5f} at "
+            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best.ranked:.5f} at "
             f"{best.bits_per_weight:.3f} bits per weight: raise --max-loss or add a wider format to --formats"
         )
-    return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.loss)), confirm)
+    return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.ranked)), confirm)
 
 
 def _from_record(record: Record, confirm: dict[Any, float]) -> Chosen:

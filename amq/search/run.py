@@ -18,7 +18,7 @@ import torch
 from amq.configuration import parse_pins
 from amq.errors import AmqError
 from amq.formats import Kept
-from amq.model.inventory import Inventory, check_weights
+from amq.model.inventory import Inventory, check_weights, embedding_weight
 from amq.model.open import LoadedModel, check_memory, load_model, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.text import Corpus, WindowSampler, load_corpus
@@ -43,8 +43,9 @@ from amq.search.records import (
 )
 from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import SearchSettings, differences
+from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
+from amq.util.extras import needs
 from amq.util.files import check_place
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress
@@ -76,6 +77,8 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
+    with needs("search", "amq search"):  # before hours of work, not after
+        import pymoo  # noqa: F401
     timings = Timings()
     stage = _prepare(settings, progress, timings)
     budget = _budget(settings, stage)
@@ -139,7 +142,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
         inventory = find_usable(loaded.model).inventory
         check_weights(loaded.model, inventory.linears)
-        size = loaded.model.get_input_embeddings().weight.dtype.itemsize
+        size = embedding_weight(loaded.model).dtype.itemsize
         check_memory(
             sum(s.numel for s in inventory.linears) * size + parse_size(settings.cache_memory),
             "the working copy of the linears and --cache-memory", settings.device,
@@ -195,17 +198,20 @@ def _cost_tables(
 
         return table
 
-    return {
+    tables = {
         "fisher": timed(lambda: _fisher(settings, stage, problem, folder)),
         "sensitivity": timed(lambda: sensitivity_costs(problem)),
         "weight": timed(stage.bank.weight_errors),
     }
+    assert tuple(tables) == COSTS, "--cost offers other tables"
+    return tables
 
 
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
     formats = [f.name for f in stage.bank.formats]
-    done, total = 0, None
+    done = 0
+    total: Table = {}
     saved = read_cost(folder.path, stage.space)
     if saved:
         if saved.kind != "fisher" or saved.passes is None or saved.passes > settings.cost_passes:
@@ -223,7 +229,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
             stage.corpus.unscored,
         )  # fmt: skip
         for table in passes:
-            total = table if total is None else {
+            total = table if not done else {
                 n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
             }  # fmt: skip
             done += 1

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 
 from amq.errors import AmqError
 
-DISTRIBUTION = "amq"
+DISTRIBUTION = "amq-llm"
 """What pip calls this package (it is imported as `amq`). setup.py reads this line."""
-EXTRAS = ("search", "report", "export", "serve", "tasks", "datasets", "gpu", "test", "all")
+EXTRAS = ("models", "search", "report", "export", "serve", "datasets", "tasks", "gpu", "all", "test")
 """As in setup.py's `extras_require`."""
 
 
