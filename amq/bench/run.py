@@ -247,8 +247,8 @@ def _perplexities(
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
             step(engine.name)
-    length = settings.window_length
-    return TextEntry(text=settings.perplexity, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
+    text, length = settings.perplexity or "", settings.window_length
+    return TextEntry(text=text, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
 
 
 def _warnings(rows: list[Row], readings: list[Reading], settings: BenchSettings) -> list[str]:

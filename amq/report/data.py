@@ -94,13 +94,13 @@ class Grid:
 def load_run(run_dir: Path) -> Run:
     """Every file of the run folder `run_dir`, or an AmqError that names the file at fault."""
     folder = RunFolder.open(run_dir)
-    configuration = folder.configuration
+    chosen = folder.configuration
     return Run(
         path=run_dir,
         run=to_json(folder.run),
         archive=[_candidate(record) for record in folder.archive],
         front=_front(folder.front),
-        configuration=configuration and {"formats": configuration.formats, **to_json(configuration.details)},
+        configuration={"formats": chosen.formats, **to_json(chosen.details)} if chosen else None,
         sensitivity=to_json(folder.sensitivity),
         cost=to_json(folder.cost),
         surrogate=to_json(folder.surrogate),

@@ -17,8 +17,9 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import intern
 
 from amq.configuration import configuration_key
 from amq.errors import AmqError
@@ -52,6 +53,11 @@ class Record:
         check_range(self, "index", "seconds", "bits_per_weight", least=0)
         check_range(self, "loss", least=-ROUNDING)
 
+    @property
+    def ranked(self) -> float:
+        """The loss to compare by: an infeasible candidate's is infinite."""
+        return math.inf if self.loss is None else self.loss
+
 
 def read_archive(path: Path, space: SearchSpace | None = None) -> Iterator[Record]:
     """The records of an archive that may be another process's; a last line without its end is left out.
@@ -81,7 +87,9 @@ def _record(line: bytes, index: int, path: Path, space: SearchSpace | None) -> R
     except (ValueError, RecursionError) as error:
         why = str(error).partition("; the file is damaged")[0]
         raise AmqError(f"{path} line {index + 1} is damaged ({why[:300]}): restore it or start a new run") from None
-    return record
+    # each name once: 10,000 lines of 224 linears take 73 MiB instead of 415
+    once = {intern(linear): intern(fmt) for linear, fmt in record.configuration.items()}
+    return replace(record, configuration=once)
 
 
 class Archive:
