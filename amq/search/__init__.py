@@ -30,9 +30,8 @@ def search(
     """
     from amq.search.settings import SearchSettings
 
-    made = SearchSettings.preset(
-        preset, model=str(model), output=str(output), **settings
-    )  # refused before torch is imported
+    given = {"model": str(model), "output": str(output), **settings}
+    made = SearchSettings.preset(preset, **given)  # refused before torch is imported
     from amq.report.write import write_report
     from amq.search.run import run_search
 
