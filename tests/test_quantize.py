@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.statistics import output_error, random_gram, random_weight
+from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import save_file

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.reference import torch_threads
-from helpers.statistics import output_error, random_gram, random_weight
 from torch import Tensor
 
 from amq.errors import AmqError

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from amq.bench import llama_cpp
 from amq.bench.cases import Case
 from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
 from amq.bench.own import OwnEngine
-from amq.bench.peers import Peer, PeerMissing, open_peer
 from amq.bench.result import (
     OURS,
     BenchResult,
@@ -40,23 +39,42 @@ STARTUP_PROMPT = "The capital of France is"
 STARTUP_REPETITIONS = 3
 COUNTED = (
     "a prompt is timed until the logits after its last token are there; a decoded token of amq includes choosing the "
-    "likeliest, one of llama.cpp (as of llama-bench) chooses nothing; tokens/s of several sequences are their sum"
+    "likeliest; tokens/s of several sequences are their sum"
 )
 
 
 @dataclass
 class Contender:
-    """One of the engines that take turns: its facts, its configuration by kind of case, and its processes."""
+    """One of the engines that take turns: its facts, its configuration by kind of case, and its processes.
+
+    counted: what differs in what is counted of it. trials: what every way to run it reached, or why it failed.
+    """
 
     name: str
     facts: dict[str, Any]
     workers: dict[bool, ChildProcess]
     configurations: dict[bool, str]
+    counted: str = ""
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
 
-def bench(settings: BenchSettings, progress: Progress | None = None) -> BenchResult:
+class PeerMissing(Exception):
+    """Why there is no peer to measure."""
+
+
+OpenPeer = Callable[[BenchSettings, Progress], Contender]
+"""Starts a peer, which `bench` closes; raises PeerMissing with the reason where it cannot run."""
+
+
+def bench(
+    settings: BenchSettings,
+    progress: Progress | None = None,
+    peers: Mapping[str, OpenPeer] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> BenchResult:
     """Measures and returns what --json writes.
 
+    peers: other engines to measure in turn with ours, by name. provenance: what made the result, for the result.
     Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
     """
     progress = progress or Progress()
@@ -69,15 +87,15 @@ def bench(settings: BenchSettings, progress: Progress | None = None) -> BenchRes
         engines = [Contender(OURS, ours.call("facts"), {False: ours, True: ours}, {False: "", True: ""})]
         if startup:
             engines[0].facts["startup_seconds"] = startup
-        trials: list[dict[str, Any]] = []
-        if settings.peers:
+        for name, open_peer in (peers or {}).items():
             try:
-                peer = _open_peer(settings, progress)
-                stack.callback(peer.close)
-                trials = peer.trials
-                engines.append(_engine(peer))
+                engines.append(open_peer(settings, progress))
+                for worker in engines[-1].workers.values():
+                    stack.callback(worker.close)
             except PeerMissing as reason:
-                left_out[llama_cpp.NAME] = str(reason)
+                left_out[name] = str(reason)
+        trials = [trial for engine in engines for trial in engine.trials]
+        counted = "; ".join([COUNTED, *(engine.counted for engine in engines if engine.counted)])
         readings = _readings(settings, engines[0].facts["weight_bytes"])
         rows = _rows(settings, engines, readings, left_out, progress)
         for engine in engines:
@@ -85,12 +103,12 @@ def bench(settings: BenchSettings, progress: Progress | None = None) -> BenchRes
         text = _perplexities(settings, engines, left_out, progress) if settings.perplexity else None
     facts = {engine.name: parse_record(engine.facts, EngineFacts, f"what {engine.name} says") for engine in engines}
     return BenchResult(
-        model=settings.model, settings=_asked(settings), counted=COUNTED,
+        model=settings.model, settings=_asked(settings), counted=counted,
         machine=parse_record(describe(settings.device), MachineEntry, "what this machine says"),
         read_bandwidth={reading.name: ReadBandwidth.of(reading) for reading in readings},
         engines=facts, rows=tuple(rows), ratios={name: ratios(rows, facts, name) for name in facts if name != OURS},
         scaling=scaling(rows), perplexity=text, trials=tuple(trials), left_out=left_out,
-        warnings=tuple(_warnings(rows, readings, settings)),
+        warnings=tuple(_warnings(rows, readings, settings)), provenance=dict(provenance) if provenance else None,
     )  # fmt: skip
 
 
@@ -133,16 +151,6 @@ def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
                     )
             step()
     return seconds
-
-
-def _open_peer(settings: BenchSettings, progress: Progress) -> Peer:
-    with progress.stage("peer's ways", len(llama_cpp.CONFIGURATIONS)) as step:
-        return open_peer(settings.model, settings.device, settings.gguf, settings.thread_count, settings.seed, step)
-
-
-def _engine(peer: Peer) -> Contender:
-    workers = {decode: peer.worker(decode) for decode in (False, True)}
-    return Contender(llama_cpp.NAME, peer.facts, workers, {d: str(c) for d, c in peer.chosen.items()})
 
 
 def _readings(settings: BenchSettings, weight_bytes: int) -> list[Reading]:
@@ -231,6 +239,7 @@ def _perplexities(
     settings: BenchSettings, engines: list[Contender], left_out: dict[str, str], progress: Progress
 ) -> TextEntry:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
+    assert settings.perplexity is not None  # else there is nothing to do here
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
     windows, prefix = engines[0].workers[True].call("windows", *arguments)
     predicted = len(windows) * (settings.window_length - 1 - len(prefix))

@@ -12,7 +12,7 @@ from amq.model.settings import CHECKPOINT
 from amq.runtime.settings import RuntimeSettings
 from amq.util.settings import MEASURE, REQUIRED, flag
 
-TEXT, PEERS = "perplexity besides", "whom to compare with"
+TEXT = "perplexity besides"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,6 @@ class BenchSettings(RuntimeSettings):
     repetitions: int = flag(5, "of every test, after one to warm up", MEASURE, least=1, metavar="N")
     startup: bool = flag(True, "do not time a fresh process", MEASURE, name="no-startup")
     seed: int = flag(0, "of the random tokens", MEASURE, least=0, metavar="N")
-    peers: bool = flag(False, "measure llama.cpp too (pip install llama-cpp-python)", PEERS)
-    gguf: str = flag(
-        "auto", "what llama.cpp runs: a .gguf file; or a type that its quantizer makes of the model's own GGUF (auto: "
-        "Q4_0)", PEERS, metavar="FILE|TYPE",
-    )  # fmt: skip
     perplexity: str = flag(
         "", "a text file (or pydoc, docstrings): every engine's perplexity on it", TEXT, metavar="FILE"
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from amq.eval.settings import EvalCommand, EvalSettings
 from amq.util.files import check_file
@@ -12,23 +12,7 @@ from amq.util.settings import parse_command, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    command = COMMANDS.get(argv[0]) if argv else None
-    return command(argv[1:]) if command else _evaluate(argv)
-
-
-def _order(argv: Sequence[str]) -> int:
-    from amq.eval.order import main
-
-    return main(argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"order": _order}
-"""Sub-commands, which import their modules when they run; a first argument that is none of them is a model."""
-
-
-def _evaluate(argv: Sequence[str]) -> int:
     given = parse_command(argv, EvalSettings, EvalCommand)
     path = given.pop("json", None)
     check_file(path, "--json")

@@ -97,7 +97,7 @@ def _perplexities(result: Evaluation) -> Iterator[str]:
 def _task_figures(result: Evaluation) -> Iterator[str]:
     if not result.tasks:
         return
-    version = (result.settings.tasks or {}).get("lm_eval", "")
+    version = (result.settings.tasks or {}).get("lm_eval", "of an unknown version")
     widths = {n: max(len(getattr(row, n)) for row in result.tasks) for n in ("model", "task", "metric")}
     yield f"tasks of lm-eval {version}, value ± standard error"
     for row in result.tasks:

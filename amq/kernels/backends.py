@@ -94,11 +94,11 @@ def default_activations(backend: str) -> str:
     return "int8" if backend == "cpu" else "fp32"
 
 
-def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
-    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a
-    warning."""
+def choose_backend(formats: Iterable[str], device: str = "cpu", among: Sequence[Backend] = ()) -> str:
+    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`, of `among` or of all there are; what
+    it passes over, it logs as a warning."""
     records = [get_format(name) for name in formats]
-    for backend in BACKENDS.values():
+    for backend in among or BACKENDS.values():
         if backend.device not in (device, None):
             continue
         reasons = [(fmt.name, reason) for fmt in records if (reason := backend.unsupported_reason(fmt)) is not None]

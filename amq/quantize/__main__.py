@@ -28,10 +28,10 @@ def summary(result: QuantizeResult) -> str:
     """What was made, in a few lines."""
     log = result.log
     head = f"{log.head.name} {log.head.format}, " if log.head else ""
+    peak = "" if log.peak_memory_bytes is None else f", peak memory {log.peak_memory_bytes / 2**30:.2f} GiB"
     lines = [
         f"{len(log.linears)} linears at {log.bits_per_weight:.4f} bits per weight, {head}"
-        f"{log.memory.total / 2**20:.1f} MiB with everything else; {log.seconds:.0f} s, "
-        f"peak memory {log.peak_memory_bytes / 2**30:.2f} GiB"
+        f"{log.memory.total / 2**20:.1f} MiB with everything else; {log.seconds:.0f} s{peak}"
     ]
     if figures := log.perplexity:
         rows = ", ".join(f"{name} {'broken' if v is None else f'{v:.3f}'}" for name, v in figures.rows.items())

@@ -13,7 +13,7 @@ from amq.util.settings import parse_command, run_command
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the files that were written."""
     settings = ReportSettings(**parse_command(argv, ReportSettings))
-    from amq.report.write import write_report
+    from amq.report import write_report
 
     print(*write_report(Path(settings.run)), sep="\n")
     return 0

@@ -37,7 +37,6 @@ def _search(argv: Sequence[str]) -> int:
 
 def summary(configuration: Configuration) -> str:
     """The chosen configuration in a few lines, memory itemised."""
-    from amq.configuration import Memory
 
     details = configuration.details
     if details.loss is not None:
@@ -47,11 +46,12 @@ def summary(configuration: Configuration) -> str:
     if details.loss_confirm is not None:
         loss += f" ({details.loss_confirm:.5f} on held-out windows)"
     lines = [f"chosen: {details.bits_per_weight:.4f} bits per weight, {loss}"]
-    memory = details.memory or Memory.of(())
-    for item in memory.items:
+    if details.memory is None:
+        return lines[0]
+    for item in details.memory.items:
         if item.bytes or item.note:
             lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))
-    lines.append(f"  {memory.total / 2**20:10.2f} MiB  total")
+    lines.append(f"  {details.memory.total / 2**20:10.2f} MiB  total")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""`python -m amq.eval order MODEL`: does the proxy rank configurations as the deployed quantizer does?
+"""`python benchmarks/order.py MODEL`: does the proxy rank configurations as the deployed quantizer does?
 
 AMQ's claim (order equivalence) is what makes a search on a cheap proxy worth anything. Random configurations spread
 over the budget are quantized by each method, and the orders of their losses (divergence per token from the full-
@@ -13,6 +13,7 @@ is walked once, block by block, with the hidden states of every method and confi
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from provenance import write_results
 from torch import Tensor
 
 from amq.configuration import Configuration
@@ -39,9 +41,9 @@ from amq.quantize.fold import find_fold
 from amq.quantize.methods import METHODS, Method
 from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import candidate_scales, scale_errors
-from amq.util.files import check_place, write_json
+from amq.util.files import check_place
 from amq.util.progress import Progress, terminal_progress
-from amq.util.settings import add_flags, flag
+from amq.util.settings import add_flags, flag, run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,10 +73,8 @@ class OrderSettings:
     trust_remote_code: bool = flag(False, "run the Python code that the model's folder brings along")
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m amq.eval order", description="Rank correlation between a proxy's losses and deployed ones."
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Rank correlation between a proxy's losses and deployed ones.")
     parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
     add_flags(parser, OrderSettings)
     settings = OrderSettings(**vars(parser.parse_args(argv)))
@@ -102,7 +102,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     configurations = spread_configurations(
         inventory.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
     )
-    walk = _Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
+    walk = Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
     stream = CalibrationStream(loaded.model, calibration)
     with progress.stage("order", inventory.n_blocks) as step:
         for block in range(inventory.n_blocks):
@@ -125,7 +125,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
         "seconds": round(time.monotonic() - start, 1),
     }
     output = Path(settings.output)
-    write_json(output / "order.json", result)
+    write_results(output / "order.json", result)
     _plot(result, output / "order.png")
     return result
 
@@ -167,7 +167,7 @@ def correlations(proxy: Sequence[float], deployed: Sequence[float], bits: Sequen
     }
 
 
-class _Walk:
+class Walk:
     """Hidden states of every method and configuration at one block boundary, and what moves them on.
 
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
@@ -238,8 +238,7 @@ class QuantizedGroup:
     """What linears that share an input multiply with after `method`, for any formats; each piece is computed once.
 
     weights: float32 [out_features_i, in_features] each. tie: as in `amq.quantize.quantizers.awq.candidate_scales`, or
-        None where
-    no scale can be folded.
+        None where no scale can be folded.
     """
 
     def __init__(
@@ -310,3 +309,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     figure.suptitle("Does the proxy rank configurations as the deployed quantizer does?", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
