@@ -315,7 +315,7 @@ def test_a_second_thread_is_refused(whole: dict[str, Path]) -> None:
 OUT_OF_MEMORY = """
 import json, resource, struct, sys
 from pathlib import Path
-from amq.checkpoint.store import open_file
+from amq.util.tensors import open_file
 from amq.errors import AmqError
 path, size = Path(sys.argv[1]), 1 << 36
 header = json.dumps({"a": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()

@@ -16,9 +16,7 @@ from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation
 from amq.eval.tasks import TaskRunner, TaskSettings
 from amq.formats import BitFormat, parse_formats
-from amq.model.inventory import check_weights
-from amq.model.open import load_model
-from amq.model.usable import find_usable
+from amq.model.open import open_model
 from amq.proxy.swap import LinearSwap
 from amq.quantize.bank import BankRecipe
 from amq.util.progress import Progress
@@ -130,15 +128,13 @@ class _Run:
         full: bool,
     ) -> None:
         """A model in full precision, then uniform formats and configurations from their banks."""
-        loaded = load_model(name, self.dtype, self.device, self.trust_remote_code)
-        usable = find_usable(loaded.model)
-        inventory = usable.inventory
-        check_weights(loaded.model, inventory.linears)
+        opened = open_model(name, self.dtype, self.device, self.trust_remote_code)
+        inventory = opened.inventory
         for _, configuration in configurations:
-            configuration.check(inventory.linears, usable.reasons)
-        self.measure.prepare(loaded)
-        swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), self.backend, self.activations)
-        banks = Banks(loaded, inventory, swap, self.measure.progress)
+            configuration.check(inventory.linears, opened.usable.reasons)
+        self.measure.prepare(opened.loaded)
+        swap = LinearSwap(opened.model, (s.name for s in inventory.linears), self.backend, self.activations)
+        banks = Banks(opened, swap, self.measure.progress)
         jobs = [(f.name, Configuration.uniform(inventory.linears, f, recipe.group_size), recipe) for f in formats]
         jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
         forms = [Form(label, 16.0, 2 * inventory.numel)] if full else []
@@ -147,7 +143,7 @@ class _Run:
             size = configuration.bytes(inventory.linears) + sum(item.bytes for item in other_items(inventory))
             bits = configuration.bits_per_weight(inventory.linears)
             forms.append(Form(title, bits, size, lambda c=configuration, r=of: banks.apply(c, r)))
-        self.measure.run(loaded, forms)
+        self.measure.run(opened.loaded, forms)
 
     def checkpoint(self, name: str, label: str, checkpoint: Checkpoint, dequantized: bool) -> None:
         """A checkpoint as the backend runs it, and as plain torch linears; `reference` means the latter alone."""

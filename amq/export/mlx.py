@@ -18,9 +18,10 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.errors import AmqError
-from amq.export.architecture import attention_window, with_flat_rope
+from amq.export.architecture import with_flat_rope
 from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config, stored_name
 from amq.formats import FORMATS, BitFormat, n_groups
+from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.util.files import write_json
 
@@ -115,7 +116,7 @@ def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]
         facts["ragged groups"] = f"{len(cut)} linears, such as {cut[0]}, have groups of {sizes[cut[0]]} instead"
     if (kind := config.get("model_type")) not in CHECKED:
         facts["not checked"] = f"mlx-lm with model type {kind!r}: compare what it generates with `amq generate`"
-    if window := attention_window(config):
+    if window := ModelShape.of(config).window:
         facts["sliding window"] = (
             f"mlx-lm may read more than the {window} positions that this model was trained to read"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from amq.configuration import Configuration, memory_items, memory_json
 from amq.errors import AmqError
 from amq.model.inventory import Inventory
+from amq.model.shape import LayerCache
 from amq.search.archive import Record
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
@@ -25,10 +27,12 @@ class Budget:
     max_loss: float | None = None
 
 
-def budget_from_memory(memory: int, context: int, inventory: Inventory, config: Any, space: SearchSpace) -> float:
+def budget_from_memory(
+    memory: int, context: int, inventory: Inventory, caches: Sequence[LayerCache], space: SearchSpace
+) -> float:
     """Bits per weight that the linears may take when everything must fit in `memory` bytes."""
     smallest = Configuration(space.decode(space.sizes.argmin(axis=1)), space.group_size)
-    items = memory_items(inventory, smallest, config, context)
+    items = memory_items(inventory, smallest, caches, context)
     rest = sum(i.bytes for i in items) - smallest.bytes(space.linears)
     bits = 8 * (memory - rest) / space.numel
     low, high = space.bits_range
@@ -118,7 +122,7 @@ def to_configuration(
     model: str,
     group_size: int,
     inventory: Inventory,
-    config: Any,
+    caches: Sequence[LayerCache],
     context: int,
     provenance: dict[str, Any],
 ) -> Configuration:
@@ -131,6 +135,6 @@ def to_configuration(
         "loss": chosen.loss,
         "loss_confirm": chosen.loss_confirm,
         "predicted_loss": chosen.predicted,
-        "memory": memory_json(memory_items(inventory, bare, config, context)),
+        "memory": memory_json(memory_items(inventory, bare, caches, context)),
         "provenance": provenance,
     })  # fmt: skip

@@ -11,19 +11,18 @@ import numpy as np
 
 import amq
 from amq.model.inventory import Inventory
+from amq.model.shape import ModelShape
 from amq.search.front import hypervolume
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Problem, Table
+from amq.search.run_folder import KvEntry
 from amq.search.space import SearchSpace
 
 CURVE_POINTS = 120
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "hqq", "pymoo", "scikit-learn")
 BANK_SETTINGS = ("proxy", "calibration", "window_length", "bank_windows", "seed")
 """Settings that name a bank of a model, besides the group size: `amq.eval` opens the same one from them."""
-KV_ENTRIES = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size",
-              "sliding_window", "layer_types")  # fmt: skip
-"""Entries of a model's config that size its KV cache, kept so that `select` needs no model."""
 
 
 def provenance(settings: Mapping[str, Any], fingerprint: str, window_prefix: Sequence[str]) -> dict[str, Any]:
@@ -86,9 +85,8 @@ def _curve(space: SearchSpace, table: Table | None, fit: LossFit | None) -> list
     return curve
 
 
-def describe_model(inventory: Inventory, config: Any) -> dict[str, Any]:
+def describe_model(inventory: Inventory, shape: ModelShape) -> dict[str, Any]:
     """The part of run.json that stands in for the model: its linears, its other weights, and its KV cache."""
-    config = config.get_text_config()
     return {
         "linears": [
             {
@@ -102,20 +100,8 @@ def describe_model(inventory: Inventory, config: Any) -> dict[str, Any]:
         ],
         "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in inventory.others],
         "head_is_tied": inventory.head_is_tied,
-        "kv_cache": _kv_entries(config),
+        "kv_cache": KvEntry.of(shape),
     }
-
-
-def _kv_entries(config: Any) -> dict[str, Any]:
-    """As `run_files.KvEntry` holds them: an entry of another type (numbers per layer) sizes no cache here, so null."""
-
-    def plain(name: str) -> Any:
-        value = getattr(config, name, None)
-        if name == "layer_types":
-            return list(value) if value and all(isinstance(kind, str) for kind in value) else None
-        return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-    return {name: plain(name) for name in KV_ENTRIES}
 
 
 def versions() -> dict[str, str]:

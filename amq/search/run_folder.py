@@ -8,14 +8,15 @@ type. A value that fits none of them is one AmqError that names the file and the
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import Inventory, LinearSpec, OtherWeight
+from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.files import read_json
@@ -77,9 +78,29 @@ class OtherEntry:
 
 
 @dataclass(frozen=True)
-class KvEntry:
-    """What sizes a KV cache, by its names in a Hugging Face config; null where the config has no such entry."""
+class CacheEntry:
+    """What each of `layers` layers in a row keeps of a sequence, in bytes: see `amq.model.shape.LayerCache`."""
 
+    layers: int
+    per_token: int
+    constant: int = 0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "layers", most=MOST_LAYERS)
+        check_range(self, "per_token", "constant", least=0)
+        check_range(self, "window")
+
+
+@dataclass(frozen=True)
+class KvEntry:
+    """What the layers of the model keep of a sequence, or why that is not known.
+
+    The other fields are what runs before 2026-11-29 have instead: names and numbers of a Hugging Face config.
+    """
+
+    entries: tuple[CacheEntry, ...] | None = None
+    unknown: str | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
@@ -94,10 +115,24 @@ class KvEntry:
             self, "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", least=0
         )
 
-    @property
-    def config(self) -> SimpleNamespace:
-        """In the place of a Hugging Face config, for `amq.configuration.kv_cache_bytes`."""
-        return SimpleNamespace(**{f.name: getattr(self, f.name) for f in fields(self)})
+    @staticmethod
+    def of(shape: ModelShape) -> dict[str, Any]:
+        """As run.json holds it; `unknown` where config.json does not say enough."""
+        try:
+            runs = [(cache, len(list(equal))) for cache, equal in groupby(shape.caches)]
+        except AmqError as error:
+            return {"unknown": str(error)}
+        return {"entries": [{"layers": count, **asdict(cache)} for cache, count in runs]}
+
+    def caches(self) -> tuple[LayerCache, ...]:
+        """Of all layers; raises AmqError where they are not known."""
+        if self.unknown is not None:
+            raise AmqError(self.unknown)
+        if self.entries is not None:
+            return tuple(LayerCache(e.per_token, e.constant, e.window) for e in self.entries for _ in range(e.layers))
+        kinds = self.layer_types  # nothing is known here of layers of other types: the most that they could hold
+        full = None if kinds is None else [kind if kind == SLIDING else FULL for kind in kinds]
+        return ModelShape.of(replace(self, layer_types=full)).caches
 
 
 @dataclass(frozen=True)

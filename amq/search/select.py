@@ -54,12 +54,12 @@ def select_from_run(
 ) -> Configuration:
     """The best configuration of a run under another budget; exactly one of the three budgets is given."""
     finished = FinishedRun.read(folder)
-    config = finished.run.kv_cache.config
+    caches = finished.run.kv_cache.caches() if context else ()
     given = [b for b in (target_bits, memory, max_loss) if b is not None]
     if len(given) != 1:
         raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
     if memory is not None:
-        bits = budget_from_memory(parse_size(memory), context, finished.inventory, config, finished.space)
+        bits = budget_from_memory(parse_size(memory), context, finished.inventory, caches, finished.space)
     else:
         bits = None if target_bits is None else check_bits(target_bits, finished.space)
     fit = fit_records(finished.records, finished.table) if finished.table else None
@@ -68,5 +68,5 @@ def select_from_run(
         finished.settings.json(), finished.run.model.fingerprint, finished.run.calibration.window_prefix
     )
     return to_configuration(
-        chosen, finished.settings.model, finished.settings.group_size, finished.inventory, config, context, origin
+        chosen, finished.settings.model, finished.settings.group_size, finished.inventory, caches, context, origin
     )
