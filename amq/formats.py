@@ -57,10 +57,14 @@ class BitFormat:
         return self.levels - 1
 
     @property
+    def bits(self) -> int:
+        """Bits that hold one code on its own; `code_bits` says what it takes in a row."""
+        return self.max_code.bit_length()
+
+    @property
     def is_dense(self) -> bool:
         """Whether a packed row is one bitstream: a power of two of levels, and no spare bits in a unit."""
-        bits = self.max_code.bit_length()
-        return self.levels == 1 << bits and 8 * self.unit_bytes == self.unit_codes * bits
+        return self.levels == 1 << self.bits and 8 * self.unit_bytes == self.unit_codes * self.bits
 
     @property
     def code_bits(self) -> float:

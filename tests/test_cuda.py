@@ -218,7 +218,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.
             "install a CUDA build of torch" in cuda.unsupported_reason(FORMATS["int3"])
             or "no NVIDIA GPU" in cuda._no_device()
         )
-    assert library.bits == {name: fmt.max_code.bit_length() for name, fmt in FORMATS.items()}
+    assert library.bits == {name: fmt.bits for name, fmt in FORMATS.items()}
     for bits in ({"int2": 2}, {"int2": 2, "int3": 4}):
         monkeypatch.setattr(library, "bits", bits)
         assert (

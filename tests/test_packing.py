@@ -95,7 +95,7 @@ def test_documented_reader_reads_the_documented_bytes() -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=lambda f: f.name)
 def test_power_of_two_formats_are_a_little_endian_bitstream(fmt: BitFormat) -> None:
-    bits = fmt.max_code.bit_length()
+    bits = fmt.bits
     codes = golden_codes(fmt)[0].tolist()
     stream = sum(code << bits * place for place, code in enumerate(codes))
     expected = stream.to_bytes(-(-len(codes) * bits // 8), "little")

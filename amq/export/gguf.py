@@ -23,7 +23,7 @@ from amq.export.common import plain_config, stored_name
 from amq.export.gguf_tokenizer import read_tokenizer
 from amq.export.gguf_types import BLOCK, REQUANTIZED, TYPES, BlockType, decode, encode, find_type
 from amq.model.shape import ModelShape, head_dim, kv_heads
-from amq.packing import PackedWeight, dequantize
+from amq.packing import dequantize
 
 FILE = "model.gguf"
 LOADING = f"""
@@ -230,9 +230,7 @@ def _data(checkpoint: Checkpoint, plan: Plan, tallies: dict[tuple[str, str, bool
     record = checkpoint.record
     rows = slice(None) if plan.order is None else plan.order
     if plan.source in record.formats:
-        packed = checkpoint.packed(plan.source)
-        parts = (part[rows] for part in (packed.qweight, packed.scale, packed.zero_point))
-        packed = PackedWeight(packed.format, packed.in_features, packed.group_size, *parts)
+        packed = checkpoint.packed(plan.source).map(lambda part: part[rows])
         data, exact, own_bytes = encode(packed, plan.kind), dequantize(packed).numpy(), packed.nbytes
         key = (record.formats[plan.source], plan.type, plan.kind is not None)
     else:

@@ -191,7 +191,7 @@ def unsupported_reason(fmt: BitFormat) -> str | None:
         return reason
     try:
         bits = library().bits.get(fmt.name)
-        if bits != fmt.max_code.bit_length():
+        if bits != fmt.bits:
             held = ", ".join(f"{name} ({bits} bits)" for name, bits in library().bits.items())
             return f"kernels/cuda has no file for it, or one for other codes; the library holds {held}"
     except AmqError as error:

@@ -41,9 +41,7 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         packed = self.packed(ids.device)
-        parts = (packed.qweight, packed.scale, packed.zero_point)
-        parts = tuple(part.index_select(0, ids.reshape(-1)) for part in parts)
-        rows = PackedWeight(packed.format, packed.in_features, packed.group_size, *parts)
+        rows = packed.map(lambda part: part.index_select(0, ids.reshape(-1)))
         native = ids.device.type == "cpu" and not torch.compiler.is_compiling()
         weight = dequantized(rows) if native else dequantize(rows)
         return weight.to(self.weight.dtype).view(*ids.shape, self.embedding_dim)

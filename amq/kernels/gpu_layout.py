@@ -95,7 +95,7 @@ class Layout:
 
 def layout_of(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -> Layout:
     """The sizes for a dense format (`unsupported_reason` says which are)."""
-    return Layout(fmt.max_code.bit_length(), out_features, in_features, group_size)
+    return Layout(fmt.bits, out_features, in_features, group_size)
 
 
 def unsupported_reason(fmt: BitFormat) -> str | None:

@@ -108,7 +108,7 @@ def unsupported_reason(fmt: BitFormat) -> str | None:
         kernels = _kernels()
     except AmqError as error:
         return str(error)
-    if kernels.decoders.get(fmt.name, (0,))[0] != fmt.max_code.bit_length():
+    if kernels.decoders.get(fmt.name, (0,))[0] != fmt.bits:
         return (
             f"it has no decode file, or one for other codes: add kernels/triton/{fmt.name}.py and its line in "
             "kernels/triton/__init__.py"
@@ -179,7 +179,7 @@ def linear_into(
 ) -> None:
     """`linear` without its checks, into y [M, ΣN]: contiguous, of any float dtype."""
     out_features = [w.out_features for w in weights]
-    bits = max(w.format.max_code.bit_length() for w in weights)
+    bits = max(w.format.bits for w in weights)
     launch = choose(x.shape[0], sum(out_features), x.shape[1], bits)
     with _on_device(x):
         for first in range(0, len(weights), MAX_SEGMENTS):

@@ -146,7 +146,7 @@ def tune(
             weights = [random_weight(fmt, OUT_FEATURES, features, group_size) for _ in range(-(-L2_TIMES * l2 // size))]
             for count in rows:
                 x = torch.randn(count, features, dtype=torch.float16, device=DEVICE)
-                bits = fmt.max_code.bit_length()
+                bits = fmt.bits
                 key = tuning.triton_key(count, features, bits)
                 entries[key] = best(key, triton_candidates(count, features, bits), x, weights)
             if fmt == formats[0] and cuda.unsupported_reason(fmt) is None:

@@ -140,7 +140,7 @@ def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
         count = Counter(opcodes)
         wide = sum(n for op, n in count.items() if op.startswith("LDG") and ".128" in op)
         products = sum(n for op, n in count.items() if op.startswith(("HMMA", "IMMA")))
-        planes = rows // 8 * FORMATS[fmt].max_code.bit_length()
+        planes = rows // 8 * FORMATS[fmt].bits
         fields = (fmt, ELEMENTS[element], architecture, int(registers), int(stack), rows)
         loops.append(Loop(*fields, len(opcodes), products, wide, planes))
     return loops
@@ -183,7 +183,7 @@ def tables(loops: list[Loop]) -> str:
             for loop in sorted(loops, key=lambda loop: list(FORMATS).index(loop.format)):
                 if loop.architecture != gpu.architecture or loop.activations != "fp16":
                     continue
-                if FORMATS[loop.format].max_code.bit_length() > FORMATS["int4"].max_code.bit_length():
+                if FORMATS[loop.format].bits > FORMATS["int4"].bits:
                     continue
                 t = expected(gpu, loop, shape)
                 bound = max(t["memory"], t["issue"], t["tensor"])

@@ -46,7 +46,7 @@ def _solve(weight: Tensor, fmt: BitFormat, group_size: int) -> tuple[Tensor, Ten
     """Codes [rows, in_features], scale and zero_point [rows, n_groups] of a weight that fills its groups."""
     from hqq.core.quantize import Quantizer
 
-    bits = (fmt.levels - 1).bit_length()
+    bits = fmt.bits
     if fmt.levels != 2**bits or bits not in Quantizer.SUPPORTED_BITS:
         raise AmqError(f"the hqq library has no solver for format {fmt.name}: use --proxy rtn or gptq")
     rows = weight.shape[0]
