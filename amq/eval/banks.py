@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from amq.configuration import Configuration
-from amq.model.open import OpenModel
+from amq.model.opened import OpenModel
 from amq.proxy.swap import LinearSwap
 from amq.quantize.bank import BankRecipe, WeightBank
 from amq.util.progress import Progress

@@ -29,7 +29,7 @@ from amq.formats import BitFormat, check_group_size, get_format, parse_formats
 from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.calibration import CalibrationStream, InputGroup
 from amq.model.inventory import LinearSpec, get_linear
-from amq.model.open import open_model
+from amq.model.opened import open_model
 from amq.model.text import WindowSampler
 from amq.packing import dequantize
 from amq.proxy.evaluator import token_losses

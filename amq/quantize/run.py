@@ -18,8 +18,8 @@ from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model.calibration import shared_inputs
 from amq.model.inventory import Inventory
-from amq.model.open import OpenModel, open_model
 from amq.model.open import fingerprint as content_hash
+from amq.model.opened import OpenModel, open_model
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, WindowSampler, fixed_windows
 from amq.model.usable import Usable

@@ -23,8 +23,8 @@ from amq.configuration import Configuration, parse_pins
 from amq.errors import AmqError
 from amq.formats import Kept
 from amq.model.inventory import Inventory
-from amq.model.open import OpenModel, open_model
 from amq.model.open import fingerprint as content_hash
+from amq.model.opened import OpenModel, open_model
 from amq.model.shape import LayerCache
 from amq.model.text import Corpus, WindowSampler
 from amq.proxy.evaluator import Evaluator
