@@ -84,7 +84,7 @@ def load(
         from amq.runtime.native_engine import Unsupported, open_native
 
         try:
-            engine = open_native(folder, activations or "int8", context, max_sequences, threads)
+            engine = open_native(checkpoint, activations or "int8", context, max_sequences, threads)
         except Unsupported as reason:
             why = str(reason)
         else:

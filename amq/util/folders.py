@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from amq.errors import AmqError
-from amq.util.files import check_path, is_disk_full, make_folder, reason
+from amq.util.files import check_path, is_disk_full, make_folder, make_missing, reason
 from amq.util.temporary import NAME, sync, temporary_folder
 
 INSIDE = "content"
@@ -57,7 +57,7 @@ def check_new_folder(output: Path | str) -> Path:
     folder = real_folder(output)
     with _named_errors(output):
         _check_empty(output, folder)
-        made = _make_parents(folder)
+        made = make_missing(folder.parent)
         try:
             _try(folder)
         finally:
@@ -175,25 +175,6 @@ def _is_ours(path: Path) -> bool:
 def _target(folder: Path) -> Path:
     """What the temporary folder is named after and lies beside: on the file system of the result."""
     return folder / INSIDE if folder.is_dir() else folder
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Makes the folders above `folder`; returns those that were not there, the lowest first."""
-    missing = []
-    for parent in folder.parents:
-        if parent.exists():
-            break
-        missing.append(parent)
-    made: list[Path] = []
-    try:
-        for parent in reversed(missing):
-            parent.mkdir()
-            made.insert(0, parent)
-    except OSError:
-        for parent in made:
-            parent.rmdir()
-        raise
-    return made
 
 
 def _settle(folder: Path) -> None:
