@@ -124,13 +124,18 @@ def filled_cache(model: nn.Module, tokens: int) -> list[int]:
         name = next(n for n in ("cache", "past_key_values", "cache_params") if getattr(output, n, None) is not None)
         cache = getattr(output, name)
         model(ids[:, -1:], use_cache=True, **{name: cache})
-    found = [sum(t.nbytes for t in tensors(vars(layer))) for layer in cache.layers]
-    for number, state in enumerate(getattr(cache, "linear_cache", ())):  # MiniMax keeps those beside the layers
-        found += [0] * (number + 1 - len(found))
-        found[number] += sum(t.nbytes for t in tensors(state))
+    found = [0] * model.config.num_hidden_layers  # a cache may leave out layers that hold nothing
+    beside = getattr(cache, "linear_cache", ())  # MiniMax keeps its states there
+    for number, held in (*enumerate(map(vars, cache.layers)), *enumerate(beside)):
+        found[number] += sum(t.nbytes for t in tensors(held))
     return found
 
 
+RECENT = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 20)
+as_counted = pytest.mark.skipif(not RECENT, reason="caches are counted as transformers fills them from 5.20 on")
+
+
+@as_counted
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "recurrent-gemma"])
 def test_the_cache_is_the_one_that_transformers_fills(name: str) -> None:
     model = tiny_model(name)
@@ -141,16 +146,17 @@ def test_the_cache_is_the_one_that_transformers_fills(name: str) -> None:
         assert filled_cache(model, tokens) == expected, (tokens, caches)
 
 
+@as_counted
 def test_recurrent_gemma_keeps_its_state_in_modules() -> None:
     model = tiny_model("recurrent-gemma")
-    kinds = [layer.kind for layer in ModelShape.of(model.config).layers]
-    assert kinds == ["linear_attention", "linear_attention", "sliding_attention", "linear_attention"]
+    layers = ModelShape.of(model.config).layers
     with torch.inference_mode():
         model(torch.ones(1, 9, dtype=torch.int64), use_cache=True)
-    for block, cache in zip(model.model.layers, ModelShape.of(model.config).caches, strict=True):
+    for number, (block, layer) in enumerate(zip(model.model.layers, layers, strict=True)):
         states = [t for m in block.modules() for n in ("conv1d_state", "recurrent_states")
                   if isinstance(t := getattr(m, n, None), Tensor)]  # fmt: skip
-        assert sum(t.nbytes for t in states) == cache.constant and bool(states) == (cache.window is None)
+        assert (layer.kind == "linear_attention") is bool(states) is (number != 2)
+        assert sum(t.nbytes for t in states) == layer.cache().constant
 
 
 @pytest.mark.parametrize(
@@ -199,9 +205,13 @@ def test_a_config_may_raise_nest_say_null_and_list() -> None:
 
 def test_gemma_4_has_heads_of_two_sizes() -> None:
     config = tiny_config("gemma4")
-    with pytest.raises(RuntimeError, match="per-layer attribute"):
-        _ = config.head_dim
-    assert [layer.head_dim for layer in ModelShape.of(config).layers] == [16, 32, 16, 32]
+    if RECENT:
+        with pytest.raises(RuntimeError, match="per-layer attribute"):
+            _ = config.head_dim
+    raw = {"head_dim": 16, "global_head_dim": 32, "num_hidden_layers": 4, "layer_types": config.layer_types}
+    assert [layer.head_dim for layer in ModelShape.of(raw).layers] == [16, 32, 16, 32]
+    unshared = ModelShape.of(tiny_config("gemma4", num_kv_shared_layers=0))
+    assert [layer.head_dim for layer in unshared.layers] == [16, 32, 16, 32]
     assert ModelShape.of(config).caches[2:] == (LayerCache(), LayerCache())  # shared
 
 

@@ -5,12 +5,13 @@ nest its text model, hold null, give a list with one value per layer, or keep se
 common ones: Gemma 4's `head_dim` is such a setting, and asking the config itself for it raises a RuntimeError. `said`
 is the one place that asks.
 
-A cache is counted as transformers 5.24 stores it for a model in 16 bits (tests/test_shape.py compares the two):
+A cache is counted as transformers stores it from 5.20 on for a model in 16 bits (tests/test_shape.py compares the
+two):
 
     full attention     keys and values of every token
     a window, chunks   of the last `window` tokens at most
     latent attention   (DeepSeek) kv_lora_rank + qk_rope_head_dim numbers per token, from which each step makes keys
-                       and values anew; engines that store those hold many times as much
+                       and values anew; what stores those, as transformers did before, holds many times as much
     linear attention   (Mamba, gated delta nets, short convolutions) a state of constant size: what the convolution
                        looks back on in 16 bits, what is carried on in 32
     shared             (Gemma 3n and 4) nothing: these layers read another layer's keys and values
@@ -189,7 +190,7 @@ class ModelShape:
         for number, kind in enumerate(kinds):
             own = _LayerConfig(config, number, len(kinds))
             window = size(own, WINDOWED[kind]) if kind in WINDOWED else None
-            layers.append(LayerShape(kind, window, kv_heads(own), head_dim(own), own))
+            layers.append(LayerShape(kind, window, *_heads(own, kind), own))
         return ModelShape(said(config, "model_type") or type(config).__name__, tuple(layers), _rotary(config))
 
     @property
@@ -232,6 +233,15 @@ def kv_heads(config: Any) -> int | None:
     if said(config, "new_decoder_architecture"):
         return heads
     return 1 if said(config, "multi_query") else size(config, "num_key_value_heads") or heads
+
+
+def _heads(config: Any, kind: str) -> tuple[int | None, int | None]:
+    """(heads of keys and values, features per head); Gemma 4 has others where a layer looks back on all."""
+    heads, features = kv_heads(config), head_dim(config)
+    if kind != FULL:
+        return heads, features
+    own_heads = size(config, "num_global_key_value_heads") if said(config, "attention_k_eq_v") else None
+    return own_heads or heads, size(config, "global_head_dim") or features
 
 
 def _kinds(config: Any) -> list[str]:
