@@ -30,7 +30,7 @@ KINDS = {
 """Kinds of point in scatter charts: colour, shape and area in pixels; later ones are drawn over earlier ones."""
 PARTS = (BLUE, "#8fc1ea", GREEN, "#d9b945", MAGENTA, ORANGE, GREY)
 MOST_HEIGHT = 900
-DASHED: dict[str, Any] = {"color": GREY, "strokeDash": [5, 4], "strokeWidth": 1.3}
+DASHED: dict[str, Any] = {"color": GREY, "strokeDash": [5, 4], "strokeWidth": 1.3, "clip": True}
 BAND: dict[str, Any] = {"color": GREEN, "opacity": 0.2, "clip": True}
 
 
@@ -78,7 +78,7 @@ def _finish(layers: list[alt.Chart], title: Any, description: str, height: int =
 def _log(values: Iterable[float]) -> alt.Scale:
     """A logarithmic scale around the values, all of them positive."""
     found = list(values)
-    return alt.Scale(type="log", nice=False, domain=[min(found) * 0.85, max(found) * 1.18], clamp=True)
+    return alt.Scale(type="log", nice=False, domain=[min(found) * 0.85, max(found) * 1.18])
 
 
 def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> alt.Chart:
@@ -159,7 +159,7 @@ def cost_chart(run: Shown) -> Chart:
         title, unit = f"Sensitivity of each linear at {run.folder.sensitivity.lowest}", "nats/token"
         found: dict[str, float | None] = {**run.folder.sensitivity.loss}
     elif run.folder.cost is not None:
-        lowest = sort_formats(name for row in run.folder.cost.cost.values() for name in row)[0]
+        lowest = next(iter(sort_formats(name for row in run.folder.cost.cost.values() for name in row)), "")
         title, unit = f"Cost ({run.folder.cost.kind}) of each linear at {lowest}", run.folder.cost.unit
         found = {linear: row.get(lowest) for linear, row in run.folder.cost.cost.items()}
     else:

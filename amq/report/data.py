@@ -131,8 +131,8 @@ def count_formats(names: Iterable[str]) -> str:
 
 
 def show_loss(loss: float | None) -> str:
-    """Three significant digits without an exponent above 1e-5; a dash for None."""
-    if loss is None:
+    """Three significant digits without an exponent above 1e-5; a dash for one that is unknown."""
+    if loss is None or math.isinf(loss):
         return "–"
     if loss == 0 or abs(loss) < 1e-5:
         return f"{loss:.2g}"
@@ -149,7 +149,7 @@ def show_bytes(count: float, plus: str = "") -> str:
 
 def show_change(new: float | None, old: float | None) -> str:
     """`"+12 %"`, `"−3 %"`; a dash where either is unknown."""
-    if new is None or not old:
+    if new is None or not old or not math.isfinite(new / old):
         return "–"
     percent = round(100 * (new / old - 1))
     return f"{percent:+d} %".replace("-", "−") if percent else "0 %"

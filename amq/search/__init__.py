@@ -33,6 +33,10 @@ def search(
     made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
     from amq.report import write_report
     from amq.search.run import run_search
+    from amq.util.extras import needs
+
+    with needs("report", "amq search"):  # before hours of work, not after
+        import amq.report.page  # noqa: F401
 
     result = run_search(made, resume, progress)
     write_report(result.output)
