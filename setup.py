@@ -64,7 +64,7 @@ EXTRAS_REQUIRE = {
         *SEARCH,
         *SERVE,
         *GPU,
-        *("pytest>=8", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
+        *("pytest>=9", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
         *("openai>=1.60", "httpx>=0.27", "peft>=0.18", "matplotlib>=3.8"),  # matplotlib: the benchmarks' pictures
     ],
 }

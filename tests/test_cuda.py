@@ -8,14 +8,13 @@ test_the_sanitizers runs this file again that way, under the address and the thr
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_shim.build import build_shim, sanitizer_environment
+from helpers.nested import run_nested
 from helpers.packed import random_packed
 from torch import Tensor
 
@@ -258,14 +257,11 @@ def test_a_failed_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 @pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
 @pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path) -> None:
+def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
     """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
     races = kind == "races"
     build = build_shim(tmp_path, sanitize=not races, races=races)
     environment = sanitizer_environment(races=races)
     environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
     chosen = "fused or rows_do_not or odd_addresses" + ("" if races else " or outputs_are or not_finite or one_hot")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

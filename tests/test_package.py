@@ -25,17 +25,14 @@ from amq.util.extras import DISTRIBUTION, EXTRAS, install_hint
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
-    **{"model": ["models", "datasets"], "runtime": ["models"], "kernels": ["gpu"], "eval": ["tasks", "search", "test"]},
+    **{"model": ["models", "datasets"], "runtime": ["models"], "kernels": ["gpu"], "eval": ["tasks"]},
     **{"integrations": ["models"], "quantize": ["search"], "search": ["search"], "report": ["report"]},
-    **{"export": ["export"], "serve": ["serve"], "bench": ["export"]},
+    **{"export": ["export"], "serve": ["serve"]},
 }
 """Extras whose packages a folder of amq/ may import; any other folder, and any file of amq/, has the base alone."""
 STAGES = {"integrations", "quantize", "search", "report", "export", "serve"}
 """Folders that may import their extra's packages at once. Others do so inside of a function: they are of the base."""
-FOREIGN = {
-    "auto_round": "wants --no-deps beside the CPU build of torch, and its error says so",
-    "llama_cpp": "a peer of benchmarks, compiled by whoever wants the comparison",
-}
+FOREIGN = {"auto_round": "wants --no-deps beside the CPU build of torch, and its error says so"}
 NOT_IMPORTED = {"accelerate": "lm-eval's models import it"}
 MODULES = {"scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}
 """Of distributions whose module has another name."""

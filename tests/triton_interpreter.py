@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: every format against float64, and every address.
+"""The Triton kernels in Triton's interpreter, on CPU tensors: every format against float64, and every address; and the
+backend that divides rows between them and the CUDA kernels.
 
 The interpreter runs the kernels' Python in numpy: it shows that the arithmetic and the addresses are right, not that a
 compiler takes the code (tests/test_triton_compile.py). Its bfloat16 is wrong, which `bfloat16` mends for these tests.
@@ -20,13 +21,16 @@ from types import SimpleNamespace
 import numpy
 import pytest
 import torch
+from cuda_shim.build import build_shim
 from helpers.packed import SYNTHETIC, random_packed
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
+from amq.kernels import cuda
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
+from amq.kernels.backends import Backend, get_backend, quantize_activations
 from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, unsupported_reason
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
@@ -314,3 +318,44 @@ def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "torch finds no GPU" in unsupported_reason(FORMATS["int2"])
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    """Backend `cuda` with both of its kernels: Triton's in the interpreter, CUDA's through the shim."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMQ_CUDA_LIBRARY", str(build_shim(tmp_path_factory.mktemp("shim"))))
+        cuda.library.cache_clear()
+        yield get_backend("cuda")
+    cuda.library.cache_clear()
+
+
+def test_few_rows_go_to_cuda_and_more_to_triton(on_cpu: Backend) -> None:
+    """Triton's gemm rounds weights to x's dtype and CUDA's does not, which tells who made a product."""
+    weights = [prepared(random_packed(FORMATS["int3"], 24, 640, 64))]
+    for rows in (cuda.max_rows(), cuda.max_rows() + 1):
+        x = inputs(rows, 640)
+        ours, theirs = cuda.linear(x[: cuda.max_rows()], weights, None, "fp32"), linear(x, weights)
+        expected = ours if rows <= cuda.max_rows() else theirs
+        assert torch.equal(on_cpu.linear(x, weights, None, "fp32"), expected)
+        assert not torch.equal(ours, theirs[: len(ours)])
+
+
+def test_int8_with_many_rows_computes_with_the_same_activations(on_cpu: Backend) -> None:
+    packed = random_packed(FORMATS["int3"], 24, 640, 64)
+    x = inputs(cuda.max_rows() + 1, 640)
+    rounded = quantize_activations(x.float(), 64)
+    y = on_cpu.linear(x, [prepared(packed)], None, "int8")
+    assert torch.equal(y, linear(rounded.half(), [prepared(packed)]))
+    truth = rounded.double() @ reference(packed, torch.float64).T
+    few = torch.cat([on_cpu.linear(row[None], [prepared(packed)], None, "int8") for row in x])
+    assert (y - truth).abs().max() <= 0.01 * truth.abs().max() >= (few - truth).abs().max()
+
+
+def test_a_bias_of_another_dtype_is_added(on_cpu: Backend) -> None:
+    weights, x, bias = [prepared(random_packed(FORMATS["int3"], 24, 640, 64))], inputs(1, 640), torch.arange(24.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        few = x.to(dtype)
+        expected = cuda.linear(few, weights, bias.to(dtype), "fp32")
+        assert torch.equal(on_cpu.linear(few, weights, bias, "fp32"), expected)
+        assert not torch.equal(on_cpu.linear(few, weights, None, "fp32"), expected)

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from amq.eval.tasks import TaskRow
 from amq.quantize.bank import BankRecipe
 from amq.util.files import write_json
 from amq.util.records import JsonFile, to_json
-
-Figures = TypeVar("Figures", "Row", TaskRow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +66,13 @@ class Evaluation(JsonFile):
 
     def write(self, path: Path) -> None:
         """JSON has no infinity: a figure that is not finite is written as null."""
-        rows, tasks = tuple(map(_finite, self.rows)), tuple(map(_finite, self.tasks))
-        write_json(path, to_json(replace(self, rows=rows, tasks=tasks)))
+        data = to_json(self)
+        figures = {name: [_finite(row) for row in data[name]] for name in ("rows", "tasks")}
+        write_json(path, data | figures)
 
 
-def _finite(row: Figures) -> Figures:
-    broken = {n: None for n, v in vars(row).items() if isinstance(v, float) and not math.isfinite(v)}
-    return replace(row, **broken)
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
 
 
 def table(result: Evaluation) -> str:
@@ -99,8 +97,9 @@ def _perplexities(result: Evaluation) -> Iterator[str]:
 def _task_figures(result: Evaluation) -> Iterator[str]:
     if not result.tasks:
         return
+    version = (result.settings.tasks or {}).get("lm_eval", "of an unknown version")
     widths = {n: max(len(getattr(row, n)) for row in result.tasks) for n in ("model", "task", "metric")}
-    yield f"tasks of lm-eval {result.settings.tasks['lm_eval']}, value ± standard error"
+    yield f"tasks of lm-eval {version}, value ± standard error"
     for row in result.tasks:
         names = "  ".join(f"{getattr(row, n):{width}}" for n, width in widths.items())
         error = "" if row.stderr is None else f" ± {row.stderr:.4f}"

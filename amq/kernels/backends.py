@@ -22,12 +22,10 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format, n_groups
-from amq.kernels import cpu, cuda, triton
+from amq.kernels import cpu, cuda, names, triton
 from amq.kernels import gpu_layout as layout
+from amq.kernels.names import ACTIVATIONS
 from amq.packing import PackedWeight, PreparedWeight, dequantize
-
-ACTIVATIONS = ("fp32", "int8")
-"""fp32: exact products. int8: x is rounded to 8 bits per row and group at run time; see `amq.kernels.ops.linear`."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,11 +94,11 @@ def default_activations(backend: str) -> str:
     return "int8" if backend == "cpu" else "fp32"
 
 
-def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
-    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a
-    warning."""
+def choose_backend(formats: Iterable[str], device: str = "cpu", among: Sequence[Backend] = ()) -> str:
+    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`, of `among` or of all there are; what
+    it passes over, it logs as a warning."""
     records = [get_format(name) for name in formats]
-    for backend in BACKENDS.values():
+    for backend in among or BACKENDS.values():
         if backend.device not in (device, None):
             continue
         reasons = [(fmt.name, reason) for fmt in records if (reason := backend.unsupported_reason(fmt)) is not None]
@@ -196,6 +194,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 """Every backend by name; of those for one device, the fastest first."""
+assert tuple(BACKENDS) == names.BACKENDS, "amq.kernels.names lists other backends"
 
 
 def availability() -> list[tuple[str, str, dict[str, str | None]]]:

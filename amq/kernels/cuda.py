@@ -221,7 +221,12 @@ def max_rows() -> int:
 
 
 def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
-    """`Library.linear` on torch's current stream of x's device; `amq.kernels.ops.linear` checks what it is given."""
+    """`Library.linear` on torch's current stream of x's device; `amq.kernels.ops.linear` checks what it is given.
+
+    On CPU tensors it runs where AMQ_CUDA_LIBRARY is a build of the kernels for a CPU, as tests have one.
+    """
+    if not x.is_cuda:
+        return library().linear(x, weights, bias, activations, 0, _warps(x.shape[1]))
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear(x, weights, bias, activations)
@@ -229,10 +234,10 @@ def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
     return library().linear(x, weights, bias, activations, stream, _warps(x.shape[1]))
 
 
-def _warps(in_features: int) -> int:
-    """Warps of a block, which share out the slabs: as measured on this GPU, else the fewest that take as few
-    rounds as WARPS would."""
-    if measured := tuning.look_up(tuning.cuda_key(in_features)):
+def _warps(in_features: int, gpu: str | None = None) -> int:
+    """Warps of a block, which share out the slabs: as measured on `gpu` (None: the one here), else the fewest that take
+    as few rounds as WARPS would."""
+    if measured := tuning.look_up(tuning.cuda_key(in_features), gpu):
         return measured
     slabs = -(-in_features // layout.SLAB)
     rounds = -(-slabs // WARPS)

@@ -1,4 +1,4 @@
-"""Measured launch parameters, one file per GPU: what `python -m amq.kernels.tune` writes and the launchers look up.
+"""Measured launch parameters, one file per GPU: what `python benchmarks/gpu/tune.py` writes and the launchers look up.
 
     <cache>/gpu/<GPU>.json, a `LaunchTable`
 
@@ -40,7 +40,7 @@ class LaunchTable(JsonFile):
     """What was measured on one GPU, with the versions and the date of the last measurement."""
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/gpu-tuning/1",)
-    REMEDY: ClassVar[str] = "delete it, and run `python -m amq.kernels.tune` again"
+    REMEDY: ClassVar[str] = "delete it, and run `python benchmarks/gpu/tune.py` again"
 
     schema: str = SCHEMAS[0]
     gpu: str
@@ -65,9 +65,10 @@ def triton_key(rows: int, in_features: int, bits: int) -> str:
     return f"triton rows<={1 << (rows - 1).bit_length()} in_features={in_features} bits={bits}"
 
 
-def look_up(key: str) -> Any:
-    """The parameters measured best on torch's current GPU, or None where nothing was measured."""
-    found = _entries(_gpu()).get(key)
+def look_up(key: str, gpu: str | None = None) -> Any:
+    """The parameters measured best on the GPU called `gpu` (None: torch's current one), or None where nothing was
+    measured."""
+    found = _entries(gpu or _gpu()).get(key)
     return found and found.parameters
 
 

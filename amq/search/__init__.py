@@ -30,12 +30,14 @@ def search(
     """
     from amq.search.settings import SearchSettings
 
-    made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
+    made = SearchSettings.preset(preset, model=str(model), output=str(output), **settings)  # before torch is imported
     from amq.report import write_report
     from amq.search.run import run_search
     from amq.util.extras import needs
 
-    with needs("report", "amq search"):  # before hours of work, not after
+    with needs("search", "amq search"):  # before hours of work, not after
+        import pymoo  # noqa: F401
+
         import amq.report.page  # noqa: F401
 
     result = run_search(made, resume, progress)

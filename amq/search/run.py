@@ -43,9 +43,8 @@ from amq.search.records import (
 )
 from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import SearchSettings, differences
+from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
-from amq.util.extras import needs
 from amq.util.files import check_place
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress
@@ -77,8 +76,6 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
-    with needs("search", "amq search"):  # before hours of work, not after
-        import pymoo  # noqa: F401
     timings = Timings()
     stage = _prepare(settings, progress, timings)
     budget = _budget(settings, stage)
@@ -198,11 +195,13 @@ def _cost_tables(
 
         return table
 
-    return {
+    tables = {
         "fisher": timed(lambda: _fisher(settings, stage, problem, folder)),
         "sensitivity": timed(lambda: sensitivity_costs(problem)),
         "weight": timed(stage.bank.weight_errors),
     }
+    assert tuple(tables) == COSTS, "--cost offers other tables"
+    return tables
 
 
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
