@@ -94,7 +94,6 @@ def test_every_import_is_declared() -> None:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The source distribution of a copy of this checkout, without what earlier builds left here."""
-    pytest.importorskip("setuptools", reason="building needs setuptools")
     copy, out = tmp_path_factory.mktemp("checkout"), tmp_path_factory.mktemp("dist")
     ignored = shutil.ignore_patterns("__pycache__", "*.so", "_cuda_failed.txt", "*.egg-info")
     for name in ("setup.py", "pyproject.toml", *COPIED):
@@ -150,9 +149,8 @@ def test_a_wheel_of_the_source_distribution_runs(source: Path, tmp_path: Path, r
 
     Done again only where something that is compiled or packed has changed; of amq's Python files, a name.
     """
-    pytest.importorskip("pybind11", reason="compiling needs pybind11")
-    if shutil.which("cmake") is None or shutil.which("g++") is None:
-        pytest.skip("compiling needs CMake and g++")
+    if shutil.which("g++") is None:
+        pytest.skip("compiling needs g++")
     facts = (
         *sorted(files_of("amq", "kernels")),
         unchanged.compiler(),
