@@ -45,7 +45,6 @@ from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
-from amq.util.extras import needs
 from amq.util.files import check_place
 from amq.util.limits import check_memory
 from amq.util.machine import cpu_name
@@ -77,8 +76,6 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
-    with needs("search", "amq search"):  # before hours of work, not after
-        import pymoo  # noqa: F401
     timings = Timings()
     stage = _prepare(settings, progress, timings)
     if previous:
