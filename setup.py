@@ -41,7 +41,7 @@ INSTALL_REQUIRES = [
 
 MODELS = ["transformers>=5.14", "gguf>=0.10", "packaging>=23", "regex>=2024.4"]
 """Models as transformers runs them: in 16 bits, and checkpoints of families that amq's own engine does not know."""
-REPORT = ["matplotlib>=3.8", "plotly>=5.18"]
+REPORT = ["altair>=6", "vl-convert-python>=1.9"]
 SEARCH = [*MODELS, *REPORT, "hqq>=0.2.8", "pymoo>=0.6.1", "scikit-learn>=1.4", "scipy>=1.11"]
 """With the report, which every search ends with."""
 SERVE = [
@@ -65,7 +65,7 @@ EXTRAS_REQUIRE = {
         *SERVE,
         *GPU,
         *("pytest>=9", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
-        *("openai>=1.60", "httpx>=0.27", "peft>=0.18"),
+        *("openai>=1.60", "httpx>=0.27", "peft>=0.18", "matplotlib>=3.8"),  # matplotlib: the benchmarks' pictures
     ],
 }
 """Not in `all`: gpu, which is a matter of the machine, and test."""
@@ -179,7 +179,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"amq": ["py.typed"], "amq.serve": ["page.html"]},
+    package_data={"amq": ["py.typed"], "amq.report": ["page.html.jinja"], "amq.serve": ["page.html"]},
     ext_modules=[Extension("amq._cpu", sources=[])],
     cmdclass={"build": TemporaryBuild, "build_ext": CMakeBuild},
     install_requires=INSTALL_REQUIRES,

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+from provenance import write_results
+
 import amq
 from amq.eval.__main__ import table
 from amq.quantize.__main__ import summary as quantized_summary
@@ -21,6 +23,7 @@ from amq.search.__main__ import summary
 from amq.search.select import select_from_run
 from amq.util.folders import work_folder
 from amq.util.progress import Progress, terminal_progress
+from amq.util.records import to_json
 
 FORMATS = "int2,int3,int4,int6"
 BUDGETS = (3.5, 4.0, 5.0)
@@ -58,7 +61,7 @@ def main() -> int:
     checkpoint = _quantize(args, progress)
     print(f"search {searched:.0f} s, everything {time.monotonic() - start:.0f} s; open {args.output}/report.html")
     print(f"ask it more: python -m amq.generate {checkpoint} --chat --prompt …, or python -m amq.serve {checkpoint}")
-    evaluation.write(args.output / "eval.json")
+    write_results(args.output / "eval.json", to_json(evaluation))
     print(
         json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows})
     )

@@ -15,6 +15,7 @@ from helpers.runs import make_run
 
 from amq.bench.cases import Case
 from amq.bench.result import BenchResult, EngineFacts, MachineEntry, ReadBandwidth, Row, SettingsEntry, TextEntry
+from amq.checkpoint.record import QuantizationRecord
 from amq.configuration import Configuration, Memory, MemoryItem
 from amq.errors import AmqError
 from amq.eval.result import Evaluation, EvaluationSettings
@@ -32,7 +33,7 @@ from amq.search.records import Cost, RunFile, SurrogateScores
 from amq.search.run_folder import RunFolder
 from amq.search.select import select_from_run
 from amq.search.sensitivity import Sensitivity
-from amq.util.files import write_json
+from amq.util.files import read_json, write_json
 from amq.util.records import JsonFile, read_record, to_json
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -220,6 +221,19 @@ def test_a_file_of_something_else_is_named(runs: dict[str, RunFolder], tmp_path:
     with pytest.raises(AmqError) as raised:
         artifact.read(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 600
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_record_in_config_json_is_read_back(tmp_path: Path, tied: bool) -> None:
+    shapes = {"a.q": (64, 32), "a.k": (32, 32), "lm_head": (256, 32)}
+    formats = {"a.q": "int3", "a.k": "int4", "lm_head": "int8"}
+    shared, embedding = (("a.q", "a.k"),), {"embed": "lm_head"} if tied else {}
+    record = QuantizationRecord(formats, shapes, 32, "gptq", shared, "lm_head", embedding, {"a.v": (32, 32)})
+    write_json(tmp_path / "config.json", record.json())
+    assert QuantizationRecord.parse(read_json(tmp_path / "config.json"), "config.json") == record
+    plain = QuantizationRecord({"a.q": "int3"}, {"a.q": (64, 32)}, 32)
+    assert not plain.json().keys() & {"head", "embedding", "kept"}
+    assert QuantizationRecord.parse(json.loads(json.dumps(plain.json())), "config.json") == plain
 
 
 def test_the_archive_is_read_back_line_by_line(runs: dict[str, RunFolder]) -> None:

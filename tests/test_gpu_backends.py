@@ -5,17 +5,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.reference import make_weight
-from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.kernels import backends, ops, tune
+from amq.kernels import backends, ops
 from amq.kernels import gpu_layout as layout
 from amq.kernels import launch_table as tuning
 from amq.kernels.modules import QuantizedLinear
@@ -105,38 +103,6 @@ def test_prepared_size(fmt) -> None:
         assert 1 <= size / fmt.stored_bytes(rows, in_features, 128) <= more
 
 
-def test_tune_measures_and_remembers(
-    monkeypatch: pytest.MonkeyPatch, cache: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The fastest candidate is what the launchers use from then on; one that does not run is left out and named."""
-    times = iter((3.0, 2.0, 1.0))
-
-    def timed(product: object, x: Tensor, weights: list) -> float:
-        time = next(times, 5.0)
-        if time == 2.0:
-            raise AmqError("out of resource: shared memory")
-        return time
-
-    monkeypatch.setattr(tune, "DEVICE", "cpu")
-    monkeypatch.setattr(tune, "OUT_FEATURES", 16)
-    monkeypatch.setattr(tune, "microseconds", timed)
-    monkeypatch.setattr(tuning, "_gpu", lambda: "Test GPU/2")
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Test GPU/2")
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(L2_cache_size=1 << 16))
-    for binding in (backends.cuda, backends.triton):
-        monkeypatch.setattr(binding, "unsupported_reason", lambda fmt: None)
-    assert tune.main(["--in-features", "1024", "--rows", "1", "--formats", "int3"]) == 0
-    paper = backends.triton.choose(1, 16, 1024, 3)
-    best = backends.triton.measured(1, 16, 1024, 3)
-    assert best != paper and (best.slabs_per_step, best.num_warps) == (paper.slabs_per_step, paper.num_warps)
-    assert backends.triton.measured(1, 16, 2048, 3) == backends.triton.choose(1, 16, 2048, 3)
-    assert backends.triton.dense_rows() == 2 * tune.DENSE_ROWS[-1]  # equally fast: the gemm keeps everything
-    assert backends.cuda._warps(1024) == 1
-    assert "is left out: out of resource: shared memory" in caplog.text
-    assert "3 entries in" in capsys.readouterr().out
-    tuning._entries.cache_clear()
-
-
 def test_warps_follow_the_table(cache: Path) -> None:
     """Slabs shared out evenly; what was measured on this GPU goes before that; a broken table is named."""
     assert [backends.cuda._warps(k) for k in (64, 1024, 4096, 11008, 14336)] == [1, 2, 4, 4, 4]
@@ -148,7 +114,8 @@ def test_warps_follow_the_table(cache: Path) -> None:
     path.write_text("[]")
     tuning._entries.cache_clear()
     with pytest.raises(
-        AmqError, match="Test-GPU-1.json: expected schema .* got 'list': delete it, and run `python -m amq.kernels"
+        AmqError,
+        match="Test-GPU-1.json: expected schema .* got 'list': delete it, and run `python benchmarks/gpu/tune",
     ):
         backends.cuda._warps(4096, gpu)
     tuning._entries.cache_clear()

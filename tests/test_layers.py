@@ -74,7 +74,7 @@ def test_importing_amq_loads_no_heavy_package():
 
     code = (
         "import sys, amq, amq.kernels.ops, amq.quantize.bank, amq.runtime; "  # with what a GPU machine has
-        "heavy = {'hqq', 'pymoo', 'sklearn', 'matplotlib', 'plotly', 'datasets', 'rich', 'msgspec', 'gguf'}; "
+        "heavy = {'hqq', 'pymoo', 'sklearn', 'altair', 'vl_convert', 'datasets', 'rich', 'msgspec', 'gguf'}; "
         "heavy &= set(sys.modules); "
         "sys.exit(f'loaded {heavy}' if heavy else 0)"
     )

@@ -15,12 +15,12 @@ import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.tiny_models import VOCABULARY, byte_tokenizer, family_tokenizer, tiny_llama
+from order import OrderSettings, order_equivalence
 from torch import Tensor, nn
 
 import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.eval.order import OrderSettings, order_equivalence
 from amq.formats import FORMATS
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import get_linear, take_inventory

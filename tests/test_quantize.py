@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.statistics import output_error, random_gram, random_weight
+from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -24,12 +24,12 @@ from amq.model.inventory import take_inventory
 from amq.packing import dequantize, unpack_codes
 from amq.quantize import quantize
 from amq.quantize import run as quantize_run
-from amq.quantize.blocks import METHODS
 from amq.quantize.fold import apply_fold, find_fold
-from amq.quantize.quantizers import clip
+from amq.quantize.methods import METHODS
+from amq.quantize.quantizers import ZERO_POINTS, clip
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.clip import clipped_grid, diagonal_blocks
-from amq.quantize.quantizers.grid import ZERO_POINTS, symmetric_zero
+from amq.quantize.quantizers.grid import symmetric_zero
 from amq.quantize.resume import WorkFolder
 from amq.util.folders import work_folder
 
@@ -458,11 +458,11 @@ def test_the_grid_of_a_head_is_no_worse_than_its_range() -> None:
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from amq.cli import COMMANDS
+    from amq.cli import VERBS
 
     arguments = f"{tiny_folder} --uniform int4 --group-size 32 --method awq --windows 2 --window-length 48 "
     arguments += f"--calibration docstrings --perplexity-tokens 96 --output {tmp_path / 'out'}"
-    assert COMMANDS["quantize"](arguments.split()) == 0
+    assert VERBS["quantize"](arguments.split()) == 0
     shown = capsys.readouterr().out
     assert "14 linears at 5.0000 bits per weight" in shown and "perplexity on 96 tokens of docstrings: full" in shown
     card = (tmp_path / "out" / "README.md").read_text()

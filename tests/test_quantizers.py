@@ -7,14 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.reference import torch_threads
-from helpers.statistics import output_error, random_gram, random_weight
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
 from amq.packing import PackedWeight, dequantize, expand_groups, unpack_codes
-from amq.quantize.quantizers import QUANTIZERS, get_quantizer
+from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.gptq import DAMPING, damped
 from amq.quantize.quantizers.grid import TINY, expand, fitted_grid, to_groups
 from amq.util.threads import parallel_map
@@ -30,7 +30,7 @@ def quantize(
     name: str, weight: Tensor, formats: tuple[BitFormat, ...] = ALL, group_size: int = 64, gram: Tensor | None = None
 ) -> dict[str, PackedWeight]:
     gram = random_gram(weight.shape[1]) if gram is None else gram
-    return get_quantizer(name)([weight], formats, group_size, gram)[0]
+    return QUANTIZERS[name]([weight], formats, group_size, gram)[0]
 
 
 @by_quantizer
@@ -165,7 +165,7 @@ def test_stacked_linears_are_quantized_as_if_alone(name: str) -> None:
     weights = [random_weight(rows, 100, seed=rows) for rows in (300, 7, 290)]
     gram = random_gram(100)
     formats = (FORMATS["int2"], FORMATS["int4"])
-    together = get_quantizer(name)(weights, formats, 32, gram)
+    together = QUANTIZERS[name](weights, formats, 32, gram)
     for weight, result in zip(weights, together, strict=True):
         alone = quantize(name, weight, formats, 32, gram)
         for fmt in formats:
@@ -253,7 +253,7 @@ def test_damping_is_a_share_of_the_mean() -> None:
 def test_gptq_refuses_what_it_cannot_use(value: float) -> None:
     weight, gram = random_weight(4, 64), random_gram(64)
     with pytest.raises(AmqError, match=r"needs calibration inputs \(gram\); rtn and hqq do not"):
-        get_quantizer("gptq")([weight], ALL, 64, None)
+        QUANTIZERS["gptq"]([weight], ALL, 64, None)
     gram[3, 5] = value
     with pytest.raises(AmqError, match="calibration inputs are not finite"):
         quantize("gptq", weight, gram=gram)
@@ -279,4 +279,4 @@ def test_hqq_is_better_than_rtn_where_it_should_be() -> None:
 
 def test_unknown_quantizer() -> None:
     with pytest.raises(AmqError, match="unknown quantizer 'awq': expected one of gptq, clip, hqq, rtn"):
-        get_quantizer("awq")
+        QUANTIZERS["awq"]

@@ -155,7 +155,7 @@ def finished(folder, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "amq-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMQ_CACHE", str(cache))
-        patch.setattr("amq.report.write.write_report", lambda run: [])
+        patch.setattr("amq.report.write_report", lambda run: [])
         return amq.search(str(folder), tmp_path_factory.mktemp("runs") / "run", **QUICK, target_bits=3.4).output
 
 
@@ -288,7 +288,7 @@ def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path, mo
 
 def test_a_text_that_was_rewritten_meanwhile_is_refused(folder, tmp_path, monkeypatch):
     """Under the same name: else losses on two texts would lie in one archive."""
-    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write_report", lambda run: [])
     path, run = tmp_path / "text.txt", tmp_path / "run"
     whole = "The quick brown fox jumps over the lazy dog. " * 60
     path.write_text(whole)
@@ -309,7 +309,7 @@ def test_equal_runs_write_equal_files(folder, finished, tmp_path, monkeypatch):
     """With a cache of its own, so that the bank is built again: its bytes are equal too."""
     cache = os.environ["AMQ_CACHE"]
     monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write_report", lambda run: [])
     other = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.4).output
     for name in ("configuration.json", "front.json", "cost.json"):
         assert (other / name).read_bytes() == (finished / name).read_bytes(), name

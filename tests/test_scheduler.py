@@ -11,8 +11,8 @@ from helpers.engines import FakeEngine, FakeSlot
 from helpers.tiny_models import byte_tokenizer
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampling
 from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.from_transformers(byte_tokenizer(), [])

@@ -24,8 +24,8 @@ from amq.search.refine import refine
 from amq.search.scores import quality
 from amq.search.sensitivity import prune, sensitivity_costs
 from amq.search.settings import PAPER
-from amq.search.solvers import get_solver
-from amq.search.surrogates import make_surrogate
+from amq.search.solvers import SOLVERS
+from amq.search.surrogates import SURROGATES
 
 
 def test_additive_finds_the_known_front(tmp_path):
@@ -53,7 +53,7 @@ def test_measured_sensitivities_recover_additive_costs(tmp_path):
     with pytest.raises(AmqError, match="unknown cost"):
         problem.cost_table("guess")
     with pytest.raises(AmqError, match="unknown solver"):
-        get_solver("guess")
+        SOLVERS["guess"]
 
 
 def test_the_front_has_a_point_at_every_uniform_cost(tmp_path):
@@ -102,16 +102,16 @@ def test_surrogates_predict_what_they_have_not_seen(surrogate, caplog):
     rng = np.random.default_rng(0)
     points = rng.integers(0, 3, (160, len(of.variables)))
     y = np.array([losses.evaluate(of.decode(p)) for p in points])
-    model = make_surrogate(surrogate, 0)
+    model = SURROGATES[surrogate](0)
     model.fit(points[:120], y[:120])
     assert quality(y[120:], model.predict(points[120:]))["spearman"] > 0.8
     with caplog.at_level(logging.WARNING):
-        few = make_surrogate("rbf", 0)
+        few = SURROGATES["rbf"](0)
         few.fit(points[:8], y[:8])
     assert "constant tail" in caplog.text
     assert np.isfinite(few.predict(points[:20])).all()
     with pytest.raises(AmqError, match="unknown surrogate"):
-        make_surrogate("svm", 0)
+        SURROGATES["svm"]
 
 
 def test_quality_by_hand():
@@ -199,7 +199,7 @@ def test_ties_and_pins_hold_in_every_solver(tmp_path):
     for solver in ("additive", "paper", "random"):
         problem = Problem(of, Archive(tmp_path / f"{solver}.jsonl"), losses, solver, 0)
         problem.cost_tables = {"fisher": lambda: losses.table}
-        get_solver(solver)(problem, settings(solver=solver))
+        SOLVERS[solver](problem, settings(solver=solver))
         for record in problem.archive.records:
             if record.phase in ("front", "initial", "iteration"):
                 formats = record.configuration

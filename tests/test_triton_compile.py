@@ -36,6 +36,8 @@ GEMV_REGISTERS = 144
 """14 programs of one warp on an SM."""
 GEMM_REGISTERS = 128
 """4 programs of four warps on an SM."""
+UNMEASURED_REGISTERS = 168
+"""3 such programs: for a format without a budget of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_gemm_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
     first, *rows = compiled("gemm")
     assert first["hash"] == rows[0]["hash"]
     for row in rows:
-        check(row, GEMM_REGISTERS)
+        check(row, GEMM_REGISTERS if row["formats"][0] in GEMM_BUDGET else UNMEASURED_REGISTERS)
         assert row["exchanges"] == 0 and row["instructions"]["HMMA"], row
         assert row["instructions_per_weight"] <= budget(GEMM_BUDGET, row["formats"][0]), row
 

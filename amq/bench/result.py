@@ -117,7 +117,8 @@ class BenchResult(JsonFile):
     """read_bandwidth: of a buffer that no cache holds (`memory`) and of one as large as the weights (`model`).
 
     ratios: {peer: {test or figure: ours over theirs}}; scaling: {engine: {test: tokens/s over those of one sequence}};
-    trials: what every way to run the peer reached; left_out: {engine: why}.
+    trials: what every way to run the peer reached; left_out: {engine: why}; provenance: of a run that is kept
+    (benchmarks/provenance.py).
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bench/1",)
@@ -136,6 +137,7 @@ class BenchResult(JsonFile):
     trials: tuple[dict[str, Any], ...] = ()
     left_out: dict[str, str]
     warnings: tuple[str, ...]
+    provenance: dict[str, Any] | None = None
 
 
 def ratios(rows: Sequence[Row], engines: dict[str, EngineFacts], name: str) -> dict[str, float]:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from amq.eval.tasks import TaskRow
 from amq.quantize.bank import BankRecipe
 from amq.util.files import write_json
 from amq.util.records import JsonFile, to_json
-
-Figures = TypeVar("Figures", "Row", TaskRow)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,13 +66,13 @@ class Evaluation(JsonFile):
 
     def write(self, path: Path) -> None:
         """JSON has no infinity: a figure that is not finite is written as null."""
-        rows, tasks = tuple(map(_finite, self.rows)), tuple(map(_finite, self.tasks))
-        write_json(path, to_json(replace(self, rows=rows, tasks=tasks)))
+        data = to_json(self)
+        figures = {name: [_finite(row) for row in data[name]] for name in ("rows", "tasks")}
+        write_json(path, data | figures)
 
 
-def _finite(row: Figures) -> Figures:
-    broken: dict[str, Any] = {n: None for n, v in vars(row).items() if isinstance(v, float) and not math.isfinite(v)}
-    return replace(row, **broken)
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    return {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in row.items()}
 
 
 def table(result: Evaluation) -> str:

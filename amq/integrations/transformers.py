@@ -34,7 +34,7 @@ from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.cpu import dequantized
 from amq.kernels.embedding import StoredEmbedding
-from amq.kernels.modules import Execution, SharedInput, StoredLinear
+from amq.kernels.modules import Execution, StoredLinear
 from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.util.tensors import HASHES, hashes_metadata, open_files, verify_file
@@ -54,7 +54,6 @@ class AmqConfig(QuantizationConfigMixin):
     activations: `fp32` multiplies exactly, `int8` rounds activations to 8 bits, which is faster; see
         `amq.kernels.ops.linear`.
     backend: a name in `amq.kernels.backends.BACKENDS`; None takes the fastest for the device that the input is on.
-    fuse: linears that read one tensor are multiplied in one call; the result is the same.
     verify: compare the hash of every tensor before anything is computed; False loads without reading the files.
     stored: what the checkpoint's config.json says, unknown keys included; empty where a caller writes
         `AmqConfig(activations="int8")`.
@@ -66,17 +65,16 @@ class AmqConfig(QuantizationConfigMixin):
         self,
         activations: str = "fp32",
         backend: str | None = None,
-        fuse: bool = True,
         verify: bool = True,
         **stored: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.activations, self.backend, self.fuse, self.verify = activations, backend, fuse, verify
+        self.activations, self.backend, self.verify = activations, backend, verify
         self.stored = stored
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What from_pretrained's argument overrides."""
-        return {name: getattr(self, name) for name in ("activations", "backend", "fuse", "verify")}
+        return {name: getattr(self, name) for name in ("activations", "backend", "verify")}
 
     def store(self, record: QuantizationRecord) -> None:
         """Makes `record`, by the names of the loaded model, what is saved; keys that this amq does not know stay."""
@@ -153,12 +151,6 @@ class AmqQuantizer(HfQuantizer):
         for name, module in linears.items():
             module.store(self._packed.pop(name))
             module.place = _device_around(model, name)
-        if self.quantization_config.fuse:
-            for group in self._record.shared_inputs:
-                for has_bias in (False, True):
-                    members = [linears[name] for name in group if (linears[name].bias is not None) == has_bias]
-                    if len(members) > 1:
-                        SharedInput(members)
         for name, parameter in model.named_parameters():  # what was quantized stays as it is: adapters are trained
             parameter.requires_grad_(name in self._new)
         self.quantization_config.store(self._record)

@@ -22,12 +22,10 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format, n_groups
-from amq.kernels import cpu, cuda, triton
+from amq.kernels import cpu, cuda, names, triton
 from amq.kernels import gpu_layout as layout
+from amq.kernels.names import ACTIVATIONS
 from amq.packing import PackedWeight, PreparedWeight, dequantize
-
-ACTIVATIONS = ("fp32", "int8")
-"""fp32: exact products. int8: x is rounded to 8 bits per row and group at run time; see `amq.kernels.ops.linear`."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -196,6 +194,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 """Every backend by name; of those for one device, the fastest first."""
+assert tuple(BACKENDS) == names.BACKENDS, "amq.kernels.names lists other backends"
 
 
 def availability() -> list[tuple[str, str, dict[str, str | None]]]:

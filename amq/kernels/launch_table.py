@@ -1,4 +1,4 @@
-"""Measured launch parameters, one file per GPU: what `python -m amq.kernels.tune` writes and the launchers look up.
+"""Measured launch parameters, one file per GPU: what `python benchmarks/gpu/tune.py` writes and the launchers look up.
 
     <cache>/gpu/<GPU>.json, a `LaunchTable`
 
@@ -40,7 +40,7 @@ class LaunchTable(JsonFile):
     """What was measured on one GPU, with the versions and the date of the last measurement."""
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/gpu-tuning/1",)
-    REMEDY: ClassVar[str] = "delete it, and run `python -m amq.kernels.tune` again"
+    REMEDY: ClassVar[str] = "delete it, and run `python benchmarks/gpu/tune.py` again"
 
     schema: str = SCHEMAS[0]
     gpu: str

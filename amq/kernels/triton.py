@@ -59,7 +59,7 @@ Choose = Callable[[int, int, int, int], Launch]
 """(rows of x, out_features together, in_features, bits at most) → the parameters of a launch."""
 
 DENSE_ROWS = 256
-"""Rows of x from which `linear` dequantizes and lets torch multiply, where `amq.kernels.tune` has measured no other
+"""Rows of x from which `linear` dequantizes and lets torch multiply, where `benchmarks/gpu/tune.py` measured no other
 number: on paper the dequantized weight then costs a quarter of the product's time, and less with every row more."""
 
 
@@ -82,7 +82,7 @@ def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
 
 
 def measured(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
-    """What `amq.kernels.tune` found fastest on this GPU, else what `choose` reasons."""
+    """What `benchmarks/gpu/tune.py` found fastest on this GPU, else what `choose` reasons."""
     found = tuning.look_up(tuning.triton_key(rows, in_features, bits))
     return Launch(*found) if found else choose(rows, out_features, in_features, bits)
 

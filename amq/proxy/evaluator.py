@@ -19,7 +19,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from amq.errors import AmqError
 from amq.kernels.cpu import jensen_shannon
 from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.inventory import Inventory, embedding_weight
@@ -60,8 +59,7 @@ class Evaluator:
         activations: str = "fp32",
         unscored: int = 0,
     ) -> None:
-        if loss not in LOSSES:
-            raise AmqError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}")
+        LOSSES[loss]  # noqa: B018 - raises on an unknown name
         self._bank, self._unscored = bank, unscored
         self._runner = BlockRunner(loaded.model)
         self._swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), backend, activations)

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from amq.quantize.run import QuantizeResult, run_quantize
-from amq.quantize.settings import QuantizeSettings
-from amq.util.progress import terminal_progress
-from amq.util.settings import add_flags, run_command
+from amq.quantize.settings import QuantizeCommand, QuantizeSettings
+from amq.util.settings import parse_command, run_command
+
+if TYPE_CHECKING:
+    from amq.quantize.run import QuantizeResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m amq.quantize", description="Quantizes a causal LM by a configuration, into a checkpoint folder."
-    )
-    parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, after its last block")
-    add_flags(parser, QuantizeSettings)
-    given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    result = run_quantize(QuantizeSettings(**given), resume, terminal_progress())
-    print(summary(result))
+    given = parse_command(argv, QuantizeSettings, QuantizeCommand)
+    from amq.quantize import quantize
+    from amq.util.progress import terminal_progress
+
+    print(summary(quantize(**given, progress=terminal_progress())))
     return 0
 
 

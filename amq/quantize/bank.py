@@ -36,7 +36,7 @@ from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PARTS, PackedWeight, part_names
-from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
 from amq.util.files import cache_dir, make_folder, write_atomic
 from amq.util.progress import Progress
@@ -199,7 +199,7 @@ def open_bank(
 
     fingerprint: `model_fingerprint(model)` where the caller has it already.
     """
-    get_quantizer(settings.proxy)
+    QUANTIZERS[settings.proxy]  # noqa: B018 - raises on an unknown name
     check_group_size(settings.group_size)
     folder = (cache or cache_dir() / "banks") / settings.key(
         fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
@@ -239,7 +239,7 @@ def _build(
     settings: BankSettings,
     progress: Progress,
 ) -> None:
-    quantize = get_quantizer(settings.proxy)
+    quantize = QUANTIZERS[settings.proxy]
     stream = None if settings.windows is None else CalibrationStream(model, settings.windows)
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():

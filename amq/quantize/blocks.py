@@ -24,37 +24,13 @@ from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
-from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantize.methods import Method
+from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.grid import check_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-@dataclass(frozen=True)
-class Method:
-    """rounding: a name in `amq.quantize.quantizers.QUANTIZERS`. scales: whether AWQ's scales are searched and folded
-    first."""
-
-    rounding: str
-    scales: bool = False
-    help: str = ""
-
-    @property
-    def calibrated(self) -> bool:
-        return self.scales or self.rounding in NEEDS_GRAM
-
-
-METHODS = {
-    "awq": Method("clip", True, "activation-aware scales and asymmetric clipping"),
-    "gptq": Method("gptq", False, "error-compensated rounding, block by block"),
-    "awq+gptq": Method("gptq", True, "activation-aware scales, then error-compensated rounding"),
-    "clip": Method("clip", False, "asymmetric clipping alone"),
-    "hqq": Method("hqq", False, "half-quadratic quantization, no calibration"),
-    "rtn": Method("rtn", False, "round to nearest, no calibration"),
-}
-"""Methods that quantize here; `bank` and `autoround` (amq/quantize/run.py) take weights that others made."""
 
 
 @dataclass
@@ -161,7 +137,7 @@ class BlockQuantizer:
             self._stream.advance()
 
     def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
-        quantize = get_quantizer(self._method.rounding)
+        quantize = QUANTIZERS[self._method.rounding]
         for spec in self._quantized(specs):
             fmt = self._formats[spec.name]
             weight = get_linear(self._model, spec.name).weight.detach().float().cpu()

@@ -22,12 +22,12 @@ from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import relative_error
 from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
+from amq.quantize.settings import NO_HEAD
 from amq.util.threads import parallel_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NONE = "none"
 ROWS = 512
 """Rows rounded at once, by one thread."""
 
@@ -50,12 +50,12 @@ class Head:
 
 def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
     """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
-    if fmt == NONE:
+    if fmt == NO_HEAD:
         return None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear):
         found = "none" if head is None else f"a {type(head).__name__}"
-        raise AmqError(f"--head {fmt}: the head must be an nn.Linear, this model has {found}; use --head {NONE}")
+        raise AmqError(f"--head {fmt}: the head must be an nn.Linear, this model has {found}; use --head {NO_HEAD}")
     names = {id(module): name for name, module in model.named_modules()}
     if not bool(torch.isfinite(head.weight).all()):
         raise AmqError(f"{names[id(head)]} holds non-finite weights: the model is damaged, load it again")
@@ -63,7 +63,7 @@ def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
     if tied and type(embedding) is not nn.Embedding:
         raise AmqError(
             f"--head {fmt}: the embedding is tied to the head and is a {type(embedding).__name__}, which does more "
-            f"than to look up rows; only an nn.Embedding can read a packed head: use --head {NONE}"
+            f"than to look up rows; only an nn.Embedding can read a packed head: use --head {NO_HEAD}"
         )
     shape = (head.out_features, head.in_features)
     return Head(names[id(head)], names[id(embedding)] if tied else "", get_format(fmt), shape)
@@ -76,7 +76,7 @@ def quantize_head(model: nn.Module, head: Head, group_size: int, zero_points: st
     if out_of_range(weight, head.format, group_size):
         raise AmqError(
             f"{head.name}: its weights reach {float(weight.abs().max()):.1e}, for which {head.format.name} needs "
-            f"scales beyond fp16's range: use --head {NONE}"
+            f"scales beyond fp16's range: use --head {NO_HEAD}"
         )
     result = round_to_grid(weight, head.format, group_size, zero_points)
     error = relative_error(weight, result, None)

@@ -56,7 +56,7 @@ class PerplexityFigures:
 class QuantizationLog(JsonFile):
     """not_quantized: {linear: why it could not be}; window_prefix: tokens that every calibration window begins with.
 
-    head, perplexity: None where there is none. seconds, peak_memory_bytes: None until the end.
+    head, perplexity: None where there is none. seconds, peak_memory_bytes: 0 until the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/quantization/1",)
@@ -73,5 +73,5 @@ class QuantizationLog(JsonFile):
     not_quantized: dict[str, str]
     head: HeadOutcome | None = None
     notes: tuple[str, ...] = ()
-    seconds: float | None = None
-    peak_memory_bytes: int | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0

@@ -25,13 +25,14 @@ from amq.model.usable import Usable, find_usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import METHODS, BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
 from amq.quantize.head import Head, find_head, quantize_head, with_head
 from amq.quantize.log import HeadOutcome, LinearOutcome, PerplexityFigures, QuantizationLog, SourceEntry
+from amq.quantize.methods import METHODS
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.resume import Identity, WorkFolder
-from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
+from amq.quantize.settings import QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.util.folders import check_new_folder
 from amq.util.progress import Progress
@@ -55,7 +56,6 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     """Quantizes a model into a checkpoint folder; raises AmqError for bad input before anything is written."""
     progress = progress or Progress()
     started = time.monotonic()
-    settings.check()
     output = Path(settings.output)
     check_new_folder(output)
     with WorkFolder(output, Identity.of(settings), resume) as work:
@@ -155,8 +155,7 @@ def _say_plan(
 
     small: bytes of the checkpoint's other files.
     """
-    method = METHODS.get(settings.method)
-    calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
+    calibrated = settings.method == "autoround" or (settings.method in METHODS and METHODS[settings.method].calibrated)
     memory = working_bytes(job.loaded.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
     checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
@@ -270,10 +269,8 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
         ).of(job.configuration)
         bank = recipe.open(loaded, quantized, set(formats.values()), progress, job.fingerprint)
         return BankSource(model, quantized, formats, bank)
-    if settings.method == "autoround":
-        iterations = settings.autoround_iterations
-        return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
-    raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
+    iterations = settings.autoround_iterations
+    return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
 
 
 def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:

@@ -17,14 +17,15 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from sys import intern
 
 from amq.configuration import configuration_key
 from amq.errors import AmqError
 from amq.search.space import SearchSpace
 from amq.util.files import check_path, is_disk_full, make_folder, reason
-from amq.util.records import check_range, parse_record, to_json
+from amq.util.records import parse_record, to_json
 
 log = logging.getLogger(__name__)
 
@@ -49,13 +50,9 @@ class Record:
     configuration: dict[str, str]
 
     @property
-    def known_loss(self) -> float:
-        """The loss; infinite where the candidate was infeasible."""
+    def ranked(self) -> float:
+        """The loss to compare by: an infeasible candidate's is infinite."""
         return math.inf if self.loss is None else self.loss
-
-    def __post_init__(self) -> None:
-        check_range(self, "index", "seconds", "bits_per_weight", least=0)
-        check_range(self, "loss", least=-ROUNDING)
 
 
 def read_archive(path: Path, space: SearchSpace | None = None) -> Iterator[Record]:
@@ -86,7 +83,9 @@ def _record(line: bytes, index: int, path: Path, space: SearchSpace | None) -> R
     except (ValueError, RecursionError) as error:
         why = str(error).partition("; the file is damaged")[0]
         raise AmqError(f"{path} line {index + 1} is damaged ({why[:300]}): restore it or start a new run") from None
-    return record
+    # each name once: 10,000 lines of 224 linears take 73 MiB instead of 415
+    once = {intern(linear): intern(fmt) for linear, fmt in record.configuration.items()}
+    return replace(record, configuration=once)
 
 
 class Archive:

@@ -106,14 +106,14 @@ def _expected_loss(candidate: Chosen) -> float:
 
 
 def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, float]) -> Chosen:
-    good = [r for r in search.values() if r.known_loss <= max_loss]
+    good = [r for r in search.values() if r.ranked <= max_loss]
     if not good:
-        best = min(search.values(), key=lambda r: r.known_loss)
+        best = min(search.values(), key=lambda r: r.ranked)
         raise AmqError(
-            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best.known_loss:.5f} at "
+            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best.ranked:.5f} at "
             f"{best.bits_per_weight:.3f} bits per weight: raise --max-loss or add a wider format to --formats"
         )
-    return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.known_loss)), confirm)
+    return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.ranked)), confirm)
 
 
 def _from_record(record: Record, confirm: dict[Any, float]) -> Chosen:

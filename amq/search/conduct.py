@@ -23,7 +23,8 @@ from amq.search.problem import Problem, TimeIsUp
 from amq.search.records import Cost, Evaluations, RunFile
 from amq.search.run_folder import NAMES, RunWriter
 from amq.search.settings import SearchSettings
-from amq.search.solvers import Solution, get_solver
+from amq.search.solvers import SOLVERS
+from amq.search.solvers.base import Solution
 from amq.search.space import SearchSpace
 from amq.util.settings import parse_time
 
@@ -97,7 +98,7 @@ def _solve(
     solution, status = Solution(), "finished"
     with timings.measure("solve"), progress.stage("search", planned) as problem.step:
         try:
-            solution = get_solver(settings.solver)(problem, settings)
+            solution = SOLVERS[settings.solver](problem, settings)
         except TimeIsUp:
             status = "stopped"
     problem.step = None

@@ -43,7 +43,7 @@ from amq.search.records import (
 )
 from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import SearchSettings, differences
+from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
 from amq.util.extras import needs
 from amq.util.files import check_place
@@ -198,11 +198,13 @@ def _cost_tables(
 
         return table
 
-    return {
+    tables = {
         "fisher": timed(lambda: _fisher(settings, stage, problem, folder)),
         "sensitivity": timed(lambda: sensitivity_costs(problem)),
         "weight": timed(stage.bank.weight_errors),
     }
+    assert tuple(tables) == COSTS, "--cost offers other tables"
+    return tables
 
 
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from amq.configuration import Configuration
-from amq.errors import AmqError
 from amq.search.choose import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.loss_curve import fit_records
 from amq.search.run_folder import RunFolder
+from amq.search.settings import SelectSettings
 from amq.util.settings import parse_size
 
 
-def select_from_run(
-    path: Path,
-    target_bits: float | None = None,
-    memory: str | None = None,
-    context: int = 0,
-    max_loss: float | None = None,
-) -> Configuration:
-    """The best configuration of a run under another budget; exactly one of the three budgets is given."""
-    folder = RunFolder.open(path)
+def select_from_run(path: Path | str, **budget: Any) -> Configuration:
+    """The best configuration of a run under another budget: a field of `SelectSettings`, which wants exactly one."""
+    return select(SelectSettings.make(run=str(path), **budget))
+
+
+def select(settings: SelectSettings) -> Configuration:
+    """As `select_from_run`."""
+    folder = RunFolder.open(Path(settings.run))
     config = folder.run.kv_cache.config
-    given = [b for b in (target_bits, memory, max_loss) if b is not None]
-    if len(given) != 1:
-        raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
-    bits: float | None
-    if memory is not None:
-        bits = budget_from_memory(parse_size(memory), context, folder.inventory, config, folder.space)
-    else:
-        bits = None if target_bits is None else check_bits(target_bits, folder.space)
+    bits: float | None = None
+    if settings.memory is not None:
+        memory = parse_size(settings.memory)
+        bits = budget_from_memory(memory, settings.context, folder.inventory, config, folder.space)
+    elif settings.target_bits is not None:
+        bits = check_bits(settings.target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None
     fit = fit_records(folder.archive, table) if table else None
-    chosen = choose(Budget(bits, max_loss), folder.space, folder.archive, table, fit)
-    return to_configuration(chosen, folder.run, context)
+    chosen = choose(Budget(bits, settings.max_loss), folder.space, folder.archive, table, fit)
+    return to_configuration(chosen, folder.run, settings.context)

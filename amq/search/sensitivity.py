@@ -12,7 +12,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from amq.search.archive import Record
 from amq.search.loss_curve import saturation
 from amq.search.problem import Problem, Table
 from amq.util.records import JsonFile
@@ -49,7 +48,7 @@ def measure(problem: Problem, threshold: float) -> Sensitivity:
     base_loss = problem.evaluate(base, "uniform").loss
     free = [s.name for s in space.linears if s.name not in space.pinned]
     records = problem.sensitivities(base, [(name, lowest) for name in free])
-    median, pinned = prune({name: _loss(records[name, lowest]) for name in free}, threshold)
+    median, pinned = prune({name: records[name, lowest].ranked for name in free}, threshold)
     return Sensitivity(
         lowest=lowest, highest=highest, base_loss=base_loss, median=median if np.isfinite(median) else None,
         threshold=threshold, pinned=pinned, loss={name: records[name, lowest].loss for name in free},
@@ -68,20 +67,16 @@ def sensitivity_costs(problem: Problem) -> Table:
     base_record = problem.evaluate(base, "uniform")
     changes = [(s.name, f) for s in space.linears if s.name not in space.pinned for f in space.format_names[:-1]]
     records = problem.sensitivities(base, changes)
-    zero = float(saturation(np.array(_loss(base_record))))
+    zero = float(saturation(np.array(base_record.ranked)))
     table: Table = {
         s.name: dict.fromkeys((*space.format_names, *(f.name for f in space.pinned.values())), 0.0)
         for s in space.quantized
     }
     for (name, fmt), record in records.items():
-        table[name][fmt] = max(0.0, float(saturation(np.array(_loss(record)))) - zero)
+        table[name][fmt] = max(0.0, float(saturation(np.array(record.ranked))) - zero)
     # a constant for the base makes sums comparable with losses: T(base) is spread over quantized linears by size
     numel = sum(spec.numel for spec in space.quantized)
     for spec in space.quantized:
         for fmt in table[spec.name]:
             table[spec.name][fmt] += zero * spec.numel / numel
     return table
-
-
-def _loss(record: Record) -> float:
-    return float("inf") if record.loss is None else record.loss

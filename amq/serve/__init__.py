@@ -8,23 +8,20 @@ prometheus-client), which is imported when they are first asked for; nothing els
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from amq.serve.settings import ServeSettings
 from amq.util.extras import needs
+from amq.util.lazy import lazy
 
 if TYPE_CHECKING:
     from amq.serve.app import create_app
     from amq.serve.server import Server, bind
 
 __all__ = ["ServeSettings", "Server", "bind", "create_app"]
-
-_PLACES = {"create_app": "app", "Server": "server", "bind": "server"}
+_find = lazy(__name__, {"create_app": "amq.serve.app", "Server": "amq.serve.server", "bind": "amq.serve.server"})
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PLACES:
-        raise AttributeError(f"module 'amq.serve' has no attribute {name!r}")
     with needs("serve", "amq serve"):
-        return getattr(importlib.import_module(f"amq.serve.{_PLACES[name]}"), name)
+        return _find(name)

@@ -18,8 +18,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampling
 from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
 from amq.serve.metrics import Metrics
 from amq.serve.protocol import ApiError
 from amq.serve.queue import FairQueue

@@ -11,7 +11,6 @@ on a GPU. The gates of tests/test_cuda_compile.py read the same rows.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -26,6 +25,10 @@ from amq.formats import FORMATS, native_header
 from amq.kernels.gpu_layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from provenance import write_results  # noqa: E402
+
 KERNELS = ROOT / "kernels" / "cuda"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ELEMENTS = {"HalfElement": "fp16", "Bfloat16Element": "bf16", "Int8Element": "int8"}
@@ -210,9 +213,7 @@ def main() -> int:
     loops = read_loops(known_architectures())
     print(tables(loops))
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps([asdict(loop) | {"per_weight": loop.per_weight} for loop in loops], indent=1)
-        )
+        write_results(arguments.json, {"rows": [asdict(loop) | {"per_weight": loop.per_weight} for loop in loops]})
     return 0
 
 

@@ -22,5 +22,7 @@ constexpr bool is_compiled(int bits) {
     return bits > 0 && (false AMQ_FORMATS(AMQ_COMPARE));
 #undef AMQ_COMPARE
 }
+template <int kBits>
+constexpr bool kIsCompiled = is_compiled(kBits);  // for device code
 
 }  // namespace amq

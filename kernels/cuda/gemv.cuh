@@ -272,7 +272,7 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Weight& we
 // multiply_rows for the bits of `weight`.
 template <class Element, int kGroup, int kBits = 1>
 AMQ_DEVICE void multiply_rows_of_bits(const LinearArguments& arguments, const Weight& weight, int block, Partials& partials) {
-    if constexpr (is_compiled(kBits))
+    if constexpr (kIsCompiled<kBits>)
         if (weight.bits == kBits) return multiply_rows<kBits, Element, kGroup>(arguments, weight, block, partials);
     if constexpr (kBits < kMaxBits)
         multiply_rows_of_bits<Element, kGroup, kBits + 1>(arguments, weight, block, partials);

@@ -19,7 +19,7 @@ from amq.model.losses import LN2
 from amq.search.archive import Archive
 from amq.search.problem import Problem
 from amq.search.settings import SearchSettings
-from amq.search.solvers import get_solver
+from amq.search.solvers import SOLVERS
 from amq.search.space import SearchSpace
 
 ROLES = {"attn.q_proj": (64, 64), "attn.v_proj": (32, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
@@ -87,7 +87,7 @@ def problem(path: Path, options: SearchSettings, losses: AnalyticLosses | None =
 
 def solve(path: Path, options: SearchSettings, losses: AnalyticLosses | None = None, **fields) -> Problem:
     made = problem(path, options, losses, **fields)
-    get_solver(options.solver)(made, options)
+    SOLVERS[options.solver](made, options)
     made.archive.close()
     return made
 

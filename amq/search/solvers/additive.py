@@ -45,7 +45,7 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     for bits in front_budgets(space, options.points):
         problem.evaluate(configuration(bits), "front")
     if problem.max_loss is not None:
-        _bisect(problem, configuration)
+        _bisect(problem, problem.max_loss, configuration)
     if options.refine:
         budget = problem.budget if problem.budget is not None else (low + high) / 2
         refine(problem, costs, configuration(budget), budget, options.refine)
@@ -69,13 +69,12 @@ def front_budgets(space: SearchSpace, points: int) -> list[float]:
     return [float(b) for b in budgets]
 
 
-def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) -> None:
+def _bisect(problem: Problem, max_loss: float, configuration: Callable[[float], dict[str, str]]) -> None:
     """Narrows down the smallest budget that meets `max_loss` by true evaluations between its neighbours."""
-    assert problem.max_loss is not None  # without it there is nothing to narrow down
     for _ in range(BISECTIONS):
         records = problem.archive.evaluated()
-        good = [r.bits_per_weight for r in records if r.known_loss <= problem.max_loss]
-        bad = [r.bits_per_weight for r in records if r.known_loss > problem.max_loss]
+        good = [r.bits_per_weight for r in records if r.ranked <= max_loss]
+        bad = [r.bits_per_weight for r in records if r.ranked > max_loss]
         if not good:
             return
         upper = min(good)

@@ -18,7 +18,7 @@ from amq.search.records import SurrogateScores
 from amq.search.scores import quality
 from amq.search.solvers.base import Solution, evaluate_uniform, pruned, random_points
 from amq.search.space import SearchSpace
-from amq.search.surrogates import Surrogate, make_surrogate
+from amq.search.surrogates import SURROGATES, Surrogate
 
 if TYPE_CHECKING:
     from amq.search.settings import SearchSettings
@@ -33,7 +33,7 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     for point in np.concatenate([uniform, draws]):
         data.add(point, problem.evaluate(space.decode(point), "initial"))
     for iteration in range(options.iterations):
-        surrogate = make_surrogate(options.surrogate, problem.seed)
+        surrogate = SURROGATES[options.surrogate](problem.seed)
         surrogate.fit(data.x, data.y)
         chosen = _candidates(problem, space, surrogate, data, options, iteration)
         if not len(chosen):

@@ -2,7 +2,7 @@
 
 llama.cpp can lay out and multiply the same file in several ways, and which is fastest differs between prompt and
 decode and from machine to machine; some crash on some machines. `CONFIGURATIONS` lists them, and a short trial of each
-finds the strongest for either (peers.py).
+finds the strongest for either (benchmarks/beside_llama_cpp.py).
 
 A known crash: `own choice` dies with SIGSEGV on CPUs with AMX where the library was compiled by GCC 12, whose header
 says that `ldtilecfg` reads 8 bytes, so that the rest of llama.cpp's tile configuration is stored after it was loaded.
@@ -25,6 +25,9 @@ from typing import Any
 from amq.bench.cases import Case
 from amq.bench.machine import OtherWork, memory
 from amq.errors import AmqError
+
+from .base import missing_module
+from .ggml import ggml_libraries
 
 NAME = "llama.cpp"
 PROJECT = "llama-cpp-python"
@@ -57,11 +60,7 @@ CONFIGURATIONS = [
 
 def unsupported_reason() -> str | None:
     """Why llama.cpp cannot run here; None where it can."""
-    import importlib.util
-
-    if importlib.util.find_spec("llama_cpp") is None:
-        return f"{PROJECT} is not installed: pip install {PROJECT}"
-    return None
+    return f"{PROJECT} is not installed: pip install {PROJECT}" if missing_module("llama_cpp") else None
 
 
 class LlamaCpp:
@@ -200,11 +199,10 @@ class _Override(ctypes.Structure):
 def _repacked_buffers() -> Any:
     """Overrides that repack the blocks' linears, which the library itself does only where it finds no AMX.
 
-    The buffer type has no C name, so this asks for its C++ one in the library that is loaded.
+    The buffer type has no C name, so this asks for its C++ one.
     """
-    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libggml-cpu" in line}
     symbol = "_Z35ggml_backend_cpu_repack_buffer_typev"
-    found = [library for library in map(ctypes.CDLL, sorted(loaded)) if hasattr(library, symbol)]
+    found = [library for library in map(ctypes.CDLL, map(str, ggml_libraries())) if hasattr(library, symbol)]
     if not found:
         raise AmqError("this build of llama.cpp does not let its repacked layout be asked for")
     make = getattr(found[0], symbol)

@@ -1,4 +1,4 @@
-"""`python -m amq.eval order MODEL`: does the proxy rank configurations as the deployed quantizer does?
+"""`python benchmarks/order.py MODEL`: does the proxy rank configurations as the deployed quantizer does?
 
 AMQ's claim (order equivalence) is what makes a search on a cheap proxy worth anything. Random configurations spread
 over the budget are quantized by each method, and the orders of their losses (divergence per token from the full-
@@ -13,6 +13,7 @@ is walked once, block by block, with the hidden states of every method and confi
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from provenance import write_results
 from torch import Tensor
 
 from amq.configuration import Configuration
@@ -34,13 +36,14 @@ from amq.model.text import WindowSampler, load_corpus
 from amq.model.usable import find_usable
 from amq.packing import dequantize
 from amq.proxy.evaluator import token_losses
-from amq.quantize.blocks import METHODS, Method, head_dim
+from amq.quantize.blocks import head_dim
 from amq.quantize.fold import find_fold
-from amq.quantize.quantizers import get_quantizer
+from amq.quantize.methods import METHODS, Method
+from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import candidate_scales, scale_errors
-from amq.util.files import check_place, write_json
+from amq.util.files import check_place
 from amq.util.progress import Progress, terminal_progress
-from amq.util.settings import TRUST_REMOTE_CODE, add_flags, flag
+from amq.util.settings import add_flags, flag, run_command
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,13 +70,11 @@ class OrderSettings:
     window_length: int = flag(512, "tokens per window, BOS included where the tokenizer puts one", metavar="N")
     seed: int = flag(0, "of configurations and windows", metavar="N")
     dtype: str = flag("auto", "auto, float32, bfloat16 or float16", metavar="DTYPE")
-    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
+    trust_remote_code: bool = flag(False, "run the Python code that the model's folder brings along")
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m amq.eval order", description="Rank correlation between a proxy's losses and deployed ones."
-    )
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Rank correlation between a proxy's losses and deployed ones.")
     parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
     add_flags(parser, OrderSettings)
     settings = OrderSettings(**vars(parser.parse_args(argv)))
@@ -87,7 +88,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     """Measures, writes order.json and order.png into `settings.output`, and returns the content of the first."""
     progress = progress or Progress()
     start = time.monotonic()
-    methods = {name: _method(name) for name in (*_names(settings.proxy), *_names(settings.deployed))}
+    methods = {name: METHODS[name] for name in (*_names(settings.proxy), *_names(settings.deployed))}
     check_group_size(settings.group_size)
     if settings.samples < 2 * BANDS:
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
@@ -101,7 +102,7 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     configurations = spread_configurations(
         inventory.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
     )
-    walk = _Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
+    walk = Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
     stream = CalibrationStream(loaded.model, calibration)
     with progress.stage("order", inventory.n_blocks) as step:
         for block in range(inventory.n_blocks):
@@ -124,19 +125,13 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
         "seconds": round(time.monotonic() - start, 1),
     }
     output = Path(settings.output)
-    write_json(output / "order.json", result)
+    write_results(output / "order.json", result)
     _plot(result, output / "order.png")
     return result
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise AmqError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def spread_configurations(
@@ -172,7 +167,7 @@ def correlations(proxy: Sequence[float], deployed: Sequence[float], bits: Sequen
     }
 
 
-class _Walk:
+class Walk:
     """Hidden states of every method and configuration at one block boundary, and what moves them on.
 
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
@@ -243,15 +238,14 @@ class QuantizedGroup:
     """What linears that share an input multiply with after `method`, for any formats; each piece is computed once.
 
     weights: float32 [out_features_i, in_features] each. tie: as in `amq.quantize.quantizers.awq.candidate_scales`, or
-        None where
-    no scale can be folded.
+        None where no scale can be folded.
     """
 
     def __init__(
         self, group: InputGroup, weights: Sequence[Tensor], group_size: int, method: Method, tie: Tensor | None
     ) -> None:
         self._full = {spec.name: weight for spec, weight in zip(group.linears, weights, strict=True)}
-        self._gram, self._group_size, self._rounding = group.gram, group_size, get_quantizer(method.rounding)
+        self._gram, self._group_size, self._rounding = group.gram, group_size, QUANTIZERS[method.rounding]
         self._scales = torch.ones(1, len(group.gram))
         if method.scales and tie is not None:
             self._scales = candidate_scales(group.gram, tie)
@@ -315,3 +309,7 @@ def _plot(result: dict[str, Any], path: Path) -> None:
     figure.suptitle("Does the proxy rank configurations as the deployed quantizer does?", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))

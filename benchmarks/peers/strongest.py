@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from amq.bench import llama_cpp
 from amq.bench.cases import Case
-from amq.bench.llama_cpp import CONFIGURATIONS, Configuration, LlamaCpp, Quantizer
+from amq.bench.run import Contender, PeerMissing
+from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 from amq.model.open import ALIASES, alias_file
 from amq.util.files import cache_dir, read_json, write_atomic
+from amq.util.progress import Progress
+
+from .llama_cpp import CONFIGURATIONS, NAME, Configuration, LlamaCpp, Quantizer, unsupported_reason
 
 log = logging.getLogger(__name__)
 
@@ -24,60 +25,47 @@ TRIALS = (Case(False, 256), Case(True, 24))
 TRIAL_REPETITIONS = 3
 
 
-class PeerMissing(Exception):
-    """Why there is no peer to measure."""
-
-
-@dataclass
-class Peer:
-    """llama.cpp, ready.
-
-    chosen: the configuration for prompts (False) and decode (True); workers: a process for each of them.
-    trials: what every configuration reached, or why it failed.
-    """
-
-    file: Path
-    facts: dict[str, Any]
-    chosen: dict[bool, Configuration]
-    trials: list[dict[str, Any]]
-    workers: dict[Configuration, ChildProcess] = field(default_factory=dict)
-
-    def worker(self, decode: bool) -> ChildProcess:
-        return self.workers[self.chosen[decode]]
-
-    def close(self) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
-
-def open_peer(model: str, device: str, gguf: str, threads: int, seed: int, step: Callable[[str], None]) -> Peer:
+def open_peer(settings: BenchSettings, progress: Progress, gguf: str) -> Contender:
     """Tries all configurations and starts the strongest; raises PeerMissing with the reason where none runs.
 
-    gguf: a .gguf file, `auto`, or a type of llama.cpp's quantizer. step: called after each trial.
+    gguf: a .gguf file, `auto`, or a type of llama.cpp's quantizer.
     """
-    if device != "cpu":
-        raise PeerMissing(f"the model runs on {device}, and llama.cpp is measured on CPUs only")
-    if reason := llama_cpp.unsupported_reason():
+    if settings.device != "cpu":
+        raise PeerMissing(f"the model runs on {settings.device}, and llama.cpp is measured on CPUs only")
+    if reason := unsupported_reason():
         raise PeerMissing(reason)
-    file = gguf_file(model, gguf, threads)
+    file = gguf_file(settings.model, gguf, settings.thread_count)
     trials = []
-    for configuration in CONFIGURATIONS:
-        trials.append(_trial(file, threads, configuration, seed))
-        step(str(configuration))
+    with progress.stage("llama.cpp's ways", len(CONFIGURATIONS)) as step:
+        for configuration in CONFIGURATIONS:
+            trials.append(_trial(file, settings.thread_count, configuration, settings.seed))
+            step(str(configuration))
     working = [trial for trial in trials if "failed" not in trial]
     if not working:
         reasons = "; ".join(f"{trial['configuration']}: {trial['failed']}" for trial in trials)
         raise PeerMissing(f"llama.cpp runs {file.name} in no way that was tried: {reasons}")
     chosen = {case.decode: CONFIGURATIONS[trials.index(_fastest(working, case))] for case in TRIALS}
-    peer = Peer(file, {**weights(file), "file": str(file)}, chosen, trials)
+    return _start(settings, file, chosen, trials)
+
+
+def _start(
+    settings: BenchSettings, file: Path, chosen: dict[bool, Configuration], trials: list[dict[str, Any]]
+) -> Contender:
+    """chosen: the configuration for prompts (False) and decode (True); the same one gets one process."""
+    started: dict[Configuration, ChildProcess] = {}
     try:
         for configuration in set(chosen.values()):
-            peer.workers[configuration] = ChildProcess(LlamaCpp, str(file), threads, configuration, seed)
-        peer.facts |= peer.worker(True).call("facts")
+            started[configuration] = ChildProcess(
+                LlamaCpp, str(file), settings.thread_count, configuration, settings.seed
+            )
+        workers = {decode: started[configuration] for decode, configuration in chosen.items()}
+        facts = {**weights(file), "file": str(file), **workers[True].call("facts")}
     except (AmqError, ChildFailed) as error:
-        peer.close()
+        for worker in started.values():
+            worker.close()
         raise PeerMissing(f"{file.name}: {error}") from error
-    return peer
+    counted = "a decoded token of llama.cpp (as of llama-bench) chooses nothing"
+    return Contender(NAME, facts, workers, {decode: str(c) for decode, c in chosen.items()}, counted, trials)
 
 
 def _fastest(trials: list[dict[str, Any]], case: Case) -> dict[str, Any]:
