@@ -25,7 +25,7 @@ LONG = (
         "test_serve_queue",
         "test_skips",
     ),
-    *("test_solvers", "test_torch_engine"),
+    *("test_skips", "test_solvers", "test_torch_engine"),
 )
 """Over three seconds of a processor's time, but for what everything rests on: test_linear, test_native, test_engine."""
 
