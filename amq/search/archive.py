@@ -25,7 +25,7 @@ from amq.configuration import configuration_key
 from amq.errors import AmqError
 from amq.search.space import SearchSpace
 from amq.util.files import check_path, is_disk_full, make_folder, reason
-from amq.util.records import parse_record, to_json
+from amq.util.records import check_range, parse_record, to_json
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,10 @@ class Record:
     def ranked(self) -> float:
         """The loss to compare by: an infeasible candidate's is infinite."""
         return math.inf if self.loss is None else self.loss
+
+    def __post_init__(self) -> None:
+        check_range(self, "index", "seconds", "bits_per_weight", least=0)
+        check_range(self, "loss", least=-ROUNDING)
 
 
 def read_archive(path: Path, space: SearchSpace | None = None) -> Iterator[Record]:
