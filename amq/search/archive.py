@@ -49,14 +49,14 @@ class Record:
     iteration: int | None = None
     configuration: dict[str, str]
 
+    def __post_init__(self) -> None:
+        check_range(self, "index", "seconds", "bits_per_weight", least=0)
+        check_range(self, "loss", least=-ROUNDING)
+
     @property
     def ranked(self) -> float:
         """The loss to compare by: an infeasible candidate's is infinite."""
         return math.inf if self.loss is None else self.loss
-
-    def __post_init__(self) -> None:
-        check_range(self, "index", "seconds", "bits_per_weight", least=0)
-        check_range(self, "loss", least=-ROUNDING)
 
 
 def read_archive(path: Path, space: SearchSpace | None = None) -> Iterator[Record]:
