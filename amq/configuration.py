@@ -10,16 +10,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
 from amq.model.inventory import Inventory, LinearSpec, match_linears
 from amq.model.shape import LayerCache
 from amq.util.files import read_json, write_json
-from amq.util.records import check_range, parse_record, shorten
+from amq.util.records import check_range, parse_record, shorten, to_json
 
 SCHEMA = "amq/configuration/1"
 OTHER_BYTES = 2
@@ -27,15 +26,21 @@ OTHER_BYTES = 2
 
 
 @dataclass(frozen=True)
-class _Provenance:
-    """The part of a configuration's provenance that is read back: what names its bank."""
+class Provenance:
+    """Where a configuration came from: what names its bank (proxy to seed, and the model), and how it was searched."""
 
     proxy: str | None = None
     calibration: str | None = None
     window_length: int | None = None
     bank_windows: int | None = None
     seed: int | None = None
+    solver: str | None = None
+    cost: str | None = None
+    formats: str | None = None
+    loss: str | None = None
+    window_prefix: tuple[str, ...] | None = None
     model_fingerprint: str | None = None
+    amq: str | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "window_length", "bank_windows")
@@ -43,12 +48,48 @@ class _Provenance:
 
 
 @dataclass(frozen=True)
+class MemoryItem:
+    name: str
+    bytes: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What must be resident to run a model."""
+
+    items: tuple[MemoryItem, ...]
+    total: int
+
+    @staticmethod
+    def of(items: Iterable[MemoryItem]) -> Memory:
+        listed = tuple(items)
+        return Memory(listed, sum(i.bytes for i in listed))
+
+
+@dataclass(frozen=True)
+class Details:
+    """What a configuration says besides: its figures and its origin, None where they are not known.
+
+    bytes: of the linears; loss, loss_confirm (on held-out windows), predicted_loss: nats per token.
+    """
+
+    model: str | None = None
+    bits_per_weight: float | None = None
+    bytes: int | None = None
+    loss: float | None = None
+    loss_confirm: float | None = None
+    predicted_loss: float | None = None
+    memory: Memory | None = None
+    provenance: Provenance | None = None
+
+
+@dataclass(frozen=True)
 class _File:
-    """configuration.json; its other figures are for people."""
+    """configuration.json without its details, which stand beside these."""
 
     group_size: int
     formats: dict[str, str]
-    provenance: _Provenance | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +98,7 @@ class Configuration:
 
     formats: Mapping[str, str]
     group_size: int
-    details: Mapping[str, Any] = field(default_factory=dict)
+    details: Details = Details()
 
     @staticmethod
     def uniform(linears: Sequence[LinearSpec], fmt: BitFormat, group_size: int) -> Configuration:
@@ -70,9 +111,8 @@ class Configuration:
 
     def save(self, path: Path) -> None:
         """Writes `docs/format.md`'s configuration JSON, atomically."""
-        write_json(
-            path, {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats), **self.details}
-        )
+        head = {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats)}
+        write_json(path, {**head, **to_json(self.details)})
 
     @staticmethod
     def load(path: Path) -> Configuration:
@@ -91,8 +131,7 @@ class Configuration:
             check_group_size(file.group_size)
         except AmqError as error:
             raise AmqError(f"{path}: {error}") from None
-        details = {k: v for k, v in data.items() if k not in ("schema", "formats", "group_size")}
-        return Configuration(file.formats, file.group_size, details)
+        return Configuration(file.formats, file.group_size, parse_record(data, Details, str(path)))
 
     def check(self, linears: Sequence[LinearSpec], unusable: Mapping[str, str] | None = None) -> None:
         """Refuses a configuration that is not of exactly these linears; unusable: {linear: why it has no format}."""
@@ -138,13 +177,6 @@ def parse_pins(pins: Sequence[str], linears: tuple[LinearSpec, ...]) -> dict[str
     return pinned
 
 
-@dataclass(frozen=True)
-class MemoryItem:
-    name: str
-    bytes: int
-    note: str = ""
-
-
 def memory_items(
     model: Inventory, configuration: Configuration, caches: Sequence[LayerCache] = (), context: int = 0
 ) -> tuple[MemoryItem, ...]:
@@ -184,10 +216,6 @@ def other_items(model: Inventory) -> list[MemoryItem]:
         reasons = sorted({o.reason for o in model.others if o.kind == "not quantized"})
         items.append(MemoryItem("not quantized", rest, "; ".join(reasons)))
     return items
-
-
-def memory_json(items: Sequence[MemoryItem]) -> dict[str, Any]:
-    return {"items": [asdict(i) for i in items], "total": sum(i.bytes for i in items)}
 
 
 def configuration_key(formats: Mapping[str, str]) -> str:

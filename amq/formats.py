@@ -9,7 +9,7 @@ first code in the lowest digit:
 For power-of-two levels that is the dense little-endian bitstream that GPTQ, AutoRound and MLX use too. A row whose
 length is not a multiple of `unit_codes` ends with a shorter unit, cut to the bytes that its codes need. Everything else
 (pack, unpack, stored bits, checkpoint metadata, tests, benchmarks, native kernels) is derived from these records;
-adding a format is adding one line here plus one decode file per backend.
+adding a format is adding one line here (docs/add_a_format.md).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class BitFormat:
 
     @property
     def bits(self) -> int:
-        """Bits that hold one code on its own; `code_bits` says what it takes in a row."""
+        """Bits that one code needs; where `is_dense`, what it takes."""
         return self.max_code.bit_length()
 
     @property
@@ -102,6 +102,12 @@ FORMATS: dict[str, BitFormat] = {
     )
 }
 """Every known format by name, cheapest first."""
+
+
+def native_header() -> str:
+    """amq_formats.h: the records for C++ and CUDA, a macro list `X(name, levels, unit_codes, unit_bytes)`."""
+    entries = " ".join(f"X({f.name}, {f.levels}, {f.unit_codes}, {f.unit_bytes})" for f in FORMATS.values())
+    return f"// Written from amq/formats.py.\n#pragma once\n#define AMQ_FORMATS(X) {entries}\n"
 
 
 @dataclass(frozen=True)

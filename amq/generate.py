@@ -1,72 +1,69 @@
-"""`python -m amq.generate MODEL --prompt TEXT`: streams text, and says how fast it came and what memory it took."""
+"""`amq generate MODEL --prompt TEXT`: streams text, and says how fast it came and what memory it took."""
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from amq.errors import AmqError
-from amq.kernels.backends import ACTIVATIONS, BACKENDS
-from amq.runtime import Generation, Runtime, Sampling, generate, load
+from amq.model.settings import CHECKPOINT
+from amq.runtime.settings import WRITE, RuntimeSettings, Sampling
 from amq.util.files import check_file, write_json
-from amq.util.settings import TRUST_REMOTE_CODE, run_command
+from amq.util.settings import REQUIRED, flag, parse_command, run_command
 
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "max_new_tokens")
+if TYPE_CHECKING:
+    from amq.runtime import Generation, Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSettings(RuntimeSettings, Sampling):
+    VERB: ClassVar[str] = "generate"
+    ABOUT: ClassVar[str] = "streams text that a model writes, and says how fast it came"
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        'amq generate smollm2-4bit --prompt "The capital of France is"',
+        'amq generate smollm2-4bit --chat --prompt "Why is the sky blue?" --temperature 0.7',
+    )
+
+    model: str = flag(REQUIRED, CHECKPOINT, positional=True)
+    prompt: str = flag(REQUIRED, "text to go on from; - reads it from stdin", WRITE, metavar="TEXT")
+    chat: bool = flag(False, "the prompt is a message to the model: use its chat template", WRITE)
+    context: int | None = flag(
+        None, "tokens that prompt and text may have (default: the model's)", least=1, metavar="N"
+    )
+    json_file: Path | None = flag(None, "write the figures as JSON", name="json", metavar="FILE")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(**{field.name: getattr(self, field.name) for field in fields(Sampling)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _parser().parse_args(argv)
-    check_file(args.json, "--json")
-    sampling = Sampling(**{name: getattr(args, name) for name in SAMPLING}, stop=tuple(args.stop))
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    settings = GenerateSettings(**parse_command(argv, GenerateSettings))
+    check_file(settings.json_file, "--json")
+    text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     if not text.strip():
         raise AmqError("the prompt is empty: give --prompt TEXT, or text on stdin with --prompt -")
     start = time.perf_counter()
-    runtime = load(
-        args.model, args.device, args.backend, args.activations, args.dtype, args.context,
-        threads=args.threads, trust_remote_code=args.trust_remote_code,
-    )  # fmt: skip
+    from amq.runtime import generate, load
+
+    runtime = load(settings.model, **settings.loading)
     load_seconds = time.perf_counter() - start
     print(runtime.engine.banner, file=sys.stderr)
-    generation = generate(runtime, [{"role": "user", "content": text}] if args.chat else text, sampling)
+    prompt = [{"role": "user", "content": text}] if settings.chat else text
+    generation = generate(runtime, prompt, settings.sampling)
     for piece in generation:
         print(piece, end="", flush=True)
     print(flush=True)
-    figures = {"model": str(args.model), "load_seconds": load_seconds, **_figures(runtime, generation)}
+    figures = {"model": settings.model, "load_seconds": load_seconds, **_figures(runtime, generation)}
     print(_line(figures), file=sys.stderr)
-    if args.json:
-        write_json(args.json, figures)
+    if settings.json_file:
+        write_json(settings.json_file, figures)
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m amq.generate", description="Generates text with a model.")
-    add = parser.add_argument
-    add("model", metavar="MODEL", help="a folder that amq.quantize wrote; or hub id, folder, .gguf file, smollm2")
-    add("--prompt", required=True, metavar="TEXT", help="text to go on from; - reads it from stdin")
-    add("--chat", action="store_true", help="the prompt is a message to the model: use its chat template")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="tokens to generate at most (default 256)")
-    add("--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token")
-    add("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens (default 0: all)")
-    add("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that make up P (default 1)")
-    add("--min-p", type=float, default=0.0, metavar="P", help="leave out tokens below P times the likeliest")
-    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="above 1: repeat less (default 1: off)")
-    add("--seed", type=int, metavar="N", help="of the draws, to repeat them")
-    add("--stop", action="append", default=[], metavar="TEXT", help="ends the text; may be repeated")
-    add("--activations", choices=ACTIVATIONS, help="int8 or fp32 (exact); default: int8 on backend cpu, else fp32")
-    add("--backend", choices=list(BACKENDS), help="what multiplies the quantized linears (default: the fastest)")
-    add("--device", default="cpu")
-    add("--dtype", default="auto", help="of what is not quantized (default: float32 on a CPU)")
-    add("--trust-remote-code", action="store_true", help=TRUST_REMOTE_CODE)
-    add("--context", type=int, metavar="N", help="tokens that prompt and text may have (default: the model's)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
-    add("--json", type=Path, metavar="FILE", help="write the figures as JSON")
-    return parser
 
 
 def _figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:

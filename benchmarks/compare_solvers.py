@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from provenance import write_results
 
 from amq.configuration import configuration_key
 from amq.formats import FORMATS
@@ -28,8 +29,7 @@ from amq.search.front import hypervolume
 from amq.search.problem import Problem
 from amq.search.run import _cost_tables, _prepare, _Timings
 from amq.search.settings import SearchSettings
-from amq.search.solvers import get_solver
-from amq.util.files import write_json
+from amq.search.solvers import SOLVERS
 from amq.util.progress import LineProgress
 
 BUDGETS = tuple(2.5 + 0.25 * i for i in range(1, 8))
@@ -67,7 +67,7 @@ def main() -> int:
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows, methods))
     if args.json:
-        write_json(args.json, {"schema": "amq/compare/1", "proxy": args.proxy, "rows": rows})
+        write_results(args.json, {"schema": "amq/compare/1", "proxy": args.proxy, "rows": rows})
     return 0
 
 
@@ -113,19 +113,17 @@ def run_method(settings: SearchSettings, stage, losses: MemoLosses) -> dict:  # 
         timings = _Timings()
         problem.cost_tables = _cost_tables(settings, stage, problem, Path(folder), timings)
         losses.spent = 0.0
-        get_solver(settings.solver)(problem, settings)
+        SOLVERS[settings.solver](problem, settings)
         archive.close()
     # the sensitivity table's seconds are in `spent` already
     seconds = losses.spent + (timings.seconds.get("cost", 0.0) if settings.cost == "fisher" else 0.0)
     each = float(np.median(losses.each))
     # the 210 sensitivities are measured before the front; the front itself is what the solver chose to evaluate
-    chosen = [r for r in archive.evaluated() if r["phase"] != "sensitivity"]
+    chosen = [r for r in archive.evaluated() if r.phase != "sensitivity"]
     ends = [stage.space.uniform(FORMATS[n]) for n in ("int2", "int4")]
-    losses = {
-        b: min((r["loss"] for r in chosen if r["bits_per_weight"] <= b + 1e-6), default=np.log(2)) for b in BUDGETS
-    }
+    losses = {b: min((r.loss for r in chosen if r.bits_per_weight <= b + 1e-6), default=np.log(2)) for b in BUDGETS}
     points = [(b, loss) for b, loss in losses.items()]
-    points += [(stage.space.bits_of(e), archive.find(e)["loss"]) for e in ends]
+    points += [(stage.space.bits_of(e), archive.find(e).loss) for e in ends]
     return {
         "evaluations": len(chosen), "sensitivities": len(archive.records) - len(chosen),
         "hv7": round(hypervolume(np.array(points), stage.space.bits_range), 4),

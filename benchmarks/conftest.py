@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # helpers.tiny_models, for --smoke
+sys.path.insert(0, str(Path(__file__).parent))
+
+from provenance import provenance  # noqa: E402
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -40,10 +43,6 @@ def model_name(request: pytest.FixtureRequest, smoke: bool, tmp_path_factory: py
     return str(folder)
 
 
-def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """Threads and versions beside what pytest-benchmark records itself."""
-    import transformers
-
-    machine_info["torch"] = torch.__version__
-    machine_info["transformers"] = transformers.__version__
-    machine_info["threads"] = torch.get_num_threads()
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:
+    """What every file of results says, beside what pytest-benchmark records itself."""
+    output_json["provenance"] = provenance()

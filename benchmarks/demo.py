@@ -13,15 +13,17 @@ import sys
 import time
 from pathlib import Path
 
+from provenance import write_results
+
 import amq
 from amq.eval.__main__ import table
 from amq.quantize.__main__ import summary as quantized_summary
 from amq.runtime import Sampling, generate, load
 from amq.search.__main__ import summary
 from amq.search.select import select_from_run
-from amq.util.files import write_json
 from amq.util.folders import work_folder
 from amq.util.progress import Progress, terminal_progress
+from amq.util.records import to_json
 
 FORMATS = "int2,int3,int4,int6"
 BUDGETS = (3.5, 4.0, 5.0)
@@ -43,7 +45,7 @@ def main() -> int:
     )
     searched = time.monotonic() - start
     print(summary(result.configuration))
-    uniform_int3 = next(u["bits_per_weight"] for u in result.uniform if u["name"] == "int3")
+    uniform_int3 = next(u.bits_per_weight for u in result.uniform if u.name == "int3")
     paths = []
     for bits in (uniform_int3, *BUDGETS):
         name = "searched-at-int3-cost" if bits == uniform_int3 else f"searched-{bits}"
@@ -59,7 +61,7 @@ def main() -> int:
     checkpoint = _quantize(args, progress)
     print(f"search {searched:.0f} s, everything {time.monotonic() - start:.0f} s; open {args.output}/report.html")
     print(f"ask it more: python -m amq.generate {checkpoint} --chat --prompt …, or python -m amq.serve {checkpoint}")
-    write_json(args.output / "eval.json", evaluation.json())
+    write_results(args.output / "eval.json", to_json(evaluation))
     print(
         json.dumps({"seconds": round(time.monotonic() - start), "search_seconds": round(searched), "perplexity": rows})
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from provenance import write_results
 
 import amq
 from amq.checkpoint.store import open_checkpoint
@@ -113,7 +114,7 @@ def main() -> int:
             results.append(compare("none", source, "plain torch, fp16", references[source], half))
         results.append(run_row(args.work, to, source, loader, references[source], pythons.get(loader)))
         if args.json:
-            write_json(args.json, results)
+            write_results(args.json, {"rows": results})
     print(table(results))
     return 0
 

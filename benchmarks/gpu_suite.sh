@@ -13,7 +13,7 @@
 #
 # AMQ_CUDA_LIBRARY names a library of the CUDA kernels to use as it is; else amq/_cuda.so is used if it is newer than
 # kernels/cuda, else the kernels are built for the present GPU into a temporary folder. AMQ_CACHE is a cache whose table
-# of launch parameters (python -m amq.kernels.tune) is to be used, none by default.
+# of launch parameters (python benchmarks/gpu/tune.py) is to be used, none by default.
 
 set -u -o pipefail
 usage="usage: benchmarks/gpu_suite.sh DIR [--smoke]"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import write_results
 
 from amq.runtime import Runtime, load
 from amq.runtime.engine import Segment
-from amq.util.files import write_json
 from amq.util.settings import run_command
 
 PROMPTS = (
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         end = "" if identical else f"; there the two likeliest were {margins[same]:.2g} apart"
         print(f"{same} of {len(ours)} tokens the same (closest call {min(margins):.2g}){end}: {prompt}")
     if args.json:
-        write_json(args.json, {"model": str(args.folder), "rows": rows})
+        write_results(args.json, {"model": str(args.folder), "rows": rows})
     return 0 if all(row["identical"] for row in rows) else 1
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from provenance import provenance, write_results
 
 from amq.configuration import Configuration
 from amq.formats import get_format
@@ -23,10 +24,10 @@ from amq.model.open import load_model, model_fingerprint
 from amq.model.perplexity import perplexity
 from amq.model.text import WindowSampler, fixed_windows, load_corpus
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import METHODS, BlockQuantizer, BlockSource
+from amq.quantize.blocks import BlockQuantizer, BlockSource
+from amq.quantize.methods import METHODS
 from amq.quantize.sources import BankSource
-from amq.util.files import read_json, write_json
-from amq.util.machine import cpu_name
+from amq.util.files import read_json
 from amq.util.progress import Progress
 
 SCHEMA = "amq/quality/1"
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
-    content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "machine": cpu_name(), "rows": []}
+    content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "rows": []}
     measure(args, content)
     print(table(content["rows"]))
 
@@ -65,12 +66,14 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
             for f in args.uniform.split(",") if f]  # fmt: skip
     jobs += [(f"searched {path.stem}", Configuration.load(path)) for path in args.configuration]
 
+    made = provenance()  # of every row, because a second call may be of another commit
+
     def add(**row: Any) -> None:
         found = {name: perplexity(loaded.model, w, corpus.unscored) for name, w in windows.items()}
         row["perplexity"] = {name: round(value, 3) for name, value in found.items()}
         print(json.dumps(row), flush=True)
-        content["rows"].append(row)
-        write_json(args.json, content)
+        content["rows"].append(row | {name: made[name] for name in ("commit", "dirty", "date")})
+        write_results(args.json, content)
 
     def done(**key: Any) -> bool:
         return any(all(row.get(k) == v for k, v in key.items()) for row in content["rows"])

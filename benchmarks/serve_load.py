@@ -30,10 +30,9 @@ from urllib.parse import urlsplit
 
 import httpx
 import psutil
+from provenance import write_results
 
 from amq.errors import AmqError
-from amq.util.files import write_json
-from amq.util.machine import cpu_name
 from amq.util.settings import run_command
 
 SCHEMA = "amq/serve_load/1"
@@ -88,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
             limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
             client = httpx.AsyncClient(base_url=url, headers=headers, timeout=size.patience, limits=limits)
-            result = {"schema": SCHEMA, "machine": cpu_name(), "server_args": args.server_args, "size": vars(size)}
+            result = {"schema": SCHEMA, "server_args": args.server_args, "size": vars(size)}
             if args.concurrency:
                 users = [int(n) for n in args.concurrency.split(",")]
                 engine = ServedEngine(folder, args.server_args) if folder else None
@@ -97,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 measured, good = asyncio.run(load(client, process, size, args.seed))
     result.update(measured)
     if args.json:
-        write_json(args.json, result)
+        write_results(args.json, result)
     return 0 if good else 1
 
 

@@ -22,10 +22,10 @@ constexpr int64_t kMost = INT32_MAX;
 // What Python gives of a tensor: (address, bytes). (0, 0) stands for none, and for an empty one.
 using Memory = std::tuple<uintptr_t, int64_t>;
 
-inline Isa find_isa(const std::string& name) {
+inline const Isa& find_isa(const std::string& name) {
     if (name.empty()) return best_isa();
-    for (Isa isa : kIsas)
-        if (isa_name(isa) == name && is_supported(isa)) return isa;
+    for (const Isa& isa : isas())
+        if (isa.name == name && !missing_feature(isa)) return isa;
     throw std::invalid_argument("isa: expected one of isas(), got '" + name + "'");
 }
 

@@ -154,7 +154,7 @@ void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<Segm
     const int64_t logits_bytes = product({n_wanted, m.vocabulary, 4}, "logits");
     pass.logits = n_wanted == 0 ? nullptr : address_of<float>(logits, "logits", logits_bytes);
     require_threads(threads);
-    const amq::Isa isa = amq::find_isa(isa_name);
+    const amq::Isa& isa = amq::find_isa(isa_name);
     py::gil_scoped_release release;
     decoder.forward(pass, isa, threads);
 }

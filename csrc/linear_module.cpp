@@ -57,7 +57,7 @@ void prepare(const std::string& format, const Memory& qweight, const Memory& sca
              const Memory& out, int64_t qweight_stride, int64_t group_stride, int64_t rows, int64_t in_features,
              int64_t group_size, int threads, const std::string& isa_name) {
     const int index = find_tiled_format(format), bits = amq::tile_bits(index);
-    const amq::Isa isa = find_isa(isa_name);
+    const amq::Isa& isa = find_isa(isa_name);
     check_sizes(in_features, group_size, threads);
     require_size(rows, "rows", 0);
     if (rows == 0) return;
@@ -107,7 +107,7 @@ amq::LinearCall make_call(const std::vector<Part>& parts, const Memory& x, const
 void linear(const std::vector<Part>& parts, const Memory& x, const Memory& bias, const Memory& y, int64_t rows,
             int64_t in_features, int64_t group_size, int64_t x_stride, int64_t y_stride, bool int8, int threads,
             const std::string& isa_name) {
-    const amq::Isa isa = find_isa(isa_name);
+    const amq::Isa& isa = find_isa(isa_name);
     const amq::LinearCall call =
         make_call(parts, x, bias, y, rows, in_features, group_size, x_stride, y_stride, int8, threads);
     if (call.parts.empty()) return;
@@ -118,7 +118,7 @@ void linear(const std::vector<Part>& parts, const Memory& x, const Memory& bias,
 // One call per part, all into the same y, as an engine without Python between its linears makes them.
 void linear_each(const std::vector<Part>& parts, const Memory& x, const Memory& y, int64_t rows, int64_t in_features,
                  int64_t group_size, int64_t y_stride, bool int8, int threads, const std::string& isa_name) {
-    const amq::Isa isa = find_isa(isa_name);
+    const amq::Isa& isa = find_isa(isa_name);
     std::vector<amq::LinearCall> calls;
     for (const Part& part : parts)
         calls.push_back(make_call({part}, x, {0, 0}, y, rows, in_features, group_size, in_features, y_stride, int8, threads));
@@ -132,7 +132,7 @@ uint64_t read_bytes(const Memory& data, int threads) {
     require(bytes >= 0, "bytes", "at least 0", bytes);
     require(bytes == 0 || std::get<0>(data) != 0, "data", "an address", 0);
     require_threads(threads);
-    const amq::Isa isa = amq::best_isa();
+    const amq::Isa& isa = amq::best_isa();
     py::gil_scoped_release release;
     return amq::read_bytes(isa, reinterpret_cast<const uint8_t*>(std::get<0>(data)), bytes, threads);
 }

@@ -40,7 +40,7 @@ void dequantize(const std::string& format_name, const Memory& qweight, const Mem
                 const Memory& out, int64_t qweight_stride, int64_t group_stride, int64_t out_stride, int64_t rows,
                 int64_t in_features, int64_t group_size, int threads, const std::string& isa_name) {
     const amq::FormatKernels& format = find_format(format_name);
-    const amq::Isa isa = find_isa(isa_name);
+    const amq::Isa& isa = find_isa(isa_name);
     require_size(rows, "rows", 0);
     require_size(in_features, "in_features", 1);
     require(group_size >= 1 && group_size <= amq::kMost && group_size % amq::kChunk == 0, "group_size",
@@ -64,7 +64,7 @@ void dequantize(const std::string& format_name, const Memory& qweight, const Mem
 
 void jensen_shannon(const Memory& reference, const Memory& logits, const Memory& divergence, int64_t rows,
                     int64_t vocabulary, int threads, const std::string& isa_name) {
-    const amq::Isa isa = find_isa(isa_name);
+    const amq::Isa& isa = find_isa(isa_name);
     require_size(rows, "rows", 0);
     require_size(vocabulary, "vocabulary", 1);
     require_threads(threads);
@@ -83,17 +83,17 @@ std::map<std::string, std::array<int, 3>> formats() {
     return layouts;
 }
 
-std::vector<std::string> isas() {
+std::vector<std::string> runnable_isas() {
     std::vector<std::string> names;
-    for (amq::Isa isa : amq::kIsas)
-        if (amq::is_supported(isa)) names.push_back(amq::isa_name(isa));
+    for (const amq::Isa& isa : amq::isas())
+        if (!amq::missing_feature(isa)) names.push_back(isa.name);
     return names;
 }
 
 std::map<std::string, std::string> missing() {
     std::map<std::string, std::string> reasons;
-    for (amq::Isa isa : amq::kIsas)
-        if (const char* reason = amq::missing_feature(isa)) reasons[amq::isa_name(isa)] = reason;
+    for (const amq::Isa& isa : amq::isas())
+        if (const char* reason = amq::missing_feature(isa)) reasons[isa.name] = reason;
     return reasons;
 }
 
@@ -102,9 +102,9 @@ std::map<std::string, std::string> missing() {
 PYBIND11_MODULE(_cpu, m) {
     m.doc() = "CPU kernels of amq; call them through amq.kernels.cpu";
     m.def("formats", &formats, "Formats compiled in: {name: [levels, unit_codes, unit_bytes]}");
-    m.def("isas", &isas, "Instruction sets that this processor can run, worst first");
+    m.def("isas", &runnable_isas, "Instruction sets that this processor can run, worst first");
     m.def("missing", &missing, "What this machine lacks, {instruction set: reason}, of those that it cannot run");
-    m.def("isa", [] { return amq::isa_name(amq::best_isa()); }, "The instruction set that kernels use by default");
+    m.def("isa", [] { return amq::best_isa().name; }, "The instruction set that kernels use by default");
     m.def("dequantize", &dequantize, py::kw_only(), py::arg("format"), py::arg("qweight"), py::arg("scale"),
           py::arg("zero_point"), py::arg("out"), py::arg("qweight_stride"), py::arg("group_stride"),
           py::arg("out_stride"), py::arg("rows"), py::arg("in_features"), py::arg("group_size"), py::arg("threads"),

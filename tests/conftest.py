@@ -10,10 +10,15 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+pytest.register_assert_rewrite("helpers")  # its asserts then show values, as those of test files do
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Code that models bring along is copied into a folder of this process's own: two that run tests at once would find
     each other's half-made modules. transformers reads the name when it is imported."""
+    from helpers.skips import SkipGate
+
+    config.pluginmanager.register(SkipGate(config))
     modules = tempfile.TemporaryDirectory(prefix="amq-modules-")
     config.add_cleanup(modules.cleanup)
     os.environ["HF_MODULES_CACHE"] = modules.name

@@ -9,17 +9,12 @@ import math
 import os
 
 import pytest
-from helpers.analytic import settings, solve
+from helpers.analytic import lines, settings, solve
 
 from amq.errors import AmqError
 from amq.search.archive import Archive, read_archive
 
 RECORD = dict(solver="s", phase="p", windows="search", seed=0)
-
-
-def lines(path):
-    """Records without what depends on the clock."""
-    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("solver", ["additive", "paper", "random"])
@@ -62,9 +57,9 @@ def test_an_infeasible_loss_is_recorded_as_null_and_the_search_goes_on(tmp_path)
 
     losses = AnalyticLosses(space(), nan_when="layers.0.attn.q_proj")
     problem = solve(tmp_path / "a.jsonl", settings(solver="paper"), losses)
-    infeasible = [r for r in problem.archive.records if r["loss"] is None]
-    assert infeasible and all(r["configuration"]["layers.0.attn.q_proj"] == "int2" for r in infeasible)
-    assert all(math.isfinite(r["loss"]) for r in problem.archive.evaluated())
+    infeasible = [r for r in problem.archive.records if r.loss is None]
+    assert infeasible and all(r.configuration["layers.0.attn.q_proj"] == "int2" for r in infeasible)
+    assert all(math.isfinite(r.loss) for r in problem.archive.evaluated())
     assert len(list(read_archive(tmp_path / "a.jsonl"))) == len(problem.archive.records)
 
 
@@ -115,7 +110,7 @@ def test_a_loss_a_rounding_below_zero_is_read_as_it_was_written(tmp_path):
     archive = Archive(tmp_path / "a.jsonl")
     archive.append({"a": "int8"}, -3e-8, 8.25, 0.1, **RECORD)
     archive.close()
-    assert [r["loss"] for r in read_archive(tmp_path / "a.jsonl")] == [-3e-8]
+    assert [r.loss for r in read_archive(tmp_path / "a.jsonl")] == [-3e-8]
 
 
 def test_a_reader_of_a_running_search_changes_nothing(tmp_path):
@@ -163,4 +158,4 @@ def test_a_failed_append_is_named_hidden_by_nothing_and_may_be_tried_again(tmp_p
     archive.append({"a": "int3"}, 0.4, 3.25, 0.1, **RECORD)
     archive.close()
     archive.close()
-    assert [r["loss"] for r in read_archive(path)] == [0.5, 0.4]
+    assert [r.loss for r in read_archive(path)] == [0.5, 0.4]

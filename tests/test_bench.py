@@ -7,7 +7,6 @@ import importlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,53 +14,32 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
-from helpers.gguf_files import finish, llama_writer, tensor_names, turned
-from helpers.tiny_models import VOCABULARY, byte_tokenizer, tiny_llama
+from helpers.engines import FakeEngine
+from helpers.tiny_models import byte_tokenizer, tiny_llama
 
-from amq.bench import llama_cpp, machine, peers, run
+from amq.bench import machine, run
 from amq.bench.cases import Case, grid
-from amq.bench.command import main, numbers
+from amq.bench.command import main
 from amq.bench.own import OwnEngine
-from amq.bench.peers import Peer, PeerMissing
-from amq.bench.run import Settings, bench
+from amq.bench.run import Contender, PeerMissing, bench
+from amq.bench.settings import BenchSettings, numbers
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model.inventory import get_linear
-from amq.model.open import ALIASES
 from amq.model.perplexity import perplexity
 from amq.packing import dequantize
-from amq.runtime.engine import Segment, Slot
+from amq.util.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class FakeEngine:
-    """Remembers every pass. The likeliest token is always the last one plus one; `known` tokens are remembered."""
-
-    banner, vocab_size, context, max_rows, max_sequences = "fake", 1000, 64, 8, 2
-
-    def __init__(self, known: int = 0) -> None:
-        self.known, self.passes, self.opened, self.closed = known, [], [], []
-
-    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
-        if len(self.opened) - len(self.closed) == self.max_sequences:
-            return None
-        self.opened.append(Slot(len(prompt) + new_tokens, min(self.known, len(prompt) - 1)))
-        return self.opened[-1]
-
-    def close(self, slot: Slot) -> None:
-        self.closed.append(slot)
-
-    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
-        assert sum(len(s.tokens) for s in segments) <= self.max_rows
-        for s in segments:
-            s.slot.length += len(s.tokens)
-            assert s.slot.length <= s.slot.capacity
-        self.passes.append([(list(s.tokens), s.logits) for s in segments])
-        last = torch.tensor([s.tokens[-1] for s in segments if s.logits], dtype=torch.int64)
-        return torch.nn.functional.one_hot((last + 1) % self.vocab_size, self.vocab_size).float()
+def engine_of(shared: int = 0) -> FakeEngine:
+    """The likeliest token is always the last one plus one; `shared` tokens of every prompt are remembered."""
+    engine = FakeEngine(64, 2, vocab_size=1000, max_rows=8, following=lambda slot: (slot.tokens[-1] + 1) % 1000)
+    engine.shared = shared
+    return engine
 
 
 def own(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> OwnEngine:
@@ -70,38 +48,38 @@ def own(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> OwnEngine:
 
 
 def test_a_prompt_is_passes_of_max_rows_with_logits_after_the_last(monkeypatch):
-    engine = FakeEngine()
+    engine = engine_of()
     figures = own(engine, monkeypatch).measure(Case(False, 20, depth=10), 1)
     lengths = [len(tokens) for pass_ in engine.passes for tokens, _ in pass_]
     assert lengths == [8, 2, 8, 8, 4]
     assert [logits for pass_ in engine.passes for _, logits in pass_] == [False, False, False, False, True]
     assert 0 < figures["seconds"] <= figures["first_token_seconds"]
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
 
 
 def test_decoding_feeds_the_likeliest_token_back_for_every_sequence(monkeypatch):
-    engine = FakeEngine()
+    engine = engine_of()
     own(engine, monkeypatch).measure(Case(True, 5, sequences=2), 1)
     steps = [[tokens[0] for tokens, logits in pass_ if logits] for pass_ in engine.passes]
     assert len(steps) == 5 and steps[0][0] != steps[0][1]
     assert steps == [[(token + i) % 1000 for token in steps[0]] for i in range(5)]
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
     with pytest.raises(AmqError, match="no room for sequence 3 of 3.*--batch"):
         own(engine, monkeypatch).measure(Case(True, 5, sequences=3), 1)
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
 
 
 def test_what_an_engine_remembers_is_not_counted_as_computed(monkeypatch):
-    engine = FakeEngine(known=6)
+    engine = engine_of(shared=6)
     own(engine, monkeypatch).measure(Case(False, 8, depth=10), 1)
     assert [len(tokens) for pass_ in engine.passes for tokens, _ in pass_] == [4, 8]
     with pytest.raises(AmqError, match="--seed"):
         own(engine, monkeypatch).measure(Case(False, 8, depth=5), 1)
-    assert engine.opened == engine.closed
+    assert engine.prompts and not engine.slots
 
 
 def test_repetitions_measure_other_tokens_after_the_same_depth(monkeypatch):
-    engine = FakeEngine()
+    engine = engine_of()
     bencher = own(engine, monkeypatch)
     for repetition in (1, 2, 1):
         bencher.measure(Case(False, 8, depth=8), repetition)
@@ -134,19 +112,17 @@ def test_a_worker_reports_errors_and_its_own_death():
 
 
 def test_command_on_a_tiny_checkpoint(tmp_path, monkeypatch, capsys):
-    """The whole command, with start-up, several cases and a peer that is not there."""
+    """The whole command, with start-up and several cases."""
     folder = tiny_checkpoint(tiny_llama(), tmp_path / "tiny")
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 20)
     monkeypatch.setattr(run, "STARTUP_REPETITIONS", 1)
-    monkeypatch.setattr(llama_cpp, "unsupported_reason", lambda: "llama-cpp-python is not installed")
     text, json_file, csv_file = tmp_path / "text.txt", tmp_path / "b.json", tmp_path / "b.csv"
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(200)))
-    arguments = f"--prompt 24 --generate 6 --batch 1,2 --repetitions 2 --threads 1 --peers --perplexity {text}"
+    arguments = f"--prompt 24 --generate 6 --batch 1,2 --repetitions 2 --threads 1 --perplexity {text}"
     arguments += f" --window-length 32 --max-tokens 64 --activations fp32 --json {json_file} --csv {csv_file}"
     assert main([str(folder), *arguments.split()]) == 0
     shown, result = capsys.readouterr().out, json.loads(json_file.read_text())
-    assert result["left_out"] == {"llama.cpp": "llama-cpp-python is not installed"} and result["ratios"] == {}
-    assert "llama.cpp left out: llama-cpp-python is not installed" in shown and "tg6 x2" in shown
+    assert result["left_out"] == {} == result["ratios"] and "provenance" not in result and "tg6 x2" in shown
     rows = {row["test"]: row for row in result["rows"]}
     assert list(rows) == ["pp24", "tg6", "tg6 x2"]
     facts = result["engines"]["amq"]
@@ -199,20 +175,22 @@ class FakeWorker:
         }[method]  # fmt: skip
 
     def close(self) -> None:
-        pass
+        self.closed = True
 
 
 def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -> dict[str, Any]:
     theirs = FakeWorker({False: 2.0, True: 3.0}, log, "llama.cpp", **options)
-    configuration = llama_cpp.Configuration("as stored", True)
     facts = {**theirs.call("facts"), "file_bytes": 1500, "weight_bytes": 1000, "file": "x.gguf"}
-    chosen = {False: configuration, True: configuration}
-    peer = Peer(Path("x.gguf"), facts, chosen, [{"configuration": str(configuration)}], {configuration: theirs})
+    trials = [{"configuration": "as stored"}]
+    peer = Contender("llama.cpp", facts, dict.fromkeys((False, True), theirs), {False: "a", True: "b"}, "more", trials)
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
-    monkeypatch.setattr(run, "open_peer", lambda *_: peer)
-    cases = (Case(False, 8), Case(True, 4), Case(True, 4, 2))
-    return bench(Settings("model", cases, 2, 1, startup=False, peers=True, perplexity="text", window_length=3))
+    grid = {"prompt": "8", "generate": "4", "batch": "1,2", "repetitions": 2, "window_length": 3}
+    settings = BenchSettings(model="model", **grid, threads=1, startup=False, perplexity="text")
+    result = to_json(bench(settings, peers={"llama.cpp": lambda *_: peer}, provenance={"commit": "0"}))
+    assert theirs.closed and result["trials"] == trials and result["provenance"] == {"commit": "0"}
+    assert result["counted"].endswith("; more")
+    return result
 
 
 def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch):
@@ -236,33 +214,17 @@ def test_a_peer_that_crashes_is_left_out_with_the_reason(monkeypatch):
     assert "perplexity" not in other["ratios"]["llama.cpp"]
 
 
-def test_the_gguf_of_a_checkpoint(tmp_path, monkeypatch, cache):
-    quantized: list[tuple[str, str]] = []
+def test_a_peer_that_cannot_run_is_left_out(monkeypatch):
+    def missing(*_: Any) -> Contender:
+        raise PeerMissing("it is not installed")
 
-    class Quantizing(FakeWorker):
-        def __init__(self, *_: Any) -> None: ...
-        def __enter__(self) -> Quantizing:
-            return self
-
-        def __exit__(self, *_: Any) -> None: ...
-        def call(self, method: str, source: str, output: str, kind: str, threads: int) -> None:
-            quantized.append((Path(source).name, kind))
-            Path(output).write_text("quantized")
-
-    original = tmp_path / "original.gguf"
-    original.write_text("weights")
-    monkeypatch.setattr(peers, "ChildProcess", Quantizing)
-    monkeypatch.setattr(peers, "alias_file", lambda name: original)
-    (tmp_path / "quantization.json").write_text(json.dumps({"model": {"name": next(iter(ALIASES))}}))
-    files = [peers.gguf_file(str(tmp_path), kind, 1) for kind in ("auto", "q4_0", "Q4_K_M")]
-    assert files[0] == files[1] != files[2] and quantized == [("original.gguf", "Q4_0"), ("original.gguf", "Q4_K_M")]
-    assert peers.gguf_file("anything", str(original), 1) == original
-    with pytest.raises(AmqError, match="does not exist"):
-        peers.gguf_file("anything", "missing.gguf", 1)
-    with pytest.raises(PeerMissing, match="--gguf FILE"):
-        peers.gguf_file("some/model", "auto", 1)
-    with pytest.raises(PeerMissing, match="cuda:0.*CPUs only"):
-        peers.open_peer("smollm2", "cuda:0", "auto", 1, 0, lambda _: None)
+    monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
+    monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, [], "amq"))
+    result = bench(
+        BenchSettings(model="model", prompt="8", generate="0", batch="1", repetitions=1, threads=1, startup=False),
+        peers={"other": missing},
+    )
+    assert result.left_out == {"other": "it is not installed"} and result.ratios == {}
 
 
 def test_other_processes_work_is_seen_and_our_own_is_not():
@@ -273,34 +235,3 @@ def test_other_processes_work_is_seen_and_our_own_is_not():
     while sum(os.times()[:4]) - ours < 0.1:
         pass
     assert 0 <= others.share() <= 1
-
-
-def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path):
-    """The same weights in float32 on both sides: the same log-likelihood of the same tokens."""
-    pytest.importorskip("llama_cpp", reason="llama-cpp-python is the peer that this measures")
-    pytest.importorskip("gguf")
-    model = tiny_llama()
-    path = write_gguf(model, tmp_path / "tiny.gguf")
-    sizes = peers.weights(path)
-    assert sizes["weight_bytes"] == 4 * sum(p.numel() for p in model.parameters()) < sizes["file_bytes"]
-    windows = torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))
-    configuration = llama_cpp.Configuration("as stored", False)
-    with ChildProcess(llama_cpp.LlamaCpp, str(path), 1, configuration, 0) as worker:
-        assert worker.call("facts")["vocab_size"] == VOCABULARY
-        found = [worker.call("log_likelihood", windows.tolist(), unscored) for unscored in (0, 3)]
-        for case in (Case(False, 16), Case(True, 4, 2, depth=8)):
-            assert worker.call("measure", case, 0)["seconds"] > 0
-    losses = torch.nn.functional.cross_entropy(model(windows).logits[:, :-1].mT, windows[:, 1:], reduction="none")
-    expected = [-float(losses[:, unscored:].sum()) for unscored in (0, 3)]
-    assert found == pytest.approx(expected, rel=2e-3)  # llama.cpp keeps keys and values in 16 bits
-
-
-def write_gguf(model: torch.nn.Module, path: Path) -> Path:
-    """A Llama in float32 with a vocabulary of bytes."""
-    writer, names = llama_writer(path, model.config), tensor_names(model.config)
-    writer.add_tokenizer_model("no_vocab")
-    for name, parameter in model.named_parameters():
-        file_name = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(file_name, turned(name, parameter, model.config).numpy())
-    finish(writer)
-    return path

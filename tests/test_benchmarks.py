@@ -8,12 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_solvers
+import pytest
+import quality
+from helpers.tiny_models import byte_tokenizer, tiny_llama
+from provenance import checkout
+
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
 """For commands that run pytest: pytest-benchmark measures nothing in what looks like a worker of pytest-xdist."""
 
 
-def test_benchmarks_smoke(tmp_path):
+def test_benchmarks_smoke(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks", "--smoke", "-p", "no:cacheprovider"]
     environment = {**ENVIRONMENT, "AMQ_CACHE": str(tmp_path), "AMQ_BENCH_PEERS": "none"}  # peers: see below
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -21,10 +27,8 @@ def test_benchmarks_smoke(tmp_path):
     assert " passed" in result.stdout and "skipped" not in result.stdout
 
 
-def test_compare_solvers_runs_from_its_own_table(tmp_path):
+def test_compare_solvers_runs_from_its_own_table(tmp_path: Path) -> None:
     """The comparison script on a tiny model: every method, one seed."""
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import compare_solvers
     from helpers.tiny_models import byte_tokenizer, tiny_llama
 
     assert {m["solver"] for m in compare_solvers.METHODS.values()} == {"additive", "paper", "random"}
@@ -39,9 +43,10 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "| additive, Fisher | 10 |" in result.stdout
+    assert json.loads((tmp_path / "c.json").read_text())["provenance"]["commit"] == checkout(ROOT)[0]
 
 
-def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_path):
+def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_path: Path) -> None:
     """Each peer computes the right product or says why it cannot run; what the picture needs is in the JSON."""
     results, picture = tmp_path / "gemv.json", tmp_path / "gemv.png"
     command = [sys.executable, "-m", "pytest", "-q", "benchmarks/bench_gemv.py", "--smoke", "-p", "no:cacheprovider",
@@ -49,7 +54,9 @@ def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_pat
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=ENVIRONMENT)
     assert result.returncode == 0, result.stdout + result.stderr
     assert ": failed: " not in result.stdout, result.stdout
-    cases = [b["extra_info"] for b in json.loads(results.read_text())["benchmarks"]]
+    written = json.loads(results.read_text())
+    assert written["provenance"]["commit"] == checkout(ROOT)[0] and written["provenance"]["versions"]["torch"]
+    cases = [b["extra_info"] for b in written["benchmarks"]]
     assert {case["format"] for case in cases} >= {"int2", "int3", "int4"}
     for case in cases:
         assert case["versus"]["torch-float32"] > 0 and case["bandwidth_share"] > 0 and case["bytes"] > 0
@@ -61,12 +68,10 @@ def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_pat
     assert picture.stat().st_size > 10_000
 
 
-def test_quality_table_goes_on_with_what_is_missing(tmp_path, cache, monkeypatch, capsys):
+def test_quality_table_goes_on_with_what_is_missing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Two methods on a tiny model; a second call measures nothing that is there and adds the third."""
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import quality
-    from helpers.tiny_models import byte_tokenizer, tiny_llama
-
     folder, results = tmp_path / "model", tmp_path / "quality.json"
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
@@ -85,5 +90,5 @@ def test_quality_table_goes_on_with_what_is_missing(tmp_path, cache, monkeypatch
     assert [row["method"] for row in first] == ["full", "rtn", "awq"]
     shown = run("rtn,awq,bank")
     rows = json.loads(results.read_text())["rows"]
-    assert rows[:3] == first and rows[3]["method"] == "bank"
+    assert rows[:3] == first and rows[3]["method"] == "bank" and {"commit", "dirty", "date"} <= rows[3].keys()
     assert "| 32 | 4.000 | uniform int3 |" in shown

@@ -6,8 +6,7 @@ import os
 import sys
 
 import pytest
-from helpers.analytic import settings, solve
-from test_archive import lines
+from helpers.analytic import lines, settings, solve
 
 from amq.search import archive as archive_module
 

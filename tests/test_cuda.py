@@ -8,18 +8,18 @@ test_the_sanitizers runs this file again that way, under the address and the thr
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_shim.build import build_shim, sanitizer_environment
-from test_native import random_packed
+from helpers.nested import run_nested
+from helpers.packed import random_packed
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.formats import FORMATS
+from amq.formats import FORMATS, BitFormat
 from amq.kernels import backends, cuda
 from amq.kernels import gpu_layout as layout
 from amq.packing import PackedWeight, PreparedWeight, dequantize, unpack_codes
@@ -77,7 +77,7 @@ def test_linear(library: cuda.Library, fmt, dtype: torch.dtype, mode: str) -> No
 @every_mode
 def test_fused_is_separate(library: cuda.Library, dtype: torch.dtype, mode: str) -> None:
     """All formats in one call, more than one launch takes, equal what single calls give to the last bit."""
-    sizes = (24, 7, 33, 16, 40, 8)
+    sizes = [n for n, _ in zip(cycle((24, 7, 33, 16, 40, 8)), FORMATS, strict=False)]
     packed = [random_packed(fmt, n, 640, 64) for fmt, n in zip(FORMATS.values(), sizes, strict=True)]
     weights = [prepared(p) for p in packed]
     x, bias = torch.randn(3, 640).to(dtype), torch.randn(sum(sizes)).to(dtype)
@@ -218,13 +218,10 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.
             "install a CUDA build of torch" in cuda.unsupported_reason(FORMATS["int3"])
             or "no NVIDIA GPU" in cuda._no_device()
         )
-    assert library.bits == {name: fmt.bits for name, fmt in FORMATS.items()}
-    for bits in ({"int2": 2}, {"int2": 2, "int3": 4}):
-        monkeypatch.setattr(library, "bits", bits)
-        assert (
-            "kernels/cuda has no file for it, or one for other codes; the library holds int2 (2 bits)"
-            in cuda.unsupported_reason(FORMATS["int3"])
-        )
+    widths = {fmt.bits for fmt in FORMATS.values() if fmt.is_dense}
+    assert {bits for bits in range(-1, 12) if library.has_bits(bits)} == widths
+    missing = BitFormat("binary", levels=2, unit_codes=8, unit_bytes=1)
+    assert "was built without 1-bit codes; build it again with `pip install -e .`" in cuda.unsupported_reason(missing)
 
 
 def test_a_library_newer_than_the_driver_is_noticed(library: cuda.Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -260,14 +257,11 @@ def test_a_failed_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 @pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
 @pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path) -> None:
+def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
     """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
     races = kind == "races"
     build = build_shim(tmp_path, sanitize=not races, races=races)
     environment = sanitizer_environment(races=races)
     environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
     chosen = "fused or rows_do_not or odd_addresses" + ("" if races else " or outputs_are or not_finite or one_hot")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=Path(__file__).parents[1])
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
-    assert " passed" in result.stdout
+    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+import roofline
+import sass
+from helpers.kernel_budgets import budget
 
 from amq.formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "gpu"))
-
-import roofline  # noqa: E402
-import sass  # noqa: E402
 
 if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one", allow_module_level=True)
@@ -33,7 +31,6 @@ INSTRUCTIONS = {
     "int8": {"int2": 1.2, "int3": 1.3, "int4": 1.35, "int5": 1.55, "int6": 1.55, "int8": 1.2},
 }
 """Lane instructions per weight, all of the slab loop counted, at group 128 and any of 1 to 8 rows."""
-UNKNOWN_FORMAT = 3.5
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +56,7 @@ def test_weights_are_read_16_bytes_at_a_time(loops: list[roofline.Loop]) -> None
 
 def test_instructions_stay_in_the_budget(loops: list[roofline.Loop]) -> None:
     for loop in loops:
-        assert 0.5 < loop.per_weight <= INSTRUCTIONS[loop.activations].get(loop.format, UNKNOWN_FORMAT), loop
+        assert 0.5 < loop.per_weight <= budget(INSTRUCTIONS[loop.activations], loop.format), loop
 
 
 def test_the_installed_library() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
+from helpers.engines import text, transformers_logits
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,21 +51,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         options = {"num_hidden_layers": 2, **options}
         made[name] = tiny_checkpoint(ARCHITECTURES[kind].build(**options), base / name)
     return made
-
-
-def text(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def transformers_logits(folder: Path, tokens: list[int], activations: str = "fp32") -> torch.Tensor:
-    from transformers import AutoModelForCausalLM
-
-    from amq.integrations.transformers import AmqConfig
-
-    how = AmqConfig(activations=activations)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
-    with torch.no_grad():
-        return model(torch.tensor([tokens])).logits[0]
 
 
 @pytest.mark.parametrize("name", MODELS)

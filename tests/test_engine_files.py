@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
+from helpers.engines import text, transformers_logits
 from helpers.tiny_models import ARCHITECTURES
 from safetensors.torch import load_file, save_file
-from test_engine import text, transformers_logits
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError

@@ -17,7 +17,7 @@ from helpers.tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 import amq
-from amq.configuration import Configuration
+from amq.configuration import Configuration, Details, Provenance
 from amq.errors import AmqError
 from amq.eval import evaluate, negative_log_likelihood, perplexity
 from amq.eval.__main__ import main
@@ -25,7 +25,7 @@ from amq.formats import FORMATS
 from amq.model.inventory import get_linear, take_inventory
 from amq.model.text import WindowSampler, load_corpus
 from amq.packing import dequantize
-from amq.quantize.bank import BankSettings, open_bank
+from amq.quantize.bank import BankRecipe, BankSettings, open_bank
 from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("cache", "one_thread")
@@ -106,7 +106,7 @@ def test_rows(tiny_folder: Path, configuration: Path, text: str, proxy: str, tmp
     rest = sum(p.numel() for p in model.parameters()) - sum(s.numel for s in linears)
     assert result.rows[0].weight_bytes == 2 * sum(p.numel() for p in model.parameters())
     assert result.rows[1].weight_bytes == 2 * rest + sum(s.numel for s in linears) * 3 // 8
-    assert result.settings["tokens"] == 4 * LENGTH and result.settings["bank"]["proxy"] == proxy
+    assert result.settings.tokens == 4 * LENGTH and result.settings.bank.proxy == proxy
 
 
 def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Path, text: str, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Pat
     mixed = Configuration.load(configuration)
     provenance = {"proxy": "rtn", "calibration": text, "bank_windows": 2, "window_length": LENGTH, "seed": 0}
     found = tmp_path / "found.json"
-    Configuration(mixed.formats, 32, {"provenance": provenance}).save(found)
+    Configuration(mixed.formats, 32, Details(provenance=Provenance(**provenance))).save(found)
     options = {**OPTIONS, "group_size": 128}
     result = evaluate(
         str(tiny_folder), [found], "int3", text=text, proxy="gptq", calibration="pydoc", full=False, **options
@@ -122,7 +122,7 @@ def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Pat
     assert [r.name for r in result.rows] == ["int3", "found"]
     for row, formats in zip(result.rows, (lambda name: "int3", mixed.formats.__getitem__), strict=True):
         assert row.negative_log_likelihood == pytest.approx(direct(quantized("rtn", formats, text, tmp_path)), rel=1e-5)
-    assert result.settings["bank"] == {**provenance, "group_size": 32}
+    assert result.settings.bank == BankRecipe(**provenance, group_size=32)
 
 
 def test_repeatable_and_cached(tiny_folder: Path, text: str, cache: Path) -> None:
@@ -232,14 +232,14 @@ def test_unreadable_configurations(tiny_folder: Path, tmp_path: Path, text: str)
     ("flags", "message"),
     [
         (["--text", "no such file"], "error: no text 'no such file': expected the path of a text file"),
-        (["--uniform", "int4,int7"], "error: unknown format 'int7': expected one of int2"),
+        (["--uniform", "int4,int9"], "error: unknown format 'int9': expected one of int2"),
         (
             ["--uniform", "int4", "--group-size", "100"],
             "error: group size 100 is not supported: expected one of 32, 64, 128",
         ),
-        (["--uniform", "int4", "--bank-windows", "0"], "error: the gptq bank needs at least one calibration window"),
-        (["--window-length", "0"], "error: a window length of 0 is too small: expected at least 2"),
-        (["--window-length", "1"], "error: a window length of 1 is too small: expected at least 2"),
+        (["--uniform", "int4", "--bank-windows", "0"], "error: --bank-windows must be at least 1, got 0"),
+        (["--window-length", "0"], "error: --window-length must be at least 2, got 0"),
+        (["--window-length", "1"], "error: --window-length must be at least 2, got 1"),
         (["--max-tokens", "100"], "at most 100 used), less than one window of 512"),
         (["--dtype", "int8"], "error: unknown dtype 'int8': expected auto, float32, bfloat16, float16"),
         (["--device", "nonesuch"], "error: device 'nonesuch' cannot be used here: Expected one of cpu, cuda"),

@@ -86,8 +86,8 @@ def test_the_runtime_and_the_dequantized_model(checkpoint: Path, text: str) -> N
     assert [r.name for r in result.rows] == ["mixed", "mixed dequantized"]
     for row in result.rows:
         assert row.negative_log_likelihood == pytest.approx(expected, rel=1e-5), row.name
-    assert result.settings["backend"] == "cpu" and result.settings["activations"] == "fp32"
-    assert "bank" not in result.settings
+    assert result.settings.backend == "cpu" and result.settings.activations == "fp32"
+    assert result.settings.bank is None
     model = make_tiny_llama()
     linears = take_inventory(model).linears
     stored = sum(w.nbytes for w in packed_weights(model, MIXED).values())

@@ -14,7 +14,7 @@ from helpers.tiny_models import tiny_llama as make_tiny_llama
 from torch import nn
 
 from amq.errors import AmqError
-from amq.eval import TaskSettings, evaluate, table
+from amq.eval import evaluate, table
 from amq.eval.__main__ import main
 from amq.util.settings import run_command
 
@@ -117,8 +117,8 @@ def test_perplexity_and_a_group_with_examples(folder: Path, task: Path, tmp_path
     text.write_text("some words to read " * 20)
     group = "group: both\ntask: [common_sense, other]\naggregate_metric_list: [{metric: acc}]\n"
     task.with_name("both.yaml").write_text(group)
-    settings = TaskSettings("both", str(task.parent), num_fewshot=1)
-    result = evaluate(str(folder), text=str(text), window_length=64, tasks=settings)
+    tasks = {"tasks": "both", "task_path": str(task.parent), "num_fewshot": 1}
+    result = evaluate(str(folder), text=str(text), window_length=64, **tasks)
     assert result.rows[0].perplexity > 1
     assert [row.task for row in result.tasks] == ["common_sense", "other", "both"]
     first, second, both = result.tasks
@@ -131,13 +131,14 @@ def test_perplexity_and_a_group_with_examples(folder: Path, task: Path, tmp_path
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--limit", "3"], "--task-path, --limit, --num-fewshot and --batch-size need --tasks"),
-        (["--tasks", " , "], "--task-path, --limit, --num-fewshot and --batch-size need --tasks"),
+        (["--limit", "3"], "--limit needs --tasks"),
+        (["--batch-size", "3"], "--batch-size needs --tasks"),
+        (["--tasks", " , "], "--tasks names no task"),
         (["--tasks", "gone.yaml"], "task file gone.yaml does not exist"),
         (["--tasks", "x", "--task-path", "gone"], "--task-path gone is not a folder"),
-        (["--tasks", "x", "--limit", "0"], "--limit 0 is too small: expected at least 1"),
-        (["--tasks", "x", "--num-fewshot", "-1"], "--num-fewshot -1 is too small: expected at least 0"),
-        (["--tasks", "x", "--batch-size", "0"], "--batch-size 0 is too small: expected at least 1"),
+        (["--tasks", "x", "--limit", "0"], "--limit must be at least 1, got 0"),
+        (["--tasks", "x", "--num-fewshot", "-1"], "--num-fewshot must be at least 0, got -1"),
+        (["--tasks", "x", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
     ],
 )
 def test_flags_that_cannot_be(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -147,8 +148,8 @@ def test_flags_that_cannot_be(flags: list[str], message: str, capsys: pytest.Cap
 
 def test_missing_package(task: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(AmqError, match="--tasks needs the package lm-eval: run `pip install lm-eval`"):
-        evaluate("no model is loaded for this", tasks=TaskSettings(str(task)))
+    with pytest.raises(AmqError, match=r'--tasks needs the extra "tasks" \(lm_eval is not installed\): pip install'):
+        evaluate("no model is loaded for this", tasks=str(task))
 
 
 @pytest.mark.usefixtures("lm_eval")
@@ -162,16 +163,16 @@ def test_tasks_that_cannot_be_run(tiny_folder: Path, task: Path, monkeypatch: py
         lambda self, include_defaults, **options: everything(self, include_defaults=False, **options),
     )
     with pytest.raises(AmqError, match=r"neither lm-eval nor .*/tasks has a task 'nonesuch'"):
-        evaluate("no model", tasks=TaskSettings("common_sense,nonesuch", task_path=str(task.parent)))
+        evaluate("no model", tasks="common_sense,nonesuch", task_path=str(task.parent))
     task.with_name("questions.json").unlink()
     with pytest.raises(AmqError, match=r"common_sense.yaml could not be loaded: .*questions.json"):
-        evaluate("no model", tasks=TaskSettings(str(task)))
+        evaluate("no model", tasks=str(task))
     task.write_text("- not a task")
     with pytest.raises(AmqError, match="common_sense.yaml could not be loaded: ValueError"):
-        evaluate("no model", tasks=TaskSettings(str(task)))
+        evaluate("no model", tasks=str(task))
 
 
 @pytest.mark.usefixtures("lm_eval")
 def test_a_tokenizer_without_a_first_token(tiny_folder: Path, task: Path) -> None:
     with pytest.raises(AmqError, match="its tokenizer has neither a bos nor an eos token"):
-        evaluate(str(tiny_folder), text="", tasks=TaskSettings(str(task)))
+        evaluate(str(tiny_folder), text="", tasks=str(task))

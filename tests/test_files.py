@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers.processes import python_path
 
 from amq.errors import AmqError
 from amq.util.files import check_place, make_folder, reason, write_atomic, write_json, write_text
@@ -64,7 +65,7 @@ write_atomic(Path(sys.argv[1]), write)
 
 def writer(path: Path) -> subprocess.Popen:
     """A process in the middle of writing `path`."""
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    env = os.environ | python_path()
     process = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env
     )

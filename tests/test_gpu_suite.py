@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers.processes import python_path
 
 pytest.importorskip("triton", reason="the GPU suite needs Triton, if only its interpreter")
 ROOT = Path(__file__).parents[1]
@@ -28,7 +29,7 @@ PARTS = ROOT / "benchmarks" / "gpu"
 def environment(**more: str) -> dict[str, str]:
     """As a user's, but for the processor's instruction set, which a test run may ask for."""
     mine = {k: v for k, v in os.environ.items() if not k.startswith("AMQ_") or k == "AMQ_CPU_ISA"}
-    return {**mine, "PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **more}
+    return {**mine, "PYTHON": sys.executable, **python_path(), **more}
 
 
 def wait_until(there: Callable[[], bool], process: subprocess.Popen) -> None:
@@ -117,8 +118,6 @@ def test_correctness_is_recorded_by_case(folder: Path) -> None:
 def test_wrong_products_are_found_and_recorded(tmp_path: Path) -> None:
     """A kernel that writes too little, too far or the wrong numbers: each is a failure of its case, and no more."""
     script = """
-import sys
-sys.path.insert(0, "benchmarks/gpu")
 import correctness
 from common import Device
 from amq.kernels import triton
@@ -150,8 +149,8 @@ assert correctness.run_case(device, dense)["passed"]
 
 
 def run_script(script: str) -> None:
-    command = [sys.executable, "-c", script]
-    result = subprocess.run(command, cwd=ROOT, env=environment(TRITON_INTERPRET="1"), capture_output=True, text=True)
+    command, own = [sys.executable, "-c", script], environment(TRITON_INTERPRET="1", **python_path("benchmarks/gpu"))
+    result = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
@@ -159,8 +158,6 @@ def test_one_out_of_memory_ends_nothing(tmp_path: Path) -> None:
     """Of the GPU's memory in one row, of the host's in making one weight, of the GPU's in what torch multiplies."""
     run_script(
         f"""
-import sys
-sys.path.insert(0, "benchmarks/gpu")
 import json, pathlib, torch, speed
 from common import Clock, Device, Results
 from dataclasses import replace
@@ -199,8 +196,6 @@ def test_other_logits_are_found(tmp_path: Path) -> None:
     """The engine's comparison: rounding passes, a tie may fall either way, another model does not pass."""
     run_script(
         """
-import sys
-sys.path.insert(0, "benchmarks/gpu")
 import torch, engine
 torch.manual_seed(0)
 truth, allowed = torch.randn(6, 500), engine.agrees(4, torch.float16)
@@ -272,8 +267,7 @@ def test_clocks(tmp_path: Path) -> None:
     subprocess.run(command, env=environment(PATH=path), check=True)
     run_script(
         f"""
-import sys, pathlib
-sys.path.insert(0, "benchmarks/gpu")
+import pathlib
 import clocks
 folder = pathlib.Path({str(tmp_path)!r})
 with (folder / clocks.FILE).open("a") as file:

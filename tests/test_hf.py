@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
-import pickle
 import shutil
 import subprocess
 import sys
-import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,11 +26,10 @@ import amq.integrations.transformers
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.integrations.transformers import AmqConfig
-from amq.kernels import modules as quantized_linear
-from amq.kernels import ops
 from amq.kernels.embedding import StoredEmbedding
 from amq.kernels.modules import QuantizedLinear, StoredLinear
 from amq.packing import dequantize
+from amq.util.extras import install_hint
 from amq.util.tensors import HASHES, hashes_metadata, verify_file
 
 pytestmark = [
@@ -259,6 +255,15 @@ def test_remote_code_and_none(folders: Callable[[str], Path], tmp_path: Path) ->
     assert not json.loads((tmp_path / "plain" / "config.json").read_text()).get("auto_map")
 
 
+def test_remote_code_without_amq_says_what_to_install(folders: Callable[[str], Path]) -> None:
+    """Random weights would be the alternative. transformers' own words would be the name of another package."""
+    code = "import sys; sys.modules['amq'] = None; from transformers import AutoModelForCausalLM as Model; "
+    code += f"Model.from_pretrained({str(folders('llama'))!r}, trust_remote_code=True)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=900)
+    said = f"ImportError: the weights of this model are packed by amq: {install_hint()}"
+    assert result.returncode == 1 and result.stderr.rstrip().endswith(said), result.stderr
+
+
 def test_saving_into_the_folder_it_was_loaded_from(damaged: Path) -> None:
     model = load(damaged)
     model.save_pretrained(damaged)
@@ -350,94 +355,24 @@ def test_a_model_that_is_not_quantized(tiny_folder: Path) -> None:
         load(tiny_folder, AmqConfig())
 
 
-# Linears that share an input
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The number of weights in every call of the kernel."""
-    seen: list[int] = []
-
-    def counted(x: Tensor, weights: Any, *rest: Any) -> Tensor:
-        seen.append(len(weights))
-        return ops.linear(x, weights, *rest)
-
-    monkeypatch.setattr(quantized_linear, "linear", counted)
-    return seen
-
-
-@pytest.mark.parametrize("activations", ["fp32", "int8"])
-@pytest.mark.parametrize("name", ["llama", "qwen2"])
-def test_fused_equals_unfused(name: str, activations: str, folders: Callable[[str], Path], calls: list[int]) -> None:
-    fused = load(folders(name), AmqConfig(activations=activations))
-    alone = load(folders(name), AmqConfig(activations=activations, fuse=False))
-    for tokens in (TOKENS, TOKENS[:1, :1]):
-        expected = alone(tokens).logits
-        assert calls == [1] * 7 * 3
-        calls.clear()
-        assert torch.equal(fused(tokens).logits, expected)
-        assert calls == [3, 1, 2, 1] * 3
-        calls.clear()
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(fused.generate(TOKENS, **options), alone.generate(TOKENS, **options))
-    with torch.inference_mode():
-        assert torch.equal(fused(TOKENS).logits, alone(TOKENS).logits)
-
-
-@pytest.fixture
-def qkv(folders: Callable[[str], Path]) -> list[StoredLinear]:
-    model = load(folders("qwen2"))
-    return [model.get_submodule(name) for name in QKV]
-
-
-def test_only_the_very_same_input_is_shared(qkv: list[StoredLinear], calls: list[int]) -> None:
-    q, k, v = qkv
-    x, other = torch.randn(2, 1, 3, 64)
-    expected = [m.alone(t) for t in (x, other) for m in qkv]
-    calls.clear()
-    assert torch.equal(q(x), expected[0]) and torch.equal(k(other), expected[4]) and torch.equal(v(x), expected[2])
-    assert calls == [3, 1]
-    assert torch.equal(v(other), expected[5]) and torch.equal(q(other), expected[3])
-    assert calls == [3, 1, 3]
-    x.add_(1)
-    q(x)
-    x.sub_(1)  # the same tensor, but not the same numbers
-    assert torch.allclose(k(x), expected[1], atol=1e-5)
-    assert all(m(x).is_contiguous() for m in qkv)
-
-
-def test_slots_keep_nothing_alive(qkv: list[StoredLinear]) -> None:
-    q, k, v = qkv
-    x = torch.randn(5, 64)
-    watched = weakref.ref(x)
-    y = q(x)
-    storage = weakref.ref(q.shared._waiting.results[id(k)].untyped_storage())
-    assert storage() is not None
-    del x
-    gc.collect()
-    assert watched() is None and storage() is None  # k and v were never asked for
-    x = torch.randn(5, 64)
-    y = q(x), k(x), v(x)
-    assert not q.shared._waiting.results
-    for copied in (copy.deepcopy(q), pickle.loads(pickle.dumps(q))):
-        assert copied.shared is not q.shared and copied.shared.members[0] is copied
-        assert torch.equal(copied(x), y[0])
-
-
-def test_threads_do_not_mix_their_inputs(qkv: list[StoredLinear]) -> None:
+def test_threads_share_one_model(folders: Callable[[str], Path]) -> None:
+    """Weights are prepared when the first input comes, on whichever thread."""
+    q = load(folders("qwen2")).get_submodule(QKV[0])
     inputs = [torch.randn(2, 64, generator=torch.Generator().manual_seed(i)) for i in range(4)]
-    expected = [[m.alone(x) for m in qkv] for x in inputs]
+    expected = [load(folders("qwen2")).get_submodule(QKV[0])(x) for x in inputs]
 
     def run(i: int) -> bool:
-        return all(torch.equal(m(inputs[i]), y) for _ in range(50) for m, y in zip(qkv, expected[i], strict=True))
+        return all(torch.equal(q(inputs[i]), expected[i]) for _ in range(50))
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(run, range(4)))
 
 
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile: no C++ compiler on PATH")
-def test_compiled(qkv: list[StoredLinear]) -> None:
+def test_compiled(folders: Callable[[str], Path]) -> None:
     """Without a graph break, once the weights are prepared; each linear is then a node of its own."""
+    model = load(folders("qwen2"))
+    qkv = [model.get_submodule(name) for name in QKV]
 
     def attend(x: Tensor) -> Tensor:
         q, k, v = (m(x) for m in qkv)

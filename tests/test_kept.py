@@ -64,7 +64,7 @@ def test_quantize(method: str, tiny_folder: Path, tmp_path: Path) -> None:
     assert not any(name in group for group in checkpoint.record.shared_inputs for name in kept)
     for name in kept:
         stored = checkpoint.tensor(f"{name}.weight")
-        assert stored.dtype == torch.float16 and log["linears"][name]["format"] == KEPT.name
+        assert stored.dtype == torch.float16 and log.linears[name].format == KEPT.name
         if method != "awq+gptq":
             torch.testing.assert_close(stored.float(), model.get_submodule(name).weight, rtol=2**-10, atol=1e-6)
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
@@ -77,7 +77,7 @@ def test_quantize(method: str, tiny_folder: Path, tmp_path: Path) -> None:
         open_native(output)
     linears = take_inventory(model).linears
     bits = sum(s.numel * (16 if s.name in kept else 5) for s in linears) / sum(s.numel for s in linears)
-    assert log["bits_per_weight"] == pytest.approx(bits, abs=1e-4)
+    assert log.bits_per_weight == pytest.approx(bits, abs=1e-4)
     assert checkpoint.record.bits_per_weight == pytest.approx(bits)
     assert f"| 16bit | {len(kept)} |" in (output / "README.md").read_text()
     # and what was written can be asked for again
@@ -91,7 +91,7 @@ def test_quantize(method: str, tiny_folder: Path, tmp_path: Path) -> None:
 def test_awq_folds_scales_into_an_input_that_a_kept_linear_shares(tiny_folder: Path, tmp_path: Path) -> None:
     settings = {"uniform": "int3", "group_size": 32, "method": "awq", **SMALL}
     log = quantize(str(tiny_folder), str(tmp_path / "out"), pin=["k_proj=16bit"], **settings).log
-    assert not any("self_attn.q_proj" in note for note in log["notes"])
+    assert not any("self_attn.q_proj" in note for note in log.notes)
     checkpoint, model = open_checkpoint(tmp_path / "out"), tiny_llama()
     name = "model.layers.0.self_attn.k_proj.weight"
     factors = checkpoint.tensor("model.layers.0.input_layernorm.weight").float()

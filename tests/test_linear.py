@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from helpers.packed import assert_same_bits, random_packed
 from helpers.reference import (
     FLOOR,
     ISAS,
@@ -19,7 +20,10 @@ from helpers.reference import (
     UNIT,
     Weight,
     assert_as_accurate_as_torch,
+    every_isa_and_mode,
+    every_kernel,
     make_weight,
+    prepare_into,
     product,
     random_x,
     rounding_bound,
@@ -29,7 +33,6 @@ from helpers.reference import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_native import assert_same_bits, random_packed
 
 from amq.formats import FORMATS, GROUP_SIZES
 from amq.kernels import backends
@@ -47,14 +50,6 @@ SHAPES = [
 ] + [(513, 17, 200, 64), (300, 33, 100, 32), (140, 50, 161, 64), (4, 125, 576, 128), (3, 100, 129, 32)]
 ELEMENTS = 64
 """An error is averaged over at least so many outputs, so that neither side's luck decides."""
-
-every_kernel = pytest.mark.parametrize(
-    ("name", "isa", "mode"),
-    [pytest.param(*case, id="-".join(case)) for case in itertools.product(FORMATS, ISAS, MODES)],
-)
-every_isa_and_mode = pytest.mark.parametrize(
-    ("isa", "mode"), [pytest.param(*case, id="-".join(case)) for case in itertools.product(ISAS, MODES)]
-)
 
 
 def check_shape(name: str, isa: str, mode: str, shape: tuple[int, int, int, int], seed: int = 0) -> None:
@@ -222,11 +217,6 @@ def test_prepare_on_any_instruction_set_and_threads(name: str) -> None:
             out = torch.full_like(weight.prepared.data, 0xA5)  # nothing of it may be left
             prepare_into(weight.packed, out, isa, threads)
             assert torch.equal(out, weight.prepared.data), (in_features, group_size, isa, threads)
-
-
-def prepare_into(packed: PackedWeight, out: torch.Tensor, isa: str = "", threads: int = 1) -> None:
-    arguments = native._packed_arguments(packed) | {"threads": threads}
-    native.cpu_module().prepare(**arguments, out=native.memory(out), isa=isa)
 
 
 @pytest.mark.parametrize("name", FORMATS)

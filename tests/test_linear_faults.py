@@ -17,13 +17,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.packed import GUARD, assert_same_bits, guarded, random_packed
 from helpers.reference import (
     ISAS,
     MODES,
     UNIT,
     assert_as_accurate_as_torch,
     at_page_edge,
+    every_isa_and_mode,
+    every_kernel,
     make_weight,
+    prepare_into,
     product,
     random_x,
     run,
@@ -31,8 +35,6 @@ from helpers.reference import (
     seen_by,
     torch_threads,
 )
-from test_linear import every_isa_and_mode, every_kernel, prepare_into
-from test_native import GUARD, assert_same_bits, guarded, random_packed
 
 from amq.formats import FORMATS
 from amq.kernels import cpu as native

@@ -7,7 +7,7 @@ import torch
 from helpers.tiny_models import ARCHITECTURES, HIDDEN, VOCABULARY, Architecture, tiny_llama
 from torch import nn
 
-from amq.configuration import Configuration, memory_items, memory_json
+from amq.configuration import Configuration, Memory, memory_items
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.model.inventory import LinearSpec, check_weights, get_linear, match_linears, take_inventory
@@ -101,7 +101,7 @@ def test_memory_items_add_up(architecture: Architecture) -> None:
     # 64, 96 and 128 fill their groups of 32: 3 bits per code and 4 bytes per group
     linears = sum(s.numel * 3 // 8 + 4 * s.numel // 32 for s in found.linears)
     others = 2 * (sum(p.numel() for p in model.parameters()) - sum(s.numel for s in found.linears))
-    assert memory_json(items)["total"] == linears + others + sum(cache.bytes(100) for cache in caches)
+    assert Memory.of(items).total == linears + others + sum(cache.bytes(100) for cache in caches)
     by_name = {i.name: i for i in items}
     assert by_name["linears: codes"].bytes == sum(s.numel * 3 // 8 for s in found.linears)
     assert ("tied" in by_name["lm_head"].note) is found.head_is_tied

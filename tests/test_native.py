@@ -14,48 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.packed import GUARD, SYNTHETIC, assert_same_bits, guarded, random_packed
 
 from amq.errors import AmqError
-from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
+from amq.formats import FORMATS, GROUP_SIZES, BitFormat
 from amq.kernels import cpu as native
 from amq.packing import PackedWeight, dequantize, pack_codes
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 IN_FEATURES = (1, 7, 8, 31, 32, 33, 64, 100, 129, 576, 1536)
 ISAS = native.cpu_module().isas()
-GUARD = 0xA5  # in every byte around a buffer
-
-SYNTHETIC = (
-    BitFormat("ternary", levels=3, unit_codes=5, unit_bytes=1),
-    BitFormat("five_levels", levels=5, unit_codes=6, unit_bytes=2),  # two spare bits
-    BitFormat("spare", levels=8, unit_codes=5, unit_bytes=2),  # a power of two that is not a dense bitstream
-    BitFormat("long", levels=4, unit_codes=28, unit_bytes=7),
-    BitFormat("binary", levels=2, unit_codes=8, unit_bytes=1),
-    BitFormat("seven_bits", levels=128, unit_codes=8, unit_bytes=7),
-)
-
-
-def random_packed(fmt: BitFormat, rows: int, in_features: int, group_size: int) -> PackedWeight:
-    """Every code value where there is room, fractional zero points, scales of both signs down to fp16 subnormals."""
-    generator = torch.Generator().manual_seed(rows * in_features + group_size)
-    codes = torch.randint(0, fmt.levels, (rows, in_features), generator=generator, dtype=torch.uint8)
-    shape = (rows, n_groups(in_features, group_size))
-    scale = torch.randn(shape, generator=generator) * 10.0 ** torch.randint(-7, 2, shape, generator=generator)
-    zero_point = torch.rand(shape, generator=generator) * fmt.max_code
-    return PackedWeight(fmt, in_features, group_size, pack_codes(codes, fmt), scale.half(), zero_point.half())
-
-
-def assert_same_bits(actual: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal to the last bit, the sign of zero included."""
-    torch.testing.assert_close(actual.view(torch.int32), expected.view(torch.int32), rtol=0, atol=0)
-
-
-def guarded(tensor: torch.Tensor, before: int = 64, after: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """A copy of `tensor` at a non-zero storage offset with guard bytes around it, and the bytes of the whole buffer."""
-    data = tensor.contiguous().view(torch.uint8).flatten()
-    buffer = torch.full((before + data.numel() + after,), GUARD, dtype=torch.uint8)
-    buffer[before : before + data.numel()] = data
-    return buffer[before : before + data.numel()].view(tensor.dtype).view(tensor.shape), buffer
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -212,9 +180,11 @@ def test_formats_and_isa_of_the_module() -> None:
 
 SHIM = """
 #include "cpu/dequantize.h"
-extern "C" void shim(int format, int isa, const uint8_t* qweight, const uint16_t* scale, const uint16_t* zero_point,
-                     float* out, int64_t row_bytes, int64_t groups, int64_t rows, int64_t columns, int64_t group_size) {
-    amq::dequantize(amq::compiled_formats()[format], static_cast<amq::Isa>(isa),
+extern "C" void shim(int format, bool avx2_loops, const uint8_t* qweight, const uint16_t* scale,
+                     const uint16_t* zero_point, float* out, int64_t row_bytes, int64_t groups, int64_t rows,
+                     int64_t columns, int64_t group_size) {
+    const amq::Isa isa{"", nullptr, nullptr, nullptr, avx2_loops};
+    amq::dequantize(amq::compiled_formats()[format], isa,
                     {qweight, scale, zero_point, out, row_bytes, groups, columns, rows, columns, group_size}, 2);
 }
 """
@@ -232,7 +202,7 @@ def synthetic_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "shim.cpp").write_text(SHIM)
     flags = "-std=c++17 -O1 -Wall -Wextra -Werror -ffp-contract=off -fPIC -shared -pthread".split()
     flags += ["-fsanitize=undefined", "-fsanitize-undefined-trap-on-error", f"-I{folder}", f"-I{CSRC}"]
-    names = ("dequantize", "isa", "threads")
+    names = ("dequantize", "threads")
     sources = [str(folder / "shim.cpp"), *(str(CSRC / "cpu" / f"{name}.cpp") for name in names)]
     subprocess.run([compiler, *flags, *sources, "-o", str(folder / "shim.so")], check=True)
     return ctypes.CDLL(str(folder / "shim.so"))
@@ -243,13 +213,13 @@ def test_formats_nobody_has_declared_yet(synthetic_library: ctypes.CDLL, fmt: Bi
     for group_size in GROUP_SIZES:
         for in_features in IN_FEATURES:
             packed = random_packed(fmt, 3, in_features, group_size)
-            for isa in range(len(ISAS)):
+            for avx2_loops in {False, "avx2" in ISAS}:
                 out = torch.full((3, in_features), torch.nan)
                 tensors = (packed.qweight, packed.scale, packed.zero_point, out)
                 sizes = (packed.qweight.shape[1], packed.scale.shape[1], 3, in_features, group_size)
                 synthetic_library.shim(
                     SYNTHETIC.index(fmt),
-                    isa,
+                    avx2_loops,
                     *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
                     *(ctypes.c_int64(size) for size in sizes),
                 )

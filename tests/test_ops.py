@@ -12,8 +12,8 @@ from functools import partial
 
 import pytest
 import torch
+from helpers.packed import SYNTHETIC, assert_same_bits, random_packed
 from helpers.reference import MODES, UNIT, make_weight, product, random_x, rounding_bound, seen_by
-from test_native import SYNTHETIC, assert_same_bits, random_packed
 from torch import nn
 
 from amq.errors import AmqError
@@ -251,7 +251,7 @@ def test_check_activations() -> None:
 
 def test_availability_lists_everything_compiled(capsys: pytest.CaptureFixture[str]) -> None:
     """And `amq formats` prints it."""
-    from amq.cli import COMMANDS
+    from amq.cli import VERBS
 
     module = native.cpu_module()
     rows = backends.availability()
@@ -263,7 +263,7 @@ def test_availability_lists_everything_compiled(capsys: pytest.CaptureFixture[st
             assert set(reasons.values()) == {module.missing().get(isa) if backend == "cpu" else None}
         elif not torch.cuda.is_available():
             assert all(reasons.values())
-    assert COMMANDS["formats"]([]) == 0
+    assert VERBS["formats"]([]) == 0
     printed = capsys.readouterr().out
     table = printed.split("\n\n")[1].splitlines()[1:]
     assert [line.split()[:2] for line in table] == [[backend, isa] for backend, isa, _ in rows]

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from helpers.tiny_models import random_tokens, tiny_llama
+from order import OrderSettings, Walk, correlations, main, order_equivalence, spread_configurations
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.eval.order import OrderSettings, _Walk, correlations, order_equivalence, spread_configurations
 from amq.formats import FORMATS
 from amq.model.calibration import CalibrationStream
 from amq.model.inventory import get_linear, take_inventory
 from amq.model.losses import jensen_shannon
 from amq.packing import dequantize
-from amq.quantize.blocks import METHODS
+from amq.quantize.methods import METHODS
 from amq.quantize.quantizers import rtn
 from amq.util.progress import Progress
 
@@ -62,7 +62,7 @@ def test_the_walk_measures_what_the_assembled_model_would(unscored: int) -> None
     parts = take_inventory(model)
     windows = random_tokens(2, 40)
     configurations = spread_configurations(parts.linears, SMALL, 32, 3, seed=0)
-    walk = _Walk(model, 32, {"rtn": METHODS["rtn"]}, configurations, windows, unscored)
+    walk = Walk(model, 32, {"rtn": METHODS["rtn"]}, configurations, windows, unscored)
     stream = CalibrationStream(model, random_tokens(2, 40, seed=1))
     for block in range(parts.n_blocks):
         groups = stream.measure(parts.in_block(block), advance=True)
@@ -84,11 +84,9 @@ def test_the_walk_measures_what_the_assembled_model_would(unscored: int) -> None
 def test_the_command_writes_its_figures_and_a_plot(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from amq.eval.__main__ import main
-
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(2000)))
-    arguments = f"order {tiny_folder} --output {tmp_path / 'out'} --samples 10 --group-size 32 --calibration {text} "
+    arguments = f"{tiny_folder} --output {tmp_path / 'out'} --samples 10 --group-size 32 --calibration {text} "
     assert main((arguments + "--calibration-windows 2 --windows 2 --window-length 48").split()) == 0
     content = json.loads((tmp_path / "out" / "order.json").read_text())
     assert {(r["proxy"], r["deployed"]) for r in content["correlations"]} == {("hqq", "awq"), ("hqq", "gptq")}

@@ -22,7 +22,9 @@ from amq.integrations.opening import open_checkpoint_once, open_export_once
 from amq.model.companions import copy_model_files
 from amq.quantize import quantize
 from amq.quantize import run as quantize_run
-from amq.quantize.resume import WorkFolder
+from amq.quantize.log import LOG, QuantizationLog
+from amq.quantize.resume import Identity, WorkFolder
+from amq.quantize.settings import QuantizeSettings
 from amq.util.folders import PARTIAL, check_new_folder, work_folder, write_folder
 from amq.util.progress import Progress
 
@@ -264,7 +266,7 @@ def test_two_processes_do_not_write_one_output(tiny_folder: Path, tmp_path: Path
         output = tmp_path / name
         if name == "exists":
             output.mkdir()
-        with WorkFolder(output, {}, resume=False):
+        with WorkFolder(output, Identity.of(QuantizeSettings("m")), resume=False):
             with pytest.raises(AmqError, match="another process is writing --output"):
                 run(tiny_folder, output)
             with pytest.raises(AmqError, match="another process is writing --output"):
@@ -274,7 +276,7 @@ def test_two_processes_do_not_write_one_output(tiny_folder: Path, tmp_path: Path
 
 
 def test_bad_input_leaves_no_work_folder(tiny_folder: Path, tmp_path: Path) -> None:
-    for settings in ({"window_length": 100_000}, {"head": "int7"}, {"uniform": "int7"}, {"group_size": 7}):
+    for settings in ({"window_length": 100_000}, {"head": "int9"}, {"uniform": "int9"}, {"group_size": 7}):
         with pytest.raises(AmqError):
             run(tiny_folder, tmp_path / "out", **settings)
     assert names(tmp_path) == set()
@@ -544,7 +546,7 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pyte
     loaded = AutoModelForCausalLM.from_pretrained(source, trust_remote_code=True, dtype=torch.float32)
     stored = open_checkpoint(tiny_checkpoint(tiny_llama(), tmp_path / "plain"))
     made = LoadedModel(loaded, byte_tokenizer(), "odd"), take_inventory(loaded), stored.record, stored.configuration
-    log = json.loads((run(source_of_plain(tmp_path), tmp_path / "log") / "quantization.json").read_text())
+    log = QuantizationLog.read(run(source_of_plain(tmp_path), tmp_path / "log") / LOG)
     with pytest.raises(AmqError, match="nothing was quantized: .*contains custom code"):
         CheckpointOutput(tmp_path / "out", source, *made, torch.float16).try_out(log)
     output = CheckpointOutput(tmp_path / "out", source, *made, torch.float16, trust_remote_code=True)

@@ -15,12 +15,12 @@ import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.tiny_models import VOCABULARY, byte_tokenizer, family_tokenizer, tiny_llama
+from order import OrderSettings, order_equivalence
 from torch import Tensor, nn
 
 import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.eval.order import OrderSettings, order_equivalence
 from amq.formats import FORMATS
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import get_linear, take_inventory
@@ -239,7 +239,7 @@ def test_search(
     assert unscored == len(PREFIX[kind]) and bool((windows[:, 0] == BOS).all()) == bool(unscored)
     state = json.loads((run / "run.json").read_text())
     assert state["schema"] == "amq/run/2" and state["calibration"]["window_prefix"] == PREFIX[kind]
-    assert result.configuration.details["provenance"]["window_prefix"] == PREFIX[kind]
+    assert result.configuration.details.provenance.window_prefix == tuple(PREFIX[kind])
     corpus = load_corpus(text, family_tokenizer(kind, folders[kind]), ROWS)
     sampler = WindowSampler(corpus, LENGTH, 0)
     sampler.take(QUICK["bank_windows"])
@@ -318,8 +318,8 @@ def test_evaluate(kind: str, folders: dict[str, Path], text: str, first_tokens: 
     check_begins(kind, first_tokens)
     slot = LENGTH - len(PREFIX[kind])
     settings = result.settings
-    assert settings["window_prefix"] == PREFIX[kind] and settings["tokens"] == 200 // slot * slot
-    assert (settings["window_length"], settings["stride"]) == (LENGTH, slot)
+    assert settings.window_prefix == tuple(PREFIX[kind]) and settings.tokens == 200 // slot * slot
+    assert (settings.window_length, settings.stride) == (LENGTH, slot)
     from amq.eval import table
 
     shown = table(result).splitlines()[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -23,12 +24,12 @@ from amq.model.inventory import take_inventory
 from amq.packing import dequantize, unpack_codes
 from amq.quantize import quantize
 from amq.quantize import run as quantize_run
-from amq.quantize.blocks import METHODS
 from amq.quantize.fold import apply_fold, find_fold
-from amq.quantize.quantizers import clip
+from amq.quantize.methods import METHODS
+from amq.quantize.quantizers import ZERO_POINTS, clip
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.clip import clipped_grid, diagonal_blocks
-from amq.quantize.quantizers.grid import ZERO_POINTS, symmetric_zero
+from amq.quantize.quantizers.grid import symmetric_zero
 from amq.quantize.resume import WorkFolder
 from amq.util.folders import work_folder
 
@@ -114,8 +115,6 @@ def test_zero_points(tiny_folder: Path, tmp_path: Path, configuration: Path, met
 @pytest.mark.parametrize("zero_points", ZERO_POINTS)
 def test_clipping_and_error_compensation_lower_the_output_error(zero_points: str) -> None:
     """gptq < clip < rtn in (W − Ŵ) H (W − Ŵ)ᵀ, with every kind of zero point, at int3."""
-    from test_quantizers import output_error, random_gram, random_weight
-
     from amq.quantize.quantizers import QUANTIZERS
 
     weight, gram = random_weight(48, 96), random_gram(96)
@@ -148,8 +147,6 @@ def test_diagonal_blocks_of_a_ragged_gram() -> None:
 
 
 def test_scales_lower_the_rounding_error_and_respect_ties() -> None:
-    from test_quantizers import random_gram, random_weight
-
     gram = random_gram(64)
     weights, fmt = [random_weight(32, 64), random_weight(16, 64, 1)], FORMATS["int3"]
     tie = torch.arange(64) % 32
@@ -354,7 +351,7 @@ def change(path: Path, **entries: object) -> None:
     [
         ({"formats": {"model.layers.0.nothing": "int4"}}, "'model.layers.0.nothing'.*which the model does not have"),
         ({"formats": {"model.layers.0.self_attn.q_proj": "int4"}}, "lacks 'model.layers.0.mlp.down_proj'"),
-        ({"formats": {"model.layers.0.self_attn.q_proj": "int7"}}, "unknown format 'int7'"),
+        ({"formats": {"model.layers.0.self_attn.q_proj": "int9"}}, "unknown format 'int9'"),
         ({"provenance": {"model_fingerprint": "other"}}, "searched on other weights than those of"),
         ({"schema": "other"}, "is not a configuration"),
     ],
@@ -445,14 +442,12 @@ def test_heads_that_cannot_be_quantized(tmp_path: Path, make_folder: Callable, c
     source = make_folder(ARCHITECTURES["gemma2"].build(num_hidden_layers=2))
     with pytest.raises(AmqError, match="is a Gemma2TextScaledWordEmbedding, .* use --head none"):
         run(source, tmp_path / "out", configuration, head="int8", method="rtn")
-    with pytest.raises(AmqError, match="unknown format 'int7'"):
-        run(source, tmp_path / "out", configuration, head="int7")
+    with pytest.raises(AmqError, match="unknown format 'int9'"):
+        run(source, tmp_path / "out", configuration, head="int9")
     assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
 
 
 def test_the_grid_of_a_head_is_no_worse_than_its_range() -> None:
-    from test_quantizers import random_weight
-
     from amq.quantize.head import round_to_grid
     from amq.quantize.quantizers import rtn
 
@@ -463,11 +458,11 @@ def test_the_grid_of_a_head_is_no_worse_than_its_range() -> None:
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from amq.cli import COMMANDS
+    from amq.cli import VERBS
 
     arguments = f"{tiny_folder} --uniform int4 --group-size 32 --method awq --windows 2 --window-length 48 "
     arguments += f"--calibration docstrings --perplexity-tokens 96 --output {tmp_path / 'out'}"
-    assert COMMANDS["quantize"](arguments.split()) == 0
+    assert VERBS["quantize"](arguments.split()) == 0
     shown = capsys.readouterr().out
     assert "14 linears at 5.0000 bits per weight" in shown and "perplexity on 96 tokens of docstrings: full" in shown
     card = (tmp_path / "out" / "README.md").read_text()

@@ -7,13 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.reference import torch_threads
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
 from amq.packing import PackedWeight, dequantize, expand_groups, unpack_codes
-from amq.quantize.quantizers import QUANTIZERS, get_quantizer
+from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.gptq import DAMPING, damped
 from amq.quantize.quantizers.grid import TINY, expand, fitted_grid, to_groups
 from amq.util.threads import parallel_map
@@ -25,30 +26,11 @@ by_quantizer = pytest.mark.parametrize("name", QUANTIZERS)
 by_group_size = pytest.mark.parametrize("group_size", GROUP_SIZES)
 
 
-def random_weight(rows: int, in_features: int, seed: int = 0) -> Tensor:
-    return 0.05 * torch.randn(rows, in_features, generator=torch.Generator().manual_seed(seed))
-
-
-def random_gram(in_features: int, tokens: int = 512, seed: int = 1) -> Tensor:
-    """Correlated inputs of uneven size, as a model has them."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(in_features, in_features, generator=generator) / math.sqrt(in_features)
-    x = torch.randn(tokens, in_features, generator=generator) @ (mixing + torch.eye(in_features))
-    x *= torch.linspace(0.2, 3.0, in_features)[torch.randperm(in_features, generator=generator)]
-    return x.T @ x / tokens
-
-
 def quantize(
     name: str, weight: Tensor, formats: tuple[BitFormat, ...] = ALL, group_size: int = 64, gram: Tensor | None = None
 ) -> dict[str, PackedWeight]:
     gram = random_gram(weight.shape[1]) if gram is None else gram
-    return get_quantizer(name)([weight], formats, group_size, gram)[0]
-
-
-def output_error(weight: Tensor, packed: PackedWeight, gram: Tensor) -> Tensor:
-    """(w − ŵ) H (w − ŵ)ᵀ of each row, in float64."""
-    delta = weight.double() - dequantize(packed).double()
-    return ((delta @ gram.double()) * delta).sum(-1)
+    return QUANTIZERS[name]([weight], formats, group_size, gram)[0]
 
 
 @by_quantizer
@@ -183,7 +165,7 @@ def test_stacked_linears_are_quantized_as_if_alone(name: str) -> None:
     weights = [random_weight(rows, 100, seed=rows) for rows in (300, 7, 290)]
     gram = random_gram(100)
     formats = (FORMATS["int2"], FORMATS["int4"])
-    together = get_quantizer(name)(weights, formats, 32, gram)
+    together = QUANTIZERS[name](weights, formats, 32, gram)
     for weight, result in zip(weights, together, strict=True):
         alone = quantize(name, weight, formats, 32, gram)
         for fmt in formats:
@@ -271,7 +253,7 @@ def test_damping_is_a_share_of_the_mean() -> None:
 def test_gptq_refuses_what_it_cannot_use(value: float) -> None:
     weight, gram = random_weight(4, 64), random_gram(64)
     with pytest.raises(AmqError, match=r"needs calibration inputs \(gram\); rtn and hqq do not"):
-        get_quantizer("gptq")([weight], ALL, 64, None)
+        QUANTIZERS["gptq"]([weight], ALL, 64, None)
     gram[3, 5] = value
     with pytest.raises(AmqError, match="calibration inputs are not finite"):
         quantize("gptq", weight, gram=gram)
@@ -297,4 +279,4 @@ def test_hqq_is_better_than_rtn_where_it_should_be() -> None:
 
 def test_unknown_quantizer() -> None:
     with pytest.raises(AmqError, match="unknown quantizer 'awq': expected one of gptq, clip, hqq, rtn"):
-        get_quantizer("awq")
+        QUANTIZERS["awq"]

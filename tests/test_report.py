@@ -1,398 +1,288 @@
-"""The search report: from a synthetic run folder to one offline HTML file and its PNG charts."""
+"""The search report: run folders that the search's own code made, to one offline HTML page and its charts as PNG."""
 
 from __future__ import annotations
 
 import json
-import math
-import random
+import re
+import zlib
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+import vl_convert
+from helpers import chromium
+from helpers.runs import make_run
 
+from amq.configuration import Configuration, memory_items
 from amq.errors import AmqError
-from amq.formats import FORMATS
-from amq.report.charts import (
-    FrontData,
-    Omitted,
-    SensitivityData,
-    bits_data,
-    front_data,
-    memory_data,
-    sensitivity_data,
-)
-from amq.report.data import count_formats, load_run, show_bytes, show_loss
-from amq.report.style import format_colors, log_ticks, pick_ticks
-from amq.report.write import write_report
+from amq.report import charts, write_report
+from amq.report.__main__ import main
+from amq.report.charts import Missing
+from amq.report.data import Shown, count_formats, show_bytes, show_change, show_loss
+from amq.report.page import NEIGHBOURS, VEGA_LITE
+from amq.search.run_folder import RunFolder
 
-pytest.importorskip("plotly", reason="the report needs plotly")
-pytest.importorskip("matplotlib", reason="the report needs matplotlib")
-
-ROLES = {
-    "self_attn.q_proj": (576, 576),
-    "self_attn.k_proj": (192, 576),
-    "self_attn.v_proj": (192, 576),
-    "self_attn.o_proj": (576, 576),
-    "mlp.gate_proj": (1536, 576),
-    "mlp.up_proj": (1536, 576),
-    "mlp.down_proj": (576, 1536),
-}
-GROUP = 128
-FORMAT_NAMES = ("int2", "int3", "int4")
-CHARTS = ("front", "bits", "sensitivity", "surrogate", "memory")
-
-
-class SyntheticRun:
-    """Writes run folders that look like a search's; losses follow an additive cost with a few sensitive linears."""
-
-    def __init__(self, folder: Path, blocks: int = 3, formats: tuple[str, ...] = FORMAT_NAMES, seed: int = 0) -> None:
-        self.folder, self.blocks, self.formats, self.random = folder, blocks, formats, random.Random(seed)
-        self.linears = [
-            {"name": f"model.layers.{b}.{role}", "block": b, "role": role, "out_features": out, "in_features": inner}
-            for b in range(blocks)
-            for role, (out, inner) in ROLES.items()
-        ]
-        self.weight = {spec["name"]: self._weight(spec) for spec in self.linears}
-        self.numel = {spec["name"]: spec["out_features"] * spec["in_features"] for spec in self.linears}
-        self.model: dict[str, Any] = {"name": "smollm2", "parameters": 134515008, "blocks": blocks}
-        self.lines: list[dict[str, Any]] = []
-
-    def _weight(self, spec: dict[str, Any]) -> float:
-        edge = 1 + 2.5 * (spec["block"] in (0, self.blocks - 1))
-        kind = 6 if spec["role"] == "mlp.down_proj" else 2 if "v_proj" in spec["role"] else 1
-        kind *= 8 if spec["name"].endswith("1.mlp.down_proj") else 1
-        return edge * kind * math.exp(self.random.gauss(0, 0.5)) * 0.6 / len(self.weight_names())
-
-    def weight_names(self) -> list[str]:
-        return [spec["name"] for spec in self.linears]
-
-    def cost(self, linear: str, name: str) -> float:
-        return self.weight[linear] * 4.0 ** (2 - FORMATS[name].code_bits)
-
-    def loss(self, configuration: dict[str, str]) -> float:
-        return math.log(2) * -math.expm1(-1.3 * sum(self.cost(*pair) for pair in configuration.items()))
-
-    def bits(self, configuration: dict[str, str]) -> float:
-        total = sum(self.numel[k] * FORMATS[v].bits_per_weight(GROUP) for k, v in configuration.items())
-        return total / sum(self.numel.values())
-
-    def at(self, slope: float) -> dict[str, str]:
-        """Per linear the format that minimises cost + slope · bytes: a point of the convex front."""
-        return {
-            k: min(self.formats, key=lambda v: self.cost(k, v) + slope * self.numel[k] * FORMATS[v].code_bits)
-            for k in self.weight_names()
-        }
-
-    def record(self, phase: str, configuration: dict[str, str], **more: Any) -> dict[str, Any]:
-        line = {"index": len(self.lines), "solver": "additive", "phase": phase, "windows": "search"}
-        line |= {"configuration": configuration, "bits_per_weight": self.bits(configuration), "seed": 0, "seconds": 1.1}
-        self.lines.append(line | {"loss": self.loss(configuration) * self.random.uniform(0.93, 1.07)} | more)
-        return self.lines[-1]
-
-    def row(self, line: dict[str, Any], **more: Any) -> dict[str, Any]:
-        confirm = line["loss"] * self.random.uniform(0.9, 1.15)
-        kept = {key: line[key] for key in ("bits_per_weight", "loss", "configuration")}
-        return kept | {"loss_confirm": confirm, "archive_index": line["index"]} | more
-
-    def write(self, name: str, document: Any) -> None:
-        (self.folder / name).write_text(json.dumps(document))
-
-    def write_archive(self) -> None:
-        (self.folder / "archive.jsonl").write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def write_run(self, **settings: Any) -> None:
-        common = {"group_size": GROUP, "formats": list(self.formats), "target_bits": 3.5}
-        self.write(
-            "run.json",
-            {
-                "schema": "amq/run/1",
-                "status": "finished",
-                "model": self.model,
-                "settings": common | {"solver": "additive"} | settings,
-                "versions": {"amq": "0.1.0", "torch": "2.13.0"},
-                "machine": {"cpu": "AMD EPYC 9654 96-Core Processor", "threads": 2},
-                "linears": self.linears,
-                "pinned": {},
-                "timings": {"load": 2.0, "bank": 40.1, "evaluate": 18.0, "total": 61.5},
-                "evaluations": {"count": len(self.lines), "sensitivities": 21, "seconds_each": 1.1},
-            },
-        )
-
-    def write_additive(self, points: int = 5) -> None:
-        """A finished run of the additive solver."""
-        uniform = []
-        for name in self.formats:
-            line = self.record("uniform", dict.fromkeys(self.weight_names(), name))
-            uniform.append(self.row(line, name=name))
-        slopes = [10 ** (-12 + 6 * i / (points - 1)) for i in range(points)]
-        found = {json.dumps(c): c for c in map(self.at, slopes)}
-        front = []
-        for i, configuration in enumerate(found.values()):
-            line = self.record("refine" if i % 4 == 3 else "front", configuration)
-            front.append(self.row(line, predicted=self.loss(configuration)))
-        front.sort(key=lambda row: row["bits_per_weight"])
-        curve = [{"bits_per_weight": row["bits_per_weight"], "loss": row["predicted"]} for row in front]
-        chosen = min(front, key=lambda row: abs(row["bits_per_weight"] - 3.5))
-        fit = {"a": 1.3, "p": 1.0, "points": len(self.lines), "spearman": 0.993, "kendall": 0.95, "rmse": 0.0042}
-        self.write("front.json", self.front_document(uniform, front) | {"curve": curve, "fit": fit})
-        self.write_configuration(chosen)
-        costs = {k: {v: self.cost(k, v) for v in self.formats} for k in self.weight_names()}
-        self.write("cost.json", {"schema": "amq/cost/1", "kind": "fisher", "unit": "nats/token", "cost": costs})
-        self.write_archive()
-        self.write_run()
-
-    def front_document(self, uniform: list[dict[str, Any]], front: list[dict[str, Any]]) -> dict[str, Any]:
-        top = {"schema": "amq/front/1", "bits_range": [2.25, 4.25], "hypervolume": 0.55}
-        return top | {"uniform": uniform, "front": front, "curve": None, "fit": None}
-
-    def write_configuration(self, row: dict[str, Any]) -> None:
-        codes = sum(self.numel[k] * FORMATS[v].code_bits / 8 for k, v in row["configuration"].items())
-        items = [
-            {"name": "linears: codes", "bytes": int(codes)},
-            {"name": "linears: scales and zero points", "bytes": sum(self.numel.values()) // 32},
-            {"name": "embeddings", "bytes": 2 * 49152 * 576},
-            {"name": "lm_head", "bytes": 0, "note": "tied to the embeddings"},
-            {"name": "norms and biases", "bytes": 2 * 61 * 576},
-            {"name": "KV cache", "bytes": 8192 * 23040, "note": "8192 tokens, fp16"},
-        ]
-        kept = {key: row[key] for key in ("bits_per_weight", "loss", "loss_confirm")}
-        document = {"schema": "amq/configuration/1", "model": self.model["name"], "group_size": GROUP} | kept
-        memory = {"items": items, "total": sum(item["bytes"] for item in items)}
-        extra = {"formats": row["configuration"], "predicted_loss": 0.2, "memory": memory, "provenance": {}}
-        self.write("configuration.json", document | extra)
-
-    def write_paper(self, evaluations: int = 60, iterations: int = 6) -> None:
-        """A run of the iterative solver, with sensitivities, pinned linears and surrogate scores."""
-        lowest, highest = self.formats[0], self.formats[-1]
-        base = self.loss(dict.fromkeys(self.weight_names(), highest))
-        losses = {}
-        for linear in self.weight_names():
-            configuration = dict.fromkeys(self.weight_names(), highest) | {linear: lowest}
-            losses[linear] = self.record("sensitivity", configuration)["loss"]
-        median = sorted(losses.values())[len(losses) // 2]
-        pinned = [linear for linear, loss in losses.items() if loss > 2 * median]
-        document = {"base_loss": base, "loss": losses, "median": median, "threshold": 2.0, "pinned": pinned}
-        sensitivity = {"schema": "amq/sensitivity/1", "lowest": lowest, "highest": highest} | document
-        self.write("sensitivity.json", sensitivity)
-        for i in range(evaluations):
-            rate = self.random.random()
-            configuration = self.at(10 ** self.random.uniform(-12, -6)) | dict.fromkeys(pinned, highest)
-            for linear in self.random.sample(self.weight_names(), int(rate * len(self.linears))):
-                configuration[linear] = self.random.choice(self.formats)
-            iteration = max(0, (i - evaluations // 4) * iterations // evaluations)
-            self.record("initial" if i < evaluations // 4 else "iteration", configuration, iteration=iteration)
-        front: list[dict[str, Any]] = []
-        for line in sorted(self.lines, key=lambda line: line["bits_per_weight"]):
-            if not front or line["loss"] < front[-1]["loss"]:
-                front.append(self.row(line, predicted=None))
-        self.write("front.json", self.front_document([], front))
-        self.write_configuration(min(front, key=lambda row: abs(row["bits_per_weight"] - 3.5)))
-        scores = []
-        for i in range(iterations):
-            row = {"iteration": i, "evaluations": 250 + 50 * i, "surrogate": "rbf", "rmse": 0.02 / (i + 1) + 0.002}
-            row |= {"spearman": 1 - 0.2 / (i + 1), "kendall": 1 - 0.4 / (i + 1), "hypervolume": 0.55 - 0.05 / (i + 1)}
-            scores.append(row | {"best_loss_at_budget": None if i == 0 else 0.2 + 0.1 / (i + 1)})
-        self.write("surrogate.json", scores)
-        self.write_archive()
-        self.write_run(solver="paper")
+MARKUP = "</script><img src=x onerror=alert(1)> & $x$"
 
 
 class Page(HTMLParser):
-    """Collects what a page would load, its sections' text, and how much JavaScript it carries."""
+    """What a page would load, its headings, its visible text, and the specifications of its charts."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.loads: list[str] = []
-        self.scripts: list[int] = []
+        self.html = (folder / "report.html").read_text(encoding="utf-8")
         self.tags: list[str] = []
-        self.text = ""
-        self.in_script = False
-        self.feed(text)
+        self.loads: list[str] = []
+        self.text, self.hidden, self.headings = "", False, list[str]()
+        self.feed(self.html)
+        self.specs: dict[str, Any] = json.loads(re.search(r"^const specs = (.*), themes = ", self.html, re.M)[1])
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.in_script = tag in ("script", "style")
-        self.loads += [f"{tag} {key}={value}" for key, value in attrs if key in ("src", "href", "data", "poster")]
-        if tag == "link":
-            self.loads.append("link")
+        self.hidden = tag in ("script", "style")
+        self.loads += [f"{tag} {key}={value}" for key, value in attributes if key in ("src", "href", "data", "poster")]
 
     def handle_endtag(self, tag: str) -> None:
-        self.in_script = False
+        self.hidden = False
 
     def handle_data(self, data: str) -> None:
-        if self.in_script:
-            self.scripts.append(len(data))
-        else:
-            self.text += data
+        if not self.hidden:
+            self.text += f" {data}"
+            if self.tags[-1:] == ["h2"] and data.strip():
+                self.headings.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(self.text.split())
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> SyntheticRun:
-    return SyntheticRun(tmp_path)
+def pixels(path: Path) -> set[bytes]:
+    """The distinct bytes of a PNG's filtered rows, 8 at a time: a blank picture has a handful."""
+    data, at, packed = path.read_bytes(), 8, b""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    while at < len(data):
+        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        packed += data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
+        at += 12 + size
+    raw = zlib.decompress(packed)
+    return {raw[i : i + 8] for i in range(0, len(raw), 8)}
 
 
-def read_page(run: SyntheticRun) -> Page:
-    return Page((run.folder / "report.html").read_text(encoding="utf-8"))
+def rows(spec: Any) -> list[dict[str, Any]]:
+    """All rows of data in a specification."""
+    parts = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
+    own = spec["data"].get("values", []) if isinstance(spec, dict) and "data" in spec else []
+    return [*own, *(row for part in parts for row in rows(part))]
 
 
-def check_pngs(written: list[Path], names: tuple[str, ...]) -> None:
-    assert [path.name for path in written] == ["report.html", *(f"{name}.png" for name in names)]
-    for path in written[1:]:
-        data = path.read_bytes()
-        assert data[:8] == b"\x89PNG\r\n\x1a\n" and len(data) > 8000, f"{path.name} has {len(data)} bytes"
+@pytest.fixture(scope="module")
+def additive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the additive solver with a pinned linear, its page written."""
+    folder = make_run(tmp_path_factory.mktemp("additive"), model=MARKUP, pin=("0.mlp.up_proj=int4",)).path
+    assert main([str(folder)]) == 0
+    return folder
 
 
-def test_additive_run_has_every_chart_in_one_offline_file(run: SyntheticRun) -> None:
-    run.write_additive()
-    written = write_report(run.folder)
-    check_pngs(written, CHARTS)
-    page = read_page(run)
-    assert page.loads == [], "the page must load nothing"
-    assert sum(size > 1_000_000 for size in page.scripts) == 1, "plotly's JavaScript must be there exactly once"
-    assert "Omitted" not in page.text
-    assert "Fisher cost at int2" in page.text and "Predicted and true loss: Spearman 0.993, RMSE 0.0042" in page.text
-    for name in CHARTS:
-        assert f'id="chart-{name}"' in written[0].read_text(encoding="utf-8")
-    assert not list(run.folder.glob(".*")), "temporary files left behind"
+@pytest.fixture(scope="module")
+def paper(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("paper"), solver="paper", initial=20).path
 
 
-def test_paper_run_shows_surrogate_scores_and_pinned_linears(run: SyntheticRun) -> None:
-    run.write_paper()
-    check_pngs(write_report(run.folder), CHARTS)
-    page = read_page(run)
-    assert "Surrogate rbf over 6 iterations, 500 evaluations" in page.text
-    assert "Sensitivity: one linear at int2, all others at int4" in page.text
-    data = sensitivity_data(load_run(run.folder))
-    assert isinstance(data, SensitivityData) and data.threshold is not None
-    bars = [bar for _, bars in data.panels for bar in bars]
-    assert any(bar.pinned for bar in bars) and "With every linear at int4 the loss is" in page.text
-    assert {bar.linear for bar in bars if bar.pinned} == {bar.linear for bar in bars if bar.value > data.threshold}
+def test_a_page_and_its_pictures_show_the_same_charts_and_load_nothing(additive: Path) -> None:
+    names = ["memory", "bits", "cost", "front", "heldout", "predicted"]
+    assert not list(additive.glob(".*")), "temporary files left behind"
+    page, run = Page(additive), Shown(RunFolder.open(additive))
+    assert page.loads == [] and "default-src 'none'" in page.html
+    assert page.specs.keys() == set(names)
+    assert {path.stem for path in additive.glob("*.png")} == set(names)
+    for name in names:
+        chart = charts.CHARTS[name](run)
+        assert not isinstance(chart, Missing)
+        spec = chart.to_dict()  # Altair validates it against Vega-Lite's schema
+        assert page.specs[name] == {key: value for key, value in spec.items() if key != "config"}
+        assert vl_convert.vegalite_to_vega(page.specs[name], vl_version=VEGA_LITE)["marks"]
+        assert f'id="chart-{name}"' in page.html and page.specs[name]["description"]
+        assert len(pixels(additive / f"{name}.png")) > 200, f"{name}.png looks blank"
 
 
-def test_missing_files_and_null_losses_leave_reasons(run: SyntheticRun) -> None:
-    run.model = {"name": "<script>alert(1)</script> $x$", "fingerprint": None, "parameters": None, "blocks": None}
-    run.write_additive()
-    for name in ("cost.json", "configuration.json", "front.json"):
-        (run.folder / name).unlink()
-    for line in run.lines[::2]:
-        line["loss"] = None
-    run.write_archive()
-    (run.folder / "memory.png").write_bytes(b"of an earlier report")
-    check_pngs(write_report(run.folder), ("front",))
-    page = read_page(run)
-    assert page.text.count("Omitted:") == 4
-    assert "infeasible candidates (loss NaN or infinite) not drawn" in page.text
-    for reason in ("no sensitivity.json and no cost.json", "no surrogate.json (additive", "no memory breakdown"):
-        assert reason in page.text
-    assert not (run.folder / "memory.png").exists(), "a chart of an earlier report must not survive"
-    assert "<script>alert(1)</script> $x$" in page.text, "the name must arrive as text"
-    assert page.tags.count("script") == 2, "plotly and one chart"
+def test_the_page_answers_in_order_and_escapes_the_models_name(additive: Path) -> None:
+    page = Page(additive)
+    assert page.headings == [
+        "What the budget buys, and what it costs", "Where the bits went", "One step more or less", "Can it be trusted?",
+    ]  # fmt: skip
+    assert page.words.startswith(f"{MARKUP}: where its bits go") and "img" not in page.tags
+    assert page.tags.count("script") == 2, "Vega and the page's own"
+    assert "asked for: target 3.3" in page.words and "times as much" in page.words
+    assert "On held-out windows the front loses 1." in page.words and "Spearman" in page.words
+    assert "An orange frame marks pinned linears." in page.words
+    assert "banner" not in page.html.partition("<h1>")[2].partition("<noscript>")[0]
 
 
-def test_names_from_the_run_cannot_inject_into_charts(run: SyntheticRun) -> None:
-    for spec in run.linears:
-        spec["role"] = spec["role"].replace("mlp", "</script><img src=x>")
-    run.write_additive()
-    write_report(run.folder)
-    page = read_page(run)
-    assert page.loads == [] and "img" not in page.tags
+def test_steps_are_the_neighbours_on_the_front_with_what_they_take(additive: Path) -> None:
+    folder, words = RunFolder.open(additive), Page(additive).words
+    assert folder.front is not None and folder.configuration is not None
+    points = sorted(folder.front.front, key=lambda p: p.bits_per_weight)
+    at = next(i for i, p in enumerate(points) if p.configuration == dict(folder.configuration.formats))
+    for i, point in enumerate(points):
+        whole = memory_items(folder.inventory, Configuration(point.configuration, folder.settings.group_size))
+        total = sum(item.bytes for item in whole)
+        row = f"{abs(i - at)} {'smaller' if i < at else 'larger'} {point.bits_per_weight:.2f} {show_bytes(total)} "
+        row += f"{show_loss(point.loss)} {show_loss(point.loss_confirm)}"
+        assert (row in words) == (0 < abs(i - at) <= NEIGHBOURS)
 
 
-def test_missing_run_json_names_the_file_and_the_remedy(tmp_path: Path) -> None:
-    with pytest.raises(AmqError, match=r"run\.json does not exist.*python -m amq\.search MODEL --output"):
-        write_report(tmp_path)
+def test_the_map_holds_every_configuration_of_the_front(additive: Path) -> None:
+    run = Shown(RunFolder.open(additive))
+    spec = charts.bits_chart(run).to_dict()
+    given = {param["name"]: param["value"] for param in spec["params"] if "value" in param}
+    cells = rows(spec)
+    assert run.is_chosen(run.choices[given["at"]]) and given["labels"][given["at"]][0].endswith("(chosen)")
+    for i, point in enumerate(run.choices):
+        assert {cell["linear"]: given["names"][cell["value"][i]] for cell in cells} == point.formats
+    assert {cell["linear"] for cell in rows(spec["layer"][1])} == set(run.folder.run.pinned) != set()
+
+
+def test_the_band_of_held_out_losses_is_drawn_where_the_run_has_one(additive: Path) -> None:
+    run = Shown(RunFolder.open(additive))
+    assert run.folder.front is not None and run.folder.front.band is not None
+    low, high = run.folder.front.band.around(run.front[0].loss or 0.0)
+    for draw in (charts.front_chart, charts.heldout_chart):
+        spec = draw(run).to_dict()
+        edges = rows(spec["layer"][0])
+        assert edges and spec["layer"][0]["mark"]["type"] == "area"
+        assert all(row["low"] < row["high"] for row in edges) and "clamp" not in json.dumps(spec)
+    assert {"bits": run.front[0].bits, "low": low, "high": high} in rows(charts.front_chart(run).to_dict())
+
+
+def test_the_paper_solver_shows_its_surrogate_and_sensitivities(paper: Path) -> None:
+    (paper / "predicted.png").write_bytes(b"of an earlier report")
+    written = write_report(paper)
+    assert [path.stem for path in written] == ["report", "memory", "bits", "cost", "front", "heldout", "surrogate"]
+    assert not (paper / "predicted.png").exists(), "a chart of an earlier report must not survive"
+    words, run = Page(paper).words, Shown(RunFolder.open(paper))
+    assert run.folder.sensitivity is not None and run.folder.surrogate
+    assert f"times the median of {show_loss(run.folder.sensitivity.median)} a linear is pinned" in words
+    scores = [row["value"] for row in rows(charts.surrogate_chart(run).to_dict()) if row["score"] == "kendall"]
+    assert scores == [row.kendall for row in run.folder.surrogate]
+    cells = rows(charts.cost_chart(run).to_dict())
+    assert {cell["linear"]: cell["value"] for cell in cells} == run.folder.sensitivity.loss
+
+
+def test_a_stopped_run_says_so_and_why_charts_are_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path, stop_after=3)
+    write_report(tmp_path)
+    page = Page(tmp_path)
+    assert run.run.status == "stopped" and "This run is stopped: what it has found so far follows." in page.words
+    assert "There is no error band: 1 of" in page.words
+    assert "No predicted chart: fewer than two configurations have both" in page.words
+
+
+def test_a_run_that_has_only_begun_gives_a_page_of_reasons(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    text = (tmp_path / "run.json").read_text().replace('"finished"', '"running"')
+    for path in tmp_path.iterdir():
+        path.unlink()
+    (tmp_path / "run.json").write_text(text)
+    (tmp_path / "archive.jsonl").write_text('{"index": 0, "phase": "unif')  # a line that is being written
+    assert [path.name for path in write_report(tmp_path)] == ["report.html"]
+    assert (tmp_path / "archive.jsonl").read_text().endswith("unif"), "the report must change nothing of a run"
+    page = Page(tmp_path)
+    assert page.specs == {} and page.words.count(" chart: ") == 6
+    for reason in (
+        "nothing was chosen yet",
+        "neither a front nor",
+        "no sensitivity.json and no cost.json",
+        "has a loss",
+    ):
+        assert reason in page.words
+    assert "0 evaluations so far" in page.words and "no other point to compare with" in page.words
+
+
+def test_one_point_needs_no_slider_and_has_no_neighbour(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    assert folder.front is not None and folder.configuration is not None
+    chosen = [p for p in folder.front.front if p.configuration == dict(folder.configuration.formats)]
+    replace(folder.front, front=tuple(chosen)).write(tmp_path / "front.json")
+    write_report(tmp_path)
+    page = Page(tmp_path)
+    assert "no other point to compare with" in page.words
+    assert not any("bind" in param for param in page.specs["bits"]["params"])
+
+
+def test_losses_of_nothing_stay_off_the_logarithmic_axes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path)
+    assert folder.front is not None
+    points = (*folder.front.front[:-1], replace(folder.front.front[-1], loss=0.0, loss_confirm=-1e-9))
+    replace(folder.front, front=points).write(tmp_path / "front.json")
+    run = Shown(RunFolder.open(tmp_path))
+    for draw in (charts.front_chart, charts.heldout_chart, charts.predicted_chart):
+        marks = {row["bits"] for row in rows(draw(run).to_dict()) if row.get("kind") in ("front", "chosen")}
+        assert marks == {point.bits_per_weight for point in points[:-1]}
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "message"),
+    ("name", "old", "new", "message"),
     [
-        ("run.json", "{", r"run\.json is not valid JSON"),
-        ("run.json", '{"schema": "amq/run/9"}', r"run\.json: expected schema 'amq/run/2', got 'amq/run/9'"),
-        ("front.json", "[1,", r"front\.json is not valid JSON"),
-        ("archive.jsonl", '{"a"\n{}\n', r"archive\.jsonl line 1 is damaged"),
-        ("run.json", '{"schema": "amq/run/1", "linears": 5}', r"run\.json at \$\.linears: expected `array \| null`"),
-        ("run.json", "[" * 100_000, r"run\.json is not valid JSON: it is nested too deeply"),
-        ("front.json", '{"front": [5]}', r"front\.json at \$\.front\[0\]: expected `object`"),
-        ("front.json", '{"front": [{"configuration": {"a": 5}}]}', r"front\.json at .*expected `str`, got `int`"),
-        ("cost.json", '{"cost": null, "kind": []}', r"cost\.json at \$\.kind"),
-        ("sensitivity.json", "3", r"sensitivity\.json: expected `object`"),
-        ("surrogate.json", '{"a": 1}', r"surrogate\.json: expected `array`"),
-        ("configuration.json", '{"formats": [1]}', r"configuration\.json at \$\.formats"),
-        ("archive.jsonl", '{"index": 0, "loss": -5}\n', r"archive\.jsonl line 1 is damaged"),
+        ("run.json", '"amq/run/2"', '"amq/run/9"', r"run\.json: expected schema 'amq/run/2'"),
+        ("front.json", '"int2"', '"int9"', r"front\.json: the configuration has .* expected one of"),
+        ("front.json", '"front": [', '"front": [5, ', r"front\.json at \$\.front\[0\]: expected `object`"),
+        ("configuration.json", '"layers.0.attn.q_proj"', '"x"', r"the configuration names 'x'"),
+        ("cost.json", '"cost": {', '"cost": {"x": {}, ', r"cost\.json: the table has a linear 'x'"),
+        ("archive.jsonl", '"loss":0.', '"loss":-5.', r"archive\.jsonl line 1 is damaged"),
     ],
 )
-def test_broken_files_are_named(run: SyntheticRun, name: str, text: str, message: str) -> None:
-    run.write_additive()
-    (run.folder / name).write_text(text)
+def test_broken_files_are_named(additive: Path, tmp_path: Path, name: str, old: str, new: str, message: str) -> None:
+    for path in additive.glob("*.json*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    text = (tmp_path / name).read_text()
+    assert old in text
+    (tmp_path / name).write_text(text.replace(old, new))
     with pytest.raises(AmqError, match=message):
-        write_report(run.folder)
+        write_report(tmp_path)
 
 
-def test_torn_last_archive_line_is_left_out(run: SyntheticRun) -> None:
-    run.write_additive()
-    with (run.folder / "archive.jsonl").open("a") as file:
-        file.write('{"index": 99, "bits_per')
-    assert len(load_run(run.folder).archive) == len(run.lines)
+def test_a_folder_that_is_no_run_is_named_with_the_remedy(tmp_path: Path) -> None:
+    with pytest.raises(AmqError, match=r"not a run folder.*run\.json.*python -m amq\.search MODEL --output"):
+        write_report(tmp_path)
 
 
-def test_nearly_empty_run_still_gives_a_page(run: SyntheticRun) -> None:
-    nothing = dict.fromkeys(("model", "settings", "linears", "timings", "machine"))
-    run.write("run.json", {"schema": "amq/run/1", "status": "stopped"} | nothing)
-    assert [path.name for path in write_report(run.folder)] == ["report.html"]
-    page = read_page(run)
-    assert page.text.count("Omitted:") == 5 and "stopped before it finished" in page.text
-
-
-def test_unevaluated_choice_is_mapped_and_called_predicted(run: SyntheticRun) -> None:
-    run.write_additive()
-    path = run.folder / "configuration.json"
-    document = json.loads(path.read_text())
-    document["formats"] = document["formats"] | {run.linears[0]["name"]: "int8"}
-    path.write_text(json.dumps(document | {"loss": None, "loss_confirm": None}))
-    loaded = load_run(run.folder)
-    bits, front = bits_data(loaded), front_data(loaded)
-    assert not isinstance(bits, Omitted) and isinstance(front, FrontData) and front.chosen is not None
-    assert bits.formats == ["int2", "int3", "int4", "int8"]
-    assert bits.maps[bits.shown].label.endswith("(chosen)") and bits.maps[bits.shown].cells[0][0] == 3
-    assert "predicted loss 0.200" in front.chosen.name
-
-
-def test_memory_at_16_bits_counts_two_bytes_per_weight(run: SyntheticRun) -> None:
-    run.model["parameters"] = sum(run.numel.values()) + 49152 * 576 + 61 * 576
-    run.write_additive()
-    data = memory_data(load_run(run.folder))
-    assert not isinstance(data, Omitted) and data.compared
-    assert data.total_16 == 2 * run.model["parameters"] + 8192 * 23040
-    assert data.total == json.loads((run.folder / "configuration.json").read_text())["memory"]["total"]
-
-
-def test_many_experts_share_panels_and_zero_losses_stay_on_the_log_axis(run: SyntheticRun) -> None:
-    for spec in run.linears[:]:
-        if spec["role"].startswith("mlp"):
-            copies = ({"name": f"{spec['name']}.{i}", "role": f"{spec['role']}.{i}"} for i in range(8))
-            run.linears += [spec | copy for copy in copies]
-    run.weight = {spec["name"]: 1e-4 for spec in run.linears}
-    run.numel = dict.fromkeys(run.weight, 1000)
-    run.write_additive()
-    document = json.loads((run.folder / "front.json").read_text())
-    document["front"][-1]["loss"] = 0.0
-    run.write("front.json", document)
-    write_report(run.folder)
-    loaded = load_run(run.folder)
-    data, front = sensitivity_data(loaded), front_data(loaded)
-    assert isinstance(data, SensitivityData) and [title for title, _ in data.panels][-1] == "mlp.down_proj.*"
-    assert isinstance(front, FrontData) and front.loss_range()[0] > 0
-
-
-def test_numbers_read_well() -> None:
+def test_figures_read_well() -> None:
     assert [show_loss(x) for x in (0.31, 0.0123, 1.5, 0.0, None)] == ["0.310", "0.0123", "1.50", "0", "–"]
     assert [show_bytes(x) for x in (12, 2**20, 150 * 2**20, 1.5 * 2**30)] == ["12 B", "1.00 MiB", "150 MiB", "1.50 GiB"]
+    assert [show_bytes(x, "+") for x in (-(2**20), 0, 2**20)] == ["−1.00 MiB", "0 B", "+1.00 MiB"]
+    assert [show_change(*x) for x in ((1.1, 1.0), (0.5, 1.0), (1.0, 1.0), (None, 1.0))] == [
+        "+10 %",
+        "−50 %",
+        "0 %",
+        "–",
+    ]
     assert count_formats(["int4", "int2", "int4"]) == "1 × int2, 2 × int4"
-    assert log_ticks(0.01, 0.5) == pytest.approx([0.01, 0.02, 0.05, 0.1, 0.2, 0.5])
-    assert log_ticks(1e-6, 1.0) == pytest.approx([10.0**i for i in range(-6, 1)])
-    for low in (0.0101, 0.021, 0.051, 0.09):
-        assert len(log_ticks(low, 1.6 * low)) >= 3
-    assert pick_ticks(7, 40) == list(range(7)) and len(pick_ticks(80, 40)) == 40 and len(pick_ticks(1000, 40)) <= 40
-    for count in range(len(FORMATS) + 3):
-        assert len(format_colors(count)) == count
+
+
+@pytest.mark.skipif(chromium.EXECUTABLE is None, reason="needs a Chromium browser on PATH")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_draws_it_wide_and_narrow_without_a_network(additive: Path, tmp_path: Path, scheme: str) -> None:
+    with chromium.Page(tmp_path, timeout=60) as page:
+        page.call("Network.enable")
+        page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
+        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        for width in (1400, 400):
+            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+            page.call("Emulation.setDeviceMetricsOverride", **size)
+            page.open("about:blank")
+            page.open((additive / "report.html").as_uri())
+            page.wait("document.querySelectorAll('.chart svg').length == 6", 60)
+            assert page.run("document.documentElement.scrollWidth") == width
+            widths = page.run("[...document.querySelectorAll('.chart svg')].map(svg => svg.clientWidth)")
+            assert all(300 < w <= width for w in widths)
+            assert page.messages == [], "Vega warns in the console"
+        slide = (
+            "const i = document.querySelector('input[type=range]'); i.value = 0; i.dispatchEvent(new Event('input'));"
+        )
+        first = page.run("document.querySelector('#chart-bits .role-title').textContent")
+        page.run(f"(() => {{ {slide} }})()")
+        page.wait(f"document.querySelector('#chart-bits .role-title').textContent != {json.dumps(first)}")
+        shade = page.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0)")
+        assert (shade < 200) == (scheme == "dark")

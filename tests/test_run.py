@@ -17,7 +17,7 @@ from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.search.__main__ import main
 from amq.search.run import _check_output
-from amq.search.select import FinishedRun
+from amq.search.run_folder import RunFolder
 from amq.search.settings import SearchSettings
 from amq.util.settings import run_command
 
@@ -77,8 +77,8 @@ def test_the_run_folder_is_complete_and_true(folder, tmp_path, capsys):
         assert (run / name).stat().st_size > 0, name
     configuration = Configuration.load(run / "configuration.json")
     details = configuration.details
-    assert details["bits_per_weight"] <= 3.4 and details["loss"] is not None and details["loss_confirm"] is not None
-    assert details["memory"]["total"] == sum(i["bytes"] for i in details["memory"]["items"])
+    assert details.bits_per_weight <= 3.4 and details.loss is not None and details.loss_confirm is not None
+    assert details.memory.total == sum(i.bytes for i in details.memory.items)
     state = json.loads((run / "run.json").read_text())
     assert state["status"] == "finished" and state["settings"]["target_bits"] == 3.4
     assert state["evaluations"]["count"] == len([r for r in archive(run) if r["windows"] == "search"])
@@ -135,10 +135,10 @@ def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypa
     status, out, err = command("select", run, "--target-bits", 2.9, capsys=capsys)
     assert status == 0, err
     chosen = Configuration.load(run / "configuration-2.9.json")
-    assert chosen.details["bits_per_weight"] <= 2.9 and chosen.details["provenance"]["proxy"] == "gptq"
-    total = chosen.details["memory"]["total"]
+    assert chosen.details.bits_per_weight <= 2.9 and chosen.details.provenance.proxy == "gptq"
+    total = chosen.details.memory.total
     status, out, err = command("select", run, "--memory", total, "--context", 0, capsys=capsys)
-    assert status == 0 and Configuration.load(run / f"configuration-{total}.json").details["memory"]["total"] <= total
+    assert status == 0 and Configuration.load(run / f"configuration-{total}.json").details.memory.total <= total
     status, out, err = command("select", run, "--memory", "1KiB", "--context", 8, capsys=capsys)
     assert status == 2 and "below the smallest configuration" in err and "KV cache" in err
     status, out, err = command("select", run, "--target-bits", 9, capsys=capsys)
@@ -155,7 +155,7 @@ def finished(folder, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "amq-cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AMQ_CACHE", str(cache))
-        patch.setattr("amq.report.write.write_report", lambda run: [])
+        patch.setattr("amq.report.write_report", lambda run: [])
         return amq.search(str(folder), tmp_path_factory.mktemp("runs") / "run", **QUICK, target_bits=3.4).output
 
 
@@ -190,9 +190,9 @@ WRONG = {
         *((edit(**{key: ...}), f"run.json.*missing required field `{key}`") for key in PARTS),
         *((edit(**{key: 5}), rf"run.json at \$\.{key}: expected `\w+`, got `int`") for key in PARTS),
         (edit(settings__evil=1), "settings has 'evil', unknown to this version"),
-        (edit(settings__formats="int99,int4"), "run.json: settings.*unknown format 'int99'"),
-        (edit(settings__points="3"), r"settings at \$\.points: expected `int`, got `str`"),
-        (edit(settings__model=...), "settings: object missing required field `model`"),
+        (edit(settings__formats="int99,int4"), r"run.json at \$\.settings: unknown format 'int99'"),
+        (edit(settings__points="3"), r"run.json at \$\.settings\.points: expected `int`, got `str`"),
+        (edit(settings__model=...), r"object missing required field `model` .*|missing required field `model`"),
         (edit(linears__0__out_features="x"), r"run.json at \$\.linears\[0\]\.out_features"),
         (edit(linears__0__out_features=0), "expected out_features from 1 to"),
         (edit(linears__0__in_features=2**200), "expected in_features from 1 to .* a number of 201 bits"),
@@ -219,9 +219,15 @@ WRONG = {
 }
 
 
+def run_of(path):
+    """A run with its settings and files, read as `select` reads it."""
+    run = RunFolder.open(path)
+    return run, run.space, run.archive, run.cost
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_select_and_resume_name_what_is_damaged_in_a_run(finished, tmp_path, name):
-    FinishedRun.read(finished)
+    run_of(finished)
     for number, (change, message) in enumerate(WRONG[name]):
         run = tmp_path / str(number)
         run.mkdir()
@@ -229,7 +235,7 @@ def test_select_and_resume_name_what_is_damaged_in_a_run(finished, tmp_path, nam
             shutil.copy(finished / file, run)
         change(run / name)
         with pytest.raises(AmqError, match=message) as raised:
-            FinishedRun.read(run)
+            run_of(run)
         assert str(run) in str(raised.value) and "\n" not in str(raised.value) and len(str(raised.value)) < 700
         if name == "run.json":
             with pytest.raises(AmqError, match=message):
@@ -242,7 +248,7 @@ def test_a_pin_that_would_match_for_ever_is_named(finished, tmp_path, monkeypatc
     shutil.copytree(finished, run)
     edit(settings__pin=["(.|..)+$y=int4"])(run / "run.json")
     with pytest.raises(AmqError, match="takes longer than|no linear matches"):
-        FinishedRun.read(run)
+        run_of(run)
 
 
 def test_a_fisher_table_of_another_search_is_not_resumed(folder, finished, tmp_path):
@@ -285,7 +291,7 @@ def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path, mo
 
 def test_a_text_that_was_rewritten_meanwhile_is_refused(folder, tmp_path, monkeypatch):
     """Under the same name: else losses on two texts would lie in one archive."""
-    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write_report", lambda run: [])
     path, run = tmp_path / "text.txt", tmp_path / "run"
     whole = "The quick brown fox jumps over the lazy dog. " * 60
     path.write_text(whole)
@@ -306,7 +312,7 @@ def test_equal_runs_write_equal_files(folder, finished, tmp_path, monkeypatch):
     """With a cache of its own, so that the bank is built again: its bytes are equal too."""
     cache = os.environ["AMQ_CACHE"]
     monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write_report", lambda run: [])
     other = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.4).output
     for name in ("configuration.json", "front.json", "cost.json"):
         assert (other / name).read_bytes() == (finished / name).read_bytes(), name
@@ -332,10 +338,10 @@ def test_places_that_cannot_be_written_are_one_line(folder, tmp_path, capsys, mo
 
 def test_memory_budget_counts_everything(folder, tmp_path):
     small = amq.search(str(folder), tmp_path / "a", **QUICK, memory="64KiB", context=32)
-    items = {i["name"]: i["bytes"] for i in small.configuration.details["memory"]["items"]}
+    items = {i.name: i.bytes for i in small.configuration.details.memory.items}
     assert items["KV cache"] == 2 * 2 * 2 * 2 * 16 * 32  # K and V, 2 bytes, 2 blocks, 2 heads of 16, 32 tokens
     assert items["lm_head"] == 0 and items["embeddings"] == 2 * 256 * 64
-    assert small.configuration.details["memory"]["total"] <= 64 * 1024
+    assert small.configuration.details.memory.total <= 64 * 1024
 
 
 def test_time_bound_stops_and_resume_goes_on(folder, tmp_path):
@@ -377,7 +383,7 @@ def test_resume_refuses_other_settings_models_and_folders(folder, tmp_path, caps
         (["--target-bits", "1.5"], r"reachable range is 2\.5"),
         (["--target-bits", "7"], "above the largest"),
         (["--group-size", "48"], "group size 48 is not supported"),
-        (["--formats", "int2,int7"], "unknown format 'int7'"),
+        (["--formats", "int2,int9"], "unknown format 'int9'"),
         (["--formats", "int3"], "at least two formats"),
         (["--memory", "1KiB"], "below the smallest configuration"),
         (["--memory", "lots"], "not a size"),

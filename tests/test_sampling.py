@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampler, Sampling, _place, survivors
+from amq.runtime.sampling import Sampler, _place, survivors
+from amq.runtime.settings import Sampling
 
 VOCABULARY = 5000
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 from cuda_shim.build import runtime_library
 from helpers import unchanged
+from helpers.nested import run_nested
 
 from amq.formats import FORMATS
 from amq.kernels import cpu as native
@@ -42,6 +43,7 @@ RUN = (
     "amq/kernels/backends.py",
     "amq/runtime/native_engine.py",
     "tests/*.py",
+    "tests/helpers/*.py",
 )
 UNCHECKED = "null,alignment,object-size,vptr,nonnull-attribute,returns-nonnull-attribute"
 QUICK = f"-O1 -g1 -fno-var-tracking -fno-sanitize={UNCHECKED} -fno-sanitize-address-use-after-scope"
@@ -130,14 +132,13 @@ for missing in (0, 1):
     assert "AddressSanitizer: heap-buffer-overflow" in result.stderr
 
 
-def test_kernels_under_the_sanitizers(environment: dict[str, str], record_property: Callable) -> None:
+def test_kernels_under_the_sanitizers(
+    environment: dict[str, str], subtests: pytest.Subtests, record_property: Callable
+) -> None:
     inputs = unchanged.inputs_of((*SOURCES, *RUN), *facts(), unchanged.packages("torch", "hypothesis"))
     if unchanged.passed_before("sanitizers", inputs, record_property):
         return
-    arguments = ("-m", "pytest", "-q", "-x", "-p", "sanitized", "-p", "no:cacheprovider", "-k", f"not ({LEFT_OUT})")
-    result = run_python(environment, *arguments, *(str(ROOT / "tests" / name) for name in TESTS))
-    report = result.stdout[-6000:] + result.stderr[-6000:]
-    assert result.returncode == 0, report
-    assert "Sanitizer" not in result.stderr and "runtime error" not in result.stderr, report
-    assert " passed" in result.stdout.splitlines()[-1], report
-    unchanged.passed("sanitizers", inputs)
+    arguments = ("-x", "-p", "sanitized", "-k", f"not ({LEFT_OUT})", *(f"tests/{name}" for name in TESTS))
+    cases, errors = run_nested(subtests, *arguments, environment=environment)
+    assert "Sanitizer" not in errors and "runtime error" not in errors, errors[-6000:]
+    unchanged.passed("sanitizers", inputs, len(cases))

@@ -64,9 +64,9 @@ def test_an_exponent_moves_into_the_norm(
     assert torch.equal(model(tokens).logits, tiny_llama()(tokens).logits)
     folder = make_folder(model)
     log = quantize(str(folder), str(tmp_path / "out"), method=method, dtype="float32", **SMALL).log
-    (note,) = (n for n in log["notes"] if "beyond fp16" in n)
+    (note,) = (n for n in log.notes if "beyond fp16" in n)
     assert note.startswith("block 1: mlp.gate_proj, mlp.up_proj: ") and note.endswith("post_attention_layernorm")
-    assert all(entry["relative_error"] < 0.02 for entry in log["linears"].values())
+    assert all(entry.relative_error < 0.02 for entry in log.linears.values())
     checkpoint = open_checkpoint(tmp_path / "out")
     assert all(bool(torch.isfinite(dequantized(checkpoint.packed(n))).all()) for n in checkpoint.record.formats)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -116,5 +116,5 @@ def test_a_large_error_is_named(
     with caplog.at_level(logging.WARNING):
         log = quantize(str(make_folder(model)), str(tmp_path / "out"), **settings).log
     warned = {r.message.split()[0] for r in caplog.records if "has a relative error of" in r.message}
-    assert warned == {name for name, entry in log["linears"].items() if entry["relative_error"] > 0.5}
+    assert warned == {name for name, entry in log.linears.items() if entry.relative_error > 0.5}
     assert "model.layers.1.mlp.up_proj" in warned

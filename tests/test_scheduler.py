@@ -7,76 +7,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
+from helpers.engines import FakeEngine, FakeSlot
 from helpers.tiny_models import byte_tokenizer
 
 from amq.errors import AmqError
-from amq.runtime.engine import Segment, Slot
-from amq.runtime.sampling import Sampling
 from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import Tokenizer
-
-VOCABULARY = 256
-
-
-class Counter:
-    """An engine whose next token follows from all tokens before it; it checks what it is asked."""
-
-    banner = "counter"
-
-    def __init__(self, max_sequences: int = 4, max_rows: int = 32, context: int = 64, room: int = 1 << 20) -> None:
-        self.vocab_size, self.context, self.max_rows, self.max_sequences = VOCABULARY, context, max_rows, max_sequences
-        self.room = room
-        self.slots: dict[Slot, list[int]] = {}
-        self.passes: list[list[int]] = []  # tokens of each segment
-        self.fail: Exception | None = None
-        self.nan = False
-        self.cached = 0
-
-    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
-        capacity = len(prompt) + new_tokens
-        if capacity > self.room:
-            raise AmqError(f"{capacity} positions never fit")
-        if sum(s.capacity for s in self.slots) + capacity > self.room:
-            return None
-        assert len(self.slots) < self.max_sequences
-        slot = Slot(capacity, min(self.cached, len(prompt) - 1))
-        self.slots[slot] = list(prompt[: slot.length])
-        return slot
-
-    def close(self, slot: Slot) -> None:
-        del self.slots[slot]
-
-    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
-        assert len({id(s.slot) for s in segments}) == len(segments)
-        self.passes.append([len(s.tokens) for s in segments])
-        assert 0 < sum(self.passes[-1]) <= self.max_rows and min(self.passes[-1]) > 0
-        if self.fail:
-            raise self.fail
-        rows = []
-        for segment in segments:
-            tokens = self.slots[segment.slot]
-            tokens += segment.tokens
-            segment.slot.length = len(tokens)
-            assert len(tokens) < segment.slot.capacity  # the last new token is never computed
-            if segment.logits:
-                rows.append(torch.nn.functional.one_hot(torch.tensor(self.next(tokens)), VOCABULARY) * 9.0)
-        logits = torch.stack(rows) if rows else torch.empty(0, VOCABULARY)
-        if self.nan and rows:
-            logits[0, 0] = torch.nan
-        return logits
-
-    @staticmethod
-    def next(tokens: Sequence[int]) -> int:
-        """A letter: text of one byte per token."""
-        return LETTERS[(sum(tokens) * 31 + len(tokens)) % 26]
-
-    def cached_tokens(self) -> tuple[int, int]:
-        return sum(s.length for s in self.slots), self.room
-
 
 TOKENIZER = Tokenizer.from_transformers(byte_tokenizer(), [])
 LETTERS = TOKENIZER.encode("abcdefghijklmnopqrstuvwxyz")
+
+
+def letter(tokens: Sequence[int]) -> int:
+    """Follows from all tokens before it; text of one byte per token."""
+    return LETTERS[(sum(tokens) * 31 + len(tokens)) % 26]
+
+
+def engine_of(max_sequences: int = 4, max_rows: int = 32, context: int = 64, room: int = 1 << 20) -> FakeEngine:
+    """room: positions of its KV cache."""
+
+    def following(slot: FakeSlot) -> int:
+        assert slot.length < slot.capacity  # the last new token is never computed
+        return letter(slot.tokens)
+
+    return FakeEngine(context, max_sequences, max_rows=max_rows, positions=room, following=following)
+
+
+def lengths(engine: FakeEngine) -> list[list[int]]:
+    """Tokens of each segment of each pass."""
+    return [[len(tokens) for tokens, _ in segments] for segments in engine.passes]
 
 
 class Reader:
@@ -98,11 +58,11 @@ class Reader:
     def expected(self, new_tokens: int) -> str:
         tokens = list(self.request.prompt)
         for _ in range(new_tokens):
-            tokens.append(Counter.next(tokens))
+            tokens.append(letter(tokens))
         return TOKENIZER.decode(tokens[len(self.request.prompt) :])
 
 
-def run(engine: Counter, *readers: Reader, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Scheduler:
+def run(engine: FakeEngine, *readers: Reader, tokenizer: Tokenizer = TOKENIZER, **options: Any) -> Scheduler:
     scheduler = Scheduler(engine, tokenizer, **options)
     for reader in readers:
         scheduler.submit(reader.request)
@@ -114,15 +74,15 @@ def run(engine: Counter, *readers: Reader, tokenizer: Tokenizer = TOKENIZER, **o
 
 def test_one_text() -> None:
     reader = Reader("hello", max_new_tokens=7)
-    run(engine := Counter(), reader)
+    run(engine := engine_of(), reader)
     assert reader.text == reader.expected(7) and reader.finished == "length"
-    assert engine.passes == [[5]] + [[1]] * 6
+    assert lengths(engine) == [[5]] + [[1]] * 6
     assert reader.request.new_tokens == len([c for p in reader.pieces for c in p.choices]) == 7
 
 
 def test_several_share_passes_and_texts_do_not_mix() -> None:
     readers = [Reader("x" * (i + 1), max_new_tokens=3 + i) for i in range(7)]
-    run(engine := Counter(max_sequences=3), *readers)
+    run(engine := engine_of(max_sequences=3), *readers)
     for i, reader in enumerate(readers):
         assert reader.text == reader.expected(3 + i) and reader.finished == "length"
     assert max(map(len, engine.passes)) == 3
@@ -130,17 +90,17 @@ def test_several_share_passes_and_texts_do_not_mix() -> None:
 
 def test_prompts_come_in_parts() -> None:
     long, short = Reader("l" * 60, max_new_tokens=2), Reader("s" * 10, max_new_tokens=10)
-    run(engine := Counter(max_rows=32), long, short, prefill_rows=8)
+    run(engine := engine_of(max_rows=32), long, short, prefill_rows=8)
     # nobody decodes: all rows, at least a quarter for the first; then 8 rows beside the one that decodes
-    assert engine.passes[:4] == [[22, 10], [1, 8], [1, 8], [1, 8]]
+    assert lengths(engine)[:4] == [[22, 10], [1, 8], [1, 8], [1, 8]]
     assert long.text == long.expected(2) and short.text == short.expected(10)
     readers = [Reader("a" * 20, max_new_tokens=9), *(Reader("b" * n, max_new_tokens=2) for n in (30, 40, 9))]
-    run(engine := Counter(max_rows=64), *readers)
-    assert engine.passes[0] == [20, 30, 5, 9]  # the rest by length: 9, 20, 30, and what is left
+    run(engine := engine_of(max_rows=64), *readers)
+    assert lengths(engine)[0] == [20, 30, 5, 9]  # the rest by length: 9, 20, 30, and what is left
 
 
 def test_the_oldest_prompt_never_starves() -> None:
-    engine = Counter(max_rows=32, max_sequences=4)
+    engine = engine_of(max_rows=32, max_sequences=4)
     scheduler, readers = Scheduler(engine, TOKENIZER, prefill_rows=8), []
     long = Reader("l" * 60, max_new_tokens=1)
     scheduler.submit(long.request)
@@ -153,7 +113,7 @@ def test_the_oldest_prompt_never_starves() -> None:
 
 def test_who_does_not_fit_waits_in_order() -> None:
     readers = [Reader("a" * 10, max_new_tokens=10), Reader("b" * 20, max_new_tokens=10), Reader("c", max_new_tokens=1)]
-    engine = Counter(room=45)
+    engine = engine_of(room=45)
     scheduler = Scheduler(engine, TOKENIZER)
     for reader in readers:
         scheduler.submit(reader.request)
@@ -168,8 +128,8 @@ def test_who_does_not_fit_waits_in_order() -> None:
 
 
 def test_an_engine_that_others_fill_is_an_error_not_a_hang() -> None:
-    engine, reader = Counter(room=50), Reader("hello", max_new_tokens=5)
-    engine.slots[Slot(45)] = []
+    engine, reader = engine_of(room=50), Reader("hello", max_new_tokens=5)
+    engine.slots.add(FakeSlot([1], 44, 0))
     scheduler = Scheduler(engine, TOKENIZER)
     scheduler.submit(reader.request)
     assert scheduler.step() and not scheduler.step()
@@ -182,45 +142,45 @@ def test_ends() -> None:
     ending = Tokenizer.from_transformers(byte_tokenizer(), [end])
     at = whole.index(whole[4])
     reader, ignoring = Reader("hello", max_new_tokens=9), Reader("hello", max_new_tokens=9, ignore_end=True)
-    run(Counter(), reader, ignoring, tokenizer=ending)
+    run(engine_of(), reader, ignoring, tokenizer=ending)
     assert reader.text == whole[:at] and reader.finished == "stop" and reader.request.new_tokens == at + 1
     assert ignoring.text == whole and ignoring.finished == "length"
     stopping = Reader("hello", max_new_tokens=9, stop=(whole[3:6],))
     held = Reader("hello", max_new_tokens=5, stop=(whole[3:5] + "!",))
-    run(Counter(), stopping, held)
+    run(engine_of(), stopping, held)
     assert stopping.text == whole[:3] and stopping.finished == "stop" and stopping.request.new_tokens == 6
     assert held.text == whole[:5] and held.finished == "length"
     full = Reader("x" * 60, max_new_tokens=50)
-    run(Counter(context=64), full)
+    run(engine_of(context=64), full)
     assert full.request.new_tokens == 4 and full.finished == "length"
 
 
 def test_cached_tokens_are_not_read_again() -> None:
-    engine, reader = Counter(), Reader("hello world", max_new_tokens=2)
-    engine.cached = 8
+    engine, reader = engine_of(), Reader("hello world", max_new_tokens=2)
+    engine.shared = 8
     run(engine, reader)
-    assert engine.passes == [[3], [1]] and reader.request.cached_tokens == 8 and reader.text == reader.expected(2)
+    assert lengths(engine) == [[3], [1]] and reader.request.cached_tokens == 8 and reader.text == reader.expected(2)
 
 
 def test_what_can_never_run_is_refused_at_once() -> None:
-    scheduler = Scheduler(Counter(context=16), TOKENIZER)
+    scheduler = Scheduler(engine_of(context=16), TOKENIZER)
     for prompt, message in (
         ([], "the prompt is empty"),
         ([1] * 16, "the prompt has 16 tokens, the model's context 16"),
-        ([VOCABULARY], "outside the model's vocabulary of 256"),
+        ([256], "outside the model's vocabulary of 256"),
         ([-1], "outside the model's vocabulary"),
     ):
         with pytest.raises(AmqError, match=message):
             scheduler.submit(Reader(prompt).request)
     assert not scheduler.step()
     with pytest.raises(AmqError, match="prefill_rows must be at least 1"):
-        Scheduler(Counter(), TOKENIZER, prefill_rows=0)
+        Scheduler(engine_of(), TOKENIZER, prefill_rows=0)
     with pytest.raises(AmqError, match="expected 1 to 2 sequences at once, got 3"):
-        Scheduler(Counter(max_sequences=3, max_rows=2), TOKENIZER)
+        Scheduler(engine_of(max_sequences=3, max_rows=2), TOKENIZER)
 
 
 def test_cancelling() -> None:
-    engine = Counter(max_sequences=1)
+    engine = engine_of(max_sequences=1)
     scheduler = Scheduler(engine, TOKENIZER)
     running, waiting, other = Reader("a"), Reader("b"), Reader("c", max_new_tokens=2)
     for reader in (running, waiting, other):
@@ -238,17 +198,17 @@ def test_cancelling() -> None:
 
 
 def test_failures_of_the_engine_end_one_pass_only(caplog: pytest.LogCaptureFixture) -> None:
-    engine = Counter()
+    engine = engine_of()
     scheduler = Scheduler(engine, TOKENIZER)
     first, second = Reader("secret text"), Reader("b")
     scheduler.submit(first.request)
     scheduler.submit(second.request)
     scheduler.step()
-    engine.fail = RuntimeError("broken")
+    engine.failing = RuntimeError("broken")
     scheduler.step()
     assert first.finished == second.finished == "error" and not engine.slots
     assert first.request.error == "the engine failed (RuntimeError: broken)" and "secret" not in caplog.text
-    engine.fail = None
+    engine.failing = None
     later = Reader("c", max_new_tokens=2)
     scheduler.submit(later.request)
     while scheduler.step():
@@ -257,7 +217,7 @@ def test_failures_of_the_engine_end_one_pass_only(caplog: pytest.LogCaptureFixtu
 
 
 def test_logits_that_are_no_numbers_end_their_request_only() -> None:
-    engine, bad, good = Counter(), Reader("a", max_new_tokens=3), Reader("b", max_new_tokens=3)
+    engine, bad, good = engine_of(), Reader("a", max_new_tokens=3), Reader("b", max_new_tokens=3)
     scheduler = Scheduler(engine, TOKENIZER)
     scheduler.submit(bad.request)
     scheduler.submit(good.request)
@@ -271,7 +231,7 @@ def test_logits_that_are_no_numbers_end_their_request_only() -> None:
 
 
 def test_a_listener_that_fails_or_cancels_others() -> None:
-    engine = Counter()
+    engine = engine_of()
     scheduler = Scheduler(engine, TOKENIZER)
     victim, good = Reader("v"), Reader("g", max_new_tokens=4)
     calls: list[Piece] = []
@@ -292,7 +252,7 @@ def test_a_listener_that_fails_or_cancels_others() -> None:
 @pytest.mark.parametrize("seed", range(30))
 def test_every_request_finishes_once_and_every_slot_is_closed(seed: int) -> None:
     draw = random.Random(seed)
-    engine = Counter(draw.randint(1, 4), draw.randint(4, 20), context=40, room=draw.choice([50, 90, 1000]))
+    engine = engine_of(draw.randint(1, 4), draw.randint(4, 20), context=40, room=draw.choice([50, 90, 1000]))
     scheduler = Scheduler(engine, TOKENIZER, prefill_rows=draw.randint(1, 12))
     readers: list[Reader] = []
     for _ in range(150):
@@ -304,11 +264,11 @@ def test_every_request_finishes_once_and_every_slot_is_closed(seed: int) -> None
         elif action < 0.3 and readers:
             scheduler.cancel(draw.choice(readers).request)
         else:
-            engine.cached, engine.nan = draw.choice([0, 0, 5]), draw.random() < 0.03
-            engine.fail = RuntimeError("broken") if draw.random() < 0.03 else None
+            engine.shared, engine.nan = draw.choice([0, 0, 5]), draw.random() < 0.03
+            engine.failing = RuntimeError("broken") if draw.random() < 0.03 else None
             scheduler.step()
         assert len(engine.slots) == scheduler.running <= engine.max_sequences
-    engine.fail, engine.nan = None, False
+    engine.failing, engine.nan = None, False
     while scheduler.step():
         pass
     assert not engine.slots and not scheduler.running and not scheduler.waiting

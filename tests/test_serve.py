@@ -138,7 +138,7 @@ def test_completion_logprobs(client):
 
 
 def test_the_sampling_is_what_was_asked_for():
-    from amq.runtime.sampling import Sampling
+    from amq.runtime.settings import Sampling
     from amq.serve.protocol import ChatRequest, CompletionRequest, parse
 
     base = {"model": "m", "messages": [{"role": "user", "content": "x"}]}

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from amq.errors import AmqError
-from amq.util.settings import SIZE_UNITS, TIME_UNITS, add_flags, flag, parse_size, parse_time, run_command
+from amq.util.lazy import Registry, lazy
+from amq.util.settings import (
+    CHOOSE,
+    MEASURE,
+    REQUIRED,
+    SIZE_UNITS,
+    TIME_UNITS,
+    Settings,
+    flag,
+    limits,
+    parse_command,
+    parse_size,
+    parse_time,
+    run_command,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,34 +84,61 @@ def test_numbers_scale_by_their_unit(number: int, size: str, time: str) -> None:
     assert parse_time(f"{number} {time.upper()}") == number * TIME_UNITS[time]
 
 
-@dataclass
-class Options:
-    group_size: int = flag(128, "features per scale, 100% of them", metavar="G")
-    rate: float | None = flag(None, "a rate", metavar="P")
-    seed: int = flag(0, "of everything random", metavar="N")
-    exact: bool = flag(False, "be exact")
+@dataclass(frozen=True)
+class Options(Settings):
+    VERB: ClassVar[str] = "try"
+    ABOUT: ClassVar[str] = "tries flags"
+    EXAMPLES: ClassVar[tuple[str, ...]] = ("amq try this --seed 1", "amq try that")
+
+    model: str = flag(REQUIRED, "a model", positional=True)
+    output: str = flag(REQUIRED, "a folder", metavar="DIR")
+    group_size: int = flag(128, "features per scale, 100% of them", CHOOSE, metavar="G")
+    rate: float | None = flag(None, "a rate", MEASURE, above=0, most=1, metavar="P")
+    seed: int = flag(0, "of everything random", least=0, metavar="N")
+    share: int = flag(1, "a share", least=-2, most=2)
+    exact: bool = flag(False, "be exact", MEASURE)
+    warm: bool = flag(True, "do not warm up", MEASURE, name="no-warm-up")
     solver: str = flag("fast", "how", choices=("fast", "slow"))
-    pin: list[str] = flag([], "keep one", metavar="NAME")
+    memory: str | int | None = flag(None, "a size", parse=parse_size, metavar="SIZE")
+    pin: list[str] = flag([], "keep one", CHOOSE, metavar="NAME")
+    stop: tuple[str, ...] = flag((), "ends it", choices=("a", "b"))
+    checked: int | None = flag(None, "", least=1)
     internal: int = 3
     other: list[int] = field(default_factory=list)
 
 
-def parse(*arguments: str) -> dict:
-    parser = argparse.ArgumentParser(prog="test")
-    add_flags(parser, Options)
-    return vars(parser.parse_args(arguments))
+@dataclass(frozen=True)
+class Command:
+    resume: bool = flag(False, "go on")
+
+
+def parse(*arguments: str) -> dict[str, Any]:
+    given = parse_command(["m", "--output", "o", *arguments], Options, Command)
+    assert given.pop("model") == "m" and given.pop("output") == "o"
+    return given
+
+
+def made(**given: Any) -> Options:
+    return Options("m", "o", **given)
 
 
 def test_absent_flags_are_absent() -> None:
     """So that a run's saved settings can tell what was asked for from what is the default."""
     assert parse() == {}
-    assert Options(**parse()) == Options() and Options().pin is not Options().pin
+    assert made() == made(**parse()) and made().pin is not made().pin
 
 
 def test_flags_are_typed() -> None:
-    found = parse("--group-size", "64", "--rate", "0.5", "--exact", "--solver", "slow", "--pin", "a", "--pin", "b")
-    assert found == {"group_size": 64, "rate": 0.5, "exact": True, "solver": "slow", "pin": ["a", "b"]}
-    assert Options(**found).seed == 0
+    found = parse(
+        *("--group-size", "64", "--rate", "0.5", "--exact", "--no-warm-up", "--solver", "slow", "--pin", "a"),
+        *("--pin", "b", "--stop", "a", "--stop", "b", "--memory", "6GiB", "--resume"),
+    )
+    assert found.pop("resume") is True
+    assert found == {
+        **{"group_size": 64, "rate": 0.5, "exact": True, "warm": False, "solver": "slow", "pin": ["a", "b"]},
+        **{"stop": ("a", "b"), "memory": "6GiB"},
+    }
+    assert made(**found).json() == {**asdict(made()), **found}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +147,8 @@ def test_flags_are_typed() -> None:
         (["--group-size", "many"], "--group-size: invalid int value: 'many'"),
         (["--rate", "x"], "--rate: invalid float value: 'x'"),
         (["--solver", "lucky"], "--solver: invalid choice: 'lucky'"),
+        (["--stop", "c"], "--stop: invalid choice: 'c'"),
+        (["--checked", "4"], "unrecognized arguments: --checked 4"),
         (["--internal", "4"], "unrecognized arguments: --internal 4"),
         (["--other", "4"], "unrecognized arguments: --other 4"),
         (["--exact", "yes"], "unrecognized arguments: yes"),
@@ -113,18 +157,84 @@ def test_flags_are_typed() -> None:
 def test_bad_flags(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(*arguments)
-    assert caught.value.code == 2 and message in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert caught.value.code == 2 and message in err
+    assert err.startswith("usage: amq try MODEL --output DIR [flags]\n")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
+    out = capsys.readouterr().out
+    titles = [line for line in out.splitlines() if line.endswith(":")]
+    assert titles == [
+        *("positional arguments:", "options:", "what to choose from:", "how to measure:", "how to run:", "examples:")
+    ]
+    assert out.endswith("examples:\n  amq try this --seed 1\n  amq try that\n") and "\nTries flags.\n" in out
+    text = " ".join(out.split())
     assert "--group-size G features per scale, 100% of them (default 128)" in text
-    assert "--seed N of everything random (default 0)" in text
-    assert "--solver {fast,slow} how (default fast)" in text
+    assert "how to run: --output DIR a folder --seed N of everything random (default 0)" in text
+    assert "--solver {fast,slow} how (default fast)" in text and "--no-warm-up do not warm up" in text
     assert "--exact be exact" in text and "--rate P a rate" in text and "--pin NAME keep one" in text
-    assert "default None" not in text and "default False" not in text and "internal" not in text
+    assert "default None" not in text and "default False" not in text and "default True" not in text
+    assert "internal" not in text and "checked" not in text
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"seed": -1}, "--seed must be at least 0, got -1"),
+        ({"seed": 1.0}, "--seed must be a whole number at least 0, got 1.0"),
+        ({"seed": True}, "--seed must be a whole number at least 0, got True"),
+        ({"seed": None}, "--seed must be given, got None"),
+        ({"share": 3}, "--share must be from -2 to 2, got 3"),
+        ({"rate": 0}, "--rate must be above 0 and at most 1, got 0"),
+        ({"rate": float("nan")}, "--rate must be a number above 0 and at most 1, got nan"),
+        ({"rate": "x"}, "--rate must be a number above 0 and at most 1, got 'x'"),
+        ({"group_size": 10.5}, "--group-size must be a whole number, got 10.5"),
+        ({"checked": 0}, "--checked must be at least 1, got 0"),
+        ({"solver": "lucky"}, "--solver must be one of fast, slow, got 'lucky'"),
+        ({"stop": ("a", "c")}, "--stop must be one of a, b, got 'c'"),
+        ({"memory": "6 GX"}, "--memory: '6 GX' is not a size such as 6GiB or 800MB"),
+    ],
+)
+def test_a_value_out_of_range_is_named_by_its_flag(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(AmqError) as caught:
+        made(**given)
+    assert str(caught.value) == message
+    with pytest.raises(AmqError):
+        Options.make(model="m", output="o", **given)
+
+
+def test_values_in_range() -> None:
+    for values in ({"rate": 1}, {"rate": np.float32(0.5)}, {"seed": np.int64(3)}, {"seed": 10**400}, {"memory": 5}):
+        assert asdict(made(**values)) == {**asdict(made()), **values}
+
+
+def test_names_that_are_unknown_or_missing() -> None:
+    with pytest.raises(AmqError, match="unknown try setting 'sed': expected one of checked, exact, group_size"):
+        Options.make(model="m", output="o", sed=1)
+    with pytest.raises(AmqError, match="--output is missing: a folder"):
+        Options.make(model="m")
+
+
+def test_pydantic_gets_the_same_range() -> None:
+    assert limits(Options, "rate") == {"gt": 0, "le": 1} and limits(Options, "seed") == {"ge": 0}
+    assert limits(Options, "group_size") == {}
+
+
+def test_a_registry_imports_what_is_asked_for() -> None:
+    names: Registry[Any] = Registry("shape", {"late": "fractions:Fraction", "never": "no_such_module:x", "now": 3})
+    assert list(names) == ["late", "never", "now"] and len(names) == 3 and "late" in names and "square" not in names
+    from fractions import Fraction
+
+    assert names["late"] is Fraction and names["now"] == 3
+    with pytest.raises(AmqError, match="unknown shape 'square': expected one of late, never, now"):
+        names["square"]
+    names["square"] = 4
+    assert names["square"] == 4
+    with pytest.raises(AttributeError, match="module 'here' has no attribute 'y'"):
+        lazy("here", {"x": "fractions"})("y")
 
 
 @pytest.mark.parametrize(

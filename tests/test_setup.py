@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.setup_file import setup_names
 
 from amq.kernels import cuda
 
@@ -23,14 +23,9 @@ gmake[3]: *** [_cuda.dir/launch.cu.o] Error 2
 
 @pytest.fixture
 def setup_py() -> dict[str, Any]:
-    """The names of setup.py, without its call of setup()."""
+    """What setup.py defines; skips where setuptools, which it imports, is missing."""
     pytest.importorskip("setuptools")
-    source = (ROOT / "setup.py").read_text().partition("\nPACKAGES, PACKAGE_DIR")[0]
-    names: dict[str, Any] = {"__file__": str(ROOT / "setup.py"), "__name__": "setup_py"}
-    modules = dict(sys.modules)
-    exec(compile(source, "setup.py", "exec"), names)
-    assert modules["amq"] is sys.modules["amq"]
-    return names
+    return setup_names()
 
 
 def test_a_failing_nvcc_leaves_its_first_error(setup_py: dict, tmp_path: Path, capsys) -> None:

@@ -24,8 +24,8 @@ from amq.search.refine import refine
 from amq.search.scores import quality
 from amq.search.sensitivity import prune, sensitivity_costs
 from amq.search.settings import PAPER
-from amq.search.solvers import get_solver
-from amq.search.surrogates import make_surrogate
+from amq.search.solvers import SOLVERS
+from amq.search.surrogates import SURROGATES
 
 
 def test_additive_finds_the_known_front(tmp_path):
@@ -33,9 +33,9 @@ def test_additive_finds_the_known_front(tmp_path):
     of, losses = problem.space, problem.losses
     costs = of.variable_costs(losses.table)
     for record in problem.archive.evaluated():
-        if record["phase"] in ("front", "budget"):
-            best = of.decode(select_exact(costs, of.sizes, of.capacity(record["bits_per_weight"] + 1e-6)))
-            assert record["loss"] <= (1 + 1e-6) * losses.evaluate(best)
+        if record.phase in ("front", "budget"):
+            best = of.decode(select_exact(costs, of.sizes, of.capacity(record.bits_per_weight + 1e-6)))
+            assert record.loss <= (1 + 1e-6) * losses.evaluate(best)
     fit = fit_records(problem.archive.records, losses.table)
     assert fit.a == pytest.approx(1.0, rel=1e-3) and fit.p == pytest.approx(
         1.0, rel=1e-3
@@ -53,7 +53,7 @@ def test_measured_sensitivities_recover_additive_costs(tmp_path):
     with pytest.raises(AmqError, match="unknown cost"):
         problem.cost_table("guess")
     with pytest.raises(AmqError, match="unknown solver"):
-        get_solver("guess")
+        SOLVERS["guess"]
 
 
 def test_the_front_has_a_point_at_every_uniform_cost(tmp_path):
@@ -61,9 +61,9 @@ def test_the_front_has_a_point_at_every_uniform_cost(tmp_path):
     of, records = problem.space, problem.archive.evaluated()
     for fmt in of.formats[1:-1]:
         cost = of.bits_of(of.uniform(fmt))
-        within = [r for r in records if r["phase"] == "front" and r["bits_per_weight"] <= cost + 1e-6]
-        assert min(r["loss"] for r in within) < problem.archive.find(of.uniform(fmt))["loss"]
-    assert len([r for r in records if r["phase"] == "front"]) == 6
+        within = [r for r in records if r.phase == "front" and r.bits_per_weight <= cost + 1e-6]
+        assert min(r.loss for r in within) < problem.archive.find(of.uniform(fmt)).loss
+    assert len([r for r in records if r.phase == "front"]) == 6
 
 
 @pytest.mark.parametrize("solver", ["paper", "random"])
@@ -72,9 +72,7 @@ def test_solvers_beat_the_line_between_uniform_points(tmp_path, solver):
         tmp_path / "a.jsonl",
         settings(solver=solver, initial=40, iterations=6, per_iteration=8, population=40, generations=8),
     )
-    uniform = np.array(
-        [(r["bits_per_weight"], r["loss"]) for r in problem.archive.evaluated() if r["phase"] == "uniform"]
-    )
+    uniform = np.array([(r.bits_per_weight, r.loss) for r in problem.archive.evaluated() if r.phase == "uniform"])
     assert problem.hypervolume() > hypervolume(uniform, problem.space.bits_range)
 
 
@@ -82,11 +80,11 @@ def test_paper_solver_improves_on_its_initial_sample_and_reports_its_surrogate(t
     options = settings(solver="paper", initial=40, iterations=8, per_iteration=8, population=60, generations=10)
     problem = solve(tmp_path / "a.jsonl", options)
     log = problem.surrogate_log
-    assert [entry["iteration"] for entry in log] == list(range(8))
-    assert log[-1]["hypervolume"] > log[0]["hypervolume"]
-    assert log[-1]["spearman"] > 0.7
-    initial = [r for r in problem.archive.evaluated() if r["phase"] != "iteration"]
-    points = np.array([(r["bits_per_weight"], r["loss"]) for r in initial])
+    assert [entry.iteration for entry in log] == list(range(8))
+    assert log[-1].hypervolume > log[0].hypervolume
+    assert log[-1].spearman > 0.7
+    initial = [r for r in problem.archive.evaluated() if r.phase != "iteration"]
+    points = np.array([(r.bits_per_weight, r.loss) for r in initial])
     assert problem.hypervolume() > hypervolume(points, problem.space.bits_range)
 
 
@@ -104,16 +102,16 @@ def test_surrogates_predict_what_they_have_not_seen(surrogate, caplog):
     rng = np.random.default_rng(0)
     points = rng.integers(0, 3, (160, len(of.variables)))
     y = np.array([losses.evaluate(of.decode(p)) for p in points])
-    model = make_surrogate(surrogate, 0)
+    model = SURROGATES[surrogate](0)
     model.fit(points[:120], y[:120])
     assert quality(y[120:], model.predict(points[120:]))["spearman"] > 0.8
     with caplog.at_level(logging.WARNING):
-        few = make_surrogate("rbf", 0)
+        few = SURROGATES["rbf"](0)
         few.fit(points[:8], y[:8])
     assert "constant tail" in caplog.text
     assert np.isfinite(few.predict(points[:20])).all()
     with pytest.raises(AmqError, match="unknown surrogate"):
-        make_surrogate("svm", 0)
+        SURROGATES["svm"]
 
 
 def test_quality_by_hand():
@@ -141,9 +139,9 @@ def test_pruned_linears_stay_at_the_highest_format(tmp_path):
     losses = AnalyticLosses(space())
     losses.table["layers.2.attn.v_proj"] = {"int2": 2.0, "int3": 0.5, "int4": 0.0}
     problem = solve(tmp_path / "a.jsonl", settings(solver="random", initial=20), losses)
-    drawn = [r for r in problem.archive.records if r["phase"] == "initial"]
+    drawn = [r for r in problem.archive.records if r.phase == "initial"]
     assert 24 <= len(drawn) <= 28  # initial + iterations · per_iteration, less the few drawn twice
-    assert {r["configuration"]["layers.2.attn.v_proj"] for r in drawn} == {"int4"}
+    assert {r.configuration["layers.2.attn.v_proj"] for r in drawn} == {"int4"}
 
 
 def test_refine_keeps_only_what_the_held_out_windows_confirm(tmp_path):
@@ -201,10 +199,10 @@ def test_ties_and_pins_hold_in_every_solver(tmp_path):
     for solver in ("additive", "paper", "random"):
         problem = Problem(of, Archive(tmp_path / f"{solver}.jsonl"), losses, solver, 0)
         problem.cost_tables = {"fisher": lambda: losses.table}
-        get_solver(solver)(problem, settings(solver=solver))
+        SOLVERS[solver](problem, settings(solver=solver))
         for record in problem.archive.records:
-            if record["phase"] in ("front", "initial", "iteration"):
-                formats = record["configuration"]
+            if record.phase in ("front", "initial", "iteration"):
+                formats = record.configuration
                 assert formats["layers.1.mlp.up_proj"] == "int8"
                 assert all(formats[f"layers.{b}.attn.q_proj"] == formats[f"layers.{b}.attn.v_proj"] for b in range(4))
 

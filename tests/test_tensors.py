@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import python_path
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -32,12 +34,13 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
 def test_equal_content_gives_equal_bytes_in_every_process(tmp_path: Path) -> None:
     """safetensors orders metadata by a hash with a random seed: 8 keys agree by chance once in 40,320 processes."""
     code = (
-        "import sys; from pathlib import Path; from test_tensors import METADATA, TENSORS; "
-        "from amq.util.tensors import save_file; save_file(TENSORS, Path(sys.argv[1]), METADATA)"
+        "import json, sys; from pathlib import Path; from safetensors.torch import load_file; "
+        "from amq.util.tensors import save_file; "
+        "save_file(load_file(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]))"
     )
-    here = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here.parent), str(here)])}
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "one")], check=True, env=env)
+    save_tensors(tmp_path / "content", TENSORS)
+    arguments = [str(tmp_path / "content"), str(tmp_path / "one"), json.dumps(METADATA)]
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, env=os.environ | python_path())
     save_file(TENSORS, tmp_path / "two", dict(reversed(METADATA.items())))
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 

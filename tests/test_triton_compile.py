@@ -17,6 +17,8 @@ from pathlib import Path
 
 import pytest
 from helpers import unchanged
+from helpers.kernel_budgets import budget
+from helpers.processes import python_path
 
 from amq.formats import FORMATS
 
@@ -34,6 +36,8 @@ GEMV_REGISTERS = 144
 """14 programs of one warp on an SM."""
 GEMM_REGISTERS = 128
 """4 programs of four warps on an SM."""
+UNMEASURED_REGISTERS = 168
+"""3 such programs: for a format without a budget of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +60,7 @@ def compiled() -> Callable[[str], list[dict]]:
 def compile_all(requests: list[dict]) -> list[dict]:
     """In as many processes as there are cores."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= python_path("benchmarks/gpu")
     script, workers = Path(__file__).with_name("triton_compile.py"), min(os.cpu_count(), len(requests))
     shares = [requests[worker::workers] for worker in range(workers)]
     processes = [
@@ -110,7 +115,7 @@ def test_gemv_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
     for row in compiled("gemv"):
         check(row, GEMV_REGISTERS)
         assert row["exchanges"] == 0 and row["spilled"] == 0, row
-        assert row["instructions_per_weight"] <= GEMV_BUDGET[row["formats"][0]], row
+        assert row["instructions_per_weight"] <= budget(GEMV_BUDGET, row["formats"][0]), row
 
 
 def test_gemm_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
@@ -118,13 +123,13 @@ def test_gemm_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
     first, *rows = compiled("gemm")
     assert first["hash"] == rows[0]["hash"]
     for row in rows:
-        check(row, GEMM_REGISTERS)
+        check(row, GEMM_REGISTERS if row["formats"][0] in GEMM_BUDGET else UNMEASURED_REGISTERS)
         assert row["exchanges"] == 0 and row["instructions"]["HMMA"], row
-        assert row["instructions_per_weight"] <= GEMM_BUDGET[row["formats"][0]], row
+        assert row["instructions_per_weight"] <= budget(GEMM_BUDGET, row["formats"][0]), row
 
 
 def test_every_gpu(compiled: Callable[[str], list[dict]]) -> None:
-    """A fused gemv, where two segments of one format share its code, and a gemm."""
+    """A fused gemv, where two weights of one format share its code, and a gemm."""
     for row in compiled("every gpu"):
         if row["target"] == "gfx942":
             assert row["binary_bytes"] > 0

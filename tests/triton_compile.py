@@ -3,7 +3,7 @@
 A process of its own: Triton decides at import whether it interprets or compiles. The launcher runs as on a GPU, with
 its own signature and launch parameters; only the last step, running what was compiled, is left out.
 
-    python tests/triton_compile.py '[{"kernel": "gemv", "formats": ["int4"], "target": "90"}]'
+    PYTHONPATH=benchmarks/gpu python tests/triton_compile.py '[{"kernel": "gemv", "formats": ["int4"], "target": "90"}]'
 
 prints one JSON list with the row that `measure` returns for each request; without an argument, for those of REPORT.
 """
@@ -16,9 +16,9 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
 from types import SimpleNamespace
 
+import sass
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -27,10 +27,6 @@ from amq.formats import FORMATS
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
 from amq.packing import PreparedWeight
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "gpu"))
-
-import sass  # noqa: E402
 
 KERNELS = launcher._kernels()
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -81,7 +77,7 @@ def compile_one(
     triton.runtime.driver.set_active(FakeDriver(target))
     compiled = []
     stand_ins = {name: Compile(getattr(KERNELS, name), compiled) for name in ("gemv", "gemm", "dequantize")}
-    launcher._kernels = lambda: SimpleNamespace(**stand_ins, decoders=KERNELS.decoders, interpreted=True)
+    launcher._kernels = lambda: SimpleNamespace(**stand_ins, interpreted=True)
     weights = []
     for name in formats:
         size = layout.layout_of(FORMATS[name], out_features, in_features, group_size).nbytes

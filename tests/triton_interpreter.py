@@ -1,4 +1,5 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: every format against float64, and every address.
+"""The Triton kernels in Triton's interpreter, on CPU tensors: every format against float64, and every address; and the
+backend that divides rows between them and the CUDA kernels.
 
 The interpreter runs the kernels' Python in numpy: it shows that the arithmetic and the addresses are right, not that a
 compiler takes the code (tests/test_triton_compile.py). Its bfloat16 is wrong, which `bfloat16` mends for these tests.
@@ -14,18 +15,22 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import cycle
 from types import SimpleNamespace
 
 import numpy
 import pytest
 import torch
-from test_native import SYNTHETIC, random_packed
+from cuda_shim.build import build_shim
+from helpers.packed import SYNTHETIC, random_packed
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
+from amq.kernels import cuda
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
+from amq.kernels.backends import Backend, get_backend, quantize_activations
 from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, unsupported_reason
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
@@ -178,14 +183,14 @@ def test_gemm(name: str, case: tuple[int, int, int], rows: int, launch: Launch, 
 
 @pytest.mark.parametrize("launch", (GEMV, GEMM, GEMM_SPLIT), ids=("gemv", "gemm", "gemm-split"))
 def test_fused_weights_give_the_bits_of_separate_ones(launch: Launch) -> None:
-    """Six formats are two launches, with a segment of one row and rows that fill no block among them."""
-    shapes = dict(zip(FORMATS, (40, 1, 24, 13, 70, 8), strict=True))
+    """More formats than one launch takes, with a weight of one row and rows that fill no block among them."""
+    shapes = dict(zip(FORMATS, cycle((40, 1, 24, 13, 70, 8)), strict=False))
     weights = [prepared(random_packed(FORMATS[name], rows, 600, 64)) for name, rows in shapes.items()]
     x, bias = inputs(2, 600), torch.randn(sum(shapes.values()))
     parts = bias.split(list(shapes.values()))
     separate = [run(x, [weight], launch, part) for weight, part in zip(weights, parts, strict=True)]
     assert torch.equal(run(x, weights, launch, bias), torch.cat(separate, 1))
-    some = (0, 2, 0)  # one decoder for two segments
+    some = (0, 2, 0)  # one width for two weights
     y = run(x, [weights[i] for i in some], launch, torch.cat([parts[i] for i in some]))
     assert torch.equal(y, torch.cat([separate[i] for i in some], 1))
 
@@ -225,14 +230,14 @@ def test_memory(launch: Launch) -> None:
 
 
 def test_memory_checker_bites() -> None:
-    """x one row short, and a y whose second segment starts where the first has not ended."""
+    """x one row short, and a y whose second weight starts where the first has not ended."""
     weight = prepared(random_packed(FORMATS["int4"], 13, 64, 32))
     x, y = inputs(2, 64), torch.empty(2, 13, dtype=torch.float16)
     with checked_memory([x[:1], weight.data], [y]) as faults:
         linear_into(y, x, [weight], None, lambda *_: GEMV)
     assert faults and all("out of bounds" in fault for fault in faults)
     with checked_memory([x, weight.data], [y]) as faults:
-        launcher._launch_segments(y.as_strided((2, 13), (7, 1)), x, [weight], None, GEMV)
+        launcher._launch_weights(y.as_strided((2, 13), (7, 1)), x, [weight], None, GEMV)
     assert faults == ["an address stored twice"]
 
 
@@ -309,12 +314,48 @@ def test_errors_name_the_linear_and_the_remedy() -> None:
 def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(unsupported_reason(fmt) is None for fmt in FORMATS.values())
     assert "dense bitstreams only" in unsupported_reason(SYNTHETIC[0])
-    kernels = SimpleNamespace(decoders={"int2": (2,), "int3": (4,)}, interpreted=False)
-    monkeypatch.setattr(launcher, "_kernels", lambda: kernels)
-    for name in ("int3", "int4"):
-        assert f"it has no decode file, or one for other codes: add kernels/triton/{name}.py" in unsupported_reason(
-            FORMATS[name]
-        )
+    monkeypatch.setattr(launcher, "_kernels", lambda: SimpleNamespace(interpreted=False))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("TRITON_INTERPRET")
     assert "torch finds no GPU" in unsupported_reason(FORMATS["int2"])
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backend]:
+    """Backend `cuda` with both of its kernels: Triton's in the interpreter, CUDA's through the shim."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AMQ_CUDA_LIBRARY", str(build_shim(tmp_path_factory.mktemp("shim"))))
+        cuda.library.cache_clear()
+        yield get_backend("cuda")
+    cuda.library.cache_clear()
+
+
+def test_few_rows_go_to_cuda_and_more_to_triton(on_cpu: Backend) -> None:
+    """Triton's gemm rounds weights to x's dtype and CUDA's does not, which tells who made a product."""
+    weights = [prepared(random_packed(FORMATS["int3"], 24, 640, 64))]
+    for rows in (cuda.max_rows(), cuda.max_rows() + 1):
+        x = inputs(rows, 640)
+        ours, theirs = cuda.linear(x[: cuda.max_rows()], weights, None, "fp32"), linear(x, weights)
+        expected = ours if rows <= cuda.max_rows() else theirs
+        assert torch.equal(on_cpu.linear(x, weights, None, "fp32"), expected)
+        assert not torch.equal(ours, theirs[: len(ours)])
+
+
+def test_int8_with_many_rows_computes_with_the_same_activations(on_cpu: Backend) -> None:
+    packed = random_packed(FORMATS["int3"], 24, 640, 64)
+    x = inputs(cuda.max_rows() + 1, 640)
+    rounded = quantize_activations(x.float(), 64)
+    y = on_cpu.linear(x, [prepared(packed)], None, "int8")
+    assert torch.equal(y, linear(rounded.half(), [prepared(packed)]))
+    truth = rounded.double() @ reference(packed, torch.float64).T
+    few = torch.cat([on_cpu.linear(row[None], [prepared(packed)], None, "int8") for row in x])
+    assert (y - truth).abs().max() <= 0.01 * truth.abs().max() >= (few - truth).abs().max()
+
+
+def test_a_bias_of_another_dtype_is_added(on_cpu: Backend) -> None:
+    weights, x, bias = [prepared(random_packed(FORMATS["int3"], 24, 640, 64))], inputs(1, 640), torch.arange(24.0)
+    for dtype in (torch.float16, torch.bfloat16):
+        few = x.to(dtype)
+        expected = cuda.linear(few, weights, bias.to(dtype), "fp32")
+        assert torch.equal(on_cpu.linear(few, weights, bias, "fp32"), expected)
+        assert not torch.equal(on_cpu.linear(few, weights, None, "fp32"), expected)

@@ -57,10 +57,11 @@ class OtherWork:
         return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
     def share(self) -> float | None:
-        if self._others is None:
+        now = self._other_seconds()
+        if self._others is None or now is None:
             return None
         elapsed = time.perf_counter() - self._start
-        share = (self._other_seconds() - self._others) / elapsed / (os.cpu_count() or 1)
+        share = (now - self._others) / elapsed / (os.cpu_count() or 1)
         return min(1.0, max(0.0, share))  # of a short time /proc/stat, which counts in ticks, can say anything
 
 
@@ -75,7 +76,8 @@ class Reading:
 
         from amq.kernels.cpu import empty_bytes
 
-        self.name, self.size, self.samples = name, size, []
+        self.name, self.size = name, size
+        self.samples: list[float] = []
         self._device = device
         if device == "cpu":
             self._buffer = empty_bytes(size).fill_(1)  # on large pages, as weights are; written, so that they exist

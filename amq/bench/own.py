@@ -98,6 +98,12 @@ class OwnEngine:
             self._engine.close(slot)
         raise AmqError(f"{case.name}: the engine had seen {ATTEMPTS} random prompts before; give another --seed")
 
+    def _room(self, window: Sequence[int]) -> Slot:
+        slot = self._engine.open(window[:1], len(window))
+        if slot is None:
+            raise AmqError(f"the engine has no room for a window of {len(window)} tokens: give a smaller --batch")
+        return slot
+
     def _pass_over(self, slot: Slot, tokens: Sequence[int], logits: bool) -> Any:
         from amq.runtime.engine import Segment
 
@@ -150,7 +156,7 @@ class OwnEngine:
         total = 0.0
         for first in range(0, len(windows), self._engine.max_sequences):
             group = windows[first : first + self._engine.max_sequences]
-            slots = [self._engine.open(window[:1], len(window)) for window in group]
+            slots = [self._room(window) for window in group]
             for i in range(len(group[0]) - 1):
                 logits = self._engine.forward(
                     [Segment(slot, [window[i]]) for slot, window in zip(slots, group, strict=True)]

@@ -8,77 +8,77 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from amq.bench import llama_cpp
 from amq.bench.cases import Case
 from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
 from amq.bench.own import OwnEngine
-from amq.bench.peers import Peer, PeerMissing, open_peer
+from amq.bench.result import (
+    OURS,
+    BenchResult,
+    EngineFacts,
+    MachineEntry,
+    ReadBandwidth,
+    Row,
+    SettingsEntry,
+    TextEntry,
+    ratios,
+    scaling,
+)
+from amq.bench.settings import BenchSettings
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
+from amq.util.limits import fit_threads
 from amq.util.progress import Progress, Step
+from amq.util.records import parse_record
 
-SCHEMA = "amq/bench/1"
-OURS = "amq"
 STARTUP_PROMPT = "The capital of France is"
 STARTUP_REPETITIONS = 3
 COUNTED = (
     "a prompt is timed until the logits after its last token are there; a decoded token of amq includes choosing the "
-    "likeliest, one of llama.cpp (as of llama-bench) chooses nothing; tokens/s of several sequences are their sum"
+    "likeliest; tokens/s of several sequences are their sum"
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What `python -m amq.bench` was asked for; see its --help."""
-
-    model: str
-    cases: tuple[Case, ...]
-    repetitions: int
-    threads: int
-    seed: int = 0
-    device: str = "cpu"
-    backend: str | None = None
-    activations: str | None = None
-    dtype: str = "auto"
-    startup: bool = True
-    peers: bool = False
-    gguf: str = "auto"
-    perplexity: str | None = None
-    max_tokens: int = 8192
-    window_length: int = 512
-    trust_remote_code: bool = False
-
-    def load_options(self) -> dict[str, Any]:
-        """For `amq.runtime.load`, with room for the largest case and no more."""
-        positions = [case.positions for case in self.cases] + ([self.window_length + 1] if self.perplexity else [])
-        return {
-            **{"device": self.device, "backend": self.backend, "activations": self.activations, "dtype": self.dtype},
-            **{"context": max(positions), "max_sequences": max(case.sequences for case in self.cases)},
-            "threads": self.threads,
-            "trust_remote_code": self.trust_remote_code,
-        }
 
 
 @dataclass
 class Contender:
-    """One of the engines that take turns: its facts, its configuration by kind of case, and its processes."""
+    """One of the engines that take turns: its facts, its configuration by kind of case, and its processes.
+
+    counted: what differs in what is counted of it. trials: what every way to run it reached, or why it failed.
+    """
 
     name: str
     facts: dict[str, Any]
     workers: dict[bool, ChildProcess]
     configurations: dict[bool, str]
+    counted: str = ""
+    trials: list[dict[str, Any]] = field(default_factory=list)
 
 
-def bench(settings: Settings, progress: Progress | None = None) -> dict[str, Any]:
+class PeerMissing(Exception):
+    """Why there is no peer to measure."""
+
+
+OpenPeer = Callable[[BenchSettings, Progress], Contender]
+"""Starts a peer, which `bench` closes; raises PeerMissing with the reason where it cannot run."""
+
+
+def bench(
+    settings: BenchSettings,
+    progress: Progress | None = None,
+    peers: Mapping[str, OpenPeer] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> BenchResult:
     """Measures and returns what --json writes.
 
+    peers: other engines to measure in turn with ours, by name. provenance: what made the result, for the result.
     Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
     """
     progress = progress or Progress()
+    settings = replace(settings, threads=settings.threads or fit_threads())
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
         startup = start_up(settings, progress) if settings.startup else []
@@ -87,24 +87,37 @@ def bench(settings: Settings, progress: Progress | None = None) -> dict[str, Any
         engines = [Contender(OURS, ours.call("facts"), {False: ours, True: ours}, {False: "", True: ""})]
         if startup:
             engines[0].facts["startup_seconds"] = startup
-        trials: list[dict[str, Any]] = []
-        if settings.peers:
+        for name, open_peer in (peers or {}).items():
             try:
-                peer = _open_peer(settings, progress)
-                stack.callback(peer.close)
-                trials = peer.trials
-                engines.append(_engine(peer))
+                engines.append(open_peer(settings, progress))
+                for worker in engines[-1].workers.values():
+                    stack.callback(worker.close)
             except PeerMissing as reason:
-                left_out[llama_cpp.NAME] = str(reason)
+                left_out[name] = str(reason)
+        trials = [trial for engine in engines for trial in engine.trials]
+        counted = "; ".join([COUNTED, *(engine.counted for engine in engines if engine.counted)])
         readings = _readings(settings, engines[0].facts["weight_bytes"])
         rows = _rows(settings, engines, readings, left_out, progress)
         for engine in engines:
             _after(engine)
         text = _perplexities(settings, engines, left_out, progress) if settings.perplexity else None
-    return _result(settings, engines, rows, readings, {"perplexity": text, "trials": trials, "left_out": left_out})
+    facts = {engine.name: parse_record(engine.facts, EngineFacts, f"what {engine.name} says") for engine in engines}
+    return BenchResult(
+        model=settings.model, settings=_asked(settings), counted=counted,
+        machine=parse_record(describe(settings.device), MachineEntry, "what this machine says"),
+        read_bandwidth={reading.name: ReadBandwidth.of(reading) for reading in readings},
+        engines=facts, rows=tuple(rows), ratios={name: ratios(rows, facts, name) for name in facts if name != OURS},
+        scaling=scaling(rows), perplexity=text, trials=tuple(trials), left_out=left_out,
+        warnings=tuple(_warnings(rows, readings, settings)), provenance=dict(provenance) if provenance else None,
+    )  # fmt: skip
 
 
-def start_up(settings: Settings, progress: Progress) -> list[float]:
+def _asked(settings: BenchSettings) -> SettingsEntry:
+    names = ("repetitions", "threads", "seed", "device", "backend", "activations", "dtype")
+    return SettingsEntry(**{n: getattr(settings, n) for n in names}, tests=tuple(case.name for case in settings.cases))
+
+
+def start_up(settings: BenchSettings, progress: Progress) -> list[float]:
     """Seconds from starting `python -m amq.generate` until its first text came, a few times."""
     command = [
         sys.executable,
@@ -126,6 +139,7 @@ def start_up(settings: Settings, progress: Progress) -> list[float]:
             with tempfile.TemporaryFile("w+") as errors:
                 start = time.perf_counter()
                 process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, bufsize=0)
+                assert process.stdout is not None  # it is a pipe
                 process.stdout.read(1)
                 seconds.append(time.perf_counter() - start)
                 process.communicate()
@@ -139,20 +153,10 @@ def start_up(settings: Settings, progress: Progress) -> list[float]:
     return seconds
 
 
-def _open_peer(settings: Settings, progress: Progress) -> Peer:
-    with progress.stage("peer's ways", len(llama_cpp.CONFIGURATIONS)) as step:
-        return open_peer(settings.model, settings.device, settings.gguf, settings.threads, settings.seed, step)
-
-
-def _engine(peer: Peer) -> Contender:
-    workers = {decode: peer.worker(decode) for decode in (False, True)}
-    return Contender(llama_cpp.NAME, peer.facts, workers, {d: str(c) for d, c in peer.chosen.items()})
-
-
-def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
+def _readings(settings: BenchSettings, weight_bytes: int) -> list[Reading]:
     import torch
 
-    torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.thread_count)
     large = buffer_bytes() if settings.device == "cpu" else 1 << 30
     return [
         Reading("memory", max(large, weight_bytes), settings.device),
@@ -161,8 +165,12 @@ def _readings(settings: Settings, weight_bytes: int) -> list[Reading]:
 
 
 def _rows(
-    settings: Settings, engines: list[Contender], readings: list[Reading], left_out: dict[str, str], progress: Progress
-) -> list[dict[str, Any]]:
+    settings: BenchSettings,
+    engines: list[Contender],
+    readings: list[Reading],
+    left_out: dict[str, str],
+    progress: Progress,
+) -> list[Row]:
     """One row per case and engine; an engine that fails (not ours) is dropped from `engines`, with the reason."""
     measured: list[tuple[Case, Contender, list[dict[str, Any]]]] = []
     with progress.stage("measuring", len(settings.cases) * (settings.repetitions + 1)) as step:
@@ -202,26 +210,24 @@ def _drop(engine: Contender, engines: list[Contender], left_out: dict[str, str],
 
 
 def _row(
-    settings: Settings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
-) -> dict[str, Any]:
+    settings: BenchSettings, case: Case, engine: Contender, samples: list[dict[str, Any]], readings: list[Reading]
+) -> Row:
     speeds = [case.tokens * case.sequences / sample["seconds"] for sample in samples]
     others = [sample["others"] for sample in samples if sample["others"] is not None]
     first = [sample["first_token_seconds"] for sample in samples if "first_token_seconds" in sample]
     weight_bytes = engine.facts["weight_bytes"]
     read = weight_bytes * statistics.median(speeds) / case.sequences if case.decode else None
     shares = {r.name: None if read is None else read / statistics.median(r.samples) for r in readings}
-    return {
-        **{"engine": engine.name, "test": case.name, "kind": "decode" if case.decode else "prompt"},
-        **{"tokens": case.tokens, "sequences": case.sequences, "depth": case.depth, "threads": settings.threads},
-        **{"configuration": engine.configurations[case.decode], "file_bytes": engine.facts["file_bytes"]},
-        "weight_bytes_per_token": weight_bytes / case.sequences if case.decode else None,
-        "tokens_per_second": statistics.median(speeds),
-        **{"lowest": min(speeds), "highest": max(speeds), "samples": speeds},
-        "first_token_seconds": statistics.median(first) if first else None,
-        "weights_bytes_per_second": read,
-        **{"share_of_memory_bandwidth": shares["memory"], "share_of_model_size_bandwidth": shares["model"]},
-        "others": statistics.median(others) if others else None,
-    }
+    return Row(
+        engine=engine.name, test=case.name, kind="decode" if case.decode else "prompt", tokens=case.tokens,
+        sequences=case.sequences, depth=case.depth, threads=settings.thread_count,
+        configuration=engine.configurations[case.decode], file_bytes=engine.facts["file_bytes"],
+        weight_bytes_per_token=weight_bytes / case.sequences if case.decode else None,
+        tokens_per_second=statistics.median(speeds), lowest=min(speeds), highest=max(speeds), samples=tuple(speeds),
+        first_token_seconds=statistics.median(first) if first else None, weights_bytes_per_second=read,
+        share_of_memory_bandwidth=shares["memory"], share_of_model_size_bandwidth=shares["model"],
+        others=statistics.median(others) if others else None,
+    )  # fmt: skip
 
 
 def _after(engine: Contender) -> None:
@@ -230,9 +236,10 @@ def _after(engine: Contender) -> None:
 
 
 def _perplexities(
-    settings: Settings, engines: list[Contender], left_out: dict[str, str], progress: Progress
-) -> dict[str, Any]:
+    settings: BenchSettings, engines: list[Contender], left_out: dict[str, str], progress: Progress
+) -> TextEntry:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
+    assert settings.perplexity is not None  # else there is nothing to do here
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
     windows, prefix = engines[0].workers[True].call("windows", *arguments)
     predicted = len(windows) * (settings.window_length - 1 - len(prefix))
@@ -249,65 +256,13 @@ def _perplexities(
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
             step(engine.name)
-    facts = {"text": settings.perplexity, "windows": len(windows), "window_length": settings.window_length}
-    return {**facts, "window_prefix": list(prefix)}
+    text, length = settings.perplexity or "", settings.window_length
+    return TextEntry(text=text, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
 
 
-def _result(
-    settings: Settings,
-    engines: list[Contender],
-    rows: list[dict[str, Any]],
-    readings: list[Reading],
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    facts = {engine.name: engine.facts for engine in engines}
-    return {
-        "schema": SCHEMA,
-        "model": settings.model,
-        "settings": {
-            **{"repetitions": settings.repetitions, "threads": settings.threads, "seed": settings.seed},
-            **{"device": settings.device, "backend": settings.backend, "activations": settings.activations},
-            **{"dtype": settings.dtype, "tests": [case.name for case in settings.cases]},
-        },
-        "counted": COUNTED,
-        "machine": describe(settings.device),
-        "read_bandwidth": {
-            r.name: {"bytes": r.size, "bytes_per_second": statistics.median(r.samples), "lowest": min(r.samples),
-                     "highest": max(r.samples)}
-            for r in readings
-        },
-        "engines": facts,
-        "rows": rows,
-        "ratios": {name: _ratios(rows, facts, name) for name in facts if name != OURS},
-        "scaling": _scaling(rows),
-        **more,
-        "warnings": _warnings(rows, readings, settings),
-    }  # fmt: skip
-
-
-def _ratios(rows: list[dict[str, Any]], facts: dict[str, dict[str, Any]], name: str) -> dict[str, float]:
-    """Ours over theirs: tokens/s of every test; perplexity, bytes of the file and of the weights of a token."""
-    speeds = {(row["engine"], row["test"]): row["tokens_per_second"] for row in rows}
-    tests = [test for engine, test in speeds if engine == OURS and (name, test) in speeds]
-    ratios = {test: speeds[OURS, test] / speeds[name, test] for test in tests}
-    figures = ("perplexity", "file_bytes", "weight_bytes")
-    return ratios | {f: facts[OURS][f] / facts[name][f] for f in figures if facts[OURS].get(f) and facts[name].get(f)}
-
-
-def _scaling(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Tokens/s of several sequences over those of one: {engine: {test: factor}}."""
-    single = {(r["engine"], r["kind"], r["tokens"], r["depth"]): r for r in rows if r["sequences"] == 1}
-    factors: dict[str, dict[str, float]] = {}
-    for row in rows:
-        one = single.get((row["engine"], row["kind"], row["tokens"], row["depth"]))
-        if row["sequences"] > 1 and one:
-            factors.setdefault(row["engine"], {})[row["test"]] = row["tokens_per_second"] / one["tokens_per_second"]
-    return factors
-
-
-def _warnings(rows: list[dict[str, Any]], readings: list[Reading], settings: Settings) -> list[str]:
+def _warnings(rows: list[Row], readings: list[Reading], settings: BenchSettings) -> list[str]:
     found = []
-    busy = [f"{row['engine']} {row['test']}" for row in rows if (row["others"] or 0) > BUSY]
+    busy = [f"{row.engine} {row.test}" for row in rows if (row.others or 0) > BUSY]
     if busy:
         found.append(f"other processes had over {BUSY:.0%} of the cores' time, not figures to quote: {', '.join(busy)}")
     cache = last_level_cache()

@@ -13,7 +13,7 @@ from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat, check_group_size, get_format
 from amq.model.inventory import LinearSpec
 from amq.packing import PackedWeight
-from amq.util.records import MOST, parse_record
+from amq.util.records import MOST, parse_record, to_json
 
 METHOD = "amq"
 """`quant_method` in config.json."""
@@ -45,6 +45,11 @@ class QuantizationRecord:
     embedding: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name, shape in (*self.shapes.items(), *self.kept.items()):
+            if min(shape) < 1 or max(shape) > MOST:
+                raise ValueError(f"expected a shape of {name} from 1 to {MOST}, got {list(shape)}")
+
     @property
     def configuration(self) -> Configuration:
         """Of the linears in the blocks, as a search makes it: without the head, with what is kept."""
@@ -64,19 +69,13 @@ class QuantizationRecord:
 
     def json(self) -> dict[str, Any]:
         records = {name: asdict(get_format(name)) for name in sorted(set(self.formats.values()))}
-        return {
+        head = {
             "quant_method": METHOD,
             "version": VERSIONS[bool(self.embedding)],
-            "group_size": self.group_size,
-            "quantizer": self.quantizer,
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
-            "formats": dict(self.formats),
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "shared_inputs": [list(group) for group in self.shared_inputs],
-            **({"head": self.head} if self.head else {}),
-            **({"embedding": dict(self.embedding)} if self.embedding else {}),
-            **({"kept": {name: list(shape) for name, shape in self.kept.items()}} if self.kept else {}),
         }
+        optional = ("head", "embedding", "kept")
+        return head | {name: value for name, value in to_json(self).items() if value or name not in optional}
 
     @staticmethod
     def parse(data: Any, source: str) -> QuantizationRecord:
@@ -90,41 +89,21 @@ class QuantizationRecord:
                 f"{source}: checkpoint version {version!r} is not known to this amq, which reads "
                 f"{' and '.join(map(str, VERSIONS))}: upgrade amq"
             )
-        stored = parse_record(data, _Stored, f"{source}: quantization_config")
-        stored.check(source)
-        shared = tuple(tuple(group) for group in stored.shared_inputs)
-        return QuantizationRecord(
-            stored.formats, stored.shapes, stored.group_size, stored.quantizer, shared, stored.head, stored.embedding,
-            stored.kept,
-        )  # fmt: skip
+        where = f"{source}: quantization_config"
+        record = parse_record(data, QuantizationRecord, where)
+        record._check(parse_record(data, _Records, where).records, source)
+        return record
 
+    def _check(self, records: Mapping[str, Any], source: str) -> None:
+        """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats.
 
-@dataclass(frozen=True)
-class _Stored:
-    """`quantization_config` as `QuantizationRecord.json` writes it."""
-
-    formats: dict[str, str]
-    shapes: dict[str, tuple[int, int]]
-    group_size: int
-    records: dict[str, Any]
-    quantizer: str = ""
-    shared_inputs: list[list[str]] = field(default_factory=list)
-    head: str = ""
-    embedding: dict[str, str] = field(default_factory=dict)
-    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name, shape in (*self.shapes.items(), *self.kept.items()):
-            if min(shape) < 1 or max(shape) > MOST:
-                raise ValueError(f"expected a shape of {name} from 1 to {MOST}, got {list(shape)}")
-
-    def check(self, source: str) -> None:
-        """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats."""
+        records: {format: its numbers, as the writer of the file knew it}.
+        """
         check_group_size(self.group_size)
         if odd := sorted(self.formats.keys() ^ self.shapes.keys()):
             raise AmqError(f"{source}: linear {odd[0]!r} has a format or a shape, but not both; the file is damaged")
         for name in sorted(set(self.formats.values())):
-            _check_record(get_format(name), self.records.get(name), source)
+            _check_record(get_format(name), records.get(name), source)
         once: set[str] = set()
         for name in (n for group in self.shared_inputs for n in group):
             if name not in self.formats or name in once:
@@ -137,6 +116,13 @@ class _Stored:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
         if both := sorted(self.formats.keys() & self.kept.keys()):
             raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
+
+
+@dataclass(frozen=True)
+class _Records:
+    """What else the file says, which this amq knows by itself."""
+
+    records: dict[str, Any]
 
 
 def _check_record(fmt: BitFormat, record: Any, source: str) -> None:

@@ -20,6 +20,7 @@ from amq.errors import AmqError
 from amq.formats import get_format, n_groups
 from amq.model.weight_files import INDEX, check_config, weight_files
 from amq.packing import PackedWeight, part_names
+from amq.util.extras import install_hint
 from amq.util.files import json_floats, write_json
 from amq.util.folders import write_folder
 from amq.util.records import read_record
@@ -31,15 +32,17 @@ AUTO_CLASS = "AutoModelForCausalLM"
 REMOTE_MODULE = "modeling_amq"
 REMOTE_CODE = '''"""Lets transformers load this folder with trust_remote_code=True; `import amq` does so without it."""
 
-import amq  # noqa: F401  (pip install amq)
+try:  # transformers looks imports up too, and would name a package that is not this one; it leaves `try` alone
+    import amq  # noqa: F401
+except ImportError as error:
+    raise ImportError("the weights of this model are packed by amq: {install}") from error
 from transformers import {architecture}
 
 
 class Amq{architecture}({architecture}):
     """The same model; the import above is what makes its quantized weights known."""
 '''
-"""Without amq, transformers loads an unknown quant_method as random weights and only warns. Its check of a module's
-imports stops that, and says `pip install amq`."""
+"""Without amq, transformers loads an unknown quant_method as random weights and only warns: this stops it."""
 
 
 class Checkpoint:
@@ -219,7 +222,8 @@ def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]
     architecture = next(iter(config.get("architectures") or ()), "")
     if not architecture:
         return dict(config)
-    (folder / f"{REMOTE_MODULE}.py").write_text(REMOTE_CODE.format(architecture=architecture), encoding="utf-8")
+    code = REMOTE_CODE.format(architecture=architecture, install=install_hint())
+    (folder / f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
     return {**config, "auto_map": {AUTO_CLASS: f"{REMOTE_MODULE}.Amq{architecture}"}}
 
 
@@ -253,7 +257,7 @@ def write_tensors(
     if len(files) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(files):
         file = f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         (folder / f"{i}.part").rename(folder / file)

@@ -12,6 +12,7 @@ from amq.configuration import OTHER_BYTES
 from amq.formats import get_format
 from amq.kernels.backends import check_activations, choose_backend
 from amq.model.open import LoadedModel, load_model
+from amq.util.extras import needs
 from amq.util.limits import fit_threads
 
 
@@ -43,7 +44,8 @@ def weight_bytes(checkpoint: Checkpoint) -> int:
 
 def load(name: str, dtype: str, device: str, backend: str, activations: str, trust: bool = False) -> LoadedModel:
     """The model as it runs in the runtime; `open_all` has verified it."""
-    from amq.integrations.transformers import AmqConfig
+    with needs("models", f"measuring {name}"):
+        from amq.integrations.transformers import AmqConfig
 
     fit_threads()
     how = AmqConfig(activations=activations, backend=backend, verify=False)

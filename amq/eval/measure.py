@@ -11,6 +11,7 @@ from amq.errors import AmqError
 from amq.eval.result import Row
 from amq.eval.tasks import TaskRow, TaskRunner
 from amq.model.blocks import BlockRunner
+from amq.model.inventory import embedding_weight
 from amq.model.open import LoadedModel
 from amq.model.perplexity import exp, negative_log_likelihood
 from amq.model.text import fixed_windows, load_corpus
@@ -59,7 +60,7 @@ class Measure:
                 "perplexities per token do not compare: evaluate them apart"
             )
         self.windows, self.window_prefix = windows, corpus.prefix_names
-        BlockRunner(loaded.model).check(windows[:1, :32].to(loaded.model.get_input_embeddings().weight.device))
+        BlockRunner(loaded.model).check(windows[:1, :32].to(embedding_weight(loaded.model).device))
 
     def run(self, loaded: LoadedModel, forms: Sequence[Form]) -> None:
         with self.progress.stage("perplexity" if self.text else "tasks", len(forms)) as step:

@@ -11,13 +11,13 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 from amq.errors import AmqError
+from amq.eval.settings import TaskSettings, is_file
 from amq.model.open import LoadedModel
-from amq.util.settings import flag
+from amq.util.extras import needs
 
 log = logging.getLogger(__name__)
 
@@ -26,47 +26,18 @@ FEWSHOT_SEED = 1234
 
 
 @dataclass(frozen=True)
-class TaskSettings:
-    tasks: str = flag("", "lm-eval tasks, comma-separated: names or task YAML files", metavar="LIST")
-    task_path: str = flag("", "folder of task YAML files whose names --tasks may give", metavar="FOLDER")
-    limit: int | None = flag(None, "questions per task, from the first on (default all)", metavar="N")
-    num_fewshot: int | None = flag(None, "examples before each question (default the task's own)", metavar="N")
-    batch_size: int = flag(8, "sequences run through the model at once for --tasks", metavar="N")
-
-    def check(self) -> None:
-        """Raises AmqError for values that cannot be, before lm-eval is imported."""
-        if not self.names:
-            raise AmqError("--task-path, --limit, --num-fewshot and --batch-size need --tasks")
-        if self.task_path and not Path(self.task_path).is_dir():
-            raise AmqError(f"--task-path {self.task_path} is not a folder")
-        for value, name, least in (
-            (self.limit, "--limit", 1),
-            (self.num_fewshot, "--num-fewshot", 0),
-            (self.batch_size, "--batch-size", 1),
-        ):
-            if value is not None and value < least:
-                raise AmqError(f"{name} {value} is too small: expected at least {least}")
-        for name in filter(_is_file, self.names):
-            if not Path(name).is_file():
-                raise AmqError(f"task file {name} does not exist")
-
-    @property
-    def names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
-
-
-@dataclass(frozen=True)
 class TaskRow:
     """One figure. model: the name of its row in the perplexity table. filter: lm-eval's, `none` for most.
 
-    stderr: None where lm-eval gives none. count: questions asked; None for a group.
+    value: None where it was not finite, in a file. stderr: None where lm-eval gives none. count: questions asked; None
+    for a group.
     """
 
     model: str
     task: str
     metric: str
     filter: str
-    value: float
+    value: float | None
     stderr: float | None
     num_fewshot: int | None
     count: int | None
@@ -76,13 +47,10 @@ class TaskRunner:
     """The tasks of `settings`, loaded with their questions; a task that cannot be loaded raises AmqError."""
 
     def __init__(self, settings: TaskSettings) -> None:
-        settings.check()
-        try:
+        with needs("tasks", "--tasks"):
             import lm_eval
-        except ImportError:
-            raise AmqError("--tasks needs the package lm-eval: run `pip install lm-eval`") from None
         self._settings = settings
-        self.settings: dict[str, Any] = {**asdict(settings), "lm_eval": lm_eval.__version__}
+        self.settings: dict[str, Any] = {**settings.task_json(), "lm_eval": lm_eval.__version__}
         with _errors_only():
             self._loaded = _load(settings)
         for name, task in self._loaded["tasks"].items():
@@ -119,10 +87,6 @@ class TaskRunner:
         return list(_rows(results, model))
 
 
-def _is_file(name: str) -> bool:
-    return name.endswith((".yaml", ".yml")) or "/" in name
-
-
 def _load(settings: TaskSettings) -> Any:
     from lm_eval.tasks import TaskManager
 
@@ -130,14 +94,14 @@ def _load(settings: TaskSettings) -> Any:
         return TaskManager(include_path=settings.task_path or None, include_defaults=include_defaults)
 
     tasks = manager(include_defaults=False)
-    wanted = [name for name in settings.names if not _is_file(name)]
+    wanted = [name for name in settings.task_names if not is_file(name)]
     if not set(wanted) <= set(tasks.all_tasks):
         tasks = manager(include_defaults=True)  # reads 15,000 files: seconds
     if unknown := sorted(set(wanted) - set(tasks.all_tasks)):
         where = f"neither lm-eval nor {settings.task_path} has" if settings.task_path else "lm-eval does not have"
         raise AmqError(f"{where} a task {unknown[0]!r}: give the path of a task YAML, or its folder with --task-path")
     try:
-        return tasks.load(settings.names)
+        return tasks.load(settings.task_names)
     except Exception as error:  # lm-eval, datasets and their HTTP library raise many types
         raise AmqError(
             f"tasks {settings.tasks} could not be loaded: {type(error).__name__}: {error}; lm-eval's own tasks read "

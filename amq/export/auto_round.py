@@ -9,6 +9,7 @@ care. So a checkpoint whose groups mix formats is written, and said to be out of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,10 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     record = checkpoint.record
     base = commonest(record.formats)
     blocks = sorted({split_block(name)[0].rstrip(".") for name in record.formats})
+    others: dict[str, Mapping[str, object]] = {
+        name: {"bits": bits(fmt)} for name, fmt in record.formats.items() if fmt != base
+    }
+    others |= dict.fromkeys(record.kept, LEFT_ALONE)
     settings = {
         "quant_method": "auto-round",
         "packing_format": "auto_round:auto_gptq" if symmetric else "auto_round",
@@ -62,8 +67,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         "sym": symmetric,
         "data_type": "int",
         "block_name_to_quantize": ",".join(blocks),
-        "extra_config": {name: {"bits": bits(fmt)} for name, fmt in record.formats.items() if fmt != base}
-        | dict.fromkeys(record.kept, LEFT_ALONE),
+        "extra_config": others,
     }
     write_tensors(folder, tensors(checkpoint, "AutoRound", less_one=symmetric, g_idx=False))
     write_json(folder / "config.json", {**plain_config(checkpoint), "quantization_config": settings})
@@ -71,7 +75,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     obstacles = vllm_obstacles(checkpoint, symmetric)
     return {
         "zero points": f"{'symmetric' if symmetric else 'asymmetric'}, packing {settings['packing_format']}",
-        "bits": f"{bits(base)} by default, {len(settings['extra_config'])} linears in `extra_config`",
+        "bits": f"{bits(base)} by default, {len(others)} linears in `extra_config`",
         "extra error": "none: codes, scales and zero points are the same numbers",
         "vLLM": "not possible: " + "; ".join(obstacles) if obstacles else "nothing in the folder stands against it",
     }

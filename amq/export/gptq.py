@@ -153,9 +153,9 @@ def dynamic_rules(formats: Mapping[str, str], base: str) -> dict[str, dict[str, 
     for (fmt, before, after), numbers in blocks.items():
         roles[fmt, before, tuple(numbers)].append(after)
     rules = {}
-    for (fmt, before, numbers), afters in sorted(roles.items(), key=lambda item: get_stored(item[0][0]).code_bits):
+    for (fmt, before, among), afters in sorted(roles.items(), key=lambda item: get_stored(item[0][0]).code_bits):
         sign, settings = ("-", {}) if fmt == KEPT.name else ("+", {"bits": bits(fmt)})
-        rules[f"{sign}:^{re.escape(before)}{_any(numbers)}{_any(afters)}$"] = settings
+        rules[f"{sign}:^{re.escape(before)}{_any(among)}{_any(afters)}$"] = settings
     return rules
 
 

@@ -57,7 +57,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         f"llama-quantize --tensor-type-file {TYPES_FILE} {head}model-f16.gguf model-mixed.gguf {TYPES[base][2]}\n",
         encoding="utf-8",
     )
-    layers = {name: {"bits": bits(fmt), "group_size": record.group_size} for name, fmt in formats.items()}
+    layers: dict[str, object] = {n: {"bits": bits(f), "group_size": record.group_size} for n, f in formats.items()}
     layers |= dict.fromkeys(record.kept, LEFT_ALONE)
     scheme = {"bits": bits(base), "group_size": record.group_size}
     write_json(folder / LAYER_CONFIG, {**scheme, "sym": True, "layer_config": layers})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -21,6 +21,9 @@ from amq.errors import AmqError
 from amq.model.weight_files import weight_files
 from amq.packing import PARTS
 from amq.util.tensors import open_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SEVERAL = 3
 """Names that an error lists."""
@@ -54,7 +57,7 @@ def open_export_once(folder: Path) -> None:
     _open_tokenizer(folder)
 
 
-def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Module, Any]:
+def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """The model of the folder's config.json on the meta device, and that config."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -67,11 +70,11 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[nn.Modul
     return model.eval(), config
 
 
-def _initialize(model: nn.Module, folder: Path) -> None:
+def _initialize(model: PreTrainedModel, folder: Path) -> None:
     """What transformers does once all tensors are there: it offers every module to the model's own initialization,
     which may want the weight of a linear that has none any more."""
     for module in model.modules():
-        module._is_hf_initialized = False  # as it is in a model that from_pretrained builds
+        module.__dict__["_is_hf_initialized"] = False  # as it is in a model that from_pretrained builds
     try:
         model.initialize_weights()
     except Exception as error:  # of the model's own code

@@ -18,7 +18,7 @@ from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -34,10 +34,13 @@ from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.cpu import dequantized
 from amq.kernels.embedding import StoredEmbedding
-from amq.kernels.modules import Execution, SharedInput, StoredLinear
+from amq.kernels.modules import Execution, StoredLinear
 from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.util.tensors import HASHES, hashes_metadata, open_files, verify_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NEEDS = "5.14"
 """The oldest transformers that this was run with."""
@@ -51,27 +54,27 @@ class AmqConfig(QuantizationConfigMixin):
     activations: `fp32` multiplies exactly, `int8` rounds activations to 8 bits, which is faster; see
         `amq.kernels.ops.linear`.
     backend: a name in `amq.kernels.backends.BACKENDS`; None takes the fastest for the device that the input is on.
-    fuse: linears that read one tensor are multiplied in one call; the result is the same.
     verify: compare the hash of every tensor before anything is computed; False loads without reading the files.
     stored: what the checkpoint's config.json says, unknown keys included; empty where a caller writes
         `AmqConfig(activations="int8")`.
     """
 
+    quant_method: Any  # a text; transformers has an enumeration of its own methods
+
     def __init__(
         self,
         activations: str = "fp32",
         backend: str | None = None,
-        fuse: bool = True,
         verify: bool = True,
         **stored: Any,
     ) -> None:
         self.quant_method = METHOD
-        self.activations, self.backend, self.fuse, self.verify = activations, backend, fuse, verify
+        self.activations, self.backend, self.verify = activations, backend, verify
         self.stored = stored
 
     def get_loading_attributes(self) -> dict[str, Any]:
         """What from_pretrained's argument overrides."""
-        return {name: getattr(self, name) for name in ("activations", "backend", "fuse", "verify")}
+        return {name: getattr(self, name) for name in ("activations", "backend", "verify")}
 
     def store(self, record: QuantizationRecord) -> None:
         """Makes `record`, by the names of the loaded model, what is saved; keys that this amq does not know stay."""
@@ -106,7 +109,7 @@ class AmqQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(
-        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         files = [Path(name) for name in checkpoint_files or ()]
         if not files or any(file.suffix != ".safetensors" for file in files):
@@ -129,11 +132,11 @@ class AmqQuantizer(HfQuantizer):
         check_complete(files[0].parent, (n for n in _expected_names(model, found) if n not in self._new), found)
         check_tensors(tensors, model.state_dict(), names.tensor)
         if record.head:
-            model.resize_token_embeddings = _refuse_resizing
-        ignored = model._keys_to_ignore_on_load_unexpected or set()
+            model.__dict__["resize_token_embeddings"] = _refuse_resizing
+        ignored: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
 
-    def _put_stored_modules(self, model: nn.Module) -> None:
+    def _put_stored_modules(self, model: PreTrainedModel) -> None:
         """Replaces what is quantized by modules without a weight yet."""
         record, config = self._record, self.quantization_config
         execution = Execution(config.activations, config.backend, tuple(sorted(set(record.formats.values()))))
@@ -143,41 +146,35 @@ class AmqQuantizer(HfQuantizer):
             _replace(model, name, _stored_embedding(model, name, linear))
             _untie(model, name)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        linears = {name: model.get_submodule(name) for name in self._packed}
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        linears = {name: cast(StoredLinear, model.get_submodule(name)) for name in self._packed}
         for name, module in linears.items():
             module.store(self._packed.pop(name))
             module.place = _device_around(model, name)
-        if self.quantization_config.fuse:
-            for group in self._record.shared_inputs:
-                for has_bias in (False, True):
-                    members = [linears[name] for name in group if (linears[name].bias is not None) == has_bias]
-                    if len(members) > 1:
-                        SharedInput(members)
         for name, parameter in model.named_parameters():  # what was quantized stays as it is: adapters are trained
             parameter.requires_grad_(name in self._new)
         self.quantization_config.store(self._record)
-        model.num_parameters = partial(_num_parameters, model)
-        model._weight_conversions = []  # tensors are saved by the names of this model's modules, as they were loaded
+        model.__dict__["num_parameters"] = partial(_num_parameters, model)
+        model.__dict__["_weight_conversions"] = []  # tensors are saved by the names of this model's modules
         if type(model).__module__.startswith("transformers.") and hasattr(model.config, "auto_map"):
             model.config.auto_map.pop(AUTO_CLASS, None)  # save_pretrained does not copy the file that it names
 
     def get_state_dict_and_metadata(
-        self, model: nn.Module, *_: Any, **__: Any
+        self, model: PreTrainedModel, *_: Any, **__: Any
     ) -> tuple[dict[str, Tensor], dict[str, str]]:
         """The header of every shard gets the hashes of all tensors: transformers gives all shards one header."""
         state = model.state_dict()
         return state, {HASHES: hashes_metadata(state)[HASHES]}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has it as text
         embeddings = {n: m for n, m in model.named_modules() if isinstance(m, StoredEmbedding)}
         dense = {}
         for name, module in list(_stored_linears(model)):
             dense[module] = _dense(module, model.device, dtype or torch.float32)
             _replace(model, name, dense[module])
-        for name, module in embeddings.items():
-            _replace(model, name, _dense_embedding(module, dense[module.head].weight))
+        for name, embedding in embeddings.items():
+            _replace(model, name, _dense_embedding(embedding, dense[embedding.head].weight))
             _tie_again(model)
         for name in ("resize_token_embeddings", "num_parameters"):
             model.__dict__.pop(name, None)
@@ -201,7 +198,7 @@ class _LocalNames:
     transformers finds tensors in the same way: it takes the base model's prefix away, or adds it, where that fits.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         self._modules = {name for name, _ in model.named_modules()}
         self._tensors = set(model.state_dict())
@@ -242,7 +239,7 @@ class _LocalNames:
         )
 
 
-def _new_names(model: nn.Module) -> frozenset[str]:
+def _new_names(model: PreTrainedModel) -> frozenset[str]:
     """Tensors that no checkpoint of the model's base has: those of a head, in a class that is not the checkpoint's own.
 
     transformers initialises them, and says so.
@@ -254,7 +251,7 @@ def _new_names(model: nn.Module) -> frozenset[str]:
     return frozenset(name for name in model.state_dict() if not name.startswith(prefix))
 
 
-def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
     """In place of model.num_parameters: as many as the original model has, packed ones included."""
     count = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     if only_trainable:
@@ -264,7 +261,7 @@ def _num_parameters(model: nn.Module, only_trainable: bool = False, exclude_embe
     return count + sum(module.in_features * module.out_features for module in linears)
 
 
-def _stored_linear(model: nn.Module, name: str, record: QuantizationRecord, execution: Execution) -> StoredLinear:
+def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord, execution: Execution) -> StoredLinear:
     """An empty StoredLinear in place of the nn.Linear `name`, or an error where the two are not of one shape."""
     fmt = get_format(record.formats[name])
     if name == record.head and name not in dict(model.named_modules()):  # of a base model, whose embedding reads it
@@ -282,6 +279,7 @@ def _stored_linear(model: nn.Module, name: str, record: QuantizationRecord, exec
 def _stored_embedding(model: nn.Module, name: str, linear: str) -> StoredEmbedding:
     """In place of the nn.Embedding `name`, whose rows the packed weight of `linear` has."""
     head, embedding = model.get_submodule(linear), _get_embedding(model, name)
+    assert isinstance(head, StoredLinear)  # it was put there before
     shape = (embedding.num_embeddings, embedding.embedding_dim)
     if shape != (head.out_features, head.in_features):
         raise AmqError(
@@ -301,7 +299,7 @@ def _get_embedding(model: nn.Module, name: str) -> nn.Embedding:
     return module
 
 
-def _untie(model: nn.Module, embedding: str) -> None:
+def _untie(model: PreTrainedModel, embedding: str) -> None:
     """Takes the embedding out of what transformers ties after loading, and whenever it is asked to: there is one copy
     already. config.tie_word_embeddings stays: it tells what the model is."""
     weight = f"{embedding}.weight"
@@ -317,14 +315,14 @@ def _refuse_resizing(*_: Any, **__: Any) -> None:
     )
 
 
-def _tie_again(model: nn.Module) -> None:
+def _tie_again(model: PreTrainedModel) -> None:
     """Undoes `_untie`, for a model that has plain linears again."""
     model.__dict__.pop("_tied_weights_keys", None)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     model.tie_weights()
 
 
-def _device_around(model: nn.Module, name: str) -> torch.device:
+def _device_around(model: PreTrainedModel, name: str) -> torch.device:
     """Where the parameters nearest to the module `name` are."""
     while name:
         name = name.rpartition(".")[0]
@@ -343,7 +341,7 @@ def _stored_linears(model: nn.Module) -> Iterator[tuple[str, StoredLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredLinear))
 
 
-def _expected_names(model: nn.Module, found: Any) -> list[str]:
+def _expected_names(model: PreTrainedModel, found: Any) -> list[str]:
     """Every tensor that the model wants besides packed weights; of tied ones, one is enough."""
     tied = model.all_tied_weights_keys  # {name: the name that it shares its tensor with}
     present = {name for pair in tied.items() if not found.isdisjoint(pair) for name in pair}
@@ -362,7 +360,7 @@ def _dense(module: StoredLinear, device: torch.device, dtype: torch.dtype) -> nn
     return linear.eval()
 
 
-def _dense_embedding(module: StoredEmbedding, weight: nn.Parameter) -> nn.Embedding:
+def _dense_embedding(module: StoredEmbedding, weight: Tensor) -> nn.Embedding:
     """The nn.Embedding that `module` stands for, around the very weight of the head."""
     embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
     embedding.weight = weight
@@ -389,7 +387,8 @@ def register() -> None:
     auto.register_quantization_config(METHOD)(AmqConfig)
     auto.register_quantizer(METHOD)(AmqQuantizer)
     # There is no function for this one: without it, from_pretrained ignores AmqConfig(activations=…).
-    auto.LOADING_ATTRIBUTES_CONFIG_TYPES = (*auto.LOADING_ATTRIBUTES_CONFIG_TYPES, AmqConfig)
+    known: tuple[Any, ...] = auto.LOADING_ATTRIBUTES_CONFIG_TYPES
+    vars(auto)["LOADING_ATTRIBUTES_CONFIG_TYPES"] = (*known, AmqConfig)
 
 
 register()

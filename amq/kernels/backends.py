@@ -22,13 +22,10 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format, n_groups
-from amq.kernels import cpu as native
-from amq.kernels import cuda, triton
+from amq.kernels import cpu, cuda, names, triton
 from amq.kernels import gpu_layout as layout
+from amq.kernels.names import ACTIVATIONS
 from amq.packing import PackedWeight, PreparedWeight, dequantize
-
-ACTIVATIONS = ("fp32", "int8")
-"""fp32: exact products. int8: x is rounded to 8 bits per row and group at run time; see `amq.kernels.ops.linear`."""
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -97,11 +94,11 @@ def default_activations(backend: str) -> str:
     return "int8" if backend == "cpu" else "fp32"
 
 
-def choose_backend(formats: Iterable[str], device: str = "cpu") -> str:
-    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`; what it passes over, it logs as a
-    warning."""
+def choose_backend(formats: Iterable[str], device: str = "cpu", among: Sequence[Backend] = ()) -> str:
+    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`, of `among` or of all there are; what
+    it passes over, it logs as a warning."""
     records = [get_format(name) for name in formats]
-    for backend in BACKENDS.values():
+    for backend in among or BACKENDS.values():
         if backend.device not in (device, None):
             continue
         reasons = [(fmt.name, reason) for fmt in records if (reason := backend.unsupported_reason(fmt)) is not None]
@@ -157,7 +154,7 @@ def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor
 
 
 def _cpu_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
-    return native.linear(x.float(), weights, None if bias is None else bias.float(), activations).to(x.dtype)
+    return cpu.linear(x.float(), weights, None if bias is None else bias.float(), activations).to(x.dtype)
 
 
 def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
@@ -174,7 +171,7 @@ def _cuda_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | No
 
 def _cpu_why_not(fmt: BitFormat) -> str | None:
     try:
-        native.check_compiled(fmt)
+        cpu.check_compiled(fmt)
     except AmqError as error:
         return str(error)
     return None if fmt.is_dense else f"tiles hold dense bitstreams only, not {fmt.levels} levels in {fmt.unit_bytes} B"
@@ -187,7 +184,7 @@ def _cuda_why_not(fmt: BitFormat) -> str | None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", _cpu_why_not, native.prepare, _cpu_linear, device="cpu"),
+        Backend("cpu", _cpu_why_not, cpu.prepare, _cpu_linear, device="cpu"),
         Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
         Backend(
             "triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"
@@ -196,6 +193,7 @@ BACKENDS: dict[str, Backend] = {
     )
 }
 """Every backend by name; of those for one device, the fastest first."""
+assert tuple(BACKENDS) == names.BACKENDS, "amq.kernels.names lists other backends"
 
 
 def availability() -> list[tuple[str, str, dict[str, str | None]]]:
@@ -210,7 +208,7 @@ def availability() -> list[tuple[str, str, dict[str, str | None]]]:
 
 def _cpu_availability() -> list[tuple[str, str, dict[str, str | None]]]:
     try:
-        module = native.cpu_module()
+        module = cpu.cpu_module()
     except AmqError as error:
         return [("cpu", "none", dict.fromkeys(FORMATS, str(error)))]
     missing = module.missing()

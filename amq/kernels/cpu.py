@@ -33,7 +33,7 @@ def cpu_module() -> ModuleType:
     Raises AmqError too where AMQ_CPU_ISA names an instruction set that this machine cannot run.
     """
     try:
-        from amq import _cpu
+        import amq._cpu as _cpu
     except ImportError as error:
         raise AmqError(
             f"the native module amq._cpu cannot be imported ({error}); build it with `pip install -e .` in a checkout "

@@ -32,7 +32,7 @@ X_UNIT, ALIGNMENT = 128, 16
 """The kernels read x this many features at a time, from addresses that divide by ALIGNMENT."""
 MAX_WARPS, WARPS = 8, 4
 """Warps of a block: what the kernels take, and what is assumed best: three such blocks fit a multiprocessor."""
-MAX_SEGMENTS = 4
+MAX_WEIGHTS = 4
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class Library:
         self.path, self._library = path, ctypes.CDLL(str(path))
         integer, long, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
         longs = ctypes.POINTER(long)
-        self._declare("amq_cuda_formats", ctypes.c_char_p)
+        self._declare("amq_cuda_has_bits", integer, integer)
         self._declare("amq_cuda_error", ctypes.c_char_p, integer)
         self._declare("amq_cuda_check", integer, *2 * (ctypes.POINTER(integer),))
         self._declare("amq_cuda_max_rows", integer)
@@ -53,14 +53,15 @@ class Library:
             *("amq_cuda_linear", integer, integer, longs, longs, longs, integer, integer, integer, integer),
             *(address, long, address, address, long, address, integer, address),
         )
-        words = self._library.amq_cuda_formats().decode().split()
-        self.formats = {name: index for index, name in enumerate(words[::2])}
-        self.bits = dict(zip(words[::2], map(int, words[1::2]), strict=True))
         self.max_rows: int = self._library.amq_cuda_max_rows()
 
     def _declare(self, name: str, result: type, *arguments: type) -> None:
         function = getattr(self._library, name)
         function.restype, function.argtypes = result, arguments
+
+    def has_bits(self, bits: int) -> bool:
+        """Whether kernels for codes of so many bits are in the library."""
+        return bool(self._library.amq_cuda_has_bits(bits))
 
     def unsupported_reason(self) -> str | None:
         """None if the kernels can run on CUDA's current device, else the reason and the remedy; launches nothing."""
@@ -90,7 +91,7 @@ class Library:
         stream: int,
         warps: int,
     ) -> Tensor:
-        """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_SEGMENTS weights per launch.
+        """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_WEIGHTS weights per launch.
 
         x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them. Rows
             that do not begin at multiples of 16 bytes or whose features do not divide by 128 are copied first.
@@ -107,14 +108,14 @@ class Library:
             count = self._library.amq_cuda_scratch_bytes(rows, in_features, group_size)
             scratch = x.new_empty(count, dtype=torch.uint8)
         column = 0
-        for start in range(0, len(weights), MAX_SEGMENTS):
-            part = weights[start : start + MAX_SEGMENTS]
+        for start in range(0, len(weights), MAX_WEIGHTS):
+            part = weights[start : start + MAX_WEIGHTS]
             array = ctypes.c_int64 * len(part)
             offset = column * x.element_size()
             status = self._library.amq_cuda_linear(
                 len(part),
                 array(*(w.data.data_ptr() for w in part)),
-                array(*(self.formats[w.format.name] for w in part)),
+                array(*(w.format.bits for w in part)),
                 array(*(w.out_features for w in part)),
                 *(rows, in_features, group_size, DTYPES[x.dtype], x.data_ptr(), x.stride(0)),
                 None if bias is None else bias.data_ptr() + offset,
@@ -156,7 +157,7 @@ def _warn_of_copies(in_features: int) -> None:
 REFUSALS = {
     -1: "the number of rows of x is outside what one launch takes",
     -2: "the number of weights is outside what one launch takes",
-    -3: "a format index that the library does not know",
+    -3: "codes of a width that the library does not hold",
     -4: "a group size other than 32, 64 and 128",
     -5: "a dtype other than float16 and bfloat16",
     -6: "an empty shape, or an address that is null or not a multiple of 16",
@@ -190,10 +191,8 @@ def unsupported_reason(fmt: BitFormat) -> str | None:
     if reason := layout.unsupported_reason(fmt):
         return reason
     try:
-        bits = library().bits.get(fmt.name)
-        if bits != fmt.bits:
-            held = ", ".join(f"{name} ({bits} bits)" for name, bits in library().bits.items())
-            return f"kernels/cuda has no file for it, or one for other codes; the library holds {held}"
+        if not library().has_bits(fmt.bits):
+            return f"{library().path} was built without {fmt.bits}-bit codes; build it again with `pip install -e .`"
     except AmqError as error:
         return str(error)
     return _no_device() or _not_loadable()
@@ -222,7 +221,12 @@ def max_rows() -> int:
 
 
 def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
-    """`Library.linear` on torch's current stream of x's device; `amq.kernels.ops.linear` checks what it is given."""
+    """`Library.linear` on torch's current stream of x's device; `amq.kernels.ops.linear` checks what it is given.
+
+    On CPU tensors it runs where AMQ_CUDA_LIBRARY is a build of the kernels for a CPU, as tests have one.
+    """
+    if not x.is_cuda:
+        return library().linear(x, weights, bias, activations, 0, _warps(x.shape[1]))
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear(x, weights, bias, activations)
@@ -230,10 +234,10 @@ def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
     return library().linear(x, weights, bias, activations, stream, _warps(x.shape[1]))
 
 
-def _warps(in_features: int) -> int:
-    """Warps of a block, which share out the slabs: as measured on this GPU, else the fewest that take as few
-    rounds as WARPS would."""
-    if measured := tuning.look_up(tuning.cuda_key(in_features)):
+def _warps(in_features: int, gpu: str | None = None) -> int:
+    """Warps of a block, which share out the slabs: as measured on `gpu` (None: the one here), else the fewest that take
+    as few rounds as WARPS would."""
+    if measured := tuning.look_up(tuning.cuda_key(in_features), gpu):
         return measured
     slabs = -(-in_features // layout.SLAB)
     rounds = -(-slabs // WARPS)

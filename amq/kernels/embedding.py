@@ -26,6 +26,8 @@ class StoredEmbedding(nn.Module):
     Raises AmqError while the head has no weight, IndexError for an id that is no row.
     """
 
+    weight: Tensor
+
     def __init__(self, head: StoredLinear, dtype: torch.dtype, padding_idx: int | None = None) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = head.out_features, head.in_features, padding_idx

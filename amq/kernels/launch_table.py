@@ -1,31 +1,53 @@
-"""Measured launch parameters, one file per GPU: what `python -m amq.kernels.tune` writes and the launchers look up.
+"""Measured launch parameters, one file per GPU: what `python benchmarks/gpu/tune.py` writes and the launchers look up.
 
-    <cache>/gpu/<GPU>.json = {"schema": "amq/gpu-tuning/1", "gpu", "torch", "triton", "date",
-                              "entries": {key: {"parameters": …, "microseconds": …, "tried": …}}}
+    <cache>/gpu/<GPU>.json, a `LaunchTable`
 
-A key names the kernel and what its best parameters depend on. What no entry covers gets the parameters that were
-reasoned out on paper. The table is read once per process; nothing is measured, written or compiled anew while a model
-is served.
+A key of its entries names the kernel and what its best parameters depend on. What no entry covers gets the parameters
+that were reasoned out on paper. The table is read once per process; nothing is measured, written or compiled anew while
+a model is served.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from amq.errors import AmqError
-from amq.util.files import cache_dir, read_json, write_json
-
-SCHEMA = "amq/gpu-tuning/1"
+from amq.util.files import cache_dir
+from amq.util.records import JsonFile, parse_record
 
 DENSE_KEY = "triton dense rows>="
 """Rows of x from which dequantizing and a torch product are faster than the gemm."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """parameters: of the fastest launch, a number or those of `amq.kernels.triton.Launch`; tried: {launch: times}."""
+
+    parameters: int | list[int]
+    microseconds: float | None = None
+    tried: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchTable(JsonFile):
+    """What was measured on one GPU, with the versions and the date of the last measurement."""
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/gpu-tuning/1",)
+    REMEDY: ClassVar[str] = "delete it, and run `python benchmarks/gpu/tune.py` again"
+
+    schema: str = SCHEMAS[0]
+    gpu: str
+    torch: str = ""
+    triton: str = ""
+    date: str = ""
+    entries: dict[str, Entry]
 
 
 def table_path(gpu: str) -> Path:
@@ -43,17 +65,22 @@ def triton_key(rows: int, in_features: int, bits: int) -> str:
     return f"triton rows<={1 << (rows - 1).bit_length()} in_features={in_features} bits={bits}"
 
 
-def look_up(key: str) -> Any:
-    """The parameters measured best on torch's current GPU, or None where nothing was measured."""
-    return _entries(_gpu()).get(key, {}).get("parameters")
+def look_up(key: str, gpu: str | None = None) -> Any:
+    """The parameters measured best on the GPU called `gpu` (None: torch's current one), or None where nothing was
+    measured."""
+    found = _entries(gpu or _gpu()).get(key)
+    return found and found.parameters
 
 
-def save(gpu: str, entries: dict[str, dict], versions: dict[str, str]) -> Path:
-    """Adds `entries` to the table of `gpu`, replacing those of the same key, and returns its path."""
+def save(gpu: str, entries: dict[str, dict[str, Any]], versions: dict[str, str]) -> Path:
+    """Adds `entries` to the table of `gpu`, replacing those of the same key, and returns its path.
+
+    entries: as `Entry` has them. versions: of torch and triton, and the date.
+    """
     path = table_path(gpu)
     _entries.cache_clear()
-    old = _entries(gpu)
-    write_json(path, {"schema": SCHEMA, "gpu": gpu, **versions, "entries": old | entries})
+    new = parse_record(entries, dict[str, Entry], "the new entries")
+    LaunchTable(gpu=gpu, entries=_entries(gpu) | new, **versions).write(path)
     _entries.cache_clear()
     return path
 
@@ -64,13 +91,9 @@ def _gpu() -> str | None:
 
 
 @lru_cache
-def _entries(gpu: str | None) -> dict[str, dict]:
+def _entries(gpu: str | None) -> dict[str, Entry]:
     if gpu is None or not (path := table_path(gpu)).exists():
         return {}
-    table = read_json(path)
-    if not isinstance(table, dict) or table.get("schema") != SCHEMA or not isinstance(table.get("entries"), dict):
-        raise AmqError(
-            f"{path} is not a table of schema {SCHEMA}: delete it, and run `python -m amq.kernels.tune` again"
-        )
+    table = LaunchTable.read(path)
     log.info("launch parameters from %s", path)
-    return table["entries"]
+    return table.entries

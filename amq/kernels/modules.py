@@ -2,8 +2,7 @@
 
 `QuantizedLinear` holds a prepared weight. `StoredLinear` belongs to a checkpoint: it holds the packed weight as the
 file gave it (memory-mapped, on the CPU) and prepares it when it first meets an input on a device, so that loading costs
-nothing, `.to(device)` and device maps need no care, and the model can be saved again bit for bit. `SharedInput` joins
-linears that read one tensor into one call of the kernel, inside a model that knows nothing of it.
+nothing, `.to(device)` and device maps need no care, and the model can be saved again bit for bit.
 
 Gradients flow through StoredLinears to their inputs and biases, so that an adapter beside them can be trained: the
 backward multiplies with the dequantized weight. The packed weight itself is a constant.
@@ -11,8 +10,7 @@ backward multiplies with the dequantized weight. The packed weight itself is a c
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -46,11 +44,12 @@ class QuantizedLinear(nn.Module):
         name: str = "linear",
     ) -> None:
         nn.Module.__init__(self)
+        self.data: Tensor
         self.in_features, self.out_features = weight.in_features, weight.out_features
         self.activations, self.name = activations or default_activations(weight.backend), name
         self._weight = weight
         self.register_buffer("data", weight.data, persistent=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     @classmethod
     def from_packed(
@@ -126,18 +125,16 @@ class NoPlainWeight(AmqError, AttributeError):
     """Someone asked a quantized weight for what only a plain one has."""
 
 
-class StoredLinear(QuantizedLinear, nn.Linear):
+class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bias may be None
     """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
 
     It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
 
     packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
-    shared: set where this linear's input is another one's too.
     place: the device that the rest of the model is on, as far as is known before an input comes.
     """
 
     packed: PackedWeight | None
-    shared: SharedInput | None
     place: torch.device
 
     def __init__(
@@ -151,7 +148,7 @@ class StoredLinear(QuantizedLinear, nn.Linear):
     ) -> None:
         stored = PreparedWeight("", fmt, *shape, group_size, _unprepared(fmt, shape, group_size))
         super().__init__(stored, bias, execution.activations, name)
-        self.execution, self.packed, self.shared = execution, None, None
+        self.execution, self.packed = execution, None
         self.place = torch.device("cpu")
 
     def store(self, packed: PackedWeight) -> None:
@@ -176,7 +173,7 @@ class StoredLinear(QuantizedLinear, nn.Linear):
         return weight
 
     @property
-    def weight(self) -> QuantizedWeight | Tensor:
+    def weight(self) -> QuantizedWeight | Tensor:  # type: ignore[override]  # the one lie of this nn.Linear
         """No numbers; while transformers loads, an empty tensor, for models that initialise weights by hand."""
         shape = (self.out_features, self.in_features)
         if self.packed is None:
@@ -184,22 +181,25 @@ class StoredLinear(QuantizedLinear, nn.Linear):
         return QuantizedWeight(self.name, shape, self.place)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.shared is not None and not torch.compiler.is_compiling():
-            return self.shared.linear(self, x)
-        return self.alone(x)
+        """With gradients to x and the bias where they want them."""
+        wanted = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if wanted and torch.is_grad_enabled():
+            return _differentiable(x, self)
+        return self.product(x)
 
-    def alone(self, x: Tensor) -> Tensor:
-        return _product(x, (self,), self.bias, self.name)
+    def product(self, x: Tensor) -> Tensor:
+        return linear(x, (self.prepared(x.device),), self.bias, self.activations, self.name)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
         if self.packed is None:
             return super()._apply(fn, recurse)
-        before, self.data = self.data, None
+        before = self.data
+        self._buffers["data"] = None  # not moved with the rest
         super()._apply(fn, recurse)
         self.place = fn(torch.empty(0)).device
-        if not before.is_meta:
-            self.data = before if fn(before) is before else None
-        if self.data is None:
+        if not before.is_meta and fn(before) is before:
+            self.data = before
+        else:
             self._forget()  # the layout of one device's backend is of no use on another
         return self
 
@@ -233,94 +233,31 @@ def _unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tens
     return torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
 
 
-def _product(x: Tensor, linears: Sequence[StoredLinear], bias: Tensor | None, name: str) -> Tensor:
-    """`amq.kernels.ops.linear` of the weights of `linears`, which share x, with gradients to x and `bias` where they
-    want them."""
-    wanted = x.requires_grad or (bias is not None and bias.requires_grad)
-    if wanted and torch.is_grad_enabled():
-        return _differentiable(x, linears, bias, name)
-    return linear(x, [m.prepared(x.device) for m in linears], bias, linears[0].activations, name)
-
-
 @torch.compiler.disable  # the backward calls native code, which dynamo cannot trace
-def _differentiable(x: Tensor, linears: Sequence[StoredLinear], bias: Tensor | None, name: str) -> Tensor:
-    return _Product.apply(x, bias, linears, name)
+def _differentiable(x: Tensor, module: StoredLinear) -> Tensor:
+    return _Product.apply(x, module.bias, module)
 
 
 class _Product(torch.autograd.Function):
     """Rounding of activations to int8 has the gradient 1, as if they were not rounded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, linears: Sequence[StoredLinear], name: str) -> Tensor:
-        ctx.packed, ctx.bias = [m.packed for m in linears], bias if bias is None else bias.dtype
-        return linear(x, [m.prepared(x.device) for m in linears], bias, linears[0].activations, name)
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, module: StoredLinear) -> Tensor:
+        ctx.packed, ctx.bias = module.packed, bias if bias is None else bias.dtype
+        return module.product(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         to_x = to_bias = None
         if ctx.needs_input_grad[0]:
-            parts = gradient.split([packed.out_features for packed in ctx.packed], dim=-1)
-            to_x = sum(part @ _dense(packed, part) for part, packed in zip(parts, ctx.packed, strict=True))
+            to_x = gradient @ _dense(ctx.packed, gradient)
         if ctx.needs_input_grad[1]:
             to_bias = gradient.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias)
-        return to_x, to_bias, None, None
+        return to_x, to_bias, None
 
 
 def _dense(packed: PackedWeight, like: Tensor) -> Tensor:
     """The weight [out_features, in_features] with the device and dtype of `like`."""
     weight = dequantized(packed) if like.device.type == "cpu" else dequantize(packed.to(like.device))
     return weight.to(like.dtype)
-
-
-class SharedInput:
-    """Linears that read one tensor, multiplied in one call; they agree on having a bias.
-
-    The first that is called with x computes all; each of the others takes its own result when it is called with that
-    very tensor, and computes alone with any other. Only a weak reference to x is kept, and results that nobody takes go
-    when x goes. Threads that run one model at once see each other's x as another tensor.
-    """
-
-    def __init__(self, members: Sequence[StoredLinear]) -> None:
-        self.members = tuple(members)
-        self._waiting: _Waiting | None = None
-        for member in members:
-            member.shared = self
-
-    def __getstate__(self) -> dict[str, Any]:  # a copied model has seen no x
-        return {"members": self.members, "_waiting": None}
-
-    def linear(self, member: StoredLinear, x: Tensor) -> Tensor:
-        waiting = self._waiting
-        found = waiting.results.pop(id(member), None) if waiting is not None else None
-        if waiting is None or found is None:
-            return self._all(member, x)
-        return found if waiting.is_for(x) else member.alone(x)
-
-    def _all(self, member: StoredLinear, x: Tensor) -> Tensor:
-        biases = [m.bias for m in self.members if m.bias is not None]
-        bias = torch.cat(biases) if biases else None
-        y = _product(x, self.members, bias, f"{member.name} and those that share its input")
-        parts = y.split([m.out_features for m in self.members], dim=-1)
-        # nn.Linear gives contiguous results, and model code may count on it; of a single row this copies nothing
-        results = {id(m): part.contiguous() for m, part in zip(self.members, parts, strict=True)}
-        mine = results.pop(id(member))
-        self._waiting = _Waiting(x, results)
-        return mine
-
-
-class _Waiting:
-    """Results for the tensor x that have not been asked for."""
-
-    def __init__(self, x: Tensor, results: dict[int, Tensor]) -> None:
-        self.results = results
-        self._version = _version(x)
-        self._x = weakref.ref(x, lambda _: results.clear())
-
-    def is_for(self, x: Tensor) -> bool:
-        return self._x() is x and self._version == _version(x)
-
-
-def _version(x: Tensor) -> int:
-    """Counts changes in place; tensors made under torch.inference_mode do not count theirs."""
-    return 0 if x.is_inference() else x._version

@@ -28,7 +28,7 @@ from amq.kernels import launch_table as tuning
 from amq.packing import PreparedWeight, check_fused
 
 DTYPES = (torch.float16, torch.bfloat16)
-MAX_SEGMENTS = 4
+MAX_WEIGHTS = 4
 """Weights in one launch."""
 MAX_GEMV_ROWS = 16
 """Rows of x that one gemv can hold."""
@@ -59,7 +59,7 @@ Choose = Callable[[int, int, int, int], Launch]
 """(rows of x, out_features together, in_features, bits at most) → the parameters of a launch."""
 
 DENSE_ROWS = 256
-"""Rows of x from which `linear` dequantizes and lets torch multiply, where `amq.kernels.tune` has measured no other
+"""Rows of x from which `linear` dequantizes and lets torch multiply, where `benchmarks/gpu/tune.py` measured no other
 number: on paper the dequantized weight then costs a quarter of the product's time, and less with every row more."""
 
 
@@ -82,7 +82,7 @@ def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
 
 
 def measured(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
-    """What `amq.kernels.tune` found fastest on this GPU, else what `choose` reasons."""
+    """What `benchmarks/gpu/tune.py` found fastest on this GPU, else what `choose` reasons."""
     found = tuning.look_up(tuning.triton_key(rows, in_features, bits))
     return Launch(*found) if found else choose(rows, out_features, in_features, bits)
 
@@ -105,14 +105,9 @@ def unsupported_reason(fmt: BitFormat) -> str | None:
     if reason := layout.unsupported_reason(fmt):
         return reason
     try:
-        kernels = _kernels()
+        _kernels()
     except AmqError as error:
         return str(error)
-    if kernels.decoders.get(fmt.name, (0,))[0] != fmt.bits:
-        return (
-            f"it has no decode file, or one for other codes: add kernels/triton/{fmt.name}.py and its line in "
-            "kernels/triton/__init__.py"
-        )
     if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
         return (
             "torch finds no GPU (torch.cuda.is_available() is False): install a driver and a torch that is built for "
@@ -182,30 +177,28 @@ def linear_into(
     bits = max(w.format.bits for w in weights)
     launch = choose(x.shape[0], sum(out_features), x.shape[1], bits)
     with _on_device(x):
-        for first in range(0, len(weights), MAX_SEGMENTS):
+        for first in range(0, len(weights), MAX_WEIGHTS):
             start = sum(out_features[:first])
-            some = slice(first, first + MAX_SEGMENTS)
+            some = slice(first, first + MAX_WEIGHTS)
             part = None if bias is None else bias[start:]
-            _launch_segments(y[:, start:], x, weights[some], part, launch)
+            _launch_weights(y[:, start:], x, weights[some], part, launch)
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """W [out_features, in_features] in `dtype` (a float), bit-equal to `amq.packing.dequantize`."""
-    if weight.format.name not in _kernels().decoders:
-        raise AmqError(f"dequantize {weight.format.name} with Triton: {unsupported_reason(weight.format)}")
+    if reason := layout.unsupported_reason(weight.format):
+        raise AmqError(f"dequantize {weight.format.name} with Triton: {reason}")
     _check_data([weight], weight.data.device, "dequantize")
     kernels = _kernels()
     out = weight.data.new_empty(weight.out_features, weight.in_features, dtype=dtype)
     blocks = -(-weight.out_features // DEQUANTIZE_ROWS) * -(-weight.in_features // layout.SLAB)
-    bits, byte_words, _ = kernels.decoders[weight.format.name]
     with _on_device(out):
         if blocks:
             kernels.dequantize[(blocks,)](
                 out,
                 weight.data.view(torch.int32),
                 weight.out_features,
-                BITS=bits,
-                BYTE_WORDS=byte_words,
+                BITS=weight.format.bits,
                 K=weight.in_features,
                 GROUP_SIZE=weight.group_size,
                 BLOCK_N=DEQUANTIZE_ROWS,
@@ -214,15 +207,13 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Te
     return out
 
 
-def _launch_segments(
+def _launch_weights(
     y: Tensor, x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, launch: Launch
 ) -> None:
-    """One launch for up to MAX_SEGMENTS weights: writes the first ΣN columns of y [M, row stride of y]."""
+    """One launch for up to MAX_WEIGHTS weights: writes the first ΣN columns of y [M, row stride of y]."""
     kernels = _kernels()
-    formats = tuple(dict.fromkeys(w.format.name for w in weights))
     shared = dict(
-        FORMATS=tuple(kernels.decoders[name] for name in formats),
-        KINDS=tuple(formats.index(w.format.name) for w in weights),
+        BITS=tuple(w.format.bits for w in weights),
         K=x.shape[1],
         GROUP_SIZE=weights[0].group_size,
         num_warps=launch.num_warps,
@@ -251,21 +242,19 @@ def _launch_segments(
 
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
-    """The kernels, imported at first use: gemv, gemm, dequantize, decoders, whether they are interpreted, and the class
-    of Triton's errors."""
+    """The kernels, imported at first use: gemv, gemm, dequantize, whether they are interpreted, and the class of
+    Triton's errors."""
     try:
         import triton
         from triton.errors import TritonError
     except ImportError as error:
         raise AmqError(f"the package triton cannot be imported ({error}): pip install triton") from error
-    from amq import _triton
     from amq._triton import dequantize, gemm, gemv
 
     return SimpleNamespace(
         gemv=gemv.gemv,
         gemm=gemm.gemm,
         dequantize=dequantize.dequantize,
-        decoders=_triton.DECODERS,
         interpreted=not isinstance(gemv.gemv, triton.JITFunction),
         error=TritonError,
     )
@@ -281,8 +270,8 @@ def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
     if activations != "fp32":
         raise AmqError(f"{name}: the Triton kernels have activations fp32 only, got {activations!r}; use backend cuda")
     for weight in weights:
-        if weight.format.name not in _kernels().decoders:
-            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {unsupported_reason(weight.format)}")
+        if reason := layout.unsupported_reason(weight.format):
+            raise AmqError(f"{name}: Triton cannot run {weight.format.name}: {reason}")
     in_features = weights[0].in_features
     if x.ndim != 2 or x.shape[1] != in_features or not x.is_contiguous():
         raise AmqError(

@@ -14,13 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.inventory import find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TOKENS = 128
 """Tokens whose logits exist at once, wherever logits are computed from final hidden states: a vocabulary is large."""
@@ -58,7 +61,7 @@ class _Stop(Exception):
 class BlockRunner:
     """Cuts `model` at block boundaries; `n_blocks` decoder blocks, boundary i lies before block i."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.blocks_path, self.blocks = find_blocks(model)
         self.n_blocks = len(self.blocks)
@@ -120,9 +123,9 @@ class BlockRunner:
                 cut = self.logits(state[0])
             except Exception as error:  # the uncut forward ran: what the model's code raises now is due to the cut
                 raise AmqError(refused.format(f"{type(error).__name__}: {error}")) from error
-        error = float((cut - whole).abs().max() / whole.abs().max())
-        if not error <= 1e-3:
-            raise AmqError(refused.format(f"logits differ by {error:.1e} relative"))
+        difference = float((cut - whole).abs().max() / whole.abs().max())
+        if not difference <= 1e-3:
+            raise AmqError(refused.format(f"logits differ by {difference:.1e} relative"))
 
     @contextmanager
     def _replaying(self, start: int, hidden: Tensor | None) -> Iterator[None]:

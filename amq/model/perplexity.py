@@ -14,14 +14,19 @@ and begins every later window with the last token of the one before. tests/test_
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from amq.model.blocks import TOKENS, BlockRunner
+from amq.model.inventory import embedding_weight
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def perplexity(model: torch.nn.Module, windows: Tensor, unscored: int = 0) -> float:
+def perplexity(model: PreTrainedModel, windows: Tensor, unscored: int = 0) -> float:
     """exp of `negative_log_likelihood`."""
     return exp(negative_log_likelihood(model, windows, unscored))
 
@@ -31,13 +36,13 @@ def exp(loss: float) -> float:
     return math.inf if loss > 700 else math.exp(loss)
 
 
-def negative_log_likelihood(model: torch.nn.Module, windows: Tensor, unscored: int = 0) -> float:
+def negative_log_likelihood(model: PreTrainedModel, windows: Tensor, unscored: int = 0) -> float:
     """Mean over the last length − 1 − unscored tokens of every window, nats; logits of `TOKENS` tokens at a time.
 
     windows: int64 [n, length]. unscored: leading positions whose predictions do not count, `Corpus.unscored`.
     """
     runner = BlockRunner(model)
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     total = 0.0
     with torch.no_grad():
         for window in windows.to(device).split(1):

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.util.extras import needs
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +172,8 @@ BUILTIN = {"pydoc": _pydoc_text, "docstrings": _docstring_text}
 
 def _dataset_text(source: str) -> str:
     repository, subset, column = DATASETS[source]
-    try:
+    with needs("datasets", f"text {source!r}"):
         from datasets import load_dataset
-    except ImportError:
-        raise AmqError(f"text {source!r} needs the datasets package: run `pip install datasets`") from None
     try:
         rows = load_dataset(repository, subset, split="train", streaming=True)
         parts: list[str] = []

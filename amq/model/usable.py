@@ -16,13 +16,16 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.model.inventory import Inventory, OtherWeight, get_linear, take_inventory
+from amq.model.inventory import Inventory, OtherWeight, embedding_weight, get_linear, take_inventory
+
+if TYPE_CHECKING:
+    from transformers import GenerationMixin, PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Usable:
     loaded: dict[str, Tensor]
 
 
-def find_usable(model: nn.Module) -> Usable:
+def find_usable(model: PreTrainedModel) -> Usable:
     """Tries `model`, which was just loaded with its weights; logs what has to stay in 16 bits.
 
     Raises AmqError where no linear is left.
@@ -101,6 +104,7 @@ class _StandIn(nn.Module):
 
     def __init__(self, linear: nn.Linear, name: str, uses: dict[str, Tensor]) -> None:
         super().__init__()
+        self._linear: nn.Linear
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
         object.__setattr__(self, "_linear", linear)  # not a submodule: the model's parameters stay what they are
         self._name, self._uses = name, uses
@@ -115,7 +119,7 @@ class _StandIn(nn.Module):
         return self._linear(x)
 
 
-def _weights_used(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+def _weights_used(model: PreTrainedModel, names: list[str]) -> dict[str, Tensor]:
     """{linear: weight as it was} of those of the linears `names` whose weight the model asks for as it runs."""
     uses: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -148,9 +152,10 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def _run(model: nn.Module) -> Any:
+def _run(model: PreTrainedModel) -> Any:
     """Reads some tokens and writes two, so that the code for a single token with a cache runs too."""
-    embedding = model.get_input_embeddings()
-    tokens = torch.arange(TOKENS, device=embedding.weight.device) % embedding.weight.shape[0]
-    how = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    return model.generate(tokens.unsqueeze(0), attention_mask=torch.ones_like(tokens).unsqueeze(0), **how)
+    embedding = embedding_weight(model)
+    tokens = torch.arange(TOKENS, device=embedding.device) % embedding.shape[0]
+    how: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
+    how |= {"eos_token_id": None, "attention_mask": torch.ones_like(tokens).unsqueeze(0)}
+    return cast("GenerationMixin", model).generate(tokens.unsqueeze(0), **how)

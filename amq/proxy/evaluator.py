@@ -19,10 +19,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from amq.errors import AmqError
 from amq.kernels.cpu import jensen_shannon
 from amq.model.blocks import TOKENS, BlockRunner
-from amq.model.inventory import Inventory
+from amq.model.inventory import Inventory, embedding_weight
 from amq.model.losses import LOSSES
 from amq.model.open import LoadedModel
 from amq.proxy.swap import LinearSwap
@@ -60,13 +59,12 @@ class Evaluator:
         activations: str = "fp32",
         unscored: int = 0,
     ) -> None:
-        if loss not in LOSSES:
-            raise AmqError(f"unknown loss {loss!r}: expected one of {', '.join(LOSSES)}")
+        LOSSES[loss]  # noqa: B018 - raises on an unknown name
         self._bank, self._unscored = bank, unscored
         self._runner = BlockRunner(loaded.model)
         self._swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), backend, activations)
         self._blocks = {s.name: s.block for s in inventory.linears}
-        device = loaded.model.get_input_embeddings().weight.device
+        device = embedding_weight(loaded.model).device
         self._token_losses = token_losses(loss, device)
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self.seconds = self.seconds_in_model = 0.0

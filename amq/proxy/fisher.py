@@ -19,22 +19,25 @@ activations and one hidden state per block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.kernels.cpu import dequantize_into
 from amq.model.blocks import TOKENS, BlockRunner
-from amq.model.inventory import Inventory, LinearSpec, get_linear
+from amq.model.inventory import Inventory, LinearSpec, embedding_weight, get_linear
 from amq.quantize.bank import WeightBank
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Table = dict[str, dict[str, float]]
 """{linear: {format: cost}}"""
 
 
 def fisher_passes(
-    model: nn.Module,
+    model: PreTrainedModel,
     inventory: Inventory,
     bank: WeightBank,
     windows: Tensor,
@@ -49,7 +52,7 @@ def fisher_passes(
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
     """
     runner = BlockRunner(model)
-    device = model.get_input_embeddings().weight.device
+    device = embedding_weight(model).device
     for index in range(start, len(windows)):
         generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
         tokens = windows[index : index + 1].to(device)
@@ -57,7 +60,7 @@ def fisher_passes(
 
 
 def _one_pass(
-    model: nn.Module,
+    model: PreTrainedModel,
     runner: BlockRunner,
     inventory: Inventory,
     bank: WeightBank,
@@ -100,7 +103,7 @@ def _head_gradient(runner: BlockRunner, final: Tensor, generator: torch.Generato
 
 
 def _backward_block(
-    model: nn.Module,
+    model: PreTrainedModel,
     runner: BlockRunner,
     tokens: Tensor,
     block: int,

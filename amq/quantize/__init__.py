@@ -22,10 +22,12 @@ def quantize(
     settings: any field of `amq.quantize.settings.QuantizeSettings` (the command's flags with underscores).
     Raises AmqError for bad input, before anything is written.
     """
-    from amq.quantize.run import run_quantize
     from amq.quantize.settings import QuantizeSettings
 
-    return run_quantize(QuantizeSettings(model=model, output=str(output), **settings), resume, progress)
+    made = QuantizeSettings.make(model=str(model), output=str(output), **settings)  # refused before torch is imported
+    from amq.quantize.run import run_quantize
+
+    return run_quantize(made, resume, progress)
 
 
 class _CallablePackage(ModuleType):

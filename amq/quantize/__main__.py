@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from amq.quantize.run import QuantizeResult, run_quantize
-from amq.quantize.settings import QuantizeSettings
-from amq.util.progress import terminal_progress
-from amq.util.settings import add_flags, run_command
+from amq.quantize.settings import QuantizeCommand, QuantizeSettings
+from amq.util.settings import parse_command, run_command
+
+if TYPE_CHECKING:
+    from amq.quantize.run import QuantizeResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    parser = argparse.ArgumentParser(
-        prog="python -m amq.quantize", description="Quantizes a causal LM by a configuration, into a checkpoint folder."
-    )
-    parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, after its last block")
-    add_flags(parser, QuantizeSettings)
-    given = vars(parser.parse_args(argv))
-    resume = given.pop("resume")
-    result = run_quantize(QuantizeSettings(**given), resume, terminal_progress())
-    print(summary(result))
+    given = parse_command(argv, QuantizeSettings, QuantizeCommand)
+    from amq.quantize import quantize
+    from amq.util.progress import terminal_progress
+
+    print(summary(quantize(**given, progress=terminal_progress())))
     return 0
 
 
 def summary(result: QuantizeResult) -> str:
     """What was made, in a few lines."""
     log = result.log
+    head = f"{log.head.name} {log.head.format}, " if log.head else ""
+    peak = "" if log.peak_memory_bytes is None else f", peak memory {log.peak_memory_bytes / 2**30:.2f} GiB"
     lines = [
-        f"{len(log['linears'])} linears at {log['bits_per_weight']:.4f} bits per weight, "
-        f"{log['head']['name'] + ' ' + log['head']['format'] + ', ' if log['head'] else ''}"
-        f"{log['memory']['total'] / 2**20:.1f} MiB with everything else; {log['seconds']:.0f} s, "
-        f"peak memory {log['peak_memory_bytes'] / 2**30:.2f} GiB"
+        f"{len(log.linears)} linears at {log.bits_per_weight:.4f} bits per weight, {head}"
+        f"{log.memory.total / 2**20:.1f} MiB with everything else; {log.seconds:.0f} s{peak}"
     ]
-    if log["perplexity"]:
-        figures = log["perplexity"]
-        rows = ", ".join(f"{name} {'broken' if v is None else f'{v:.3f}'}" for name, v in figures["rows"].items())
-        lines.append(f"perplexity on {figures['tokens']} tokens of {figures['text']}: {rows}")
-    lines += [f"note: {note}" for note in log["notes"]]
+    if figures := log.perplexity:
+        rows = ", ".join(f"{name} {'broken' if v is None else f'{v:.3f}'}" for name, v in figures.rows.items())
+        lines.append(f"perplexity on {figures.tokens} tokens of {figures.text}: {rows}")
+    lines += [f"note: {note}" for note in log.notes]
     lines.append(f"wrote {result.output}: python -m amq.generate {result.output} --prompt …")
     return "\n".join(lines)
 

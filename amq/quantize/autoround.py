@@ -12,7 +12,7 @@ import importlib.util
 import logging
 import os
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from amq.model.open import LoadedModel
 from amq.packing import PackedWeight
 from amq.quantize.blocks import BlockResult, install, relative_error
 from amq.quantize.quantizers.grid import check_scales, decode, packed, to_groups
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 BATCH = 8
 """Windows per tuning step, auto-round's own choice."""
@@ -92,12 +95,12 @@ class AutoRoundSource:
         try:
             self._run(model, specs, str(device))
         finally:
-            self._model.to(device)
+            nn.Module.to(self._model, device)
         for spec in specs:
             module = get_linear(model, spec.name)
             self._tuned[spec.name] = read_off(module, spec.name, self._formats[spec.name], self._group_size)
 
-    def _run(self, model: nn.Module, specs: list[LinearSpec], device: str) -> None:
+    def _run(self, model: PreTrainedModel, specs: list[LinearSpec], device: str) -> None:
         os.environ.setdefault("AR_ALLOW_W8_ASYM", "1")  # else it refuses what only other tools' kernels cannot run
         import auto_round
 
@@ -125,7 +128,7 @@ class AutoRoundSource:
         torch.set_printoptions(profile="default")  # it changes how all tensors print
 
 
-def read_off(module: nn.Module, name: str, fmt: BitFormat, group_size: int) -> PackedWeight:
+def read_off(module: nn.Linear, name: str, fmt: BitFormat, group_size: int) -> PackedWeight:
     """The weight that auto-round left on `module`, packed; its scale may be negative, its zero point is whole.
 
     Raises AmqError if the weight is not on the grid of the scale and zero point beside it.

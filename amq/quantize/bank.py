@@ -18,9 +18,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -36,15 +36,20 @@ from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PackedWeight, part_names
-from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
-from amq.util.files import cache_dir, make_folder, write_atomic, write_json
+from amq.util.files import cache_dir, make_folder, write_atomic
 from amq.util.progress import Progress
+from amq.util.records import JsonFile
 from amq.util.temporary import remove_stale_below
 from amq.util.tensors import hashes_metadata, save_file, verify_file
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 VERSION = 3
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
+INDEX = "bank.json"
 ERROR = "weight_error"
 """Beside the three parts of each linear: ‖W − Ŵ‖², float64, a tensor so that its hash is kept as theirs are."""
 
@@ -58,12 +63,37 @@ class BankSettings:
     calibration: Tensor | None = None
     """int64 [windows, length]; used by quantizers that need activations."""
 
+    @property
+    def windows(self) -> Tensor | None:
+        """`calibration` where the quantizer needs it: raises AmqError where it is missing then."""
+        if self.proxy not in NEEDS_GRAM:
+            return None
+        if self.calibration is None or not len(self.calibration):
+            raise AmqError(f"the {self.proxy} bank needs at least one calibration window (--bank-windows)")
+        return self.calibration
+
     def key(self, fingerprint_of_model: str, linears: Iterable[str] = ()) -> str:
         """linears: the names of those that the bank holds; kept ones are not built."""
         parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model, *linears]
-        if self.proxy in NEEDS_GRAM:
-            parts.append(content_hash([("calibration", self.calibration)]))
+        if (windows := self.windows) is not None:
+            parts.append(content_hash([("calibration", windows)]))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankIndex(JsonFile):
+    """bank.json, for people: what a bank is of. Programs find a bank by its key, and its content by its files' names.
+
+    model: the class; linears: how many.
+    """
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bank/1",)
+
+    schema: str = SCHEMAS[0]
+    proxy: str
+    group_size: int
+    model: str
+    linears: int
 
 
 @dataclass(frozen=True)
@@ -79,9 +109,9 @@ class BankRecipe:
 
     def of(self, configuration: Configuration) -> BankRecipe:
         """The bank that a configuration was searched on; what its provenance does not say is taken from here."""
-        provenance = configuration.details.get("provenance") or {}
         names = ("proxy", "calibration", "bank_windows", "window_length", "seed")
-        given = {n: getattr(self, n) if provenance.get(n) is None else provenance[n] for n in names}
+        found = {n: getattr(configuration.details.provenance, n, None) for n in names}
+        given = {n: getattr(self, n) if value is None else value for n, value in found.items()}
         return BankRecipe(group_size=configuration.group_size, **given)
 
     def open(
@@ -157,7 +187,7 @@ def _damaged(path: Path, error: Exception | str) -> AmqError:
 
 
 def open_bank(
-    model: nn.Module,
+    model: PreTrainedModel,
     inventory: Inventory,
     formats: Sequence[BitFormat],
     settings: BankSettings,
@@ -169,10 +199,8 @@ def open_bank(
 
     fingerprint: `model_fingerprint(model)` where the caller has it already.
     """
-    get_quantizer(settings.proxy)
+    QUANTIZERS[settings.proxy]  # noqa: B018 - raises on an unknown name
     check_group_size(settings.group_size)
-    if settings.proxy in NEEDS_GRAM and (settings.calibration is None or not len(settings.calibration)):
-        raise AmqError(f"the {settings.proxy} bank needs at least one calibration window (--bank-windows)")
     folder = (cache or cache_dir() / "banks") / settings.key(
         fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
     )
@@ -183,10 +211,11 @@ def open_bank(
     if missing:
         _check_disk(folder, inventory, missing, settings.group_size)
         make_folder(folder, "point AMQ_CACHE at a folder that can be written")
-        write_json(folder / "bank.json", {
-            "schema": "amq/bank/1", "proxy": settings.proxy, "group_size": settings.group_size,
-            "model": type(model).__name__, "linears": len(inventory.linears),
-        })  # fmt: skip
+        index = BankIndex(
+            proxy=settings.proxy, group_size=settings.group_size, model=type(model).__name__,
+            linears=len(inventory.linears),
+        )  # fmt: skip
+        index.write(folder / INDEX)
         _build(model, inventory, folder, missing, settings, progress or Progress())
     return WeightBank(folder, inventory.linears, formats, settings.group_size)
 
@@ -203,20 +232,21 @@ def _check_disk(folder: Path, inventory: Inventory, missing: dict[int, list[BitF
 
 
 def _build(
-    model: nn.Module,
+    model: PreTrainedModel,
     inventory: Inventory,
     folder: Path,
     missing: dict[int, list[BitFormat]],
     settings: BankSettings,
     progress: Progress,
 ) -> None:
-    quantize = get_quantizer(settings.proxy)
-    stream = CalibrationStream(model, settings.calibration) if settings.proxy in NEEDS_GRAM else None
+    quantize = QUANTIZERS[settings.proxy]
+    stream = None if settings.windows is None else CalibrationStream(model, settings.windows)
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():
         for block in range(max(missing) + 1):
             linears = inventory.in_block(block)
             wanted = missing.get(block)
+            groups: list[tuple[Sequence[LinearSpec], Tensor | None]] = []
             if stream is None:
                 groups = [(tuple(linears), None)]
             elif wanted:
@@ -260,8 +290,12 @@ def _quantize_block(
     for fmt in formats:
         content = tensors[fmt.name]
         metadata = hashes_metadata(content)
-        write_atomic(_file(folder, block, fmt), lambda path, c=content, m=metadata: save_file(c, path, metadata=m))
+        write_atomic(_file(folder, block, fmt), partial(_save, content, metadata))
     return " ".join(f"{name} {(e / (energy or 1.0)) ** 0.5:.3f}" for name, e in errors.items())
+
+
+def _save(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
+    save_file(tensors, path, metadata=metadata)
 
 
 def _square_error(weight: Tensor, packed: PackedWeight) -> float:

@@ -8,10 +8,10 @@ weights, so memory is the model, one block's statistics and the hidden states of
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,34 +25,13 @@ from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
-from amq.quantize.quantizers import NEEDS_GRAM, get_quantizer
+from amq.quantize.methods import Method
+from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.grid import check_scales
 
-
-@dataclass(frozen=True)
-class Method:
-    """rounding: a name in `amq.quantize.quantizers.QUANTIZERS`. scales: whether AWQ's scales are searched and folded
-    first."""
-
-    rounding: str
-    scales: bool = False
-    help: str = ""
-
-    @property
-    def calibrated(self) -> bool:
-        return self.scales or self.rounding in NEEDS_GRAM
-
-
-METHODS = {
-    "awq": Method("clip", True, "activation-aware scales and asymmetric clipping"),
-    "gptq": Method("gptq", False, "error-compensated rounding, block by block"),
-    "awq+gptq": Method("gptq", True, "activation-aware scales, then error-compensated rounding"),
-    "clip": Method("clip", False, "asymmetric clipping alone"),
-    "hqq": Method("hqq", False, "half-quadratic quantization, no calibration"),
-    "rtn": Method("rtn", False, "round to nearest, no calibration"),
-}
-"""Methods that quantize here; `bank` and `autoround` (amq/quantize/run.py) take weights that others made."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -89,7 +68,7 @@ class BlockQuantizer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         inventory: Inventory,
         formats: Mapping[str, str],
         group_size: int,
@@ -122,7 +101,7 @@ class BlockQuantizer:
         groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
         groups = [group for group in groups if self._quantized(group.linears)]
         if self._method.scales:
-            groups = self._scale(block, groups, result)
+            groups = self._scale(block, groups, self._stream.sample, result)
         for group in groups:
             self._round(group.linears, group.gram, result)
         return result
@@ -158,7 +137,7 @@ class BlockQuantizer:
             self._stream.advance()
 
     def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
-        quantize = get_quantizer(self._method.rounding)
+        quantize = QUANTIZERS[self._method.rounding]
         for spec in self._quantized(specs):
             fmt = self._formats[spec.name]
             weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
@@ -169,7 +148,9 @@ class BlockQuantizer:
             result.packed[spec.name] = packed
             result.errors[spec.name] = relative_error(weight, packed, gram)
 
-    def _scale(self, block: int, groups: Sequence[InputGroup], result: BlockResult) -> list[InputGroup]:
+    def _scale(
+        self, block: int, groups: Sequence[InputGroup], run: Callable[[], Tensor], result: BlockResult
+    ) -> list[InputGroup]:
         """Searches every group's scales and moves them into their producers; returns the groups as they are then.
 
         All scales are searched on the weights as they were: a producer's rows get a factor each, which leaves the
@@ -177,7 +158,7 @@ class BlockQuantizer:
         """
         scaled, path, head_dim = [], f"{self._inventory.blocks_path}.{block}", self._shape.head_dim(block)
         for group in groups:
-            fold = find_fold(self._model, path, group.linears, head_dim, self._stream.sample)
+            fold = find_fold(self._model, path, group.linears, head_dim, run)
             if fold is None:
                 result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
                 scaled.append(group)

@@ -54,7 +54,7 @@ def move_exponent(
     ]
     exponent = _exponent(min(s for s in largest if s > 0), max(largest))
     fold = None if exponent is None else find_fold(model, block, group.linears, head_dim, run)
-    if fold is None:
+    if exponent is None or fold is None:
         for spec in quantized:
             check_scales(spec.name, get_linear(model, spec.name).weight, formats[spec.name], group_size)
         raise AmqError(f"{quantized[0].name}: its scales are beyond fp16's range; keep it with --pin REGEX={KEPT.name}")

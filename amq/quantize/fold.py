@@ -92,16 +92,17 @@ def apply_fold(
     stored: what a norm's weight will be rounded to in the checkpoint; the factors become those that rounding leaves.
     Returns the factors.
     """
-    module = model.get_submodule(fold.producer)
-    before = module.weight.data.float() + fold.offset
+    own = model.get_parameter(f"{fold.producer}.weight")
+    before = own.data.float() + fold.offset
     factors = factors.to(before.device, torch.float32)
     scaled = before * (factors.unsqueeze(-1) if before.ndim == 2 else factors) - fold.offset
     if before.ndim == 1:
         scaled = scaled.to(stored).float()
         factors = torch.where(before == 0, factors, (scaled + fold.offset) / before)
-    module.weight.data.copy_(scaled)
-    if getattr(module, "bias", None) is not None:
-        module.bias.data.copy_(module.bias.data.float() * factors)
+    own.data.copy_(scaled)
+    bias = getattr(model.get_submodule(fold.producer), "bias", None)
+    if bias is not None:
+        bias.data.copy_(bias.data.float() * factors)
     for spec in group:
         weight = get_linear(model, spec.name).weight
         weight.data.copy_(weight.data.float() / factors[fold.index.to(weight.device)])
@@ -110,8 +111,8 @@ def apply_fold(
 
 def _touched(model: nn.Module, fold: Fold, group: Sequence[LinearSpec]) -> list[Tensor]:
     producer = model.get_submodule(fold.producer)
-    biases = [producer.bias] if getattr(producer, "bias", None) is not None else []
-    return [producer.weight, *biases, *(get_linear(model, s.name).weight for s in group)]
+    own = [part for name, part in producer.named_parameters(recurse=False) if name in ("weight", "bias")]
+    return [*own, *(get_linear(model, s.name).weight for s in group)]
 
 
 def _candidates(model: nn.Module, block: str, group: Sequence[LinearSpec], head_dim: int | None) -> Iterator[Fold]:

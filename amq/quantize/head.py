@@ -8,9 +8,8 @@ that sees calibration inputs sees those of the embedding as it will be.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,12 @@ from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import relative_error
 from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
+from amq.quantize.settings import NO_HEAD
 from amq.util.threads import parallel_map
 
-NONE = "none"
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 ROWS = 512
 """Rows rounded at once, by one thread."""
 
@@ -42,15 +44,18 @@ class Head:
     format: BitFormat
     shape: tuple[int, int]
 
+    def stored_bytes(self, group_size: int) -> int:
+        return self.format.stored_bytes(*self.shape, group_size)
 
-def find_head(model: nn.Module, fmt: str) -> Head | None:
+
+def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
     """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
-    if fmt == NONE:
+    if fmt == NO_HEAD:
         return None
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if not isinstance(head, nn.Linear):
         found = "none" if head is None else f"a {type(head).__name__}"
-        raise AmqError(f"--head {fmt}: the head must be an nn.Linear, this model has {found}; use --head {NONE}")
+        raise AmqError(f"--head {fmt}: the head must be an nn.Linear, this model has {found}; use --head {NO_HEAD}")
     names = {id(module): name for name, module in model.named_modules()}
     if not bool(torch.isfinite(head.weight).all()):
         raise AmqError(f"{names[id(head)]} holds non-finite weights: the model is damaged, load it again")
@@ -58,7 +63,7 @@ def find_head(model: nn.Module, fmt: str) -> Head | None:
     if tied and type(embedding) is not nn.Embedding:
         raise AmqError(
             f"--head {fmt}: the embedding is tied to the head and is a {type(embedding).__name__}, which does more "
-            f"than to look up rows; only an nn.Embedding can read a packed head: use --head {NONE}"
+            f"than to look up rows; only an nn.Embedding can read a packed head: use --head {NO_HEAD}"
         )
     shape = (head.out_features, head.in_features)
     return Head(names[id(head)], names[id(embedding)] if tied else "", get_format(fmt), shape)
@@ -71,7 +76,7 @@ def quantize_head(model: nn.Module, head: Head, group_size: int, zero_points: st
     if out_of_range(weight, head.format, group_size):
         raise AmqError(
             f"{head.name}: its weights reach {float(weight.abs().max()):.1e}, for which {head.format.name} needs "
-            f"scales beyond fp16's range: use --head {NONE}"
+            f"scales beyond fp16's range: use --head {NO_HEAD}"
         )
     result = round_to_grid(weight, head.format, group_size, zero_points)
     error = relative_error(weight, result, None)
@@ -94,24 +99,11 @@ def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: 
     return PackedWeight(fmt, weight.shape[1], group_size, *tensors)
 
 
-def head_json(head: Head, group_size: int, error: float | None) -> dict[str, Any]:
-    """What quantization.json says of it; error: None before it is known."""
-    return {
-        "name": head.name,
-        "format": head.format.name,
-        "shape": list(head.shape),
-        "bytes": head.format.stored_bytes(*head.shape, group_size),
-        "relative_error": error,
-        "embedding": head.embedding or None,
-    }
-
-
-def with_head(items: tuple[MemoryItem, ...], head: Mapping[str, Any] | None) -> tuple[MemoryItem, ...]:
-    """`amq.configuration.memory_items` with the head as `head` (of `head_json`) stores it, in place of 16 bits."""
+def with_head(items: tuple[MemoryItem, ...], head: Head | None, group_size: int) -> tuple[MemoryItem, ...]:
+    """`amq.configuration.memory_items` with the head as it is quantized, in place of its 16 bits."""
     if head is None:
         return items
-    tied = head["embedding"] is not None
-    changed = {"lm_head": MemoryItem("lm_head", head["bytes"], head["format"])}
-    if tied:
+    changed = {"lm_head": MemoryItem("lm_head", head.stored_bytes(group_size), head.format.name)}
+    if head.embedding:
         changed["embeddings"] = MemoryItem("embeddings", 0, "tied to the lm_head: the same bytes")
     return tuple(changed.get(item.name, item) for item in items)

@@ -31,7 +31,8 @@ from amq.model.inventory import Inventory, narrowed
 from amq.model.open import DTYPES, LoadedModel
 from amq.packing import PackedWeight, part_names
 from amq.quantize.card import write_card
-from amq.util.files import read_json, reason, write_json, write_text
+from amq.quantize.log import LOG, QuantizationLog
+from amq.util.files import read_json, reason, write_text
 from amq.util.folders import real_folder
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ class CheckpointOutput:
         config = {**self.loaded.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
         return config_as_found(config, self.inventory.head_is_tied)
 
-    def try_out(self, log: Mapping[str, Any]) -> int:
+    def try_out(self, log: QuantizationLog) -> int:
         """Raises AmqError where this checkpoint could not be written or loaded; returns the bytes of all but weights.
 
         log: as far as it is known.
@@ -76,7 +77,7 @@ class CheckpointOutput:
                 "folder that can be written"
             ) from error
 
-    def _try_out(self, folder: Path, log: Mapping[str, Any]) -> int:
+    def _try_out(self, folder: Path, log: QuantizationLog) -> int:
         shapes = {
             name: shape for linear in self.record.formats for name, shape in packed_shapes(self.record, linear).items()
         }
@@ -93,7 +94,7 @@ class CheckpointOutput:
             ) from error
         return sum(path.stat().st_size for path in folder.rglob("*") if path.name != HOLLOW)
 
-    def write(self, packed: Mapping[str, PackedWeight], log: Mapping[str, Any]) -> None:
+    def write(self, packed: Mapping[str, PackedWeight], log: QuantizationLog) -> None:
         """Writes the folder, whole or not at all, and opens it once."""
         others = {
             name: narrowed(name, tensor.detach().cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
@@ -106,14 +107,14 @@ class CheckpointOutput:
 
         write_checkpoint(self.folder, self.config, self.record, packed, others, extras)
 
-    def _describe(self, folder: Path, log: Mapping[str, Any]) -> None:
+    def _describe(self, folder: Path, log: QuantizationLog) -> None:
         """Everything that is neither weights nor config.json."""
         copy_model_files(self.source, folder)
         generation = self.loaded.model.generation_config
         if generation is not None and not (folder / GENERATION).exists():  # of config.json; not validated, see below
             write_text(folder / GENERATION, generation.to_json_string())  # save_pretrained refuses what loading accepts
         self.configuration.save(folder / "configuration.json")
-        write_json(folder / "quantization.json", log)
+        log.write(folder / LOG)
         write_card(folder, real_folder(self.folder).name, self.record, log)
 
     def _others(self) -> dict[str, Tensor]:

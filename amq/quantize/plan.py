@@ -6,14 +6,18 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.model.inventory import Inventory, get_linear
+from amq.model.inventory import Inventory, embedding_weight, get_linear
 from amq.util.folders import real_folder
 from amq.util.limits import check_memory, free_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FLOAT = 4
 """Bytes of the numbers that blocks are quantized in."""
@@ -26,7 +30,7 @@ HEADERS = 1 << 20
 
 
 def working_bytes(
-    model: nn.Module, inventory: Inventory, sharing: Sequence[Sequence[str]], windows: Tensor, calibrated: bool
+    model: PreTrainedModel, inventory: Inventory, sharing: Sequence[Sequence[str]], windows: Tensor, calibrated: bool
 ) -> int:
     """Bytes needed besides the loaded model: hidden states, one block's second moments, the largest linear's copies.
 
@@ -39,12 +43,12 @@ def working_bytes(
     grams = [0] * inventory.n_blocks
     for spec in inventory.linears:
         grams[spec.block] += spec.in_features**2 * (spec.name not in followers)
-    embedding = model.get_input_embeddings().weight
+    embedding = embedding_weight(model)
     states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
     return states + GRAM_COPIES * FLOAT * max(grams) + WEIGHT_COPIES * FLOAT * largest
 
 
-def model_width(model: nn.Module, inventory: Inventory) -> int:
+def model_width(model: PreTrainedModel, inventory: Inventory) -> int:
     """Numbers per token between blocks."""
     config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     return getattr(config, "hidden_size", None) or get_linear(model, inventory.linears[0].name).in_features

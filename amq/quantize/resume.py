@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord, check_parts
 from amq.errors import AmqError
-from amq.packing import PARTS
+from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import BlockResult
+from amq.quantize.settings import QuantizeSettings
 from amq.util.files import write_atomic, write_json
 from amq.util.folders import ATTEMPTS, LOCK, Lock, work_folder
-from amq.util.records import parse_record, read_record, shorten
+from amq.util.records import parse_record, read_record, shorten, to_json
 from amq.util.tensors import hashes_metadata, open_file, save_file, verify_file
 
 IDENTITY = "identity.json"
@@ -31,6 +32,34 @@ class Facts:
     linears: list[str]
     errors: dict[str, float]
     notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """identity.json: what a finished block depends on, which a resumed run must have the same.
+
+    Before the model is loaded only settings are known; model (a fingerprint), formats, group_size and inputs follow.
+    inputs: hashes of what names in the settings stand for, such as the calibration text.
+    """
+
+    method: str
+    zero_points: str
+    calibration: str
+    windows: int
+    window_length: int
+    seed: int
+    dtype: str
+    autoround_iterations: int | None = None
+    model: str | None = None
+    formats: dict[str, str] | None = None
+    group_size: int | None = None
+    inputs: dict[str, str] | None = None
+
+    @staticmethod
+    def of(settings: QuantizeSettings) -> Identity:
+        names = ("method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype")
+        iterations = settings.autoround_iterations if settings.method == "autoround" else None
+        return Identity(**{name: getattr(settings, name) for name in names}, autoround_iterations=iterations)
 
 
 def parse_facts(text: str) -> Facts:
@@ -52,7 +81,7 @@ class WorkFolder:
     into a checkpoint under hashes of its own.
     """
 
-    def __init__(self, output: Path, known: Mapping[str, Any], resume: bool) -> None:
+    def __init__(self, output: Path, known: Identity, resume: bool) -> None:
         self.folder = work_folder(output)
         self._record: QuantizationRecord | None = None
         self._saved: set[int] = set()
@@ -63,7 +92,7 @@ class WorkFolder:
                     raise AmqError(
                         f"{self.folder} holds an interrupted run: add --resume to go on with it, or delete it"
                     )
-                self._check(known, known.keys())
+                self._check(known)
         except BaseException:
             self.close()
             raise
@@ -83,14 +112,12 @@ class WorkFolder:
             lock.release()
         raise AmqError(f"another process is writing --output {output} ({self.folder} is in use): wait for its end")
 
-    def _check(self, identity: Mapping[str, Any], names: Iterable[str] | None = None) -> None:
-        """Refuses a run that was begun with another identity, as far as `names` go; None: all of them."""
-        identity = json.loads(json.dumps(identity))  # as it comes back from disk
-        before = read_record(self.folder / IDENTITY, dict[str, Any])
-        changed = _differences(before, identity, names)
+    def _check(self, identity: Identity) -> None:
+        """Refuses a run that was begun with another identity, as far as this one is known."""
+        before, now = to_json(read_record(self.folder / IDENTITY, Identity)), to_json(identity)
+        changed = _differences(before, now)
         if changed == ["inputs"]:  # every setting is the same: what does one stand for that has changed?
-            inputs = before.get("inputs")
-            changed = _differences(inputs if isinstance(inputs, dict) else {}, identity["inputs"])
+            changed = _differences(before.get("inputs", {}), now["inputs"])
         if changed:
             changed = [name for name in changed if name != "inputs"]
             raise AmqError(
@@ -98,11 +125,11 @@ class WorkFolder:
                 "model, or delete the folder"
             )
 
-    def begin(self, identity: Mapping[str, Any], record: QuantizationRecord) -> None:
+    def begin(self, identity: Identity, record: QuantizationRecord) -> None:
         """identity: what a block depends on, all of it. record: of the checkpoint that the blocks are for."""
         if self._begun:
             self._check(identity)
-        write_json(self.folder / IDENTITY, identity)
+        write_json(self.folder / IDENTITY, to_json(identity))
         self._record = record
 
     def __enter__(self) -> WorkFolder:
@@ -124,7 +151,10 @@ class WorkFolder:
 
     def finished(self, count: int) -> int:
         """How many of the blocks 0 to `count` − 1 are there."""
-        return sum(self._path(block).is_file() for block in range(count))
+        return sum(self.has(block) for block in range(count))
+
+    def has(self, block: int) -> bool:
+        return self._path(block).is_file()
 
     @property
     def nbytes(self) -> int:
@@ -134,28 +164,28 @@ class WorkFolder:
     def save(self, block: int, result: BlockResult) -> None:
         tensors = {f"packed/{n}.{p}": t.clone() for n, w in result.packed.items() for p, t in w.parts.items()}
         tensors |= {f"changed/{name}": value.cpu().clone() for name, value in result.changed.items()}
-        facts = {"linears": list(result.packed), "errors": result.errors, "notes": result.notes}
-        path, metadata = self._path(block), {**hashes_metadata(tensors), "facts": json.dumps(facts)}
+        facts = Facts(list(result.packed), result.errors, result.notes)
+        path, metadata = self._path(block), {**hashes_metadata(tensors), "facts": json.dumps(to_json(facts))}
         write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
         self._saved.add(block)
 
-    def load(self, block: int) -> BlockResult | None:
-        """A finished block, its tensors mapped, or None. Raises AmqError for a file that is not what was written."""
+    def load(self, block: int) -> BlockResult:
+        """A finished block, its tensors mapped. Raises AmqError for a file that is not what was written."""
         path = self._path(block)
-        if not path.is_file():
-            return None
         try:
             return self._read(open_file(path) if block in self._saved else verify_file(path))
         except (AmqError, SafetensorError) as error:
             raise AmqError(f"{path} is damaged ({error}): delete it and run the same command with --resume") from error
 
     def _read(self, file: Any) -> BlockResult:
-        facts = parse_facts((file.metadata() or {}).get("facts", ""))
+        facts, record = parse_facts((file.metadata() or {}).get("facts", "")), self._record
+        if record is None:
+            raise AmqError("a block was read before `begin` said what it is for")
 
-        def packed(linear: str) -> Any:
-            if linear not in self._record.formats:
+        def packed(linear: str) -> PackedWeight:
+            if linear not in record.formats:
                 raise AmqError(f"it holds {shorten(linear)}, which has no format")
-            return check_parts(linear, self._record, *(file.get_tensor(f"packed/{linear}.{part}") for part in PARTS))
+            return check_parts(linear, record, *(file.get_tensor(f"packed/{linear}.{part}") for part in PARTS))
 
         changed: dict[str, Tensor] = {
             name.removeprefix("changed/"): file.get_tensor(name) for name in file.keys() if name.startswith("changed/")
@@ -169,5 +199,5 @@ class WorkFolder:
         return self.folder / f"block-{block:03d}.safetensors"
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Iterable[str] | None = None) -> list[str]:
-    return sorted(k for k in names or before.keys() | now.keys() if before.get(k) != now.get(k))
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return sorted(name for name in now if before.get(name) != now[name])

@@ -6,14 +6,13 @@ import logging
 import math
 import resource
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import Configuration, memory_items, memory_json, parse_pins
+from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model.calibration import shared_inputs
@@ -26,19 +25,20 @@ from amq.model.usable import Usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import METHODS, BlockQuantizer, BlockResult, BlockSource
-from amq.quantize.head import Head, find_head, head_json, quantize_head, with_head
+from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.head import Head, find_head, quantize_head, with_head
+from amq.quantize.log import HeadOutcome, LinearOutcome, PerplexityFigures, QuantizationLog, SourceEntry
+from amq.quantize.methods import METHODS
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
-from amq.quantize.resume import WorkFolder
-from amq.quantize.settings import OTHER_METHODS, QuantizeSettings
+from amq.quantize.resume import Identity, WorkFolder
+from amq.quantize.settings import QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.util.folders import check_new_folder
 from amq.util.progress import Progress
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = "amq/quantization/1"
 SHARING_TOKENS = 16
 MOST_ERROR = 0.5
 """Relative error of a linear above which a warning names it."""
@@ -49,20 +49,19 @@ class QuantizeResult:
     """output: the checkpoint folder. log: the content of its quantization.json."""
 
     output: Path
-    log: dict[str, Any]
+    log: QuantizationLog
 
 
 def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Progress | None = None) -> QuantizeResult:
     """Quantizes a model into a checkpoint folder; raises AmqError for bad input before anything is written."""
     progress = progress or Progress()
     started = time.monotonic()
-    settings.check()
     output = Path(settings.output)
     check_new_folder(output)
-    with WorkFolder(output, settings.known_identity, resume) as work:
+    with WorkFolder(output, Identity.of(settings), resume) as work:
         job = _prepare(settings, output)
         perplexities = _Perplexities(settings, job.opened, progress)
-        log = _log(settings, job, perplexities.figures)
+        log = _log(settings, job, perplexities)
         small = job.output.try_out(log)
         _say_plan(settings, job, work, perplexities, small, progress)
         source = _source(settings, job, progress)
@@ -73,15 +72,15 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
             group_size = job.record.group_size
             weight, error = quantize_head(job.opened.model, job.head, group_size, settings.zero_points)
             packed[job.head.name] = weight
-            log["head"] = head_json(job.head, group_size, error)
+            log = replace(log, head=_head(job, error))
         results = _blocks(source, work, job.inventory.n_blocks, progress)
         perplexities.measure(settings.method)
-        log |= {
-            "linears": _linears(job.inventory, job.configuration, results),
-            "notes": sorted({note for result in results for note in result.notes}),
-            "seconds": round(time.monotonic() - started, 1),
-            "peak_memory_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
-        }
+        log = replace(
+            log, perplexity=perplexities.figures, linears=_linears(job.inventory, job.configuration, results),
+            notes=tuple(sorted({note for result in results for note in result.notes})),
+            seconds=round(time.monotonic() - started, 1),
+            peak_memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        )  # fmt: skip
         for result in results:
             packed |= result.packed
         job.output.write(packed, log)
@@ -136,13 +135,16 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     return _Job(opened, configuration, corpus, windows, head, record, files)
 
 
-def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> dict[str, Any]:
+def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Identity:
     """What a finished block depends on; what settings only name is hashed."""
     windows = content_hash([("windows", job.windows)])
     inputs = {"calibration text": job.corpus.sha256, "calibration windows": windows}
     if isinstance(source, BankSource):
         inputs["bank"] = source.key
-    return settings.identity(job.opened.fingerprint, dict(job.record.formats), job.record.group_size, inputs)
+    formats, group_size = dict(job.record.formats), job.record.group_size
+    return replace(
+        Identity.of(settings), model=job.opened.fingerprint, formats=formats, group_size=group_size, inputs=inputs
+    )
 
 
 def _say_plan(
@@ -157,10 +159,9 @@ def _say_plan(
 
     small: bytes of the checkpoint's other files.
     """
-    method = METHODS.get(settings.method)
-    calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
+    calibrated = settings.method == "autoround" or (settings.method in METHODS and METHODS[settings.method].calibrated)
     memory = working_bytes(job.opened.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
-    checkpoint = _memory(job)["total"]
+    checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
     progress.say(
@@ -176,30 +177,36 @@ def _say_plan(
     progress.say(f"plan: {there}")
 
 
-def _memory(job: _Job) -> dict[str, Any]:
+def _memory(job: _Job) -> Memory:
     """The checkpoint's size, itemised."""
-    head = head_json(job.head, job.record.group_size, None) if job.head else None
-    return memory_json(with_head(memory_items(job.inventory, job.configuration), head))
+    return Memory.of(with_head(memory_items(job.inventory, job.configuration), job.head, job.record.group_size))
 
 
-def _log(settings: QuantizeSettings, job: _Job, perplexity: dict[str, Any] | None) -> dict[str, Any]:
-    """The content of quantization.json as far as it is known before the first block."""
-    return {
-        "schema": SCHEMA,
-        "settings": asdict(settings),
-        "model": {"name": settings.model, "fingerprint": job.opened.fingerprint},
-        "calibration_sha256": job.corpus.sha256,
-        "window_prefix": list(job.corpus.prefix_names),
-        "bits_per_weight": round(job.configuration.bits_per_weight(job.inventory.linears), 4),
-        "memory": _memory(job),
-        "perplexity": perplexity,
-        "linears": _linears(job.inventory, job.configuration, []),
-        "not_quantized": job.opened.usable.reasons,
-        "head": head_json(job.head, job.record.group_size, None) if job.head else None,
-        "notes": [],
-        "seconds": None,
-        "peak_memory_bytes": None,
-    }
+def _head(job: _Job, error: float | None = None) -> HeadOutcome | None:
+    """error: None before it is known."""
+    if job.head is None:
+        return None
+    head, size = job.head, job.head.stored_bytes(job.record.group_size)
+    return HeadOutcome(
+        name=head.name, format=head.format.name, shape=head.shape, bytes=size, relative_error=error,
+        embedding=head.embedding or None,
+    )  # fmt: skip
+
+
+def _log(settings: QuantizeSettings, job: _Job, perplexities: _Perplexities) -> QuantizationLog:
+    """What quantization.json says, as far as it is known before the first block."""
+    return QuantizationLog(
+        settings=settings,
+        model=SourceEntry(settings.model, job.opened.fingerprint),
+        calibration_sha256=job.corpus.sha256,
+        window_prefix=tuple(job.corpus.prefix_names),
+        bits_per_weight=round(job.configuration.bits_per_weight(job.inventory.linears), 4),
+        memory=_memory(job),
+        perplexity=perplexities.figures,
+        linears=_linears(job.inventory, job.configuration, []),
+        not_quantized=job.opened.usable.reasons,
+        head=_head(job),
+    )
 
 
 def _record(
@@ -243,8 +250,8 @@ def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
 
 
 def _check_provenance(configuration: Configuration, fingerprint: str, model: str) -> None:
-    made_for = (configuration.details.get("provenance") or {}).get("model_fingerprint")
-    if made_for and made_for != fingerprint:
+    provenance = configuration.details.provenance
+    if provenance and provenance.model_fingerprint not in (None, fingerprint):
         raise AmqError(
             f"the configuration was searched on other weights than those of {model}: search this model, or remove "
             "model_fingerprint from the file's provenance if you know that it fits"
@@ -266,23 +273,22 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
         ).of(job.configuration)
         bank = recipe.open(loaded, quantized, set(formats.values()), progress, job.opened.fingerprint)
         return BankSource(model, quantized, formats, bank)
-    if settings.method == "autoround":
-        iterations = settings.autoround_iterations
-        return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
-    raise AmqError(f"unknown method {settings.method!r}: expected one of {', '.join((*METHODS, *OTHER_METHODS))}")
+    iterations = settings.autoround_iterations
+    return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
 
 
 def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
     """Every block's result, from the work folder where it is there."""
-    results, measured = [], False
+    results: list[BlockResult] = []
+    measured = False
     with progress.stage("quantize", count) as step:
         for block in range(count):
             start = time.monotonic()
-            result, note = work.load(block), "is there"
-            made = result is None
-            if result is None:
+            note, made = "is there", not work.has(block)
+            if made:
                 work.save(block, source.make(block))
-                result = work.load(block)  # mapped, so that finished blocks take no memory
+            result = work.load(block)  # mapped, so that finished blocks take no memory
+            if made:
                 note = _errors(result)
                 _warn_of(result)
             source.finish(result)
@@ -314,14 +320,10 @@ def _warn_of(result: BlockResult) -> None:
 
 def _linears(
     inventory: Inventory, configuration: Configuration, results: list[BlockResult]
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, LinearOutcome]:
     errors = {name: error for result in results for name, error in result.errors.items()}
     return {
-        s.name: {
-            "format": configuration.formats[s.name],
-            "shape": [s.out_features, s.in_features],
-            "relative_error": errors.get(s.name),
-        }
+        s.name: LinearOutcome(configuration.formats[s.name], (s.out_features, s.in_features), errors.get(s.name))
         for s in inventory.linears
     }
 
@@ -331,19 +333,16 @@ class _Perplexities:
 
     def __init__(self, settings: QuantizeSettings, opened: OpenModel, progress: Progress) -> None:
         self._model, self._progress = opened.model, progress
-        self.figures: dict[str, Any] | None = None
+        self.figures: PerplexityFigures | None = None
         if settings.perplexity == "none":
             return
         corpus = opened.corpus(settings.perplexity)
         self._windows = fixed_windows(corpus, settings.window_length, settings.perplexity_tokens)
         self._unscored = corpus.unscored
-        self.figures = {
-            "text": settings.perplexity,
-            "tokens": self._windows[:, corpus.unscored :].numel(),
-            "window_length": settings.window_length,
-            "window_prefix": list(corpus.prefix_names),
-            "rows": {},
-        }
+        self.figures = PerplexityFigures(
+            text=settings.perplexity, tokens=self._windows[:, corpus.unscored :].numel(),
+            window_length=settings.window_length, window_prefix=tuple(corpus.prefix_names), rows={},
+        )  # fmt: skip
 
     def plan(self) -> str:
         """What the two measurements will take, by one window."""
@@ -363,4 +362,5 @@ class _Perplexities:
         with self._progress.stage("perplexity", 1) as step:
             value = perplexity(self._model, self._windows, self._unscored)
             step(f"{name}: {value:.3f}")
-        self.figures["rows"][name] = value if math.isfinite(value) else None
+        rows = {**self.figures.rows, name: value if math.isfinite(value) else None}
+        self.figures = replace(self.figures, rows=rows)

@@ -1,79 +1,75 @@
-"""The settings of one quantization: the command line of `python -m amq.quantize`, and what makes two runs the same."""
+"""The settings of one quantization: the command line of `amq quantize`."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import ClassVar
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format
-from amq.quantize.blocks import METHODS
-from amq.quantize.head import NONE
-from amq.quantize.quantizers.grid import ZERO_POINTS
-from amq.util.settings import TRUST_REMOTE_CODE, flag
+from amq.model.settings import MODEL, ModelSettings
+from amq.quantize.methods import METHODS, OTHER_METHODS
+from amq.quantize.quantizers import ZERO_POINTS
+from amq.util.settings import REACH, REQUIRED, flag
 
-OTHER_METHODS = ("bank", "autoround")
-DEFAULT_METHOD = "gptq"
+ROUND, CARD = "how to round", "what the model card says"
+NO_HEAD = "none"
+"""`--head none`: lm_head and embedding keep their dtype."""
+HELP = {name: METHODS[name].help for name in METHODS} | OTHER_METHODS
 
 
 @dataclass(frozen=True)
-class QuantizeSettings:
-    """Every field is a flag of the same name; `model` is the positional argument."""
+class QuantizeSettings(ModelSettings):
+    VERB: ClassVar[str] = "quantize"
+    ABOUT: ClassVar[str] = "quantizes a model by a configuration, into a checkpoint folder"
+    EXAMPLES: ClassVar[tuple[str, ...]] = (
+        "amq quantize smollm2 --configuration runs/smollm2/configuration.json --output smollm2-4bit",
+        "amq quantize Qwen/Qwen3-4B --uniform int4 --head int8 --output qwen-int4",
+    )
 
-    model: str
-    output: str = flag("", "folder of the checkpoint; must not exist, or be empty", metavar="DIR")
-    configuration: str = flag("", "configuration.json of a search", metavar="FILE")
-    uniform: str = flag("", "one format for all linears, instead of --configuration", metavar="FORMAT")
+    model: str = flag(REQUIRED, MODEL, positional=True)
+    output: str = flag(REQUIRED, "folder of the checkpoint; must not exist, or be empty", REACH, metavar="DIR")
+    configuration: str = flag("", "configuration.json of a search", REACH, metavar="FILE")
+    uniform: str = flag("", "one format for all linears, instead of --configuration", REACH, metavar="FORMAT")
     pin: list[str] = flag(
-        [], "REGEX=FORMAT: linears that get this format, or keep their 16 bits (16bit); may be repeated", metavar="PIN"
-    )
-    group_size: int = flag(128, "input features per scale, with --uniform", metavar="G")
-    method: str = flag(DEFAULT_METHOD, "how the weights are rounded", choices=(*METHODS, *OTHER_METHODS))
-    zero_points: str = flag("fractional", "other tools' formats need integer or symmetric ones", choices=ZERO_POINTS)
-    autoround_iterations: int = flag(50, "tuning steps per block of autoround, whose own default is 200", metavar="N")
+        [], "REGEX=FORMAT: linears that get this format, or keep their 16 bits (16bit); may be repeated", REACH,
+        metavar="PIN",
+    )  # fmt: skip
+    group_size: int = flag(128, "input features per scale, with --uniform", REACH, metavar="G")
     head: str = flag(
-        NONE, f"format of the lm_head and of an embedding tied to it; {NONE} leaves both", metavar="FORMAT"
+        NO_HEAD, f"format of the lm_head and of an embedding tied to it; {NO_HEAD} leaves both", REACH, metavar="FORMAT"
     )
-    calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", metavar="TEXT")
-    windows: int = flag(64, "calibration windows", metavar="N")
-    window_length: int = flag(512, "tokens per window, BOS included where the tokenizer puts one", metavar="N")
-    seed: int = flag(0, "of the choice of windows", metavar="N")
-    dtype: str = flag("auto", "dtype to compute in: auto, float32, bfloat16, float16", metavar="DTYPE")
-    device: str = flag("cpu", "where the model runs", metavar="DEVICE")
-    trust_remote_code: bool = flag(False, TRUST_REMOTE_CODE)
-    perplexity: str = flag("docstrings", "text for the model card's perplexities, or none", metavar="TEXT")
-    perplexity_tokens: int = flag(8192, "tokens of it", metavar="N")
+    method: str = flag("gptq", "; ".join(f"{name}: {text}" for name, text in HELP.items()), ROUND, choices=HELP)
+    zero_points: str = flag(
+        "fractional", "other tools' formats need integer or symmetric ones", ROUND, choices=ZERO_POINTS
+    )
+    autoround_iterations: int = flag(
+        50, "tuning steps per block of autoround, whose own default is 200", ROUND, least=1, metavar="N"
+    )
+    calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", ROUND, metavar="TEXT")
+    windows: int = flag(64, "calibration windows", ROUND, least=1, metavar="N")
+    window_length: int = flag(
+        512, "tokens per window, BOS included where the tokenizer puts one", ROUND, least=2, metavar="N"
+    )
+    seed: int = flag(0, "of the choice of windows", ROUND, least=0, metavar="N")
+    perplexity: str = flag("docstrings", "text for the model card's perplexities, or none", CARD, metavar="TEXT")
+    perplexity_tokens: int = flag(8192, "tokens of it", CARD, least=1, metavar="N")
 
-    def check(self) -> None:
-        """Refuses what no run could use; raises AmqError."""
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if bool(self.configuration) == bool(self.uniform):
             raise AmqError("give one of --configuration FILE and --uniform FORMAT")
-        if not self.output:
-            raise AmqError("--output DIR is missing: where to write the checkpoint")
         if self.method == "bank" and self.zero_points != "fractional":
             raise AmqError(f"the bank has fractional zero points, not {self.zero_points} ones: use --method gptq")
         if self.uniform:
             get_format(self.uniform)
             check_group_size(self.group_size)
-        if self.head != NONE:
+        if self.head != NO_HEAD:
             get_format(self.head)
-        if self.windows < 1:
-            raise AmqError(f"--windows {self.windows} is too small: expected at least 1")
 
-    @property
-    def known_identity(self) -> dict[str, Any]:
-        """The part of `identity` that is known before the model is loaded."""
-        names = ["method", "zero_points", "calibration", "windows", "window_length", "seed", "dtype"]
-        names += ["autoround_iterations"] if self.method == "autoround" else []
-        given = asdict(self)
-        return {n: given[n] for n in names}
 
-    def identity(
-        self, fingerprint: str, formats: dict[str, str], group_size: int, inputs: dict[str, str]
-    ) -> dict[str, Any]:
-        """What a finished block depends on: a resumed run must have the same.
+@dataclass(frozen=True)
+class QuantizeCommand:
+    """What the command takes besides."""
 
-        inputs: hashes of what names in the settings stand for, such as the calibration text.
-        """
-        found = {"model": fingerprint, "formats": formats, "group_size": group_size, "inputs": inputs}
-        return {**self.known_identity, **found}
+    resume: bool = flag(False, "go on with an interrupted run, after its last block")

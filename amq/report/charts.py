@@ -1,434 +1,282 @@
-"""The numbers behind each chart, worked out once for both renderers (report_plotly.py, report_png.py).
+"""The report's charts: one Altair specification each, drawn alike by the page and as a PNG.
 
-Every function takes a `Run` and returns either the chart's data or an `Omitted` with the reason in one line, which the
-HTML prints in the chart's place. Losses are nats/token; bits are bits per weight, scales and zero points included.
+A chart is a function of the run that gives the chart, or a `Missing` with the reason that the page prints in its place.
+Colours that have to stand on a white and on a dark page are chosen for both; what cannot (text, grid) is in `theme`.
+Widths are the container's, so that the page fits a telephone.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from amq.report.data import (
-    Grid,
-    Run,
-    child,
-    format_label,
-    make_grid,
-    number,
-    show_bits,
-    show_loss,
-    sort_formats,
-)
+import altair as alt
 
-LOSS_NAMES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
-COST_NAMES = {"fisher": "Fisher cost", "sensitivity": "Sensitivity cost", "weight": "Weight error"}
-LOG_ABOVE = 15
-"""Sensitivities whose maximum exceeds this many medians get a log axis, else one bar hides all others."""
-MAX_PANELS = 14
-"""More roles than this (experts, one role each) are merged: one panel per role name with its numbers blanked."""
+from amq.report.data import Point, Shown, count_formats, show_loss, sort_formats
+
+LOSSES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
+RAMP = ("#f2de7e", "#a6d49f", "#55b7ad", "#2f8fc0", "#4569bd", "#6a3f9e")
+"""Formats from few bits to many. Steps differ in lightness, and so stay apart for colour-blind readers and in print."""
+GREY, BLUE, GREEN, MAGENTA, ORANGE = "#8b98a5", "#3280c8", "#0f9d76", "#c2569a", "#e8710a"
+KINDS = {
+    "evaluated": (GREY, "circle", 20),
+    "front": (BLUE, "circle", 60),
+    "held-out windows": (GREEN, "cross", 60),
+    "uniform": (MAGENTA, "square", 70),
+    "chosen": (ORANGE, "diamond", 200),
+}
+"""Kinds of point in scatter charts: colour, shape and area in pixels; later ones are drawn over earlier ones."""
+PARTS = (BLUE, "#8fc1ea", GREEN, "#d9b945", MAGENTA, ORANGE, GREY)
+MOST_HEIGHT = 900
+DASHED: dict[str, Any] = {"color": GREY, "strokeDash": [5, 4], "strokeWidth": 1.3, "clip": True}
+BAND: dict[str, Any] = {"color": GREEN, "opacity": 0.2, "clip": True}
 
 
 @dataclass(frozen=True)
-class Omitted:
+class Missing:
     """A chart that cannot be drawn, and why."""
 
     reason: str
 
 
-@dataclass(frozen=True)
-class Point:
-    """One configuration on the front chart; `lines` is its hover text, one entry per line."""
-
-    bits: float
-    loss: float
-    confirm: float | None = None
-    name: str = ""
-    lines: tuple[str, ...] = ()
+Chart = alt.LayerChart | Missing
 
 
-@dataclass(frozen=True)
-class FrontData:
-    """Chart 1. `candidates` maps a phase to its points; `curve` is the predicted loss, `band` its (low, high)."""
-
-    loss_name: str
-    candidates: dict[str, list[Point]]
-    front: list[Point]
-    uniform: list[Point]
-    chosen: Point | None
-    curve: list[tuple[float, float]]
-    band: tuple[list[float], list[float]] | None
-    ceiling: float | None
-    notes: tuple[str, ...]
-
-    @property
-    def crowded(self) -> bool:
-        """Whether the candidates are so many that they need small, faint markers."""
-        return sum(map(len, self.candidates.values())) > 1000
-
-    @property
-    def points(self) -> list[Point]:
-        """Everything that the axes have to hold."""
-        points = [*self.front, *self.uniform, *(p for group in self.candidates.values() for p in group)]
-        return points + ([self.chosen] if self.chosen else [])
-
-    def bits_range(self) -> tuple[float, float]:
-        """Limits of the x axis, with room on the right for the label of the last uniform configuration."""
-        low, high = min(p.bits for p in self.points), max(p.bits for p in self.points)
-        room = (high - low) or 1.0
-        return low - 0.05 * room, high + 0.11 * room
-
-    def loss_range(self) -> tuple[float, float]:
-        """Limits of the log y axis. Losses that are zero or negative (identical outputs) sit on the lower limit."""
-        losses = [p.loss for p in self.points] + [p.confirm for p in self.points if p.confirm is not None]
-        positive = [loss for loss in losses if loss > 0]
-        if not positive:
-            return 1e-6, 1.0
-        low, high = min(positive) * 0.7, max(positive) * 1.4
-        return low, max(high, self.ceiling * 1.15) if self.ceiling and high > self.ceiling / 3 else high
+def theme(ink: str, muted: str, line: str, columns: int) -> dict[str, Any]:
+    """A Vega-Lite configuration: colours of text, labels and grid; columns: legend entries beside each other."""
+    labels = {"labelColor": muted, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500}
+    lines = {"gridColor": line, "domainColor": line, "tickColor": line, "labelOverlap": "greedy", "labelSeparation": 4}
+    legend = {"orient": "bottom", "columns": columns, "labelLimit": 75 * columns, "symbolStrokeWidth": 0}
+    return {
+        "background": "transparent",
+        "font": "system-ui, 'Liberation Sans', 'DejaVu Sans', sans-serif",
+        "numberFormat": ".4~g",
+        "axis": {**labels, **lines},
+        "legend": {**labels, **legend},
+        "title": {"color": ink, "subtitleColor": muted, "anchor": "start", "fontSize": 13, "subtitleFontSize": 12},
+        "view": {"stroke": None},
+        "text": {"color": ink, "fontSize": 12},
+    }
 
 
-@dataclass(frozen=True)
-class BitsMap:
-    """One configuration on the map: `cells[role][block]` is an index into `BitsData.formats`, or None."""
-
-    label: str
-    cells: list[list[int | None]]
-    counts: list[int]
+COLORS = {"light": ("#1c2430", "#55626f", "#dfe4e9"), "dark": ("#e8edf2", "#a3b0bd", "#38424d")}
+THEMES = {name: {"wide": theme(*colors, 5), "narrow": theme(*colors, 2)} for name, colors in COLORS.items()}
 
 
-@dataclass(frozen=True)
-class BitsData:
-    """Chart 2. `maps[shown]` is drawn first; `names[role][block]` is the linear there."""
-
-    grid: Grid
-    formats: list[str]
-    labels: list[str]
-    maps: list[BitsMap]
-    shown: int
-    names: list[list[str]]
-    pinned: list[tuple[int, int]]
-    notes: tuple[str, ...]
+def _rows(rows: Iterable[dict[str, Any]]) -> alt.Chart:
+    return alt.Chart(alt.Data(values=list(rows)))
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One linear of the sensitivity chart."""
-
-    block: int
-    value: float
-    linear: str
-    pinned: bool
+def _finish(layers: list[alt.Chart], title: Any, description: str, height: int = 300) -> alt.LayerChart:
+    size = alt.AutoSizeParams(type="fit-x", contains="padding")
+    more: dict[str, Any] = {"autosize": size, "title": alt.Title(title), "description": description}
+    return alt.LayerChart(layer=layers, width="container", height=height, **more)
 
 
-@dataclass(frozen=True)
-class SensitivityData:
-    """Chart 3: one panel of bars per role over the blocks; `threshold` is the pinning line."""
-
-    title: str
-    unit: str
-    blocks: list[str]
-    panels: list[tuple[str, list[Bar]]]
-    threshold: float | None
-    log: bool
-    notes: tuple[str, ...]
-
-    def value_range(self) -> tuple[float, float]:
-        """Limits of the y axis that all panels share."""
-        values = [bar.value for _, bars in self.panels for bar in bars]
-        high = max([*values, self.threshold or 0])
-        if self.log:
-            return min(v for v in values if v > 0) * 0.6, high * 1.6
-        return min(0.0, *values), high * 1.08 or 1.0
+def _log(values: Iterable[float]) -> alt.Scale:
+    """A logarithmic scale around the values, all of them positive."""
+    found = list(values)
+    return alt.Scale(type="log", nice=False, domain=[min(found) * 0.85, max(found) * 1.18])
 
 
-@dataclass(frozen=True)
-class HistoryData:
-    """Chart 4 of the iterative solver: per panel (title, log axis, {series: [(iteration, value)]})."""
-
-    panels: list[tuple[str, bool, dict[str, list[tuple[float, float]]]]]
-    title: str
-
-
-@dataclass(frozen=True)
-class PredictionData:
-    """Chart 4 of the additive solver: predicted (x) against true (y) loss of the front's points."""
-
-    points: list[Point]
-    title: str
-    scores: str
+def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> alt.Chart:
+    """Rows of one of `KINDS` each, in the order of drawing, with a legend."""
+    kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
+    color = alt.Color("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][0] for kind in kinds])
+    shape = alt.Shape("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][1] for kind in kinds])
+    size = alt.Size("size:Q").scale(None).legend(None)
+    marks = _rows({**row, "size": KINDS[row["kind"]][2]} for row in rows).mark_point(filled=True, opacity=0.9)
+    return marks.encode(x, y, color, shape, size, tooltip=["kind:N", "bits:Q", *tooltip, "formats:N"])
 
 
-@dataclass(frozen=True)
-class MemoryData:
-    """Chart 5: (item, bytes now, bytes at 16 bits, note); `label` names the first bar.
-
-    `compared` is False where run.json lists no shapes, so that the 16-bit size is unknown.
-    """
-
-    items: list[tuple[str, float, float, str]]
-    label: str
-    compared: bool
-
-    @property
-    def total(self) -> float:
-        return sum(item[1] for item in self.items)
-
-    @property
-    def total_16(self) -> float:
-        return sum(item[2] for item in self.items)
-
-
-def front_data(run: Run) -> FrontData | Omitted:
-    """Every evaluated candidate, the front, the uniform configurations and the chosen one."""
-    grid = make_grid(run)
-    candidates: dict[str, list[Point]] = {}
-    infeasible = 0
-    for line in run.archive:
-        if line.windows == "confirm" or line.bits is None:
-            continue
-        if line.loss is None:
-            infeasible += 1
-        elif line.phase != "uniform" or not (run.front or {}).get("uniform"):
-            text = f"{line.phase} #{line.index}: {show_bits(line.bits)} bits, loss {show_loss(line.loss)}"
-            candidates.setdefault(line.phase, []).append(Point(line.bits, line.loss, lines=(text, line.counts)))
-    front = [_front_point(row, grid) for row in (run.front or {}).get("front") or []]
-    uniform = [_front_point(row, grid) for row in (run.front or {}).get("uniform") or []]
-    if not candidates and not any(front) and not any(uniform):
-        return Omitted("no evaluated configuration has a loss (archive.jsonl and front.json are absent or empty)")
-    curve = (run.front or {}).get("curve") or []
-    curve_rows = [(number(row.get("bits_per_weight")), number(row.get("loss"))) for row in curve]
-    notes = [] if run.front else ["The run has no front.json, so only the evaluated candidates are drawn."]
-    if infeasible:
-        notes.append(f"{infeasible} infeasible candidate{'s' * (infeasible > 1)} (loss NaN or infinite) not drawn.")
-    loss_key = str(run.settings.get("loss") or "jsd")
-    return FrontData(
-        loss_name=LOSS_NAMES.get(loss_key, loss_key),
-        candidates=candidates,
-        front=sorted((p for p in front if p), key=lambda p: p.bits),
-        uniform=[p for p in uniform if p],
-        chosen=_chosen_point(run, grid),
-        curve=[(b, v) for b, v in curve_rows if b is not None and v is not None],
-        band=_band(run, curve_rows),
-        ceiling=math.log(2) if loss_key == "jsd" else None,
-        notes=tuple(notes),
-    )
+def memory_chart(run: Shown) -> Chart:
+    """Everything that must be resident, now and with the linears in 16 bits."""
+    if not run.memory or run.chosen is None:
+        return Missing("nothing was chosen yet, or configuration.json itemises no memory")
+    full = 2 * run.numel
+    unit, size = ("GiB", 2**30) if run.size(16) >= 2**30 else ("MiB", 2**20)
+    now, parts = f"{run.chosen.bits:.2f} bits", [item.name for item in run.memory if item.bytes]
+    bars = [(now, item.name, item.bytes) for item in run.memory]
+    bars += [("16 bits", parts[0], full), *(("16 bits", item.name, item.bytes) for item in run.others)]
+    rows = ({"bar": bar, "part": part, unit: n / size, "at": parts.index(part)} for bar, part, n in bars if n)
+    chart = _rows(rows).mark_bar(height=26).encode(
+        alt.X(f"{unit}:Q").axis(tickCount=6),
+        alt.Y("bar:N").title(None).sort(None),
+        alt.Color("part:N").title(None).scale(domain=parts, range=[PARTS[i % len(PARTS)] for i in range(len(parts))]),
+        alt.Order("at:O"),
+        tooltip=["part:N", f"{unit}:Q"],
+    )  # fmt: skip
+    return _finish([chart], "Memory", f"Stacked bars: memory by part in {unit}, now and in 16 bits", 84)
 
 
-def _front_point(row: dict[str, Any], grid: Grid) -> Point | None:
-    bits, loss = number(row.get("bits_per_weight")), number(row.get("loss"))
-    if bits is None or loss is None:
-        return None
-    confirm, predicted = number(row.get("loss_confirm")), number(row.get("predicted"))
-    name = str(row.get("name") or "")
-    first = f"{name + ': ' if name else ''}{show_bits(bits)} bits, loss {show_loss(loss)}"
-    more = [f"{label} {show_loss(v)}" for label, v in (("confirm", confirm), ("predicted", predicted)) if v is not None]
-    configuration = row.get("configuration") or {}
-    lines = (first, *([", ".join(more)] if more else []), *(grid.lines(configuration) if configuration else []))
-    return Point(bits, loss, confirm, name, lines)
+def bits_chart(run: Shown) -> Chart:
+    """The format of each linear by block and role, of one configuration of the front at a time."""
+    if not run.choices:
+        return Missing("the run has neither a front nor a chosen configuration yet")
+    formats = sort_formats(name for point in run.choices for name in point.formats.values())
+    last = len(run.choices) - 1
+    start = next((i for i, p in enumerate(run.choices) if run.is_chosen(p)), last // 2)
+    slider = alt.binding_range(min=0, max=last, step=1, name="point of the front ") if last else alt.Undefined
+    figures = [f"{p.bits:.2f} bits, loss {show_loss(p.lost)}" + " (chosen)" * run.is_chosen(p) for p in run.choices]
+    labels = [[line, count_formats(p.formats.values())] for line, p in zip(figures, run.choices, strict=True)]
+    codes = {s.name: [formats.index(p.formats[s.name]) for p in run.choices] for s in run.folder.run.linears}
+    colors = [RAMP[round(i * (len(RAMP) - 1) / max(1, len(formats) - 1))] for i in range(len(formats))]
+    color = alt.Color("format:N").title(None).scale(domain=formats, range=colors)
+    chart = _heat_map(run, "format", codes, "names[datum.value[at]]", color, alt.expr("labels[at]"))
+    names, texts = alt.param(name="names", value=formats), alt.param(name="labels", value=labels)
+    return chart.add_params(names, texts, alt.param(name="at", value=start, bind=slider))
 
 
-def _chosen_point(run: Run, grid: Grid) -> Point | None:
-    """The chosen configuration; where its loss was not measured, its predicted loss, and the text says so."""
-    chosen = run.configuration or {}
-    bits, loss = number(chosen.get("bits_per_weight")), number(chosen.get("loss"))
-    word = "loss"
-    if loss is None:
-        loss, word = number(chosen.get("predicted_loss")), "predicted loss"
-    if bits is None or loss is None:
-        return None
-    name = f"chosen: {show_bits(bits)} bits, {word} {show_loss(loss)}"
-    confirm = number(chosen.get("loss_confirm"))
-    lines = [name] + ([f"confirm {show_loss(confirm)}"] if confirm is not None else [])
-    return Point(bits, loss, confirm, name, (*lines, *grid.lines(chosen.get("formats") or {})))
+def _heat_map(
+    run: Shown, field: str, values: dict[str, Any], formula: str, color: alt.Color, title: Any
+) -> alt.LayerChart:
+    """Role by block, and a frame around each pinned linear. formula: of `field`, from `datum.value`, the linear's."""
+    x = alt.X("block:O").title("block").axis(labelAngle=0, grid=False, labelOverlap="parity")
+    x = x.scale(paddingInner=min(0.06, run.folder.run.model.blocks / 400))
+    y = alt.Y("role:N").title(None).axis(labelLimit=150, grid=False).scale(paddingInner=0.08)
+    y = y.sort(list(run.roles.values()))
+    pinned = run.folder.run.pinned
+    cells = [
+        {"linear": s.name, "role": run.roles[s.role], "block": s.block, "value": values[s.name]}
+        | {"pinned": pinned.get(s.name, "no")}
+        for s in run.folder.run.linears
+        if s.name in values
+    ]
+    map_ = _rows(cells).transform_calculate(**{field: formula}).mark_rect()
+    layers = [map_.encode(x, y, color, tooltip=["linear:N", color["shorthand"], "pinned:N"])]
+    if pinned:
+        frames = _rows(cell for cell in cells if cell["linear"] in pinned)
+        layers.append(frames.mark_rect(filled=False, stroke=ORANGE, strokeWidth=2).encode(x, y))
+    row = max(2, min(26, MOST_HEIGHT // len(run.roles)))  # a model of experts has hundreds of roles
+    return _finish(layers, title, f"Heat map: the {field} of each linear by role and block", row * len(run.roles))
 
 
-def _band(run: Run, curve: list[tuple[float | None, float | None]]) -> tuple[list[float], list[float]] | None:
-    """The curve's band, where it has one finite pair per point of the curve."""
-    band = child(run.front, "band")
-    low, high = ([number(v) for v in band.get(key) or []] for key in ("low", "high"))
-    whole = bool(curve) and len(low) == len(high) == len(curve) and None not in [*low, *high, *sum(curve, ())]
-    return ([v for v in low if v is not None], [v for v in high if v is not None]) if whole else None
-
-
-def bits_data(run: Run) -> BitsData | Omitted:
-    """The chosen configuration by role and block, and every other one on the front."""
-    grid = make_grid(run)
-    if not grid.cells:
-        return Omitted("run.json lists no linears")
-    chosen = child(run.configuration, "formats")
-    rows = [row for row in (run.front or {}).get("front") or [] if row.get("configuration")]
-    rows.sort(key=lambda row: number(row.get("bits_per_weight")) or 0)
-    configurations = [(_label(row), row["configuration"]) for row in rows]
-    shown = next((i for i, (_, c) in enumerate(configurations) if c == chosen), None)
-    notes: tuple[str, ...] = ()
-    if chosen and shown is None:
-        bits = number((run.configuration or {}).get("bits_per_weight")) or 0
-        shown = sum((number(row.get("bits_per_weight")) or 0) < bits for row in rows)
-        configurations.insert(shown, (_label(run.configuration or {}), chosen))
-    elif not configurations:
-        return Omitted("no configuration in this run (configuration.json and front.json are absent or empty)")
-    elif not chosen:
-        shown = len(configurations) // 2
-        notes = ("The run has no configuration.json, so nothing is marked as chosen.",)
-    if chosen and shown is not None:
-        configurations[shown] = (configurations[shown][0] + " (chosen)", chosen)
-    offered = run.settings.get("formats")
-    offered = [part.strip() for part in offered.split(",")] if isinstance(offered, str) else offered or []
-    formats = sort_formats([*offered, *(name for _, c in configurations for name in c.values())])
-    names = [[""] * len(grid.blocks) for _ in grid.roles]
-    for linear, (role, block) in grid.cells.items():
-        names[role][block] = linear
-    return BitsData(
-        grid=grid,
-        formats=formats,
-        labels=[format_label(name) for name in formats],
-        maps=[_bits_map(label, c, grid, formats) for label, c in configurations],
-        shown=shown or 0,
-        names=names,
-        pinned=sorted(grid.cells[linear] for linear in run.pinned if linear in grid.cells),
-        notes=notes,
-    )
-
-
-def _label(row: dict[str, Any]) -> str:
-    return f"{show_bits(number(row.get('bits_per_weight')))} bits per weight, loss {show_loss(number(row.get('loss')))}"
-
-
-def _bits_map(label: str, configuration: dict[str, str], grid: Grid, formats: list[str]) -> BitsMap:
-    cells: list[list[int | None]] = [[None] * len(grid.blocks) for _ in grid.roles]
-    counts = [0] * len(formats)
-    for linear, name in configuration.items():
-        if linear in grid.cells:
-            role, block = grid.cells[linear]
-            cells[role][block] = formats.index(name)
-            counts[formats.index(name)] += 1
-    return BitsMap(label, cells, counts)
-
-
-def sensitivity_data(run: Run) -> SensitivityData | Omitted:
+def cost_chart(run: Shown) -> Chart:
     """Measured sensitivities, or where the run has none the solver's cost at the lowest format."""
-    notes: tuple[str, ...] = ()
-    threshold = None
-    if run.sensitivity and run.sensitivity.get("loss"):
-        values = {linear: number(loss) for linear, loss in run.sensitivity["loss"].items()}
-        median, factor = number(run.sensitivity.get("median")), number(run.sensitivity.get("threshold"))
-        threshold = None if median is None or factor is None else median * factor
-        lowest, highest = run.sensitivity.get("lowest"), run.sensitivity.get("highest")
-        title, unit = f"Sensitivity: one linear at {lowest}, all others at {highest}", "nats/token"
-        base = number(run.sensitivity.get("base_loss"))
-        notes = () if base is None else (f"With every linear at {highest} the loss is {show_loss(base)}.",)
-    elif run.cost and run.cost.get("cost"):
-        costs = run.cost["cost"]
-        lowest = sort_formats(name for row in costs.values() for name in row)[0]
-        values = {linear: number(row.get(lowest)) for linear, row in costs.items()}
-        kind = str(run.cost.get("kind") or "cost")
-        title, unit = f"{COST_NAMES.get(kind, kind)} at {lowest}", str(run.cost.get("unit") or "")
-        notes = ("No sensitivity was measured in this run; these are the costs that the solver used.",)
+    if run.folder.sensitivity is not None:
+        title, unit = f"Sensitivity of each linear at {run.folder.sensitivity.lowest}", "nats/token"
+        found: dict[str, float | None] = {**run.folder.sensitivity.loss}
+    elif run.folder.cost is not None:
+        lowest = next(iter(sort_formats(name for row in run.folder.cost.cost.values() for name in row)), "")
+        title, unit = f"Cost ({run.folder.cost.kind}) of each linear at {lowest}", run.folder.cost.unit
+        found = {linear: row.get(lowest) for linear, row in run.folder.cost.cost.items()}
     else:
-        return Omitted("no sensitivity.json and no cost.json in this run")
-    grid = make_grid(run)
-    finite = {k: v for k, v in values.items() if v is not None and k in grid.cells}
-    if not finite:
-        return Omitted("every sensitivity in this run is null")
-    middle = statistics.median(finite.values())
-    pinned = {k for k in run.pinned if k in finite}
-    missing = len(values) - len(finite)
-    if missing:
-        notes += (f"{missing} linear{'s' * (missing > 1)} without a value left out.",)
-    return SensitivityData(
-        title=title,
-        unit=unit,
-        blocks=grid.blocks,
-        panels=_panels(grid, finite, pinned),
-        threshold=threshold,
-        log=min(finite.values()) > 0 and max(finite.values()) > LOG_ABOVE * middle,
-        notes=notes,
-    )
+        return Missing("the run has no sensitivity.json and no cost.json")
+    values = {linear: value for linear, value in found.items() if value is not None and math.isfinite(value)}
+    if not values:
+        return Missing("no linear has a finite cost")
+    scale = alt.Scale(type="log" if min(values.values()) > 0 else "linear", scheme="viridis")
+    legend = alt.Legend(gradientLength=220, format=".2~g", tickCount=3)
+    color = alt.Color("cost:Q", title=unit, scale=scale, legend=legend)
+    return _heat_map(run, "cost", values, "datum.value", color, title)
 
 
-def _panels(grid: Grid, values: dict[str, float], pinned: set[str]) -> list[tuple[str, list[Bar]]]:
-    """Bars per role; with very many roles, roles that differ only in a number share a panel, worst linear first."""
-    titles = grid.roles
-    if len(titles) > MAX_PANELS:
-        titles = [".".join("*" if part.isdigit() else part for part in role.split(".")) for role in titles]
-    panels: dict[str, dict[int, Bar]] = {title: {} for title in titles}
-    for linear, value in values.items():
-        role, block = grid.cells[linear]
-        bar = Bar(block, value, linear, linear in pinned)
-        panel = panels[titles[role]]
-        if block not in panel or panel[block].value < value:
-            panel[block] = bar
-    return [(title, [bars[block] for block in sorted(bars)]) for title, bars in panels.items() if bars]
+def front_chart(run: Shown) -> Chart:
+    """Loss against bits: all that was evaluated, the front with its band, the uniform configurations, the choice."""
+    rows = _front_rows(run)
+    if not rows:
+        return Missing("no configuration has a loss yet")
+    x = alt.X("bits:Q").title("bits per weight").scale(zero=False, nice=False, padding=14).axis(tickCount=10)
+    y = alt.Y("loss:Q").title("loss, nats/token").scale(_log(row["loss"] for row in rows))
+    front, layers = run.folder.front, []
+    if front is not None and front.band is not None:
+        edges = [(p.bits_per_weight, *front.band.around(p.loss)) for p in front.front if p.loss > 0]
+        band = _rows({"bits": bits, "low": low, "high": high} for bits, low, high in edges).mark_area(**BAND)
+        layers.append(band.encode(x, alt.Y("low:Q"), alt.Y2("high:Q")))
+    if front is not None and front.curve:
+        curve = ({"bits": p.bits_per_weight, "loss": p.loss} for p in front.curve if p.loss > 0)
+        layers.append(_rows(curve).mark_line(**DASHED).encode(x, y))
+    if run.folder.settings.target_bits is not None:
+        rule = _rows([{"bits": run.folder.settings.target_bits}]).mark_rule(color=ORANGE, strokeDash=[2, 3])
+        layers.append(rule.encode(alt.X("bits:Q")))
+    layers.append(_rows(row for row in rows if row["kind"] == "front").mark_line(color=BLUE).encode(x, y))
+    layers.append(_points(rows, x, y, "loss:Q"))
+    names = _rows({"bits": p.bits, "loss": p.loss, "name": p.name} for p in run.uniform if p.loss and p.loss > 0)
+    layers.append(names.mark_text(align="left", dx=9, dy=-6).encode(x, y, alt.Text("name:N")))
+    return _finish(layers, "Loss against bits per weight", "Scatter chart: loss against bits, with the front", 380)
 
 
-def surrogate_data(run: Run) -> HistoryData | PredictionData | Omitted:
-    """The surrogate's scores by iteration, or predicted against true loss where there is no surrogate."""
-    if run.surrogate:
-        return _history(run.surrogate)
-    points = []
-    for row in (run.front or {}).get("front") or []:
-        loss, predicted = number(row.get("loss")), number(row.get("predicted"))
-        if loss is not None and predicted is not None and loss > 0 and predicted > 0:
-            text = f"{show_bits(number(row.get('bits_per_weight')))} bits"
-            lines = (text, f"predicted {show_loss(predicted)}", f"true {show_loss(loss)}")
-            points.append(Point(predicted, loss, name=text, lines=lines))
-    if len(points) < 2:
-        solver = run.settings.get("solver") or "this"
-        return Omitted(f"no surrogate.json ({solver} solver), and fewer than two front points have a predicted loss")
-    fit = child(run.front, "fit")
-    spearman, rmse, kendall, over = (number(fit.get(key)) for key in ("spearman", "rmse", "kendall", "points"))
-    parts = [] if spearman is None else [f"Spearman {spearman:.3f}"]
-    parts += [] if rmse is None else [f"RMSE {rmse:.2g} nats/token"]
-    scores = "" if over is None else f"Scores are over the {over:.0f} evaluations that the prediction was fitted to"
-    scores += f" (Kendall {kendall:.3f})." if scores and kendall is not None else "." if scores else ""
-    return PredictionData(points, "Predicted and true loss" + (": " + ", ".join(parts) if parts else ""), scores)
+def _front_rows(run: Shown) -> list[dict[str, Any]]:
+    """One row per mark, in the order of drawing. A loss of 0 or below has no place on a logarithmic axis."""
+    front, uniform = list(enumerate(run.choices)), [(None, p) for p in run.uniform]
+    marks = [
+        *(("evaluated", None, r.bits_per_weight, r.loss, r.configuration) for r in run.evaluated),
+        *(("front", i, p.bits, p.loss, p.formats) for i, p in front if p in run.front),
+        *(("held-out windows", i, p.bits, p.heldout, p.formats) for i, p in [*uniform, *front]),
+        *(("uniform", None, p.bits, p.loss, p.formats) for p in run.uniform),
+        *(("chosen", i, p.bits, p.lost, p.formats) for i, p in front if run.is_chosen(p)),
+    ]
+    return [
+        {"kind": kind, "at": at, "bits": bits, "loss": loss, "formats": count_formats(formats.values())}
+        for kind, at, bits, loss, formats in marks
+        if loss is not None and 0 < loss < math.inf
+    ]
 
 
-def _history(rows: list[dict[str, Any]]) -> HistoryData | Omitted:
-    kinds = (
-        ("rank correlation", False, (("Spearman", "spearman"), ("Kendall", "kendall"))),
-        ("RMSE, nats/token", True, (("RMSE", "rmse"),)),
-        ("hypervolume", False, (("hypervolume", "hypervolume"),)),
-        ("best loss at the budget", False, (("best loss", "best_loss_at_budget"),)),
-    )
-    panels = []
-    for title, log, keys in kinds:
-        series = {label: _series(rows, key) for label, key in keys}
-        series = {label: values for label, values in series.items() if values}
-        if series:
-            panels.append((title, log and all(v > 0 for s in series.values() for _, v in s), series))
-    if not panels:
-        return Omitted("surrogate.json holds no score")
-    last = rows[-1]
-    counted = f", {last['evaluations']:,} evaluations" if last.get("evaluations") else ""
-    return HistoryData(panels, f"Surrogate {last.get('surrogate') or ''} over {len(rows)} iterations{counted}")
+def heldout_chart(run: Shown) -> Chart:
+    """Loss on held-out windows against loss on the windows that the search chose by."""
+    pairs = [(p, p.loss, p.heldout) for p in (*run.uniform, *run.choices)]
+    band = run.folder.front.band if run.folder.front else None
+    return _agreement(run, pairs, "search loss", "held-out loss", (band.low, band.high) if band else None)
 
 
-def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    pairs = ((number(row.get("iteration")), number(row.get(key))) for row in rows)
-    return [(float(i) if x is None else x, y) for i, (x, y) in enumerate(pairs) if y is not None]
+def predicted_chart(run: Shown) -> Chart:
+    """Measured against predicted loss of the front."""
+    return _agreement(run, [(p, p.predicted, p.loss) for p in run.choices], "predicted loss", "measured loss", None)
 
 
-def memory_data(run: Run) -> MemoryData | Omitted:
-    """Each part of the model's memory, now and with all weights at 16 bits."""
-    rows = child(run.configuration, "memory").get("items") or []
-    rows = [(str(r.get("name")), number(r.get("bytes")) or 0.0, str(r.get("note") or "")) for r in rows]
-    if not any(size for _, size, _ in rows):
-        return Omitted("configuration.json is absent or has no memory breakdown")
-    numel = sum(int(s.get("out_features") or 0) * int(s.get("in_features") or 0) for s in run.linears)
-    kept = sum(size for name, size, _ in rows if not name.startswith(("linears", "KV cache")))
-    full = 2 * ((number(child(run.run, "model").get("parameters")) or 0) - numel)
-    items, placed = [], False
-    for name, size, note in rows:
-        if not name.startswith("linears"):
-            items.append((name, size, size, note))
-        else:
-            items.append((name, size, 0.0 if placed else 2.0 * numel, note))
-            placed = True
-    if full > 0 and kept and full > 1.02 * kept:  # parts outside the linears are compressed too
-        items.append(("outside the linears: saved against 16 bits", 0.0, full - kept, ""))
-    bits = number((run.configuration or {}).get("bits_per_weight"))
-    return MemoryData([item for item in items if item[1] or item[2]], f"{show_bits(bits)} bits", numel > 0)
+def _agreement(
+    run: Shown, pairs: Iterable[tuple[Point, float | None, float | None]], across: str, up: str,
+    slopes: tuple[float, float] | None,
+) -> Chart:  # fmt: skip
+    """Points (x, y) and the line where the two are equal; slopes: of the band's edges y = slope · x."""
+    rows: list[dict[str, Any]] = [
+        {"kind": run.kind(p), "bits": p.bits, across: x, up: y, "formats": count_formats(p.formats.values())}
+        for p, x, y in pairs
+        if x is not None and y is not None and x > 0 and y > 0
+    ]
+    if len(rows) < 2:
+        return Missing(f"fewer than two configurations have both a {across} and a {up}")
+    low, high = slopes or (1.0, 1.0)
+    domain = _log(row[name] for row in rows for name in (across, up))
+    ends = _rows({across: end, up: end, "low": end * low, "high": end * high} for end in domain["domain"])
+    x = alt.X(f"{across}:Q").title(f"{across}, nats/token").scale(domain).axis(tickCount=5)
+    y = alt.Y(f"{up}:Q").scale(domain)
+    layers = [ends.mark_line(**DASHED).encode(x, y), _points(rows, x, y, f"{across}:Q", f"{up}:Q")]
+    if slopes:
+        layers.insert(0, ends.mark_area(**BAND).encode(x, alt.Y("low:Q").title(up).scale(domain), alt.Y2("high:Q")))
+    title = f"{up.capitalize()} against {across}"
+    return _finish(layers, title, f"Scatter chart: {title}")
+
+
+def surrogate_chart(run: Shown) -> Chart:
+    """How well the surrogate of the iterative solver ranked candidates that it had not seen."""
+    scores = ("spearman", "kendall")
+    rows = [
+        {
+            "score": name,
+            "value": getattr(row, name),
+            **{k: getattr(row, k) for k in ("iteration", "rmse", "hypervolume")},
+        }
+        for row in run.folder.surrogate or ()
+        for name in scores
+        if getattr(row, name) is not None
+    ]
+    if not rows:
+        return Missing("no iteration has a score; the paper solver writes one after each")
+    chart = _rows(rows).mark_line(point=True).encode(
+        alt.X("iteration:Q").axis(tickMinStep=1).scale(zero=False),
+        alt.Y("value:Q").title("rank correlation").scale(zero=False),
+        alt.Color("score:N").title(None).scale(domain=scores, range=(BLUE, ORANGE)),
+        tooltip=["iteration:Q", "score:N", "value:Q", "rmse:Q", "hypervolume:Q"],
+    )  # fmt: skip
+    return _finish([chart], "Surrogate: rank correlation by iteration", "Line chart: rank correlation by iteration")
+
+
+CHARTS: dict[str, Callable[[Shown], Chart]] = {
+    "memory": memory_chart, "bits": bits_chart, "cost": cost_chart, "front": front_chart, "heldout": heldout_chart,
+    "predicted": predicted_chart, "surrogate": surrogate_chart,
+}  # fmt: skip
+"""In the page's order; a name is also its PNG's."""

@@ -1,10 +1,7 @@
-"""What a run folder says, read once: the input of both the HTML charts (plotly) and the PNG charts (matplotlib).
+"""What the report shows of a run folder: its points and what they take, and how figures read.
 
-`load_run` reads the JSON files of one run; `run.json` must exist, every other file may be absent and every number may
-be null. The archive can hold 10,000 lines of hundreds of linears each, so a line shrinks to a `Candidate` (bits, loss,
-a count of formats) as it is read. `Grid` places linears by role and block, both of which come from the run folder:
-nothing here knows a model's shape, and bits come from the format registry. `report_charts.py` derives each chart's
-numbers from these.
+Everything is read through `RunFolder.open`. Losses are nats/token, sizes bytes; bits are bits per weight, scales and
+zero points included.
 """
 
 from __future__ import annotations
@@ -13,168 +10,118 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
+from amq.configuration import MemoryItem
 from amq.errors import AmqError
-from amq.formats import STORED
-from amq.search.archive import Record, read_archive
-from amq.search.run_folder import (
-    READABLE,
-    Row,
-    ShownCost,
-    ShownFront,
-    ShownRun,
-    ShownScores,
-    ShownSensitivity,
-    check_schema,
-    read_shown,
-)
-from amq.util.files import read_json
+from amq.formats import STORED, get_format
+from amq.search.archive import Record
+from amq.search.run_folder import RunFolder
 
-HOVER_BLOCKS = 100
-"""Up to this many blocks a configuration's text has one character per block; above, only its counts."""
+EPSILON = 1e-6
+"""Two bits per weight closer than this are the same cost."""
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """One line of archive.jsonl without its configuration; `loss` is None where the candidate was infeasible."""
+class Point:
+    """A configuration. A loss is None where it was not measured, or not predicted; name: of a uniform one."""
 
-    index: int
-    phase: str
-    windows: str
     bits: float
     loss: float | None
-    counts: str
+    heldout: float | None
+    predicted: float | None
+    formats: Mapping[str, str]
+    name: str = ""
+
+    @property
+    def lost(self) -> float:
+        """Its loss, the predicted one where none was measured, infinite where neither is known."""
+        return next((loss for loss in (self.loss, self.predicted) if loss is not None), math.inf)
 
 
 @dataclass(frozen=True)
-class Run:
-    """The files of one run folder; an optional file that is absent is None (an absent archive is empty)."""
+class Shown:
+    """A run folder as the page and its charts see it. Its files are read, and damage to them named, when asked for."""
 
-    path: Path
-    run: dict[str, Any]
-    archive: list[Candidate]
-    front: dict[str, Any] | None
-    configuration: dict[str, Any] | None
-    sensitivity: dict[str, Any] | None
-    cost: dict[str, Any] | None
-    surrogate: list[dict[str, Any]] | None
+    folder: RunFolder
+
+    @cached_property
+    def numel(self) -> int:
+        return sum(spec.numel for spec in self.folder.run.linears)
+
+    @cached_property
+    def evaluated(self) -> list[Record]:
+        """The archive without its confirmations."""
+        return [record for record in self.folder.archive if record.windows == "search"]
+
+    @cached_property
+    def front(self) -> list[Point]:
+        """By rising bits, empty before the search has one. Raises AmqError for points that are not the run's."""
+        points = self.folder.front.front if self.folder.front else ()
+        try:
+            for point in points:
+                self.folder.space.check(point.configuration)
+        except ValueError as error:
+            raise AmqError(f"{self.folder.path / 'front.json'}: {error}; the file is damaged or was edited") from None
+        found = (Point(p.bits_per_weight, p.loss, p.loss_confirm, p.predicted, p.configuration) for p in points)
+        return sorted(found, key=lambda p: p.bits)
+
+    @cached_property
+    def uniform(self) -> list[Point]:
+        points = self.folder.front.uniform if self.folder.front else ()
+        formats = ((p, self.folder.space.uniform(get_format(p.name))) for p in points)
+        found = (Point(p.bits_per_weight, p.loss, p.loss_confirm, None, f, p.name) for p, f in formats)
+        return sorted(found, key=lambda p: p.bits)
+
+    @cached_property
+    def chosen(self) -> Point | None:
+        """What configuration.json holds; None before the search has chosen."""
+        of = self.folder.configuration
+        if of is None:
+            return None
+        of.check(self.folder.run.linears)
+        bits = of.bits_per_weight(self.folder.run.linears)
+        return Point(bits, of.details.loss, of.details.loss_confirm, of.details.predicted_loss, of.formats)
+
+    @cached_property
+    def choices(self) -> list[Point]:
+        """The points of the front, with the chosen one among them, by rising bits."""
+        if self.chosen is None or any(self.is_chosen(p) for p in self.front):
+            return self.front
+        return sorted([*self.front, self.chosen], key=lambda p: p.bits)
+
+    def is_chosen(self, point: Point) -> bool:
+        return self.chosen is not None and point.formats == self.chosen.formats
+
+    def kind(self, point: Point) -> str:
+        """Its kind of mark in a chart, one of `amq.report.charts.KINDS`."""
+        return "uniform" if point.name else "chosen" if self.is_chosen(point) else "front"
 
     @property
-    def model(self) -> str:
-        return str(child(self.run, "model").get("name") or "unnamed model")
+    def memory(self) -> tuple[MemoryItem, ...]:
+        details = self.folder.configuration.details if self.folder.configuration else None
+        return details.memory.items if details and details.memory else ()
 
     @property
-    def settings(self) -> dict[str, Any]:
-        return child(self.run, "settings")
+    def others(self) -> list[MemoryItem]:
+        """`memory` without the linears: what every configuration needs."""
+        return [item for item in self.memory if not item.name.startswith("linears")]
 
-    @property
-    def linears(self) -> list[dict[str, Any]]:
-        return [spec for spec in self.run.get("linears") or [] if spec.get("name")]
+    def size(self, bits: float) -> int:
+        """Bytes of all that `memory` lists, with the linears at `bits` per weight; of those alone without a list."""
+        return sum(item.bytes for item in self.others) + round(bits * self.numel / 8)
 
-    @property
-    def pinned(self) -> set[str]:
-        return set(self.run.get("pinned") or ()) | set((self.sensitivity or {}).get("pinned") or ())
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where each linear sits: `cells[linear] = (role index, block index)` into `roles` and `blocks`."""
-
-    roles: list[str]
-    blocks: list[str]
-    cells: dict[str, tuple[int, int]]
-
-    def lines(self, configuration: Mapping[str, str]) -> list[str]:
-        """The configuration in a few lines of text: format counts, then per role one character per block."""
-        lines = [count_formats(configuration.values())]
-        if len(self.blocks) > HOVER_BLOCKS or len(self.roles) > 16:
-            return lines
-        rows = [["·"] * len(self.blocks) for _ in self.roles]
-        for linear, name in configuration.items():
-            if linear in self.cells:
-                role, block = self.cells[linear]
-                rows[role][block] = format_label(name)
-        joint = "" if all(len(label) == 1 for row in rows for label in row) else " "
-        width = max(map(len, self.roles), default=0)
-        return lines + [f"{role:<{width}} {joint.join(row)}" for role, row in zip(self.roles, rows, strict=True)]
-
-
-def load_run(run_dir: Path) -> Run:
-    """Every file of the run folder `run_dir`, or an AmqError that names the file at fault."""
-    if not (run_dir / "run.json").is_file():
-        raise AmqError(
-            f"{run_dir / 'run.json'} does not exist, so {run_dir} is not a run folder: "
-            f"give the folder that `python -m amq.search MODEL --output RUN` wrote"
-        )
-    check_schema(read_json(run_dir / "run.json"), run_dir / "run.json", *READABLE)
-    archive = run_dir / "archive.jsonl"
-    return Run(
-        path=run_dir,
-        run=read_shown(run_dir / "run.json", ShownRun),
-        archive=[_candidate(record) for record in read_archive(archive)] if archive.exists() else [],
-        front=read_shown(run_dir / "front.json", ShownFront),
-        configuration=read_shown(run_dir / "configuration.json", Row),
-        sensitivity=read_shown(run_dir / "sensitivity.json", ShownSensitivity),
-        cost=read_shown(run_dir / "cost.json", ShownCost),
-        surrogate=read_shown(run_dir / "surrogate.json", list[ShownScores]),
-    )
-
-
-def _candidate(record: Record) -> Candidate:
-    return Candidate(
-        index=record["index"],
-        phase=record["phase"],
-        windows=record["windows"],
-        bits=record["bits_per_weight"],
-        loss=record["loss"],
-        counts=count_formats(record["configuration"].values()),
-    )
-
-
-def make_grid(run: Run) -> Grid:
-    """Roles in the model's order, shortened to their last part where that stays unambiguous; blocks by number."""
-    linears = run.linears
-    roles = list(dict.fromkeys(str(spec.get("role") or spec["name"]) for spec in linears))
-    blocks = list(dict.fromkeys(spec.get("block") for spec in linears))
-    blocks.sort(key=lambda block: (block is None, block or 0))
-    tails = [role.rsplit(".", 1)[-1] for role in roles]
-    row = {role: i for i, role in enumerate(roles)}
-    column = {block: i for i, block in enumerate(blocks)}
-    places = {spec["name"]: (str(spec.get("role") or spec["name"]), spec.get("block")) for spec in linears}
-    return Grid(
-        roles=tails if len(set(tails)) == len(tails) else roles,
-        blocks=["none" if block is None else str(block) for block in blocks],
-        cells={name: (row[role], column[block]) for name, (role, block) in places.items()},
-    )
-
-
-def number(value: Any) -> float | None:
-    """`value` as a finite float, or None for null, NaN, infinity and anything that is not a number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def child(document: Mapping[str, Any] | None, key: str) -> dict[str, Any]:
-    """The object at `key`, or an empty one where it is absent or null."""
-    return dict((document or {}).get(key) or {})
-
-
-def format_bits(name: str) -> float:
-    """Code bits of a format; a name from a newer registry sorts last."""
-    return STORED[name].code_bits if name in STORED else math.inf
-
-
-def format_label(name: str) -> str:
-    """The format's code bits as text ("3"), or its name where the registry does not know it."""
-    return f"{STORED[name].code_bits:g}" if name in STORED else name
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """{role: label} in the model's order: the role's last part where that stays unambiguous."""
+        roles = list(dict.fromkeys(spec.role for spec in self.folder.run.linears))
+        tails = [role.rsplit(".", 1)[-1] for role in roles]
+        return dict(zip(roles, tails if len(set(tails)) == len(tails) else roles, strict=True))
 
 
 def sort_formats(names: Iterable[str]) -> list[str]:
     """Distinct format names, fewest bits first."""
-    return sorted(set(names), key=lambda name: (format_bits(name), name))
+    return sorted(set(names), key=lambda name: (STORED[name].code_bits, name))
 
 
 def count_formats(names: Iterable[str]) -> str:
@@ -192,22 +139,17 @@ def show_loss(loss: float | None) -> str:
     return f"{loss:.{max(0, 2 - math.floor(math.log10(abs(loss))))}f}"
 
 
-def show_bits(bits: float | None) -> str:
-    return "–" if bits is None else f"{bits:.2f}"
+def show_bytes(count: float, plus: str = "") -> str:
+    """Binary units, three significant digits: "812 MiB", "−1.35 GiB". plus: a sign for what is above zero."""
+    sign, count = "−" if count < 0 else plus * (count > 0), abs(count)
+    unit, size = next((u for u in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)) if count >= u[1]), ("B", 1))
+    value = count / size
+    return f"{sign}{value:.{0 if size == 1 or value >= 100 else 1 if value >= 10 else 2}f} {unit}"
 
 
-def show_bytes(count: float) -> str:
-    """Binary units, three significant digits: "812 MiB", "1.35 GiB"."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            value = count / size
-            return f"{value:.{2 if value < 10 else 1 if value < 100 else 0}f} {unit}"
-    return f"{count:.0f} B"
-
-
-def show_seconds(seconds: float | None) -> str:
-    if seconds is None:
+def show_change(new: float | None, old: float | None) -> str:
+    """`"+12 %"`, `"−3 %"`; a dash where either is unknown."""
+    if new is None or not old or not math.isfinite(new / old):
         return "–"
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+    percent = round(100 * (new / old - 1))
+    return f"{percent:+d} %".replace("-", "−") if percent else "0 %"

@@ -1,315 +1,157 @@
-"""The page around the charts: summary, tables, settings, and the style sheet (plain CSS, no external fonts).
+"""The page: what page.html.jinja puts in place and escapes, and the files.
 
-Every string of the run folder passes `html.escape` here; the charts arrive as ready HTML.
+The template holds the sentences, this module the figures of its tables, in the order of the page: what the budget buys
+and what it costs, where the bits went, what one step more or less would change, and what there is to trust.
 """
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from amq.report.charts import MemoryData
-from amq.report.data import (
-    Run,
-    child,
-    count_formats,
-    number,
-    show_bits,
-    show_bytes,
-    show_loss,
-    show_seconds,
-)
+import altair as alt
+import jinja2
+import vl_convert
 
-CSS = """
-:root { --ink: #1c2430; --muted: #5d6b7a; --line: #dfe4e9; --accent: #0a4c86; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #f6f8fa; color: var(--ink); line-height: 1.55;
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", "DejaVu Sans", sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 32px 20px 64px; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .6rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.12rem; margin: 0 0 .3rem; overflow-wrap: anywhere; }
-h3 { font-size: .95rem; margin: 1.2rem 0 .3rem; }
-section { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 18px 20px; margin: 18px 0; }
-p { margin: .3rem 0; overflow-wrap: anywhere; }
-.summary { font-size: 1.05rem; max-width: 80ch; }
-.caption, .omitted { color: var(--muted); font-size: .9rem; max-width: 110ch; }
-.banner { background: #fff4e5; border: 1px solid #f0c48a; border-radius: 6px; padding: 8px 12px; margin: 0 0 14px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 14px 5px 0; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { font-weight: 600; color: var(--muted); vertical-align: bottom; }
-td.text, th.text { text-align: left; }
-th.group { text-align: center; color: var(--ink); padding-left: 0; }
-section > details:first-child { margin: 0; }
-tr.strong td { font-weight: 600; }
-details { margin: .8rem 0 0; }
-summary { cursor: pointer; color: var(--accent); }
-td.value { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-@media (max-width: 600px) {
-  main { padding: 18px 8px 40px; } section { padding: 12px 10px; } h1 { font-size: 1.35rem; }
-  th, td { padding-right: 10px; }
-}
-"""
-EPSILON = 1e-6
-"""Two bits per weight closer than this are the same cost."""
+from amq.report import charts
+from amq.report.charts import Missing
+from amq.report.data import EPSILON, Point, Shown, count_formats, show_bytes, show_change, show_loss
+from amq.search.run_folder import RunFolder
+from amq.util.files import write_atomic
+
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+TEMPLATE = Path(__file__).with_name("page.html.jinja")
+GLOBALS = "window.vegaEmbed = vegaEmbed"
+"""What the page's script needs of Vega's bundle."""
+PNG_WIDTH, PNG_SCALE = 760, 1.5
+NEIGHBOURS = 2  # points on each side of the chosen one that it is compared with
 
 
-@dataclass(frozen=True)
-class Section:
-    """One chart on the page: its HTML with a caption and perhaps a table, or the reason why it was omitted."""
+def write(run_dir: Path) -> list[Path]:
+    """As `amq.report.write_report`."""
+    run = Shown(RunFolder.open(run_dir))
+    drawn = {name: draw(run) for name, draw in charts.CHARTS.items()}
+    specs = {name: chart.to_dict() for name, chart in drawn.items() if not isinstance(chart, Missing)}
+    for spec in specs.values():
+        del spec["config"]  # the page and the PNG files have their own
+    files = {f"{name}.png": _png(spec, run.folder.run.model.name) for name, spec in specs.items()}
+    files = {"report.html": _render(run, drawn, specs).encode(), **files}
+    for name, content in files.items():
+        _save(run_dir / name, content)
+    for name in charts.CHARTS.keys() - specs.keys():
+        (run_dir / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
+    return [run_dir / name for name in files]
 
-    name: str
-    heading: str
-    chart: str = ""
-    caption: str = ""
-    table: str = ""
-    reason: str = ""
+
+def _save(path: Path, content: bytes) -> None:
+    def put(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomic(path, put)
 
 
-def page(run: Run, sections: Sequence[Section], plotly_js: str) -> str:
-    """The whole document."""
-    title = f"{escape(run.model)}: searched bits per weight"
-    stopped = run.run.get("status") != "finished"
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{title}</title>\n<style>{CSS}</style>",
-        f"<script>{plotly_js}</script>\n</head>\n<body>\n<main>",
-        f"<h1>{title}</h1>",
-        '<p class="banner">This run was stopped before it finished; the results so far follow.</p>' if stopped else "",
-        f'<p class="summary">{summary(run)}</p>',
-        comparison(run),
-        *(_section(section) for section in sections),
-        _settings(run),
-        "</main>\n</body>\n</html>\n",
+def _png(spec: dict[str, Any], model: str) -> bytes:
+    """The chart as it stands on a light page, with the model's name under its title."""
+    config = {**charts.THEMES["light"]["wide"], "background": "#ffffff", "padding": 12}
+    fixed = {**spec, "width": PNG_WIDTH, "title": {**spec["title"], "subtitle": model}, "config": config}
+    return vl_convert.vegalite_to_png(fixed, vl_version=VEGA_LITE, scale=PNG_SCALE)
+
+
+def _render(run: Shown, drawn: dict[str, charts.Chart], specs: dict[str, dict[str, Any]]) -> str:
+    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    environment = jinja2.Environment(autoescape=True, **options)
+    environment.filters["loss"] = show_loss
+    chosen = next((i for i, p in enumerate(run.choices) if run.is_chosen(p)), None)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        shown=run, run=run.folder.run, settings=run.folder.settings, front=run.folder.front,
+        sensitivity=run.folder.sensitivity, loss_name=charts.LOSSES.get(run.folder.settings.loss, "loss"),
+        tiles=_tiles(run), uniform=_uniform_rows(run), memory=_memory_rows(run),
+        steps=[] if chosen is None else _step_rows(run, chosen), points=_point_rows(run), chosen=chosen,
+        infeasible=sum(record.loss is None for record in run.evaluated), details=_details(run), drawn=drawn,
+        specs=specs, themes=charts.THEMES, javascript=vl_convert.javascript_bundle(GLOBALS, vl_version=VEGA_LITE),
+    )  # fmt: skip
+
+
+def _tiles(run: Shown) -> list[tuple[str, str, str]]:
+    """The figures at the top: (what, value, remark)."""
+    chosen, settings = run.chosen, run.folder.settings
+    if chosen is None:
+        return [("chosen", "nothing yet", f"{len(run.evaluated)} evaluations so far")]
+    aims = (("target", settings.target_bits), ("memory", settings.memory), ("loss at most", settings.max_loss))
+    aim = next((f"asked for: {name} {value}" for name, value in aims if value is not None), "no budget was given")
+    size, full = run.size(chosen.bits), run.size(16)
+    share = f"{100 * size / full:.0f} % of {show_bytes(full)} with the linears in 16 bits"
+    heldout = "not measured" if chosen.heldout is None else "on unseen windows"
+    found = [
+        ("bits per weight", f"{chosen.bits:.2f}", aim),
+        ("memory" if run.memory else "memory of the linears", show_bytes(size), share),
+        ("loss, nats/token", show_loss(chosen.lost), "predicted" if chosen.loss is None else "on the search windows"),
+        ("held-out loss", show_loss(chosen.heldout), heldout),
     ]
-    return "\n".join(part for part in parts if part)
+    rivals = [p for p in run.uniform if p.loss is not None and p.bits <= chosen.bits + EPSILON]
+    if not rivals:
+        return [*found, ("uniform", "–", "none that was evaluated costs as little")]
+    rival = min(rivals, key=lambda p: p.lost)
+    ours, theirs = _paired(chosen, rival)
+    times = f"{theirs / ours:.2g} times as much" if ours > 0 else "no loss to compare"
+    return [*found, (f"uniform {rival.name} loses", show_loss(theirs), f"{times}, at {rival.bits:.2f} bits")]
 
 
-def escape(value: object) -> str:
-    return html.escape(str(value))
+def _paired(ours: Point, theirs: Point) -> tuple[float, float]:
+    """Two losses on the same windows: the held-out ones where both have them, for the search chose on the others."""
+    if ours.heldout is not None and theirs.heldout is not None:
+        return ours.heldout, theirs.heldout
+    return ours.lost, theirs.lost
 
 
-def _section(section: Section) -> str:
-    body = section.chart + section.table
-    if section.reason:
-        body = f'<p class="omitted">Omitted: {escape(section.reason)}.</p>'
-    caption = f'<p class="caption">{escape(section.caption.strip())}</p>' if section.caption else ""
-    return f'<section id="{section.name}">\n<h2>{escape(section.heading)}</h2>\n{caption}\n{body}\n</section>'
+def _cells(run: Shown, name: str, point: Point) -> list[str]:
+    losses = (show_loss(point.loss), show_loss(point.heldout))
+    return [name, f"{point.bits:.2f}", show_bytes(run.size(point.bits)), *losses]
 
 
-def summary(run: Run) -> str:
-    """What was searched, what was chosen, against what, and at what price; escaped HTML."""
-    model = child(run.run, "model")
-    shape = []
-    if number(model.get("parameters")):
-        shape.append(_parameters(float(model["parameters"])))
-    if model.get("blocks"):
-        shape.append(f"{model['blocks']} blocks")
-    shape.append(f"{len(run.linears)} linears")
-    sentences = [f"{escape(run.model)} ({escape(', '.join(shape))})."]
-    chosen = run.configuration or {}
-    bits = number(chosen.get("bits_per_weight"))
-    if bits is None:
-        sentences.append("No configuration has been chosen yet.")
-    else:
-        sentences += _chosen_sentences(run, chosen, bits)
-    return " ".join([*sentences, _price(run)])
+def _uniform_rows(run: Shown) -> list[list[str]]:
+    """The chosen configuration among the uniform ones, by rising bits."""
+    if run.chosen is None:
+        return []
+    points = sorted([run.chosen, *run.uniform], key=lambda p: p.bits)
+    changes = [show_change(*reversed(_paired(run.chosen, p))) if p.name else "" for p in points]
+    return [[*_cells(run, p.name or "chosen", p), change] for p, change in zip(points, changes, strict=True)]
 
 
-def _parameters(count: float) -> str:
-    return f"{count / 1e9:.2f} billion parameters" if count >= 1e9 else f"{count / 1e6:.1f} million parameters"
+def _memory_rows(run: Shown) -> list[list[str]]:
+    total = sum(item.bytes for item in run.memory)
+    rows = [[i.name, show_bytes(i.bytes), f"{100 * i.bytes / total:.0f} %", i.note] for i in run.memory]
+    return [*rows, ["in all", show_bytes(total), "", ""]] if rows else []
 
 
-def _chosen_sentences(run: Run, chosen: Mapping[str, Any], bits: float) -> list[str]:
-    memory = number(child(chosen, "memory").get("total"))
-    aim = _aim(run.settings)
-    size = f" ({show_bytes(memory)} with everything)" if memory else ""
-    loss, predicted = number(chosen.get("loss")), number(chosen.get("predicted_loss"))
-    if loss is not None:
-        lost = f" and loses <b>{show_loss(loss)} nats/token</b> against the full-precision model"
-    elif predicted is not None:
-        lost = f" and is predicted to lose <b>{show_loss(predicted)} nats/token</b> (not evaluated)"
-    else:
-        lost = "; its loss is unknown"
-    sentences = [f"{aim} chosen configuration holds <b>{show_bits(bits)} bits per weight</b>{size}{lost}."]
-    uniforms = [row for row in uniform_rows(run) if row["bits_per_weight"] <= bits + EPSILON]
-    if not uniforms:
-        every = uniform_rows(run)
-        cheaper = "No uniform configuration that was evaluated costs as little."
-        return [*sentences, cheaper if every else "No uniform configuration was evaluated."]
-    best = min(uniforms, key=lambda row: row["loss"])
-    ours, theirs, where = paired_losses(chosen, best)
-    name = f"The best uniform configuration that costs no more, {escape(best.get('name'))} at"
-    name += f" {show_bits(best['bits_per_weight'])} bits, loses {show_loss(theirs)}{where}"
-    if ours and theirs is not None:
-        same = "" if not where else f" (the chosen one {show_loss(ours)} there)"
-        name += f"{same}: {theirs / ours:.2g} times as much" if theirs >= ours else f"{same}, less than the chosen one"
-    return [*sentences, name + "."]
+def _step_rows(run: Shown, chosen: int) -> list[list[str]]:
+    """The chosen point between its neighbours on the front; in the end the changes of memory and loss."""
+    first, base, rows = max(0, chosen - NEIGHBOURS), run.choices[chosen], []
+    for i, point in enumerate(run.choices[first : chosen + NEIGHBOURS + 1], first):
+        name = f"{abs(i - chosen)} {'smaller' if i < chosen else 'larger'}" if i != chosen else "chosen"
+        changes = show_bytes(run.size(point.bits) - run.size(base.bits), "+"), show_change(point.lost, base.lost)
+        rows.append([*_cells(run, name, point), *changes])
+    return rows
 
 
-def _aim(settings: Mapping[str, Any]) -> str:
-    """The budget that was asked for, as the beginning of a sentence."""
-    target, memory, loss = (settings.get(key) for key in ("target_bits", "memory", "max_loss"))
-    if target is not None:
-        return f"For a target of {escape(target)} bits per weight, the"
-    if memory is not None:
-        return f"For a memory of {escape(memory)}, the"
-    return f"For a loss of at most {escape(loss)}, the" if loss is not None else "The"
+def _point_rows(run: Shown) -> list[list[str]]:
+    losses = [map(show_loss, (p.loss, p.heldout, p.predicted)) for p in run.choices]
+    counts = [count_formats(p.formats.values()) for p in run.choices]
+    return [[f"{p.bits:.2f}", *shown, n] for p, shown, n in zip(run.choices, losses, counts, strict=True)]
 
 
-def _price(run: Run) -> str:
-    evaluations, timings = child(run.run, "evaluations"), child(run.run, "timings")
-    solver = run.settings.get("solver")
-    count = number(evaluations.get("count"))
-    words = [f"The {escape(solver)} solver" if solver else "The search"]
-    words.append(f"took {count:,.0f} evaluation{'s' * (count != 1)}" if count is not None else "ran")
-    total, each = number(timings.get("total")), number(evaluations.get("seconds_each"))
-    if each is not None:
-        words.append(f"of {show_seconds(each)}")
-    if number(evaluations.get("sensitivities")):
-        words.append(f"with {evaluations['sensitivities']:,.0f} single-linear sensitivities")
-    if total is not None:
-        words.append(f"and {show_seconds(total)} in all")
-    machine = child(run.run, "machine")
-    cpu, threads = machine.get("cpu"), machine.get("threads")
-    where = f" on {escape(cpu)}" if cpu else ""
-    where += f" ({escape(threads)} thread{'s' * (threads != 1)})" if cpu and threads else ""
-    return " ".join(words) + where + "."
-
-
-def uniform_rows(run: Run) -> list[dict[str, Any]]:
-    """The uniform configurations with bits and a loss, cheapest first."""
-    return _usable((run.front or {}).get("uniform"))
-
-
-def _usable(rows: Iterable[dict[str, Any]] | None) -> list[dict[str, Any]]:
-    usable = [row for row in rows or [] if None not in (number(row.get("bits_per_weight")), number(row.get("loss")))]
-    return sorted(usable, key=lambda row: row["bits_per_weight"])
-
-
-def paired_losses(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[float | None, float | None, str]:
-    """Two losses on the same windows: the confirmation ones where both have them; the search chose on the others."""
-    pair = number(ours.get("loss_confirm")), number(theirs.get("loss_confirm"))
-    if None not in pair:
-        return *pair, " on the confirmation windows"
-    return number(ours.get("loss")), number(theirs.get("loss")), ""
-
-
-def comparison(run: Run) -> str:
-    """Each uniform configuration beside the best front point that costs no more; then the whole front."""
-    front = _usable((run.front or {}).get("front"))
-    rows = []
-    for uniform in uniform_rows(run):
-        within = [row for row in front if row["bits_per_weight"] <= uniform["bits_per_weight"] + EPSILON]
-        best = min(within, key=lambda row: row["loss"], default=None)
-        cells = [uniform.get("name"), *_losses(uniform)]
-        if best is None:
-            rows.append([*cells, *["–"] * 4])
-            continue
-        ours, theirs, _ = paired_losses(best, uniform)
-        rows.append([*cells, *_losses(best), _change(ours, theirs)])
-    if not rows and not front:
-        return ""
-    heads = ["", "bits", "loss", "confirm", "bits", "loss", "confirm", "loss"]
-    groups = (("uniform", 4), ("best searched with no more bits", 3), ("change", 1))
-    parts = ['<section id="comparison">\n<h2>Uniform and searched configurations</h2>']
-    note = 'Loss in nats/token; "confirm" is measured on windows held out of the search'
-    note += ", which --refine looked at too." if run.settings.get("refine") else "."
-    parts.append(f'<p class="caption">{note}</p>')
-    none = '<p class="omitted">No uniform configuration was evaluated.</p>'
-    parts.append(table(heads, rows, groups=groups) if rows else none)
-    if front:
-        parts.append(_front_table(front))
-    return "\n".join([*parts, "</section>"])
-
-
-def _front_table(front: Sequence[Mapping[str, Any]]) -> str:
-    """Every point of the front, folded away; a column without a value is left out."""
-    heads = ["bits", "loss", "confirm", "predicted", "linears"]
-    lines = []
-    for row in front:
-        counts = count_formats((row.get("configuration") or {}).values())
-        lines.append([*_losses(row), show_loss(number(row.get("predicted"))), counts or "–"])
-    kept = [i for i in range(len(heads)) if any(line[i] != "–" for line in lines)]
-    rows = [[line[i] for i in kept] for line in lines]
-    body = table([heads[i] for i in kept], rows, text_columns=[k for k, i in enumerate(kept) if i == len(heads) - 1])
-    return f"<details><summary>All {len(front)} points of the front</summary>{body}</details>"
-
-
-def _losses(row: Mapping[str, Any]) -> list[str]:
-    shown = (number(row.get("loss")), number(row.get("loss_confirm")))
-    return [show_bits(number(row.get("bits_per_weight"))), *map(show_loss, shown)]
-
-
-def table(
-    heads: Sequence[str],
-    rows: Sequence[Sequence[object]],
-    text_columns: Sequence[int] = (0,),
-    last_strong: bool = False,
-    groups: Sequence[tuple[str, int]] = (),
-) -> str:
-    """A table that scrolls sideways, right-aligned except `text_columns`; `groups`: (heading, columns) above."""
-    kind = [' class="text"' if i in text_columns else "" for i in range(len(heads))]
-    above = "".join(f'<th class="group" colspan="{columns}">{escape(text)}</th>' for text, columns in groups)
-    above = f"<tr>{above}</tr>" if groups else ""
-    head = "".join(f"<th{k}>{escape(text)}</th>" for k, text in zip(kind, heads, strict=True))
-    lines = []
-    for i, row in enumerate(rows):
-        mark = ' class="strong"' if last_strong and i == len(rows) - 1 else ""
-        cells = "".join(f"<td{k}>{escape(text)}</td>" for k, text in zip(kind, row, strict=True))
-        lines.append(f"<tr{mark}>{cells}</tr>")
-    body = f"<thead>{above}<tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table>{body}</table></div>'
-
-
-def memory_table(data: MemoryData) -> str:
-    """The breakdown behind the memory bars, with the total last."""
-    total = data.total or 1
-    rows: list[list[str]] = []
-    for name, now, full, note in data.items:
-        label = f"{name} ({note})" if note else name
-        rows.append([label, show_bytes(now), _share(now / total), show_bytes(full) if full else "–"])
-    rows.append(["total", show_bytes(data.total), "100 %", show_bytes(data.total_16)])
-    heads = ["part", "bytes", "share", "at 16 bits"]
-    if not data.compared:
-        heads, rows = heads[:3], [row[:3] for row in rows]
-    return table(heads, rows, last_strong=True)
-
-
-def _change(ours: float | None, theirs: float | None) -> str:
-    if ours is None or not theirs:
-        return "–"
-    percent = round(100 * (ours / theirs - 1))
-    return f"{percent:+d} %".replace("-", "−") if percent else "0 %"
-
-
-def _share(part: float) -> str:
-    return f"{100 * part:.0f} %" if part == 0 or part >= 0.01 else "< 1 %"
-
-
-def _settings(run: Run) -> str:
-    """Everything needed to repeat the run, folded away."""
-    model = {key: value for key, value in child(run.run, "model").items()}
-    keys = ("settings", "calibration", "versions", "machine", "timings", "evaluations")
-    groups = [("Model", model), *((key.capitalize(), child(run.run, key)) for key in keys)]
-    if child(run.run, "pinned"):
-        groups.append(("Pinned linears", child(run.run, "pinned")))
-    if child(run.front, "fit"):
-        groups.append(("Fit", child(run.front, "fit")))
-    parts = []
-    for heading, values in groups:
-        lines = "".join(
-            f'<tr><td class="text">{escape(key)}</td><td class="value">{escape(_plain(value))}</td></tr>'
-            for key, value in values.items()
-        )
-        if lines:
-            parts.append(f"<h3>{escape(heading)}</h3><table><tbody>{lines}</tbody></table>")
-    return f"<section><details><summary>Settings, versions, machine</summary>{''.join(parts)}</details></section>"
-
-
-def _plain(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+def _details(run: Shown) -> dict[str, dict[str, str]]:
+    """Everything needed to repeat the run, by group."""
+    of = run.folder.run
+    groups: dict[str, dict[str, Any]] = {
+        "Model": asdict(of.model), "Settings": of.settings.json(), "Calibration": asdict(of.calibration),
+        "Seconds": dict(of.timings or {}), "Evaluations": asdict(of.evaluations) if of.evaluations else {},
+        "Machine": asdict(of.machine), "Versions": of.versions, "Pinned linears": of.pinned,
+    }  # fmt: skip
+    return {
+        heading: {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+        for heading, values in groups.items()
+        if values
+    }

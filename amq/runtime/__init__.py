@@ -11,8 +11,23 @@ transformers only where a model needs it.
 
 from __future__ import annotations
 
-from amq.runtime.generation import Generation, generate
-from amq.runtime.loading import Runtime, load
-from amq.runtime.sampling import Sampling
+from typing import TYPE_CHECKING
+
+from amq.util.lazy import lazy
+
+if TYPE_CHECKING:
+    from amq.runtime.generation import Generation, generate
+    from amq.runtime.loading import Runtime, load
+    from amq.runtime.settings import Sampling
 
 __all__ = ["Generation", "Runtime", "Sampling", "generate", "load"]
+__getattr__ = lazy(
+    __name__,
+    {
+        "Generation": "amq.runtime.generation",
+        "generate": "amq.runtime.generation",
+        "Runtime": "amq.runtime.loading",
+        "load": "amq.runtime.loading",
+        "Sampling": "amq.runtime.settings",
+    },
+)

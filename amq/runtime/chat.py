@@ -63,6 +63,6 @@ def _compiled(template: str) -> Any:
 
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-):
+) -> str:
     """Unlike jinja2's own filter, it leaves HTML's characters as they are."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -25,16 +25,20 @@ class Slot:
         self.capacity, self.length = capacity, length
 
 
+S = TypeVar("S", bound=Slot)
+"""The slots of one engine: it is given back those that it made, and adds to them what it has to know."""
+
+
 @dataclass(frozen=True)
-class Segment:
+class Segment(Generic[S]):
     """`tokens` continue the sequence of `slot`; `logits`: whether those after the last token are wanted."""
 
-    slot: Slot
+    slot: S
     tokens: Sequence[int]
     logits: bool = True
 
 
-class Engine(Protocol):
+class Engine(Protocol[S]):
     """A loaded model.
 
     banner: one line for people: which path runs it, on what, with which formats.
@@ -48,7 +52,7 @@ class Engine(Protocol):
     max_rows: int
     max_sequences: int
 
-    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
+    def open(self, prompt: Sequence[int], new_tokens: int) -> S | None:
         """Room for a prompt and `new_tokens` more; None while other sequences hold what it needs.
 
         The slot's `length` may be above 0 where an earlier sequence began with the same tokens: the caller goes on from
@@ -56,10 +60,10 @@ class Engine(Protocol):
         Raises AmqError where it could never fit.
         """
 
-    def close(self, slot: Slot) -> None:
+    def close(self, slot: S) -> None:
         """Gives the slot back; once per slot."""
 
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, segments: Sequence[Segment[S]]) -> Tensor:
         """Runs one pass and moves every slot's `length` on.
 
         Returns float32 [segments with `logits`, vocab_size] on the CPU, in their order; valid until the next pass.

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from amq.errors import AmqError
 from amq.runtime.loading import Runtime
-from amq.runtime.sampling import Sampling
 from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
 
 Prompt = str | Sequence[Mapping[str, str]]
 """Text, or a conversation [{"role": "user", "content": …}, …] that the model's chat template makes a text of."""

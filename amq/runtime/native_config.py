@@ -16,6 +16,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.model import shape
+from amq.util.extras import needs
 from amq.util.records import check_range, parse_record
 
 FAMILY = ("llama", "mistral", "qwen2", "qwen3")
@@ -193,8 +194,9 @@ def rotary_frequencies(config: ModelConfig, raw: Mapping[str, Any], source: str)
         return 1.0 / theta**exponents, 1.0
     if kind not in ("linear", "llama3", "yarn"):
         raise Unsupported(f"the native engine has no rotary embedding of kind {kind}")
-    from transformers import AutoConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    with needs("models", f"a rotary embedding of kind {kind}, which {source} asks for,"):
+        from transformers import AutoConfig
+        from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     try:
         known = AutoConfig.for_model(**{key: v for key, v in raw.items() if key != "quantization_config"})

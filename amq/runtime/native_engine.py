@@ -19,7 +19,7 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.formats import get_format
-from amq.kernels import cpu as native
+from amq.kernels import cpu
 from amq.kernels.backends import check_activations
 from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
@@ -87,7 +87,7 @@ class NativeEngine:
         finally:
             self._busy.release()
 
-    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
+    def open(self, prompt: Sequence[int], new_tokens: int) -> PagedSlot | None:
         if not prompt:
             raise AmqError("a sequence must begin with at least one token")
         with self._alone():
@@ -106,12 +106,11 @@ class NativeEngine:
         pages, length = taken
         return PagedSlot(len(pages) * self._pool.page, pages, known[:length])
 
-    def close(self, slot: Slot) -> None:
+    def close(self, slot: PagedSlot) -> None:
         with self._alone():
             self._close_slot(slot)
 
-    def _close_slot(self, slot: Slot) -> None:
-        assert isinstance(slot, PagedSlot)
+    def _close_slot(self, slot: PagedSlot) -> None:
         if not len(slot.pages):
             raise AmqError("this slot is closed already")
         self._pool.give_back(slot.pages.tolist(), slot.tokens)
@@ -121,7 +120,7 @@ class NativeEngine:
     def cached_tokens(self) -> tuple[int, int]:
         return self._pool.used * self._pool.page, self._pool.n_pages * self._pool.page
 
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, segments: Sequence[Segment[PagedSlot]]) -> Tensor:
         wanted, rows = [], 0
         for segment in segments:
             rows += len(segment.tokens)
@@ -149,11 +148,11 @@ class NativeEngine:
                 self._close_slot(slot)
         return logits
 
-    def _run(self, segments: Sequence[Segment], wanted: list[int], logits: Tensor) -> None:
-        described, tokens = [], []
+    def _run(self, segments: Sequence[Segment[PagedSlot]], wanted: list[int], logits: Tensor) -> None:
+        described: list[Any] = []
+        tokens: list[int] = []
         for segment in segments:
             slot = segment.slot
-            assert isinstance(slot, PagedSlot)
             if slot.length + len(segment.tokens) > slot.capacity:
                 raise AmqError(f"the sequence has room for {slot.capacity} positions, not for more")
             tokens.extend(segment.tokens)
@@ -282,7 +281,7 @@ class _Weights:
         if name in self._prepared:  # the head, which an embedding is tied to
             return self._prepared[name]
         packed, size = self.checkpoint.packed(name), self._sizes[name]
-        weight = PreparedWeight.of(packed, "cpu", native.prepare(packed, self._memory[:size]))
+        weight = PreparedWeight.of(packed, "cpu", cpu.prepare(packed, self._memory[:size]))
         self._memory = self._memory[-(-size // ALIGNMENT) * ALIGNMENT :]
         self.keep.append(weight.data)
         self.bytes += weight.data.numel()

@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from amq.errors import AmqError
+from amq.runtime.settings import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,69 +25,6 @@ FIRST_CANDIDATES = 256
 COLUMNS_PER_TOKEN = 4
 BLOCK = 256
 """Weights that are summed up first when one is drawn from all: a running sum of the vocabulary takes long."""
-MAX_LOGPROBS = 20
-"""OpenAI's limit of `top_logprobs`."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen and when a text ends.
-
-    temperature: 0 takes the likeliest token (of equals the lowest id); else logits are divided by it and a token drawn.
-    top_k, top_p: draw from the k likeliest tokens (0: all), and from the likeliest that together have probability p.
-    min_p: draw from tokens at least min_p times as likely as the likeliest.
-    repetition_penalty: logits of tokens in the prompt and the new text are divided by it, negative ones multiplied.
-    presence_penalty, frequency_penalty: taken from a new token's logit once, and as often as it occurred.
-    seed: of the draws; None draws differently every time.
-    max_new_tokens: the model's context ends a text too.
-    stop: texts that end the generation where they appear; they are not part of the output.
-    logprobs: None, or of how many of the likeliest tokens log probabilities are wanted beside the chosen one's.
-    ignore_end: go on after an end token, for benchmarks.
-    Raises AmqError for a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    seed: int | None = None
-    max_new_tokens: int = 256
-    stop: tuple[str, ...] = ()
-    logprobs: int | None = None
-    ignore_end: bool = False
-
-    def __post_init__(self) -> None:
-        real, whole = (int, float, np.floating, np.integer), (int, np.integer)
-        ranges: tuple[tuple[str, tuple[type, ...], Any, str], ...] = (
-            ("temperature", real, lambda x: x >= 0, "0 or more"),
-            ("top_k", whole, lambda x: x >= 0, "0 (off) or more"),
-            ("top_p", real, lambda x: 0 < x <= 1, "above 0 and at most 1"),
-            ("min_p", real, lambda x: 0 <= x <= 1, "from 0 to 1"),
-            ("repetition_penalty", real, lambda x: 0.01 <= x <= 100, "from 0.01 to 100"),
-            ("presence_penalty", real, lambda x: -2 <= x <= 2, "from -2 to 2"),
-            ("frequency_penalty", real, lambda x: -2 <= x <= 2, "from -2 to 2"),
-            ("max_new_tokens", whole, lambda x: x >= 1, "at least 1"),
-        )
-        for name, types, fits, expected in ranges:
-            value = getattr(self, name)
-            if not _is_number(value, types) or not fits(value):
-                kind = "a whole number, " if types is whole else ""
-                raise AmqError(f"{name} must be {kind}{expected}, got {value!r}")
-        if self.seed is not None and not _is_number(self.seed, whole):
-            raise AmqError(f"seed must be a whole number or None, got {self.seed!r}")
-        if self.logprobs is not None and not (_is_number(self.logprobs, whole) and 0 <= self.logprobs <= MAX_LOGPROBS):
-            raise AmqError(f"logprobs must be None or a whole number from 0 to {MAX_LOGPROBS}, got {self.logprobs!r}")
-        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
-            raise AmqError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
-
-
-def _is_number(value: Any, types: tuple[type, ...]) -> bool:
-    if not isinstance(value, types) or isinstance(value, bool):
-        return False
-    return isinstance(value, int) or math.isfinite(value)  # isfinite(10**400) overflows
 
 
 @dataclass(frozen=True)

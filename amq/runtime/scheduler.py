@@ -19,7 +19,8 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.runtime.engine import Engine, Segment, Slot
-from amq.runtime.sampling import Choice, Sampler, Sampling
+from amq.runtime.sampling import Choice, Sampler
+from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import TextStream, Tokenizer
 
 OLDEST_SHARE = 4

@@ -63,7 +63,7 @@ class Tokenizer:
         _add_tokens(inner, config, names)
         end_ids = _end_ids(folder)
         if not end_ids and names.get("eos_token"):  # it is known by now: `_add_tokens` added what was not
-            end_ids = [inner.token_to_id(names["eos_token"])]
+            end_ids = [_known_id(inner, names["eos_token"])]
         return cls(inner, end_ids, _template(folder, config), names)
 
     @classmethod
@@ -174,8 +174,9 @@ class _Decoding:
 
     def to_bytes(self, token: str) -> bytes:
         if self._alphabet is not None:
-            codes = [self._alphabet.get(character) for character in token]
-            return token.encode() if None in codes else bytes(codes)  # an added token is its own text
+            if any(character not in self._alphabet for character in token):
+                return token.encode()  # an added token is its own text
+            return bytes(self._alphabet[character] for character in token)
         if match := BYTE_TOKEN.fullmatch(token):
             return bytes([int(match[1], 16)])
         for old, new in self.replaced:
@@ -257,6 +258,13 @@ def _byte_alphabet() -> dict[str, int]:
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(0x100) if byte not in set(printable)]
     return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+
+
+def _known_id(inner: Any, token: str) -> int:
+    number = inner.token_to_id(token)
+    if number is None:
+        raise AmqError(f"the tokenizer does not know its own end token {token!r}: tokenizer.json is damaged")
+    return int(number)
 
 
 def _add_tokens(inner: Any, config: TokenizerConfig, names: Mapping[str, str]) -> None:

@@ -10,7 +10,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from amq.kernels.modules import QuantizedLinear, StoredLinear
 from amq.runtime.engine import Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
 from amq.runtime.trial import REFUSALS, try_cache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MAX_ROWS = 512
 CONTEXT = 4096
@@ -51,6 +54,7 @@ class _Growing:
         self._cache = DynamicCache(config=self._config)
 
     def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
+        """The logits [vocabulary] after the last token; None while it waits for more, which `logits` rules out."""
         return self._forward(torch.tensor([tokens], device=self._device), self._cache)
 
 
@@ -63,7 +67,7 @@ class _Recurrent(_Growing):
 
     def reset(self) -> None:
         super().reset()
-        self._started, self._waiting = False, []
+        self._started, self._waiting = False, list[int]()
 
     def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
         self._waiting += tokens
@@ -140,7 +144,7 @@ class TorchEngine:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         context: int | None = None,
         max_sequences: int = 1,
         max_rows: int = MAX_ROWS,
@@ -164,13 +168,13 @@ class TorchEngine:
         self.weight_bytes = weight_bytes(model)
         self._free: list[_Captured] | None = None
         how = "" if capture is None else self._capture(capture)
-        self._open: set[Slot] = set()
+        self._open: set[_TorchSlot] = set()
         self.banner = f"transformers on {self._device}, {str(model.dtype).removeprefix('torch.')}, {_linears(model)}"
         beyond = self._tables.dynamic is not None and self.context > self._tables.dynamic
         slow = f", whole texts anew beyond {self._tables.dynamic} (dynamic rotary tables)" if beyond else ""
         self.banner += f"{how}; context {self.context}{slow}{f' ({why})' if why else ''}"
 
-    def open(self, prompt: Sequence[int], new_tokens: int) -> Slot | None:
+    def open(self, prompt: Sequence[int], new_tokens: int) -> _TorchSlot | None:
         """See `Engine`. Nothing of earlier sequences is kept: `length` is 0."""
         capacity = len(prompt) + new_tokens
         if capacity > self.context:
@@ -179,6 +183,7 @@ class TorchEngine:
             )
         if len(self._open) == self.max_sequences:
             return None
+        place: _Growing | _Captured
         if self._free is None:
             recurrent = self._use.recurrent or self._config.model_type in STATE_IN_MODULES
             place = (_Recurrent if recurrent else _Growing)(self._forward, self._config, self._device)
@@ -189,21 +194,21 @@ class TorchEngine:
         self._open.add(slot)
         return slot
 
-    def close(self, slot: Slot) -> None:
+    def close(self, slot: _TorchSlot) -> None:
         """See `Engine`."""
         self._open.remove(slot)
-        if self._free is not None:
+        if self._free is not None and isinstance(slot.place, _Captured):
             self._free.append(slot.place)
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
+    def forward(self, segments: Sequence[Segment[_TorchSlot]]) -> Tensor:
         """See `Engine`."""
         self._check(segments)
         rows = []
         for segment in segments:
             logits = segment.slot.sequence.run(list(segment.tokens), segment.logits)
             segment.slot.length += len(segment.tokens)
-            if segment.logits:
+            if segment.logits and logits is not None:
                 rows.append(logits.float().cpu())  # now: the next replay may write where this one's logits are
         return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
 
@@ -219,7 +224,7 @@ class TorchEngine:
     def _run_short_text(self) -> None:
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._device), use_cache=False)
 
-    def _check(self, segments: Sequence[Segment]) -> None:
+    def _check(self, segments: Sequence[Segment[_TorchSlot]]) -> None:
         rows = sum(len(segment.tokens) for segment in segments)
         if rows > self.max_rows:
             raise AmqError(f"a pass has {rows} tokens, expected at most {self.max_rows}")
@@ -271,7 +276,8 @@ def _cuda_graph(device: torch.device) -> Capture:
     A step that cannot be captured raises what stood in the way, and leaves the current stream, the allocator and the
     device's random numbers as they were: `torch.cuda.graph` would go on on its own stream.
     """
-    pool, graphs = torch.cuda.graph_pool_handle(), []
+    pool = torch.cuda.graph_pool_handle()
+    graphs: list[torch.cuda.CUDAGraph] = []
 
     def capture(step: Step) -> Step:
         with torch.cuda.device(device):
@@ -330,10 +336,11 @@ def _empty_cache(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: PreTrainedModel) -> int:
     """See `TorchEngine`."""
     head = model.get_output_embeddings()
-    seen, total = set(), 0
+    seen: set[int] = set()
+    total = 0
     for module in model.modules():
         if isinstance(module, StoredLinear):
             total += module.packed.nbytes if module.packed is not None else 0

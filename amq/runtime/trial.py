@@ -7,14 +7,17 @@ run, and what counts is what the cache holds afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.errors import AmqError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 REFUSALS = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, AssertionError)
 """What a model raises for an argument that it does not take, or for a cache that it cannot use."""
@@ -36,7 +39,7 @@ class CacheUse:
 
 
 @torch.inference_mode()
-def try_cache(model: nn.Module, arguments: Sequence[str]) -> CacheUse:
+def try_cache(model: PreTrainedModel, arguments: Sequence[str]) -> CacheUse:
     """Runs two tokens through `model`, one after another, with its cache under each name until one is right.
 
     Raises AmqError where none of them makes it fill a cache.
@@ -58,7 +61,7 @@ def try_cache(model: nn.Module, arguments: Sequence[str]) -> CacheUse:
     raise AmqError(f"{type(model).__name__} takes no KV cache that amq knows ({'; '.join(refused)})")
 
 
-def _try(model: nn.Module, argument: str, options: dict[str, Any]) -> CacheUse | None:
+def _try(model: PreTrainedModel, argument: str, options: dict[str, Any]) -> CacheUse | None:
     """None where the cache stays empty."""
     from transformers import DynamicCache
 
@@ -80,6 +83,7 @@ def _states(value: Any, path: str = "", seen: frozenset[int] = frozenset()) -> I
         if value.ndim > 1 and value.numel():
             yield path, value
         return
+    items: Iterable[tuple[Any, Any]]
     if isinstance(value, dict):
         items = value.items()
     elif isinstance(value, (list, tuple)):

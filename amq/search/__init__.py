@@ -30,9 +30,13 @@ def search(
     """
     from amq.search.settings import SearchSettings
 
-    made = SearchSettings.make(preset, model=model, output=str(output), **settings)  # refused before torch is imported
-    from amq.report.write import write_report
+    made = SearchSettings.preset(preset, model=str(model), output=str(output), **settings)  # before torch is imported
+    from amq.report import write_report
     from amq.search.run import run_search
+    from amq.util.extras import needs
+
+    with needs("report", "amq search"):  # before hours of work, not after
+        import amq.report.page  # noqa: F401
 
     result = run_search(made, resume, progress)
     write_report(result.output)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.search.settings import SearchSettings
-from amq.util.settings import add_flags, run_command
+from amq.search.settings import SearchCommand, SearchSettings, SelectSettings
+from amq.util.settings import parse_command, run_command
+
+if TYPE_CHECKING:
+    from amq.configuration import Configuration
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -21,19 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _search(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m amq.search",
-        description="Finds which linear of a causal LM should hold which format, within a budget. "
-        "`select RUN --target-bits B` chooses again from a finished run.",
-    )
-    parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
-    parser.add_argument(
-        "--output", required=True, metavar="RUN", help="run folder; refused if not empty, unless --resume"
-    )
-    parser.add_argument("--preset", choices=["paper"], help="the paper's setting; single flags still override it")
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in --output")
-    add_flags(parser, SearchSettings)
-    given = vars(parser.parse_args(argv))
+    given = parse_command(argv, SearchSettings, SearchCommand)
 
     from amq.search import search
     from amq.util.progress import terminal_progress
@@ -48,38 +38,29 @@ def _search(argv: Sequence[str]) -> int:
 def summary(configuration: Configuration) -> str:
     """The chosen configuration in a few lines, memory itemised."""
     details = configuration.details
-    if details["loss"] is not None:
-        loss = f"loss {details['loss']:.5f} nats/token"
+    if details.loss is not None:
+        loss = f"loss {details.loss:.5f} nats/token"
     else:
-        loss = f"predicted loss {details['predicted_loss']:.5f} nats/token (not evaluated)"
-    if details["loss_confirm"] is not None:
-        loss += f" ({details['loss_confirm']:.5f} on held-out windows)"
-    lines = [f"chosen: {details['bits_per_weight']:.4f} bits per weight, {loss}"]
-    for item in details["memory"]["items"]:
-        if item["bytes"] or item["note"]:
-            lines.append(
-                f"  {item['bytes'] / 2**20:10.2f} MiB  {item['name']}" + (f" ({item['note']})" if item["note"] else "")
-            )
-    lines.append(f"  {details['memory']['total'] / 2**20:10.2f} MiB  total")
+        loss = f"predicted loss {details.predicted_loss:.5f} nats/token (not evaluated)"
+    if details.loss_confirm is not None:
+        loss += f" ({details.loss_confirm:.5f} on held-out windows)"
+    lines = [f"chosen: {details.bits_per_weight:.4f} bits per weight, {loss}"]
+    if details.memory is None:
+        return lines[0]
+    for item in details.memory.items:
+        if item.bytes or item.note:
+            lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))
+    lines.append(f"  {details.memory.total / 2**20:10.2f} MiB  total")
     return "\n".join(lines)
 
 
 def _select(argv: Sequence[str]) -> int:
-    from amq.search.select import select_from_run
+    settings = SelectSettings(**parse_command(argv, SelectSettings))
+    from amq.search.select import select
 
-    parser = argparse.ArgumentParser(
-        prog="python -m amq.search select", description="Chooses again from a finished run."
-    )
-    parser.add_argument("run", type=Path, help="run folder of an earlier search")
-    parser.add_argument("--target-bits", type=float, metavar="B")
-    parser.add_argument("--memory", metavar="SIZE")
-    parser.add_argument("--context", type=int, default=0, metavar="N")
-    parser.add_argument("--max-loss", type=float, metavar="L")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="default: RUN/configuration-<budget>.json")
-    args = parser.parse_args(argv)
-    configuration = select_from_run(args.run, args.target_bits, args.memory, args.context, args.max_loss)
-    name = next(str(b) for b in (args.target_bits, args.memory, args.max_loss) if b is not None)
-    path = args.output or args.run / f"configuration-{name}.json"
+    run, (budget,) = Path(settings.run), settings.budgets.values()
+    configuration = select(settings)
+    path = Path(settings.output) if settings.output else run / f"configuration-{budget}.json"
     if path.exists() and path.name == "configuration.json":
         raise AmqError(f"{path} exists: give another --output")
     configuration.save(path)

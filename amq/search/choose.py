@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from amq.configuration import Configuration, memory_items, memory_json
+from amq.configuration import Configuration, Details, Memory, memory_items
 from amq.errors import AmqError
 from amq.model.inventory import Inventory
 from amq.model.shape import LayerCache
@@ -16,6 +17,7 @@ from amq.search.archive import Record
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Table
+from amq.search.records import RunFile
 from amq.search.space import SearchSpace
 
 
@@ -71,70 +73,73 @@ class Chosen:
 
 
 def choose(
-    budget: Budget, space: SearchSpace, records: list[Record], table: Table | None = None, fit: LossFit | None = None
+    budget: Budget,
+    space: SearchSpace,
+    records: Sequence[Record],
+    table: Table | None = None,
+    fit: LossFit | None = None,
 ) -> Chosen:
     """The best configuration within the budget.
 
     records: the archive. Candidates are every feasible record and, with a cost table, the knapsack optimum at the
     budget; they compare by measured loss, or by predicted loss where none was measured.
     """
-    search = {_key(r): r for r in records if r["windows"] == "search" and r["loss"] is not None}
-    confirm = {_key(r): r["loss"] for r in records if r["windows"] == "confirm" and r["loss"] is not None}
+    search = {_key(r): r for r in records if r.windows == "search" and r.loss is not None}
+    confirm = {_key(r): r.loss for r in records if r.windows == "confirm" and r.loss is not None}
     if not search:
         raise AmqError("the run holds no feasible evaluation: nothing to choose from")
     if budget.max_loss is not None:
         return _within_loss(budget.max_loss, search, confirm)
     bits = check_bits(budget.bits if budget.bits is not None else space.bits_range[1], space)
-    candidates = [_from_record(r, confirm) for r in search.values() if r["bits_per_weight"] <= bits + 1e-6]
+    candidates = [_from_record(r, confirm) for r in search.values() if r.bits_per_weight <= bits + 1e-6]
     if table is not None and fit is not None:
         formats = space.decode(select(space.variable_costs(table), space.sizes, space.capacity(bits)))
-        if not any(
-            r["configuration"] == formats for r in records
-        ):  # an infeasible one must not come back as a prediction
+        if not any(r.configuration == formats for r in records):  # an infeasible one must not come back as a prediction
             predicted = float(fit.predict(np.array(table_cost(table, formats))))
             candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
     if not candidates:
         raise AmqError(f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget")
-    return min(candidates, key=lambda c: c.loss if c.loss is not None else c.predicted)
+    return min(candidates, key=_expected_loss)
+
+
+def _expected_loss(candidate: Chosen) -> float:
+    """Measured where it was, else predicted: every candidate has one of the two."""
+    known = candidate.loss if candidate.loss is not None else candidate.predicted
+    return math.inf if known is None else known
 
 
 def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, float]) -> Chosen:
-    good = [r for r in search.values() if r["loss"] <= max_loss]
+    good = [r for r in search.values() if r.ranked <= max_loss]
     if not good:
-        best = min(search.values(), key=lambda r: r["loss"])
+        best = min(search.values(), key=lambda r: r.ranked)
         raise AmqError(
-            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best['loss']:.5f} at "
-            f"{best['bits_per_weight']:.3f} bits per weight: raise --max-loss or add a wider format to --formats"
+            f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best.ranked:.5f} at "
+            f"{best.bits_per_weight:.3f} bits per weight: raise --max-loss or add a wider format to --formats"
         )
-    return _from_record(min(good, key=lambda r: (r["bits_per_weight"], r["loss"])), confirm)
+    return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.ranked)), confirm)
 
 
 def _from_record(record: Record, confirm: dict[Any, float]) -> Chosen:
-    return Chosen(record["configuration"], record["bits_per_weight"], record["loss"], confirm.get(_key(record)), None)
+    return Chosen(record.configuration, record.bits_per_weight, record.loss, confirm.get(_key(record)), None)
 
 
 def _key(record: Record) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(record["configuration"].items()))
+    return tuple(sorted(record.configuration.items()))
 
 
-def to_configuration(
-    chosen: Chosen,
-    model: str,
-    group_size: int,
-    inventory: Inventory,
-    caches: Sequence[LayerCache],
-    context: int,
-    provenance: dict[str, Any],
-) -> Configuration:
-    """The configuration file's content."""
+def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuration:
+    """What was chosen, with its figures; context: tokens of the KV cache in its memory."""
+    model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
+    caches = run.kv_cache.caches() if context else ()
     bare = Configuration(chosen.formats, group_size)
-    return Configuration(chosen.formats, group_size, {
-        "model": model,
-        "bits_per_weight": round(chosen.bits_per_weight, 6),
-        "bytes": bare.bytes(inventory.linears),
-        "loss": chosen.loss,
-        "loss_confirm": chosen.loss_confirm,
-        "predicted_loss": chosen.predicted,
-        "memory": memory_json(memory_items(inventory, bare, caches, context)),
-        "provenance": provenance,
-    })  # fmt: skip
+    details = Details(
+        model=model,
+        bits_per_weight=round(chosen.bits_per_weight, 6),
+        bytes=bare.bytes(inventory.linears),
+        loss=chosen.loss,
+        loss_confirm=chosen.loss_confirm,
+        predicted_loss=chosen.predicted,
+        memory=Memory.of(memory_items(inventory, bare, caches, context)),
+        provenance=run.provenance,
+    )
+    return Configuration(chosen.formats, group_size, details)

@@ -6,14 +6,14 @@ T = −ln(1 − loss/ln 2) it is a line in log–log: ln T = ln a + p · ln s.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from amq.formats import quantized_formats
 from amq.model.losses import LN2
+from amq.search.archive import Record
 
 
 def saturation(loss: np.ndarray) -> np.ndarray:
@@ -35,9 +35,6 @@ class LossFit:
     def predict(self, cost: np.ndarray | float) -> np.ndarray:
         """Loss at summed cost ≥ 0."""
         return LN2 * -np.expm1(-self.a * np.maximum(cost, 0.0) ** self.p)
-
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def fit_loss(cost: np.ndarray, loss: np.ndarray) -> LossFit | None:
@@ -66,9 +63,7 @@ def table_cost(table: Mapping[str, Mapping[str, float]], formats: Mapping[str, s
     return sum(table[name][fmt] for name, fmt in quantized_formats(formats).items())
 
 
-def fit_records(records: list[dict[str, Any]], table: Mapping[str, Mapping[str, float]]) -> LossFit | None:
+def fit_records(records: Sequence[Record], table: Mapping[str, Mapping[str, float]]) -> LossFit | None:
     """The fit over feasible archive records on the search windows."""
-    used = [r for r in records if r["windows"] == "search" and r["loss"] is not None]
-    return fit_loss(
-        np.array([table_cost(table, r["configuration"]) for r in used]), np.array([r["loss"] for r in used])
-    )
+    used = [r for r in records if r.windows == "search" and r.loss is not None]
+    return fit_loss(np.array([table_cost(table, r.configuration) for r in used]), np.array([r.loss for r in used]))

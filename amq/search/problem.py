@@ -15,6 +15,7 @@ import numpy as np
 from amq.errors import AmqError
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices
+from amq.search.records import SurrogateScores
 from amq.search.space import SearchSpace
 from amq.util.progress import Progress, Step
 
@@ -23,7 +24,13 @@ Table = dict[str, dict[str, float]]
 
 
 class Losses(Protocol):
-    """configuration → loss in nats per token, on a named set of windows."""
+    """configuration → loss in nats per token, on a named set of windows.
+
+    seconds, seconds_in_model: spent on losses so far, and the part of it in the model's own forward.
+    """
+
+    seconds: float
+    seconds_in_model: float
 
     def evaluate(self, formats: Formats, windows: str = "search") -> float: ...
 
@@ -51,7 +58,7 @@ class Problem:
     progress: Progress = field(default_factory=Progress)
     deadline: float | None = None
     step: Step | None = None
-    surrogate_log: list[dict[str, float | int | str | None]] = field(default_factory=list)
+    surrogate_log: list[SurrogateScores] = field(default_factory=list)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator for one purpose, independent of how much others have drawn."""
@@ -62,14 +69,14 @@ class Problem:
             raise AmqError(f"unknown cost {kind!r}: expected one of {', '.join(self.cost_tables)}")
         return self.cost_tables[kind]()
 
-    def evaluate(self, formats: Formats, phase: str, windows: str = "search", **extra: int) -> Record:
+    def evaluate(self, formats: Formats, phase: str, windows: str = "search", iteration: int | None = None) -> Record:
         """The record of a configuration: from the archive if it is there, else evaluated and appended."""
         record = self.archive.find(formats, windows)
         if record is None:
             self.check_time()
             start = time.perf_counter()
             loss = self.losses.evaluate(formats, windows)
-            record = self._append(formats, loss, time.perf_counter() - start, phase, windows, **extra)
+            record = self._append(formats, loss, time.perf_counter() - start, phase, windows, iteration)
         if self.step:
             self.step(self.status())
         return record
@@ -96,10 +103,20 @@ class Problem:
                 start = time.perf_counter()
         return records
 
-    def _append(self, formats: Formats, loss: float, seconds: float, phase: str, windows: str, **extra: int) -> Record:
+    def _append(
+        self, formats: Formats, loss: float, seconds: float, phase: str, windows: str, iteration: int | None = None
+    ) -> Record:
         bits = self.space.bits_of(formats)
         return self.archive.append(
-            formats, loss, bits, seconds, solver=self.solver, phase=phase, windows=windows, seed=self.seed, **extra
+            formats,
+            loss,
+            bits,
+            seconds,
+            solver=self.solver,
+            phase=phase,
+            windows=windows,
+            seed=self.seed,
+            iteration=iteration,
         )
 
     def check_time(self) -> None:
@@ -109,12 +126,12 @@ class Problem:
 
     def points(self) -> np.ndarray:
         """(bits per weight, loss) of everything feasible so far, float64 [n, 2]."""
-        return np.array([(r["bits_per_weight"], r["loss"]) for r in self.archive.evaluated()]).reshape(-1, 2)
+        return np.array([(r.bits_per_weight, r.loss) for r in self.archive.evaluated()]).reshape(-1, 2)
 
     def best_at(self, budget: float | None) -> Record | None:
         """The feasible record of least loss within `budget` bits per weight (of all, without a budget)."""
-        fits = [r for r in self.archive.evaluated() if budget is None or r["bits_per_weight"] <= budget + 1e-6]
-        return min(fits, key=lambda r: (r["loss"], r["bits_per_weight"]), default=None)
+        fits = [r for r in self.archive.evaluated() if budget is None or r.bits_per_weight <= budget + 1e-6]
+        return min(fits, key=lambda r: (r.loss, r.bits_per_weight), default=None)
 
     def hypervolume(self) -> float:
         points = self.points()
@@ -124,5 +141,5 @@ class Problem:
         best = self.best_at(self.budget)
         text = f"hypervolume {self.hypervolume():.4f}"
         if self.budget is not None and best:
-            text += f", best loss {best['loss']:.4f} at ≤ {self.budget:.2f} bits"
+            text += f", best loss {best.loss:.4f} at ≤ {self.budget:.2f} bits"
         return text

@@ -1,107 +1,268 @@
-"""What a run folder's JSON files say: run.json, front.json and a configuration's provenance (docs/format.md)."""
+"""run.json, cost.json and surrogate.json as typed records; docs/format.md says what they mean.
+
+A record is built by the search, written as it stands, and read back as the same record by whoever goes on from the run:
+`--resume`, `select`, `amq.eval`, the report. Fields that runs of schema 1 lack have a default.
+"""
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
-
-import numpy as np
+from itertools import groupby
+from pathlib import Path
+from typing import Any, ClassVar
 
 import amq
-from amq.model.inventory import Inventory
-from amq.model.shape import ModelShape
-from amq.search.front import hypervolume
-from amq.search.knapsack import select
-from amq.search.loss_curve import LossFit, table_cost
-from amq.search.problem import Problem, Table
-from amq.search.run_folder import KvEntry
+from amq.configuration import Provenance
+from amq.errors import AmqError
+from amq.formats import KEPT
+from amq.model.inventory import Inventory, LinearSpec, OtherWeight
+from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
+from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
+from amq.util.records import JsonFile, check_range, shorten
 
-CURVE_POINTS = 120
+KIND_NAMES = {"small": "norm_or_bias"}
+"""Kinds of other weights that runs before 2026-11-29 have under another name."""
+MOST_LAYERS = 1 << 16
+"""Lists of this length are made from a number of layers; no model comes near."""
 PACKAGES = ("torch", "transformers", "numpy", "scipy", "hqq", "pymoo", "scikit-learn")
-BANK_SETTINGS = ("proxy", "calibration", "window_length", "bank_windows", "seed")
-"""Settings that name a bank of a model, besides the group size: `amq.eval` opens the same one from them."""
+AGAIN = "run the search again"
 
 
-def provenance(settings: Mapping[str, Any], fingerprint: str, window_prefix: Sequence[str]) -> dict[str, Any]:
-    """Where a configuration came from, and what names its bank; window_prefix: tokens that its windows begin with."""
-    names = (*BANK_SETTINGS, "solver", "cost", "formats", "loss")
-    return {
-        **{n: settings[n] for n in names}, "window_prefix": list(window_prefix), "model_fingerprint": fingerprint,
-        "amq": amq.__version__,
-    }  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """The searched model: what identifies its weights, its weights' number, and how many decoder blocks it has."""
+
+    name: str
+    fingerprint: str
+    parameters: int
+    blocks: int
+    architecture: str = ""
+
+    def __post_init__(self) -> None:
+        check_range(self, "blocks", most=MOST_LAYERS)
+        check_range(self, "parameters", most=1 << 48)
 
 
-def front_json(
-    problem: Problem, front: list[dict[str, Any]], table: Table | None, fit: LossFit | None
-) -> dict[str, Any]:
-    """The content of front.json."""
-    space, archive = problem.space, problem.archive
+@dataclass(frozen=True, kw_only=True)
+class TextEntry:
+    """The calibration text; windows: a hash of all windows that the run measures on; window_prefix: the tokens that
+    each of them begins with."""
 
-    def confirmed(formats: dict[str, str]) -> float | None:
-        record = archive.find(formats, "confirm")
-        return record["loss"] if record else None
-
-    def predicted(formats: dict[str, str]) -> float | None:
-        return float(fit.predict(table_cost(table, formats))) if fit else None
-
-    uniform = []
-    for fmt in space.formats:
-        record = archive.find(space.uniform(fmt))
-        if record:
-            uniform.append({
-                "name": fmt.name, "bits_per_weight": record["bits_per_weight"], "loss": record["loss"],
-                "loss_confirm": confirmed(space.uniform(fmt)),
-            })  # fmt: skip
-    points = [
-        {
-            "bits_per_weight": r["bits_per_weight"], "loss": r["loss"], "loss_confirm": confirmed(r["configuration"]),
-            "predicted": predicted(r["configuration"]), "archive_index": r["index"],
-            "configuration": r["configuration"],
-        }
-        for r in front
-    ]  # fmt: skip
-    pairs = np.array([(p["bits_per_weight"], p["loss"]) for p in points]).reshape(-1, 2)
-    return {
-        "schema": "amq/front/1", "bits_range": list(space.bits_range),
-        "hypervolume": hypervolume(pairs, space.bits_range),
-        "uniform": uniform, "front": points, "curve": _curve(space, table, fit), "fit": fit.json() if fit else None,
-    }  # fmt: skip
+    name: str = ""
+    sha256: str
+    tokens: int | None = None
+    windows: str = ""
+    window_prefix: tuple[str, ...] = ()
 
 
-def _curve(space: SearchSpace, table: Table | None, fit: LossFit | None) -> list[dict[str, float]] | None:
-    """Predicted loss of the knapsack optimum at evenly spaced budgets."""
-    if table is None or fit is None:
-        return None
-    costs = space.variable_costs(table)
-    curve = []
-    for bits in np.linspace(*space.bits_range, CURVE_POINTS):
-        formats = space.decode(select(costs, space.sizes, space.capacity(float(bits) + 1e-9)))
-        curve.append(
-            {"bits_per_weight": space.bits_of(formats), "loss": float(fit.predict(table_cost(table, formats)))}
+@dataclass(frozen=True)
+class MachineEntry:
+    cpu: str = ""
+    system: str = ""
+    threads: int | None = None
+    device: str = ""
+
+
+@dataclass(frozen=True)
+class LinearEntry(LinearSpec):
+    """A `LinearSpec` whose numbers were looked at."""
+
+    def __post_init__(self) -> None:
+        check_range(self, "block", least=0, most=MOST_LAYERS)
+        check_range(self, "out_features", "in_features")
+
+
+@dataclass(frozen=True)
+class OtherEntry:
+    """An `OtherWeight` without its shape."""
+
+    name: str
+    kind: str
+    numel: int
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        check_range(self, "numel", least=0, most=1 << 48)
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """What each of `layers` layers in a row keeps of a sequence, in bytes: see `amq.model.shape.LayerCache`."""
+
+    layers: int
+    per_token: int
+    constant: int = 0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "layers", most=MOST_LAYERS)
+        check_range(self, "per_token", "constant", least=0)
+        check_range(self, "window")
+
+
+@dataclass(frozen=True)
+class KvEntry:
+    """What the layers of the model keep of a sequence, or why that is not known.
+
+    The other fields are what runs before 2026-11-29 have instead: names and numbers of a Hugging Face config.
+    """
+
+    entries: tuple[CacheEntry, ...] | None = None
+    unknown: str | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_size: int | None = None
+    sliding_window: int | None = None
+    layer_types: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "num_hidden_layers", least=0, most=MOST_LAYERS)
+        check_range(
+            self, "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_size", "sliding_window", least=0
         )
-    return curve
+
+    @staticmethod
+    def of(shape: ModelShape) -> KvEntry:
+        """`unknown` where config.json does not say enough."""
+        try:
+            runs = [(cache, len(list(equal))) for cache, equal in groupby(shape.caches)]
+        except AmqError as error:
+            return KvEntry(unknown=str(error))
+        return KvEntry(tuple(CacheEntry(count, c.per_token, c.constant, c.window) for c, count in runs))
+
+    def caches(self) -> tuple[LayerCache, ...]:
+        """Of all layers; raises AmqError where they are not known."""
+        if self.unknown is not None:
+            raise AmqError(self.unknown)
+        if self.entries is not None:
+            return tuple(LayerCache(e.per_token, e.constant, e.window) for e in self.entries for _ in range(e.layers))
+        kinds = self.layer_types  # nothing is known here of layers of other types: the most that they could hold
+        full = None if kinds is None else [kind if kind == SLIDING else FULL for kind in kinds]
+        return ModelShape.of(replace(self, layer_types=full)).caches
 
 
-def describe_model(inventory: Inventory, shape: ModelShape) -> dict[str, Any]:
-    """The part of run.json that stands in for the model: its linears, its other weights, and its KV cache."""
-    return {
-        "linears": [
-            {
-                "name": s.name,
-                "block": s.block,
-                "role": s.role,
-                "out_features": s.out_features,
-                "in_features": s.in_features,
-            }
-            for s in inventory.linears
-        ],
-        "others": [{"name": o.name, "kind": o.kind, "numel": o.numel, "reason": o.reason} for o in inventory.others],
-        "head_is_tied": inventory.head_is_tied,
-        "kv_cache": KvEntry.of(shape),
-    }
+@dataclass(frozen=True)
+class Evaluations:
+    """How many evaluations of each kind a run has, and what one costs."""
+
+    count: int
+    sensitivities: int
+    confirmations: int = 0
+    seconds_each: float | None = None
+    cost_in_evaluations: float | None = None
+    share_outside_model: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile(JsonFile):
+    """run.json: what was searched, how, and how far it came.
+
+    status: running, stopped (by `--time`) or finished; pinned: {linear: format} by the user and by pruning; timings:
+    {stage: seconds} and `evaluations` are known at the end.
+    """
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/2", "amq/run/1")
+    """Windows of schema 1 began without the tokenizer's BOS: it is chosen from and reported, but not resumed."""
+    REMEDY: ClassVar[str] = AGAIN
+
+    schema: str = SCHEMAS[0]
+    status: str
+    model: ModelEntry
+    settings: SearchSettings
+    calibration: TextEntry
+    versions: dict[str, str]
+    machine: MachineEntry
+    bank: str = ""
+    linears: tuple[LinearEntry, ...]
+    others: tuple[OtherEntry, ...]
+    head_is_tied: bool
+    kv_cache: KvEntry
+    pinned: dict[str, str]
+    timings: dict[str, float] | None = None
+    evaluations: Evaluations | None = None
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.linears]
+        if not names or len(set(names)) != len(names):
+            raise ValueError("expected linears with distinct names")
+
+    @classmethod
+    def parse(cls, data: Any, source: str) -> RunFile:
+        """As for every file; a setting that this version does not know is an error too, not ignored."""
+        settings = data.get("settings") if isinstance(data, dict) else None
+        known = {f.name for f in fields(SearchSettings)}
+        if isinstance(settings, dict) and (unknown := sorted(settings.keys() - known)):
+            raise AmqError(f"{source}: settings has {unknown[0]!r}, unknown to this version: use the one that wrote it")
+        return super().parse(data, source)
+
+    @property
+    def inventory(self) -> Inventory:
+        """The model's parts; only the path of its blocks and the shapes of other weights are unknown."""
+        others = tuple(OtherWeight(o.name, KIND_NAMES.get(o.kind, o.kind), o.numel, (), o.reason) for o in self.others)
+        return Inventory("", self.model.blocks, self.linears, others, self.head_is_tied)
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where a configuration of this run came from, and what names its bank."""
+        of = self.settings
+        return Provenance(
+            proxy=of.proxy, calibration=of.calibration, window_length=of.window_length, bank_windows=of.bank_windows,
+            seed=of.seed, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
+            window_prefix=self.calibration.window_prefix, model_fingerprint=self.model.fingerprint, amq=amq.__version__,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost(JsonFile):
+    """cost.json: {linear: {format: cost}}; passes: backward passes that a Fisher table is the mean of."""
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/cost/1",)
+    REMEDY: ClassVar[str] = AGAIN
+
+    schema: str = SCHEMAS[0]
+    kind: str
+    unit: str = ""
+    passes: int | None = None
+    cost: dict[str, dict[str, float]]
+
+    def __post_init__(self) -> None:
+        check_range(self, "passes")
+        for linear, row in self.cost.items():
+            for fmt, cost in row.items():
+                if not math.isfinite(cost):
+                    raise ValueError(f"expected a finite cost of {linear} in {fmt}, got {cost}")
+
+    def check(self, space: SearchSpace, path: Path) -> None:
+        """Raises AmqError unless each linear of `space` has a cost in each format but 16 bits, which costs nothing."""
+        remedy = "it is damaged or was edited; delete it and run the search with --resume"
+        kept = {name for name, fmt in space.pinned.items() if fmt is KEPT}
+        wanted = {name: sizes.keys() - {KEPT.name} for name, sizes in space.linear_sizes.items() if name not in kept}
+        for name in self.cost.keys() ^ wanted.keys():
+            what = "has a linear {} that the run does not" if name in self.cost else "lacks the linear {}"
+            raise AmqError(f"{path}: the table {what.format(shorten(name))}: {remedy}")
+        for name, formats in wanted.items():
+            for fmt in formats - self.cost[name].keys():
+                raise AmqError(f"{path}: the table lacks {name} in {fmt}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurrogateScores:
+    """A row of surrogate.json: how one iteration's surrogate predicted candidates that it had not seen."""
+
+    iteration: int
+    evaluations: int
+    surrogate: str
+    rmse: float | None
+    spearman: float | None
+    kendall: float | None
+    hypervolume: float
+    best_loss_at_budget: float | None
 
 
 def versions() -> dict[str, str]:

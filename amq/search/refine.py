@@ -28,8 +28,8 @@ def refine(
     space = problem.space
     capacity = space.capacity(budget)
     best = start
-    loss = _loss(problem.evaluate(best, "budget"))
-    confirmed = _loss(problem.evaluate(best, "budget", windows="confirm"))
+    loss = problem.evaluate(best, "budget").ranked
+    confirmed = problem.evaluate(best, "budget", windows="confirm").ranked
     centre = np.zeros(len(costs))
     sigma = SIGMA
     for index in range(evaluations):
@@ -39,16 +39,12 @@ def refine(
         if candidate == best:
             sigma *= GROW
             continue
-        new = _loss(problem.evaluate(candidate, "refine", iteration=index))
+        new = problem.evaluate(candidate, "refine", iteration=index).ranked
         if new < loss:
-            check = _loss(problem.evaluate(candidate, "refine", windows="confirm", iteration=index))
+            check = problem.evaluate(candidate, "refine", windows="confirm", iteration=index).ranked
             if check < confirmed:
                 best, loss, confirmed, centre = candidate, new, check, offset
                 sigma *= GROW
                 continue
         sigma *= SHRINK
     return best
-
-
-def _loss(record: dict) -> float:
-    return float("inf") if record["loss"] is None else record["loss"]

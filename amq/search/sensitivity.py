@@ -8,35 +8,30 @@ loss itself, so it depends on the base loss of the uniform highest configuration
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 import numpy as np
 
 from amq.search.loss_curve import saturation
 from amq.search.problem import Problem, Table
+from amq.util.records import JsonFile
 
 
-@dataclass(frozen=True)
-class Sensitivity:
-    """loss: {linear: loss or infinity}; pinned: linears above threshold × median."""
+@dataclass(frozen=True, kw_only=True)
+class Sensitivity(JsonFile):
+    """sensitivity.json. loss: {linear: loss, None where not finite}; pinned: linears above threshold × median."""
 
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/sensitivity/1",)
+    REMEDY: ClassVar[str] = "run the search again"
+
+    schema: str = SCHEMAS[0]
     lowest: str
     highest: str
-    base_loss: float
-    loss: dict[str, float]
-    median: float
+    base_loss: float | None
+    median: float | None
     threshold: float
     pinned: tuple[str, ...]
-
-    def json(self) -> dict[str, Any]:
-        def finite(value: float) -> float | None:
-            return value if np.isfinite(value) else None
-
-        return {
-            "schema": "amq/sensitivity/1", "lowest": self.lowest, "highest": self.highest,
-            "base_loss": finite(self.base_loss), "median": finite(self.median), "threshold": self.threshold,
-            "pinned": list(self.pinned), "loss": {name: finite(value) for name, value in self.loss.items()},
-        }  # fmt: skip
+    loss: dict[str, float | None]
 
 
 def prune(loss: dict[str, float], threshold: float) -> tuple[float, tuple[str, ...]]:
@@ -50,12 +45,14 @@ def measure(problem: Problem, threshold: float) -> Sensitivity:
     space = problem.space
     lowest, highest = space.format_names[0], space.format_names[-1]
     base = space.decode(np.full(len(space.variables), len(space.formats) - 1))
-    base_loss = _loss(problem.evaluate(base, "uniform"))
+    base_loss = problem.evaluate(base, "uniform").loss
     free = [s.name for s in space.linears if s.name not in space.pinned]
     records = problem.sensitivities(base, [(name, lowest) for name in free])
-    loss = {name: _loss(records[name, lowest]) for name in free}
-    median, pinned = prune(loss, threshold)
-    return Sensitivity(lowest, highest, base_loss, loss, median, threshold, pinned)
+    median, pinned = prune({name: records[name, lowest].ranked for name in free}, threshold)
+    return Sensitivity(
+        lowest=lowest, highest=highest, base_loss=base_loss, median=median if np.isfinite(median) else None,
+        threshold=threshold, pinned=pinned, loss={name: records[name, lowest].loss for name in free},
+    )  # fmt: skip
 
 
 def sensitivity_costs(problem: Problem) -> Table:
@@ -70,20 +67,16 @@ def sensitivity_costs(problem: Problem) -> Table:
     base_record = problem.evaluate(base, "uniform")
     changes = [(s.name, f) for s in space.linears if s.name not in space.pinned for f in space.format_names[:-1]]
     records = problem.sensitivities(base, changes)
-    zero = float(saturation(np.array(_loss(base_record))))
+    zero = float(saturation(np.array(base_record.ranked)))
     table: Table = {
         s.name: dict.fromkeys((*space.format_names, *(f.name for f in space.pinned.values())), 0.0)
         for s in space.quantized
     }
     for (name, fmt), record in records.items():
-        table[name][fmt] = max(0.0, float(saturation(np.array(_loss(record)))) - zero)
+        table[name][fmt] = max(0.0, float(saturation(np.array(record.ranked))) - zero)
     # a constant for the base makes sums comparable with losses: T(base) is spread over quantized linears by size
     numel = sum(spec.numel for spec in space.quantized)
     for spec in space.quantized:
         for fmt in table[spec.name]:
             table[spec.name][fmt] += zero * spec.numel / numel
     return table
-
-
-def _loss(record: dict[str, Any]) -> float:
-    return float("inf") if record["loss"] is None else float(record["loss"])

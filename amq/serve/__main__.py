@@ -2,48 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from amq.errors import AmqError
-from amq.util.settings import add_flags, run_command
+from amq.serve.settings import ServeCommand, ServeSettings
+from amq.util.settings import parse_command, run_command
 
 if TYPE_CHECKING:
     from amq.serve.app import Service
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    try:
-        from amq.serve import Server, ServeSettings, bind, create_app
-        from amq.serve.server import url
-    except ModuleNotFoundError as error:
-        raise AmqError(f"the server needs {error.name}: pip install 'amq[serve]'") from None
-    from amq.runtime import load
-
-    parser = argparse.ArgumentParser(prog="python -m amq.serve", description="Serves a model with OpenAI's API.")
-    parser.add_argument("model", metavar="MODEL", help="a folder that amq.quantize wrote; or hub id, folder, smollm2")
-    add_flags(parser, ServeSettings)
-    given = vars(parser.parse_args(argv))
+    given = parse_command(argv, ServeSettings, ServeCommand)
     model = given.pop("model")
     if "api_key" not in given and (key := os.environ.get("AMQ_API_KEY")):
         given["api_key"] = [key]
     settings = ServeSettings(**given)
+    from amq.runtime import load
+    from amq.serve import Server, bind, create_app  # says which extra is missing, if it is
+    from amq.serve.server import url
+
     listener = bind(settings)
-    runtime = load(
-        model,
-        settings.device,
-        settings.backend,
-        settings.activations,
-        settings.dtype,
-        context=settings.context,
-        max_sequences=settings.max_sequences,
-        threads=settings.threads,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    runtime = load(model, **settings.loading)
     app = create_app(runtime, settings)
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection has to look at it again

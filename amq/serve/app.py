@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -226,15 +227,16 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     @app.post("/v1/completions", response_model=None)
     async def completions(request: Request) -> Response:
         body = await service.read(request, CompletionRequest)
-        if isinstance(body.prompt, str):
-            tokens = await service.encode("prompt", len(body.prompt), lambda: tokenizer.encode(body.prompt))
-        elif all(0 <= token < vocabulary for token in body.prompt):
-            tokens = await service.encode("prompt", 0, lambda: body.prompt)
+        prompt = body.prompt
+        if isinstance(prompt, str):
+            tokens = await service.encode("prompt", len(prompt), partial(tokenizer.encode, prompt))
+        elif all(0 <= token < vocabulary for token in prompt):
+            tokens = await service.encode("prompt", 0, lambda: prompt)
         else:
             raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
         echo = ""
         if body.echo:
-            echo = body.prompt if isinstance(body.prompt, str) else tokenizer.decode(tokens)
+            echo = prompt if isinstance(prompt, str) else tokenizer.decode(tokens)
         shape = CompletionShape(service.model, tokenizer, body.logprobs is not None, body.with_usage, echo)
         return service.answer(request, body, tokens, shape)
 
@@ -275,12 +277,14 @@ def _add_information(app: FastAPI, service: Service) -> None:
         return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
 
 
-async def _api_error(request: Request, error: ApiError) -> JSONResponse:
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> JSONResponse:
     """Unknown paths and methods."""
+    assert isinstance(error, HTTPException)
     message = {
         404: f"there is no {request.url.path}",
         405: f"{request.url.path} does not take {request.method}",

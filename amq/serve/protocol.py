@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from starlette.responses import JSONResponse
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampling
+from amq.runtime.settings import Sampling
+from amq.util.settings import limits
 
 IGNORED = frozenset(
     ("user", "metadata", "store", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier")
@@ -38,7 +39,8 @@ NO_CHANGE: dict[str, tuple[Any, ...]] = {
 """Unsupported parameters, each with the values that ask for nothing."""
 
 MAX_STOPS = 4
-MAX_TOP_LOGPROBS = 20
+MAX_TEMPERATURE = 2
+"""OpenAI's; `Sampling` has none."""
 
 
 class ApiError(Exception):
@@ -74,6 +76,12 @@ class _Model(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
+def _sampled(name: str, default: float | None, **more: float) -> Any:
+    """A field with the range that `Sampling` declares of its field `name`."""
+    ranged: dict[str, Any] = {**limits(Sampling, name), **more}
+    return Field(default, **ranged)
+
+
 class StreamOptions(_Model):
     include_usage: bool = False
     include_obfuscation: bool = False  # padding against traffic analysis: accepted, never added
@@ -87,15 +95,15 @@ class GenerationRequest(_Model):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    max_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(1.0, ge=0, le=2)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0, lt=2**31)
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, ge=0.01, le=100)
-    presence_penalty: float = Field(0.0, ge=-2, le=2)
-    frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    max_tokens: int | None = _sampled("max_new_tokens", None)
+    temperature: float = _sampled("temperature", 1.0, le=MAX_TEMPERATURE)
+    top_p: float = _sampled("top_p", 1.0)
+    top_k: int = _sampled("top_k", 0)
+    min_p: float = _sampled("min_p", 0.0)
+    repetition_penalty: float = _sampled("repetition_penalty", 1.0)
+    presence_penalty: float = _sampled("presence_penalty", 0.0)
+    frequency_penalty: float = _sampled("frequency_penalty", 0.0)
+    seed: int | None = _sampled("seed", None)
     stop: list[str] = Field([], max_length=MAX_STOPS)
     ignore_eos: bool = False
 
@@ -165,7 +173,7 @@ class CompletionRequest(GenerationRequest):
 
     prompt: str | list[int]
     echo: bool = False
-    logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    logprobs: int | None = _sampled("logprobs", None)
 
     @field_validator("prompt", mode="before")
     @classmethod
@@ -214,9 +222,9 @@ class ChatRequest(GenerationRequest):
     token_limits: ClassVar[tuple[str, ...]] = ("max_tokens", "max_completion_tokens")
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = _sampled("max_new_tokens", None)
     logprobs: bool = False
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = _sampled("logprobs", None)
 
     @model_validator(mode="after")
     def _top(self) -> ChatRequest:

@@ -32,7 +32,7 @@ class FairQueue(Generic[W]):
         line = self._lines.get(item.client)
         refused = None
         if full:
-            longest = max(self._lines.values(), key=len, default=())
+            longest = max(self._lines.values(), key=len, default=deque())
             if len(longest) <= len(line or ()) + 1:
                 return item
             refused = longest.pop()  # it keeps one at least, so the line stays
@@ -54,7 +54,7 @@ class FairQueue(Generic[W]):
 
     def remove(self, item: W) -> bool:
         """Whether it waited here."""
-        line = self._lines.get(item.client, ())
+        line = self._lines.get(item.client, deque())
         if item not in line:
             return False
         line.remove(item)

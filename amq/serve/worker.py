@@ -13,13 +13,13 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amq.errors import AmqError
-from amq.runtime.sampling import Sampling
 from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
 from amq.serve.metrics import Metrics
 from amq.serve.protocol import ApiError
 from amq.serve.queue import FairQueue
@@ -254,7 +254,7 @@ class EngineThread:
                 self._hand_over(moving)
         except Exception:
             log.critical("the engine's thread ended: the server answers nothing any more", exc_info=True)
-            self._loop.call_soon_threadsafe(self._died)
+            self._on_loop(self._died)
 
     def _arrived(self, job: Job, piece: Piece) -> None:
         """The scheduler's listener."""
@@ -296,7 +296,11 @@ class EngineThread:
         begun = any(job.request.new_tokens == 1 for job, _, _ in self._arrivals)
         if self._arrivals and (ended or begun or not moving or now - self._flushed > FLUSH_SECONDS):
             arrivals, self._arrivals, self._flushed = self._arrivals, [], now
-            self._loop.call_soon_threadsafe(self._deliver, arrivals)
+            self._on_loop(self._deliver, arrivals)
+
+    def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
+        assert self._loop is not None  # `start` set it before it started the thread
+        self._loop.call_soon_threadsafe(function, *arguments)
 
 
 def _draining() -> ApiError:

@@ -16,7 +16,7 @@ from amq.errors import AmqError
 from amq.util.temporary import sync, temporary_folder
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Calls `write(temporary)` and renames the result to `path`: a reader sees the old file or the whole new one.
 
     `temporary` is there already, empty, and has `path`'s name. Raises AmqError naming `path` if it cannot be written.
@@ -80,9 +80,9 @@ def check_place(path: Path, what: str) -> None:
     except OSError as error:
         raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
     finally:
-        for folder in made:
+        for one in made:
             with contextlib.suppress(OSError):  # another process has put something there
-                os.rmdir(folder)
+                os.rmdir(one)
 
 
 def make_missing(folder: Path) -> list[Path]:

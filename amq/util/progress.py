@@ -7,10 +7,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Protocol
 
-Step = Callable[[str], None]
+
+class Step(Protocol):
+    """Marks one step of a stage done."""
+
+    def __call__(self, note: str = "") -> None: ...
+
+
+def _silent(note: str = "") -> None:
+    """The step of a stage that is not shown."""
 
 
 class Progress:
@@ -22,7 +31,7 @@ class Progress:
     @contextmanager
     def stage(self, name: str, total: int) -> Iterator[Step]:
         """A stage of `total` steps; the yielded function marks one step done and shows its note."""
-        yield lambda note="": None
+        yield _silent
 
 
 class LineProgress(Progress):
@@ -73,7 +82,11 @@ class RichProgress(Progress):
         )  # fmt: skip
         with bars.Progress(*columns, console=self._console) as bar:
             task = bar.add_task(name, total=total, note="")
-            yield lambda note="": bar.update(task, advance=1, note=note)
+
+            def step(note: str = "") -> None:
+                bar.update(task, advance=1, note=note)
+
+            yield step
 
 
 def terminal_progress() -> Progress:

@@ -20,7 +20,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -36,9 +35,11 @@ from typing import TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "benchmarks"))  # provenance
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # a few small functions: a pool would take longer to start
 
 import torch  # noqa: E402
+from provenance import provenance  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from amq.errors import AmqError  # noqa: E402
@@ -329,8 +330,6 @@ def sources_digest() -> str:
 
 def machine(device: Device) -> dict:
     """Where and with what this ran."""
-    import triton as triton_package
-
     gpu = {}
     if not device.smoke:
         p = device.properties
@@ -346,17 +345,11 @@ def machine(device: Device) -> dict:
         }
     return {
         **gpu,
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "commit": os.environ.get("AMQ_COMMIT") or output_of("git", "describe", "--always", "--dirty", "--abbrev=12"),
+        **provenance(),
         "sources": sources_digest(),
         "library": str(os.environ.get("AMQ_CUDA_LIBRARY", "amq/_cuda.so")),
         "tuning": tuning_table(device),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton_package.__version__,
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
     }
 
 

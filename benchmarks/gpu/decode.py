@@ -194,7 +194,7 @@ class Model:
         self.linear_bytes += stored_bytes(own)
 
         def multiply(x: Tensor) -> Tensor:
-            self.launches += -(-len(own) // cuda.MAX_SEGMENTS)
+            self.launches += -(-len(own) // cuda.MAX_WEIGHTS)
             return self.device.multiply(self.variant.backend, x, own, None, self.variant.activations)
 
         return multiply

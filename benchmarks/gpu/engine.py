@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/engine.py DIR [--smoke]             writes the section "engine" of DIR/suite.json
 
-The model comes from its config: linears of mixed formats are random from the start (`StoredLinear`, those that share x
-joined, as a checkpoint has them), the rest is random fp16; no dense linear exists, on no device. Two kinds of rows:
+The model comes from its config: linears of mixed formats are random from the start (`StoredLinear`), the rest is random
+fp16; no dense linear exists, on no device. Two kinds of rows:
 
 - `greedy`: a model of few layers reads a prompt in parts of many and of few rows, then steps; its logits are compared
   with those of the same model on backend `reference`, which is fed the same tokens. `tokens_equal` is whether the
@@ -28,7 +28,7 @@ from decode import LLAMA, NARROW, SMOKE, Config
 from torch import Tensor, nn
 
 from amq.formats import get_format
-from amq.kernels.modules import Execution, SharedInput, StoredLinear
+from amq.kernels.modules import Execution, StoredLinear
 from amq.runtime.engine import Segment
 from amq.runtime.torch_engine import TorchEngine
 
@@ -41,7 +41,6 @@ ROUNDINGS = 16
 """Of 16-bit results in a layer, one behind another."""
 TIE = 3 * math.sqrt(2)
 """Two logits, each off by a standard deviation, change places where they are closer than this many, or seldom else."""
-SHARED = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
 
 
 def agrees(layers: int, dtype: torch.dtype) -> float:
@@ -95,7 +94,6 @@ class Models:
     def _quantize(self, model: nn.Module, execution: Execution) -> None:
         """Puts StoredLinears into the blocks, formats in turn."""
         for index, block in enumerate(model.model.layers):
-            linears = {}
             for at, (role, linear) in enumerate([(n, m) for n, m in block.named_modules() if isinstance(m, nn.Linear)]):
                 shape = (linear.out_features, linear.in_features)
                 fmt = get_format(NARROW[(at + index) % len(NARROW)])
@@ -103,9 +101,6 @@ class Models:
                 stored.store(self._weight(fmt.name, *shape))
                 owner, _, attribute = role.rpartition(".")
                 setattr(block.get_submodule(owner), attribute, stored)
-                linears[role] = stored
-            for roles in SHARED:
-                SharedInput([linears[role] for role in roles])
 
     def _weight(self, name: str, n: int, k: int) -> Any:
         if (name, n, k) not in self._packed:

@@ -11,7 +11,6 @@ on a GPU. The gates of tests/test_cuda_compile.py read the same rows.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -22,29 +21,34 @@ from pathlib import Path
 
 import sass
 
-from amq.formats import FORMATS
+from amq.formats import FORMATS, native_header
 from amq.kernels.gpu_layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+from provenance import write_results  # noqa: E402
+
 KERNELS = ROOT / "kernels" / "cuda"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 ELEMENTS = {"HalfElement": "fp16", "Bfloat16Element": "bf16", "Int8Element": "int8"}
+BY_BITS = {fmt.bits: fmt for fmt in FORMATS.values() if fmt.is_dense}
 GROUP_SIZE = 128
 SLAB_FEATURES = 512
 
 PROBE = """
 #include "gemv.cuh"
 namespace amq {{
-template <class Format, class Element, int kRows>  // kRows: for the reader of the compiled code
+template <int kBits, class Element, int kRows>  // kRows: for the reader of the compiled code
 __global__ void AMQ_REGISTERS(kRegisters<{group}>, kMaxWarps * kWarp) probe(LinearArguments arguments) {{
     __shared__ Partials partials;
-    multiply_rows<Format, Element, {group}>(arguments, arguments.segments[0], blockIdx.x, partials);
+    multiply_rows<kBits, Element, {group}>(arguments, arguments.weights[0], blockIdx.x, partials);
 }}
-#define AMQ_PROBE(f) \\
-    template __global__ void probe<f, HalfElement, kBlockRows<f>>(LinearArguments); \\
-    template __global__ void probe<f, Bfloat16Element, kBlockRows<f>>(LinearArguments); \\
-    template __global__ void probe<f, Int8Element, kBlockRows<f>>(LinearArguments);
-AMQ_CUDA_FORMATS(AMQ_PROBE)
+#define AMQ_PROBE(bits) \\
+    template __global__ void probe<bits, HalfElement, kBlockRows<bits>>(LinearArguments); \\
+    template __global__ void probe<bits, Bfloat16Element, kBlockRows<bits>>(LinearArguments); \\
+    template __global__ void probe<bits, Int8Element, kBlockRows<bits>>(LinearArguments);
+{probes}
 }}  // namespace amq
 """
 
@@ -103,12 +107,15 @@ def read_loops(architectures: tuple[int, ...]) -> list[Loop]:
     """Every format and kind of activation, compiled from one PTX for each of `architectures`."""
     with tempfile.TemporaryDirectory() as folder:
         source, ptx = Path(folder, "probe.cu"), Path(folder, "probe.ptx")
-        source.write_text(PROBE.format(group=GROUP_SIZE))
+        probes = "\n".join(f"AMQ_PROBE({bits})" for bits in BY_BITS)
+        source.write_text(PROBE.format(group=GROUP_SIZE, probes=probes))
+        Path(folder, "amq_formats.h").write_text(native_header())
         compile_ptx = [
             "nvcc",
             "-O3",
             "-std=c++17",
             f"-I{KERNELS}",
+            f"-I{folder}",
             "-arch=compute_80",
             "-ptx",
             str(source),
@@ -130,18 +137,18 @@ def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
     loops = []
     for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
         name = section.split(",")[0].strip()
-        match = re.search(r"probeINS_\d(int\d+)ENS_\d+(\w+?Element)ELi(\d+)E", name)
+        match = re.search(r"probeILi(\d+)ENS_\d+(\w+?Element)ELi(\d+)E", name)
         if not match:
             continue
-        fmt, element, rows = match[1], match[2], int(match[3])
+        fmt, element, rows = BY_BITS[int(match[1])], match[2], int(match[3])
         registers, stack = re.search(rf"{name}:\s*REG:(\d+) STACK:(\d+)", usage).groups()
         _, loop = sass.instructions_and_loop(section)
         opcodes = [text.split()[0] for text in loop if not text.startswith("NOP")]
         count = Counter(opcodes)
         wide = sum(n for op, n in count.items() if op.startswith("LDG") and ".128" in op)
         products = sum(n for op, n in count.items() if op.startswith(("HMMA", "IMMA")))
-        planes = rows // 8 * FORMATS[fmt].bits
-        fields = (fmt, ELEMENTS[element], architecture, int(registers), int(stack), rows)
+        planes = rows // 8 * fmt.bits
+        fields = (fmt.name, ELEMENTS[element], architecture, int(registers), int(stack), rows)
         loops.append(Loop(*fields, len(opcodes), products, wide, planes))
     return loops
 
@@ -206,9 +213,7 @@ def main() -> int:
     loops = read_loops(known_architectures())
     print(tables(loops))
     if arguments.json:
-        arguments.json.write_text(
-            json.dumps([asdict(loop) | {"per_weight": loop.per_weight} for loop in loops], indent=1)
-        )
+        write_results(arguments.json, {"rows": [asdict(loop) | {"per_weight": loop.per_weight} for loop in loops]})
     return 0
 
 

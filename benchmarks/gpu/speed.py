@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import decode
-import peers
+import libraries
 import torch
 from common import (
     Clock,
@@ -427,7 +427,7 @@ def run_all(device: Device, clock: Clock, results: Results, compiling: dict) -> 
                 say(f"speed: {done + 1} of {len(todo)} weights, GB/s {bench.bandwidths[-1]}")
             device.empty_cache()
         bench.measure_bandwidths()
-        rivals = peers.measure(bench, shapes(device.smoke), GROUP_SIZE)
+        rivals = libraries.measure(bench, shapes(device.smoke), GROUP_SIZE)
     finally:
         content = save(results, bench, compiling, rivals)
         show(bench.rows)

@@ -1,4 +1,7 @@
-"""Peers of our GEMV: every library and format that `bench_gemv.py` compares with; each is optional."""
+"""Peers of our GEMV: every library and format that `bench_gemv.py` compares with; each is optional.
+
+`llama_cpp` and `strongest` are the peer of a whole model, for `beside_llama_cpp.py`.
+"""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ class Ggml(Peer):
         self.name, self.rival, self.kind = f"ggml-{kind}", rival, kind
 
     def unsupported_reason(self) -> str | None:
-        return None if _libraries() else "no libggml*.so: llama-cpp-python is not installed"
+        return None if ggml_libraries() else "no libggml*.so: llama-cpp-python is not installed"
 
     def matrix_bytes(self, out_features: int, in_features: int) -> int:
         weights, size = BLOCK[self.kind]
@@ -78,7 +78,7 @@ class Ggml(Peer):
         return _Graph(problem, x, self.kind)
 
 
-def _libraries() -> list[Path]:
+def ggml_libraries() -> list[Path]:
     """Base first: the others need it. Found without importing llama_cpp, whose dependencies are not wanted."""
     package = find_spec("llama_cpp")
     folder = Path(package.submodule_search_locations[0]) / "lib" if package else Path("/nonexistent")
@@ -86,7 +86,7 @@ def _libraries() -> list[Path]:
 
 
 def _load() -> dict:
-    libraries = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in _libraries()]
+    libraries = [ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL) for path in ggml_libraries()]
     functions = {}
     for name, (result, arguments) in SIGNATURES.items():
         function = next(getattr(library, name) for library in libraries if hasattr(library, name))

@@ -84,8 +84,8 @@ AMQ_TARGET_AVX2 void quantize_avx2(const ActivationArgs& a, int64_t begin, int64
 
 }  // namespace
 
-void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end) {
-    (use_avx2(isa) ? quantize_avx2 : quantize_portable)(args, begin, end);
+void quantize_rows(const Isa& isa, const ActivationArgs& args, int64_t begin, int64_t end) {
+    (isa.avx2_loops ? quantize_avx2 : quantize_portable)(args, begin, end);
 }
 
 void copy_panels(const ActivationArgs& a, int64_t begin, int64_t end) {

@@ -22,7 +22,7 @@ struct ActivationArgs {
 // even; `x_scale` gets a, `x_sum` Σ q.
 // A group with a NaN or an infinity gets a = NaN, so that every output of its row is NaN; one whose magnitudes are all
 // below 2^-100 counts as zero. Up to 2^-100 / 127 apart, |x − a·q| ≤ a/2.
-void quantize_rows(Isa isa, const ActivationArgs& args, int64_t begin, int64_t end);
+void quantize_rows(const Isa& isa, const ActivationArgs& args, int64_t begin, int64_t end);
 
 // Panels begin … end − 1.
 void copy_panels(const ActivationArgs& args, int64_t begin, int64_t end);

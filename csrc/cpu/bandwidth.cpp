@@ -44,8 +44,8 @@ AMQ_TARGET_AVX2 uint64_t checksum_avx2(const uint8_t* data, int64_t begin, int64
 
 }  // namespace
 
-uint64_t read_bytes(Isa isa, const uint8_t* data, int64_t bytes, int threads) {
-    const auto kernel = use_avx2(isa) ? checksum_avx2 : checksum_portable;
+uint64_t read_bytes(const Isa& isa, const uint8_t* data, int64_t bytes, int threads) {
+    const auto kernel = isa.avx2_loops ? checksum_avx2 : checksum_portable;
     std::atomic<uint64_t> sum{0};
     parallel_rows(bytes / kLine, threads, [&](int64_t begin, int64_t end) {
         sum += kernel(data, begin * kLine, end * kLine);

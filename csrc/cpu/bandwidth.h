@@ -10,6 +10,6 @@ namespace amq {
 
 // Reads `bytes` bytes from `data` on `threads` threads, a contiguous part each, fetching ahead as the kernels do; returns
 // a checksum, without which the compiler would drop the reads.
-uint64_t read_bytes(Isa isa, const uint8_t* data, int64_t bytes, int threads);
+uint64_t read_bytes(const Isa& isa, const uint8_t* data, int64_t bytes, int threads);
 
 }  // namespace amq

@@ -57,8 +57,8 @@ int64_t Projection::out_features() const {
 // One thread's walk through one pass.
 class DecoderPass {
 public:
-    DecoderPass(Decoder& decoder, const Pass& pass, Isa isa, Team& team)
-        : d_(decoder), m_(decoder.model_), pass_(pass), isa_(isa), team_(team), vector_(vector_kernels(isa)) {}
+    DecoderPass(Decoder& decoder, const Pass& pass, const Isa& isa, Team& team)
+        : d_(decoder), m_(decoder.model_), pass_(pass), isa_(isa), team_(team), vector_(*isa.vector()) {}
 
     void run() {
         embed();
@@ -335,7 +335,7 @@ private:
     Decoder& d_;
     const DecoderModel& m_;
     const Pass& pass_;
-    Isa isa_;
+    const Isa& isa_;
     Team& team_;
     const VectorKernels& vector_;
 };
@@ -360,17 +360,8 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
     shared_.resize((ceil_div(max_rows, kLanes) + 1) * kLanes * row_bytes + 64);
 }
 
-void Decoder::forward(const Pass& pass, Isa isa, int threads) {
+void Decoder::forward(const Pass& pass, const Isa& isa, int threads) {
     run_team(std::min(threads, max_threads_), team_, [&](Team& team) { DecoderPass(*this, pass, isa, team).run(); });
-}
-
-const VectorKernels& vector_kernels(Isa isa) {
-#if defined(__x86_64__)
-    if (isa >= Isa::avx512) return *vector_kernels_avx512();
-    if (isa >= Isa::avx2) return *vector_kernels_avx2();
-#endif
-    (void)isa;
-    return *vector_kernels_portable();
 }
 
 }  // namespace amq

@@ -99,7 +99,7 @@ public:
     int64_t max_rows() const { return max_rows_; }
 
     // The result does not depend on `threads`, and a row's not on the other rows of the pass.
-    void forward(const Pass& pass, Isa isa, int threads);
+    void forward(const Pass& pass, const Isa& isa, int threads);
 
 private:
     friend class DecoderPass;

@@ -90,11 +90,11 @@ const std::vector<FormatKernels>& compiled_formats() {
     return formats;
 }
 
-void dequantize(const FormatKernels& format, Isa isa, const DequantizeArgs& args, int threads) {
+void dequantize(const FormatKernels& format, const Isa& isa, const DequantizeArgs& args, int threads) {
     // Waking a thread costs a few µs, in which one thread writes about this many weights.
     constexpr int64_t kWeightsPerThread = 1 << 15;
     const int64_t useful = 1 + args.rows * args.in_features / kWeightsPerThread;
-    const auto kernel = format.dequantize_rows[use_avx2(isa)];
+    const auto kernel = format.dequantize_rows[isa.avx2_loops];
     parallel_rows(args.rows, static_cast<int>(std::min<int64_t>(threads, useful)),
                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

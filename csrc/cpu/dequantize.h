@@ -33,12 +33,12 @@ struct FormatKernels {
     const char* name;
     std::array<int, 3> layout;  // levels, unit_codes, unit_bytes
     int64_t (*row_bytes)(int64_t in_features);
-    void (*dequantize_rows[2])(const DequantizeArgs&, int64_t begin, int64_t end);  // portable, AVX2
+    void (*dequantize_rows[2])(const DequantizeArgs&, int64_t begin, int64_t end);  // by Isa::avx2_loops
 };
 
 const std::vector<FormatKernels>& compiled_formats();
 
 // Dequantizes all rows on at most `threads` threads; the result does not depend on their number.
-void dequantize(const FormatKernels& format, Isa isa, const DequantizeArgs& args, int threads);
+void dequantize(const FormatKernels& format, const Isa& isa, const DequantizeArgs& args, int threads);
 
 }  // namespace amq

@@ -140,12 +140,12 @@ AMQ_TARGET_AVX2 void rows_avx2(const DivergenceArgs& a, int64_t begin, int64_t e
 
 }  // namespace
 
-void jensen_shannon(Isa isa, const DivergenceArgs& args, int threads) {
+void jensen_shannon(const Isa& isa, const DivergenceArgs& args, int threads) {
     using Kernel = void (*)(const DivergenceArgs&, int64_t begin, int64_t end);
     // Waking a thread costs a few µs, in which one thread handles about this many logits.
     constexpr int64_t kLogitsPerThread = 1 << 13;
     const int64_t useful = 1 + args.rows * args.vocabulary / kLogitsPerThread;
-    const Kernel kernel = use_avx2(isa) ? rows_avx2 : rows_portable;
+    const Kernel kernel = isa.avx2_loops ? rows_avx2 : rows_portable;
     parallel_rows(args.rows, static_cast<int>(std::min<int64_t>(threads, useful)),
                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

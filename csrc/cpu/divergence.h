@@ -25,6 +25,6 @@ struct DivergenceArgs {
 };
 
 // Handles all rows on at most `threads` threads; the result does not depend on their number.
-void jensen_shannon(Isa isa, const DivergenceArgs& args, int threads);
+void jensen_shannon(const Isa& isa, const DivergenceArgs& args, int threads);
 
 }  // namespace amq

@@ -1,10 +1,9 @@
-// Detection of what isa.h names.
+// The table of isa.h: a new instruction set is its row here, and the files that the row names.
 
 #include "isa.h"
 
 #include <cstdlib>
 #include <stdexcept>
-#include <string>
 
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -12,9 +11,45 @@
 #endif
 
 namespace amq {
+
+// Defined in linear_NAME.cpp and vector_NAME.cpp.
+const LinearKernels* linear_kernels_portable();
+const VectorKernels* vector_kernels_portable();
+#if defined(__x86_64__)
+const LinearKernels* linear_kernels_avx2();
+const LinearKernels* linear_kernels_avx512();
+const LinearKernels* linear_kernels_avx512vnni();
+const LinearKernels* linear_kernels_amx();
+const VectorKernels* vector_kernels_avx2();
+const VectorKernels* vector_kernels_avx512();
+#endif
+
 namespace {
 
+const char* detect_portable() { return nullptr; }
+
 #if defined(__x86_64__)
+const char* detect_avx2() {
+    if (!__builtin_cpu_supports("avx2")) return "the processor has no AVX2";
+    if (!__builtin_cpu_supports("fma")) return "the processor has no FMA";
+    if (!__builtin_cpu_supports("f16c")) return "the processor has no F16C";
+    return nullptr;
+}
+
+const char* detect_avx512() {
+    if (const char* reason = detect_avx2()) return reason;
+    if (!__builtin_cpu_supports("avx512f")) return "the processor has no AVX-512F";
+    if (!__builtin_cpu_supports("avx512bw")) return "the processor has no AVX-512BW";
+    if (!__builtin_cpu_supports("avx512dq")) return "the processor has no AVX-512DQ";
+    if (!__builtin_cpu_supports("avx512vl")) return "the processor has no AVX-512VL";
+    return nullptr;
+}
+
+const char* detect_avx512vnni() {
+    if (const char* reason = detect_avx512()) return reason;
+    return __builtin_cpu_supports("avx512vnni") ? nullptr : "the processor has no AVX-512 VNNI";
+}
+
 // AMX registers are large; Linux hands them to a process that asks, once for all its later threads. Threads that exist
 // already keep the answer of their process, since permission is per process.
 bool amx_permitted() {
@@ -32,72 +67,64 @@ bool cpuid_amx_int8() {
     return (d >> 24 & 3) == 3;
 }
 
-const char* detect(Isa isa) {
-    switch (isa) {
-        case Isa::portable: return nullptr;
-        case Isa::avx2:
-            if (!__builtin_cpu_supports("avx2")) return "the processor has no AVX2";
-            if (!__builtin_cpu_supports("fma")) return "the processor has no FMA";
-            if (!__builtin_cpu_supports("f16c")) return "the processor has no F16C";
-            return nullptr;
-        case Isa::avx512:
-            if (const char* reason = detect(Isa::avx2)) return reason;
-            if (!__builtin_cpu_supports("avx512f")) return "the processor has no AVX-512F";
-            if (!__builtin_cpu_supports("avx512bw")) return "the processor has no AVX-512BW";
-            if (!__builtin_cpu_supports("avx512dq")) return "the processor has no AVX-512DQ";
-            if (!__builtin_cpu_supports("avx512vl")) return "the processor has no AVX-512VL";
-            return nullptr;
-        case Isa::avx512vnni:
-            if (const char* reason = detect(Isa::avx512)) return reason;
-            return __builtin_cpu_supports("avx512vnni") ? nullptr : "the processor has no AVX-512 VNNI";
-        case Isa::amx:
-            if (const char* reason = detect(Isa::avx512vnni)) return reason;
-            if (!cpuid_amx_int8()) return "the processor has no AMX-INT8";
-            return amx_permitted() ? nullptr : "the operating system does not permit AMX";
-    }
-    return "unknown instruction set";
+const char* detect_amx() {
+    if (const char* reason = detect_avx512vnni()) return reason;
+    if (!cpuid_amx_int8()) return "the processor has no AMX-INT8";
+    return amx_permitted() ? nullptr : "the operating system does not permit AMX";
 }
-#else
-const char* detect(Isa isa) { return isa == Isa::portable ? nullptr : "the processor is not x86-64"; }
 #endif
 
 std::string supported_names() {
     std::string names;
-    for (Isa isa : kIsas)
-        if (is_supported(isa)) names += (names.empty() ? "" : ", ") + std::string(isa_name(isa));
+    for (const Isa& isa : isas())
+        if (!missing_feature(isa)) names += (names.empty() ? "" : ", ") + std::string(isa.name);
     return names;
 }
 
-Isa forced_or_best() {
-    const char* forced = std::getenv("AMQ_CPU_ISA");
-    Isa best = Isa::portable;
-    for (Isa isa : kIsas) {
-        if (forced && std::string(forced) == isa_name(isa)) {
-            if (const char* reason = missing_feature(isa))
-                throw std::invalid_argument(std::string("AMQ_CPU_ISA=") + forced + ": " + reason +
-                                            "; this machine can run " + supported_names());
-            return isa;
+const Isa& forced_or_best() {
+    const std::string forced = std::getenv("AMQ_CPU_ISA") ? std::getenv("AMQ_CPU_ISA") : "";
+    const Isa* best = nullptr;
+    for (const Isa& isa : isas()) {
+        const char* reason = missing_feature(isa);
+        if (forced == isa.name) {
+            if (!reason) return isa;
+            throw std::invalid_argument("AMQ_CPU_ISA=" + forced + ": " + reason + "; this machine can run " +
+                                        supported_names());
         }
-        if (is_supported(isa)) best = isa;
+        if (!reason) best = &isa;
     }
-    if (forced && *forced)
-        throw std::invalid_argument(std::string("AMQ_CPU_ISA=") + forced + ": expected one of " + supported_names());
-    return best;
+    if (!forced.empty())
+        throw std::invalid_argument("AMQ_CPU_ISA=" + forced + ": expected one of " + supported_names());
+    return *best;  // the first row runs everywhere
 }
 
 }  // namespace
 
-const char* missing_feature(Isa isa) {
-    static const std::array<const char*, kIsas.size()> reasons = [] {
-        std::array<const char*, kIsas.size()> found{};
-        for (Isa each : kIsas) found[static_cast<int>(each)] = detect(each);
-        return found;
-    }();
-    return reasons[static_cast<int>(isa)];
+const std::vector<Isa>& isas() {
+    // `avx2` includes FMA and F16C, which hardly a processor with AVX2 lacks; `avx512` is F, BW, DQ and VL.
+    static const std::vector<Isa> rows = {
+        {"portable", detect_portable, linear_kernels_portable, vector_kernels_portable, false},
+#if defined(__x86_64__)
+        {"avx2", detect_avx2, linear_kernels_avx2, vector_kernels_avx2, true},
+        {"avx512", detect_avx512, linear_kernels_avx512, vector_kernels_avx512, true},
+        {"avx512vnni", detect_avx512vnni, linear_kernels_avx512vnni, vector_kernels_avx512, true},
+        {"amx", detect_amx, linear_kernels_amx, vector_kernels_avx512, true},
+#endif
+    };
+    return rows;
 }
 
-Isa best_isa() {
-    static const Isa best = forced_or_best();  // a throw leaves it unset, so that every call reports the mistake
+const char* missing_feature(const Isa& isa) {
+    static const std::vector<const char*> reasons = [] {
+        std::vector<const char*> found;
+        for (const Isa& each : isas()) found.push_back(each.detect());
+        return found;
+    }();
+    return reasons[&isa - isas().data()];
+}
+
+const Isa& best_isa() {
+    static const Isa& best = forced_or_best();  // a throw leaves it unset, so that every call reports the mistake
     return best;
 }
 

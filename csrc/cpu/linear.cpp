@@ -16,20 +16,6 @@ namespace {
 constexpr int kBits[] = {AMQ_FORMATS(AMQ_BITS)};
 #undef AMQ_BITS
 
-const LinearKernels* kernels_for(Isa isa) {
-#if defined(__x86_64__)
-    switch (isa) {
-        case Isa::portable: break;
-        case Isa::avx2: return linear_kernels_avx2();
-        case Isa::avx512: return linear_kernels_avx512();
-        case Isa::avx512vnni: return linear_kernels_avx512vnni();
-        case Isa::amx: return linear_kernels_amx();
-    }
-#endif
-    (void)isa;
-    return linear_kernels_portable();
-}
-
 // Memory of the calling thread that grows to what the largest call needed, so that a call does not fault in new pages.
 class Workspace {
 public:
@@ -67,7 +53,7 @@ constexpr size_t kCacheLine = 64;
 
 }  // namespace
 
-LinearJob::LinearJob(const LinearCall& call, Isa isa) : call_(call), isa_(isa), kernels_(kernels_for(isa)) {
+LinearJob::LinearJob(const LinearCall& call, const Isa& isa) : call_(call), isa_(isa), kernels_(isa.linear()) {
     task_.rows = call.rows;
     task_.in_features = call.in_features;
     task_.group_size = call.group_size;
@@ -168,7 +154,7 @@ void LinearJob::fetch(int64_t begin, int64_t end) const {
 namespace {
 
 // Up to kCallRows rows.
-void run_rows(const LinearCall& call, Isa isa, int threads) {
+void run_rows(const LinearCall& call, const Isa& isa, int threads) {
     LinearJob job(call, isa);
     job.place(Workspace::get(job.memory_bytes()));
     constexpr int64_t kElementsPerThread = 1 << 15;  // what one thread handles while another one wakes up
@@ -183,7 +169,7 @@ void run_rows(const LinearCall& call, Isa isa, int threads) {
 
 }  // namespace
 
-void linear(const LinearCall& call, Isa isa, int threads) {
+void linear(const LinearCall& call, const Isa& isa, int threads) {
     if (call.rows <= kCallRows) return run_rows(call, isa, threads);
     LinearCall some = call;
     for (int64_t first = 0; first < call.rows; first += kCallRows) {

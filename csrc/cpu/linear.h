@@ -71,19 +71,12 @@ struct LinearTask {
 // Computes tiles begin … end − 1 for all rows.
 using LinearKernel = void (*)(const LinearTask&, int64_t begin, int64_t end);
 
-// The kernels of one format on one instruction set, by mode.
+// The kernels of one format on one instruction set, by mode; an empty `gemv` where the layout does not hold the format.
 struct LinearKernels {
     LinearKernel gemv[2][kGemvRows + 1];  // by the panel's rows: 1, 2 and 4
     LinearKernel gemm[2];
     int gemm_rows[2], gemm_step[2];  // the panels that gemm wants
 };
-
-// For each compiled format in the order of amq_formats.h; an empty `gemv` where the layout does not hold it.
-const LinearKernels* linear_kernels_portable();
-const LinearKernels* linear_kernels_avx2();
-const LinearKernels* linear_kernels_avx512();
-const LinearKernels* linear_kernels_avx512vnni();
-const LinearKernels* linear_kernels_amx();
 
 struct LinearPart {
     int format;  // its place in amq_formats.h
@@ -109,7 +102,7 @@ constexpr int64_t kTileUnit = 6;
 class LinearJob {
 public:
     // `call` must outlive the job, and have at most kCallRows rows.
-    LinearJob(const LinearCall& call, Isa isa);
+    LinearJob(const LinearCall& call, const Isa& isa);
 
     size_t memory_bytes() const;
     void place(char* memory);  // aligned to a cache line; where x goes in the kernel's layout
@@ -137,12 +130,12 @@ private:
     int64_t tile_cost(const LinearPart& part) const;
 
     const LinearCall& call_;
-    Isa isa_;
+    const Isa& isa_;
     const LinearKernels* kernels_;
     LinearTask task_{};  // of all parts; data, out_features, y and bias differ
 };
 
 // Runs the call on at most `threads` threads. The result does not depend on their number.
-void linear(const LinearCall& call, Isa isa, int threads);
+void linear(const LinearCall& call, const Isa& isa, int threads);
 
 }  // namespace amq

@@ -9,6 +9,9 @@
 #include "linear_body.h"
 
 namespace amq {
+
+const LinearKernels* linear_kernels_avx512vnni();
+
 namespace {
 
 using S = Avx512<true>;

@@ -105,9 +105,9 @@ constexpr Entry kEntries[] = {AMQ_FORMATS(AMQ_ENTRY)};
 
 int tile_bits(int format) { return kEntries[format].bits; }
 
-void prepare(int format, Isa isa, const PrepareArgs& args, int threads) {
+void prepare(int format, const Isa& isa, const PrepareArgs& args, int threads) {
     const Entry& entry = kEntries[format];
-    const Kernel kernel = use_avx2(isa) ? entry.avx2 : entry.portable;
+    const Kernel kernel = isa.avx2_loops ? entry.avx2 : entry.portable;
     parallel_rows(ceil_div(args.rows, kLanes), threads,
                   [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 }

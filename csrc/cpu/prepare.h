@@ -17,7 +17,7 @@ struct PrepareArgs {
 };
 
 // `format` is its place in amq_formats.h.
-void prepare(int format, Isa isa, const PrepareArgs& args, int threads);
+void prepare(int format, const Isa& isa, const PrepareArgs& args, int threads);
 
 // Bits of a code of that format, 0 where tiles do not hold it.
 int tile_bits(int format);

@@ -73,10 +73,4 @@ struct VectorKernels {
     void (*widen[3])(const void* w, int64_t count, float* out);
 };
 
-const VectorKernels* vector_kernels_portable();
-const VectorKernels* vector_kernels_avx2();
-const VectorKernels* vector_kernels_avx512();
-
-const VectorKernels& vector_kernels(Isa isa);
-
 }  // namespace amq

@@ -6,9 +6,9 @@
 //                    128 + c, and 128 joins the zero point. A code of 8 bits does not fit there; its nibbles do, one by one.
 //   Int8Element      Codes and rounded activations as bytes, sums exact in int32.
 //
-// Members: Sum and Type, of a sum and of x; kInPlace, whether fragments may keep the shift of their field; kParts<Format>,
-// fragments per code; fragment<Format, part>(byte word, shift of the field); one(), the fragment of a weight of one;
-// kOffset<Format>, what fragments exceed codes by; kFinal, what sums are multiplied with at last.
+// Members: Sum and Type, of a sum and of x; kInPlace, whether fragments may keep the shift of their field; kParts<kBits>,
+// fragments per code; fragment<bits, part>(byte word, shift of the field); one(), the fragment of a weight of one;
+// kOffset<kBits>, what fragments exceed codes by; kFinal, what sums are multiplied with at last.
 
 #pragma once
 
@@ -18,9 +18,9 @@ namespace amq {
 
 // A code is one fragment, and nothing else.
 struct PlainCodes {
-    template <class Format>
+    template <int kBits>
     static constexpr int kParts = 1;
-    template <class Format>
+    template <int kBits>
     static constexpr float kOffset = 0.0f;
 };
 
@@ -30,9 +30,9 @@ struct HalfElement : PlainCodes {
     static constexpr bool kInPlace = true;
     static constexpr float kFinal = 16777216.0f;  // 2^24
 
-    template <class Format, int kPart>
+    template <int kBits, int kPart>
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {
-        return word & Fields<Format>::kMask * 0x00010001u << shift;
+        return word & Fields<kBits>::kMask * 0x00010001u << shift;
     }
     AMQ_DEVICE static uint32_t one() { return 0x00010001u; }
 };
@@ -44,14 +44,14 @@ struct Bfloat16Element {
     static constexpr float kFinal = 1.0f;
     static constexpr int kMantissa = 7;
 
-    template <class Format>
-    static constexpr int kParts = Format::kBits > kMantissa ? 2 : 1;
-    template <class Format>
-    static constexpr float kOffset = kParts<Format> > 1 ? 128.0f + 2048.0f : 128.0f;
+    template <int kBits>
+    static constexpr int kParts = kBits > kMantissa ? 2 : 1;
+    template <int kBits>
+    static constexpr float kOffset = kParts<kBits> > 1 ? 128.0f + 2048.0f : 128.0f;
 
-    template <class Format, int kPart>
+    template <int kBits, int kPart>
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {
-        if constexpr (kParts<Format> == 1) return and_or(word >> shift, Fields<Format>::kMask * 0x00010001u, 0x43004300u);
+        if constexpr (kParts<kBits> == 1) return and_or(word >> shift, Fields<kBits>::kMask * 0x00010001u, 0x43004300u);
         return and_or(word >> (shift + 4 * kPart), 0x000f000fu, kPart ? 0x45004500u : 0x43004300u);  // 2048 + 16·c, 128 + c
     }
     AMQ_DEVICE static uint32_t one() { return 0x3f803f80u; }
@@ -63,9 +63,9 @@ struct Int8Element : PlainCodes {
     static constexpr bool kInPlace = false;
     static constexpr float kFinal = 1.0f;
 
-    template <class Format, int kPart>
+    template <int kBits, int kPart>
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {
-        return word >> shift & Fields<Format>::kMask * 0x01010101u;
+        return word >> shift & Fields<kBits>::kMask * 0x01010101u;
     }
     AMQ_DEVICE static uint32_t one() { return 0x01010101u; }
 };

@@ -1,23 +1,28 @@
-// The formats that are compiled in: a new one is its file and its name here.
+// The formats that are compiled in: those of amq/formats.py, through amq_formats.h, which `native_header` there writes. To a
+// GPU a format is the bits of its codes, and layout.cuh has the rest. Formats that are no dense bitstream have no place in
+// that layout, and none here.
 
 #pragma once
 
-#include "int2.cuh"
-#include "int3.cuh"
-#include "int4.cuh"
-#include "int5.cuh"
-#include "int6.cuh"
-#include "int8.cuh"
-
-#define AMQ_CUDA_FORMATS(X) X(int2) X(int3) X(int4) X(int5) X(int6) X(int8)
+#include "amq_formats.h"
 
 namespace amq {
 
-enum FormatIndex : int {
-#define AMQ_INDEX(name) kIndex_##name,
-    AMQ_CUDA_FORMATS(AMQ_INDEX)
-#undef AMQ_INDEX
-    kFormats
-};
+constexpr int kMaxBits = 8;
+
+// 0 for a format that is no dense bitstream.
+constexpr int dense_bits(int levels, int unit_codes, int unit_bytes) {
+    for (int bits = 1; bits <= kMaxBits; ++bits)
+        if (levels == 1 << bits && 8 * unit_bytes == unit_codes * bits) return bits;
+    return 0;
+}
+
+constexpr bool is_compiled(int bits) {
+#define AMQ_COMPARE(name, levels, unit_codes, unit_bytes) || bits == dense_bits(levels, unit_codes, unit_bytes)
+    return bits > 0 && (false AMQ_FORMATS(AMQ_COMPARE));
+#undef AMQ_COMPARE
+}
+template <int kBits>
+constexpr bool kIsCompiled = is_compiled(kBits);  // for device code
 
 }  // namespace amq

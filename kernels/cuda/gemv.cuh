@@ -10,6 +10,9 @@
 // a product are output rows, columns are rows of x: up to eight of them cost what one does. Columns past the last row of x
 // repeat it and are dropped. Fragment layouts: PTX manual, "Matrix Fragments for mma.m16n8k16" and "m16n8k32"; which input
 // features a fragment calls its k-th is free, and amq/kernels/gpu_layout.py chose.
+//
+// From the kernel to the product: linear_kernel (one weight) → multiply_rows (a warp's slabs) → multiply_slab → multiply_step
+// (32 features) → multiply (two columns of a fragment, see layout.cuh) → mma.
 
 #pragma once
 
@@ -29,30 +32,31 @@ constexpr int kRegisters = kGroup < kUnit ? 208 : 168;
 constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of a warp's rows
 
 // Pairs of tiles (16 output rows, one fragment) of a block: fewer for wider codes, so that a slab fits the registers.
-template <class Format>
-constexpr int kPairs = kWeightRegisters / (2 * 4 * Format::kBits) >= 2 ? 2 : 1;
+constexpr int pairs_of(int bits) { return kWeightRegisters / (2 * 4 * bits) >= 2 ? 2 : 1; }
+template <int kBits>
+constexpr int kPairs = pairs_of(kBits);
 constexpr int kMaxPairs = 2;
 
-template <class Format>
-constexpr int kBlockRows = 2 * kTileRows * kPairs<Format>;
+template <int kBits>
+constexpr int kBlockRows = 2 * kTileRows * kPairs<kBits>;
 
 struct Lane {
     int row, column;  // of a tile, and of the four groups of four columns
 };
 
 // What a warp knows of one slab: the planes of its tiles, and its sums.
-template <class Format_, class Element_, int kGroup_>
+template <int kBits_, class Element_, int kGroup_>
 struct Work {
-    using Format = Format_;
+    static constexpr int kBits = kBits_;
     using Element = Element_;
     static constexpr int kGroup = kGroup_;
-    static constexpr int kTiles = 2 * kPairs<Format>;
+    static constexpr int kTiles = 2 * kPairs<kBits>;
     // Fields that stay in place have sums of different scale, and a group of two units may have two fields.
-    static constexpr int kSums = Element::kInPlace && Fields<Format>::kPerByte > 1 && kGroup > kUnit ? 2 : 1;
-    uint32_t planes[kTiles][4][Format::kBits];
-    typename Element::Sum sums[kSums][kPairs<Format>][4];
+    static constexpr int kSums = Element::kInPlace && Fields<kBits>::kPerByte > 1 && kGroup > kUnit ? 2 : 1;
+    uint32_t planes[kTiles][4][kBits];
+    typename Element::Sum sums[kSums][kPairs<kBits>][4];
     typename Element::Sum x_sums[4];
-    float outputs[kPairs<Format>][4];
+    float outputs[kPairs<kBits>][4];
 };
 
 template <class Work>
@@ -87,10 +91,10 @@ struct Place {
 // All planes of a slab. Planes that the last slab lacks are whatever follows: their codes meet no x.
 template <class Work>
 AMQ_DEVICE void load_planes(Work& work, const Place<Work>& place, int slab) {
-    using Format = typename Work::Format;
+    constexpr int kBits = Work::kBits;
     for (int tile = 0; tile < Work::kTiles; ++tile) {
-        const uint4* from = place.codes + (place.codes_from[tile] + slab * Format::kBits * kWarp);
-        for (int word = 0; word < Format::kBits; ++word) {
+        const uint4* from = place.codes + (place.codes_from[tile] + slab * kBits * kWarp);
+        for (int word = 0; word < kBits; ++word) {
             const uint4 v = load_once(from + word * kWarp);
             work.planes[tile][0][word] = v.x;
             work.planes[tile][1][word] = v.y;
@@ -104,22 +108,22 @@ AMQ_DEVICE void load_planes(Work& work, const Place<Work>& place, int slab) {
 // fragment that take part (int8).
 template <int kUnitIndex, class Work>
 AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, uint32_t b0, uint32_t b1) {
-    using Format = typename Work::Format;
+    constexpr int kBits = Work::kBits;
     using Element = typename Work::Element;
-    constexpr int kWord = kUnitIndex / Fields<Format>::kPerByte;
-    constexpr int kField = kUnitIndex % Fields<Format>::kPerByte * Fields<Format>::kBits;
+    constexpr int kWord = kUnitIndex / Fields<kBits>::kPerByte;
+    constexpr int kField = kUnitIndex % Fields<kBits>::kPerByte * kBits;
     constexpr int kStay = Element::kInPlace ? kField : 0;
     shift += kField - kStay;
     constexpr typename Element::Type kKind{};
-    for (int pair = 0; pair < kPairs<Format>; ++pair) {
+    for (int pair = 0; pair < kPairs<kBits>; ++pair) {
         auto& sums = work.sums[kUnitIndex % Work::kSums][pair];
         uint32_t words[4], a[4];  // (tile, column): as a fragment wants them, rows first
         for (int i = 0; i < 4; ++i)
-            words[i] = Format::template byte_word<kWord>(work.planes[2 * pair + i % 2][column + i / 2]) >> shift;
-        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 0>(words[i], kStay) & mask;
+            words[i] = byte_word<kWord>(work.planes[2 * pair + i % 2][column + i / 2]) >> shift;
+        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<kBits, 0>(words[i], kStay) & mask;
         mma(sums, a, b0, b1, kKind);
-        if constexpr (Element::template kParts<Format> > 1) {
-            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<Format, 1>(words[i], kStay) & mask;
+        if constexpr (Element::template kParts<kBits> > 1) {
+            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<kBits, 1>(words[i], kStay) & mask;
             mma(sums, a, b0, b1, kKind);
         }
     }
@@ -151,17 +155,15 @@ AMQ_DEVICE Scales<Work> load_scales(const Place<Work>& place, int slab, int grou
 // What a sum of unit kUnitIndex is multiplied with for the field that its codes stayed in.
 template <class Work, int kUnitIndex>
 constexpr float kUnscale =
-    Work::Element::kInPlace
-        ? 1.0f / (1 << (kUnitIndex % Fields<typename Work::Format>::kPerByte * Fields<typename Work::Format>::kBits))
-        : 1.0f;
+    Work::Element::kInPlace ? 1.0f / (1 << (kUnitIndex % Fields<Work::kBits>::kPerByte * Work::kBits)) : 1.0f;
 
 // A group is done, of which kUnitIndex is the last unit: its sums become outputs.
 template <int kUnitIndex, class Work>
 AMQ_DEVICE void finish_group(Work& work, const Scales<Work>& scales) {
-    using Format = typename Work::Format;
+    constexpr int kBits = Work::kBits;
     using Element = typename Work::Element;
-    constexpr float kOffset = Element::template kOffset<Format>;
-    for (int pair = 0; pair < kPairs<Format>; ++pair)
+    constexpr float kOffset = Element::template kOffset<kBits>;
+    for (int pair = 0; pair < kPairs<kBits>; ++pair)
         for (int half = 0; half < 2; ++half) {  // rows 0 to 7 and 8 to 15 of the fragment
             const float2 v = unpack_halves(scales.weights[2 * pair + half]);
             for (int i = 0; i < 2; ++i) {  // the lane's two columns
@@ -178,25 +180,6 @@ AMQ_DEVICE void finish_group(Work& work, const Scales<Work>& scales) {
     clear_sums(work);
 }
 
-// Half of unit kUnitIndex of a slab, 32 features. `x`: the lane's row of x, its first feature of the slab.
-template <int kUnitIndex, class Work>
-AMQ_DEVICE void multiply_half(Work& work, const uint4* x, int half) {
-    const uint4 v = load_shared_by_many(x + (2 * kUnitIndex + half) * kUnit / 2 / 8);
-    multiply<kUnitIndex>(work, 0, 8 * half, ~0u, v.x, v.y);
-    multiply<kUnitIndex>(work, 2, 8 * half, ~0u, v.z, v.w);
-}
-
-// A byte fragment covers both halves at once, in `half` 0; where they are different groups, a mask takes one at a time.
-template <int kUnitIndex, class Work>
-AMQ_DEVICE void multiply_half_int8(Work& work, const uint4* x, int half) {
-    constexpr bool kSplit = Work::kGroup < kUnit;
-    if (!kSplit && half > 0) return;
-    const uint4 v = load_shared_by_many(x + kUnitIndex * 4);
-    const uint32_t mask = kSplit ? 0x00ff00ffu << 8 * half : ~0u;
-    multiply<kUnitIndex>(work, 0, 0, mask, v.x, v.y);
-    multiply<kUnitIndex>(work, 2, 0, mask, v.z, v.w);
-}
-
 // The lane's row of x at a slab: 8 numbers per vector, or the codes of quantize.cuh.
 template <class Element>
 AMQ_DEVICE const uint4* locate_x(const LinearArguments& arguments, int x_row, int slab, Lane lane) {
@@ -206,38 +189,40 @@ AMQ_DEVICE const uint4* locate_x(const LinearArguments& arguments, int x_row, in
     return reinterpret_cast<const uint4*>(row + (slab * kSlab + 8 * lane.column));
 }
 
-// Half of a unit, and the group that begins or ends with it.
-template <int kUnitIndex, class Work>
-AMQ_DEVICE void multiply_half_and_finish(Work& work, const uint4* x, int half, const Scales<Work>& scales) {
-    if constexpr (std::is_same_v<typename Work::Element, Int8Element>)
-        multiply_half_int8<kUnitIndex>(work, x, half);
-    else
-        multiply_half<kUnitIndex>(work, x, half);
-    if ((kUnitIndex * kUnit + (half + 1) * kUnit / 2) % Work::kGroup == 0) finish_group<kUnitIndex>(work, scales);
-}
-
-// A quarter of a slab: two units, a whole number of groups.
-template <int kQuarter, class Work>
-AMQ_DEVICE void multiply_quarter(Work& work, const Place<Work>& place, int slab, const uint4* x) {
-    Scales<Work> scales;
-#pragma unroll
-    for (int half = 0; half < 4; ++half) {
-        const int feature = 2 * kUnit * kQuarter + half * kUnit / 2;
-        if (feature % Work::kGroup == 0) scales = load_scales(place, slab, feature / Work::kGroup);
-        if (half < 2)
-            multiply_half_and_finish<2 * kQuarter>(work, x, half, scales);
-        else
-            multiply_half_and_finish<2 * kQuarter + 1>(work, x, half - 2, scales);
+// Step kStep of a slab: 32 features, half a unit. It loads the scales of a group that begins with it, and finishes one that
+// ends with it. `x` as `locate_x` has it.
+template <int kStep, class Work>
+AMQ_DEVICE void multiply_step(Work& work, const Place<Work>& place, int slab, const uint4* x, Scales<Work>& scales) {
+    constexpr int kUnitIndex = kStep / 2, kHalf = kStep % 2, kFeature = kStep * kUnit / 2;
+    if constexpr (kFeature % Work::kGroup == 0) scales = load_scales(place, slab, kFeature / Work::kGroup);
+    if constexpr (!std::is_same_v<typename Work::Element, Int8Element>) {
+        const uint4 v = load_shared_by_many(x + kFeature / 8);
+        multiply<kUnitIndex>(work, 0, 8 * kHalf, ~0u, v.x, v.y);
+        multiply<kUnitIndex>(work, 2, 8 * kHalf, ~0u, v.z, v.w);
+    } else if constexpr (Work::kGroup < kUnit || kHalf == 0) {
+        // A byte fragment covers both halves of a unit at once; where they are two groups, a mask takes one at a time.
+        const uint32_t mask = Work::kGroup < kUnit ? 0x00ff00ffu << 8 * kHalf : ~0u;
+        const uint4 v = load_shared_by_many(x + kUnitIndex * 4);
+        multiply<kUnitIndex>(work, 0, 0, mask, v.x, v.y);
+        multiply<kUnitIndex>(work, 2, 0, mask, v.z, v.w);
     }
+    if constexpr ((kFeature + kUnit / 2) % Work::kGroup == 0) finish_group<kUnitIndex>(work, scales);
 }
 
-// Quarters past the end of x are skipped, by all lanes alike.
+// A slab, in quarters that are each a whole number of groups. Those past the end of x are skipped, by all lanes alike.
 template <class Work, int... kQuarters>
 AMQ_DEVICE void multiply_slab(Work& work, const Place<Work>& place, int slab, int x_row,
                               std::integer_sequence<int, kQuarters...>) {
     const uint4* x = locate_x<typename Work::Element>(place.arguments, x_row, slab, place.lane);
     const int features = place.arguments.in_features - slab * kSlab;
-    ((2 * kUnit * kQuarters < features ? multiply_quarter<kQuarters>(work, place, slab, x) : void()), ...);
+    Scales<Work> scales;
+    ((2 * kUnit * kQuarters < features
+          ? (multiply_step<4 * kQuarters>(work, place, slab, x, scales),
+             multiply_step<4 * kQuarters + 1>(work, place, slab, x, scales),
+             multiply_step<4 * kQuarters + 2>(work, place, slab, x, scales),
+             multiply_step<4 * kQuarters + 3>(work, place, slab, x, scales))
+          : void()),
+     ...);
 }
 
 AMQ_DEVICE void store(const LinearArguments& arguments, int row, int64_t column, float value) {
@@ -253,15 +238,15 @@ AMQ_DEVICE void store(const LinearArguments& arguments, int row, int64_t column,
 
 using Partials = float[kMaxWarps][2 * kTileRows * kMaxPairs][kMaxRows];
 
-template <class Format, class Element, int kGroup>
+template <int kBits, class Element, int kGroup>
 AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Weight& weight, int block, Partials& partials) {
     const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
     const Lane lane = {static_cast<int>(threadIdx.x) % kWarp / 4, static_cast<int>(threadIdx.x) % 4};
     const int x_row = min(lane.row, arguments.rows - 1);
 
-    Work<Format, Element, kGroup> work;
+    Work<kBits, Element, kGroup> work;
     const Place<decltype(work)> place(arguments, weight, block, lane);
-    for (int pair = 0; pair < kPairs<Format>; ++pair)
+    for (int pair = 0; pair < kPairs<kBits>; ++pair)
         for (int i = 0; i < 4; ++i) work.outputs[pair][i] = 0.0f;
     clear_sums(work);
     for (int slab = warp; slab < arguments.slabs; slab += warps) {
@@ -269,19 +254,28 @@ AMQ_DEVICE void multiply_rows(const LinearArguments& arguments, const Weight& we
         multiply_slab(work, place, slab, x_row, std::make_integer_sequence<int, kUnits / 2>());
     }
 
-    for (int pair = 0; pair < kPairs<Format>; ++pair)
+    for (int pair = 0; pair < kPairs<kBits>; ++pair)
         for (int i = 0; i < 4; ++i)
             partials[warp][2 * kTileRows * pair + kTileRows * (i / 2) + lane.row][2 * lane.column + i % 2] =
                 work.outputs[pair][i];
     synchronize();
-    for (int i = threadIdx.x; i < kBlockRows<Format> * arguments.rows; i += blockDim.x) {
-        const int n = i % kBlockRows<Format>, row = i / kBlockRows<Format>;
-        const int out = block * kBlockRows<Format> + n;
+    for (int i = threadIdx.x; i < kBlockRows<kBits> * arguments.rows; i += blockDim.x) {
+        const int n = i % kBlockRows<kBits>, row = i / kBlockRows<kBits>;
+        const int out = block * kBlockRows<kBits> + n;
         if (out >= weight.out_features) continue;
         float sum = 0.0f;
         for (int w = 0; w < warps; ++w) sum += partials[w][n][row];
         store(arguments, row, weight.column + out, sum * Element::kFinal);
     }
+}
+
+// multiply_rows for the bits of `weight`.
+template <class Element, int kGroup, int kBits = 1>
+AMQ_DEVICE void multiply_rows_of_bits(const LinearArguments& arguments, const Weight& weight, int block, Partials& partials) {
+    if constexpr (kIsCompiled<kBits>)
+        if (weight.bits == kBits) return multiply_rows<kBits, Element, kGroup>(arguments, weight, block, partials);
+    if constexpr (kBits < kMaxBits)
+        multiply_rows_of_bits<Element, kGroup, kBits + 1>(arguments, weight, block, partials);
 }
 
 template <class Element, int kGroup>
@@ -291,12 +285,7 @@ __global__ void AMQ_REGISTERS(kRegisters<kGroup>, kMaxWarps * kWarp) linear_kern
     while (static_cast<int>(blockIdx.x) < arguments.weights[index].first_block) --index;
     const Weight& weight = arguments.weights[index];
     const int block = blockIdx.x - weight.first_block;
-    switch (weight.format) {
-#define AMQ_CASE(name) \
-    case kIndex_##name: return multiply_rows<name, Element, kGroup>(arguments, weight, block, partials);
-        AMQ_CUDA_FORMATS(AMQ_CASE)
-#undef AMQ_CASE
-    }
+    multiply_rows_of_bits<Element, kGroup>(arguments, weight, block, partials);
 }
 
 }  // namespace amq

@@ -3,7 +3,7 @@
 //
 // Status: 0, or a cudaError_t, or one of Status below. amq/kernels/cuda.py turns it into an error that names the linear.
 
-#include <string>
+#include <algorithm>
 #include <type_traits>
 
 #include "gemv.cuh"
@@ -13,12 +13,12 @@ namespace amq {
 
 enum Status : int {
     kOk = 0,
-    kBadRows = -1,       // rows of x outside 1 to kMaxRows
-    kBadWeights = -2,   // none or too many
-    kBadFormat = -3,
+    kBadRows = -1,     // rows of x outside 1 to kMaxRows
+    kBadWeights = -2,  // none or too many
+    kBadBits = -3,     // a width that is not compiled in
     kBadGroup = -4,
     kBadDType = -5,
-    kBadSize = -6,       // a count below 1, or an address that is null or not aligned to 16 bytes
+    kBadSize = -6,     // a count below 1, or an address that is null or not aligned to 16 bytes
 };
 
 // `call` with the group size as a constant.
@@ -36,26 +36,10 @@ int slabs_of(int in_features) { return (in_features + kSlab - 1) / kSlab; }
 // Words of scratch that the codes of int8 activations take; their scales follow.
 int64_t x_code_words(int rows, int slabs) { return static_cast<int64_t>(rows) * slabs * kUnits * kColumns; }
 
-// Output rows of a block, and planes of a tile as amq/kernels/gpu_layout.py counts them, for a format's index.
-struct Counts {
-    int block_rows, planes;
-};
-
-template <class Format>
-Counts counts(int in_features) {
-    constexpr int kFeaturesPerWord = kUnit * Fields<Format>::kPerByte;
-    const int rest = (in_features % kSlab + kFeaturesPerWord - 1) / kFeaturesPerWord;
-    return {kBlockRows<Format>, in_features / kSlab * Format::kBits + (rest < Format::kBits ? rest : Format::kBits)};
-}
-
-Counts counts_of(int format, int in_features) {
-    switch (format) {
-#define AMQ_CASE(name) \
-    case kIndex_##name: return counts<name>(in_features);
-        AMQ_CUDA_FORMATS(AMQ_CASE)
-#undef AMQ_CASE
-    }
-    return {1, 0};
+// Planes of a tile, as amq/kernels/gpu_layout.py counts them: a last slab of fewer features keeps those that hold some.
+int planes_of(int bits, int in_features) {
+    const int features_per_word = kUnit * (8 / bits), rest = in_features % kSlab;
+    return in_features / kSlab * bits + std::min(bits, (rest + features_per_word - 1) / features_per_word);
 }
 
 // Divides the grid among the weights and launches: `arguments` with everything but blocks, columns, planes and scales.
@@ -65,13 +49,13 @@ cudaError_t launch_weights(int group_size, int threads, cudaStream_t stream, Lin
     int64_t column = 0;
     for (int i = 0; i < arguments.n_weights; ++i) {
         Weight& weight = arguments.weights[i];
-        const Counts sizes = counts_of(weight.format, arguments.in_features);
+        const int block_rows = 2 * kTileRows * pairs_of(weight.bits);
         const int64_t tiles = (weight.out_features + kTileRows - 1) / kTileRows;
-        weight.planes = sizes.planes;
-        weight.scales = reinterpret_cast<const uint32_t*>(weight.codes + tiles * sizes.planes * kWarp);
+        weight.planes = planes_of(weight.bits, arguments.in_features);
+        weight.scales = reinterpret_cast<const uint32_t*>(weight.codes + tiles * weight.planes * kWarp);
         weight.first_block = blocks;
         weight.column = column;
-        blocks += (weight.out_features + sizes.block_rows - 1) / sizes.block_rows;
+        blocks += (weight.out_features + block_rows - 1) / block_rows;
         column += weight.out_features;
     }
     return with_group(group_size, [&](auto group) {
@@ -85,13 +69,8 @@ bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address
 
 extern "C" {
 
-// Format names and their bits, in the order of their indices: "int2 2 int3 3 …".
-__attribute__((visibility("default"))) const char* amq_cuda_formats() {
-#define AMQ_NAME(name) #name " " + std::to_string(amq::name::kBits) + " " +
-    static const std::string names = AMQ_CUDA_FORMATS(AMQ_NAME) std::string();
-    return names.c_str();
-#undef AMQ_NAME
-}
+// Whether codes of so many bits are compiled in.
+__attribute__((visibility("default"))) int amq_cuda_has_bits(int bits) { return amq::is_compiled(bits); }
 
 // The text of a cudaError_t.
 __attribute__((visibility("default"))) const char* amq_cuda_error(int status) {
@@ -117,14 +96,14 @@ __attribute__((visibility("default"))) int amq_cuda_check(int* runtime, int* dri
 __attribute__((visibility("default"))) int amq_cuda_max_rows() { return amq::kMaxRows; }
 
 // y = x · Wᵀ (+ bias), see gemv.cuh.
-//   weights     [n_weights] addresses of prepared weights (16-byte aligned), [n_weights] format indices and output features
+//   weights     [n_weights] addresses of prepared weights (16-byte aligned), [n_weights] bits of their codes and output features
 //   x           [rows, in_features and zeros up to a multiple of 128] of dtype (0 fp16, 1 bf16), rows x_stride elements apart and
 //               at multiples of 16 bytes
 //   y           [rows, all output features], rows y_stride elements apart
 //   scratch     null for exact products; else 16-byte aligned memory of amq_cuda_scratch_bytes, for int8 activations
 //   warps       of a block, 1 to 8
 __attribute__((visibility("default"))) int amq_cuda_linear(
-    int n_weights, const int64_t* weights, const int64_t* formats, const int64_t* out_features, int rows, int in_features,
+    int n_weights, const int64_t* weights, const int64_t* bits, const int64_t* out_features, int rows, int in_features,
     int group_size, int dtype, const void* x, int64_t x_stride, const void* bias, void* y, int64_t y_stride, void* scratch,
     int warps, void* stream) {
     using namespace amq;
@@ -138,11 +117,11 @@ __attribute__((visibility("default"))) int amq_cuda_linear(
     LinearArguments arguments{};
     for (int i = 0; i < n_weights; ++i) {
         Weight& weight = arguments.weights[i];
-        if (formats[i] < 0 || formats[i] >= kFormats) return kBadFormat;
+        if (bits[i] < 1 || bits[i] > kMaxBits || !is_compiled(static_cast<int>(bits[i]))) return kBadBits;
         if (out_features[i] < 1 || out_features[i] > INT32_MAX || !weights[i]) return kBadSize;
         weight.codes = reinterpret_cast<const uint4*>(weights[i]);
         if (unaligned(weight.codes)) return kBadSize;
-        weight.format = static_cast<int>(formats[i]);
+        weight.bits = static_cast<int>(bits[i]);
         weight.out_features = static_cast<int>(out_features[i]);
     }
     arguments.n_weights = n_weights;

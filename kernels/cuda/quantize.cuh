@@ -1,7 +1,8 @@
 // Activations rounded to 8 bits per row and group, in the order in which byte fragments of codes want them.
 //
-// a = max|x| / 127 of the group and x becomes a · round(x / a), ties to even, as amq.kernels.backends.quantize_activations says. A group
-// with a NaN or an infinity gets a = NaN, one whose magnitudes are all below 2^-100 gets a = 0.
+// a = max|x| / 127 of the group and x becomes a · round(x / a), ties to even, as quantize_activations in
+// amq/kernels/backends.py says. A group with a NaN or an infinity gets a = NaN, one whose magnitudes are all below 2^-100
+// gets a = 0.
 //
 //     x_codes   word [row, slab, unit, column]: byte h + 2·p is feature 512·slab + 64·unit + 32·h + 2·column + p
 //     x_scales  a [group, row], groups counted through whole slabs

@@ -12,7 +12,6 @@ def dequantize(
     data,  # int32: a prepared weight
     rows,
     BITS: tl.constexpr,
-    BYTE_WORDS: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -21,7 +20,7 @@ def dequantize(
     slab = tl.full([1, 1], tl.program_id(0) % slabs_of(K), tl.int32)
     row = tl.program_id(0) // slabs_of(K) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
     codes, scales = tile_pointers(data, rows, row, tl.arange(0, COLUMNS)[None, :], BITS, K, GROUP_SIZE)
-    words = load_byte_words(codes, slab, BITS, BYTE_WORDS, K, K // SLAB * SLAB < K)
+    words = load_byte_words(codes, slab, BITS, K, K // SLAB * SLAB < K)
     STEPS: tl.constexpr = GROUP_SIZE // STEP_FEATURES
     for quad in tl.static_range(SLAB // GROUP_SIZE // 4):
         pairs = load_scales(scales, slab, quad, K, GROUP_SIZE, False)

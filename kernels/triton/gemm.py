@@ -29,7 +29,8 @@ from .slabs import (
     SLAB,
     STEP_FEATURES,
     TILE_ROWS,
-    find_segment,
+    distinct,
+    find_weight,
     load_byte_words,
     load_scales,
     tile_pointers,
@@ -42,14 +43,13 @@ GROUP_BLOCKS = tl.constexpr(8)
 @triton.jit(do_not_specialize=["M"])
 def gemm(
     x,  # fp16 or bf16 [M, K]
-    y,  # [M, y_stride]; written: the columns of the segments, side by side
-    bias,  # [all rows of the segments], or None
-    data,  # a tuple of int32 pointers: the segments' prepared weights
+    y,  # [M, y_stride]; written: the columns of the weights, side by side
+    bias,  # [all rows of the weights], or None
+    data,  # a tuple of int32 pointers: prepared weights
     rows,  # a tuple: their output rows
     y_stride,
     M,
-    FORMATS: tl.constexpr,  # a tuple of (bits, byte_words): the different formats of the segments
-    KINDS: tl.constexpr,  # a tuple: each segment's index in FORMATS
+    BITS: tl.constexpr,  # a tuple: of each weight's codes
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -57,17 +57,18 @@ def gemm(
     WARPS: tl.constexpr,
     SLABS: tl.constexpr,  # 1: warps divide the rows of W; WARPS: they divide K
 ):
-    """One program for each BLOCK_M rows of x and BLOCK_N rows of a segment; the order of summation is fixed."""
+    """One program for each BLOCK_M rows of x and BLOCK_N rows of a weight; the order of summation is fixed."""
     blocks_n = 0
-    for s in tl.static_range(len(KINDS)):
+    for s in tl.static_range(len(BITS)):
         blocks_n += tl.cdiv(rows[s], BLOCK_N)
     block_n, block_m = _order(tl.program_id(0), blocks_n, tl.cdiv(M, BLOCK_M))
-    at, count, kind, block, before = find_segment(block_n, data, rows, KINDS, BLOCK_N)
+    at, count, bits, block, before = find_weight(block_n, data, rows, BITS, BLOCK_N)
     first = block_m * BLOCK_M
     m = first + tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    for f in tl.static_range(len(FORMATS)):
-        if kind == f:
+    WIDTHS: tl.constexpr = distinct(BITS)
+    for i in tl.static_range(len(WIDTHS)):
+        if bits == WIDTHS[i]:
             acc = _dot(
                 x,
                 first,
@@ -75,8 +76,7 @@ def gemm(
                 at,
                 count,
                 block,
-                FORMATS[f][0],
-                FORMATS[f][1],
+                WIDTHS[i],
                 K,
                 GROUP_SIZE,
                 BLOCK_M,
@@ -109,7 +109,6 @@ def _dot(
     rows,
     block,
     BITS: tl.constexpr,
-    BYTE_WORDS: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,9 +130,9 @@ def _dot(
         acc = tl.zeros([SLABS, BLOCK_N, BLOCK_M], tl.float32)
     FULL: tl.constexpr = K // (SLAB * SLABS)
     for step in range(FULL):
-        acc = _add_slabs(acc, x, first, M, codes, scales, step, BITS, BYTE_WORDS, K, GROUP_SIZE, WARPS, SLABS, False)
+        acc = _add_slabs(acc, x, first, M, codes, scales, step, BITS, K, GROUP_SIZE, WARPS, SLABS, False)
     if FULL * SLABS * SLAB < K:
-        acc = _add_slabs(acc, x, first, M, codes, scales, FULL, BITS, BYTE_WORDS, K, GROUP_SIZE, WARPS, SLABS, True)
+        acc = _add_slabs(acc, x, first, M, codes, scales, FULL, BITS, K, GROUP_SIZE, WARPS, SLABS, True)
     return acc if SLABS == 1 else tl.sum(acc, axis=0)
 
 
@@ -147,7 +146,6 @@ def _add_slabs(
     scales,
     step,
     BITS: tl.constexpr,
-    BYTE_WORDS: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     WARPS: tl.constexpr,
@@ -155,7 +153,7 @@ def _add_slabs(
     MASKED: tl.constexpr,
 ):
     slab = step * SLABS + (tl.arange(0, WARPS) % SLABS)[None, :, None, None]
-    words = load_byte_words(codes, slab, BITS, BYTE_WORDS, K, MASKED)
+    words = load_byte_words(codes, slab, BITS, K, MASKED)
     STEPS: tl.constexpr = GROUP_SIZE // STEP_FEATURES
     for quad in tl.static_range(SLAB // GROUP_SIZE // 4):
         pairs = load_scales(scales, slab, quad, K, GROUP_SIZE, MASKED)

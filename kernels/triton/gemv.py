@@ -22,8 +22,9 @@ from .slabs import (
     SLAB,
     STEP_FEATURES,
     denormals,
+    distinct,
     field,
-    find_segment,
+    find_weight,
     load_byte_words,
     load_scales,
     tile_pointers,
@@ -37,13 +38,12 @@ LEFT_OVER = tl.constexpr(149 - 64)
 @triton.jit
 def gemv(
     x,  # fp16 or bf16 [M, K]
-    y,  # [M, y_stride]; written: the columns of the segments, side by side
-    bias,  # [all rows of the segments], or None
-    data,  # a tuple of int32 pointers: the segments' prepared weights
+    y,  # [M, y_stride]; written: the columns of the weights, side by side
+    bias,  # [all rows of the weights], or None
+    data,  # a tuple of int32 pointers: prepared weights
     rows,  # a tuple: their output rows
     y_stride,
-    FORMATS: tl.constexpr,  # a tuple of (bits, byte_words): the different formats of the segments
-    KINDS: tl.constexpr,  # a tuple: each segment's index in FORMATS
+    BITS: tl.constexpr,  # a tuple: of each weight's codes
     M: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -51,13 +51,14 @@ def gemv(
     LANE_ROWS: tl.constexpr,
     THREAD_ROWS: tl.constexpr,
 ):
-    """One program for each LANE_ROWS · THREAD_ROWS rows of each segment; the order of summation is fixed."""
-    at, count, kind, block, before = find_segment(tl.program_id(0), data, rows, KINDS, LANE_ROWS * THREAD_ROWS)
+    """One program for each LANE_ROWS · THREAD_ROWS rows of each weight; the order of summation is fixed."""
+    at, count, bits, block, before = find_weight(tl.program_id(0), data, rows, BITS, LANE_ROWS * THREAD_ROWS)
     row = tl.arange(0, LANE_ROWS)[:, None] + LANE_ROWS * tl.arange(0, THREAD_ROWS)[None, :]
     row += block * (LANE_ROWS * THREAD_ROWS)
-    for f in tl.static_range(len(FORMATS)):
-        if kind == f:
-            acc = _dot(x, at, count, row, FORMATS[f][0], FORMATS[f][1], M, K, GROUP_SIZE, SLABS)
+    WIDTHS: tl.constexpr = distinct(BITS)
+    for i in tl.static_range(len(WIDTHS)):
+        if bits == WIDTHS[i]:
+            acc = _dot(x, at, count, row, WIDTHS[i], M, K, GROUP_SIZE, SLABS)
             for m in tl.static_range(M):
                 out = tl.sum(tl.sum(acc[m], axis=3), axis=0)
                 if bias is not None:
@@ -73,7 +74,6 @@ def _dot(
     rows,
     row,
     BITS: tl.constexpr,
-    BYTE_WORDS: tl.constexpr,
     M: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -88,10 +88,10 @@ def _dot(
     FULL: tl.constexpr = K // (SLAB * SLABS)
     for step in range(FULL):
         slab = step * SLABS + tl.arange(0, SLABS)
-        acc = _add_slabs(acc, x, codes, scales, slab, BITS, BYTE_WORDS, K, GROUP_SIZE, False)
+        acc = _add_slabs(acc, x, codes, scales, slab, BITS, K, GROUP_SIZE, False)
     if FULL * SLABS * SLAB < K:
         slab = FULL * SLABS + tl.arange(0, SLABS)
-        acc = _add_slabs(acc, x, codes, scales, slab, BITS, BYTE_WORDS, K, GROUP_SIZE, True)
+        acc = _add_slabs(acc, x, codes, scales, slab, BITS, K, GROUP_SIZE, True)
     return acc
 
 
@@ -103,14 +103,13 @@ def _add_slabs(
     scales,
     slab,
     BITS: tl.constexpr,
-    BYTE_WORDS: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """`acc` plus the products of slabs `slab`, [slabs]. codes, scales: pointers to those of slab 0."""
     wide = slab[:, None, None, None]
-    words = load_byte_words(codes, wide, BITS, BYTE_WORDS, K, MASKED)
+    words = load_byte_words(codes, wide, BITS, K, MASKED)
     for quad in tl.static_range(SLAB // GROUP_SIZE // 4):
         pairs = load_scales(scales, wide, quad, K, GROUP_SIZE, MASKED)
         for group in tl.static_range(4):

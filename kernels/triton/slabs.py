@@ -1,4 +1,4 @@
-"""What every kernel shares: which segment a program works on, and how it reads planes, codes, scales and activations.
+"""What every kernel shares: which weight a program works on, and how it reads planes, codes, scales and activations.
 
 The layout of a weight is described in `amq/kernels/gpu_layout.py`; in short, a slab of 512 features of 8 rows is
 `bits` planes of [8 rows, 16 columns] 32-bit words, the 32 features 512·slab + 32·step + 2·column + p of one *step* (0
@@ -34,6 +34,27 @@ def row_planes(features, bits):
 
 
 @triton.constexpr_function
+def distinct(bits):
+    """Every width once, in the order in which they come."""
+    return tuple(dict.fromkeys(bits))
+
+
+@triton.constexpr_function
+def byte_words_of(bits):
+    """Byte words of a row and column: 32 codes, 8 // bits of them in each of four bytes."""
+    return 8 // (8 // bits)
+
+
+@triton.constexpr_function
+def spare_field(word, plane, bits):
+    """(how far right, mask of a word) to bring spare bits of `plane` to their place in byte word `word`, which is not
+    itself a plane; mask 0 where none of them belong there."""
+    used = 8 // bits * bits
+    to = plane * (8 - used) - (word - bits) * used
+    return used - to, sum(0x01010101 << bit for bit in range(used) if to <= bit < to + 8 - used)
+
+
+@triton.constexpr_function
 def field(step, bits):
     """Where the codes of `step` with p = 0 are: (byte word, lowest bit)."""
     word, place = divmod(step // 2, 8 // bits)
@@ -41,32 +62,32 @@ def field(step, bits):
 
 
 @triton.jit
-def find_segment(block, data, rows, KINDS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The segment that row block `block` of the whole launch lies in.
+def find_weight(block, data, rows, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The weight that row block `block` of the whole launch lies in.
 
-    Returns its data, rows, decoder (an index), the block's number in it, and the outputs of the segments before it.
+    Returns its data, rows, bits, the block's number in it, and the outputs of the weights before it.
     """
     at = data[0]
     count = rows[0]
-    kind = KINDS[0]
+    bits = BITS[0]
     before = 0
     first = 0
     next_block = tl.cdiv(rows[0], BLOCK_N)
     next_row = rows[0]
-    for s in tl.static_range(1, len(KINDS)):
+    for s in tl.static_range(1, len(BITS)):
         here = block >= next_block
         at = tl.where(here, data[s], at)
         count = tl.where(here, rows[s], count)
-        kind = tl.where(here, KINDS[s], kind)
+        bits = tl.where(here, BITS[s], bits)
         before = tl.where(here, next_row, before)
         first = tl.where(here, next_block, first)
         next_block += tl.cdiv(rows[s], BLOCK_N)
         next_row += rows[s]
-    return at, count, kind, block - first, before
+    return at, count, bits, block - first, before
 
 
 @triton.jit
-def load_byte_words(at, slab, BITS: tl.constexpr, BYTE_WORDS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr):
+def load_byte_words(at, slab, BITS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr):
     """The byte words of a tile, a tuple of uint32.
 
     at: pointers to plane 0 of slab 0; slab: the numbers of those to load, of a shape that broadcasts with that of `at`.
@@ -81,7 +102,27 @@ def load_byte_words(at, slab, BITS: tl.constexpr, BYTE_WORDS: tl.constexpr, K: t
         else:
             word = tl.load(at + plane * PLANE_WORDS)
         planes = planes + (word.to(tl.uint32, bitcast=True),)
-    return BYTE_WORDS(planes)
+    return _byte_words(planes, BITS)
+
+
+@triton.jit
+def _byte_words(planes, BITS: tl.constexpr):
+    """The planes, and the byte words that their spare bits hold."""
+    words = planes
+    for w in tl.static_range(BITS, byte_words_of(BITS)):
+        word = 0
+        for plane in tl.static_range(BITS):
+            word = _with_spare_bits(word, planes[plane], w, plane, BITS)
+        words = words + (word,)
+    return words
+
+
+@triton.jit
+def _with_spare_bits(word, bits, WORD: tl.constexpr, PLANE: tl.constexpr, BITS: tl.constexpr):
+    SPARE: tl.constexpr = spare_field(WORD, PLANE, BITS)
+    if SPARE[1] != 0:
+        word |= (bits >> SPARE[0]) & SPARE[1]
+    return word
 
 
 @triton.jit

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import unchanged
 
+from amq.formats import native_header
+
 SHIM = Path(__file__).resolve().parent
 KERNELS = SHIM.parents[1] / "kernels" / "cuda"
 
@@ -54,11 +56,12 @@ def compile_shim(source: Path, output: Path, flags: str) -> Path:
 
     def build(folder: Path) -> None:
         folder.mkdir()
-        command = ["g++", *COMMON.split(), *flags.split(), str(source), "-o", str(folder / output.name), "-ldl"]
+        (folder / "amq_formats.h").write_text(native_header())
+        command = ["g++", *f"{COMMON} -I{folder} {flags}".split(), str(source), "-o", str(folder / output.name), "-ldl"]
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, " ".join(command) + "\n" + result.stderr[-6000:]
 
-    inputs = unchanged.inputs_of(INPUTS, source.name, flags, unchanged.compiler())
+    inputs = unchanged.inputs_of(INPUTS, native_header(), source.name, flags, unchanged.compiler())
     kind = "address" if "=address" in flags else "thread" if "=thread" in flags else "plain"
     shutil.copy(unchanged.built(f"shim-{output.stem}-{kind}", inputs, build) / output.name, output)
     return output

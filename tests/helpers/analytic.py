@@ -5,19 +5,21 @@ A module of its own, beside conftest, so that crash tests can import it in a chi
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from amq.formats import parse_formats
+from amq.formats import parse_formats, quantized_formats
 from amq.model.inventory import LinearSpec
 from amq.model.losses import LN2
 from amq.search.archive import Archive
 from amq.search.problem import Problem
 from amq.search.settings import SearchSettings
-from amq.search.solvers import get_solver
+from amq.search.solvers import SOLVERS
 from amq.search.space import SearchSpace
 
 ROLES = {"attn.q_proj": (64, 64), "attn.v_proj": (32, 64), "mlp.up_proj": (128, 64), "mlp.down_proj": (64, 128)}
@@ -45,13 +47,14 @@ class AnalyticLosses:
             for s, w in zip(of.linears, weights, strict=True)
         }
         self.calls = 0
+        self.seconds = self.seconds_in_model = 0.0
         self.nan_when = nan_when
 
     def evaluate(self, formats: Mapping[str, str], windows: str = "search") -> float:
         self.calls += 1
         if self.nan_when and formats[self.nan_when] == "int2":
             return math.nan
-        total = sum(self.table[n][f] for n, f in formats.items())
+        total = sum(self.table[n][f] for n, f in quantized_formats(formats).items())
         return LN2 * -math.expm1(-total * (1.0 if windows == "search" else 1.1))
 
     def sensitivities(
@@ -71,7 +74,7 @@ def settings(**given) -> SearchSettings:
         "points": 5,
         "group_size": 64,
     }
-    return SearchSettings.make(model="m", output="o", **{**quick, **given})
+    return SearchSettings.make(**{"model": "m", "output": "o", **quick, **given})
 
 
 def problem(path: Path, options: SearchSettings, losses: AnalyticLosses | None = None, **fields) -> Problem:
@@ -84,6 +87,11 @@ def problem(path: Path, options: SearchSettings, losses: AnalyticLosses | None =
 
 def solve(path: Path, options: SearchSettings, losses: AnalyticLosses | None = None, **fields) -> Problem:
     made = problem(path, options, losses, **fields)
-    get_solver(options.solver)(made, options)
+    SOLVERS[options.solver](made, options)
     made.archive.close()
     return made
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Records of an archive without what depends on the clock."""
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 
+import pytest
 import torch
-from test_native import random_packed
 from torch import Tensor
 
 from amq.formats import FORMATS
 from amq.kernels import backends
 from amq.kernels import cpu as native
 from amq.packing import PackedWeight, PreparedWeight, dequantize
+from helpers.packed import random_packed
 
 MODES = backends.ACTIVATIONS
 ISAS = native.cpu_module().isas()
@@ -25,6 +27,14 @@ UNIT = 2.0**-24
 FLOOR = 4
 """Roundings that every term of a sum may take besides those of the sum: code − zero_point, the scale, the activation's
 scale, and that of the float32 weight which stands for the truth."""
+
+every_kernel = pytest.mark.parametrize(
+    ("name", "isa", "mode"),
+    [pytest.param(*case, id="-".join(case)) for case in itertools.product(FORMATS, ISAS, MODES)],
+)
+every_isa_and_mode = pytest.mark.parametrize(
+    ("isa", "mode"), [pytest.param(*case, id="-".join(case)) for case in itertools.product(ISAS, MODES)]
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +95,11 @@ def rounding_bound(x: Tensor, weight: Tensor) -> Tensor:
 def run(x: Tensor, weights: Sequence[Weight], mode: str, isa: str, bias: Tensor | None = None) -> Tensor:
     """The kernel on x [M, K], with torch's number of threads."""
     return native.linear(x, [w.prepared for w in weights], bias, mode, isa)
+
+
+def prepare_into(packed: PackedWeight, out: Tensor, isa: str = "", threads: int = 1) -> None:
+    arguments = native._packed_arguments(packed) | {"threads": threads}
+    native.cpu_module().prepare(**arguments, out=native.memory(out), isa=isa)
 
 
 def strided_memory(matrix: Tensor) -> tuple[int, int]:

@@ -1,9 +1,9 @@
-"""For tests of the server: an engine that needs no model, and a server in a thread.
+"""For tests of the server: one in a thread, around the engine of `helpers.engines`, which repeats prompts.
 
     with serving(fake_runtime(delay=0.001), queue=4) as server:
         httpx.get(f"{server.url}/health")
 
-The fake engine repeats the prompt: "abc" goes on "abcabc…", so every answer tells whose it is. A newline ends it.
+A newline ends every text.
 """
 
 from __future__ import annotations
@@ -11,86 +11,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from amq.errors import AmqError
-from amq.runtime.engine import Segment, Slot
 from amq.runtime.tokenizer import Tokenizer
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
-
-SECONDS = 60.0
-"""How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
+from helpers.engines import SECONDS, FakeEngine
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
-
-
-class FakeSlot(Slot):
-    def __init__(self, prompt: Sequence[int], new_tokens: int, length: int) -> None:
-        super().__init__(len(prompt) + new_tokens, length)
-        self.prompt = list(prompt)
-
-
-class FakeEngine:
-    """Repeats prompts. Everything may be changed while it runs.
-
-    gate: a pass waits while it is clear, so that a test can hold a request where it is for as long as it takes.
-    prompts: of all sequences opened so far, in tokens. delay: seconds of a pass. failing: an exception that the next
-    passes raise. shared: positions that every prompt finds computed already. positions: of the KV cache, all slots
-    together.
-    """
-
-    banner = "a fake engine"
-    max_rows = 512
-
-    def __init__(self, context: int = 512, max_sequences: int = 4, delay: float = 0.0, vocab_size: int = 256) -> None:
-        self.context, self.max_sequences, self.delay, self.vocab_size = context, max_sequences, delay, vocab_size
-        self.positions = context * max_sequences
-        self.failing: Exception | None = None
-        self.shared = 0
-        self.slots: set[FakeSlot] = set()
-        self.passes = 0
-        self.prompts: list[list[int]] = []
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def open(self, prompt: Sequence[int], new_tokens: int) -> FakeSlot | None:
-        needed = len(prompt) + new_tokens
-        if needed > self.positions:
-            raise AmqError(f"{needed} positions never fit the cache of {self.positions}")
-        if len(self.slots) >= self.max_sequences or self.cached_tokens()[0] + needed > self.positions:
-            return None
-        self.prompts.append(list(prompt))
-        slot = FakeSlot(prompt, new_tokens, min(self.shared, len(prompt) - 1))
-        self.slots.add(slot)
-        return slot
-
-    def close(self, slot: FakeSlot) -> None:
-        self.slots.remove(slot)
-
-    def forward(self, segments: Sequence[Segment]) -> torch.Tensor:
-        self.passes += 1
-        assert self.gate.wait(2 * SECONDS), "the test never opened the gate"
-        if self.delay:
-            time.sleep(self.delay)
-        if self.failing is not None:
-            raise self.failing
-        for segment in segments:
-            segment.slot.length += len(segment.tokens)
-            assert segment.slot.length <= segment.slot.capacity
-        wanted = [segment.slot for segment in segments if segment.logits]
-        logits = torch.zeros(len(wanted), self.vocab_size)
-        for row, slot in enumerate(wanted):
-            logits[row, slot.prompt[slot.length % len(slot.prompt)]] = 30.0
-        return logits
-
-    def cached_tokens(self) -> tuple[int, int]:
-        return sum(slot.capacity for slot in self.slots), self.positions
 
 
 def hold_until_input(engine: FakeEngine) -> None:

@@ -74,18 +74,18 @@ def passed_before(name: str, inputs: str, record_property: Callable[[str, object
     if _everything() or not path.is_file():
         return False
     stamp = json.loads(path.read_text())
-    if stamp.get("inputs") != inputs:
+    if stamp.get("inputs") != inputs or "cases" not in stamp:
         return False
-    record_property(PROPERTY, f"{name}: passed {stamp['date']} with these very inputs")
+    record_property(PROPERTY, f"{name}: {stamp['cases']} cases passed {stamp['date']} with these very inputs")
     return True
 
 
-def passed(name: str, inputs: str) -> None:
-    """Notes that the sweep has passed."""
+def passed(name: str, inputs: str, cases: int) -> None:
+    """Notes that the sweep has passed, all its cases."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     with tempfile.NamedTemporaryFile("w", dir=FOLDER, delete=False) as file:
-        file.write(json.dumps({"inputs": inputs, "date": now}))
+        file.write(json.dumps({"inputs": inputs, "date": now, "cases": cases}))
     Path(file.name).rename(FOLDER / f"{name}.json")
 
 

@@ -69,13 +69,13 @@ class Keys:
                 raise AmqError(f"{self.file.path} lacks the key {name}: the model cannot be built without it")
             return default
         self.taken.add(name)
-        value = self.file.keys[name]
+        value: Any = self.file.keys[name]
         if isinstance(value, np.ndarray) and kind is not np.ndarray:
             value = self._same(name, value)
-        numbers = (int, float) if kind is float else (kind,)
-        if not isinstance(value, numbers) or (isinstance(value, bool) and kind is not bool):
+        fits = isinstance(value, (int, float) if kind is float else kind)
+        if not fits or (isinstance(value, bool) and kind is not bool):
             raise AmqError(f"{self.file.path}: key {name} must be a {kind.__name__}, got {shorten(value)}")
-        return kind(value) if kind in (int, float) else value
+        return float(value) if kind is float else value
 
     def size(self, key: str, default: int | None = None) -> int:
         """A whole number from 1 to `amq.util.records.MOST`."""
@@ -151,7 +151,7 @@ def _sizes(keys: Keys, names: set[str]) -> dict[str, Any]:
     if keys.size("attention.value_length", head_dim) != head_dim:
         raise AmqError(f"{file.path}: attention.value_length differs from key_length {head_dim}: not supported")
     given = [key for key in EPSILON_KEYS if f"{architecture}.{key}" in file.keys] or [EPSILON_KEYS[0]]
-    values = {
+    values: dict[str, Any] = {
         "max_position_embeddings": keys.size("context_length"),
         "num_hidden_layers": blocks,
         "intermediate_size": keys.size("feed_forward_length", 1 if "moe" in architecture else None),
@@ -165,11 +165,12 @@ def _sizes(keys: Keys, names: set[str]) -> dict[str, Any]:
     }
     for name, key in TOKEN_IDS.items():  # a class's own default may not even be in the vocabulary
         value = file.keys.get(f"tokenizer.ggml.{key}_token_id")
-        given = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
-        if given or name != "unk_token_id":
-            values[name] = value if given else None
-    if isinstance(name := file.keys.get("general.name"), str):  # as transformers writes it: fingerprints stay
-        values["_model_name_or_path"] = name
+        known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
+        if known or name != "unk_token_id":
+            values[name] = value if known else None
+    own_name = file.keys.get("general.name")
+    if isinstance(own_name, str):  # as transformers writes it: fingerprints stay
+        values["_model_name_or_path"] = own_name
     return values
 
 

@@ -21,11 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from amq.errors import AmqError
 from amq.model.gguf.config import FAMILIES, Translation, translate
@@ -33,12 +33,16 @@ from amq.model.gguf.file import GgufFile, GgufTensor, parts_of, read_model
 from amq.model.gguf.rope import TENSORS as ROPE_TENSORS
 from amq.model.gguf.rope import check_frequencies
 from amq.model.weight_files import weight_files
+from amq.util.extras import needs
 from amq.util.files import cache_dir, is_disk_full, write_json
 from amq.util.folders import cache_folder
 from amq.util.limits import check_memory
-from amq.util.records import MOST, read_record, shorten
+from amq.util.records import MOST, read_record, shorten, to_json
 from amq.util.tensor_stream import write_stream
 from amq.util.tensors import HASHES, tensor_hash, verify_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +59,7 @@ LOST = ("rope.scaling.", "rope.scale_linear")
 
 @dataclass(frozen=True)
 class Manifest:
-    """files: {name: BLAKE2b} of all files but the weights, which have hashes of their own."""
+    """conversion.json; files: {name: BLAKE2b} of all files but the weights, which have hashes of their own."""
 
     version: int
     files: dict[str, str]
@@ -73,6 +77,9 @@ def gguf_folder(path: Path) -> Path:
             log.warning("the cached conversion of %s is damaged and is made again: %s", path.name, error)
         else:
             return folder
+    with needs("models", f"reading {path.name}"):
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
     log.info("dequantizing %s once into %s", path.name, folder)
     _convert(paths, folder)
     return folder
@@ -122,7 +129,7 @@ def _convert(paths: Sequence[Path], folder: Path) -> None:
             _whole_model(file, paths, whole)
         _save_tokenizer(paths[0], whole)
         others = [path for path in sorted(whole.iterdir()) if path.suffix != ".safetensors"]
-        write_json(whole / MANIFEST, {"version": VERSION, "files": {p.name: _file_hash(p) for p in others}})
+        write_json(whole / MANIFEST, to_json(Manifest(VERSION, {p.name: _file_hash(p) for p in others})))
 
     cache_folder(folder, write, lambda: _is_whole(folder))
 
@@ -207,7 +214,7 @@ def _stream(file: GgufFile, folder: Path) -> None:
     _save_config(model, folder)
 
 
-def _empty_model(file: GgufFile, translation: Translation) -> nn.Module:
+def _empty_model(file: GgufFile, translation: Translation) -> PreTrainedModel:
     """The model without memory, its rotary table compared with what the file says."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -240,7 +247,7 @@ def _has_tools() -> bool:
     return callable(get_gguf_hf_weights_map) and "llama" in TENSOR_PROCESSORS
 
 
-def _processor(file: GgufFile, model: nn.Module) -> tuple[Any, dict[str, str]]:
+def _processor(file: GgufFile, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
     """transformers' own object that undoes llama.cpp's changes of weights, and {name in the file: its own name}."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
@@ -293,7 +300,7 @@ def _made(
     return made.contiguous()
 
 
-def _save_config(model: nn.Module, folder: Path) -> None:
+def _save_config(model: PreTrainedModel, folder: Path) -> None:
     from transformers import GenerationConfig
 
     config = model.config

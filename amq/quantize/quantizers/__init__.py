@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from amq.errors import AmqError
-from amq.packing import PackedWeight
-from amq.quantize.quantizers import clip, gptq, hqq, rtn
+from amq.util.lazy import Registry
 
-Quantizer = Callable[..., list[dict[str, PackedWeight]]]
+if TYPE_CHECKING:
+    from amq.packing import PackedWeight
+
+Quantizer = Callable[..., "list[dict[str, PackedWeight]]"]
 """quantize(weights, formats, group_size, gram, zero_points="fractional") -> one {format name: PackedWeight} per weight.
 
 weights: the linears that share one input, [out_features_i, in_features] each, any float dtype.
 gram: float32 [in_features, in_features], the mean of x xᵀ over calibration tokens, or None where `NEEDS_GRAM` is False.
-zero_points: one of `amq.quantize.quantizers.grid.ZERO_POINTS`.
+zero_points: one of `ZERO_POINTS`.
 """
 
-QUANTIZERS: dict[str, Quantizer] = {
-    "gptq": gptq.quantize,
-    "clip": clip.quantize,
-    "hqq": hqq.quantize,
-    "rtn": rtn.quantize,
-}
+QUANTIZERS: Registry[Quantizer] = Registry(
+    "quantizer", {name: f"amq.quantize.quantizers.{name}:quantize" for name in ("gptq", "clip", "hqq", "rtn")}
+)
 NEEDS_GRAM = frozenset({"gptq", "clip"})
-
-
-def get_quantizer(name: str) -> Quantizer:
-    try:
-        return QUANTIZERS[name]
-    except KeyError:
-        raise AmqError(f"unknown quantizer {name!r}: expected one of {', '.join(QUANTIZERS)}") from None
+ZERO_POINTS = ("fractional", "integer", "symmetric")
+"""What a zero point may be: any fp16 number; a whole code; levels // 2 everywhere. Other tools' formats need the last
+two."""

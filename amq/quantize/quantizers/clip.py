@@ -45,7 +45,8 @@ def _one(weight: Tensor, fmt: BitFormat, group_size: int, blocks: Tensor, zero_p
         return encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]], scale, zero_point
 
     parts = parallel_map(solve, weight.float().split(ROWS))
-    return packed(*(torch.cat(tensors) for tensors in zip(*parts, strict=True)), fmt, group_size)
+    codes, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return packed(codes, scale, zero_point, fmt, group_size)
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:

@@ -25,6 +25,9 @@ from amq.packing import PackedWeight
 from amq.quantize.quantizers.grid import TINY, expand, fitted_grid, packed, storable, to_groups
 from amq.util.threads import parallel_map
 
+Grid = tuple[Tensor, Tensor]
+"""Scale and zero point, [rows, n_groups] each."""
+
 log = logging.getLogger(__name__)
 
 DAMPING = 0.1
@@ -131,9 +134,7 @@ class _Problem:
         return [part.t().contiguous() for part in unordered.split(rows, dim=1)]
 
 
-def _refit_rows(
-    weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor
-) -> tuple[Tensor, Tensor]:
+def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Grid:
     """Scale and zero point of every row's groups for the least output error at fixed codes.
 
     ŵ = Σ_g scale_g·code_g + offset_g·1_g is linear in its 2·n_groups unknowns θ, so with Φ [in_features, 2·n_groups]
@@ -167,9 +168,7 @@ def _refit_rows(
     return _better_rows(weight, codes, new, grid, group_size, hessian)
 
 
-def _refit_scales(
-    weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor
-) -> tuple[Tensor, Tensor]:
+def _refit_scales(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Grid:
     """As `_refit_rows` with the zero points as they are: n_groups unknowns, one basis vector per group."""
     rows, in_features = weight.shape
     groups = n_groups(in_features, group_size)
@@ -190,9 +189,7 @@ def _refit_scales(
     return _better_rows(weight, codes, new, grid, group_size, hessian)
 
 
-def _better_rows(
-    weight: Tensor, codes: Tensor, new: tuple[Tensor, ...], old: tuple[Tensor, ...], group_size: int, hessian: Tensor
-) -> tuple[Tensor, Tensor]:
+def _better_rows(weight: Tensor, codes: Tensor, new: Grid, old: Grid, group_size: int, hessian: Tensor) -> Grid:
     """`new` for the rows whose output error it lowers, `old` for the others."""
     better = _output_error(weight, codes, new, group_size, hessian) < _output_error(
         weight, codes, old, group_size, hessian
@@ -201,8 +198,8 @@ def _better_rows(
     return torch.where(better, new[0], old[0]), torch.where(better, new[1], old[1])
 
 
-def _output_error(weight: Tensor, codes: Tensor, grid: tuple[Tensor, ...], group_size: int, hessian: Tensor) -> Tensor:
+def _output_error(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Tensor:
     """(w − ŵ) H (w − ŵ)ᵀ of each row, [rows]."""
-    scale, zero = expand((grid[0], grid[1]), group_size, weight.shape[1])
+    scale, zero = expand(grid, group_size, weight.shape[1])
     error = weight - (codes - zero) * scale
     return ((error @ hessian) * error).sum(-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat, n_groups
 from amq.packing import PackedWeight, expand_groups, pack_codes
+from amq.quantize.quantizers import ZERO_POINTS
 
 TINY = 2.0**-20
 """The smallest scale: a subnormal fp16 that still has five significant bits."""
@@ -31,11 +32,6 @@ def to_groups(weight: Tensor, group_size: int) -> Tensor:
     groups = n_groups(in_features, group_size)
     padded = torch.nn.functional.pad(weight.float(), (0, groups * group_size - in_features))
     return padded.view(rows, groups, group_size)
-
-
-ZERO_POINTS = ("fractional", "integer", "symmetric")
-"""What a zero point may be: any fp16 number; a whole code; levels // 2 everywhere. Other tools' formats need the last
-two."""
 
 
 def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.packing import PackedWeight
 from amq.quantize.quantizers.grid import packed
+from amq.util.extras import needs
 
 
 def quantize(
@@ -44,7 +45,8 @@ def _one(weight: Tensor, fmt: BitFormat, group_size: int) -> PackedWeight:
 
 def _solve(weight: Tensor, fmt: BitFormat, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
     """Codes [rows, in_features], scale and zero_point [rows, n_groups] of a weight that fills its groups."""
-    from hqq.core.quantize import Quantizer
+    with needs("search", "the quantizer hqq"):
+        from hqq.core.quantize import Quantizer
 
     bits = fmt.bits
     if fmt.levels != 2**bits or bits not in Quantizer.SUPPORTED_BITS:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,13 +19,16 @@ from amq.search.knapsack import select, select_exact
 from amq.search.problem import Problem
 from amq.search.refine import refine
 from amq.search.sensitivity import measure
-from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform
+from amq.search.solvers.base import Solution, evaluate_uniform
 from amq.search.space import SearchSpace
+
+if TYPE_CHECKING:
+    from amq.search.settings import SearchSettings
 
 BISECTIONS = 5
 
 
-def solve(problem: Problem, options: SolverOptions) -> Solution:
+def solve(problem: Problem, options: SearchSettings) -> Solution:
     space = problem.space
     problem.evaluate(space.uniform(space.formats[-1]), "uniform")
     table = problem.cost_table(options.cost)
@@ -41,7 +45,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     for bits in front_budgets(space, options.points):
         problem.evaluate(configuration(bits), "front")
     if problem.max_loss is not None:
-        _bisect(problem, configuration)
+        _bisect(problem, problem.max_loss, configuration)
     if options.refine:
         budget = problem.budget if problem.budget is not None else (low + high) / 2
         refine(problem, costs, configuration(budget), budget, options.refine)
@@ -65,12 +69,12 @@ def front_budgets(space: SearchSpace, points: int) -> list[float]:
     return [float(b) for b in budgets]
 
 
-def _bisect(problem: Problem, configuration: Callable[[float], dict[str, str]]) -> None:
+def _bisect(problem: Problem, max_loss: float, configuration: Callable[[float], dict[str, str]]) -> None:
     """Narrows down the smallest budget that meets `max_loss` by true evaluations between its neighbours."""
     for _ in range(BISECTIONS):
         records = problem.archive.evaluated()
-        good = [r["bits_per_weight"] for r in records if r["loss"] <= problem.max_loss]
-        bad = [r["bits_per_weight"] for r in records if r["loss"] > problem.max_loss]
+        good = [r.bits_per_weight for r in records if r.ranked <= max_loss]
+        bad = [r.bits_per_weight for r in records if r.ranked > max_loss]
         if not good:
             return
         upper = min(good)

@@ -3,31 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 
 from amq.search.problem import Problem, Table
 from amq.search.sensitivity import Sensitivity, measure
 from amq.search.space import SearchSpace
-
-
-class SolverOptions(Protocol):
-    """The settings that solvers read; `amq.search.settings.SearchSettings` has them all."""
-
-    cost: str
-    points: int
-    refine: int
-    exact: bool
-    prune: float
-    surrogate: str
-    initial: int
-    iterations: int
-    per_iteration: int
-    population: int
-    generations: int
-    crossover: float
-    mutation: float
 
 
 @dataclass(frozen=True)

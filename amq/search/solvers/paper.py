@@ -7,17 +7,24 @@ candidates per iteration, 200 iterations.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
+from amq.search.archive import Record
 from amq.search.front import pareto_indices, spread
 from amq.search.problem import Problem
+from amq.search.records import SurrogateScores
 from amq.search.scores import quality
-from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform, pruned, random_points
+from amq.search.solvers.base import Solution, evaluate_uniform, pruned, random_points
 from amq.search.space import SearchSpace
-from amq.search.surrogates import Surrogate, make_surrogate
+from amq.search.surrogates import SURROGATES, Surrogate
+
+if TYPE_CHECKING:
+    from amq.search.settings import SearchSettings
 
 
-def solve(problem: Problem, options: SolverOptions) -> Solution:
+def solve(problem: Problem, options: SearchSettings) -> Solution:
     evaluate_uniform(problem)
     space, sensitivity = pruned(problem, options.prune)
     uniform = np.repeat(np.arange(len(space.formats))[:, None], len(space.variables), axis=1)
@@ -26,7 +33,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     for point in np.concatenate([uniform, draws]):
         data.add(point, problem.evaluate(space.decode(point), "initial"))
     for iteration in range(options.iterations):
-        surrogate = make_surrogate(options.surrogate, problem.seed)
+        surrogate = SURROGATES[options.surrogate](problem.seed)
         surrogate.fit(data.x, data.y)
         chosen = _candidates(problem, space, surrogate, data, options, iteration)
         if not len(chosen):
@@ -46,17 +53,17 @@ class _Data:
         self.y = np.empty(0)
         self.seen: set[bytes] = set()
 
-    def add(self, point: np.ndarray, record: dict) -> float:
+    def add(self, point: np.ndarray, record: Record) -> float:
         self.seen.add(point.astype(np.int8).tobytes())
-        if record["loss"] is None:
+        if record.loss is None:
             return np.nan
         self.x = np.vstack([self.x, point])
-        self.y = np.append(self.y, record["loss"])
-        return record["loss"]
+        self.y = np.append(self.y, record.loss)
+        return record.loss
 
 
 def _candidates(
-    problem: Problem, space: SearchSpace, surrogate: Surrogate, data: _Data, options: SolverOptions, iteration: int
+    problem: Problem, space: SearchSpace, surrogate: Surrogate, data: _Data, options: SearchSettings, iteration: int
 ) -> np.ndarray:
     """New points [≤ per_iteration, variables] on the surrogate's front, spread along bits per weight."""
     population = _evolve(problem, space, surrogate, data, options, iteration)
@@ -77,7 +84,7 @@ def _candidates(
 
 
 def _evolve(
-    problem: Problem, space: SearchSpace, surrogate: Surrogate, data: _Data, options: SolverOptions, iteration: int
+    problem: Problem, space: SearchSpace, surrogate: Surrogate, data: _Data, options: SearchSettings, iteration: int
 ) -> np.ndarray:
     """NSGA-II (pymoo) on (bits per weight, predicted loss), started from the archive's front.
 
@@ -130,8 +137,8 @@ def _log_quality(
     """How well the surrogate predicted candidates it had not seen: its held-out quality."""
     use = np.isfinite(true)
     best = problem.best_at(problem.budget)
-    problem.surrogate_log.append({
-        "iteration": iteration, "evaluations": evaluations, "surrogate": name,
+    problem.surrogate_log.append(SurrogateScores(
+        iteration=iteration, evaluations=evaluations, surrogate=name,
         **(quality(true[use], predicted[use]) if use.sum() > 1 else {"rmse": None, "spearman": None, "kendall": None}),
-        "hypervolume": problem.hypervolume(), "best_loss_at_budget": best["loss"] if best else None,
-    })  # fmt: skip
+        hypervolume=problem.hypervolume(), best_loss_at_budget=best.loss if best else None,
+    ))  # fmt: skip

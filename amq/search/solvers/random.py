@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from amq.search.problem import Problem
-from amq.search.solvers.base import Solution, SolverOptions, evaluate_uniform, pruned, random_points
+from amq.search.solvers.base import Solution, evaluate_uniform, pruned, random_points
+
+if TYPE_CHECKING:
+    from amq.search.settings import SearchSettings
 
 
-def solve(problem: Problem, options: SolverOptions) -> Solution:
+def solve(problem: Problem, options: SearchSettings) -> Solution:
     evaluate_uniform(problem)
     space, sensitivity = pruned(problem, options.prune)
     count = options.initial + options.iterations * options.per_iteration

@@ -1,0 +1,69 @@
+"""One export: the checkpoint opened, its target's module called, its README.md written."""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from amq.checkpoint.store import Checkpoint, open_checkpoint
+from amq.export.common import DenseHead, plain_config
+from amq.export.settings import EXPORTS, ExportSettings
+from amq.integrations.opening import open_export_once
+from amq.model.companions import copy_model_files
+from amq.util.extras import needs
+from amq.util.folders import check_new_folder, real_folder, write_folder
+
+
+def run_export(settings: ExportSettings) -> dict[str, Any]:
+    """Exports a quantized folder; see `amq.export.export`."""
+    source, to, output = Path(settings.checkpoint), settings.to, Path(settings.output)
+    target = EXPORTS[to]
+    check_new_folder(output)
+    with needs("export", f"amq export --to {to}"):
+        import gguf  # noqa: F401
+        import transformers  # noqa: F401
+    stored = checkpoint = open_checkpoint(source)
+    module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
+    record = stored.record
+    facts: dict[str, Any] = {}
+    if record.head and not target.head:
+        checkpoint = DenseHead(stored)
+        kept = str(checkpoint.dtype).removeprefix("torch.")
+        facts[record.head] = f"{record.formats[record.head]} in the checkpoint, dequantized to {kept} here"
+
+    own_code = "auto_map" in plain_config(stored)
+    if own_code:
+        facts["not opened"] = "the model has code of its own, which an export does not run"
+
+    def write(folder: Path) -> None:
+        facts.update(module.write(checkpoint, folder))
+        if target.model_folder:
+            copy_model_files(source, folder)
+        readme = _readme(stored, to, module.LOADING.replace("{folder}", real_folder(output).name), facts)
+        (folder / "README.md").write_text(readme, encoding="utf-8")
+        if target.model_folder and not own_code:
+            open_export_once(folder)
+
+    write_folder(output, write)
+    return facts
+
+
+def _readme(checkpoint: Checkpoint, to: str, loading: str, facts: dict[str, Any]) -> str:
+    record = checkpoint.record
+    counts = Counter(record.configuration.formats.values())
+    formats = ", ".join(f"{count} linears {name}" for name, count in sorted(counts.items()))
+    formats += f", {record.head} {record.formats[record.head]}" if record.head else ""
+    lines = [
+        f"# {checkpoint.folder.resolve().name}, exported as {to}",
+        "",
+        f"Made by `amq export --to {to}` from an amq checkpoint: {formats}; group size {record.group_size}.",
+        "",
+        loading.strip(),
+        "",
+        "## What maps to what",
+        "",
+        *(f"- {phrase}: {value}" for phrase, value in facts.items()),
+    ]
+    return "\n".join(lines) + "\n"

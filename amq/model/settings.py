@@ -1,0 +1,22 @@
+"""What every stage that loads a model is told: in which dtype, where, and whether its own code may run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from amq.util.settings import Settings, flag
+
+MODEL = "hub id, folder, .gguf file, or the alias smollm2"
+CHECKPOINT = "a folder that amq quantize wrote; or " + MODEL
+"""What the positional argument MODEL may be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(Settings):
+    dtype: str = flag(
+        "auto", "of what is not quantized: auto (on a CPU float32), float32, bfloat16, float16", metavar="DTYPE"
+    )
+    device: str = flag("cpu", "where the model runs, in torch's words", metavar="DEVICE")
+    trust_remote_code: bool = flag(
+        False, "run the Python code that the model's folder brings along, with all your rights"
+    )

@@ -1,0 +1,77 @@
+"""quantization.json: how a checkpoint was made, and how each of its weights came out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from amq.configuration import Memory
+from amq.quantize.settings import QuantizeSettings
+from amq.util.records import JsonFile
+
+LOG = "quantization.json"
+
+
+@dataclass(frozen=True)
+class SourceEntry:
+    """The model that was quantized: as it was named, and what identifies its weights."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class LinearOutcome:
+    """relative_error: ‖W − Ŵ‖/‖W‖, of what the method measures; None for a kept linear, and before it is known."""
+
+    format: str
+    shape: tuple[int, int]
+    relative_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadOutcome:
+    """The head where it is quantized; embedding: the one that shares its weight."""
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    bytes: int
+    relative_error: float | None = None
+    embedding: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityFigures:
+    """rows: {`full` or the method: perplexity, None where it was not finite}; tokens: scored, in all windows."""
+
+    text: str
+    tokens: int
+    window_length: int
+    window_prefix: tuple[str, ...] = ()
+    rows: dict[str, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationLog(JsonFile):
+    """not_quantized: {linear: why it could not be}; window_prefix: tokens that every calibration window begins with.
+
+    head, perplexity: None where there is none. seconds, peak_memory_bytes: 0 until the end.
+    """
+
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/quantization/1",)
+
+    schema: str = SCHEMAS[0]
+    settings: QuantizeSettings
+    model: SourceEntry
+    calibration_sha256: str
+    window_prefix: tuple[str, ...] = ()
+    bits_per_weight: float
+    memory: Memory
+    perplexity: PerplexityFigures | None = None
+    linears: dict[str, LinearOutcome]
+    not_quantized: dict[str, str]
+    head: HeadOutcome | None = None
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0

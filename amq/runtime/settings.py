@@ -1,0 +1,87 @@
+"""How a model is loaded to run, and how its next token is chosen: what generate, serve and bench share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from amq.errors import AmqError
+from amq.kernels.names import ACTIVATIONS, BACKENDS
+from amq.model.settings import ModelSettings
+from amq.util.settings import Settings, flag
+
+WRITE, DRAW = "what to write", "how to choose tokens"
+MAX_LOGPROBS = 20
+"""OpenAI's limit of `top_logprobs`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeSettings(ModelSettings):
+    backend: str | None = flag(None, "what multiplies the quantized linears (default: the fastest)", choices=BACKENDS)
+    activations: str | None = flag(
+        None, "int8 or fp32 (exact); default: int8 on backend cpu, else fp32", choices=ACTIVATIONS
+    )
+    threads: int | None = flag(None, "CPU threads (default: torch's choice)", least=1, metavar="N")
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keyword arguments of `amq.runtime.load` that are among these settings."""
+        return {field.name: getattr(self, field.name) for field in fields(LoadSettings) if hasattr(self, field.name)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings(RuntimeSettings):
+    """What `amq.runtime.load` takes.
+
+    backend: a name in `amq.kernels.backends.BACKENDS`; None takes the fastest that runs the model's formats on the
+        device.
+    activations: `int8` (faster on a CPU) or `fp32` (exact); see `amq.kernels.ops.linear`. None takes int8 on backend
+        cpu, and fp32 on every other one: on a GPU int8 costs a launch for each linear. Triton and reference refuse
+        int8.
+    dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
+        checkpoint's own elsewhere), float32, bfloat16 or float16.
+    device: where everything but packed weights goes; those are prepared there when they are first used.
+    context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
+    max_sequences: that run at once.
+    threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.
+    trust_remote_code: see `amq.model.open.load_model`.
+    """
+
+    context: int | None = flag(None, "", least=1)
+    max_sequences: int = flag(1, "", least=1)
+
+
+@dataclass(frozen=True)
+class Sampling(Settings):
+    """How the next token is chosen and when a text ends.
+
+    temperature: 0 takes the likeliest token (of equals the lowest id); else logits are divided by it and a token drawn.
+    top_k, top_p: draw from the k likeliest tokens (0: all), and from the likeliest that together have probability p.
+    min_p: draw from tokens at least min_p times as likely as the likeliest.
+    repetition_penalty: logits of tokens in the prompt and the new text are divided by it, negative ones multiplied.
+    presence_penalty, frequency_penalty: taken from a new token's logit once, and as often as it occurred.
+    seed: of the draws; None draws differently every time.
+    max_new_tokens: the model's context ends a text too.
+    stop: texts that end the generation where they appear; they are not part of the output.
+    logprobs: None, or of how many of the likeliest tokens log probabilities are wanted beside the chosen one's.
+    ignore_end: go on after an end token, for benchmarks.
+    Raises AmqError for a value out of range.
+    """
+
+    temperature: float = flag(0.0, "0 takes the likeliest token", DRAW, least=0, metavar="T")
+    top_k: int = flag(0, "draw from the K likeliest tokens; 0: from all", DRAW, least=0, most=2**31 - 1, metavar="K")
+    top_p: float = flag(1.0, "draw from the likeliest that make up P", DRAW, above=0, most=1, metavar="P")
+    min_p: float = flag(0.0, "leave out tokens below P times the likeliest", DRAW, least=0, most=1, metavar="P")
+    repetition_penalty: float = flag(1.0, "above 1: repeat less", DRAW, least=0.01, most=100, metavar="R")
+    presence_penalty: float = flag(0.0, "above 0: fewer words that came before", DRAW, least=-2, most=2, metavar="P")
+    frequency_penalty: float = flag(0.0, "above 0: fewer words that came often", DRAW, least=-2, most=2, metavar="P")
+    seed: int | None = flag(None, "of the draws, to repeat them", DRAW, least=-(2**63), most=2**63 - 1, metavar="N")
+    max_new_tokens: int = flag(256, "tokens to generate at most", WRITE, least=1, metavar="N")
+    stop: tuple[str, ...] = flag((), "ends the text; may be repeated", WRITE, metavar="TEXT")
+    logprobs: int | None = flag(None, "", least=0, most=MAX_LOGPROBS)
+    ignore_end: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
+            raise AmqError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")

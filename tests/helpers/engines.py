@@ -1,0 +1,123 @@
+"""An engine that needs no model, and what runs beside real ones: a text, and transformers' logits for it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.runtime.engine import Segment, Slot
+
+SECONDS = 60.0
+"""How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
+
+
+class FakeSlot(Slot):
+    """prompt: as it was opened. tokens: all that were computed, or found computed."""
+
+    def __init__(self, prompt: Sequence[int], new_tokens: int, length: int) -> None:
+        super().__init__(len(prompt) + new_tokens, length)
+        self.prompt, self.tokens = list(prompt), list(prompt[:length])
+
+
+def repeat_the_prompt(slot: FakeSlot) -> int:
+    """ "abc" goes on "abcabc…", so every answer tells whose it is."""
+    return slot.prompt[slot.length % len(slot.prompt)]
+
+
+class FakeEngine:
+    """An `Engine` (amq.runtime.engine) that checks what it is asked. Everything may be changed while it runs.
+
+    following: the likeliest token after those of a slot. delay: seconds of a pass. positions: of the KV cache, all
+    slots together. gate: a pass waits while it is clear, so that a test can hold a request where it is for as long as
+    it takes. failing: an exception that the next passes raise. nan: whether their first logits hold one. shared:
+    positions that every prompt finds computed already. prompts: of all sequences opened so far. passes: of all passes,
+    each segment's tokens and whether it wanted logits.
+    """
+
+    banner = "a fake engine"
+
+    def __init__(
+        self,
+        context: int = 512,
+        max_sequences: int = 4,
+        delay: float = 0.0,
+        vocab_size: int = 256,
+        max_rows: int = 512,
+        positions: int | None = None,
+        following: Callable[[FakeSlot], int] = repeat_the_prompt,
+    ) -> None:
+        self.context, self.max_sequences, self.delay, self.vocab_size = context, max_sequences, delay, vocab_size
+        self.max_rows, self.following = max_rows, following
+        self.positions = context * max_sequences if positions is None else positions
+        self.failing: Exception | None = None
+        self.nan = False
+        self.shared = 0
+        self.slots: set[FakeSlot] = set()
+        self.passes: list[list[tuple[list[int], bool]]] = []
+        self.prompts: list[list[int]] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def open(self, prompt: Sequence[int], new_tokens: int) -> FakeSlot | None:
+        needed = len(prompt) + new_tokens
+        if needed > self.positions:
+            raise AmqError(f"{needed} positions never fit the cache of {self.positions}")
+        if len(self.slots) >= self.max_sequences or self.cached_tokens()[0] + needed > self.positions:
+            return None
+        self.prompts.append(list(prompt))
+        slot = FakeSlot(prompt, new_tokens, min(self.shared, len(prompt) - 1))
+        self.slots.add(slot)
+        return slot
+
+    def close(self, slot: FakeSlot) -> None:
+        self.slots.remove(slot)
+
+    def forward(self, segments: Sequence[Segment[FakeSlot]]) -> Tensor:
+        assert len({id(segment.slot) for segment in segments}) == len(segments)
+        lengths = [len(segment.tokens) for segment in segments]
+        assert 0 < sum(lengths) <= self.max_rows and min(lengths) > 0
+        self.passes.append([(list(segment.tokens), segment.logits) for segment in segments])
+        assert self.gate.wait(2 * SECONDS), "the test never opened the gate"
+        if self.delay:
+            time.sleep(self.delay)
+        if self.failing is not None:
+            raise self.failing
+        for segment in segments:
+            segment.slot.tokens += segment.tokens
+            segment.slot.length = len(segment.slot.tokens)
+            assert segment.slot.length <= segment.slot.capacity
+        wanted = [segment.slot for segment in segments if segment.logits]
+        logits = torch.zeros(len(wanted), self.vocab_size)
+        for row, slot in enumerate(wanted):
+            logits[row, self.following(slot)] = 30.0
+        if self.nan and wanted:
+            logits[0, 0] = torch.nan
+        return logits
+
+    def cached_tokens(self) -> tuple[int, int]:
+        return sum(slot.capacity for slot in self.slots), self.positions
+
+
+def text(length: int, seed: int = 0) -> list[int]:
+    """Random token ids of a tiny model's vocabulary."""
+    from helpers.tiny_models import VOCABULARY
+
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def transformers_logits(folder: Path, tokens: list[int], activations: str = "fp32") -> Tensor:
+    """float32 [tokens, vocabulary] of a checkpoint, as transformers runs it."""
+    from transformers import AutoModelForCausalLM
+
+    from amq.integrations.transformers import AmqConfig
+
+    how = AmqConfig(activations=activations)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0]

@@ -1,0 +1,130 @@
+"""`amq VERB --help`: what each verb says of itself, at once; and that one dataclass is all of a verb's settings."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import amq
+from amq.cli import VERBS, main
+from amq.kernels import backends, names
+from amq.util.lazy import load
+from amq.util.settings import RUN, Settings, declared
+
+ROOT = Path(__file__).parents[1]
+HEAVY = ("torch", "numpy", "transformers", "scipy", "msgspec", "rich", "safetensors")
+GIVEN: dict[str, dict[str, Any]] = {
+    "search": {"model": "m", "output": "o"},
+    "select": {"run": "r", "memory": "1GiB"},
+    "quantize": {"model": "m", "output": "o", "uniform": "int4"},
+    "eval": {"model": ("m",)},
+    "export": {"checkpoint": "c", "to": "gguf", "output": "o"},
+    "generate": {"model": "m", "prompt": "p"},
+    "bench": {"model": "m"},
+    "serve": {},
+    "formats": {},
+}
+"""What each verb cannot do without."""
+
+
+def settings(verb: str) -> type[Settings]:
+    return load(VERBS[verb].settings)
+
+
+def test_help_says_what_each_verb_does(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == list(VERBS) and all(len(line) <= 120 for line in lines)
+    assert all(line.endswith(settings(name).ABOUT) for name, line in zip(VERBS, lines[2:], strict=True))
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"amq {amq.__version__}\n"
+
+
+@pytest.mark.parametrize(("argv", "message"), [([], "no verb is given"), (["sarch"], "'sarch' is no verb of amq")])
+def test_what_is_no_verb(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"error: {message}\nusage: amq VERB") and not captured.out
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_imports_nothing_heavy(verb: str | None) -> None:
+    """In a process of its own; `amq` itself must not have imported any of it either."""
+    code = (
+        "import sys; from amq.cli import main\n"
+        f"try: main({[verb, '--help'] if verb else ['--help']!r})\n"
+        "except SystemExit as end: assert end.code == 0\n"
+        f"heavy = set({HEAVY!r}) & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage: amq" in result.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_grouped_and_ends_with_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    out, kind = capsys.readouterr().out, settings(verb)
+    assert end.value.code == 0 and kind.VERB == verb and len(kind.EXAMPLES) == 2
+    assert out.endswith("examples:\n" + "".join(f"  {line}\n" for line in kind.EXAMPLES))
+    groups = {field.flag.group for field in declared(kind).values() if field.flag.help and not field.flag.positional}
+    assert all(f"\n{group}:\n" in out for group in groups)
+    assert len(groups) > 1 or len(declared(kind)) < 4, "one group holds everything"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_settings_survive_json(verb: str) -> None:
+    made = settings(verb).make(**GIVEN[verb])
+    text = json.dumps(made.json())
+    back = {name: tuple(v) if isinstance(v, list) and isinstance(getattr(made, name), tuple) else v
+            for name, v in json.loads(text).items()}  # fmt: skip
+    assert settings(verb).make(**back) == made
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_examples_are_command_lines_of_their_verb(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They parse, and make settings that only a model could refuse."""
+    import shlex
+
+    from amq.util import settings as module
+
+    seen: list[dict[str, Any]] = []
+    parse = module.parse_command
+
+    def stop(*arguments: Any) -> dict[str, Any]:
+        seen.append(parse(*arguments))
+        raise KeyboardInterrupt
+
+    main_module = sys.modules[load(VERBS[verb].main).__module__]
+    monkeypatch.setattr(main_module, "parse_command", stop)
+    for line in settings(verb).EXAMPLES:
+        words = [word for word in shlex.split(line) if not word.startswith("AMQ_")]
+        assert words[:2] == ["amq", verb]
+        with pytest.raises(KeyboardInterrupt):
+            VERBS[verb](words[2:])
+        given = {name: value for name, value in seen[-1].items() if name in {f.name for f in fields(settings(verb))}}
+        settings(verb).make(**given)
+
+
+def test_every_flag_of_a_model_is_the_same_in_every_verb() -> None:
+    """dtype, device and trust_remote_code are declared once."""
+    loading = ("search", "quantize", "eval", "generate", "bench", "serve")
+    for name in ("dtype", "device", "trust_remote_code"):
+        assert len({declared(settings(verb))[name].flag for verb in loading}) == 1
+        assert declared(settings("search"))[name].flag.group == RUN
+
+
+def test_light_names_are_those_of_the_records() -> None:
+    assert tuple(backends.BACKENDS) == names.BACKENDS
+    assert all(set(b.activations) <= set(names.ACTIVATIONS) for b in backends.BACKENDS.values())
