@@ -21,7 +21,6 @@ from amq.formats import Kept
 from amq.model.inventory import Inventory, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.shape import LayerCache
 from amq.model.text import Corpus, WindowSampler
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
@@ -174,7 +173,7 @@ def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
         return Budget(max_loss=settings.max_loss)
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = _caches(settings, opened)
+        caches = opened.shape.caches if settings.context else ()
         return Budget(budget_from_memory(memory, settings.context, opened.inventory, caches, space))
     if settings.target_bits is not None:
         return Budget(check_bits(settings.target_bits, space))
@@ -182,11 +181,6 @@ def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
     middle = space.formats[len(space.formats) // 2]
     low, high = space.bits_range
     return Budget(min(max(space.bits_of(space.uniform(middle)), low), high))
-
-
-def _caches(settings: SearchSettings, opened: OpenModel) -> tuple[LayerCache, ...]:
-    """What the model's layers keep of a sequence; nothing without --context, where it need not be known."""
-    return opened.shape.caches if settings.context else ()
 
 
 def _cost_tables(
