@@ -103,7 +103,7 @@ EVALUATION = Evaluation(
 )  # fmt: skip
 MEMORY = Memory.of([MemoryItem("linears: codes", 96), MemoryItem("lm_head", 64, "int8")])
 LOG = QuantizationLog(
-    settings=QuantizeSettings("m", "out", uniform="int4", pin=["a=16bit"]),
+    settings=QuantizeSettings(model="m", output="out", uniform="int4", pin=["a=16bit"]),
     model=SourceEntry("m", "f" * 32),
     calibration_sha256="0" * 64,
     window_prefix=("<s>",),
@@ -118,7 +118,7 @@ LOG = QuantizationLog(
     peak_memory_bytes=1 << 20,
 )
 IDENTITY = replace(
-    Identity.of(QuantizeSettings("m", method="autoround")),
+    Identity.of(QuantizeSettings(model="m", output="out", uniform="int4", method="autoround")),
     model="f" * 32, formats={"b": "int4"}, group_size=64, inputs={"calibration text": "0" * 64},
 )  # fmt: skip
 TABLE = LaunchTable(
