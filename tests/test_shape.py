@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import amq
 from amq.errors import AmqError
 from amq.model.shape import LayerCache, ModelShape, Rotary, said
-from amq.search.run_folder import KvEntry
+from amq.search.records import KvEntry
 from amq.search.select import select_from_run
-from amq.util.records import parse_record
+from amq.util.records import parse_record, to_json
 
 MLA = {
     "head_dim": 8, "num_key_value_heads": 4, "kv_lora_rank": 24, "q_lora_rank": 20, "qk_rope_head_dim": 8,
@@ -247,12 +247,12 @@ def test_what_cannot_be_sized_is_said(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_run_json_holds_it(name: str) -> None:
     shape = ModelShape.of(tiny_config(name))
-    entry = parse_record(KvEntry.of(shape), KvEntry, "run.json")
+    entry = parse_record(to_json(KvEntry.of(shape)), KvEntry, "run.json")
     assert entry.caches() == shape.caches and entry.unknown is None
 
 
 def test_run_json_says_why_it_does_not_hold_it() -> None:
-    entry = parse_record(KvEntry.of(ModelShape.of({"model_type": "odd"})), KvEntry, "run.json")
+    entry = parse_record(to_json(KvEntry.of(ModelShape.of({"model_type": "odd"}))), KvEntry, "run.json")
     with pytest.raises(AmqError, match="cannot size the KV cache of a odd"):
         entry.caches()
 
@@ -275,7 +275,7 @@ def test_a_search_of_such_a_model_ends(
     name: str, changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the config to a budget of memory, to run.json, and to `select`, which reads only that."""
-    monkeypatch.setattr("amq.report.write.write_report", lambda run: [])
+    monkeypatch.setattr("amq.report.write_report", lambda run: [])
     tiny_model(name, **changed).float().save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     quick = {
@@ -283,7 +283,7 @@ def test_a_search_of_such_a_model_ends(
         "window_length": 32, "cost_passes": 1, "points": 1, "refine": 0, "proxy": "rtn",
     }  # fmt: skip
     result = amq.search(str(tmp_path / "model"), tmp_path / "run", memory="1GiB", context=1000, **quick)
-    (item,) = (i for i in result.configuration.details["memory"]["items"] if i["name"] == "KV cache")
-    assert item["bytes"] == sum(cache.bytes(1000) for cache in ModelShape.of(tiny_config(name, **changed)).caches)
+    (item,) = (i for i in result.configuration.details.memory.items if i.name == "KV cache")
+    assert item.bytes == sum(cache.bytes(1000) for cache in ModelShape.of(tiny_config(name, **changed)).caches)
     chosen = select_from_run(tmp_path / "run", memory="1GiB", context=1000)
-    assert chosen.details["memory"] == result.configuration.details["memory"]
+    assert chosen.details.memory == result.configuration.details.memory
