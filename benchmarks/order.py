@@ -72,7 +72,9 @@ class OrderSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rank correlation between a proxy's losses and deployed ones.")
+    parser = argparse.ArgumentParser(
+        description="Rank correlation between a proxy's losses and deployed ones.", argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
     add_flags(parser, OrderSettings)
     settings = OrderSettings(**vars(parser.parse_args(argv)))

@@ -188,6 +188,10 @@ def rope_frequencies(config: Mapping[str, Any]) -> np.ndarray | None:
     rope, dim = rotary(config), head_dim(config)
     if rope.kind != "llama3":
         return None
+    if dim is None:
+        raise AmqError(
+            "config.json gives neither head_dim nor hidden_size and heads, by which rotary positions are scaled"
+        )
     scaling = rope.parameters
     wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]

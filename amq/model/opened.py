@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from amq.model.inventory import Inventory, check_weights
 from amq.model.open import LoadedModel, check_device, load_folder, model_fingerprint, resolve
@@ -17,6 +16,9 @@ from amq.model.shape import ModelShape
 from amq.model.text import Corpus, load_corpus
 from amq.model.usable import Usable, find_usable
 from amq.util.limits import fit_threads
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class OpenModel:
     usable: Usable
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> PreTrainedModel:
         return self.loaded.model
 
     @property

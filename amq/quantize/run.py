@@ -142,9 +142,8 @@ def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Ide
     if isinstance(source, BankSource):
         inputs["bank"] = source.key
     formats, group_size = dict(job.record.formats), job.record.group_size
-    return replace(
-        Identity.of(settings), model=job.opened.fingerprint, formats=formats, group_size=group_size, inputs=inputs
-    )
+    of = job.opened.fingerprint
+    return replace(Identity.of(settings), model=of, formats=formats, group_size=group_size, inputs=inputs)
 
 
 def _say_plan(
@@ -159,7 +158,8 @@ def _say_plan(
 
     small: bytes of the checkpoint's other files.
     """
-    calibrated = settings.method == "autoround" or (settings.method in METHODS and METHODS[settings.method].calibrated)
+    method = METHODS.get(settings.method)
+    calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
     memory = working_bytes(job.opened.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
     checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes

@@ -130,8 +130,8 @@ def _key(record: Record) -> tuple[tuple[str, str], ...]:
 def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuration:
     """What was chosen, with its figures; context: tokens of the KV cache in its memory."""
     model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
-    caches = run.kv_cache.caches() if context else ()
     bare = Configuration(chosen.formats, group_size)
+    caches = run.kv_cache.caches() if context else ()
     details = Details(
         model=model,
         bits_per_weight=round(chosen.bits_per_weight, 6),

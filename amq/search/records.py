@@ -134,7 +134,7 @@ class KvEntry:
             runs = [(cache, len(list(equal))) for cache, equal in groupby(shape.caches)]
         except AmqError as error:
             return KvEntry(unknown=str(error))
-        return KvEntry(tuple(CacheEntry(count, c.per_token, c.constant, c.window) for c, count in runs))
+        return KvEntry(tuple(CacheEntry(count, cache.per_token, cache.constant, cache.window) for cache, count in runs))
 
     def caches(self) -> tuple[LayerCache, ...]:
         """Of all layers; raises AmqError where they are not known."""

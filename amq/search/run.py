@@ -44,7 +44,6 @@ from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
-from amq.util.extras import needs
 from amq.util.files import check_place
 from amq.util.limits import check_memory
 from amq.util.machine import cpu_name
@@ -76,8 +75,6 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
-    with needs("search", "amq search"):  # before hours of work, not after
-        import pymoo  # noqa: F401
     timings = Timings()
     stage = _prepare(settings, progress, timings)
     if previous:
@@ -239,12 +236,12 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
 
 
 def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
-    opened, parts, corpus = stage.opened, stage.opened.inventory, stage.corpus
+    parts, corpus = stage.opened.inventory, stage.corpus
     return RunFile(
         status="running",
         model=ModelEntry(
-            name=settings.model, fingerprint=opened.fingerprint, parameters=parts.numel, blocks=parts.n_blocks,
-            architecture=type(opened.model).__name__,
+            name=settings.model, fingerprint=stage.opened.fingerprint, parameters=parts.numel, blocks=parts.n_blocks,
+            architecture=type(stage.opened.model).__name__,
         ),
         settings=settings,
         calibration=TextEntry(
@@ -259,6 +256,6 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
         linears=tuple(LinearEntry(**vars(s)) for s in parts.linears),
         others=tuple(OtherEntry(o.name, o.kind, o.numel, o.reason) for o in parts.others),
         head_is_tied=parts.head_is_tied,
-        kv_cache=KvEntry.of(opened.shape),
+        kv_cache=KvEntry.of(stage.opened.shape),
         pinned={n: f.name for n, f in stage.space.pinned.items()},
     )  # fmt: skip
