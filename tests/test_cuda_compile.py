@@ -1,6 +1,6 @@
 """What nvcc makes of the CUDA kernels, for every architecture it knows: spills, registers, load widths, instructions.
 
-The budgets are those of docs/gpu_roofline.md: what a GPU can issue while memory delivers the weights. A kernel that
+The budgets are those of docs/gpu.md: what a GPU can issue while memory delivers the weights. A kernel that
 grows past its budget fails here, before anyone with a GPU notices.
 """
 

@@ -114,7 +114,7 @@ REPORT = [
     for target in ("86", "90")
     for name in FORMATS
 ]
-"""For docs/gpu_roofline.md: every format, for 1 and for 16 rows of x; 14336 features are a loop of 7 trips."""
+"""For docs/gpu.md: every format, for 1 and for 16 rows of x; 14336 features are a loop of 7 trips."""
 
 
 def measure(**request) -> dict:

@@ -4,7 +4,7 @@ allows.
     python benchmarks/gpu/roofline.py [--json FILE]
 
 compiles kernels/cuda for each architecture that nvcc knows, one kernel per format and kind of activation so that a
-format's loop can be told from another's, disassembles it, and prints the tables of docs/gpu_roofline.md. Nothing runs
+format's loop can be told from another's, disassembles it, and prints the tables of docs/gpu.md. Nothing runs
 on a GPU. The gates of tests/test_cuda_compile.py read the same rows.
 """
 
