@@ -118,7 +118,7 @@ LOG = QuantizationLog(
     peak_memory_bytes=1 << 20,
 )
 IDENTITY = replace(
-    Identity.of(QuantizeSettings("m", method="autoround")),
+    Identity.of(QuantizeSettings("m", "out", uniform="int4", method="autoround")),
     model="f" * 32, formats={"b": "int4"}, group_size=64, inputs={"calibration text": "0" * 64},
 )  # fmt: skip
 TABLE = LaunchTable(
