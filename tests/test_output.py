@@ -266,7 +266,7 @@ def test_two_processes_do_not_write_one_output(tiny_folder: Path, tmp_path: Path
         output = tmp_path / name
         if name == "exists":
             output.mkdir()
-        with WorkFolder(output, Identity.of(QuantizeSettings("m")), resume=False):
+        with WorkFolder(output, Identity.of(QuantizeSettings("m", "out", uniform="int4")), resume=False):
             with pytest.raises(AmqError, match="another process is writing --output"):
                 run(tiny_folder, output)
             with pytest.raises(AmqError, match="another process is writing --output"):
