@@ -57,6 +57,7 @@ class Verb:
 VERBS = {
     "search": Verb("amq.search.settings:SearchSettings", "amq.search.__main__:main"),
     "select": Verb("amq.search.settings:SelectSettings", "amq.search.__main__:main", ("select",)),
+    "report": Verb("amq.report.settings:ReportSettings", "amq.report.__main__:main"),
     "quantize": Verb("amq.quantize.settings:QuantizeSettings", "amq.quantize.__main__:main"),
     "eval": Verb("amq.eval.settings:EvalSettings", "amq.eval.__main__:main"),
     "export": Verb("amq.export.settings:ExportSettings", "amq.export.__main__:main"),

@@ -24,6 +24,22 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["HF_MODULES_CACHE"] = modules.name
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """`-m "not slow"` does not import slow files either."""
+    from helpers.slow import SLOW
+
+    return True if config.option.markexpr == "not slow" and collection_path.stem in SLOW else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    from helpers.slow import SLOW
+
+    for item in items:
+        if item.path.stem in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """What was not run again, because its inputs have not changed (unchanged.py)."""
     reports = terminalreporter.stats.get("passed", [])

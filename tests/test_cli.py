@@ -13,7 +13,9 @@ import pytest
 
 import amq
 from amq.cli import VERBS, main
+from amq.errors import AmqError
 from amq.kernels import backends, names
+from amq.util.extras import install_hint
 from amq.util.lazy import load
 from amq.util.settings import RUN, Settings, declared
 
@@ -22,6 +24,7 @@ HEAVY = ("torch", "numpy", "transformers", "scipy", "msgspec", "rich", "safetens
 GIVEN: dict[str, dict[str, Any]] = {
     "search": {"model": "m", "output": "o"},
     "select": {"run": "r", "memory": "1GiB"},
+    "report": {"run": "r"},
     "quantize": {"model": "m", "output": "o", "uniform": "int4"},
     "eval": {"model": ("m",)},
     "export": {"checkpoint": "c", "to": "gguf", "output": "o"},
@@ -71,6 +74,15 @@ def test_help_imports_nothing_heavy(verb: str | None) -> None:
     assert "usage: amq" in result.stdout
 
 
+def test_a_missing_extra_is_one_line() -> None:
+    code = "import sys; sys.modules['fastapi'] = None\nfrom amq.cli import main\nsys.exit(main(['serve', 'no model']))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and not result.stdout
+    assert result.stderr == (
+        f'error: amq serve needs the extra "serve" (fastapi is not installed): {install_hint("serve")}\n'
+    )
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_is_grouped_and_ends_with_two_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
@@ -115,6 +127,27 @@ def test_examples_are_command_lines_of_their_verb(verb: str, monkeypatch: pytest
             VERBS[verb](words[2:])
         given = {name: value for name, value in seen[-1].items() if name in {f.name for f in fields(settings(verb))}}
         settings(verb).make(**given)
+
+
+def test_runs_of_earlier_versions_keep_their_settings() -> None:
+    """A run.json of schema amq/run/2, as it was written before settings had groups and ranges."""
+    from amq.search.settings import SearchSettings
+    from amq.util.records import parse_record
+
+    saved = {
+        **{"model": "smollm2", "output": "runs/a", "target_bits": 4.0, "memory": None, "context": 0, "max_loss": None},
+        **{"formats": "int2,int3,int4", "group_size": 64, "pin": ["lm=int4"], "tie": "", "proxy": "rtn", "loss": "jsd"},
+        **{"calibration": "pydoc", "window_length": 256, "windows": 1, "confirm_windows": 1, "bank_windows": 24},
+        **{"solver": "additive", "cost": "fisher", "cost_passes": 4, "points": 6, "exact": False, "refine": 0},
+        **{"prune": 2.0, "surrogate": "rbf", "initial": 250, "iterations": 200, "per_iteration": 50},
+        **{"population": 200, "generations": 20, "crossover": 0.9, "mutation": 0.1, "seed": 0, "dtype": "auto"},
+        **{"device": "cpu", "trust_remote_code": False, "backend": "reference", "activations": "fp32"},
+        **{"cache_memory": "256MiB", "time": None},
+    }
+    read = parse_record(saved, SearchSettings, "run.json")
+    assert read.json() == saved and SearchSettings.make(**saved) == read
+    with pytest.raises(AmqError, match="run.json: --windows must be at least 1, got 0"):
+        parse_record({**saved, "windows": 0}, SearchSettings, "run.json")
 
 
 def test_every_flag_of_a_model_is_the_same_in_every_verb() -> None:

@@ -203,7 +203,7 @@ def test_refusals(library: cuda.Library) -> None:
         library.linear(x[:1], [odd], None, "fp32", 0, 2)
 
 
-def test_why_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.Library) -> None:
+def test_unsupported_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.Library) -> None:
     """Each missing piece is named, with what to do."""
     cuda.library.cache_clear()
     monkeypatch.setenv("AMQ_CUDA_LIBRARY", str(tmp_path / "none.so"))

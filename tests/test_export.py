@@ -174,7 +174,7 @@ def test_bad_calls_are_refused(tmp_path):
     (tmp_path / "full" / "kept").write_text("mine")
     with pytest.raises(AmqError, match="not empty"):
         export(tmp_path / "in", "gptq", tmp_path / "full")
-    with pytest.raises(AmqError, match="unknown export 'awq': expected one of gptq"):
+    with pytest.raises(AmqError, match="--to must be one of gptq, .*, got 'awq'"):
         export(tmp_path / "in", "awq", tmp_path / "out")
     weights = tmp_path / "in" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")

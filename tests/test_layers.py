@@ -90,3 +90,10 @@ def test_files_and_functions_fit_their_limits():
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 lines = node.end_lineno - node.lineno + 1
                 assert lines <= 60, f"{path}: {node.name} is {lines} lines long"
+
+
+def test_tests_share_helpers_and_not_each_other() -> None:
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        text = path.read_text()
+        assert not re.search(r"^\s*(from|import) test_", text, re.M), f"{path} imports another file of tests"
+        assert "sys.path" + "." not in text, f"{path}: pytest.ini's pythonpath, or helpers.processes.python_path"

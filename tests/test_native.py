@@ -208,6 +208,7 @@ def synthetic_library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return ctypes.CDLL(str(folder / "shim.so"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fmt", SYNTHETIC, ids=lambda f: f.name)
 def test_formats_nobody_has_declared_yet(synthetic_library: ctypes.CDLL, fmt: BitFormat) -> None:
     for group_size in GROUP_SIZES:

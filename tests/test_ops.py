@@ -200,7 +200,7 @@ def test_the_op_checks_what_linear_checks(backend: str) -> None:
             torch.ops.amq.linear(**(arguments | change))
 
 
-def test_prepare_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepare_gives_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(AmqError, match="unknown backend 'gpu': expected one of cpu, cuda, triton, reference"):
         backends.prepare(random_packed(FORMATS["int3"], 4, 64, 32), "gpu")
     ternary = random_packed(SYNTHETIC[0], 4, 64, 32)
@@ -301,6 +301,7 @@ class Mlp(nn.Module):
         return self.down(self.up(x).relu())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("c++") or shutil.which("g++")), reason="torch.compile: no C++ compiler on PATH")
 @every_mode
 def test_compiled_equals_eager(mode: str) -> None:

@@ -311,7 +311,7 @@ def test_errors_name_the_linear_and_the_remedy() -> None:
         linear(x, [weight], choose=lambda *_: Launch(16, 16, 1, 2, 1))
 
 
-def test_why_not_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_reason_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(unsupported_reason(fmt) is None for fmt in FORMATS.values())
     assert "dense bitstreams only" in unsupported_reason(SYNTHETIC[0])
     monkeypatch.setattr(launcher, "_kernels", lambda: SimpleNamespace(interpreted=False))

@@ -110,8 +110,7 @@ def choose_backend(formats: Iterable[str], device: str = "cpu", among: Sequence[
 
 def _reference_prepare(packed: PackedWeight) -> Tensor:
     """qweight, scale and zero_point one after another."""
-    parts = (packed.qweight, packed.scale, packed.zero_point)
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in packed.parts.values()])
 
 
 def _reference_packed(weight: PreparedWeight) -> PackedWeight:
@@ -170,7 +169,7 @@ def _cuda_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | No
     return triton.linear(x, weights, bias)
 
 
-def _cpu_why_not(fmt: BitFormat) -> str | None:
+def _cpu_unsupported_reason(fmt: BitFormat) -> str | None:
     try:
         cpu.check_compiled(fmt)
     except AmqError as error:
@@ -178,15 +177,15 @@ def _cpu_why_not(fmt: BitFormat) -> str | None:
     return None if fmt.is_dense else f"tiles hold dense bitstreams only, not {fmt.levels} levels in {fmt.unit_bytes} B"
 
 
-def _cuda_why_not(fmt: BitFormat) -> str | None:
+def _cuda_unsupported_reason(fmt: BitFormat) -> str | None:
     return cuda.unsupported_reason(fmt) or triton.unsupported_reason(fmt)
 
 
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", _cpu_why_not, cpu.prepare, _cpu_linear, device="cpu"),
-        Backend("cuda", _cuda_why_not, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
+        Backend("cpu", _cpu_unsupported_reason, cpu.prepare, _cpu_linear, device="cpu"),
+        Backend("cuda", _cuda_unsupported_reason, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
         Backend(
             "triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"
         ),
@@ -214,6 +213,6 @@ def _cpu_availability() -> list[tuple[str, str, dict[str, str | None]]]:
         return [("cpu", "none", dict.fromkeys(FORMATS, str(error)))]
     missing = module.missing()
     return [
-        ("cpu", isa, {name: missing.get(isa) or _cpu_why_not(fmt) for name, fmt in FORMATS.items()})
+        ("cpu", isa, {name: missing.get(isa) or _cpu_unsupported_reason(fmt) for name, fmt in FORMATS.items()})
         for isa in (*module.isas(), *missing)
     ]

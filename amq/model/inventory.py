@@ -137,7 +137,7 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
         elif parameter.ndim < 2:
             kind, reason = "norm_or_bias", ""
         else:
-            kind, reason = "not quantized", _why_not(model, name, parameter, blocks_path)
+            kind, reason = "not quantized", _reason_of(model, name, parameter, blocks_path)
         others.append(OtherWeight(name, kind, parameter.numel(), tuple(parameter.shape), reason))
     tied = head_weight is not None and head_weight is embedding_weight
     return Inventory(blocks_path, len(blocks), linears, tuple(others), tied)
@@ -152,7 +152,7 @@ def _block_linears(blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSp
                 yield LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
 
 
-def _why_not(model: nn.Module, name: str, parameter: Tensor, blocks_path: str) -> str:
+def _reason_of(model: nn.Module, name: str, parameter: Tensor, blocks_path: str) -> str:
     owner = model.get_submodule(name.rpartition(".")[0])
     if not name.startswith(blocks_path + "."):
         return f"{type(owner).__name__} outside the decoder blocks"

@@ -37,6 +37,7 @@ def _search(argv: Sequence[str]) -> int:
 
 def summary(configuration: Configuration) -> str:
     """The chosen configuration in a few lines, memory itemised."""
+
     details = configuration.details
     if details.loss is not None:
         loss = f"loss {details.loss:.5f} nats/token"

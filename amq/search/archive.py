@@ -25,7 +25,7 @@ from amq.configuration import configuration_key
 from amq.errors import AmqError
 from amq.search.space import SearchSpace
 from amq.util.files import check_path, is_disk_full, make_folder, reason
-from amq.util.records import parse_record, to_json
+from amq.util.records import check_range, parse_record, to_json
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,10 @@ class Record:
     seed: int
     iteration: int | None = None
     configuration: dict[str, str]
+
+    def __post_init__(self) -> None:
+        check_range(self, "index", "seconds", "bits_per_weight", least=0)
+        check_range(self, "loss", least=-ROUNDING)
 
     @property
     def ranked(self) -> float:

@@ -30,6 +30,13 @@ class Registry(Generic[Member]):
     def __setitem__(self, name: str, member: Member) -> None:
         self._entries[name] = member
 
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def items(self) -> Iterator[tuple[str, Member]]:
+        """Imports everything."""
+        return ((name, self[name]) for name in self)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 

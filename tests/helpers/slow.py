@@ -1,0 +1,32 @@
+"""Which files of tests are left out of `make quick`: the marker `slow`, given to whole files in one place.
+
+Together the others take under a minute on two cores, importing included. `slow` is also on single tests of quick files:
+those that call a compiler.
+"""
+
+from __future__ import annotations
+
+COMPILES = (
+    *("test_cuda", "test_cuda_compile", "test_cuda_shim", "test_gpu_suite", "test_package", "test_sanitizer"),
+    *("test_setup", "test_triton", "test_triton_compile", "test_tune"),
+)
+"""A compiler runs, or a wheel is built."""
+
+LONG = (
+    *("test_bank", "test_bench", "test_benchmarks", "test_crash", "test_damaged_files", "test_data", "test_divergence"),
+    *("test_eval", "test_evaluator", "test_gguf", "test_gradients", "test_graph_capture", "test_hf", "test_kept"),
+    *("test_linear_faults", "test_nested", "test_output", "test_prefix", "test_quantize", "test_quantizers"),
+    *(
+        "test_quiet",
+        "test_run",
+        "test_scales",
+        "test_serve_faults",
+        "test_serve_page",
+        "test_serve_queue",
+        "test_skips",
+    ),
+    *("test_skips", "test_solvers", "test_torch_engine"),
+)
+"""Over three seconds of a processor's time, but for what everything rests on: test_linear, test_native, test_engine."""
+
+SLOW = frozenset((*COMPILES, *LONG))
