@@ -138,7 +138,7 @@ class Device:
         """None if `backend` can run `fmt`, else the reason."""
         if backend == "cuda" and self.smoke:
             try:
-                return None if fmt.name in cuda.library().formats else "the shim was built without it"
+                return None if cuda.library().has_bits(fmt.bits) else "the shim was built without it"
             except AmqError as error:
                 return str(error)
         return (cuda if backend == "cuda" else triton).unsupported_reason(fmt)
