@@ -12,17 +12,17 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
 from amq.model.inventory import Inventory, LinearSpec, match_linears
+from amq.model.shape import LayerCache
 from amq.util.files import read_json, write_json
 from amq.util.records import check_range, parse_record, shorten, to_json
 
 SCHEMA = "amq/configuration/1"
 OTHER_BYTES = 2
-"""Weights that stay unquantized, and the KV cache, are counted in 16 bits: what the model ships and runs in."""
+"""Weights that stay unquantized are counted in 16 bits: what the model ships and runs in."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +178,11 @@ def parse_pins(pins: Sequence[str], linears: tuple[LinearSpec, ...]) -> dict[str
 
 
 def memory_items(
-    model: Inventory, configuration: Configuration, config: Any = None, context: int = 0
+    model: Inventory, configuration: Configuration, caches: Sequence[LayerCache] = (), context: int = 0
 ) -> tuple[MemoryItem, ...]:
     """Everything that must be resident to run the model: weights by kind, and the KV cache for `context` tokens.
 
-    config: the Hugging Face config, needed when `context` > 0.
+    caches: what the layers keep (`ModelShape.caches`), needed when `context` > 0.
     """
     stored = [(s, get_stored(configuration.formats[s.name])) for s in model.linears]
     kept = sum(linear_bytes(s, fmt, configuration.group_size) for s, fmt in stored if isinstance(fmt, Kept))
@@ -194,7 +194,8 @@ def memory_items(
         *other_items(model),
     ]
     if context:
-        items.append(MemoryItem("KV cache", kv_cache_bytes(config, context), f"{context} tokens in 16 bits"))
+        size = sum(cache.bytes(context) for cache in caches)
+        items.append(MemoryItem("KV cache", size, f"{context} tokens in 16 bits"))
     return tuple(items)
 
 
@@ -215,21 +216,6 @@ def other_items(model: Inventory) -> list[MemoryItem]:
         reasons = sorted({o.reason for o in model.others if o.kind == "not quantized"})
         items.append(MemoryItem("not quantized", rest, "; ".join(reasons)))
     return items
-
-
-def kv_cache_bytes(config: Any, context: int) -> int:
-    """Keys and values for `context` tokens in 16 bits; a layer with a sliding window holds at most its window."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    if not heads or not layers:
-        raise AmqError(f"cannot size the KV cache of a {type(config).__name__}: it names no attention heads or layers")
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or [("sliding_attention" if window else "full_attention")] * layers
-    tokens = sum(min(context, window) if window and kind == "sliding_attention" else context for kind in kinds)
-    return 2 * OTHER_BYTES * kv_heads * head_dim * tokens
 
 
 def configuration_key(formats: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ against it, and the on-disk format (docs/format.md) is what it writes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +53,8 @@ class PackedWeight:
             "scale": (torch.float16, (rows, groups)),
             "zero_point": (torch.float16, (rows, groups)),
         }
-        for field, (dtype, shape) in expected.items():
-            tensor = getattr(self, field)
+        for field, tensor in self.parts.items():
+            dtype, shape = expected[field]
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise AmqError(
                     f"{self.format.name} weight with {self.in_features} input features at group {self.group_size}: "
@@ -70,13 +70,21 @@ class PackedWeight:
         """Stored bytes: codes, scales and zero points."""
         return self.format.stored_bytes(self.out_features, self.in_features, self.group_size)
 
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """{name of `PARTS`: tensor}, in their order."""
+        return {part: getattr(self, part) for part in PARTS}
+
     def rows(self, start: int, stop: int) -> PackedWeight:
         """Output rows `start` to `stop`, as a view: rows are independent in every format."""
-        parts = (t[start:stop] for t in (self.qweight, self.scale, self.zero_point))
-        return PackedWeight(self.format, self.in_features, self.group_size, *parts)
+        return self.map(lambda tensor: tensor[start:stop])
 
     def to(self, device: torch.device | str) -> PackedWeight:
-        parts = (t.to(device) for t in (self.qweight, self.scale, self.zero_point))
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> PackedWeight:
+        """The weight with `change` applied to each part; row n of a part must stay a row."""
+        parts = (change(tensor) for tensor in self.parts.values())
         return PackedWeight(self.format, self.in_features, self.group_size, *parts)
 
 

@@ -34,7 +34,7 @@ LIST = "int2,int3,int4"
 def stage(model_name, smoke, tmp_path_factory):
     """Model, windows and a gptq bank in a cache of its own."""
     loaded = load_model(model_name)
-    parts = take_inventory(loaded.model)
+    inventory = take_inventory(loaded.model)
     length = 32 if smoke else 512
     corpus = load_corpus("pydoc", loaded.tokenizer, loaded.embedding_rows)
     sampler = WindowSampler(corpus, length, 0)
@@ -42,10 +42,10 @@ def stage(model_name, smoke, tmp_path_factory):
     settings = BankSettings("gptq", 64 if smoke else 128, bank_windows)
     cache = tmp_path_factory.mktemp("banks")
     start = time.perf_counter()
-    bank = open_bank(loaded.model, parts, parse_formats(LIST), settings, cache=cache)
+    bank = open_bank(loaded.model, inventory, parse_formats(LIST), settings, cache=cache)
     built = time.perf_counter() - start
-    evaluator = Evaluator(loaded, parts, bank, windows, unscored=corpus.unscored)
-    space = SearchSpace.build(parts.linears, parse_formats(LIST), settings.group_size)
+    evaluator = Evaluator(loaded, inventory, bank, windows, unscored=corpus.unscored)
+    space = SearchSpace.build(inventory.linears, parse_formats(LIST), settings.group_size)
     return SimpleNamespace(**locals())
 
 

@@ -25,9 +25,11 @@ from provenance import write_results
 from amq.configuration import configuration_key
 from amq.formats import FORMATS
 from amq.search.archive import Archive
+from amq.search.conduct import Timings
 from amq.search.front import hypervolume
 from amq.search.problem import Problem
-from amq.search.run import _cost_tables, _prepare, _Timings
+from amq.search.run import _cost_tables, _prepare
+from amq.search.run_folder import RunWriter
 from amq.search.settings import SearchSettings
 from amq.search.solvers import SOLVERS
 from amq.util.progress import LineProgress
@@ -58,7 +60,7 @@ def main() -> int:
     for seed in (int(s) for s in args.seeds.split(",")):
         base = {"model": args.model, "output": "-", "group_size": 64, "proxy": args.proxy, "windows": 2,
                 "window_length": 256, "points": len(BUDGETS), "seed": seed}  # fmt: skip
-        timings = _Timings()
+        timings = Timings()
         stage = _prepare(SearchSettings.make(**base), LineProgress(), timings)
         losses = MemoLosses(stage.evaluator)
         for method in methods:
@@ -110,8 +112,8 @@ def run_method(settings: SearchSettings, stage, losses: MemoLosses) -> dict:  # 
     with tempfile.TemporaryDirectory() as folder:
         archive = Archive(Path(folder) / "archive.jsonl")
         problem = Problem(stage.space, archive, losses, settings.solver, settings.seed)
-        timings = _Timings()
-        problem.cost_tables = _cost_tables(settings, stage, problem, Path(folder), timings)
+        timings = Timings()
+        problem.cost_tables = _cost_tables(settings, stage, problem, RunWriter(Path(folder), archive), timings)
         losses.spent = 0.0
         SOLVERS[settings.solver](problem, settings)
         archive.close()

@@ -16,7 +16,7 @@ from pathlib import Path
 from provenance import write_results
 
 import amq
-from amq.eval.__main__ import table
+from amq.eval import table
 from amq.quantize.__main__ import summary as quantized_summary
 from amq.runtime import Sampling, generate, load
 from amq.search.__main__ import summary

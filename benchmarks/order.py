@@ -30,13 +30,11 @@ from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, get_format, parse_formats
 from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.calibration import CalibrationStream, InputGroup
-from amq.model.inventory import LinearSpec, check_weights, get_linear
-from amq.model.open import load_model
-from amq.model.text import WindowSampler, load_corpus
-from amq.model.usable import find_usable
+from amq.model.inventory import LinearSpec, get_linear
+from amq.model.opened import open_model
+from amq.model.text import WindowSampler
 from amq.packing import dequantize
 from amq.proxy.evaluator import token_losses
-from amq.quantize.blocks import head_dim
 from amq.quantize.fold import find_fold
 from amq.quantize.methods import METHODS, Method
 from amq.quantize.quantizers import QUANTIZERS
@@ -74,7 +72,9 @@ class OrderSettings:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Rank correlation between a proxy's losses and deployed ones.")
+    parser = argparse.ArgumentParser(
+        description="Rank correlation between a proxy's losses and deployed ones.", argument_default=argparse.SUPPRESS
+    )
     parser.add_argument("model", help="hub id, folder, .gguf file, or the alias smollm2")
     add_flags(parser, OrderSettings)
     settings = OrderSettings(**vars(parser.parse_args(argv)))
@@ -93,22 +93,21 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
     if settings.samples < 2 * BANDS:
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
     check_place(Path(settings.output), "--output")
-    loaded = load_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-    inventory = find_usable(loaded.model).inventory
-    check_weights(loaded.model, inventory.linears)
-    corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
+    opened = open_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
+    model, inventory, corpus = opened.model, opened.inventory, opened.corpus(settings.calibration)
     sampler = WindowSampler(corpus, settings.window_length, settings.seed)
     calibration, windows = sampler.take(settings.calibration_windows), sampler.take(settings.windows)
     configurations = spread_configurations(
         inventory.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed
     )
-    walk = Walk(loaded.model, settings.group_size, methods, configurations, windows, corpus.unscored)
-    stream = CalibrationStream(loaded.model, calibration)
+    walk = Walk(model, settings.group_size, methods, configurations, windows, corpus.unscored)
+    stream = CalibrationStream(model, calibration)
     with progress.stage("order", inventory.n_blocks) as step:
         for block in range(inventory.n_blocks):
             path = f"{inventory.blocks_path}.{block}"
             groups = stream.measure(inventory.in_block(block))
-            folds = [find_fold(loaded.model, path, g.linears, head_dim(loaded.config), stream.sample) for g in groups]
+            head_dim = opened.shape.head_dim(block)
+            folds = [find_fold(model, path, g.linears, head_dim, stream.sample) for g in groups]
             stream.advance()  # before the weights change
             walk.block(block, groups, [None if fold is None else fold.index for fold in folds])
             step()

@@ -19,7 +19,7 @@ from amq.checkpoint.store import Checkpoint, open_checkpoint, write_checkpoint
 from amq.errors import AmqError
 from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
-from amq.export.architecture import attention_window, with_flat_rope
+from amq.export.architecture import with_flat_rope
 from amq.export.gguf_tokenizer import pre_tokenizer_rule
 from amq.export.gguf_types import TYPES, decode, encode, find_type
 from amq.formats import FORMATS, get_format
@@ -307,9 +307,3 @@ def test_gguf_rope_frequencies_are_those_of_transformers():
     plain = 5e5 ** -(np.arange(0, 64, 2) / 64)
     assert factors.dtype == np.float32 and len(set(factors.tolist())) > 3
     np.testing.assert_allclose(plain / factors, expected.numpy(), rtol=1e-5)
-
-
-def test_sliding_windows_are_seen_under_all_keys():
-    assert attention_window({"sliding_window": 16}) == 16
-    assert attention_window({"sliding_window": 16, "use_sliding_window": False}) is None
-    assert attention_window({"sliding_window": 16, "layer_types": ["full_attention"]}) is None

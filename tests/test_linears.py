@@ -7,10 +7,11 @@ import torch
 from helpers.tiny_models import ARCHITECTURES, HIDDEN, VOCABULARY, Architecture, tiny_llama
 from torch import nn
 
-from amq.configuration import Configuration, Memory, kv_cache_bytes, memory_items
+from amq.configuration import Configuration, Memory, memory_items
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.model.inventory import LinearSpec, check_weights, get_linear, match_linears, take_inventory
+from amq.model.shape import ModelShape
 
 by_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 BLOCKS = 3
@@ -95,43 +96,16 @@ def test_memory_items_add_up(architecture: Architecture) -> None:
     model = architecture.build()
     found = take_inventory(model)
     configuration = Configuration.uniform(found.linears, FORMATS["int3"], 32)
-    items = memory_items(found, configuration, model.config, context=100)
+    caches = ModelShape.of(model.config).caches
+    items = memory_items(found, configuration, caches, context=100)
     # 64, 96 and 128 fill their groups of 32: 3 bits per code and 4 bytes per group
     linears = sum(s.numel * 3 // 8 + 4 * s.numel // 32 for s in found.linears)
     others = 2 * (sum(p.numel() for p in model.parameters()) - sum(s.numel for s in found.linears))
-    assert Memory.of(items).total == linears + others + kv_cache_bytes(model.config, 100)
+    assert Memory.of(items).total == linears + others + sum(cache.bytes(100) for cache in caches)
     by_name = {i.name: i for i in items}
     assert by_name["linears: codes"].bytes == sum(s.numel * 3 // 8 for s in found.linears)
     assert ("tied" in by_name["lm_head"].note) is found.head_is_tied
     assert [i.name for i in memory_items(found, configuration)] == [i.name for i in items if i.name != "KV cache"]
-
-
-@pytest.mark.parametrize(
-    ("name", "context", "options", "expected"),
-    [  # 2 (keys, values) · 2 bytes · kv heads · head_dim · tokens summed over 3 layers
-        ("llama", 100, {}, 4 * 2 * 16 * 300),
-        ("llama", 100, {"num_key_value_heads": 4}, 4 * 4 * 16 * 300),
-        ("opt", 100, {}, 4 * 4 * 16 * 300),  # names no num_key_value_heads of its own
-        ("qwen3", 100, {}, 4 * 2 * 32 * 300),  # head_dim is not hidden_size / heads
-        ("mistral", 100, {}, 4 * 2 * 16 * 3 * 16),
-        ("mistral", 10, {}, 4 * 2 * 16 * 3 * 10),
-        ("mistral", 100, {"sliding_window": None}, 4 * 2 * 16 * 300),
-        ("gemma3", 100, {}, 4 * 2 * 16 * (16 + 100 + 16)),
-        ("gemma3", 10, {}, 4 * 2 * 16 * 30),
-        ("qwen2", 100, {"sliding_window": 16, "use_sliding_window": False}, 4 * 2 * 16 * 300),
-        ("qwen2", 100, {"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 1}, 4 * 2 * 16 * 132),
-    ],
-)
-def test_kv_cache(name: str, context: int, options: dict, expected: int) -> None:
-    options = dict(options)
-    if name == "opt":
-        options["num_key_value_heads"] = None
-    assert kv_cache_bytes(ARCHITECTURES[name].config(**options), context) == expected
-
-
-def test_kv_cache_of_a_config_without_heads() -> None:
-    with pytest.raises(AmqError, match="cannot size the KV cache of a object: it names no attention heads"):
-        kv_cache_bytes(object(), 10)
 
 
 def test_match_linears(tiny_llama: nn.Module) -> None:

@@ -98,7 +98,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_loaded(
     (tmp_path / "file").touch()
     (tmp_path / "full" / "something").mkdir(parents=True)
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
-    monkeypatch.setattr(quantize_run, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(quantize_run, "open_model", lambda *_: pytest.fail("the model was loaded"))
     before = names(tmp_path)
     for refused in (check_new_folder, lambda output: run(tmp_path, output)):
         with pytest.raises(AmqError, match=message):
@@ -251,7 +251,7 @@ def test_an_interrupted_run_is_named_before_the_model_is_loaded(
         patch.setattr(WorkFolder, "remove", lambda self: None)
         patch.setattr(quantize_run.CheckpointOutput, "write", interrupted)
         run(tiny_folder, output)
-    monkeypatch.setattr(quantize_run, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(quantize_run, "open_model", lambda *_: pytest.fail("the model was loaded"))
     for settings, message in (
         ({}, "holds an interrupted run: add --resume"),
         ({"resume": True, "seed": 1, "method": "hqq"}, "was made with another method, seed"),

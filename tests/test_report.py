@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import zlib
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import vl_convert
 from helpers import chromium
+from helpers.analytic import AnalyticLosses, space
 from helpers.runs import make_run
 
 from amq.configuration import Configuration, memory_items
@@ -211,6 +213,18 @@ def test_one_point_needs_no_slider_and_has_no_neighbour(tmp_path: Path) -> None:
     assert not any("bind" in param for param in page.specs["bits"]["params"])
 
 
+def test_candidates_without_a_finite_loss_are_counted_and_not_drawn(tmp_path: Path) -> None:
+    losses = AnalyticLosses(space(), nan_when="layers.0.mlp.up_proj")  # in int2, so uniform int2 has none
+    run = Shown(make_run(tmp_path, losses=losses, target_bits=4.0))
+    write_report(tmp_path)
+    page, failed = Page(tmp_path), sum(record.loss is None for record in run.evaluated)
+    assert failed and f"{failed} of {len(run.evaluated)} evaluations gave no finite loss" in page.words
+    assert re.search(r"int2 2\.50 [\d.]+ KiB – – –", page.words), "uniform int2 in its table"
+    drawn = [row for row in rows(page.specs["front"]) if row.get("kind") in ("evaluated", "uniform")]
+    assert len([row for row in drawn if row["kind"] == "evaluated"]) == len(run.evaluated) - failed
+    assert {row["bits"] for row in drawn if row["kind"] == "uniform"} == {p.bits for p in run.uniform if p.loss}
+
+
 def test_losses_of_nothing_stay_off_the_logarithmic_axes(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     assert folder.front is not None
@@ -249,7 +263,14 @@ def test_a_folder_that_is_no_run_is_named_with_the_remedy(tmp_path: Path) -> Non
 
 
 def test_figures_read_well() -> None:
-    assert [show_loss(x) for x in (0.31, 0.0123, 1.5, 0.0, None)] == ["0.310", "0.0123", "1.50", "0", "–"]
+    assert [show_loss(x) for x in (0.31, 0.0123, 1.5, 0.0, None, math.inf)] == [
+        "0.310",
+        "0.0123",
+        "1.50",
+        "0",
+        "–",
+        "–",
+    ]
     assert [show_bytes(x) for x in (12, 2**20, 150 * 2**20, 1.5 * 2**30)] == ["12 B", "1.00 MiB", "150 MiB", "1.50 GiB"]
     assert [show_bytes(x, "+") for x in (-(2**20), 0, 2**20)] == ["−1.00 MiB", "0 B", "+1.00 MiB"]
     assert [show_change(*x) for x in ((1.1, 1.0), (0.5, 1.0), (1.0, 1.0), (None, 1.0))] == [

@@ -199,6 +199,9 @@ WRONG = {
         (edit(linears__1__name="model.layers.0.self_attn.q_proj"), "linears with distinct names"),
         (edit(linears=[]), "expected linears"),
         (edit(model__blocks=10**9), "expected blocks from 1 to"),
+        (edit(kv_cache__entries__0__layers=2**40), "expected layers from 1 to"),
+        (edit(kv_cache__entries__0__per_token=-1), "expected per_token from 0 to"),
+        (edit(kv_cache__entries="x"), r"\$\.kv_cache\.entries"),
         (edit(kv_cache__num_hidden_layers=2**40), "expected num_hidden_layers from 0 to"),
         (edit(kv_cache__head_dim="x"), r"\$\.kv_cache\.head_dim"),
     ],
@@ -275,7 +278,7 @@ def test_select_writes_nothing_into_the_run_of_a_search_that_goes_on(finished, t
 
 
 def test_a_second_search_on_the_folder_is_refused(folder, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("amq.search.run.load_model", lambda *a, **k: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr("amq.search.run.open_model", lambda *a, **k: pytest.fail("a model was loaded first"))
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     before = (run / "run.json").read_bytes()
@@ -326,7 +329,7 @@ def test_places_that_cannot_be_written_are_one_line(folder, tmp_path, capsys, mo
     if where == "cache":
         monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "file"))
     else:
-        monkeypatch.setattr("amq.search.run.load_model", lambda *a, **k: pytest.fail("a model was loaded first"))
+        monkeypatch.setattr("amq.search.run.open_model", lambda *a, **k: pytest.fail("a model was loaded first"))
     status, _, err = command(folder, "--output", places[where], *flags(**QUICK), capsys=capsys)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert status == 2 and len(errors) == 1 and "Traceback" not in err

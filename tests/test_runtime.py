@@ -192,6 +192,19 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ..
     return calls
 
 
+def test_threads_that_are_asked_for_stay_above_a_quota(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("amq.util.limits.processors", lambda: 1)
+    try:
+        load(tiny_folder, threads=2)
+        assert torch.get_num_threads() == 2
+        load(tiny_folder)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_which_engine_runs(
     folder: Path,
     tiny_folder: Path,
@@ -204,7 +217,9 @@ def test_which_engine_runs(
     native = load(folder, context=64, max_sequences=2, threads=1)
     assert native.engine is engine and native.weight_bytes == engine.weight_bytes and native.device == "cpu"
     assert load(str(folder), backend="cpu", dtype="float32", activations="fp32").engine is engine
-    assert calls == [(folder, "int8", 64, 2, 1), (folder, "fp32", None, 1, None)]
+    assert [(call[0].folder, *call[1:]) for call in calls] == [
+        (folder, "int8", 64, 2, 1), (folder, "fp32", None, 1, None),
+    ]  # fmt: skip
     assert text(native, max_new_tokens=5) == text(runtime, max_new_tokens=5)
     for model, options in ((folder, {"dtype": "bfloat16"}), (folder, EXACT), (tiny_folder, {})):
         assert isinstance(load(model, **options).engine, TorchEngine) and len(calls) == 2

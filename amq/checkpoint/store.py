@@ -19,7 +19,7 @@ from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import get_format, n_groups
 from amq.model.weight_files import INDEX, check_config, weight_files
-from amq.packing import PARTS, PackedWeight, part_names
+from amq.packing import PackedWeight, part_names
 from amq.util.extras import install_hint
 from amq.util.files import json_floats, write_json
 from amq.util.folders import write_folder
@@ -197,7 +197,7 @@ def write_checkpoint(
     """
     if odd := sorted(packed.keys() ^ record.formats.keys()):
         raise AmqError(f"linear {odd[0]!r} has a weight or a format, but not both: nothing was written")
-    tensors = {f"{n}.{part}": getattr(weight, part) for n, weight in packed.items() for part in PARTS} | dict(others)
+    tensors = {f"{n}.{part}": t for n, weight in packed.items() for part, t in weight.parts.items()} | dict(others)
 
     def write(folder: Path) -> None:
         write_tensors(folder, tensors.items(), shard_size, hashes_metadata)

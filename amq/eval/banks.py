@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from amq.configuration import Configuration
-from amq.model.inventory import Inventory
-from amq.model.open import LoadedModel, model_fingerprint
+from amq.model.opened import OpenModel
 from amq.proxy.swap import LinearSwap
 from amq.quantize.bank import BankRecipe, WeightBank
 from amq.util.progress import Progress
@@ -16,9 +15,8 @@ Key = tuple[BankRecipe, frozenset[str]]
 class Banks:
     """Opens the banks that a table needs and puts configurations into the model."""
 
-    def __init__(self, loaded: LoadedModel, inventory: Inventory, swap: LinearSwap, progress: Progress) -> None:
-        self._loaded, self._inventory, self._progress = loaded, inventory, progress
-        self._fingerprint = model_fingerprint(loaded.model)
+    def __init__(self, opened: OpenModel, swap: LinearSwap, progress: Progress) -> None:
+        self._opened, self._fingerprint, self._progress = opened, opened.fingerprint, progress
         self._open: dict[Key, WeightBank] = {}
         self._names: dict[Key, set[str]] = {}
         self._swap = swap
@@ -31,8 +29,8 @@ class Banks:
         if formats <= names:
             return
         names |= formats
-        inventory = self._inventory.only(configuration.quantized)
-        self._open[key] = recipe.open(self._loaded, inventory, names, self._progress, self._fingerprint)
+        inventory = self._opened.inventory.only(configuration.quantized)
+        self._open[key] = recipe.open(self._opened.loaded, inventory, names, self._progress, self._fingerprint)
 
     def apply(self, configuration: Configuration, recipe: BankRecipe) -> None:
         self._swap.apply(configuration.formats, self._open[_key(recipe, configuration)])

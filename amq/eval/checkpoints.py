@@ -13,6 +13,7 @@ from amq.formats import get_format
 from amq.kernels.backends import check_activations, choose_backend
 from amq.model.open import LoadedModel, load_model
 from amq.util.extras import needs
+from amq.util.limits import fit_threads
 
 
 def open_all(folders: Iterable[str]) -> dict[str, Checkpoint]:
@@ -46,5 +47,6 @@ def load(name: str, dtype: str, device: str, backend: str, activations: str, tru
     with needs("models", f"measuring {name}"):
         from amq.integrations.transformers import AmqConfig
 
+    fit_threads()
     how = AmqConfig(activations=activations, backend=backend, verify=False)
     return load_model(name, dtype, device, trust, quantization_config=how)

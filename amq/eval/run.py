@@ -17,9 +17,7 @@ from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.settings import EvalSettings
 from amq.eval.tasks import TaskRunner
 from amq.formats import BitFormat, parse_formats
-from amq.model.inventory import check_weights
-from amq.model.open import load_model
-from amq.model.usable import find_usable
+from amq.model.opened import open_model
 from amq.proxy.swap import LinearSwap
 from amq.quantize.bank import BankRecipe
 from amq.util.progress import Progress
@@ -91,15 +89,13 @@ class _Run:
     ) -> None:
         """A model in full precision, then uniform formats and configurations from their banks."""
         how = self.settings
-        loaded = load_model(name, how.dtype, how.device, how.trust_remote_code)
-        usable = find_usable(loaded.model)
-        inventory = usable.inventory
-        check_weights(loaded.model, inventory.linears)
+        opened = open_model(name, how.dtype, how.device, how.trust_remote_code)
+        inventory = opened.inventory
         for _, configuration in configurations:
-            configuration.check(inventory.linears, usable.reasons)
-        self.measure.prepare(loaded)
-        swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), self.backend, how.activations)
-        banks = Banks(loaded, inventory, swap, self.measure.progress)
+            configuration.check(inventory.linears, opened.usable.reasons)
+        self.measure.prepare(opened.loaded)
+        swap = LinearSwap(opened.model, (s.name for s in inventory.linears), self.backend, how.activations)
+        banks = Banks(opened, swap, self.measure.progress)
         jobs = [(f.name, Configuration.uniform(inventory.linears, f, recipe.group_size), recipe) for f in formats]
         jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
         forms = [Form(label, 16.0, 2 * inventory.numel)] if how.full else []
@@ -108,7 +104,7 @@ class _Run:
             size = configuration.bytes(inventory.linears) + sum(item.bytes for item in other_items(inventory))
             bits = configuration.bits_per_weight(inventory.linears)
             forms.append(Form(title, bits, size, partial(banks.apply, configuration, of)))
-        self.measure.run(loaded, forms)
+        self.measure.run(opened.loaded, forms)
 
     def checkpoint(self, name: str, label: str, checkpoint: Checkpoint) -> None:
         """A checkpoint as the backend runs it, and as plain torch linears; `reference` means the latter alone."""

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
-from amq.export.architecture import attention_window, rope_type, with_flat_rope
+from amq.export.architecture import rotary, with_flat_rope
 from amq.export.common import plain_config, stored_name
 from amq.export.gguf_tokenizer import read_tokenizer
 from amq.export.gguf_types import BLOCK, REQUANTIZED, TYPES, BlockType, decode, encode, find_type
-from amq.packing import PackedWeight, dequantize
+from amq.model.shape import ModelShape, head_dim, kv_heads
+from amq.packing import dequantize
 
 FILE = "model.gguf"
 LOADING = f"""
@@ -142,7 +143,7 @@ def check_family(config: Mapping[str, Any]) -> None:
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise AmqError(f"the gguf export knows the model types {', '.join(FAMILIES)}; this model is {kind!r}")
-    if (rope := rope_type(config)) not in ROPE_TYPES or (rope == "llama3" and not FAMILIES[kind][1]):
+    if (rope := rotary(config).kind) not in ROPE_TYPES or (rope == "llama3" and not FAMILIES[kind][1]):
         raise AmqError(f"the gguf export cannot write rotary positions of type {rope!r} for {kind}")
     if (activation := config.get("hidden_act")) != "silu":
         raise AmqError(f"llama.cpp computes {kind} with the activation silu; this model has {activation!r}")
@@ -178,15 +179,20 @@ def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any]) -> list[Plan]:
 
 def row_order(name: str, rows: int, config: Mapping[str, Any]) -> Tensor | None:
     """For q and k: within each head, row i of the first half and row i of the second half become neighbours."""
-    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}.get(name.split(".")[-2])
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": kv_heads(config)}.get(name.split(".")[-2])
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1) if heads else None
 
 
 def rope_frequencies(config: Mapping[str, Any]) -> np.ndarray | None:
     """float32 [head_dim / 2]: what llama.cpp divides the rotary frequencies by, for Llama 3; None for other types."""
-    if rope_type(config) != "llama3":
+    rope, dim = rotary(config), head_dim(config)
+    if rope.kind != "llama3":
         return None
-    scaling, dim = config["rope_scaling"], head_dim(config)
+    if dim is None:
+        raise AmqError(
+            "config.json gives neither head_dim nor hidden_size and heads, by which rotary positions are scaled"
+        )
+    scaling = rope.parameters
     wavelength = 2 * np.pi * config["rope_theta"] ** (np.arange(0, dim, 2) / dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_max_position_embeddings"] / wavelength
@@ -194,14 +200,10 @@ def rope_frequencies(config: Mapping[str, Any]) -> np.ndarray | None:
     return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
 
 
-def head_dim(config: Mapping[str, Any]) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
 def _add_metadata(writer: Any, config: Mapping[str, Any], name: str, plans: list[Plan]) -> None:
     import gguf
 
-    window = attention_window(config)
+    window = ModelShape.of(config).window
     context = config["max_position_embeddings"]
     writer.add_name(name)
     writer.add_block_count(config["num_hidden_layers"])
@@ -209,16 +211,17 @@ def _add_metadata(writer: Any, config: Mapping[str, Any], name: str, plans: list
     writer.add_embedding_length(config["hidden_size"])
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
-    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_head_count_kv(kv_heads(config))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_rope_dimension_count(head_dim(config))
     writer.add_rope_freq_base(config["rope_theta"])
-    if rope_type(config) == "linear":
+    rope = rotary(config)
+    if rope.kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(config["rope_scaling"]["factor"])
+        writer.add_rope_scaling_factor(rope.parameters["factor"])
     usual = Counter(plan.type for plan in plans if len(plan.shape) > 1).most_common(1)[0][0]
     writer.add_file_type(gguf.LlamaFileType[f"MOSTLY_{usual}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -231,9 +234,7 @@ def _data(checkpoint: Checkpoint, plan: Plan, tallies: dict[tuple[str, str, bool
     record = checkpoint.record
     rows = slice(None) if plan.order is None else plan.order
     if plan.source in record.formats:
-        packed = checkpoint.packed(plan.source)
-        parts = (part[rows] for part in (packed.qweight, packed.scale, packed.zero_point))
-        packed = PackedWeight(packed.format, packed.in_features, packed.group_size, *parts)
+        packed = checkpoint.packed(plan.source).map(lambda part: part[rows])
         data, exact, own_bytes = encode(packed, plan.kind), dequantize(packed).numpy(), packed.nbytes
         key = (record.formats[plan.source], plan.type, plan.kind is not None)
     else:
@@ -256,6 +257,6 @@ def _facts(tallies: Mapping[tuple[str, str, bool], Tally], config: Mapping[str, 
         facts["smaller and exact"] = (
             "with `amq quantize --zero-points symmetric`: Q4_0 and Q5_0 instead of Q4_1 and Q5_1"
         )
-    if window := attention_window(config):
+    if window := ModelShape.of(config).window:
         facts["context"] = f"{window} positions, the model's sliding window, which llama.cpp's llama does not have"
     return facts

@@ -129,7 +129,7 @@ def group_index(packed: PackedWeight) -> Tensor:
 
 def bits(fmt: str) -> int:
     """Bits per code of a dense format, by its name."""
-    return int(get_format(fmt).code_bits)
+    return get_format(fmt).bits
 
 
 def commonest(formats: Mapping[str, str]) -> str:

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.errors import AmqError
-from amq.export.architecture import attention_window, with_flat_rope
+from amq.export.architecture import with_flat_rope
 from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config, stored_name
-from amq.formats import FORMATS, BitFormat, n_groups
+from amq.formats import FORMATS, n_groups
+from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.util.files import write_json
 
@@ -52,18 +53,13 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     check_formats(checkpoint, [f.name for f in FORMATS.values() if f.is_dense and f.code_bits in BITS], "MLX")
     record, formats = checkpoint.record, formats_of(checkpoint)
     sizes = {linear: group_size(linear, shape[1], record.group_size) for linear, shape in record.shapes.items()}
-    modules = {stored_name(checkpoint, n): {"group_size": sizes[n], "bits": bits(fmt)} for n, fmt in formats.items()}
+    modules = {stored_name(checkpoint, n): {"group_size": sizes[n], "bits": fmt.bits} for n, fmt in formats.items()}
     usual = Counter((m["group_size"], m["bits"]) for m in modules.values()).most_common(1)[0][0]
     config = with_flat_rope(plain_config(checkpoint))
     config["quantization"] = {"group_size": usual[0], "bits": usual[1], **modules}
     write_tensors(folder, _tensors(checkpoint, sizes))
     write_json(folder / "config.json", config)
     return _facts(checkpoint, sizes, config)
-
-
-def bits(fmt: BitFormat) -> int:
-    """Bits per code of a dense format."""
-    return fmt.max_code.bit_length()
 
 
 def group_size(linear: str, in_features: int, ours: int) -> int:
@@ -115,7 +111,7 @@ def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]
         facts["ragged groups"] = f"{len(cut)} linears, such as {cut[0]}, have groups of {sizes[cut[0]]} instead"
     if (kind := config.get("model_type")) not in CHECKED:
         facts["not checked"] = f"mlx-lm with model type {kind!r}: compare what it generates with `amq generate`"
-    if window := attention_window(config):
+    if window := ModelShape.of(config).window:
         facts["sliding window"] = (
             f"mlx-lm may read more than the {window} positions that this model was trained to read"
         )

@@ -110,8 +110,7 @@ def choose_backend(formats: Iterable[str], device: str = "cpu", among: Sequence[
 
 def _reference_prepare(packed: PackedWeight) -> Tensor:
     """qweight, scale and zero_point one after another."""
-    parts = (packed.qweight, packed.scale, packed.zero_point)
-    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
+    return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in packed.parts.values()])
 
 
 def _reference_packed(weight: PreparedWeight) -> PackedWeight:

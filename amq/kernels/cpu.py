@@ -81,8 +81,7 @@ def dequantized(packed: PackedWeight) -> Tensor:
 
 
 def _check_packed(packed: PackedWeight, what: str) -> None:
-    for field in ("qweight", "scale", "zero_point"):
-        tensor = getattr(packed, field)
+    for field, tensor in packed.parts.items():
         if tensor.device.type != "cpu":
             raise AmqError(f"{what} {packed.format.name}: {field} must be on cpu, got {tensor.device}")
         if not tensor.is_contiguous():
@@ -112,9 +111,7 @@ def _packed_arguments(packed: PackedWeight) -> dict[str, Any]:
     """What the module's functions that read packed rows have in common."""
     return {
         "format": packed.format.name,
-        "qweight": memory(packed.qweight),
-        "scale": memory(packed.scale),
-        "zero_point": memory(packed.zero_point),
+        **{part: memory(tensor) for part, tensor in packed.parts.items()},
         "qweight_stride": packed.qweight.shape[1],
         "group_stride": packed.scale.shape[1],
         "rows": packed.out_features,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.kernels.cpu import dequantized
 from amq.kernels.modules import StoredLinear
-from amq.packing import PARTS, PackedWeight, dequantize
+from amq.packing import PackedWeight, dequantize
 
 
 class StoredEmbedding(nn.Module):
@@ -43,8 +43,7 @@ class StoredEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         packed = self.packed(ids.device)
-        looked_up = (getattr(packed, part).index_select(0, ids.reshape(-1)) for part in PARTS)
-        rows = PackedWeight(packed.format, packed.in_features, packed.group_size, *looked_up)
+        rows = packed.map(lambda part: part.index_select(0, ids.reshape(-1)))
         native = ids.device.type == "cpu" and not torch.compiler.is_compiling()
         weight = dequantized(rows) if native else dequantize(rows)
         return weight.to(self.weight.dtype).view(*ids.shape, self.embedding_dim)

@@ -205,7 +205,7 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         if self.packed is not None:
-            destination.update({prefix + part: getattr(self.packed, part) for part in PARTS})
+            destination.update({prefix + part: tensor for part, tensor in self.packed.parts.items()})
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(

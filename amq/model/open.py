@@ -29,7 +29,7 @@ from amq.model.inventory import embedding_weight
 from amq.model.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
 from amq.util.extras import needs
 from amq.util.files import read_json
-from amq.util.limits import check_memory, fit_threads
+from amq.util.limits import check_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,15 +73,21 @@ def load_model(
     options: for from_pretrained, such as `quantization_config`, which says how a quantized folder runs.
     Raises AmqError when it cannot be found or read, or does not fit the free memory.
     """
+    check_device(device)
+    return load_folder(name, resolve(name, trust_remote_code), dtype, device, trust_remote_code, **options)
+
+
+def load_folder(
+    name: str, folder: Path, dtype: str, device: str, trust_remote_code: bool, **options: Any
+) -> LoadedModel:
+    """`load_model`, once the folder is known."""
     with needs("models", f"opening {name} through transformers"):
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    fit_threads()
-    _check_device(device)
-    folder = resolve(name, trust_remote_code)
-    target = _target_dtype(folder, dtype, device)
+    config = read_json(folder / "config.json", floats=True)
+    target = _target_dtype(config, dtype, device)
     headers = [read_header(path) for path in weight_files(folder)]
-    check_config(read_json(folder / "config.json", floats=True), sum(map(len, headers)), str(folder / "config.json"))
+    check_config(config, sum(map(len, headers)), str(folder / "config.json"))
     check_memory(
         _loaded_bytes(headers, target.itemsize), f"loading {name} in {str(target).removeprefix('torch.')}", device
     )
@@ -115,7 +121,7 @@ def _load_error(name: str, folder: Path, error: Exception, trusted: bool) -> Amq
     return AmqError(f"transformers could not load {name} from {folder}: {kind}{reason}")
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA that is asked for it
@@ -232,14 +238,13 @@ def _download(name: str, patterns: list[str]) -> Path:
     return Path(snapshot_download(name, allow_patterns=patterns, etag_timeout=5))
 
 
-def _target_dtype(folder: Path, dtype: str, device: str) -> torch.dtype:
+def _target_dtype(config: Any, dtype: str, device: str) -> torch.dtype:
     if dtype != "auto":
         if dtype not in DTYPES:
             raise AmqError(f"unknown dtype {dtype!r}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     if device == "cpu":
         return torch.float32
-    config = read_json(folder / "config.json", floats=True)
     stored = config.get("dtype") or config.get("torch_dtype") if isinstance(config, dict) else None
     return DTYPES.get(stored, torch.bfloat16) if isinstance(stored, str) else torch.bfloat16
 

@@ -111,7 +111,7 @@ class AutoRoundSource:
             model,
             self._tokenizer,
             scheme={**settings, "bits": 16, "act_bits": 16},  # of everything that is not listed: left alone
-            layer_config={s.name: {**settings, "bits": _bits(self._formats[s.name])} for s in specs},
+            layer_config={s.name: {**settings, "bits": self._formats[s.name].bits} for s in specs},
             alg_configs=auto_round.SignRoundConfig(iters=self._iterations),
             dataset=list(self._windows.split(BATCH)),
             nsamples=len(self._windows),
@@ -152,12 +152,8 @@ def read_off(module: nn.Linear, name: str, fmt: BitFormat, group_size: int) -> P
     return packed(codes, scale, zero, fmt, group_size)
 
 
-def _bits(fmt: BitFormat) -> int:
-    return fmt.max_code.bit_length()
-
-
 def _check(spec: LinearSpec, fmt: BitFormat) -> None:
-    if fmt.levels != 1 << _bits(fmt):
+    if fmt.levels != 1 << fmt.bits:
         raise AmqError(f"{spec.name}: auto-round has whole bits only, not {fmt.name} of {fmt.levels} levels")
     if spec.out_features % ALIGNMENT or spec.in_features % ALIGNMENT:
         raise AmqError(

@@ -35,7 +35,7 @@ from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.text import WindowSampler, load_corpus
-from amq.packing import PARTS, PackedWeight, part_names
+from amq.packing import PackedWeight, part_names
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
 from amq.util.files import cache_dir, make_folder, write_atomic
@@ -286,8 +286,7 @@ def _quantize_block(
                 error = _square_error(weight, packed)
                 errors[name] += error
                 tensors[name][f"{spec.name}.{ERROR}"] = torch.tensor(error, dtype=torch.float64)
-                for part in PARTS:
-                    tensors[name][f"{spec.name}.{part}"] = getattr(packed, part).clone()
+                tensors[name] |= {f"{spec.name}.{part}": tensor.clone() for part, tensor in packed.parts.items()}
     for fmt in formats:
         content = tensors[fmt.name]
         metadata = hashes_metadata(content)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from amq.formats import get_format
 from amq.kernels.cpu import dequantized
 from amq.model.calibration import CalibrationStream, InputGroup
 from amq.model.inventory import Inventory, LinearSpec, get_linear
+from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
@@ -80,7 +81,7 @@ class BlockQuantizer:
         self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
         self._group_size, self._method, self._zero_points, self._stored = group_size, method, zero_points, stored
         self._windows = windows
-        self._head_dim = head_dim(model.config)
+        self._shape = ModelShape.of(model.config)
 
     @cached_property
     def _stream(self) -> CalibrationStream | None:
@@ -100,8 +101,7 @@ class BlockQuantizer:
         groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
         groups = [group for group in groups if self._quantized(group.linears)]
         if self._method.scales:
-            path = f"{self._inventory.blocks_path}.{block}"
-            groups = self._scale(path, groups, self._stream.sample, result)
+            groups = self._scale(block, groups, self._stream.sample, result)
         for group in groups:
             self._round(group.linears, group.gram, result)
         return result
@@ -114,7 +114,7 @@ class BlockQuantizer:
             stream = CalibrationStream(self._model, self._windows[:1])
             for _ in range(block):
                 stream.advance()
-        how = (self._formats, self._group_size, self._head_dim, stream.sample, self._stored)
+        how = (self._formats, self._group_size, self._shape.head_dim(block), stream.sample, self._stored)
         for group in stream.measure(linears):
             if any(spec.name in names for spec in group.linears):
                 fold = move_exponent(self._model, f"{self._inventory.blocks_path}.{block}", group, *how)
@@ -149,16 +149,16 @@ class BlockQuantizer:
             result.errors[spec.name] = relative_error(weight, packed, gram)
 
     def _scale(
-        self, block: str, groups: Sequence[InputGroup], run: Callable[[], Tensor], result: BlockResult
+        self, block: int, groups: Sequence[InputGroup], run: Callable[[], Tensor], result: BlockResult
     ) -> list[InputGroup]:
         """Searches every group's scales and moves them into their producers; returns the groups as they are then.
 
         All scales are searched on the weights as they were: a producer's rows get a factor each, which leaves the
         relative error of rounding them alone.
         """
-        scaled = []
+        scaled, path, head_dim = [], f"{self._inventory.blocks_path}.{block}", self._shape.head_dim(block)
         for group in groups:
-            fold = find_fold(self._model, block, group.linears, self._head_dim, run)
+            fold = find_fold(self._model, path, group.linears, head_dim, run)
             if fold is None:
                 result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
                 scaled.append(group)
@@ -201,10 +201,3 @@ def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) ->
         return float((rows if gram is None else rows @ gram).mul_(rows).sum(dtype=torch.float64))
 
     return math.sqrt(max(energy(error), 0.0) / max(energy(weight.clone()), 1e-30))
-
-
-def head_dim(config: Any) -> int | None:
-    """Features per attention head, by a Hugging Face config."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", None)
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)

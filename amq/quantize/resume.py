@@ -162,7 +162,7 @@ class WorkFolder:
         return sum(path.stat().st_size for path in self.folder.glob("block-*"))
 
     def save(self, block: int, result: BlockResult) -> None:
-        tensors = {f"packed/{n}.{p}": getattr(w, p).clone() for n, w in result.packed.items() for p in PARTS}
+        tensors = {f"packed/{n}.{p}": t.clone() for n, w in result.packed.items() for p, t in w.parts.items()}
         tensors |= {f"changed/{name}": value.cpu().clone() for name, value in result.changed.items()}
         facts = Facts(list(result.packed), result.errors, result.notes)
         path, metadata = self._path(block), {**hashes_metadata(tensors), "facts": json.dumps(to_json(facts))}

@@ -16,12 +16,12 @@ from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model.calibration import shared_inputs
-from amq.model.inventory import Inventory, check_weights
-from amq.model.open import LoadedModel, load_model, model_fingerprint, resolve
+from amq.model.inventory import Inventory
 from amq.model.open import fingerprint as content_hash
+from amq.model.opened import OpenModel, open_model
 from amq.model.perplexity import perplexity
-from amq.model.text import Corpus, WindowSampler, fixed_windows, load_corpus
-from amq.model.usable import Usable, find_usable
+from amq.model.text import Corpus, WindowSampler, fixed_windows
+from amq.model.usable import Usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
@@ -60,7 +60,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     check_new_folder(output)
     with WorkFolder(output, Identity.of(settings), resume) as work:
         job = _prepare(settings, output)
-        perplexities = _Perplexities(settings, job.loaded, progress)
+        perplexities = _Perplexities(settings, job.opened, progress)
         log = _log(settings, job, perplexities)
         small = job.output.try_out(log)
         _say_plan(settings, job, work, perplexities, small, progress)
@@ -70,7 +70,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         packed: dict[str, PackedWeight] = {}
         if job.head is not None:
             group_size = job.record.group_size
-            weight, error = quantize_head(job.loaded.model, job.head, group_size, settings.zero_points)
+            weight, error = quantize_head(job.opened.model, job.head, group_size, settings.zero_points)
             packed[job.head.name] = weight
             log = replace(log, head=_head(job, error))
         results = _blocks(source, work, job.inventory.n_blocks, progress)
@@ -95,10 +95,8 @@ class _Job:
     sharing: groups of linears that read one tensor. windows: int64 [windows, length], of the calibration text.
     """
 
-    loaded: LoadedModel
-    usable: Usable
+    opened: OpenModel
     configuration: Configuration
-    fingerprint: str
     corpus: Corpus
     windows: Tensor
     head: Head | None
@@ -107,30 +105,34 @@ class _Job:
 
     @property
     def inventory(self) -> Inventory:
-        return self.usable.inventory
+        return self.opened.inventory
 
 
 def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     """Loads the model and refuses what does not fit it."""
-    folder = resolve(settings.model)
-    loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
-    usable = find_usable(loaded.model)
-    inventory = usable.inventory
-    check_weights(loaded.model, inventory.linears)
-    configuration = _configuration(settings, usable)
-    fingerprint = model_fingerprint(loaded.model)
-    _check_provenance(configuration, fingerprint, settings.model)
-    corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
+    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
+    model, inventory = opened.model, opened.inventory
+    configuration = _configuration(settings, opened.usable)
+    _check_provenance(configuration, opened.fingerprint, settings.model)
+    corpus = opened.corpus(settings.calibration)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
-    head = find_head(loaded.model, settings.head)
+    head = find_head(model, settings.head)
     quantized = inventory.only(configuration.quantized)
-    sharing = shared_inputs(loaded.model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
+    sharing = shared_inputs(model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, inventory, settings.method, sharing, head)
-    dtype = stored_dtype(folder, loaded.model)
+    dtype = stored_dtype(opened.folder, model)
     files = CheckpointOutput(
-        output, folder, loaded, inventory, record, configuration, dtype, usable.loaded, settings.trust_remote_code
+        output,
+        opened.folder,
+        opened.loaded,
+        inventory,
+        record,
+        configuration,
+        dtype,
+        opened.usable.loaded,
+        settings.trust_remote_code,
     )
-    return _Job(loaded, usable, configuration, fingerprint, corpus, windows, head, record, files)
+    return _Job(opened, configuration, corpus, windows, head, record, files)
 
 
 def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Identity:
@@ -140,7 +142,8 @@ def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Ide
     if isinstance(source, BankSource):
         inputs["bank"] = source.key
     formats, group_size = dict(job.record.formats), job.record.group_size
-    return replace(Identity.of(settings), model=job.fingerprint, formats=formats, group_size=group_size, inputs=inputs)
+    of = job.opened.fingerprint
+    return replace(Identity.of(settings), model=of, formats=formats, group_size=group_size, inputs=inputs)
 
 
 def _say_plan(
@@ -155,8 +158,9 @@ def _say_plan(
 
     small: bytes of the checkpoint's other files.
     """
-    calibrated = settings.method == "autoround" or (settings.method in METHODS and METHODS[settings.method].calibrated)
-    memory = working_bytes(job.loaded.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
+    method = METHODS.get(settings.method)
+    calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
+    memory = working_bytes(job.opened.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
     checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
@@ -193,14 +197,14 @@ def _log(settings: QuantizeSettings, job: _Job, perplexities: _Perplexities) -> 
     """What quantization.json says, as far as it is known before the first block."""
     return QuantizationLog(
         settings=settings,
-        model=SourceEntry(settings.model, job.fingerprint),
+        model=SourceEntry(settings.model, job.opened.fingerprint),
         calibration_sha256=job.corpus.sha256,
         window_prefix=tuple(job.corpus.prefix_names),
         bits_per_weight=round(job.configuration.bits_per_weight(job.inventory.linears), 4),
         memory=_memory(job),
         perplexity=perplexities.figures,
         linears=_linears(job.inventory, job.configuration, []),
-        not_quantized=job.usable.reasons,
+        not_quantized=job.opened.usable.reasons,
         head=_head(job),
     )
 
@@ -256,7 +260,7 @@ def _check_provenance(configuration: Configuration, fingerprint: str, model: str
 
 def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockSource:
     """What makes block after block."""
-    loaded, windows, formats = job.loaded, job.windows, job.configuration.quantized
+    loaded, windows, formats = job.opened.loaded, job.windows, job.configuration.quantized
     model, group_size, zero_points = loaded.model, job.configuration.group_size, settings.zero_points
     quantized = job.inventory.only(formats)
     if settings.method in METHODS:
@@ -267,7 +271,7 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
         recipe = BankRecipe(
             "gptq", group_size, bank_windows=settings.windows, **{n: getattr(settings, n) for n in names}
         ).of(job.configuration)
-        bank = recipe.open(loaded, quantized, set(formats.values()), progress, job.fingerprint)
+        bank = recipe.open(loaded, quantized, set(formats.values()), progress, job.opened.fingerprint)
         return BankSource(model, quantized, formats, bank)
     iterations = settings.autoround_iterations
     return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
@@ -327,12 +331,12 @@ def _linears(
 class _Perplexities:
     """Perplexity of the model in memory, before and after: what the model card shows."""
 
-    def __init__(self, settings: QuantizeSettings, loaded: LoadedModel, progress: Progress) -> None:
-        self._model, self._progress = loaded.model, progress
+    def __init__(self, settings: QuantizeSettings, opened: OpenModel, progress: Progress) -> None:
+        self._model, self._progress = opened.model, progress
         self.figures: PerplexityFigures | None = None
         if settings.perplexity == "none":
             return
-        corpus = load_corpus(settings.perplexity, loaded.tokenizer, loaded.embedding_rows)
+        corpus = opened.corpus(settings.perplexity)
         self._windows = fixed_windows(corpus, settings.window_length, settings.perplexity_tokens)
         self._unscored = corpus.unscored
         self.figures = PerplexityFigures(

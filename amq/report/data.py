@@ -131,8 +131,8 @@ def count_formats(names: Iterable[str]) -> str:
 
 
 def show_loss(loss: float | None) -> str:
-    """Three significant digits without an exponent above 1e-5; a dash for None."""
-    if loss is None:
+    """Three significant digits without an exponent above 1e-5; a dash for one that is unknown."""
+    if loss is None or math.isinf(loss):
         return "–"
     if loss == 0 or abs(loss) < 1e-5:
         return f"{loss:.2g}"

@@ -69,7 +69,7 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         from amq.runtime.native_engine import Unsupported, open_native
 
         try:
-            engine = open_native(folder, how.activations or "int8", how.context, how.max_sequences, how.threads)
+            engine = open_native(checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads)
         except Unsupported as reason:
             why = str(reason)
         else:

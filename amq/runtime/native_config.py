@@ -8,13 +8,14 @@ no model has, is an AmqError that names the file and the key: another path would
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.model import shape
 from amq.util.extras import needs
 from amq.util.records import check_range, parse_record
 
@@ -112,11 +113,11 @@ class ModelConfig:
 
     @property
     def head_features(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
+        return shape.head_dim(self) or 0
 
     @property
     def kv_heads(self) -> int:
-        return self.num_key_value_heads or self.num_attention_heads
+        return shape.kv_heads(self) or 0
 
     @property
     def head_norms(self) -> bool:
@@ -133,10 +134,6 @@ class ModelConfig:
             return {"qkv": True, "o": False, "gate_up": False, "down": False}
         mlp = mlp and self.model_type == "llama"
         return {"qkv": attention, "o": attention, "gate_up": mlp, "down": mlp}
-
-    @property
-    def rope(self) -> Rope:
-        return self.rope_parameters or self.rope_scaling or Rope()
 
 
 def read_config(config: Mapping[str, Any], source: str) -> ModelConfig:
@@ -180,16 +177,17 @@ def rotary_frequencies(config: ModelConfig, raw: Mapping[str, Any], source: str)
     raw: config.json, for transformers, which all but the plain kind come from; its import takes seconds.
     Raises AmqError, naming the file `source`, where transformers cannot use what it says.
     """
-    rope, head_dim = config.rope, config.head_features
-    theta = config.rope_theta if rope.rope_theta is None else rope.rope_theta
-    kind = rope.rope_type or rope.type or "default"
+    rotary, head_dim = shape.ModelShape.of(raw).rotary.get(""), config.head_features
+    if rotary is None:
+        raise Unsupported("the native engine has one rotary embedding for all layers")
+    theta, kind = rotary.theta, rotary.kind
     if theta is None:
         said = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if "rope_theta" in raw or "rope_theta" in said:
             raise AmqError(f"{source}: rope_theta is null, expected a number; the file is damaged or was edited")
         raise Unsupported("config.json does not say rope_theta")
-    parts = (rope.partial_rotary_factor, config.partial_rotary_factor)
-    if next((part for part in parts if part is not None), 1.0) != 1.0:
+    part = shape.said(rotary.parameters, "partial_rotary_factor")
+    if (config.partial_rotary_factor if part is None else part) not in (None, 1.0):
         raise Unsupported("the native engine rotates whole heads, this model a part of each")
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
@@ -219,13 +217,11 @@ def rotary_frequencies(config: ModelConfig, raw: Mapping[str, Any], source: str)
 
 def windows(config: ModelConfig) -> list[int]:
     """Positions that each layer's tokens see, 0 for all."""
-    layers, window = config.num_hidden_layers, config.sliding_window or 0
-    if config.layer_types:
-        if strange := set(config.layer_types) - {"full_attention", "sliding_attention"}:
-            raise Unsupported(f"the native engine has no layers of type {', '.join(sorted(strange))}")
-        return [window if kind == "sliding_attention" else 0 for kind in config.layer_types]
-    if config.model_type == "mistral":
-        return [window] * layers
-    if config.use_sliding_window:
-        raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
-    return [0] * layers
+    layers = shape.ModelShape.of(replace(config, use_sliding_window=None)).layers
+    if strange := {layer.kind for layer in layers} - {shape.FULL, shape.SLIDING}:
+        raise Unsupported(f"the native engine has no layers of type {', '.join(sorted(strange))}")
+    if not config.layer_types and config.model_type != "mistral":  # the others' windows are in layer_types alone
+        if config.use_sliding_window:
+            raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
+        return [0] * len(layers)
+    return [layer.window or 0 for layer in layers]

@@ -171,7 +171,7 @@ class NativeEngine:
 
 
 def open_native(
-    folder: Path,
+    folder: Path | Checkpoint,
     activations: str = "int8",
     context: int | None = None,
     max_sequences: int = 1,
@@ -181,6 +181,7 @@ def open_native(
 ) -> NativeEngine:
     """Opens a checkpoint of the Llama family.
 
+    folder: or what `open_checkpoint` made of it.
     activations: `int8`, or `fp32` (exact).
     context: positions of a sequence; None: the model's, up to DEFAULT_CONTEXT.
     threads: None: torch's.
@@ -189,7 +190,7 @@ def open_native(
     Raises Unsupported where the model or a setting is not for this engine, AmqError for a damaged checkpoint.
     """
     check_activations("cpu", activations)
-    checkpoint = open_checkpoint(folder, verify=False)
+    checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder, verify=False)
     config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
     sizes = read_sizes(config, checkpoint.record.group_size, context)
     threads = threads or torch.get_num_threads()
@@ -211,8 +212,8 @@ def open_native(
         if not is_out_of_memory(error):
             raise
         raise AmqError(
-            f"there is no memory for {folder} with a context of {sizes['context']} and {max_sequences} sequences "
-            f"({error}): take fewer or shorter ones, or a larger machine"
+            f"there is no memory for {checkpoint.folder} with a context of {sizes['context']} and {max_sequences} "
+            f"sequences ({error}): take fewer or shorter ones, or a larger machine"
         ) from error
 
 

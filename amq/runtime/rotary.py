@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from amq.model.shape import ModelShape, size
+
 LONG = frozenset({"longrope", "su"})
 """Names of the kind with one border; the second one is of Phi-3's first files."""
 
@@ -33,18 +35,14 @@ class RotaryTables:
     """
 
     def __init__(self, config: Any, shorten: Callable[[], None]) -> None:
-        parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-        single = "rope_type" in parameters or "type" in parameters  # else one for each type of layer
-        kinds = [p for p in ([parameters] if single else parameters.values()) if isinstance(p, dict)]
         self._borders: set[int] = set()
         self.dynamic: int | None = None
         """Positions beyond which every length has a table of its own."""
-        for parameters in kinds:
-            kind = str(parameters.get("rope_type", parameters.get("type", "default")))
-            if kind in LONG:
-                own = getattr(config, "original_max_position_embeddings", None)
-                self._borders.add(parameters.get("original_max_position_embeddings", own) or 0)
-            elif "dynamic" in kind:
+        for rotary in ModelShape.of(config).rotary.values():
+            if rotary.kind in LONG:
+                border = "original_max_position_embeddings"
+                self._borders.add(size(rotary.parameters, border) or size(config, border) or 0)
+            elif "dynamic" in rotary.kind:
                 self.dynamic = config.max_position_embeddings
                 self._borders.add(self.dynamic)
         self._shorten, self._longest = shorten, float("inf")

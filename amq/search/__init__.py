@@ -35,7 +35,9 @@ def search(
     from amq.search.run import run_search
     from amq.util.extras import needs
 
-    with needs("report", "amq search"):  # before hours of work, not after
+    with needs("search", "amq search"):  # before hours of work, not after
+        import pymoo  # noqa: F401
+
         import amq.report.page  # noqa: F401
 
     result = run_search(made, resume, progress)

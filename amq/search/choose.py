@@ -12,6 +12,7 @@ import numpy as np
 from amq.configuration import Configuration, Details, Memory, memory_items
 from amq.errors import AmqError
 from amq.model.inventory import Inventory
+from amq.model.shape import LayerCache
 from amq.search.archive import Record
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
@@ -28,10 +29,12 @@ class Budget:
     max_loss: float | None = None
 
 
-def budget_from_memory(memory: int, context: int, inventory: Inventory, config: Any, space: SearchSpace) -> float:
+def budget_from_memory(
+    memory: int, context: int, inventory: Inventory, caches: Sequence[LayerCache], space: SearchSpace
+) -> float:
     """Bits per weight that the linears may take when everything must fit in `memory` bytes."""
     smallest = Configuration(space.decode(space.sizes.argmin(axis=1)), space.group_size)
-    items = memory_items(inventory, smallest, config, context)
+    items = memory_items(inventory, smallest, caches, context)
     rest = sum(i.bytes for i in items) - smallest.bytes(space.linears)
     bits = 8 * (memory - rest) / space.numel
     low, high = space.bits_range
@@ -128,6 +131,7 @@ def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuratio
     """What was chosen, with its figures; context: tokens of the KV cache in its memory."""
     model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
     bare = Configuration(chosen.formats, group_size)
+    caches = run.kv_cache.caches() if context else ()
     details = Details(
         model=model,
         bits_per_weight=round(chosen.bits_per_weight, 6),
@@ -135,7 +139,7 @@ def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuratio
         loss=chosen.loss,
         loss_confirm=chosen.loss_confirm,
         predicted_loss=chosen.predicted,
-        memory=Memory.of(memory_items(inventory, bare, run.kv_cache.config, context)),
+        memory=Memory.of(memory_items(inventory, bare, caches, context)),
         provenance=run.provenance,
     )
     return Configuration(chosen.formats, group_size, details)

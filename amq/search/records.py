@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import platform
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import amq
@@ -19,6 +19,7 @@ from amq.configuration import Provenance
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import Inventory, LinearSpec, OtherWeight
+from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.records import JsonFile, check_range, shorten
@@ -89,9 +90,29 @@ class OtherEntry:
 
 
 @dataclass(frozen=True)
-class KvEntry:
-    """What sizes a KV cache, by its names in a Hugging Face config; null where the config has no such entry."""
+class CacheEntry:
+    """What each of `layers` layers in a row keeps of a sequence, in bytes: see `amq.model.shape.LayerCache`."""
 
+    layers: int
+    per_token: int
+    constant: int = 0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "layers", most=MOST_LAYERS)
+        check_range(self, "per_token", "constant", least=0)
+        check_range(self, "window")
+
+
+@dataclass(frozen=True)
+class KvEntry:
+    """What the layers of the model keep of a sequence, or why that is not known.
+
+    The other fields are what runs before 2026-11-29 have instead: names and numbers of a Hugging Face config.
+    """
+
+    entries: tuple[CacheEntry, ...] | None = None
+    unknown: str | None = None
     num_hidden_layers: int | None = None
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
@@ -107,22 +128,23 @@ class KvEntry:
         )
 
     @staticmethod
-    def of(config: Any) -> KvEntry:
-        """Of a model's config. An entry of another type (numbers per layer) sizes no cache here, so None."""
-        config = config.get_text_config()
+    def of(shape: ModelShape) -> KvEntry:
+        """`unknown` where config.json does not say enough."""
+        try:
+            runs = [(cache, len(list(equal))) for cache, equal in groupby(shape.caches)]
+        except AmqError as error:
+            return KvEntry(unknown=str(error))
+        return KvEntry(tuple(CacheEntry(count, cache.per_token, cache.constant, cache.window) for cache, count in runs))
 
-        def plain(name: str) -> Any:
-            value = getattr(config, name, None)
-            if name == "layer_types":
-                return list(value) if value and all(isinstance(kind, str) for kind in value) else None
-            return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
-
-        return KvEntry(**{f.name: plain(f.name) for f in fields(KvEntry)})
-
-    @property
-    def config(self) -> SimpleNamespace:
-        """In the place of a Hugging Face config, for `amq.configuration.kv_cache_bytes`."""
-        return SimpleNamespace(**{f.name: getattr(self, f.name) for f in fields(self)})
+    def caches(self) -> tuple[LayerCache, ...]:
+        """Of all layers; raises AmqError where they are not known."""
+        if self.unknown is not None:
+            raise AmqError(self.unknown)
+        if self.entries is not None:
+            return tuple(LayerCache(e.per_token, e.constant, e.window) for e in self.entries for _ in range(e.layers))
+        kinds = self.layer_types  # nothing is known here of layers of other types: the most that they could hold
+        full = None if kinds is None else [kind if kind == SLIDING else FULL for kind in kinds]
+        return ModelShape.of(replace(self, layer_types=full)).caches
 
 
 @dataclass(frozen=True)

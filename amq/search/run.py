@@ -18,11 +18,10 @@ import torch
 from amq.configuration import parse_pins
 from amq.errors import AmqError
 from amq.formats import Kept
-from amq.model.inventory import Inventory, check_weights, embedding_weight
-from amq.model.open import LoadedModel, check_memory, load_model, model_fingerprint
+from amq.model.inventory import Inventory, embedding_weight
 from amq.model.open import fingerprint as content_hash
-from amq.model.text import Corpus, WindowSampler, load_corpus
-from amq.model.usable import find_usable
+from amq.model.opened import OpenModel, open_model
+from amq.model.text import Corpus, WindowSampler
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
@@ -45,8 +44,8 @@ from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
-from amq.util.extras import needs
 from amq.util.files import check_place
+from amq.util.limits import check_memory
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
@@ -56,19 +55,18 @@ from amq.util.settings import parse_size
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: `inventory` without the linears that are kept in 16 bits.
+    quantized: its linears without those that are kept in 16 bits.
     """
 
-    loaded: LoadedModel
-    inventory: Inventory
+    opened: OpenModel
     quantized: Inventory
     space: SearchSpace
     bank: WeightBank
     evaluator: Evaluator
     cost_windows: torch.Tensor
     corpus: Corpus
-    fingerprint: str
     windows_key: str
+    budget: Budget
 
 
 def run_search(settings: SearchSettings, resume: bool = False, progress: Progress | None = None) -> SearchResult:
@@ -77,11 +75,8 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     output = Path(settings.output)
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
-    with needs("search", "amq search"):  # before hours of work, not after
-        import pymoo  # noqa: F401
     timings = Timings()
     stage = _prepare(settings, progress, timings)
-    budget = _budget(settings, stage)
     if previous:
         _check_same_inputs(previous, settings, stage)
     run = _describe(settings, stage)
@@ -89,7 +84,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         problem = Problem(
             stage.space, folder.archive, stage.evaluator, settings.solver, settings.seed, progress=progress
         )
-        problem.budget, problem.max_loss = budget.bits, budget.max_loss
+        problem.budget, problem.max_loss = stage.budget.bits, stage.budget.max_loss
         problem.cost_tables = _cost_tables(settings, stage, problem, folder, timings)
         return conduct(problem, run, folder, timings, started)
 
@@ -121,7 +116,7 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
 def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stage) -> None:
     """Refuses to resume where a name in the settings stands for something else than it did."""
     output = settings.output
-    if previous.model.fingerprint != stage.fingerprint:
+    if previous.model.fingerprint != stage.opened.fingerprint:
         raise AmqError(
             f"{output} holds a run of another model (or other weights) than {settings.model}: use another --output"
         )
@@ -139,10 +134,9 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:
     with timings.measure("load"):
-        loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
-        inventory = find_usable(loaded.model).inventory
-        check_weights(loaded.model, inventory.linears)
-        size = embedding_weight(loaded.model).dtype.itemsize
+        opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
+        inventory = opened.inventory
+        size = embedding_weight(opened.model).dtype.itemsize
         check_memory(
             sum(s.numel for s in inventory.linears) * size + parse_size(settings.cache_memory),
             "the working copy of the linears and --cache-memory", settings.device,
@@ -150,42 +144,43 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         pinned = parse_pins(settings.pin, inventory.linears)
         space = SearchSpace.build(inventory.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
         quantized = inventory.only({s.name for s in space.quantized})
-        if settings.target_bits is not None:
-            check_bits(settings.target_bits, space)
-        corpus = load_corpus(settings.calibration, loaded.tokenizer, loaded.embedding_rows)
+        budget = _budget(settings, opened, space)
+        corpus = opened.corpus(settings.calibration)
         sampler = WindowSampler(corpus, settings.window_length, settings.seed)
         bank_windows = sampler.take(settings.bank_windows)
         windows = {"search": sampler.take(settings.windows), "confirm": sampler.take(settings.confirm_windows)}
         cost_windows = sampler.take(settings.cost_passes)
-        fingerprint = model_fingerprint(loaded.model)
+        fingerprint = opened.fingerprint
         windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
     pins = {fmt for fmt in pinned.values() if not isinstance(fmt, Kept)}
     formats = sorted({*settings.bit_formats, *pins}, key=lambda f: f.code_bits)
     with timings.measure("bank"):
         bank = open_bank(
-            loaded.model, quantized, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
+            opened.model, quantized, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
             fingerprint=fingerprint,
         )  # fmt: skip
     with timings.measure("reference"):
         evaluator = Evaluator(
-            loaded, inventory, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
+            opened.loaded, inventory, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
             settings.activations, corpus.unscored,
         )  # fmt: skip
-    return _Stage(loaded, inventory, quantized, space, bank, evaluator, cost_windows, corpus, fingerprint, windows_key)
+    return _Stage(opened, quantized, space, bank, evaluator, cost_windows, corpus, windows_key, budget)
 
 
-def _budget(settings: SearchSettings, stage: _Stage) -> Budget:
+def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> Budget:
+    """What is asked for; raises AmqError where nothing fits it."""
     if settings.max_loss is not None:
         return Budget(max_loss=settings.max_loss)
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        return Budget(budget_from_memory(memory, settings.context, stage.inventory, stage.loaded.config, stage.space))
+        caches = opened.shape.caches if settings.context else ()
+        return Budget(budget_from_memory(memory, settings.context, opened.inventory, caches, space))
     if settings.target_bits is not None:
-        return Budget(check_bits(settings.target_bits, stage.space))
+        return Budget(check_bits(settings.target_bits, space))
     # no budget given: the cost of the middle format, so that there is something to compare with
-    middle = stage.space.formats[len(stage.space.formats) // 2]
-    low, high = stage.space.bits_range
-    return Budget(min(max(stage.space.bits_of(stage.space.uniform(middle)), low), high))
+    middle = space.formats[len(space.formats) // 2]
+    low, high = space.bits_range
+    return Budget(min(max(space.bits_of(space.uniform(middle)), low), high))
 
 
 def _cost_tables(
@@ -225,7 +220,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
         stage.evaluator.full_precision(),
     ):
         passes = fisher_passes(
-            stage.loaded.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
+            stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
             stage.corpus.unscored,
         )  # fmt: skip
         for table in passes:
@@ -241,12 +236,12 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
 
 
 def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
-    parts, corpus = stage.inventory, stage.corpus
+    parts, corpus = stage.opened.inventory, stage.corpus
     return RunFile(
         status="running",
         model=ModelEntry(
-            name=settings.model, fingerprint=stage.fingerprint, parameters=parts.numel, blocks=parts.n_blocks,
-            architecture=type(stage.loaded.model).__name__,
+            name=settings.model, fingerprint=stage.opened.fingerprint, parameters=parts.numel, blocks=parts.n_blocks,
+            architecture=type(stage.opened.model).__name__,
         ),
         settings=settings,
         calibration=TextEntry(
@@ -261,6 +256,6 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
         linears=tuple(LinearEntry(**vars(s)) for s in parts.linears),
         others=tuple(OtherEntry(o.name, o.kind, o.numel, o.reason) for o in parts.others),
         head_is_tied=parts.head_is_tied,
-        kv_cache=KvEntry.of(stage.loaded.config),
+        kv_cache=KvEntry.of(stage.opened.shape),
         pinned={n: f.name for n, f in stage.space.pinned.items()},
     )  # fmt: skip

@@ -21,11 +21,11 @@ def select_from_run(path: Path | str, **budget: Any) -> Configuration:
 def select(settings: SelectSettings) -> Configuration:
     """As `select_from_run`."""
     folder = RunFolder.open(Path(settings.run))
-    config = folder.run.kv_cache.config
     bits: float | None = None
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        bits = budget_from_memory(memory, settings.context, folder.inventory, config, folder.space)
+        caches = folder.run.kv_cache.caches() if settings.context else ()
+        bits = budget_from_memory(memory, settings.context, folder.inventory, caches, folder.space)
     elif settings.target_bits is not None:
         bits = check_bits(settings.target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None

@@ -75,16 +75,32 @@ def check_place(path: Path, what: str) -> None:
         if not there.is_dir():
             below = "is a file: expected a folder" if there == path else f"lies below {there}, which is a file"
             raise AmqError(f"{what} {path} {below}")
-        for folder in reversed([p for p in (path, *path.parents) if not p.exists()]):
-            folder.mkdir(exist_ok=True)
-            made.append(folder)
-        made.append(tempfile.mkdtemp(prefix=".amq-", dir=path))
+        made += make_missing(path)
+        made.insert(0, tempfile.mkdtemp(prefix=".amq-", dir=path))
     except OSError as error:
         raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
     finally:
-        for one in reversed(made):
+        for one in made:
             with contextlib.suppress(OSError):  # another process has put something there
                 os.rmdir(one)
+
+
+def make_missing(folder: Path) -> list[Path]:
+    """Makes `folder` and the folders above it; returns those that were not there, the lowest first, or none at all.
+
+    Raises OSError where one cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    made: list[Path] = []
+    try:
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            made.insert(0, path)
+    except OSError:
+        for path in made:
+            path.rmdir()
+        raise
+    return made
 
 
 def check_file(path: Path | None, what: str) -> None:

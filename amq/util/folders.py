@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from amq.errors import AmqError
-from amq.util.files import check_path, is_disk_full, reason
+from amq.util.files import check_path, is_disk_full, make_folder, make_missing, reason
 from amq.util.temporary import NAME, sync, temporary_folder
 
 INSIDE = "content"
@@ -57,7 +57,7 @@ def check_new_folder(output: Path | str) -> Path:
     folder = real_folder(output)
     with _named_errors(output):
         _check_empty(output, folder)
-        made = _make_parents(folder)
+        made = make_missing(folder.parent)
         try:
             _try(folder)
         finally:
@@ -86,6 +86,30 @@ def write_folder(output: Path | str, write: Callable[[Path], None]) -> None:
                 _rename(whole, folder)
 
 
+def cache_folder(folder: Path, write: Callable[[Path], None], is_whole: Callable[[], bool]) -> None:
+    """`write_folder` for what is kept to be used again: a damaged folder of that name makes room, and a whole one that
+    another process made meanwhile stays, for it may be in use.
+
+    Raises AmqError where it cannot be written; nothing is left then.
+    """
+    make_folder(folder.parent, "set AMQ_CACHE to a folder that can be written")
+    with _named_errors(folder, "the folder"), temporary_folder(folder) as temporary:
+        whole = temporary / "whole"
+        whole.mkdir()
+        write(whole)
+        _settle(whole)
+        if folder.exists():
+            if is_whole():
+                return
+            os.rename(folder, temporary / "damaged")
+        try:
+            os.rename(whole, folder)
+        except OSError:
+            if not is_whole():
+                raise
+        sync(folder.parent)
+
+
 class Lock:
     """A file that one process at a time holds; free again when that process ends, however it ends."""
 
@@ -110,8 +134,8 @@ class Lock:
 
 
 @contextmanager
-def _named_errors(output: Path | str) -> Iterator[None]:
-    """Turns what the operating system says of `output` into an AmqError."""
+def _named_errors(output: Path | str, what: str = "--output") -> Iterator[None]:
+    """Turns what the operating system says of `output`, which the user knows as `what`, into an AmqError."""
     try:
         yield
     except Exception as error:  # safetensors has an exception of its own for a full disk
@@ -119,7 +143,7 @@ def _named_errors(output: Path | str) -> Iterator[None]:
             raise AmqError(f"the disk is full: could not write {output}; free some space and try again") from error
         if not isinstance(error, OSError):
             raise
-        raise AmqError(f"--output {output} cannot be written: {reason(error)}; give a folder that can") from error
+        raise AmqError(f"{what} {output} cannot be written: {reason(error)}; give a folder that can") from error
 
 
 def _check_empty(output: Path | str, folder: Path) -> None:
@@ -151,25 +175,6 @@ def _is_ours(path: Path) -> bool:
 def _target(folder: Path) -> Path:
     """What the temporary folder is named after and lies beside: on the file system of the result."""
     return folder / INSIDE if folder.is_dir() else folder
-
-
-def _make_parents(folder: Path) -> list[Path]:
-    """Makes the folders above `folder`; returns those that were not there, the lowest first."""
-    missing = []
-    for parent in folder.parents:
-        if parent.exists():
-            break
-        missing.append(parent)
-    made: list[Path] = []
-    try:
-        for parent in reversed(missing):
-            parent.mkdir()
-            made.insert(0, parent)
-    except OSError:
-        for parent in made:
-            parent.rmdir()
-        raise
-    return made
 
 
 def _settle(folder: Path) -> None:

@@ -28,7 +28,7 @@ def gemlite_layer(name: str, n: int, k: int, group_size: int) -> tuple[torch.nn.
     from gemlite.core import DType, GemLiteLinear
 
     packed = random_packed(get_format(name), n, k, group_size, torch.device("cuda"))
-    bits = packed.format.max_code.bit_length()
+    bits = packed.format.bits
     layer = GemLiteLinear(
         bits, group_size=group_size, in_features=k, out_features=n, input_dtype=DType.FP16, output_dtype=DType.FP16
     )

@@ -123,7 +123,7 @@ def tune(
         for fmt in formats:
             weights = tuner.weights(fmt, features)
             for count in rows:
-                case = count, features, fmt.max_code.bit_length()
+                case = count, features, fmt.bits
                 key = tuning.triton_key(*case)
                 entries[key] = tuner.best(key, tuner.triton_candidates(*case), tuner.x(count, features), weights)
             if fmt == formats[0] and tuner.device.unsupported_reason("cuda", fmt) is None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
 import time
@@ -35,10 +34,10 @@ from amq.model.gguf.rope import TENSORS as ROPE_TENSORS
 from amq.model.gguf.rope import check_frequencies
 from amq.model.weight_files import weight_files
 from amq.util.extras import needs
-from amq.util.files import cache_dir, is_disk_full, make_folder, write_json
+from amq.util.files import cache_dir, is_disk_full, write_json
+from amq.util.folders import cache_folder
 from amq.util.limits import check_memory
 from amq.util.records import MOST, read_record, shorten, to_json
-from amq.util.temporary import remove_stale_below, temporary_folder
 from amq.util.tensor_stream import write_stream
 from amq.util.tensors import HASHES, tensor_hash, verify_file
 
@@ -120,30 +119,19 @@ def check_conversion(folder: Path) -> None:
 def _convert(paths: Sequence[Path], folder: Path) -> None:
     file = read_model(paths)
     _check_types(file)
-    make_folder(folder.parent, "set AMQ_CACHE to a folder that can be written")
-    remove_stale_below(folder.parent)
-    _remove_old(folder.parent)
-    try:
-        with temporary_folder(folder) as temporary:
-            whole = temporary / "whole"
-            whole.mkdir()
-            if file.architecture in FAMILIES and _has_tools():
-                _stream(file, whole)
-            else:
-                _whole_model(file, paths, whole)
-            _save_tokenizer(paths[0], whole)
-            others = [path for path in sorted(whole.iterdir()) if path.suffix != ".safetensors"]
-            manifest = Manifest(VERSION, {p.name: _file_hash(p) for p in others})
-            write_json(whole / MANIFEST, to_json(manifest))
-            _publish(whole, folder, temporary / "damaged")
-    except AmqError:
-        raise
-    except Exception as error:
-        if is_disk_full(error):
-            raise AmqError(f"the disk is full: could not cache {paths[0].name} under {folder}") from error
-        if isinstance(error, OSError):
-            raise AmqError(f"could not cache {paths[0].name} under {folder}: {error}") from error
-        raise
+    if folder.parent.is_dir():
+        _remove_old(folder.parent)
+
+    def write(whole: Path) -> None:
+        if file.architecture in FAMILIES and _has_tools():
+            _stream(file, whole)
+        else:
+            _whole_model(file, paths, whole)
+        _save_tokenizer(paths[0], whole)
+        others = [path for path in sorted(whole.iterdir()) if path.suffix != ".safetensors"]
+        write_json(whole / MANIFEST, to_json(Manifest(VERSION, {p.name: _file_hash(p) for p in others})))
+
+    cache_folder(folder, write, lambda: _is_whole(folder))
 
 
 def _remove_old(models: Path) -> None:
@@ -159,19 +147,6 @@ def _is_whole(folder: Path) -> bool:
     except AmqError:
         return False
     return True
-
-
-def _publish(whole: Path, folder: Path, damaged: Path) -> None:
-    """`whole` becomes `folder`; one that another process made meanwhile stays, for it may be in use."""
-    if folder.exists():
-        if _is_whole(folder):
-            return
-        os.rename(folder, damaged)
-    try:
-        os.rename(whole, folder)
-    except OSError:
-        if not (folder / MANIFEST).is_file():
-            raise
 
 
 def _check_types(file: GgufFile) -> None:

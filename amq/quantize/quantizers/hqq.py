@@ -48,7 +48,7 @@ def _solve(weight: Tensor, fmt: BitFormat, group_size: int) -> tuple[Tensor, Ten
     with needs("search", "the quantizer hqq"):
         from hqq.core.quantize import Quantizer
 
-    bits = (fmt.levels - 1).bit_length()
+    bits = fmt.bits
     if fmt.levels != 2**bits or bits not in Quantizer.SUPPORTED_BITS:
         raise AmqError(f"the hqq library has no solver for format {fmt.name}: use --proxy rtn or gptq")
     rows = weight.shape[0]
