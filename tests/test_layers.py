@@ -97,3 +97,9 @@ def test_tests_share_helpers_and_not_each_other() -> None:
         text = path.read_text()
         assert not re.search(r"^\s*(from|import) test_", text, re.M), f"{path} imports another file of tests"
         assert "sys.path" + "." not in text, f"{path}: pytest.ini's pythonpath, or helpers.processes.python_path"
+
+
+def test_slow_files_exist() -> None:
+    from helpers.slow import SLOW
+
+    assert not SLOW - {path.stem for path in (ROOT / "tests").glob("test_*.py")}

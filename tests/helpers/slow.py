@@ -13,28 +13,12 @@ COMPILES = (
 """A compiler runs, or a wheel is built."""
 
 LONG = (
-    *(
-        "test_bank",
-        "test_bench",
-        "test_benchmarks",
-        "test_beside_llama_cpp",
-        "test_crash",
-        "test_damaged_files",
-        "test_data",
-        "test_divergence",
-    ),
-    *("test_eval", "test_evaluator", "test_gguf", "test_gradients", "test_graph_capture", "test_hf", "test_kept"),
-    *("test_linear_faults", "test_nested", "test_output", "test_prefix", "test_quantize", "test_quantizers"),
-    *(
-        "test_quiet",
-        "test_run",
-        "test_scales",
-        "test_serve_faults",
-        "test_serve_page",
-        "test_serve_queue",
-        "test_skips",
-    ),
-    *("test_skips", "test_solvers", "test_torch_engine", "test_usable"),
+    *("test_bank", "test_bench", "test_benchmarks", "test_beside_llama_cpp", "test_crash", "test_damaged_files"),
+    *("test_data", "test_divergence", "test_eval", "test_evaluator", "test_gguf", "test_gradients"),
+    *("test_graph_capture", "test_hf", "test_kept", "test_linear_faults", "test_nested", "test_order", "test_output"),
+    *("test_prefix", "test_quantize", "test_quantizers", "test_quiet", "test_report", "test_run", "test_scales"),
+    *("test_serve_faults", "test_serve_page", "test_serve_queue", "test_shape", "test_skips", "test_solvers"),
+    *("test_torch_engine", "test_usable"),
 )
 """Over three seconds of a processor's time, but for what everything rests on: test_linear, test_native, test_engine."""
 
