@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from helpers.setup_file import setup_names
 
+from amq.formats import native_header
 from amq.kernels import cuda
 
 ROOT = Path(__file__).parents[1]
@@ -56,12 +57,21 @@ def test_kernels_compile_for_an_nvcc_without_maxnreg(tmp_path: Path) -> None:
         '#include "gemv.cuh"\nnamespace amq {\n'
         "template __global__ void linear_kernel<Int8Element, 128>(LinearArguments);\n}\n"
     )
+    (tmp_path / "amq_formats.h").write_text(native_header())
     kernels = ROOT / "kernels" / "cuda"
     ptx = {}
     for has in (0, 1):
         out = tmp_path / f"{has}.ptx"
         command = [
-            *("nvcc", "-std=c++17", "-arch=compute_80", "-ptx", f"-DAMQ_HAS_MAXNREG={has}", f"-I{kernels}"),
+            *(
+                "nvcc",
+                "-std=c++17",
+                "-arch=compute_80",
+                "-ptx",
+                f"-DAMQ_HAS_MAXNREG={has}",
+                f"-I{kernels}",
+                f"-I{tmp_path}",
+            ),
             *("-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", str(source), "-o", str(out)),
         ]
         result = subprocess.run(command, capture_output=True, text=True)
