@@ -272,7 +272,7 @@ def test_runs_of_before_are_read() -> None:
     [("gemma4", {"num_kv_shared_layers": 0}), ("qwen3.5", {})],  # blocks that share keys cannot be run one by one
 )
 def test_a_search_of_such_a_model_ends(
-    name: str, changed: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, changed: dict[str, Any], tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From the config to a budget of memory, to run.json, and to `select`, which reads only that."""
     monkeypatch.setattr("amq.report.write_report", lambda run: [])
@@ -287,3 +287,12 @@ def test_a_search_of_such_a_model_ends(
     assert item.bytes == sum(cache.bytes(1000) for cache in ModelShape.of(tiny_config(name, **changed)).caches)
     chosen = select_from_run(tmp_path / "run", memory="1GiB", context=1000)
     assert chosen.details.memory == result.configuration.details.memory
+
+
+def test_a_model_that_cannot_be_cut_is_refused_before_its_bank(tmp_path: Path, cache: Path) -> None:
+    """Gemma 4's last blocks read keys of earlier ones."""
+    tiny_model("gemma4").float().save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(AmqError, match="cannot be run block by block"):
+        amq.search(str(tmp_path / "model"), tmp_path / "run", proxy="rtn", window_length=32, target_bits=3.0)
+    assert not [path for path in cache.rglob("*") if "bank" in path.name]

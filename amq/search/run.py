@@ -18,6 +18,7 @@ import torch
 from amq.configuration import parse_pins
 from amq.errors import AmqError
 from amq.formats import Kept
+from amq.model.blocks import BlockRunner
 from amq.model.inventory import Inventory, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
@@ -136,9 +137,9 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
     with timings.measure("load"):
         opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
         inventory = opened.inventory
-        size = embedding_weight(opened.model).dtype.itemsize
+        embedding = embedding_weight(opened.model)
         check_memory(
-            sum(s.numel for s in inventory.linears) * size + parse_size(settings.cache_memory),
+            sum(s.numel for s in inventory.linears) * embedding.dtype.itemsize + parse_size(settings.cache_memory),
             "the working copy of the linears and --cache-memory", settings.device,
         )  # fmt: skip
         pinned = parse_pins(settings.pin, inventory.linears)
@@ -150,6 +151,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         bank_windows = sampler.take(settings.bank_windows)
         windows = {"search": sampler.take(settings.windows), "confirm": sampler.take(settings.confirm_windows)}
         cost_windows = sampler.take(settings.cost_passes)
+        BlockRunner(opened.model).check(windows["search"][:1, :32].to(embedding.device))  # not after hours of banking
         fingerprint = opened.fingerprint
         windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
     pins = {fmt for fmt in pinned.values() if not isinstance(fmt, Kept)}
