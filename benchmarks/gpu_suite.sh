@@ -5,7 +5,7 @@
 #     benchmarks/gpu_suite.sh DIR [--smoke]
 #
 # Runs from a checkout with nothing installed: Python (PYTHON, python3 by default) with torch, triton, numpy, psutil and
-# transformers, and nvcc unless a library is given. No network, no pip. At most six minutes (AMQ_SUITE_SECONDS): each part
+# transformers (the search part wants msgspec, too), and nvcc unless a library is given. No network, no pip. At most six minutes (AMQ_SUITE_SECONDS): each part
 # has its share, leaves out what does not fit, and is ended where it does not leave by itself; parts for which nothing is
 # left do not start. DIR gets suite.json, correctness.json, speed.png, decode.png and log.txt, and is safe to use again.
 # suite.json is written after every row, so a suite that is ended early leaves what it had. The exit status is 1 if a check
@@ -28,7 +28,7 @@ total=${AMQ_SUITE_SECONDS:-360} patience=1
 mkdir -p "$folder" && folder=$(cd "$folder" && pwd) || exit 2
 work=$(mktemp -d) || exit 2
 cd "$root" || exit 2
-export PYTHONPATH=$root PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 AMQ_CACHE=${AMQ_CACHE:-$work/cache}
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 AMQ_CACHE=${AMQ_CACHE:-$work/cache}
 rm -f "$folder"/{suite.json,correctness.json,speed.png,decode.png,log.txt,clocks.jsonl}
 
 exec 3>&1 > >(exec tee "$folder/log.txt") 2>&1

@@ -23,6 +23,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +208,21 @@ class Stage:
         self.results.write({**self.content, "seconds": self.clock.spent()})
 
 
+def missing() -> str:
+    """What a machine without a package index may lack, and how it gets there; empty where nothing is missing."""
+    if find_spec("msgspec") is None:
+        return "the package msgspec is missing: benchmarks/gpu/README.md says how to carry it in"
+    return ""
+
+
 def main() -> int:
     options = arguments(__doc__, 25).parse_args()
     clock, device = Clock(options.seconds, options.began), Device(options.smoke)
     with tempfile.TemporaryDirectory(prefix="amq-search-") as folder:
         stage = Stage(device, clock, Results(options.folder, "search", options.smoke), Path(folder))
-        if reason := load_cpu_module():
-            stage.content["failed"]["amq._cpu"] = reason
+        reason = load_cpu_module() or missing()
+        if reason:
+            stage.content["failed"]["what it needs"] = reason
             say(f"search: {reason}")
         else:
             failure = attempt(device, stage.run)
