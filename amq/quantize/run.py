@@ -253,8 +253,8 @@ def _check_provenance(configuration: Configuration, fingerprint: str, model: str
     provenance = configuration.details.provenance
     if provenance and provenance.model_fingerprint not in (None, fingerprint):
         raise AmqError(
-            f"the configuration was searched on other weights than those of {model} in this --dtype: search it, or remove "
-            "model_fingerprint from the file's provenance if you know that it fits"
+            f"the configuration was searched on other weights than those of {model} in this --dtype: search it, or "
+            "remove model_fingerprint from the file's provenance if you know that it fits"
         )
 
 
