@@ -15,7 +15,8 @@ pytest.register_assert_rewrite("helpers")  # its asserts then show values, as th
 
 def pytest_configure(config: pytest.Config) -> None:
     """Code that models bring along is copied into a folder of this process's own: two that run tests at once would find
-    each other's half-made modules. transformers reads the name when it is imported."""
+    each other's half-made modules. transformers reads the name when it is imported, and Python looks for all of them
+    where it found the first: a test that names another folder finds its own or not, by what ran before it."""
     from helpers.skips import SkipGate
 
     config.pluginmanager.register(SkipGate(config))

@@ -527,7 +527,7 @@ class OddForCausalLM(LlamaForCausalLM):
 """
 
 
-def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path) -> None:
     """Its checkpoint loads with the code of the folder; without leave to run that, nothing is quantized."""
     from transformers import AutoModelForCausalLM
 
@@ -535,8 +535,6 @@ def test_a_model_with_code_of_its_own_keeps_it(tmp_path: Path, monkeypatch: pyte
     from amq.model.open import LoadedModel
     from amq.quantize.output import CheckpointOutput
 
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
     source = tmp_path / "source"
     tiny_llama().save_pretrained(source)
     byte_tokenizer().save_pretrained(source)

@@ -278,9 +278,8 @@ class AcmeForCausalLM(LlamaForCausalLM):
 
 
 @pytest.fixture
-def own_code(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def own_code(folder: Path, tmp_path: Path) -> Path:
     """A model with a class of its own, whose code leaves the file `ran` when it runs."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     (folder / "configuration_acme.py").write_text(CONFIGURATION)
     (folder / "modeling_acme.py").write_text(MODELING.format(ran=str(tmp_path / "ran")))
     classes = {"AutoConfig": "configuration_acme.AcmeConfig", "AutoModelForCausalLM": "modeling_acme.AcmeForCausalLM"}
