@@ -42,6 +42,8 @@ RUN = (
     "amq/packing.py",
     "amq/kernels/backends.py",
     "amq/runtime/native_engine.py",
+    "amq/runtime/native_config.py",
+    "amq/model/shape.py",
     "tests/*.py",
     "tests/helpers/*.py",
 )

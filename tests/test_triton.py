@@ -8,11 +8,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 
 import pytest
+from cuda_shim.build import INPUTS as SHIM
 from helpers import unchanged
 from helpers.nested import run_nested
 
-KERNELS = ("kernels/cuda/*", "tests/cuda_shim/*.*")
-INPUTS = ("kernels/triton/*.py", *KERNELS, "amq/kernels/*.py", "amq/packing.py", "amq/formats.py")
+INPUTS = ("kernels/triton/*.py", *SHIM, "amq/kernels/*.py", "amq/packing.py", "amq/formats.py")
 TESTS = ("tests/triton_interpreter.py", "tests/helpers/packed.py")
 
 
