@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from amq.errors import AmqError
 from amq.model.settings import CHECKPOINT
 from amq.runtime.settings import WRITE, RuntimeSettings, Sampling
 from amq.util.files import check_file, write_json
+from amq.util.machine import peak_memory_bytes
 from amq.util.settings import REQUIRED, flag, parse_command, run_command
 
 if TYPE_CHECKING:
@@ -71,7 +71,6 @@ def _figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:
     import torch
 
     on_gpu = runtime.device.startswith("cuda")
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = {
         "prompt_tokens": generation.prompt_tokens,
         "new_tokens": generation.new_tokens,
@@ -81,13 +80,9 @@ def _figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "device": runtime.device,
         "engine": runtime.engine.banner,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(runtime.device) if on_gpu else _ru_bytes(resident),
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(runtime.device) if on_gpu else peak_memory_bytes(),
     }
     return {name: None if value != value else value for name, value in figures.items()}
-
-
-def _ru_bytes(ru_maxrss: int) -> int:
-    return ru_maxrss if sys.platform == "darwin" else 1024 * ru_maxrss
 
 
 def _line(figures: dict[str, Any]) -> str:

@@ -15,12 +15,11 @@ import platform
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from amq.util.files import write_json
-from amq.util.machine import cpu_name
+from amq.util.machine import cpu_name, installed_versions
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -43,7 +42,7 @@ def provenance() -> dict[str, Any]:
             "platform": platform.platform(),
             "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
         },
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
     }
 
 
@@ -70,16 +69,6 @@ def _git(root: Path, *arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 _STARTED_FROM = checkout(ROOT)

@@ -22,9 +22,9 @@ from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.model.inventory import get_linear, take_inventory
 from amq.packing import dequantize
-from amq.quantize import bank as bank_module
 from amq.quantize import quantizers
 from amq.quantize.bank import BankSettings, open_bank
+from amq.util import tensors as tensors_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,7 +278,7 @@ def test_full_disk_is_foreseen(tiny_llama: nn.Module, banks: Path, monkeypatch: 
 def test_disk_that_fills_up_leaves_no_partial_file(
     tiny_llama: nn.Module, banks: Path, message: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = bank_module.save_file
+    original = tensors_module.save_file
 
     def save(tensors: Any, path: Path, metadata: Any) -> None:
         if "block-001.int2" in path.name:
@@ -287,7 +287,7 @@ def test_disk_that_fills_up_leaves_no_partial_file(
         original(tensors, path, metadata=metadata)
 
     with monkeypatch.context() as patch:
-        patch.setattr(bank_module, "save_file", save)
+        patch.setattr(tensors_module, "save_file", save)
         with pytest.raises(AmqError, match="the disk is full: could not write .*block-001.int2.safetensors"):
             build(tiny_llama, banks)
     (folder,) = banks.iterdir()

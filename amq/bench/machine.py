@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from amq.util.machine import cpu_name, peak_memory_bytes
 
 CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 ENVIRONMENT = ("OMP_", "GOMP_", "KMP_", "AMQ_", "GGML_", "MKL_", "LD_PRELOAD")
@@ -28,7 +28,6 @@ def describe(device: str) -> dict[str, Any]:
     import torch
 
     from amq.kernels.cpu import cpu_module
-    from amq.util.machine import cpu_name
 
     facts: dict[str, Any] = {"processor": cpu_name(), "cores": os.cpu_count(), "isa": cpu_module().isa()}
     facts["last_level_cache_bytes"] = last_level_cache()
@@ -122,7 +121,6 @@ def memory() -> dict[str, int]:
 
     status = Path("/proc/self/status")
     marks = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")] if status.exists() else []
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    peak = int(marks[0].split()[1]) * 1024 if marks else largest
+    peak = int(marks[0].split()[1]) * 1024 if marks else peak_memory_bytes()
     now = psutil.Process().memory_info().rss
     return {"resident_memory_bytes": now, "peak_memory_bytes": max(peak, now)}  # the mark is updated with a delay

@@ -239,7 +239,6 @@ def _perplexities(
     settings: BenchSettings, engines: list[Contender], left_out: dict[str, str], progress: Progress
 ) -> TextEntry:
     """Adds `perplexity` to the engines' facts: the same token ids in the same windows for each."""
-    assert settings.perplexity is not None  # else there is nothing to do here
     arguments = (settings.perplexity, settings.window_length, settings.max_tokens)
     windows, prefix = engines[0].workers[True].call("windows", *arguments)
     predicted = len(windows) * (settings.window_length - 1 - len(prefix))
@@ -256,8 +255,10 @@ def _perplexities(
                     raise
                 left_out[engine.name] = f"perplexity: {error}"
             step(engine.name)
-    text, length = settings.perplexity or "", settings.window_length
-    return TextEntry(text=text, windows=len(windows), window_length=length, window_prefix=tuple(prefix))
+    return TextEntry(
+        text=settings.perplexity, windows=len(windows), window_length=settings.window_length,
+        window_prefix=tuple(prefix),
+    )  # fmt: skip
 
 
 def _warnings(rows: list[Row], readings: list[Reading], settings: BenchSettings) -> list[str]:

@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -38,11 +38,11 @@ from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PackedWeight, part_names
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
-from amq.util.files import cache_dir, make_folder, write_atomic
+from amq.util.files import cache_dir, make_folder
 from amq.util.progress import Progress
 from amq.util.records import JsonFile
 from amq.util.temporary import remove_stale_below
-from amq.util.tensors import hashes_metadata, save_file, verify_file
+from amq.util.tensors import hashes_metadata, save_tensors, verify_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -289,13 +289,8 @@ def _quantize_block(
                 tensors[name] |= {f"{spec.name}.{part}": tensor.clone() for part, tensor in packed.parts.items()}
     for fmt in formats:
         content = tensors[fmt.name]
-        metadata = hashes_metadata(content)
-        write_atomic(_file(folder, block, fmt), partial(_save, content, metadata))
+        save_tensors(_file(folder, block, fmt), content, hashes_metadata(content))
     return " ".join(f"{name} {(e / (energy or 1.0)) ** 0.5:.3f}" for name, e in errors.items())
-
-
-def _save(tensors: dict[str, Tensor], metadata: dict[str, str], path: Path) -> None:
-    save_file(tensors, path, metadata=metadata)
 
 
 def _square_error(weight: Tensor, packed: PackedWeight) -> float:

@@ -17,10 +17,10 @@ from amq.errors import AmqError
 from amq.packing import PARTS, PackedWeight
 from amq.quantize.blocks import BlockResult
 from amq.quantize.settings import QuantizeSettings
-from amq.util.files import write_atomic, write_json
+from amq.util.files import write_json
 from amq.util.folders import ATTEMPTS, LOCK, Lock, work_folder
 from amq.util.records import parse_record, read_record, shorten, to_json
-from amq.util.tensors import hashes_metadata, open_file, save_file, verify_file
+from amq.util.tensors import hashes_metadata, open_file, save_tensors, verify_file
 
 IDENTITY = "identity.json"
 
@@ -165,8 +165,7 @@ class WorkFolder:
         tensors = {f"packed/{n}.{p}": t.clone() for n, w in result.packed.items() for p, t in w.parts.items()}
         tensors |= {f"changed/{name}": value.cpu().clone() for name, value in result.changed.items()}
         facts = Facts(list(result.packed), result.errors, result.notes)
-        path, metadata = self._path(block), {**hashes_metadata(tensors), "facts": json.dumps(to_json(facts))}
-        write_atomic(path, lambda temporary: save_file(tensors, temporary, metadata=metadata))
+        save_tensors(self._path(block), tensors, {**hashes_metadata(tensors), "facts": json.dumps(to_json(facts))})
         self._saved.add(block)
 
     def load(self, block: int) -> BlockResult:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import resource
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +34,7 @@ from amq.quantize.resume import Identity, WorkFolder
 from amq.quantize.settings import QuantizeSettings
 from amq.quantize.sources import BankSource
 from amq.util.folders import check_new_folder
+from amq.util.machine import peak_memory_bytes
 from amq.util.progress import Progress
 
 logger = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
             log, perplexity=perplexities.figures, linears=_linears(job.inventory, job.configuration, results),
             notes=tuple(sorted({note for result in results for note in result.notes})),
             seconds=round(time.monotonic() - started, 1),
-            peak_memory_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            peak_memory_bytes=peak_memory_bytes(),
         )  # fmt: skip
         for result in results:
             packed |= result.packed

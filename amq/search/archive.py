@@ -54,6 +54,11 @@ class Record:
         check_range(self, "loss", least=-ROUNDING)
 
     @property
+    def key(self) -> str:
+        """Equal for records of equal configurations."""
+        return configuration_key(self.configuration)
+
+    @property
     def ranked(self) -> float:
         """The loss to compare by: an infeasible candidate's is infinite."""
         return math.inf if self.loss is None else self.loss
@@ -142,7 +147,7 @@ class Archive:
 
     def _remember(self, record: Record) -> None:
         self.records.append(record)
-        self._by_key[configuration_key(record.configuration), record.windows] = record
+        self._by_key[record.key, record.windows] = record
 
     def find(self, configuration: Mapping[str, str], windows: str = "search") -> Record | None:
         """The record of a configuration on a window set, if it was evaluated."""

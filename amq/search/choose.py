@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -84,8 +83,8 @@ def choose(
     records: the archive. Candidates are every feasible record and, with a cost table, the knapsack optimum at the
     budget; they compare by measured loss, or by predicted loss where none was measured.
     """
-    search = {_key(r): r for r in records if r.windows == "search" and r.loss is not None}
-    confirm = {_key(r): r.loss for r in records if r.windows == "confirm" and r.loss is not None}
+    search = {r.key: r for r in records if r.windows == "search" and r.loss is not None}
+    confirm = {r.key: r.loss for r in records if r.windows == "confirm" and r.loss is not None}
     if not search:
         raise AmqError("the run holds no feasible evaluation: nothing to choose from")
     if budget.max_loss is not None:
@@ -108,7 +107,7 @@ def _expected_loss(candidate: Chosen) -> float:
     return math.inf if known is None else known
 
 
-def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, float]) -> Chosen:
+def _within_loss(max_loss: float, search: dict[str, Record], confirm: dict[str, float]) -> Chosen:
     good = [r for r in search.values() if r.ranked <= max_loss]
     if not good:
         best = min(search.values(), key=lambda r: r.ranked)
@@ -119,12 +118,8 @@ def _within_loss(max_loss: float, search: dict[Any, Record], confirm: dict[Any, 
     return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.ranked)), confirm)
 
 
-def _from_record(record: Record, confirm: dict[Any, float]) -> Chosen:
-    return Chosen(record.configuration, record.bits_per_weight, record.loss, confirm.get(_key(record)), None)
-
-
-def _key(record: Record) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted(record.configuration.items()))
+def _from_record(record: Record, confirm: dict[str, float]) -> Chosen:
+    return Chosen(record.configuration, record.bits_per_weight, record.loss, confirm.get(record.key), None)
 
 
 def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuration:

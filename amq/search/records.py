@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,6 +21,7 @@ from amq.model.inventory import Inventory, LinearSpec, OtherWeight
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
+from amq.util.machine import installed_versions
 from amq.util.records import JsonFile, check_range, shorten
 
 KIND_NAMES = {"small": "norm_or_bias"}
@@ -267,10 +267,5 @@ class SurrogateScores:
 
 def versions() -> dict[str, str]:
     """Of amq, Python and the packages that results depend on."""
-    found = {"amq": amq.__version__, "python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    found = dict.fromkeys(PACKAGES, "not installed") | installed_versions(PACKAGES)
+    return {"amq": amq.__version__, "python": platform.python_version(), **found}

@@ -41,7 +41,7 @@ from amq.search.records import (
     TextEntry,
     versions,
 )
-from amq.search.run_folder import NAMES, RunFolder, RunWriter, read_cost
+from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace
@@ -98,8 +98,8 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
         return None
     if not resume:
         raise AmqError(f"--output {output} is not empty: give another folder, or --resume to go on with the run in it")
-    if not (output / "run.json").is_file():
-        raise AmqError(f"--resume: {output} holds no run.json, so it is not a run folder of amq")
+    if not (output / NAMES[RunFile]).is_file():
+        raise AmqError(f"--resume: {output} holds no {NAMES[RunFile]}, so it is not a run folder of amq")
     previous = RunFolder.open(output).run
     if previous.schema != RunFile.SCHEMAS[0]:
         raise AmqError(
@@ -109,8 +109,8 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
     changed = differences(previous.settings.json(), settings.json())
     if changed:
         raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
-    if (output / "archive.jsonl").is_file():  # damaged, or another search's: said before a model is loaded
-        Archive(output / "archive.jsonl").close()
+    if (output / ARCHIVE).is_file():  # damaged, or another search's: said before a model is loaded
+        Archive(output / ARCHIVE).close()
     return previous
 
 

@@ -58,8 +58,8 @@ def measure(problem: Problem, threshold: float) -> Sensitivity:
 def sensitivity_costs(problem: Problem) -> Table:
     """Measured losses as a cost table: T(one linear in a format) − T(base), at least 0, for every format.
 
-    T is `fit.saturation`, in which losses add up. The highest format costs nothing here: what it costs the base is the
-    same for every configuration.
+    T is `loss_curve.saturation`, in which losses add up. The highest format costs nothing here: what it costs the base
+    is the same for every configuration.
     """
     space = problem.space
     highest = len(space.formats) - 1

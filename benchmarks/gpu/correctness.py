@@ -6,8 +6,7 @@ A case is one weight with all its numbers of rows. Outputs start as NaN inside g
 between NaN, and the bar is derived: the root mean square error relative to √Σ (x·W)² may be twice that of torch's
 product in the same dtype (for int8 activations, of what `amq.kernels.backends.quantize_activations` makes of x).
 Products of few outputs may have one rounding more, as twice a small sample's error is no bar. One-hot rows must
-return columns of
-the weight. Further cases: fused against separate, CUDA graphs, another stream, torch.compile.
+return columns of the weight. Further cases: fused against separate, CUDA graphs, another stream, torch.compile.
 
 Cases run in worker processes, because Triton compiles one kernel at a time in each, and because a kernel that faults
 takes its process's GPU context along: such a case is recorded and the next ones get a new process.

@@ -2,8 +2,7 @@
 
 The layout of a weight is described in `amq/kernels/gpu_layout.py`; in short, a slab of 512 features of 8 rows is
 `bits` planes of [8 rows, 16 columns] 32-bit words, the 32 features 512·slab + 32·step + 2·column + p of one *step* (0
-≤ step < 16,
-p in {0, 1}) lie at one bit position of one byte word, and p = 1 is 16 bits above p = 0.
+≤ step < 16, p in {0, 1}) lie at one bit position of one byte word, and p = 1 is 16 bits above p = 0.
 
 The last dimension of a tile of words is the 16 columns, four neighbours to a thread; the others are up to the kernel.
 Loads clamp the tile instead of masking it: rows past the last tile repeat it, and their results are not stored.
