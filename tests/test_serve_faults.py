@@ -240,9 +240,9 @@ def test_what_is_no_http(shared, data):
 
 
 def test_a_body_that_does_not_come(monkeypatch):
-    import amq.serve.app
+    import amq.serve.gate
 
-    monkeypatch.setattr(amq.serve.app, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(amq.serve.gate, "BODY_SECONDS", 0.2)
     with serving(fake_runtime()) as server:
         with connect(server) as connection:
             connection.sendall(request_bytes(completion())[:-5])

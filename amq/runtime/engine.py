@@ -31,11 +31,15 @@ S = TypeVar("S", bound=Slot)
 
 @dataclass(frozen=True)
 class Segment(Generic[S]):
-    """`tokens` continue the sequence of `slot`; `logits`: whether those after the last token are wanted."""
+    """`tokens` continue the sequence of `slot`.
+
+    logits: whether those after the last token are wanted. every: those after each token, and `logits` counts for nothing.
+    """
 
     slot: S
     tokens: Sequence[int]
     logits: bool = True
+    every: bool = False
 
 
 class Engine(Protocol[S]):
@@ -52,11 +56,12 @@ class Engine(Protocol[S]):
     max_rows: int
     max_sequences: int
 
-    def open(self, prompt: Sequence[int], new_tokens: int) -> S | None:
+    def open(self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True) -> S | None:
         """Room for a prompt and `new_tokens` more; None while other sequences hold what it needs.
 
-        The slot's `length` may be above 0 where an earlier sequence began with the same tokens: the caller goes on from
-        there (always at most len(prompt) − 1, so that there is a token to compute).
+        The slot's `length` may be above 0 where an earlier sequence of the same owner began with the same tokens: the
+        caller goes on from there (always at most len(prompt) − 1, so that there is a token to compute). Without `reuse`
+        it is 0.
         Raises AmqError where it could never fit.
         """
 
@@ -66,7 +71,7 @@ class Engine(Protocol[S]):
     def forward(self, segments: Sequence[Segment[S]]) -> Tensor:
         """Runs one pass and moves every slot's `length` on.
 
-        Returns float32 [segments with `logits`, vocab_size] on the CPU, in their order; valid until the next pass.
+        Returns float32 [logits that are wanted, vocab_size] on the CPU, in their order; valid until the next pass.
         Raises AmqError for more than `max_rows` tokens, a slot beyond its capacity, a token outside the vocabulary.
         """
 

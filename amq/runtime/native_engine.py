@@ -87,7 +87,7 @@ class NativeEngine:
         finally:
             self._busy.release()
 
-    def open(self, prompt: Sequence[int], new_tokens: int) -> PagedSlot | None:
+    def open(self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True) -> PagedSlot | None:
         if not prompt:
             raise AmqError("a sequence must begin with at least one token")
         with self._alone():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -38,6 +38,16 @@ class Choice:
     token: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+
+
+class Constraint(Protocol):
+    """What a text has to keep to, such as a grammar (amq.runtime.grammar)."""
+
+    def allowed(self) -> np.ndarray:
+        """The tokens that may come next: bits of int32 [⌈vocabulary / 32⌉], the lowest first."""
+
+    def accept(self, token: int) -> None:
+        """`token` came next."""
 
 
 class Sampler:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.runtime.engine import Engine, Segment, Slot
-from amq.runtime.sampling import Choice, Sampler
+from amq.runtime.sampling import Choice, Constraint, Sampler
 from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import TextStream, Tokenizer
 
@@ -49,12 +49,17 @@ class Request:
 
     prompt: token ids. listener: called with every Piece, from the thread that steps; it must not block. One that raises
         gets no more, and its request ends.
+    owner: whose text it is: prefix caching shares nothing between owners. constraint: which tokens may come next.
     new_tokens: chosen so far, an end token included.
+    prompt_choices: of the prompt's tokens but the first, with `Sampling.prompt_logprobs`; complete with the first Piece.
     """
 
     prompt: Sequence[int]
     sampling: Sampling
     listener: Callable[[Piece], None]
+    owner: str = ""
+    constraint: Constraint | None = None
+    prompt_choices: list[Choice] = field(default_factory=list, init=False)
     new_tokens: int = field(default=0, init=False)
     cached_tokens: int = field(default=0, init=False)  # of the prompt, that were computed for an earlier request
     error: str = field(default="", init=False)  # why `finished` is `error`

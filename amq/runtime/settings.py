@@ -65,6 +65,11 @@ class Sampling(Settings):
     stop: texts that end the generation where they appear; they are not part of the output.
     logprobs: None, or of how many of the likeliest tokens log probabilities are wanted beside the chosen one's.
     ignore_end: go on after an end token, for benchmarks.
+    stop_token_ids: end tokens of this text besides the model's.
+    min_tokens: before so many new tokens no end token is chosen and no stop text looked for.
+    logit_bias: (token, added to its logit), each token once.
+    shown_special: special tokens that become text; the others are left out of it.
+    prompt_logprobs: None, or as `logprobs` for the tokens of the prompt but the first; it is then read as a whole.
     Raises AmqError for a value out of range.
     """
 
@@ -80,6 +85,11 @@ class Sampling(Settings):
     stop: tuple[str, ...] = flag((), "ends the text; may be repeated", WRITE, metavar="TEXT")
     logprobs: int | None = flag(None, "", least=0, most=MAX_LOGPROBS)
     ignore_end: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = flag(0, "", least=0)
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    shown_special: tuple[int, ...] = ()
+    prompt_logprobs: int | None = flag(None, "", least=0, most=MAX_LOGPROBS)
 
     def __post_init__(self) -> None:
         super().__post_init__()

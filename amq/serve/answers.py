@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from amq.runtime.sampling import Choice
 from amq.runtime.scheduler import Piece
 from amq.runtime.tokenizer import Tokenizer
-from amq.serve.protocol import ApiError
+from amq.serve.errors import ApiError
 from amq.serve.worker import EngineThread, Job
 
 DONE = b"data: [DONE]\n\n"

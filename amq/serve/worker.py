@@ -18,10 +18,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from amq.errors import AmqError
+from amq.runtime.sampling import Constraint
 from amq.runtime.scheduler import Piece, Request, Scheduler
 from amq.runtime.settings import Sampling
 from amq.serve.metrics import Metrics
-from amq.serve.protocol import ApiError
+from amq.serve.errors import ApiError
 from amq.serve.queue import FairQueue
 from amq.serve.settings import ServeSettings
 
@@ -48,8 +49,17 @@ STOP_SECONDS = 10.0
 class Job:
     """A request from the time it is accepted until its last piece. Times are of time.perf_counter."""
 
-    def __init__(self, prompt: Sequence[int], sampling: Sampling, client: str, created: float) -> None:
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        client: str,
+        created: float,
+        owner: str = "",
+        constraint: Constraint | None = None,
+    ) -> None:
         self.prompt, self.sampling, self.client, self.created = prompt, sampling, client, created
+        self.owner, self.constraint = owner, constraint
         self.request: Request = None  # type: ignore[assignment]  # the worker makes it
         self.started = self.first = self.last = 0.0  # got a slot; its first and latest token
         self.finished: str | None = None  # as Piece.finished, once nothing more will come
@@ -135,7 +145,7 @@ class EngineThread:
     def submit(self, job: Job) -> None:
         """Queues a job. Raises ApiError 429 when too many wait, 503 while draining."""
         self.admit()
-        job.request = Request(job.prompt, job.sampling, partial(self._arrived, job))
+        job.request = Request(job.prompt, job.sampling, partial(self._arrived, job), job.owner, job.constraint)
         full = len(self._live) >= self.settings.queue + self.engine.max_sequences
         with self._wake:
             refused = self._waiting.push(job, full)
