@@ -59,7 +59,7 @@ def model_root(checkpoint: Checkpoint, tables: Sequence[Tensor], how: Mapping[st
     page = module.PAGE
     said = {
         "amq": amq.__version__,
-        "module": hashlib.sha256(Path(module.__file__).read_bytes()).hexdigest(),
+        "module": hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest(),
         "isa": module.isa(),
         "tables": [hashlib.sha256(table[:page].contiguous().numpy().tobytes()).hexdigest() for table in tables],
         "config": checkpoint.config,
