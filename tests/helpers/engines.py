@@ -64,9 +64,7 @@ class FakeEngine:
         self.gate = threading.Event()
         self.gate.set()
 
-    def open(
-        self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True
-    ) -> FakeSlot | None:
+    def open(self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True) -> FakeSlot | None:
         needed = len(prompt) + new_tokens
         if needed > self.positions:
             raise AmqError(f"{needed} positions never fit the cache of {self.positions}")
