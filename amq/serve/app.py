@@ -182,7 +182,7 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def chat(request: Request) -> Response:
         body = await service.read(request, ChatRequest)
         size = sum(len(message.content) for message in body.messages)
-        tokens = await service.encode("messages", size, lambda: tokenizer.encode_chat(body.conversation()))
+        tokens = await service.encode("messages", size, lambda: tokenizer.encode_chat(body.conversation()).tokens)
         shape = ChatShape(service.model, tokenizer, body.logprobs, body.with_usage)
         return service.answer(request, body, tokens, shape)
 
