@@ -20,6 +20,7 @@ from amq.runtime.tokenizer_files import EndTokens
 from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
+from amq.util.settings import parse_size
 
 if TYPE_CHECKING:
     from amq.model.open import LoadedModel
@@ -72,7 +73,11 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         from amq.runtime.native_engine import Unsupported, open_native
 
         try:
-            engine = open_native(checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads)
+            engine = open_native(
+                checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads,
+                prompt_cache=None if how.prompt_cache is None else parse_size(how.prompt_cache),
+                prompt_cache_folder=how.prompt_cache_folder,
+            )  # fmt: skip
         except Unsupported as reason:
             why = str(reason)
         else:
@@ -91,6 +96,11 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     from amq.model.open import load_model
     from amq.runtime.torch_engine import TorchEngine
 
+    if settings.prompt_cache is not None:
+        raise AmqError(
+            f"a prompt cache on disk is for the native engine, {model} runs in transformers "
+            f"({why or 'it is not quantized'})"
+        )
     device, backend = settings.device, settings.backend
     how: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if checkpoint is not None:
