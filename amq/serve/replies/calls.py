@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from amq.serve.replies.formats import ARGUMENTS, CALL_ID, Marker
@@ -102,8 +103,7 @@ def _read_object(reading: Reading, calls: Calls, strict: bool) -> Waiting[None]:
             name = _name((yield from read_text(reading)))
         elif key in ARGUMENT_KEYS and not complete:
             pieces: list[str] = []
-            known = name  # bound now, for the function below
-            yield from _read_arguments(reading, (lambda t: calls.arguments(known, t)) if name else pieces.append)
+            yield from _read_arguments(reading, partial(calls.arguments, name) if name else pieces.append)
             held, complete = "".join(pieces), True
         elif strict and key not in OTHER_KEYS:
             raise Broken
@@ -195,9 +195,9 @@ def _read_xml(reading: Reading, calls: Calls, opens: str, types: Types) -> Waiti
 
 
 def _xml_value(text: str, schema: Any) -> str:
-    """An XML argument as JSON: a string where its schema says so or there is none, else what it spells, if that is JSON.
+    """An XML argument as JSON: what it spells, if that is JSON; a string where its schema says so or there is none.
 
-    A value that may be a string or null is null where it spells null.
+    One that may be a string or null is null where it spells null.
     """
     types = _types_of(schema)
     if types and not ("string" in types and text != "null"):

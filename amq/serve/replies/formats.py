@@ -10,7 +10,7 @@ from __future__ import annotations
 import secrets
 import string
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from amq.runtime.tokenizer import Tokenizer
@@ -105,7 +105,8 @@ For each function call, return a json object with function name and arguments wi
 </tool_call>"""
 """In the words of Hermes 2 Pro and Qwen, which other models have read too."""
 
-DESCRIBED_SMOLLM = """You are an expert in composing functions. You are given a question and a set of possible functions.
+DESCRIBED_SMOLLM = """You are an expert in composing functions. You are given a question and a set of possible \
+functions.
 Based on the question, you will need to make one or more function/tool calls to achieve the purpose.
 If none of the functions can be used, point it out and refuse to answer.
 If the given question lacks the parameters required by the function, also point it out.
@@ -114,13 +115,13 @@ You have access to the following tools:
 <tools>[{tools}]</tools>
 
 The output MUST strictly adhere to the following format, and NO other text MUST be included.
-The example format is as follows. Please make sure the parameter type is correct. If no function call is needed, please \
-make the tool calls an empty list '[]'.
+The example format is as follows. Please make sure the parameter type is correct. If no function call is needed, \
+please make the tool calls an empty list '[]'.
 <tool_call>[
 {"name": "func_name1", "arguments": {"argument1": "value1", "argument2": "value2"}},
 ... (more tool calls as required)
 ]</tool_call>"""
-"""What SmolLM2 was trained on, as its card says it; its chat template does not."""
+"""What SmolLM2 was trained on, as its card says; its chat template does not."""
 
 GENERIC = ToolFormat("generic", (), (TAGS, *LOOSE), HERMES_CALL, bare=True, described=DESCRIBED)
 """Of a template that no record is recognised in."""
