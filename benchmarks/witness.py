@@ -1,7 +1,7 @@
 """What others see of a server while somebody attacks it: watched from a process of its own, which nothing holds up.
 
-Three threads: a client that streams one long answer after another, one that asks small questions, and /health. Times are
-of time.monotonic(), which all processes of a machine share.
+Three threads: a client that streams one long answer after another, one that asks small questions, and /health. Times
+are of time.monotonic(), which all processes of a machine share.
 """
 
 from __future__ import annotations

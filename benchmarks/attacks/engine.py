@@ -51,10 +51,9 @@ def dead(bench: Bench, server: Served, name: str, did: str) -> Row:
         f"({health.status or 'closed'}); the next: {following or 'nobody listens'}; {ended}"
     )
     told = answer.status >= 500
-    return Row(
-        name, f"forward: {did}, after {PASSES} passes", "an error at once, /health red, the process ends with a failure",
-        happened, told and red is not None and bool(status),
-    )  # fmt: skip
+    target = "an error at once, /health red, the process ends with a failure"
+    good = told and red is not None and bool(status)
+    return Row(name, f"forward: {did}, after {PASSES} passes", target, happened, good)
 
 
 def exit_status(process: psutil.Process, seconds: float) -> int | None:

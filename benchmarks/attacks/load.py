@@ -70,10 +70,10 @@ def flood(bench: Bench, server: Served) -> Row:
             asked.append(second.call("POST", TEXT, question))
             ends = Counter(str(call.result().status or "closed") for call in calls)
         got = ", ".join(f"{count} × {status}" for status, count in sorted(ends.items()))
-        return f"8,500 characters of another: {asked[0]}, alone {alone.seconds:.2f} s; the flood got {got}"
+        return f"the other: {asked[0]}, alone {alone.seconds:.2f} s; the flood got {got}"
 
-    did = f"{bench.size.flood} prompts of {len(body) / MIB:.1f} MiB at once, then another client's {5 * bench.size.medium}"
-    row = bench.beside(server, "flood of prompts", f"{did} characters", act)
+    did = f"{bench.size.flood} prompts of {len(body) / MIB:.1f} MiB at once, then another client's of "
+    row = bench.beside(server, "flood of prompts", f"{did}{5 * bench.size.medium} characters", act)
     served = asked[0].status == alone.status == 200 and asked[0].seconds <= alone.seconds + MORE_SECOND
     return Row(**{**vars(row), "good": row.good and served})
 
@@ -144,8 +144,8 @@ def silent(bench: Bench) -> Iterator[Row]:
             time.sleep(size.hold)
             later = second.call("POST", TEXT, question, timeout=10)
             happened = (
-                f"second client {first}, {size.hold:.0f} s later {later}, alone {alone.seconds:.2f} s; /health {health}; "
-                f"{still_open(held)} of {len(held)} are open"
+                f"second client {first}, {size.hold:.0f} s later {later}, alone {alone.seconds:.2f} s; "
+                f"/health {health}; {still_open(held)} of {len(held)} are open"
             )
             good = all(a.status == 200 and a.seconds <= alone.seconds + MORE_SECOND for a in (first, health, later))
             now = memory(server.process)
