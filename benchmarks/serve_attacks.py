@@ -1,8 +1,8 @@
 """Attacks on a server, as a table: `python benchmarks/serve_attacks.py DIR`, DIR being a folder that amq quantized.
 
 What others notice: the longest pause of somebody's stream, how long a second client's small answer and /health take,
-the server's memory; and what the attacker got. `held` says that the row's target was met. An older commit is attacked from
-its worktree, with the same flags:
+the server's memory; and what the attacker got. `held` says that the row's target was met. An older commit is attacked
+from its worktree, with the same flags:
 
     git worktree add ../before COMMIT
     python benchmarks/serve_attacks.py DIR --source ../before --json before.json
