@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint
 from amq.errors import AmqError
@@ -21,6 +21,9 @@ from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
 from amq.util.settings import parse_size
+
+if TYPE_CHECKING:
+    from amq.model.open import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,13 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
         how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}
     loaded = load_model(str(checkpoint.folder) if checkpoint else model, settings.dtype, device, **how)
     engine = TorchEngine(loaded.model, settings.context, settings.max_sequences, why=why)
-    ends = loaded.model.generation_config.eos_token_id
-    if ends is None:
-        ends = loaded.tokenizer.eos_token_id
-    end_ids = parse_record({"eos_token_id": ends}, EndTokens, f"{model}: generation_config.json").end_ids
-    tokenizer = Tokenizer.from_transformers(loaded.tokenizer, end_ids)
+    tokenizer = Tokenizer.from_transformers(loaded.tokenizer, _end_ids(model, loaded))
     return Runtime(model, engine, tokenizer, engine.weight_bytes, str(loaded.model.device))
+
+
+def _end_ids(model: str, loaded: LoadedModel) -> list[int]:
+    """Those of generation_config.json, or else config.json, and the tokenizer's own."""
+    given = {"eos_token_id": loaded.model.generation_config.eos_token_id}
+    end_ids = parse_record(given, EndTokens, f"{model}: generation_config.json").end_ids
+    own = loaded.tokenizer.eos_token_id
+    return end_ids if own is None else [*end_ids, own]
