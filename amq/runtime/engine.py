@@ -37,7 +37,8 @@ S = TypeVar("S", bound=Slot)
 class Segment(Generic[S]):
     """`tokens` continue the sequence of `slot`.
 
-    logits: whether those after the last token are wanted. every: those after each token, and `logits` counts for nothing.
+    logits: whether those after the last token are wanted. every: those after each token, whatever
+    `logits` says.
     """
 
     slot: S
