@@ -57,7 +57,7 @@ class Request:
         gets no more, and its request ends.
     owner: whose text it is: prefix caching shares nothing between owners. constraint: which tokens may come next.
     new_tokens: chosen so far, an end token included.
-    prompt_choices: of the prompt's tokens but the first, with `Sampling.prompt_logprobs`; complete with the first Piece.
+    prompt_choices: with `Sampling.prompt_logprobs`, of the prompt's tokens but the first; there with the first Piece.
     """
 
     prompt: Sequence[int]

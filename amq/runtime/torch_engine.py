@@ -180,9 +180,7 @@ class TorchEngine:
         slow = f", whole texts anew beyond {self._tables.dynamic} (dynamic rotary tables)" if beyond else ""
         self.banner += f"{how}; context {self.context}{slow}{f' ({why})' if why else ''}"
 
-    def open(
-        self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True
-    ) -> _TorchSlot | None:
+    def open(self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True) -> _TorchSlot | None:
         """See `Engine`. Nothing of earlier sequences is kept: `length` is 0."""
         capacity = len(prompt) + new_tokens
         if capacity > self.context:
