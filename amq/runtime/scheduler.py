@@ -287,7 +287,7 @@ class Scheduler:
             taken[a] += more
             rows -= more
             scored -= more * a.scored
-        return parts + [(a, a.todo[:count]) for a, count in taken.items() if count]
+        return parts + [(a, a.todo[: taken[a]]) for a in active if taken.get(a)]
 
     def _reading(self) -> list[_Active]:
         """Whose prompts are read on: the one that came first, then the shortest rest. Who waits for what another of
