@@ -21,8 +21,8 @@ from amq.errors import AmqError
 from amq.runtime.sampling import Constraint
 from amq.runtime.scheduler import Piece, Request, Scheduler
 from amq.runtime.settings import Sampling
-from amq.serve.metrics import Metrics
 from amq.serve.errors import ApiError
+from amq.serve.metrics import Metrics
 from amq.serve.queue import FairQueue
 from amq.serve.settings import ServeSettings
 
