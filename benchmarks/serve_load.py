@@ -37,6 +37,7 @@ from amq.errors import AmqError
 from amq.util.settings import run_command
 
 SCHEMA = "amq/serve_load/1"
+SERVER_ARGS = "--queue 16 --context 2048"
 LEAVING = 0.05
 """Share of the streamed requests whose client leaves in the middle."""
 
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if (args.url and args.serve) or not (args.url or args.serve or args.smoke):
         raise AmqError("give either the URL of a running server or --serve DIR")
+    if args.server_args is None:
+        args.server_args = SERVER_ARGS if args.serve else "--queue 16"  # the tiny model's context is short
     size = SMOKE if args.smoke else FULL
     chosen = {name: value for name in ("clients", "seconds", "rounds") if (value := getattr(args, name)) is not None}
     size = Size(**{**vars(size), **chosen})
@@ -105,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("url", nargs="?", metavar="URL", help="of a running server, such as http://127.0.0.1:8000")
     add("--serve", type=Path, metavar="DIR", help="start a server on this model")
-    add("--server-args", default="--queue 16 --context 512", metavar="ARGS", help="for --serve (default: %(default)s)")
+    add("--server-args", metavar="ARGS", help=f"for --serve (default: {SERVER_ARGS})")
     add("--api-key", metavar="KEY")
     add("--concurrency", metavar="LIST", help="such as 1,4: compare the speed of so many users instead")
     add("--clients", type=int, metavar="N", help=f"default {FULL.clients}")
