@@ -6,6 +6,7 @@ import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("llguidance", reason="the server needs the extra `serve`")
@@ -13,7 +14,8 @@ pytest.importorskip("llguidance", reason="the server needs the extra `serve`")
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper  # noqa: E402
 
 from amq.errors import AmqError  # noqa: E402
-from amq.runtime.grammar import Grammar  # noqa: E402
+from amq.runtime.grammar import Grammar, GrammarCompiler  # noqa: E402
+from amq.runtime.tokenizer import Tokenizer  # noqa: E402
 from amq.serve.replies import (  # noqa: E402
     FORMATS,
     CallArguments,
@@ -79,8 +81,8 @@ def grammar_of(known: ToolFormat, choice: str = "required", parallel: bool = Tru
     return tools_grammar(known, TOOLS, choice, parallel, special=SPECIAL.get, **more)
 
 
-def read(known: ToolFormat, text: str) -> list[tuple[str, Any]]:
-    reader = ReplyParser(known, thinking=True, tools=TOOLS)
+def read(known: ToolFormat, text: str, tools: Any = TOOLS) -> list[tuple[str, Any]]:
+    reader = ReplyParser(known, thinking=True, tools=tools)
     parts = reader.push(text) + reader.finish()
     names = [part.name for part in parts if isinstance(part, CallStart)]
     return list(zip(names, (json.loads(p.text) for p in parts if isinstance(p, CallArguments)), strict=True))
@@ -110,7 +112,7 @@ def test_written_calls_are_accepted_and_read_back(known, calls):
 def test_other_arguments_are_refused(known, arguments):
     text = write_calls(known, [("weather", arguments)])
     assert not fits(grammar_of(known), text)
-    assert not fits(grammar_of(known, "auto"), f"{text}")
+    assert not fits(grammar_of(known, "auto"), text)
 
 
 def test_what_is_no_call_is_refused(known):
@@ -209,3 +211,54 @@ def test_one_call_where_the_client_wants_no_more(known):
     text = write_calls(known, [BERN])
     assert fits(auto, text) and fits(auto, "Hello.")
     assert not fits(auto, text + known.between + text)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [[1], "x", 7, True, {"properties": [1]}, {"properties": {"a": 1}}, {"properties": {"a b": {}}}, {"required": 5},
+     {"properties": {"a": {"enum": 5}}}, {"properties": {"a": {"type": [{}], "anyOf": [1]}}}, {"type": {}}],
+    ids=str,
+)  # fmt: skip
+def test_tools_that_make_no_sense_are_refused_or_taken(known, parameters):
+    """What is wrong in a schema, the compiler says; what has no place in a grammar at all is refused here."""
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    try:
+        assert tools_grammar(known, tools, "required") is not None
+    except AmqError as error:
+        assert str(error).startswith("tools: ")
+    assert [name for name, _ in read(known, write_calls(known, [("f", {})]), tools)] == ["f"]
+
+
+def test_schemas_that_nest_too_deep_are_refused(known):
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"not": deep}
+    tools: list[Any] = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": deep}}}}]
+    with pytest.raises(AmqError, match="nested too deeply"):
+        tools_grammar(known, tools, "required")
+    with pytest.raises(AmqError, match="nested too deeply"):
+        response_grammar({"type": "json_schema", "json_schema": {"schema": deep}})
+
+
+def test_the_compiler_takes_them_with_a_models_special_tokens(known):
+    """By their numbers, which the process that checks grammars first does not have."""
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Inner
+
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Inner(models.BPE(letters, []))
+    inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(text, special=True) for text in ("<end>", *SPECIAL)])
+    tokenizer = Tokenizer(inner, [inner.token_to_id("<end>")])
+    grammar = tools_grammar(known, TOOLS, "required", special=tokenizer.special_named, thoughts="allowed")
+    assert grammar is not None
+    compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, tokenizer.end_ids)
+    try:
+        constraint = compiler.constraint(grammar)
+        for token in tokenizer.encode(write_calls(known, [BERN])):
+            allowed = np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")
+            assert allowed[token]
+            constraint.accept(token)
+        assert np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[inner.token_to_id("<end>")]
+    finally:
+        compiler.close()
