@@ -24,6 +24,8 @@ SECONDS = 0.5
 """Of a processor, so that it is the same on a busy machine. What agents send takes 0.01."""
 MEMORY = 2**30
 """Bytes of addresses that the process may have."""
+END = 256
+"""The process's only special token."""
 READY = "ready"
 
 
@@ -108,7 +110,7 @@ class GrammarCheck:
 class _Bytes:
     """A tokenizer for llguidance: a token for each byte, and one for the end."""
 
-    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    eos_token_id, bos_token_id, special_token_ids = END, None, (END,)
     tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
 
     def __call__(self, text: bytes) -> list[int]:
