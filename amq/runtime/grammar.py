@@ -88,9 +88,9 @@ class GrammarCompiler:
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """Raises AmqError that names what of the grammar is wrong, not supported, or takes too long."""
+        vocabulary = self._vocabulary()
         from llguidance import LLMatcher
 
-        vocabulary = self._vocabulary()
         try:
             text = _translated(grammar)
         except ValueError as error:  # not JSON, or no object
