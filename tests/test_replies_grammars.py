@@ -26,6 +26,7 @@ from amq.serve.replies import (  # noqa: E402
     tools_grammar,
 )
 from amq.serve.replies.describe import write_calls  # noqa: E402
+from amq.serve.replies.grammars import MOST_CALLS  # noqa: E402
 
 SPECIAL = {"[TOOL_CALLS]": 257, "[ARGS]": 258, "<|python_tag|>": 259, "[THINK]": 260, "[/THINK]": 261}
 WEATHER = {
@@ -249,8 +250,9 @@ def test_the_compiler_takes_them_with_a_models_special_tokens(known):
     inner = Inner(models.BPE(letters, []))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     inner.add_special_tokens([AddedToken(text, special=True) for text in ("<end>", *SPECIAL)])
+    inner.add_tokens(["<tool_call>", "</tool_call>"])  # as of Qwen: added, and not special
     tokenizer = Tokenizer(inner, [inner.token_to_id("<end>")])
-    grammar = tools_grammar(known, TOOLS, "required", special=tokenizer.special_named, thoughts="allowed")
+    grammar = tools_grammar(known, TOOLS, "required", special=tokenizer.added_named, thoughts="allowed")
     assert grammar is not None
     compiler = GrammarCompiler(tokenizer, tokenizer.vocab_size, tokenizer.end_ids)
     try:
@@ -262,3 +264,9 @@ def test_the_compiler_takes_them_with_a_models_special_tokens(known):
         assert np.unpackbits(constraint.allowed().view(np.uint8), bitorder="little")[inner.token_to_id("<end>")]
     finally:
         compiler.close()
+
+
+def test_a_reply_has_so_many_calls_at_most(known):
+    if known.several:
+        assert fits(grammar_of(known), write_calls(known, [NOW] * MOST_CALLS))
+        assert not fits(grammar_of(known), write_calls(known, [NOW] * (MOST_CALLS + 1)))

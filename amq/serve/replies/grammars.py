@@ -18,12 +18,18 @@ from amq.serve.replies.calls import MAX_NAME, NAME, types_of
 from amq.serve.replies.formats import THINKING, ToolFormat
 
 Special = Callable[[str], int | None]
-"""Tokenizer.special_named: the id of the special token that is exactly this text."""
+"""Tokenizer.added_named: the id of the added token that is exactly this text.
+
+llguidance takes all of these for special, also those that the tokenizer does not (<tool_call> of Qwen), and no literal
+and no pattern matches the text of a special token.
+"""
 Thoughts = Literal["none", "allowed", "open"]
 """Before the reply: none, some between the markers of formats.THINKING, or the rest of some that the prompt opened."""
 
 CALL_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python's json writes it, which is what models read in training."""
+MOST_CALLS = 16
+"""Of one reply whose calls are held to a grammar: small models that have to call something do not find an end."""
 SPACE = r"/[ \n]{0,4}/"
 TEXT = r"/(.|\n)*/"
 XML_TEXT = r"xml_text[lazy]: /(.|\n)*<\/parameter>/"
@@ -115,7 +121,8 @@ class _Rules:
             for name, function in zip(names, self._functions, strict=True)
         ]
         self.lines.append(f"call: {' | '.join(names)}")
-        more = f"({self._literal(self._format.between)} call)*" if self._several and (opens or not skip) else ""
+        again = f"{{0,{MOST_CALLS - 1}}}"
+        more = f"({self._literal(self._format.between)} call){again}" if self._several and (opens or not skip) else ""
         first = ' " "? '.join(self._literal(part) for part in opens.split(" "))
         self.lines.append(f"calls: {first} call {more} {self._literal(self._format.closes)}")
         return "calls"
@@ -180,7 +187,7 @@ class _Rules:
         return "xml_text"
 
     def _literal(self, text: str) -> str:
-        """As a literal of lark; special tokens by their id, since their text is not what the model writes."""
+        """As a literal of lark; special tokens by their id."""
         pieces = re.split(f"({'|'.join(map(re.escape, self._special))})", text) if self._special else [text]
         return " ".join(
             f"<[{self._special[piece]}]>" if piece in self._special else json.dumps(piece) for piece in pieces if piece
