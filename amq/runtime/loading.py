@@ -20,7 +20,6 @@ from amq.runtime.tokenizer_files import EndTokens
 from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
-from amq.util.settings import parse_size
 
 if TYPE_CHECKING:
     from amq.model.open import LoadedModel
@@ -75,8 +74,7 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         try:
             engine = open_native(
                 checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads,
-                prompt_cache=None if how.prompt_cache is None else parse_size(how.prompt_cache),
-                prompt_cache_folder=how.prompt_cache_folder,
+                prompt_cache=how.prompt_cache, prompt_cache_folder=how.prompt_cache_folder,
             )  # fmt: skip
         except Unsupported as reason:
             why = str(reason)

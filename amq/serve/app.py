@@ -45,7 +45,7 @@ class Service:
         self.runtime, self.settings = runtime, settings
         self.model = settings.model_name or _short(runtime.name)
         self.created = int(time.time())
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.model)
         self.worker = EngineThread(runtime, settings, self.metrics)
         self.encoder = ThreadPoolExecutor(1, "amq-encode")  # long texts take one core at most, however many come
         self.encoding = 0
@@ -175,8 +175,9 @@ def _add_information(app: FastAPI, service: Service) -> None:
     @app.get("/health")
     async def health() -> JSONResponse:
         worker = service.worker
-        status = "draining" if worker.draining else "failed" if worker.failed else "ok"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+        if worker.failed:
+            return JSONResponse({"status": "failed", "reason": worker.failed}, 503)
+        return JSONResponse({"status": "draining"}, 503) if worker.draining else JSONResponse({"status": "ok"})
 
     @app.get("/metrics")
     async def metrics() -> Response:
