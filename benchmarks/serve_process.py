@@ -3,8 +3,9 @@
     panic   a panic of Rust's tokenizers in the engine's thread, which Python sees as a BaseException
     exit    SystemExit in the engine's thread
     stall   a pass that never ends
-    raise   an ordinary error, once
+    raise   an ordinary error
 
+One pass has the fault.
 Everything after the options is for `amq serve`. Only what `amq.runtime.load` returns is changed, so that it runs older
 commits as well.
 """
@@ -100,7 +101,7 @@ def with_fault(runtime: Any, fault: Callable[[], None], after: int) -> Any:
     def failing(segments: Any) -> Any:
         nonlocal passes
         passes += 1
-        if passes > after:
+        if passes == after + 1:
             fault()
         return forward(segments)
 
