@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -63,6 +62,7 @@ def fake_runtime(folder: str, delay: float, max_sequences: int = 8) -> Any:
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers
 
+    from amq.runtime.loading import Runtime
     from amq.runtime.tokenizer import Tokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -73,7 +73,7 @@ def fake_runtime(folder: str, delay: float, max_sequences: int = 8) -> Any:
     template = Path(folder, "chat_template.jinja")
     tokenizer = Tokenizer(inner, [257], template.read_text() if template.exists() else TEMPLATE)
     engine = FakeEngine(context=2048, max_sequences=max_sequences, delay=delay, vocab_size=258)
-    return SimpleNamespace(name=folder, engine=engine, tokenizer=tokenizer, weight_bytes=1, device="cpu")
+    return Runtime(folder, engine, tokenizer, weight_bytes=1)
 
 
 def serve(arguments: Sequence[str], fake: bool = False, fault: str = "", after: int = 0, delay: float = 0.0) -> int:
