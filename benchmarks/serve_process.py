@@ -72,7 +72,7 @@ def fake_runtime(folder: str, delay: float, max_sequences: int = 8) -> Any:
     inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     template = Path(folder, "chat_template.jinja")
     tokenizer = Tokenizer(inner, [257], template.read_text() if template.exists() else TEMPLATE)
-    engine = FakeEngine(context=2048, max_sequences=max_sequences, delay=delay, vocab_size=258)
+    engine = FakeEngine(context=8192, max_sequences=max_sequences, delay=delay, vocab_size=258)
     return Runtime(folder, engine, tokenizer, weight_bytes=1)
 
 
