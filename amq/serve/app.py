@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-import re
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +19,7 @@ from starlette.exceptions import HTTPException
 
 from amq.errors import AmqError
 from amq.serve.answers import Answer, ChatShape, CompletionShape, Shape
+from amq.serve.door import Door
 from amq.serve.errors import ApiError
 from amq.serve.gate import Gate, read_body
 from amq.serve.metrics import Metrics
@@ -34,7 +32,6 @@ PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", 
 SHORT_TEXT = 2**13
 """Characters that are tokenized on the event loop: a few milliseconds, during which the engine goes on."""
 
-LOCAL = ("localhost", "127.0.0.1", "::1", "[::1]")
 if TYPE_CHECKING:
     from amq.runtime.loading import Runtime
 
@@ -52,7 +49,7 @@ class Service:
         self.worker = EngineThread(runtime, settings, self.metrics)
         self.encoder = ThreadPoolExecutor(1, "amq-encode")  # long texts take one core at most, however many come
         self.encoding = 0
-        self.keys = [_digest(key.encode()) for key in settings.api_key]
+        self.door = Door(settings)
         context = runtime.engine.context
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
 
@@ -96,40 +93,15 @@ class Service:
 
     def answer(self, request: Request, body: GenerationRequest, tokens: list[int], shape: Shape) -> Answer:
         """Queues the request. Raises ApiError."""
-        job = Job(tokens, body.sampling(self.settings.max_new_tokens), self.client(request), request.state.created)
+        job = Job(tokens, body.sampling(self.settings.max_new_tokens), request.state.client, request.state.created)
         self.worker.submit(job)
         return Answer(self.worker, job, shape, body.stream)
-
-    def client(self, request: Request) -> str:
-        """Whose turn it is: the key's where there are several, else the address's."""
-        if len(self.keys) > 1:
-            return request.headers["authorization"]
-        return request.client.host if request.client else ""
-
-    def local(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        """Whether a request to a local server without a key calls it by a local name.
-
-        Else a web page could have its own name resolve to 127.0.0.1 and read the answers (DNS rebinding).
-        """
-        name = re.sub(rb":\d+$", b"", dict(headers).get(b"host", b"")).decode("latin-1").lower()
-        return bool(self.keys) or self.settings.host not in LOCAL or name in LOCAL
-
-    def allowed(self, headers: list[tuple[bytes, bytes]]) -> bool:
-        """Compares digests with every key, in a time that tells nothing about them."""
-        scheme, _, key = dict(headers).get(b"authorization", b"").partition(b" ")
-        given = _digest(key.strip())
-        matches = [hmac.compare_digest(given, key) for key in self.keys]
-        return not self.keys or (scheme.lower() == b"bearer" and any(matches))
 
 
 def _short(name: str) -> str:
     """A folder's own name; a hub id as it is."""
     folder = Path(name).expanduser()
     return folder.resolve().name if folder.is_dir() else name
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def create_app(runtime: Runtime, settings: ServeSettings) -> FastAPI:

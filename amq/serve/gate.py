@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
+import uuid
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import anyio
@@ -10,6 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amq.serve.errors import ApiError
+from amq.serve.visits import Visit, current
 
 if TYPE_CHECKING:
     from amq.serve.app import Service
@@ -17,6 +21,9 @@ if TYPE_CHECKING:
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
+
+REQUEST_ID = re.compile(rb"[\w.:-]{1,64}")
+"""What a client may call its request: nothing that could break a line of a log."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
@@ -40,7 +47,14 @@ async def read_body(request: Request, limit: int) -> bytes:
 
 
 class Gate:
-    """In front of everything: asks for the key, notes when a request came, counts it."""
+    """In front of everything: asks for the key, says who came and when, counts.
+
+    What it puts into scope["state"], for the routes:
+        created: when the request came, of time.perf_counter.
+        client: whose turn it is in fair queues, `key:…` or `address:…`.
+        owner: whose cached prefixes it may share: the digest of the key that was sent, "" where the server has none.
+        request_id: the client's own X-Request-Id where that is short and plain, else a new one. It is sent back.
+    """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
@@ -50,27 +64,44 @@ class Gate:
             await self.app(scope, receive, send)
             return
         status, path = 499, scope["path"]
-        scope.setdefault("state", {})["created"] = time.perf_counter()
+        visit, refusal = self._welcome(scope)
+        name = visit.id.encode()
 
         async def counted(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
             await send(message)
 
+        token = current.set(visit)
         try:
-            if not self.service.local(scope["headers"]):
-                error = ApiError(
-                    403, "this server answers to localhost only; --api-key or --host opens it", "wrong_host"
-                )
-                await error.response()(scope, receive, counted)
-            elif (path.startswith("/v1/") or path == "/metrics") and not self.service.allowed(scope["headers"]):
-                error = ApiError(
-                    401, "the API key is missing or wrong: send Authorization: Bearer KEY", "invalid_api_key"
-                )
-                await error.response()(scope, receive, counted)
+            if refusal is not None:
+                await refusal.response()(scope, receive, counted)
             else:
                 await self.app(scope, receive, counted)
         finally:
+            current.reset(token)
             endpoint = next((e for e in ENDPOINTS if path == e or path.startswith(e + "/") and e != "/"), "other")
             self.service.metrics.requests.labels(endpoint, status).inc()
+
+    def _welcome(self, scope: Scope) -> tuple[Visit, ApiError | None]:
+        """Who comes, and why not further than here."""
+        headers, path, door = scope["headers"], scope["path"], self.service.door
+        owner = door.owner(headers)
+        address = scope["client"][0] if scope.get("client") else ""
+        visit = Visit(_request_id(headers), door.client(owner or "", address), owner or "", time.perf_counter())
+        state = {"created": visit.created, "client": visit.client, "owner": visit.owner, "request_id": visit.id}
+        scope.setdefault("state", {}).update(state)
+        if not door.right_host(headers):
+            text = "this server answers to addresses and localhost only; --allow-host NAME or a key opens it"
+            return visit, ApiError(403, text, "wrong_host")
+        if owner is None and (path.startswith("/v1/") or path == "/metrics"):
+            text = "the API key is missing or wrong: send Authorization: Bearer KEY"
+            return visit, ApiError(401, text, "invalid_api_key")
+        return visit, None
+
+
+def _request_id(headers: Iterable[tuple[bytes, bytes]]) -> str:
+    given = dict(headers).get(b"x-request-id", b"")
+    return given.decode() if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

@@ -84,6 +84,8 @@ class Server(uvicorn.Server):
                 access_log=False,
                 timeout_graceful_shutdown=CLOSE_SECONDS,
                 server_header=False,
+                proxy_headers=bool(settings.trust_proxy),
+                forwarded_allow_ips=list(settings.trust_proxy),
             )
         )
         self._worker: EngineThread = app.state.service.worker
