@@ -46,7 +46,7 @@ def expected(logits: torch.Tensor, how: Sampling, prompt: list[int]) -> torch.Te
 
 def probabilities(logits: torch.Tensor, how: Sampling, prompt: list[int]) -> torch.Tensor:
     """What ours draws from."""
-    scores = Sampler(how, prompt)._penalized(logits.numpy())
+    scores = Sampler(how, prompt)._changed(logits.numpy())
     tokens, weights = survivors(scores, how)
     found = torch.zeros(len(logits), dtype=torch.float64)
     found[slice(None) if tokens is None else torch.from_numpy(tokens)] = torch.from_numpy(weights).double()
@@ -194,7 +194,7 @@ def test_logits_that_are_no_numbers() -> None:
         ("presence_penalty", [-2.1, 2.1, float("nan")]),
         ("frequency_penalty", [-2.1, 2.1]),
         ("seed", [1.5, "x"]),
-        ("max_new_tokens", [0, 1.0]),
+        ("max_new_tokens", [-1, 1.0]),
         ("stop", ["x", ("",), (1,)]),
         ("logprobs", [-1, 21, 1.0, True]),
     ],

@@ -23,7 +23,7 @@ from amq.kernels import cpu
 from amq.kernels.backends import check_activations
 from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
-from amq.runtime.engine import Segment, Slot
+from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.native_config import ModelConfig, Unsupported, read_config, read_sizes, rotary_frequencies, windows
 from amq.runtime.pages import PagePool
 from amq.util.files import is_out_of_memory
@@ -121,14 +121,19 @@ class NativeEngine:
         return self._pool.used * self._pool.page, self._pool.n_pages * self._pool.page
 
     def forward(self, segments: Sequence[Segment[PagedSlot]]) -> Tensor:
-        wanted, rows = [], 0
+        wanted: list[int] = []
+        rows = scored = 0
         for segment in segments:
-            rows += len(segment.tokens)
-            if segment.logits:
-                wanted.append(rows - 1)
-        if len(wanted) > len(self._logits):
-            raise AmqError(f"logits of {len(wanted)} segments are wanted, the engine has room for {len(self._logits)}")
-        logits = self._logits[: len(wanted)]
+            last = rows + len(segment.tokens)
+            wanted += range(rows, last) if segment.every else [last - 1] if segment.logits else []
+            scored += len(segment.tokens) * segment.every
+            rows = last
+        if scored > MAX_SCORED or len(wanted) - scored > len(self._logits):
+            raise AmqError(
+                f"logits of {len(wanted) - scored} segments and {scored} single tokens are wanted, the engine has room "
+                f"for {len(self._logits)} and {MAX_SCORED}"
+            )
+        logits = self._logits[: len(wanted)] if not scored else torch.empty(len(wanted), self.vocab_size)
         with self._alone():
             self._run(segments, wanted, logits)
         return logits
