@@ -12,7 +12,7 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the real client is part of the test extra")
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
 from helpers.serving import SECONDS, byte_tokenizer, fake_runtime, serving  # noqa: E402
 

@@ -14,7 +14,6 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-
 MAX_SCORED = 64
 """Tokens of a pass whose segments have `every`: each has a row of logits, up to a megabyte with a large vocabulary."""
 

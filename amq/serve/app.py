@@ -2,40 +2,50 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from functools import partial
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from amq.errors import AmqError
-from amq.serve.answers import Answer, ChatShape, CompletionShape, Shape
+from amq.runtime.sampling import Constraint
+from amq.serve import generation
+from amq.serve._interim import BoundedRenderer, Grammar, GrammarCompiler, TooLong
+from amq.serve.answers import while_connected
 from amq.serve.door import Door
 from amq.serve.errors import ApiError
 from amq.serve.gate import Gate, read_body
 from amq.serve.metrics import Metrics
+from amq.serve.prompts import PromptThread
 from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from amq.serve.responses import Health, ModelCard, ModelList, TypedResponse
 from amq.serve.settings import ServeSettings
-from amq.serve.worker import EngineThread, Job
-
-PAGE = Path(__file__).with_name("page.html")
-PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
-SHORT_TEXT = 2**13
-"""Characters that are tokenized on the event loop: a few milliseconds, during which the engine goes on."""
+from amq.serve.worker import EngineThread
 
 if TYPE_CHECKING:
     from amq.runtime.loading import Runtime
 
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
+MOST_NAMES = 1000
+"""Parameters that are logged once each; a client may think of any number."""
+
 R = TypeVar("R", bound=GenerationRequest)
+T = TypeVar("T")
+log = logging.getLogger("amq.serve")
 
 
 class Service:
@@ -47,55 +57,77 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics()
         self.worker = EngineThread(runtime, settings, self.metrics)
-        self.encoder = ThreadPoolExecutor(1, "amq-encode")  # long texts take one core at most, however many come
-        self.encoding = 0
+        self.prompts = PromptThread(settings.queue + settings.max_sequences, self.worker.full)
+        self.render = BoundedRenderer()
         self.door = Door(settings)
-        context = runtime.engine.context
+        self.vocabulary, context = runtime.engine.vocab_size, runtime.engine.context
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
+        self._ignored: set[str] = set()  # names that the log has had
 
-    async def read(self, request: Request, kind: type[R]) -> R:
-        """The request's body. Raises ApiError."""
+    async def read(self, request: Request, kind: type[R]) -> tuple[R, list[str]]:
+        """The request's body, and what in it counts for nothing. Raises ApiError."""
         self.worker.admit()
         declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != "application/json":  # else any web page could make a browser send requests here
             raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
-        body = parse(kind, await read_body(request, self.settings.max_body_bytes))
+        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes))
         self.check_model(body.model)
-        return body
+        ignored = [_header_text(name) for name in ignored]
+        for name in ignored:
+            if name not in self._ignored and len(self._ignored) < MOST_NAMES:
+                self._ignored.add(name)
+                log.info("the parameter %s is ignored", name)
+        return body, ignored
 
     def check_model(self, name: str) -> None:
         if name != self.model:
             message = f"the model {name!r} does not exist; this server has {self.model!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    async def encode(self, param: str, size: int, make: Callable[[], list[int]]) -> list[int]:
-        """Token ids of a prompt of `size` characters. Raises ApiError where it is empty or too long."""
+    async def make(
+        self, request: Request, param: str, function: Callable[[], list[generation.Prompt]]
+    ) -> list[generation.Prompt]:
+        """What `function` makes of the parameter `param`, in the thread of prompts. Raises ApiError."""
+        left = self.settings.timeout - (time.perf_counter() - request.state.created)
         try:
-            tokens = make() if size <= SHORT_TEXT else await self._encode_long(make)
+            work = self.prompts.make(request.state.client, function)
+            made = await while_connected(request.receive, work, max(left, 0.0))
+        except TooLong as error:
+            raise self.too_long(param, str(error)) from None
         except AmqError as error:
             raise ApiError(400, str(error), "invalid_value", param) from None
+        for prompt in made:
+            self.check_length(param, len(prompt.tokens))
+        return made
+
+    def check_length(self, param: str, tokens: int) -> None:
+        """Raises ApiError where a prompt is empty or too long."""
         if not tokens:
             raise ApiError(400, f"{param} is empty: give some text", "invalid_value", param)
-        if len(tokens) > self.prompt_limit:
-            message = f"{param} has {len(tokens)} tokens; this server takes at most {self.prompt_limit}"
-            raise ApiError(400, message, "context_length_exceeded", param)
-        return tokens
+        if tokens > self.prompt_limit:
+            raise self.too_long(param, f"{tokens} tokens")
 
-    async def _encode_long(self, make: Callable[[], list[int]]) -> list[int]:
-        """In a thread, so that nobody else's tokens wait for it."""
-        if self.encoding > self.settings.queue:
-            raise self.worker.full()
-        self.encoding += 1
+    def too_long(self, param: str, why: str) -> ApiError:
+        message = f"{param} is too long ({why}); this server takes at most {self.prompt_limit} tokens"
+        return ApiError(400, message, "context_length_exceeded", param)
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        """Made when the first grammar comes, in the thread of prompts."""
+        tokenizer = self.runtime.tokenizer
+        return GrammarCompiler(tokenizer, self.vocabulary, tokenizer.end_ids)
+
+    def constraint(self, grammar: Grammar, param: str) -> Constraint:
+        """Raises ApiError for a grammar that is not supported."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.encoder, make)
-        finally:
-            self.encoding -= 1
+            return self._grammars.constraint(grammar)
+        except AmqError as error:
+            raise ApiError(400, f"{param}: {error}", "invalid_value", param) from None
 
-    def answer(self, request: Request, body: GenerationRequest, tokens: list[int], shape: Shape) -> Answer:
-        """Queues the request. Raises ApiError."""
-        job = Job(tokens, body.sampling(self.settings.max_new_tokens), request.state.client, request.state.created)
-        self.worker.submit(job)
-        return Answer(self.worker, job, shape, body.stream)
+
+def _header_text(name: str) -> str:
+    """A name as a header may have it."""
+    return json.dumps(name)[1:-1][:64].replace(",", " ")
 
 
 def _short(name: str) -> str:
@@ -104,95 +136,85 @@ def _short(name: str) -> str:
     return folder.resolve().name if folder.is_dir() else name
 
 
-def create_app(runtime: Runtime, settings: ServeSettings) -> FastAPI:
+def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
     """The ASGI app that serves `runtime`; its `state.service` holds worker and metrics.
 
-    The worker's thread starts and ends with the app's lifespan.
+    The threads of engine and prompts start and end with the app's lifespan.
     """
     service = Service(runtime, settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.worker.start()
+        service.prompts.start()
         yield
+        service.prompts.stop()
         await service.worker.stop()
-        service.encoder.shutdown(wait=False, cancel_futures=True)
+        service.render.close()
 
-    app = FastAPI(title="amq", lifespan=lifespan, openapi_url=None)  # its documentation pages load from the internet
-    app.state.service = service
-    _add_generation(app, service)
-    _add_information(app, service)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _defect)
-    app.add_middleware(Gate, service=service)
+    middleware = [Middleware(Gate, service=service)]
     if settings.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+        cors = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
+        middleware.insert(0, Middleware(CORSMiddleware, **cors))
+    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _defect}
+    routes = [*_generation(service), *_information(service)]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app.state.service = service
     return app
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
-    tokenizer, vocabulary = service.runtime.tokenizer, service.runtime.engine.vocab_size
-
-    @app.post("/v1/completions", response_model=None)
+def _generation(service: Service) -> list[Route]:
     async def completions(request: Request) -> Response:
-        body = await service.read(request, CompletionRequest)
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            tokens = await service.encode("prompt", len(prompt), partial(tokenizer.encode, prompt))
-        elif all(0 <= token < vocabulary for token in prompt):
-            tokens = await service.encode("prompt", 0, lambda: prompt)
-        else:
-            raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
-        echo = ""
-        if body.echo:
-            echo = prompt if isinstance(prompt, str) else tokenizer.decode(tokens)
-        shape = CompletionShape(service.model, tokenizer, body.logprobs is not None, body.with_usage, echo)
-        return service.answer(request, body, tokens, shape)
+        body, ignored = await service.read(request, CompletionRequest)
+        return await generation.complete(service, request, body, ignored)
 
-    @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
-        body = await service.read(request, ChatRequest)
-        size = sum(len(message.content) for message in body.messages)
-        tokens = await service.encode("messages", size, lambda: tokenizer.encode_chat(body.conversation()))
-        shape = ChatShape(service.model, tokenizer, body.logprobs, body.with_usage)
-        return service.answer(request, body, tokens, shape)
+        body, ignored = await service.read(request, ChatRequest)
+        return await generation.chat(service, request, body, ignored)
+
+    return [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
 
 
-def _add_information(app: FastAPI, service: Service) -> None:
-    card = {"id": service.model, "object": "model", "created": service.created, "owned_by": "amq"}
-    card["max_model_len"] = service.runtime.engine.context  # as vLLM calls it
+def _information(service: Service) -> list[Route]:
+    engine = service.runtime.engine
+    card = ModelCard(id=service.model, created=service.created, max_model_len=engine.context, engine=engine.banner)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    async def models(request: Request) -> Response:
+        return TypedResponse(ModelList(data=[card]))
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return card
+    async def model(request: Request) -> Response:
+        service.check_model(request.path_params["name"])
+        return TypedResponse(card)
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health(request: Request) -> Response:
         worker = service.worker
         status = "draining" if worker.draining else "failed" if worker.failed else "ok"
-        return JSONResponse({"status": status}, 200 if status == "ok" else 503)
+        return TypedResponse(Health(status), 200 if status == "ok" else 503)
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
+    async def page(request: Request) -> Response:
         return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
 
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/", page),
+    ]
 
-async def _api_error(request: Request, error: Exception) -> JSONResponse:
+
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
     message = {
@@ -205,6 +227,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     return answer
 
 
-async def _defect(request: Request, error: Exception) -> JSONResponse:
+async def _defect(request: Request, error: Exception) -> Response:
     """uvicorn logs the traceback; the client learns nothing of it."""
     return ApiError(500, "the server failed on this request", "internal_error").response()

@@ -17,7 +17,7 @@ from msgspec import Meta, Raw, Struct
 from amq.errors import AmqError
 from amq.runtime.settings import Sampling
 from amq.serve.errors import ApiError
-from amq.serve.messages import Function, FunctionCall, Message, NamedFunction, NamedTool, Tool, ToolCall
+from amq.serve.messages import Function, Message, NamedFunction, NamedTool, Tool
 from amq.serve.parameters import PARAMETERS
 
 MAX_STOPS = 64

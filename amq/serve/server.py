@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from amq.errors import AmqError
@@ -73,7 +73,7 @@ class Server(uvicorn.Server):
     finished or after `drain` seconds. A second one ends the process at once.
     """
 
-    def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: Starlette, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
         super().__init__(
             uvicorn.Config(
                 app,
