@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     model = _transformers(args.folder)
     rows = []
     for prompt in PROMPTS[: args.prompts]:
-        tokens = runtime.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+        tokens = runtime.tokenizer.encode_chat([{"role": "user", "content": prompt}]).tokens
         ours, margins = _ours(runtime, tokens, args.tokens)
         theirs = _theirs(model, tokens, args.tokens, sorted(runtime.tokenizer.end_ids))
         same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))

@@ -10,14 +10,11 @@ import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.engines import text, transformers_logits
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
 from amq.runtime.engine import Segment
 from amq.runtime.native_engine import NativeEngine, Unsupported, open_native
-from amq.runtime.pages import PagePool
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -175,36 +172,6 @@ def test_wrong_tokens_and_passes_are_refused(folders: dict[str, Path]) -> None:
     assert slot.length == 0
     with pytest.raises(AmqError, match="context must be 1 to 512"):
         open_native(folders["llama"], context=513)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 40), st.booleans()), max_size=40))
-def test_pages_are_never_shared_by_different_texts(actions: list[tuple[int, int, bool]]) -> None:
-    """Random sequences over few texts: a page holds what its sequence computed, and none is lost."""
-    pool, content = PagePool(12, 4), [()] * 12
-    running: list[tuple[list[int], list[int]]] = []
-    for kind, length, end in actions:
-        if end and running:
-            pages, tokens = running.pop(kind % len(running))
-            pool.give_back(pages, tokens)
-            continue
-        tokens = [kind % 2] * 6 + [kind] * length
-        taken = pool.take(tokens, length + 8)
-        if taken is None:
-            continue
-        pages, known = taken
-        assert known % 4 == 0 and known < len(tokens) and len(pages) == -(-(length + 8) // 4)
-        for i, page in enumerate(pages):
-            expected = tuple(tokens[: (i + 1) * 4])
-            if i * 4 < known:
-                assert content[page] == expected
-            else:
-                assert not any(page in others for others, _ in running)
-                content[page] = expected
-        running.append((pages, tokens))
-    for pages, tokens in running:
-        pool.give_back(pages, tokens)
-    assert pool.used == 0 and pool.take([9], 48) is not None
 
 
 def test_the_interface(folders: dict[str, Path]) -> None:

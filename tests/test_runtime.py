@@ -181,7 +181,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ..
     class Unsupported(AmqError):
         pass
 
-    def open_native(*arguments: Any) -> Any:
+    def open_native(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if engine is None:
             raise Unsupported("it has no wings")

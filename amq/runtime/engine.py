@@ -27,6 +27,15 @@ class Slot:
     def __init__(self, capacity: int, length: int = 0) -> None:
         self.capacity, self.length = capacity, length
 
+    def catch_up(self) -> bool:
+        """Moves `length` on over tokens of the prompt that were computed elsewhere since the last call; call it before
+        every pass for the slots whose prompt is being read, in the order in which passes serve them.
+
+        Returns whether to leave the slot out of the next pass, because it will find more: another slot that was asked
+        before computes the same tokens, or they are being read from disk. At least the last token is left to compute.
+        """
+        return False
+
 
 S = TypeVar("S", bound=Slot)
 """The slots of one engine: it is given back those that it made, and adds to them what it has to know."""

@@ -74,7 +74,7 @@ def generate(runtime: Runtime, prompt: Prompt, sampling: Sampling | None = None)
 def encode(runtime: Runtime, prompt: Prompt) -> list[int]:
     """Token ids of a prompt."""
     if not isinstance(prompt, str):
-        return runtime.tokenizer.encode_chat(prompt)
+        return runtime.tokenizer.encode_chat(prompt).tokens
     if not prompt:
         raise AmqError("the prompt is empty: give some text")
     return runtime.tokenizer.encode(prompt)

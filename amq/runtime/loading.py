@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint
 from amq.errors import AmqError
@@ -20,6 +20,10 @@ from amq.runtime.tokenizer_files import EndTokens
 from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
+from amq.util.settings import parse_size
+
+if TYPE_CHECKING:
+    from amq.model.open import LoadedModel
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,11 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         from amq.runtime.native_engine import Unsupported, open_native
 
         try:
-            engine = open_native(checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads)
+            engine = open_native(
+                checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads,
+                prompt_cache=None if how.prompt_cache is None else parse_size(how.prompt_cache),
+                prompt_cache_folder=how.prompt_cache_folder,
+            )  # fmt: skip
         except Unsupported as reason:
             why = str(reason)
         else:
@@ -88,6 +96,11 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     from amq.model.open import load_model
     from amq.runtime.torch_engine import TorchEngine
 
+    if settings.prompt_cache is not None:
+        raise AmqError(
+            f"a prompt cache on disk is for the native engine, {model} runs in transformers "
+            f"({why or 'it is not quantized'})"
+        )
     device, backend = settings.device, settings.backend
     how: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if checkpoint is not None:
@@ -98,9 +111,13 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
         how |= {"quantization_config": AmqConfig(activations=activations, backend=backend)}
     loaded = load_model(str(checkpoint.folder) if checkpoint else model, settings.dtype, device, **how)
     engine = TorchEngine(loaded.model, settings.context, settings.max_sequences, why=why)
-    ends = loaded.model.generation_config.eos_token_id
-    if ends is None:
-        ends = loaded.tokenizer.eos_token_id
-    end_ids = parse_record({"eos_token_id": ends}, EndTokens, f"{model}: generation_config.json").end_ids
-    tokenizer = Tokenizer.from_transformers(loaded.tokenizer, end_ids)
+    tokenizer = Tokenizer.from_transformers(loaded.tokenizer, _end_ids(model, loaded))
     return Runtime(model, engine, tokenizer, engine.weight_bytes, str(loaded.model.device))
+
+
+def _end_ids(model: str, loaded: LoadedModel) -> list[int]:
+    """Those of generation_config.json, or else config.json, and the tokenizer's own."""
+    given = {"eos_token_id": loaded.model.generation_config.eos_token_id}
+    end_ids = parse_record(given, EndTokens, f"{model}: generation_config.json").end_ids
+    own = loaded.tokenizer.eos_token_id
+    return end_ids if own is None else [*end_ids, own]

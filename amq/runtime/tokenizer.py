@@ -1,32 +1,55 @@
-"""Text ↔ tokens as transformers' fast tokenizers do it, without importing transformers, which takes seconds.
-
-`TextStream` turns tokens into text one at a time. Where the tokenizer's decoder works on bytes (byte-level BPE, and
-SentencePiece with byte fallback: nearly every language model), each token's bytes are known and an incremental UTF-8
-decoder joins them: a token costs a dictionary lookup, however long the text is.
-"""
+"""Text ↔ tokens as transformers' fast tokenizers do it, without importing transformers, which takes seconds."""
 
 from __future__ import annotations
 
-import codecs
-import json
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
-from amq.runtime.chat import render_chat
+from amq.runtime.chat import PLAIN, ChatOptions, Messages, prepared, render_chat
+from amq.runtime.decoding import Decoding
+from amq.runtime.special_text import SpecialText
+from amq.runtime.text_stream import TextStream
 from amq.runtime.tokenizer_files import ModelFile, TokenizerConfig, read_optional, read_text
 
+__all__ = ["ChatPrompt", "TextStream", "Tokenizer", "TooLong"]
+
+GUARD = "\n"
+"""Encoded in front of a part of a text, so that it is not taken for the text's beginning, and left out again."""
 PANIC = "PanicException"
 """What a Rust library raises where it would abort: no Exception, and no module of Python has its class."""
-BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+LONG_TOKEN = 6
+"""Characters of a token that few texts reach on average: English has 4 to 5, code and other languages fewer."""
+
+Render = Callable[[str, Messages, Mapping[str, Any], ChatOptions], str]
+"""`render_chat`, or what does it elsewhere."""
+
+
+class TooLong(AmqError):
+    """A text has more tokens than were asked for."""
+
+    def __init__(self, limit: int, found: int | None = None) -> None:
+        count = f"more than {limit}" if found is None else f"{found}"
+        super().__init__(f"the prompt has {count} tokens, of which {limit} are allowed: give a shorter one")
+
+
+@dataclass(frozen=True)
+class ChatPrompt:
+    """A conversation as a model reads it: its tokens, and the text that they are of."""
+
+    tokens: list[int]
+    text: str
 
 
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the model's end tokens and chat template. Made by `from_folder`.
 
-    end_ids: tokens after which a text is complete.
+    template: of chats, or None. end_ids: tokens after which a text is complete. special_ids: tokens that are not part
+    of a text, such as its end.
+    Encoding and decoding raise AmqError where tokenizers panics, as it does where a pattern of tokenizer.json gives up.
     """
 
     def __init__(
@@ -34,17 +57,21 @@ class Tokenizer:
     ) -> None:
         inner.no_truncation()
         inner.no_padding()
-        self._inner, self._template, self._names = inner, template, dict(names or {})
+        self._inner, self.template, self._names = inner, template, dict(names or {})
         self.end_ids = frozenset(end_ids)
-        self.special_ids = frozenset(i for i, token in inner.get_added_tokens_decoder().items() if token.special)
-        self.decoding = _Decoding.of(inner.decoder)
+        added = inner.get_added_tokens_decoder()
+        self._special = {token.content: i for i, token in added.items() if token.special}
+        self.special_ids = frozenset(self._special.values())
+        self.decoding = Decoding.of(inner.decoder)
         self._bytes: dict[int, bytes] = {}
+        self._separator = SpecialText(self._special, [token.content for token in added.values()], template or "")
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
         """Reads tokenizer.json, tokenizer_config.json, the chat template, and the end tokens.
 
-        These come from generation_config.json, or else config.json. What is put around a text is tokenizer.json's
+        These are generation_config.json's, or else config.json's, and the tokenizer's own, which often differ: one
+        ends a base model's texts, the other a chat's turns. What is put around a text is tokenizer.json's
         post-processor alone, as in transformers: `add_bos_token` and `add_eos_token` count for nothing beside it.
         Raises AmqError naming the file that is missing or damaged.
         """
@@ -55,15 +82,16 @@ class Tokenizer:
         if not path.is_file():
             raise AmqError(f"{path} does not exist: expected the tokenizer beside the model (save it there)")
         try:
-            inner = tokenizers.Tokenizer.from_file(str(path))
+            with _no_panic("it"):
+                inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exceptions
             raise AmqError(f"{path} cannot be read ({error}): it is damaged, or of a newer tokenizers") from error
         config = read_optional(folder / "tokenizer_config.json", TokenizerConfig)
         names = config.names
         _add_tokens(inner, config, names)
         end_ids = _end_ids(folder)
-        if not end_ids and names.get("eos_token"):  # it is known by now: `_add_tokens` added what was not
-            end_ids = [_known_id(inner, names["eos_token"])]
+        if names.get("eos_token"):  # it is known by now: `_add_tokens` added what was not
+            end_ids = [*end_ids, _known_id(inner, names["eos_token"])]
         return cls(inner, end_ids, _template(folder, config), names)
 
     @classmethod
@@ -82,56 +110,108 @@ class Tokenizer:
         return cls(tokenizers.Tokenizer.from_str(inner.to_str()), end_ids, template, tokenizer.special_tokens_map)
 
     @property
-    def has_template(self) -> bool:
-        return self._template is not None
-
-    @property
     def vocab_size(self) -> int:
         """Added tokens included. A model may have more rows, which stand for nothing."""
-        return self._inner.get_vocab_size()
+        return int(self._inner.get_vocab_size())
 
-    def encode(self, text: str, special: bool = True) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer puts around a text unless `special` is false."""
-        return self._encode(text, special)
+    def json(self) -> str:
+        """As tokenizer.json."""
+        return str(self._inner.to_str())
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Token ids of a conversation [{"role": "user", "content": …}, …], up to where the model answers.
+    def special_named(self, text: str) -> int | None:
+        """The special token whose text is exactly this."""
+        return self._special.get(text)
 
+    def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
+        """Token ids, with the special tokens that the tokenizer puts around a text unless `special` is false.
+
+        Raises TooLong where there are more than `limit`; long before the end of a text that is much longer.
+        """
+        return self._encode([text], special, limit)
+
+    def encode_chat(
+        self, messages: Messages, options: ChatOptions = PLAIN, limit: int | None = None, render: Render = render_chat
+    ) -> ChatPrompt:
+        """A conversation, up to where the model answers.
+
+        messages: [{"role": "user", "content": …}, …] as OpenAI's clients send them; see `prepared`.
+        limit: as in `encode`; more messages than that are not even looked at.
         Raises AmqError where the model has no chat template, or one that refuses the conversation.
         """
-        if self._template is None:
+        if self.template is None:
             raise AmqError("the model has no chat template: give plain text (without --chat; /v1/completions)")
-        return self._encode(render_chat(self._template, messages, self._names), False)  # it writes special tokens
+        if limit is not None and len(messages) > limit:
+            raise TooLong(limit)
+        conversation: Messages = prepared(self.template, messages)
+        mark = ""
+        if not options.special:
+            conversation, options, mark = self._separator.marked(conversation, options)
+        parts = self._separator.parts(render(self.template, conversation, self._names, options), mark)
+        return ChatPrompt(self._encode(parts, False, limit), "".join(parts))  # the template writes special tokens
 
-    def _encode(self, text: str, special: bool) -> list[int]:
+    def _encode(self, parts: Sequence[str], special: bool, limit: int | None) -> list[int]:
+        """Of a text whose parts share no token."""
+        if limit is not None:
+            self._refuse_long("".join(parts), limit)
+        first, *rest = self._encode_batch([parts[0], *(GUARD + part for part in parts[1:])], special)
+        if rest:
+            guard = self._encode_batch([GUARD], special)[0]
+            for part, tokens in zip(parts[1:], rest, strict=True):
+                guarded = tokens[: len(guard)] == guard
+                first += tokens[len(guard) :] if guarded else self._encode_batch([part], special)[0]
+        if limit is not None and len(first) > limit:
+            raise TooLong(limit, len(first))
+        return first
+
+    def _refuse_long(self, text: str, limit: int) -> None:
+        """Raises TooLong where the beginning of a text has more than `limit` tokens already.
+
+        A text's own tokens differ from its beginning's near the cut only; an eighth more is far from what a tokenizer
+        changes there. Beginnings are of growing lengths, so that a text that fits costs at most twice.
+        """
+        size = limit * LONG_TOKEN
+        while size < len(text):
+            space = max(text.rfind(" ", size // 2, size), text.rfind("\n", size // 2, size))
+            beginning = text[: size if space < 0 else space]
+            if len(self._encode_batch([beginning], False)[0]) > limit + limit // 8 + 16:
+                raise TooLong(limit)
+            size *= 2
+
+    def _encode_batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        """tokenizers' `encode` would hold Python's lock, so that no other thread runs meanwhile."""
         try:
-            return self._inner.encode(text, add_special_tokens=special).ids
+            with _no_panic("this text"):
+                return [e.ids for e in self._inner.encode_batch_fast(texts, add_special_tokens=special)]
         except TypeError as error:
-            if isinstance(text, str):  # a lone surrogate: half a character in UTF-16, which JSON can spell
+            if all(isinstance(text, str) for text in texts):  # a lone surrogate: half a character, as JSON can spell
                 raise AmqError("the text holds half a character (a lone surrogate): it is not valid Unicode") from error
             raise
-        except BaseException as error:
-            if type(error).__name__ != PANIC:
-                raise
-            raise AmqError(
-                f"tokenizer.json: tokenizers gave up on this text ({error}): its patterns are damaged"
-            ) from error
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text, without special tokens; bytes that are no UTF-8 become U+FFFD, unknown ids nothing."""
-        return self._inner.decode(list(tokens), skip_special_tokens=True)
+        return self._decode(tokens, True)
+
+    def _decode(self, tokens: Sequence[int], skip_special: bool) -> str:
+        with _no_panic("these tokens"):
+            return str(self._inner.decode(list(tokens), skip_special_tokens=skip_special))
+
+    def token_name(self, token: int) -> str:
+        """As the vocabulary spells it; "" of an unknown id."""
+        return self._inner.id_to_token(token) or ""
+
+    def is_byte(self, token: int) -> bool:
+        """Whether it stands for a byte that needs not be a character."""
+        return self.decoding.to_byte(self.token_name(token)) is not None
 
     def token_bytes(self, token: int) -> bytes:
         """What a token adds inside a text, special tokens by their name; b"" of an unknown id."""
         found = self._bytes.get(token)
         if found is None:
-            text = self._inner.id_to_token(token)
-            if text is None:
-                found = b""
-            elif self.decoding.exact:
+            text = self.token_name(token)
+            if not text or self.decoding.exact:
                 found = self.decoding.to_bytes(text)
             else:
-                found = self._inner.decode([token], skip_special_tokens=False).encode()
+                found = self._decode([token], False).encode()
             self._bytes[token] = found
         return found
 
@@ -140,124 +220,15 @@ class Tokenizer:
         return self.token_bytes(token).decode("utf-8", "replace")
 
 
-class _Decoding:
-    """What a decoder does with a token, if that is known; `exact` says so.
-
-    strip: (character, how many of it are cut from the beginning of a text).
-    """
-
-    def __init__(
-        self,
-        exact: bool,
-        byte_level: bool = False,
-        replaced: Sequence[tuple[str, str]] = (),
-        strip: tuple[str, int] = ("", 0),
-    ) -> None:
-        self.exact, self.replaced, self.strip = exact, replaced, strip
-        self._alphabet = _byte_alphabet() if byte_level else None
-
-    @classmethod
-    def of(cls, decoder: Any) -> _Decoding:
-        """From a decoder of tokenizers; one that this does not know in full is not exact."""
-        if decoder is None:
-            return cls(False)
-        state = json.loads(decoder.__getstate__())
-        steps = state["decoders"] if state["type"] == "Sequence" else [state]
-        kinds = [step["type"] for step in steps]
-        if [kind for kind in kinds if kind != "Fuse"] == ["ByteLevel"]:
-            return cls(True, byte_level=True)
-        known = kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"])
-        if not known or "String" not in steps[0]["pattern"] or steps[-1].get("stop"):
-            return cls(False)
-        strip = (steps[3]["content"], steps[3]["start"]) if len(steps) > 3 else ("", 0)
-        return cls(True, False, [(steps[0]["pattern"]["String"], steps[0]["content"])], strip)
-
-    def to_bytes(self, token: str) -> bytes:
-        if self._alphabet is not None:
-            if any(character not in self._alphabet for character in token):
-                return token.encode()  # an added token is its own text
-            return bytes(self._alphabet[character] for character in token)
-        if match := BYTE_TOKEN.fullmatch(token):
-            return bytes([int(match[1], 16)])
-        for old, new in self.replaced:
-            token = token.replace(old, new)
-        return token.encode()
-
-
-class TextStream:
-    """Tokens → text, piece by piece: joined, the pieces are `Tokenizer.decode` of all tokens, up to the stop text.
-
-    No piece ends in half a character, nor in what may become a stop text; bytes that can be no character's are U+FFFD.
-    (One difference: after an invalid byte, tokenizers with byte fallback give up the valid characters before it too.
-    Those have been handed out by then.)
-    """
-
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strip, self._left = tokenizer.decoding.strip
-        self._last: int | None = None
-        self._held = ""
-        self.stopped = False
-
-    def push(self, token: int) -> str:
-        """The text that is complete with this token; "" once a stop text has come."""
-        if self.stopped or token in self._tokenizer.special_ids:
-            return ""
-        if self._tokenizer.decoding.exact:
-            new = self._utf8.decode(self._tokenizer.token_bytes(token))
-        else:
-            new = self._after_last(token)
-        return self._release(self._stripped(new)) if new else ""
-
-    def finish(self) -> str:
-        """What was held back: no more tokens come. "" after a stop text."""
-        if self.stopped:
-            return ""
-        text = self._release(self._stripped(self._utf8.decode(b"", final=True)))
-        if not self.stopped:
-            text += self._held
-            self._held = ""
-        return text
-
-    def _after_last(self, token: int) -> str:
-        """For decoders that look at a token's neighbour at most."""
-        before = [] if self._last is None else [self._last]
-        self._last = token
-        return self._tokenizer.decode([*before, token])[len(self._tokenizer.decode(before)) :]
-
-    def _stripped(self, text: str) -> str:
-        while self._left and text:
-            if not text.startswith(self._strip):
-                self._left = 0
-                break
-            text, self._left = text[len(self._strip) :], self._left - 1
-        return text
-
-    def _release(self, new: str) -> str:
-        """Of what was held and the new text, the part that belongs to no stop text; notices the first stop text."""
-        if not self._stop:
-            return new
-        text = self._held + new
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
-        if found:  # the one that is complete first
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
-        keep = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` with which `stop` begins."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE writes each byte as a printable character: Latin-1's own, and from U+0100 on for the others."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(0x100) if byte not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(0x100 + i): b for i, b in enumerate(others)}
+@contextmanager
+def _no_panic(what: str) -> Iterator[None]:
+    """A panic of Rust as AmqError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != PANIC:
+            raise
+        raise AmqError(f"tokenizer.json: tokenizers gave up on {what} ({error}): its patterns are damaged") from error
 
 
 def _known_id(inner: Any, token: str) -> int:
