@@ -52,13 +52,17 @@ class Calls:
 
 
 def read_calls(reading: Reading, calls: Calls, marker: Marker, types: Types) -> Waiting[None]:
-    """One call, or a list of them. Raises Broken where the text is none."""
-    yield from reading.space()
-    character = yield from reading.peek()
+    """One call or more, without what closes them. Raises Broken where the text is none.
+
+    types: of the tools that the client gave; behind a strict marker, a call of any other tool is none.
+    """
+    character = yield from _after_space(reading)
     if character == "[":
-        yield from _read_list(reading, calls, marker.strict)
+        yield from _read_list(reading, calls, marker.strict, types)
     elif character == "{":
-        yield from _read_object(reading, calls, marker.strict)
+        yield from _read_object(reading, calls, marker.strict, types)
+        while marker.closes and (yield from _after_space(reading)) == "{":
+            yield from _read_object(reading, calls, marker.strict, types)
     elif character == "<" or marker.opens == "<function=":
         yield from _read_xml(reading, calls, "" if marker.opens == "<function=" else "<function=", types)
     elif marker.strict:
@@ -73,23 +77,26 @@ def _done(reading: Reading, calls: Calls) -> None:
     reading.keep()
 
 
-def _read_list(reading: Reading, calls: Calls, strict: bool) -> Waiting[None]:
-    yield from reading.expect("[")
+def _after_space(reading: Reading) -> Waiting[str]:
     yield from reading.space()
-    if (yield from reading.peek()) == "]":
+    return (yield from reading.peek())
+
+
+def _read_list(reading: Reading, calls: Calls, strict: bool, types: Types) -> Waiting[None]:
+    yield from reading.expect("[")
+    if (yield from _after_space(reading)) == "]":
         reading.take()
         return
     while True:
-        yield from _read_object(reading, calls, strict)
-        yield from reading.space()
-        if (yield from reading.peek()) == "]":
+        yield from _read_object(reading, calls, strict, types)
+        if (yield from _after_space(reading)) == "]":
             reading.take()
             return
         yield from reading.expect(",")
         yield from reading.space()
 
 
-def _read_object(reading: Reading, calls: Calls, strict: bool) -> Waiting[None]:
+def _read_object(reading: Reading, calls: Calls, strict: bool, types: Types) -> Waiting[None]:
     """{"name": …, "arguments": {…}}. Arguments that come after the name are handed out as they come."""
     yield from reading.expect("{")
     name, held, complete = "", "", False
@@ -101,6 +108,8 @@ def _read_object(reading: Reading, calls: Calls, strict: bool) -> Waiting[None]:
         yield from reading.space()
         if key in NAME_KEYS and not name and (yield from reading.peek()) == '"':
             name = _name((yield from read_text(reading)))
+            if strict and types and name not in types:
+                raise Broken
         elif key in ARGUMENT_KEYS and not complete:
             pieces: list[str] = []
             yield from _read_arguments(reading, partial(calls.arguments, name) if name else pieces.append)
@@ -109,8 +118,7 @@ def _read_object(reading: Reading, calls: Calls, strict: bool) -> Waiting[None]:
             raise Broken
         else:
             yield from read_value(reading, len)
-        yield from reading.space()
-        if (yield from reading.peek()) == "}":
+        if (yield from _after_space(reading)) == "}":
             break
         yield from reading.expect(",")
     if not name or (strict and not complete):
@@ -162,8 +170,7 @@ def _read_named(reading: Reading, calls: Calls) -> Waiting[None]:
         yield from reading.run(NAME)
     if (yield from reading.begins(ARGUMENTS)):
         reading.take(len(ARGUMENTS))
-    yield from reading.space()
-    if (yield from reading.peek()) != "{":
+    if (yield from _after_space(reading)) != "{":
         raise Broken
     yield from read_value(reading, lambda text: calls.arguments(name, text))
     _done(reading, calls)

@@ -39,12 +39,13 @@ class ToolFormat:
     spelled: texts that its chat templates have, all of them; quotes are compared without the backslash before them.
     bare: an answer that begins with a JSON object of a name and arguments is a call.
     opens, call, between, closes: how calls are written: `call` is what stands before a name, between the name and the
-    arguments, and behind these.
+    arguments, and behind these. Of models, a space in `opens` may be missing.
     xml: arguments are written <parameter=name>, not as JSON.
     several: whether an answer may hold more than one call.
     short_ids: ids are nine letters and digits; its templates refuse others.
-    described: the template knows no tools (or in a way that is not known here): a system message describes them, in
-    which `{tools}` stands for their JSON, and results are users' messages (describe.py).
+    described: the template knows no tools (or in a way that is not known here): a system message of ours describes
+    them, and results are users' messages (describe.py). `{tools}` stands for their JSON, one a line, `{list}` for
+    the list of them. "": the template does all that.
     """
 
     name: str
@@ -112,7 +113,7 @@ If none of the functions can be used, point it out and refuse to answer.
 If the given question lacks the parameters required by the function, also point it out.
 
 You have access to the following tools:
-<tools>[{tools}]</tools>
+<tools>{list}</tools>
 
 The output MUST strictly adhere to the following format, and NO other text MUST be included.
 The example format is as follows. Please make sure the parameter type is correct. If no function call is needed, \
