@@ -62,8 +62,8 @@ class Answer(Response):
         stream: bool,
         headers: Mapping[str, str],
     ) -> None:
-        super().__init__(headers={**(STREAM_HEADERS if stream else {}), **headers})
-        self.worker, self.candidates, self.shape, self.stream = worker, candidates, shape, stream
+        super().__init__()
+        self.worker, self.candidates, self.shape, self.stream, self.given = worker, candidates, shape, stream, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -82,9 +82,7 @@ class Answer(Response):
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        response = TypedResponse(self.shape.whole(self.candidates))
-        response.headers.update(self.headers_given)
-        await response(scope, receive, send)
+        await TypedResponse(self.shape.whole(self.candidates), 200, self.given)(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, shape = False, self.shape
@@ -97,7 +95,8 @@ class Answer(Response):
                     events += [event(chunk) for piece in pieces for chunk in shape.chunks(candidate, piece)]
                 if data := b"".join(events):
                     if not started:
-                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                        headers = [(k.encode(), v.encode()) for k, v in {**STREAM_HEADERS, **self.given}.items()]
+                        await send({"type": "http.response.start", "status": 200, "headers": headers})
                         started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
             data = b"".join(event(chunk) for chunk in shape.last(self.candidates)) + DONE

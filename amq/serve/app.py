@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
-from functools import cached_property
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,9 +20,12 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from amq.errors import AmqError
+from amq.runtime.chat import ChatOptions, Messages
+from amq.runtime.grammar import Grammar, GrammarCompiler
 from amq.runtime.sampling import Constraint
+from amq.runtime.tokenizer import ChatPrompt, TooLong
 from amq.serve import generation
-from amq.serve._interim import BoundedRenderer, Grammar, GrammarCompiler, TooLong
+from amq.serve._interim import BoundedRenderer
 from amq.serve.answers import while_connected
 from amq.serve.door import Door
 from amq.serve.errors import ApiError
@@ -31,6 +33,7 @@ from amq.serve.gate import Gate, read_body
 from amq.serve.metrics import Metrics
 from amq.serve.prompts import PromptThread
 from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from amq.serve.replies.formats import THINKING, format_of
 from amq.serve.responses import Health, ModelCard, ModelList, TypedResponse
 from amq.serve.settings import ServeSettings
 from amq.serve.worker import EngineThread
@@ -60,6 +63,12 @@ class Service:
         self.prompts = PromptThread(settings.queue + settings.max_sequences, self.worker.full)
         self.render = BoundedRenderer()
         self.door = Door(settings)
+        tokenizer, engine = runtime.tokenizer, runtime.engine
+        self.grammars = GrammarCompiler(tokenizer, engine.vocab_size, tokenizer.end_ids)
+        self.tool_format = format_of(tokenizer.template)
+        self.thinking = settings.reasoning == "auto" and any(
+            opens in (tokenizer.template or "") for opens, _ in THINKING
+        )  # whether the model thinks, and that is parted from its answer
         self.vocabulary, context = runtime.engine.vocab_size, runtime.engine.context
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
         self._ignored: set[str] = set()  # names that the log has had
@@ -84,21 +93,35 @@ class Service:
             message = f"the model {name!r} does not exist; this server has {self.model!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    async def make(
-        self, request: Request, param: str, function: Callable[[], list[generation.Prompt]]
-    ) -> list[generation.Prompt]:
-        """What `function` makes of the parameter `param`, in the thread of prompts. Raises ApiError."""
+    async def make(self, request: Request, function: Callable[[], T]) -> T:
+        """What `function` makes in the thread of prompts. Raises ApiError."""
         left = self.settings.timeout - (time.perf_counter() - request.state.created)
+        work = self.prompts.make(request.state.client, function)
+        return await while_connected(request.receive, work, max(left, 0.0))
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Token ids of the parameter `prompt`. Raises ApiError."""
+        with self._checked("prompt"):
+            tokens = self.runtime.tokenizer.encode(text, special, self.prompt_limit)
+        self.check_length("prompt", len(tokens))
+        return tokens
+
+    def encode_chat(self, messages: Messages, options: ChatOptions) -> ChatPrompt:
+        """Raises ApiError."""
+        with self._checked("messages"):
+            prompt = self.runtime.tokenizer.encode_chat(messages, options, self.prompt_limit, self.render)
+        self.check_length("messages", len(prompt.tokens))
+        return prompt
+
+    @contextmanager
+    def _checked(self, param: str) -> Iterator[None]:
+        """Errors become those of the parameter `param`."""
         try:
-            work = self.prompts.make(request.state.client, function)
-            made = await while_connected(request.receive, work, max(left, 0.0))
+            yield
         except TooLong as error:
             raise self.too_long(param, str(error)) from None
         except AmqError as error:
-            raise ApiError(400, str(error), "invalid_value", param) from None
-        for prompt in made:
-            self.check_length(param, len(prompt.tokens))
-        return made
+            raise ApiError(400, f"{param}: {error}", "invalid_value", param) from None
 
     def check_length(self, param: str, tokens: int) -> None:
         """Raises ApiError where a prompt is empty or too long."""
@@ -111,18 +134,10 @@ class Service:
         message = f"{param} is too long ({why}); this server takes at most {self.prompt_limit} tokens"
         return ApiError(400, message, "context_length_exceeded", param)
 
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        """Made when the first grammar comes, in the thread of prompts."""
-        tokenizer = self.runtime.tokenizer
-        return GrammarCompiler(tokenizer, self.vocabulary, tokenizer.end_ids)
-
-    def constraint(self, grammar: Grammar, param: str) -> Constraint:
-        """Raises ApiError for a grammar that is not supported."""
-        try:
-            return self._grammars.constraint(grammar)
-        except AmqError as error:
-            raise ApiError(400, f"{param}: {error}", "invalid_value", param) from None
+    def constraints(self, grammar: Grammar | None, count: int, param: str) -> list[Constraint | None]:
+        """For each of `count` choices what it has to keep to. Raises ApiError for a grammar that is not supported."""
+        with self._checked(param):
+            return [None if grammar is None else self.grammars.constraint(grammar) for _ in range(count)]
 
 
 def _header_text(name: str) -> str:
@@ -151,6 +166,7 @@ def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
         service.prompts.stop()
         await service.worker.stop()
         service.render.close()
+        service.grammars.close()
 
     middleware = [Middleware(Gate, service=service)]
     if settings.cors:

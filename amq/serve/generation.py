@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from starlette.requests import Request
 
+from amq.errors import AmqError
+from amq.runtime.chat import ChatOptions
+from amq.runtime.grammar import Grammar
 from amq.runtime.sampling import Constraint
 from amq.runtime.settings import Sampling
-from amq.serve._interim import ChatOptions, Grammar
 from amq.serve.answers import Answer
 from amq.serve.errors import ApiError
-from amq.serve.messages import conversation, tools_of
+from amq.serve.messages import conversation, described, tools_of
 from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, bad, check_ids
-from amq.serve.replies import ReplyParser, ToolFormat, format_of, response_grammar, tools_grammar
+from amq.serve.replies import ReplyParser, thinking_shown, thinks_open
+from amq.serve.replies.describe import describe_tools
+from amq.serve.replies.grammars import Thoughts, response_grammar, tools_grammar
 from amq.serve.shapes import Candidate, ChatShape, CompletionShape, Shape
 from amq.serve.worker import Job
 
@@ -26,8 +30,6 @@ if TYPE_CHECKING:
 
 IGNORED_HEADER = "X-Amq-Ignored"
 MOST_SEED = 2**63 - 1
-OURS = ("messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template", "tokenize")
-"""Names that chat_template_kwargs may not give: they are parameters of their own."""
 
 
 @dataclass
@@ -42,69 +44,60 @@ class Prompt:
 
 async def complete(service: Service, request: Request, body: CompletionRequest, ignored: list[str]) -> Answer:
     """Raises ApiError."""
-    sampling = _sampling(service, body)
-    prompts = body.prompts
-    count = _choices(service, body, len(prompts))
-    if not prompts:
-        raise bad("prompt", "it is empty: give some text")
-    for prompt in prompts:
+    tokenizer, sampling = service.runtime.tokenizer, _sampling(service, body)
+    given = body.prompts
+    count = _choices(service, body, len(given))
+    for prompt in given:
+        service.check_length("prompt", len(prompt) and 1 if isinstance(prompt, str) else len(prompt))
         if not isinstance(prompt, str):
             check_ids("prompt", prompt, service.vocabulary)
-            service.check_length("prompt", len(prompt))
     grammar = _guided(body)
     special = body.add_special_tokens is not False
 
-    def make() -> list[Prompt]:
-        return [
-            _prompt(service, prompt, special, bool(body.echo), _constraints(service, grammar, count))
-            for prompt in prompts
-        ]
+    def make(prompt: str | list[int]) -> Prompt:
+        if isinstance(prompt, str):
+            tokens, text = service.encode(prompt, special), prompt
+        else:
+            tokens, text = prompt, tokenizer.decode(prompt) if body.echo else ""
+        constraints = service.constraints(grammar, count, "structured_outputs")
+        return Prompt(tokens, echo=text if body.echo else "", constraints=constraints)
 
-    made = await service.make(request, "prompt", make)
+    made = await service.make(request, lambda: [make(prompt) for prompt in given])
     shape = CompletionShape(**_shape(service, request, body))
     return _submit(service, request, body, sampling, made, shape, ignored, lambda prompt: None)
 
 
-def _prompt(
-    service: Service, prompt: str | list[int], special: bool, echo: bool, constraints: list[Constraint | None]
-) -> Prompt:
-    if isinstance(prompt, str):
-        tokens = service.runtime.tokenizer.encode(prompt, special, service.prompt_limit)
-        return Prompt(tokens, echo=prompt if echo else "", constraints=constraints)
-    return Prompt(prompt, echo=service.runtime.tokenizer.decode(prompt) if echo else "", constraints=constraints)
-
-
 async def chat(service: Service, request: Request, body: ChatRequest, ignored: list[str]) -> Answer:
     """Raises ApiError."""
-    template = service.runtime.tokenizer.template or ""
-    sampling = _sampling(service, body)
-    count = _choices(service, body, 1)
-    if len(body.messages) > service.prompt_limit:
+    tokenizer, sampling, count = service.runtime.tokenizer, _sampling(service, body), _choices(service, body, 1)
+    if len(body.messages) > service.prompt_limit:  # a template might write megabytes of them before it is known
         raise service.too_long("messages", f"there are {len(body.messages)} of them, each of a token or more")
-    tools = tools_of(body.offered)
-    form = format_of(template) if tools else None
-    if tools and form is None:
-        if body.choice != "auto":
-            raise bad("tool_choice", "this model's chat template has no tools")
-        ignored, tools = [*ignored, "tools"], []
-    options = _options(service, body, tools)
-    if form is not None:
-        shown = {*sampling.shown_special, *form.shown(service.runtime.tokenizer)}
-        sampling = replace(sampling, shown_special=tuple(sorted(shown)))
-    grammar, param = _grammar(body, form, tools)
+    tools, form = tools_of(body.offered), service.tool_format
+    options = _options(service, body, [] if form is None or form.described else described(tools))
+    shown = set(sampling.shown_special)
+    if service.thinking:
+        shown |= set(thinking_shown(tokenizer))
+    if tools and form is not None:
+        shown |= set(form.shown(tokenizer))
+    sampling = replace(sampling, shown_special=tuple(sorted(shown)))
 
     def make() -> list[Prompt]:
-        plain = conversation(body.messages, template)
-        made = service.runtime.tokenizer.encode_chat(plain, options, service.prompt_limit, service.render)
-        return [Prompt(made.tokens, made.text, constraints=_constraints(service, grammar, count, param))]
+        messages = conversation(body.messages)
+        if form is not None:
+            messages = describe_tools(form, messages, described(tools))
+        prompt = service.encode_chat(messages, options)
+        grammar = _grammar(service, body, tools, prompt.text)
+        constraints = service.constraints(grammar, count, "response_format" if not tools else "tools")
+        return [Prompt(prompt.tokens, prompt.text, constraints=constraints)]
 
-    made = await service.make(request, "messages", make)
-    shape = ChatShape(**_shape(service, request, body), legacy=body.tools is None and body.functions is not None)
-    thinking = service.settings.reasoning == "auto" and "<think>" in template
+    made = await service.make(request, make)
+    shape = ChatShape(**_shape(service, request, body), legacy=body.tools is None and bool(body.functions))
 
     def parser(prompt: Prompt) -> ReplyParser | None:
-        open_thought = thinking and prompt.text.rstrip().endswith("<think>")
-        return ReplyParser(form, thinking, open_thought) if thinking or form is not None else None
+        if not service.thinking and not tools:
+            return None
+        thoughts = service.thinking and thinks_open(prompt.text)
+        return ReplyParser(form if tools else None, service.thinking, thoughts, tools=tools)
 
     return _submit(service, request, body, sampling, made, shape, ignored, parser)
 
@@ -124,35 +117,44 @@ def _choices(service: Service, body: GenerationRequest, prompts: int) -> int:
 
 
 def _options(service: Service, body: ChatRequest, tools: Sequence[Any]) -> ChatOptions:
-    names = dict(body.chat_template_kwargs or {})
-    if taken := [name for name in OURS if name in names]:
-        raise bad("chat_template_kwargs", f"{taken[0]} is no name to give here")
+    """How the template is called. Raises ApiError."""
     own = ("enable_thinking", "reasoning_effort", "documents")
-    names |= {name: getattr(body, name) for name in own if getattr(body, name) is not None}
+    names = {name: getattr(body, name) for name in own if getattr(body, name) is not None}
     going_on = bool(body.continue_final_message)
-    if going_on and body.add_generation_prompt:
-        raise bad(
-            "continue_final_message", "the last message goes on, or a new one begins: add_generation_prompt is true"
-        )
-    return ChatOptions(
-        tools=tools or None,
-        add_generation_prompt=not going_on if body.add_generation_prompt is None else body.add_generation_prompt,
-        continue_final_message=going_on,
-        names=names,
-        special=service.settings.parse_special,
-    )
+    begins = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
+    names = {**(body.chat_template_kwargs or {}), **names}
+    try:
+        return ChatOptions(tools or None, begins, going_on, names, service.settings.parse_special)
+    except AmqError as error:
+        raise bad("continue_final_message" if going_on and begins else "chat_template_kwargs", str(error)) from None
 
 
-def _grammar(body: ChatRequest, form: ToolFormat | None, tools: Sequence[Any]) -> tuple[Grammar | None, str]:
-    """What the answer has to keep to, and the parameter that says so. A call that is required goes first."""
-    called = tools_grammar(form, tools, body.choice, body.parallel_tool_calls is not False) if tools else None
-    if called is not None and body.choice != "auto":
-        return called, "tools"
-    asked = None if body.response_format is None else response_grammar(msgspec.to_builtins(body.response_format))
-    if asked is not None:
-        return asked, "response_format"
+def _grammar(service: Service, body: ChatRequest, tools: Sequence[Any], prompt: str) -> Grammar | None:
+    """What the answer has to keep to. prompt: as text; it may end inside the model's thoughts. Raises ApiError."""
     guided = _guided(body)
-    return (called, "tools") if guided is None else (guided, "guided_json")
+    asked = None if body.response_format is None else msgspec.to_builtins(body.response_format)
+    if guided is not None:
+        if tools and body.choice != "auto" or asked is not None and asked["type"] != "text":
+            raise bad("structured_outputs", "one form of the answer at a time")
+        return guided
+    thoughts: Thoughts = "none"
+    if service.thinking:
+        thoughts = "open" if thinks_open(prompt) else "allowed"
+    special = service.runtime.tokenizer.special_named
+    try:
+        if not tools:
+            return None if asked is None else response_grammar(asked, thoughts, special)
+        return tools_grammar(
+            service.tool_format,
+            tools,
+            body.choice,
+            body.parallel_tool_calls is not False,
+            response_format=asked,
+            thoughts=thoughts,
+            special=special,
+        )
+    except AmqError as error:
+        raise bad("tools" if tools else "response_format", str(error)) from None
 
 
 def _guided(body: GenerationRequest) -> Grammar | None:
@@ -168,11 +170,6 @@ def _guided(body: GenerationRequest) -> Grammar | None:
     if len(found) > 1:
         raise bad("structured_outputs", "one form of the answer at a time")
     return found[0] if found else None
-
-
-def _constraints(service: Service, grammar: Grammar | None, count: int, param: str = "") -> list[Constraint | None]:
-    """One for each choice. Raises ApiError for a grammar that is not supported."""
-    return [None if grammar is None else service.constraint(grammar, param or "guided_json") for _ in range(count)]
 
 
 def _shape(service: Service, request: Request, body: GenerationRequest) -> dict[str, Any]:

@@ -80,18 +80,16 @@ class FunctionMessage(Struct, kw_only=True, tag_field="role", tag="function"):
 Message = SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage | FunctionMessage
 
 
-def conversation(messages: Sequence[Message], template: str) -> list[dict[str, Any]]:
-    """What the chat template gets: content as text, arguments of calls as objects, the roles that it knows."""
-    return [_plain(message, template) for message in messages]
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """As dictionaries of OpenAI's form, content as text; the older form of calls becomes the newer."""
+    return [_plain(message) for message in messages]
 
 
-def _plain(message: Message, template: str) -> dict[str, Any]:
+def _plain(message: Message) -> dict[str, Any]:
     if isinstance(message, AssistantMessage):
         return _assistant(message)
     plain: dict[str, Any] = {"role": message.__struct_config__.tag, "content": text_of(message.content)}
-    if isinstance(message, DeveloperMessage) and "developer" not in template:
-        plain["role"] = "system"
-    elif isinstance(message, ToolMessage):
+    if isinstance(message, ToolMessage):
         plain["tool_call_id"] = message.tool_call_id
     elif isinstance(message, FunctionMessage):
         plain["role"] = "tool"
@@ -112,14 +110,7 @@ def _assistant(message: AssistantMessage) -> dict[str, Any]:
 
 
 def _call(function: FunctionCall, identity: str | None) -> dict[str, Any]:
-    """Templates write arguments with `tojson`: the text that OpenAI's API has would be quoted once more."""
-    arguments: Any = function.arguments
-    if isinstance(arguments, str):
-        try:
-            arguments = msgspec.json.decode(arguments or "{}", type=dict[str, Any])
-        except (msgspec.DecodeError, RecursionError):
-            arguments = function.arguments  # what a model wrote that was no JSON goes back to it as it was
-    call = {"type": "function", "function": {"name": function.name, "arguments": arguments or {}}}
+    call = {"type": "function", "function": {"name": function.name, "arguments": function.arguments or "{}"}}
     return call if identity is None else {"id": identity, **call}
 
 
@@ -150,9 +141,14 @@ class NamedTool(Struct, kw_only=True, tag_field="type", tag="function"):
     function: NamedFunction
 
 
-def tools_of(tools: Sequence[Tool]) -> list[Mapping[str, Any]]:
-    """As templates and grammars take them; `strict`, which no template knows, is left out."""
-    plain = [msgspec.to_builtins(tool) for tool in tools]
-    for tool in plain:
-        tool["function"].pop("strict", None)
-    return plain
+def tools_of(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+    """As dictionaries of OpenAI's form."""
+    return [msgspec.to_builtins(tool) for tool in tools]
+
+
+def described(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """As the model is told of them: `strict` is the server's matter."""
+    return [
+        {**tool, "function": {key: value for key, value in tool["function"].items() if key != "strict"}}
+        for tool in tools
+    ]

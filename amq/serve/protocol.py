@@ -32,6 +32,9 @@ OWN_NAMES = {"max_new_tokens": "max_tokens", "ignore_end": "ignore_eos"}
 """What parameters are called that `Sampling` calls otherwise."""
 
 
+StopText = Annotated[str, Meta(min_length=1)]
+
+
 class StreamOptions(Struct, kw_only=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None  # vLLM's: the usage so far in every event
@@ -68,7 +71,7 @@ class GenerationRequest(Struct, kw_only=True):
     frequency_penalty: float | None = None
     logit_bias: dict[int, Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]] | None = None
     seed: int | None = None
-    stop: Annotated[str, Meta(min_length=1)] | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(max_length=MAX_STOPS)] | None = None  # fmt: skip
+    stop: StopText | Annotated[list[StopText], Meta(max_length=MAX_STOPS)] | None = None
     stop_token_ids: list[int] | None = None
     min_tokens: int | None = None
     ignore_eos: bool | None = None

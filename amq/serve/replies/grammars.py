@@ -13,8 +13,7 @@ from typing import Any, Literal
 
 from amq.errors import AmqError
 from amq.runtime.grammar import Grammar
-from amq.serve.replies.calls import types_of
-from amq.serve.replies.formats import THINKING, ToolFormat
+from amq.serve.replies.formats import ToolFormat
 
 Special = Callable[[str], int | None]
 """Tokenizer.special_named: the id of the special token that is exactly this text."""
