@@ -17,6 +17,7 @@ import socket
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -155,6 +156,8 @@ class Launch:
                 self._limit()
             os.environ.update(self.environment)
             code = serve([FAKE_NAME, *arguments], fake=True, fault=self.fault, after=self.after, delay=self.delay)
+        except Exception:  # noqa: BLE001 (the child must not go on as a copy of this process)
+            traceback.print_exc()
         finally:
             os._exit(code)
 

@@ -35,7 +35,7 @@ MORE_MEMORY = 256
 
 @dataclass(frozen=True)
 class Size:
-    """How much of each. body: bytes of a long prompt; seconds of quiet before, of a wait for what should come."""
+    """How much of each. body: bytes of a long prompt. patience: seconds until an answer counts as none."""
 
     quiet: float = 3.0
     body: int = 2**20 - 300
@@ -51,6 +51,7 @@ class Size:
     hold: float = 10.0
     slow: int = 20
     wait: float = 20.0
+    patience: float = 12.0
     stall: float = 2.0
     stream: int = 1000
     bomb: int = 1_500_000_000
@@ -60,7 +61,7 @@ class Size:
 
 SMOKE = Size(
     quiet=0.2, body=2**14, prompts=1, messages=200, wrong=2000, flood=3, medium=50, uploads=3, idle=40, open_files=256,
-    hold=0.2, slow=2, wait=0.3, stall=0.4, stream=200, bomb=1000, loop=10, delay=0.002,
+    hold=0.2, slow=2, wait=0.3, patience=60.0, stall=0.4, stream=200, bomb=1000, loop=10, delay=0.002,
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def faults(bench: Bench) -> Iterator[Row]:
 
 def dead(bench: Bench, server: Served, name: str, did: str) -> Row:
     """One request that meets the fault, /health until it is red, the next request, the process's end."""
-    limit = bench.size.stall + 8.0
+    limit = bench.size.stall + bench.size.patience
     body = completion(server.model, max_tokens=30, ignore_eos=True)
     client, start = server.client(), time.monotonic()
     with ThreadPoolExecutor(1) as pool:
@@ -80,6 +80,6 @@ def one_template(bench: Bench, attack: str, template: str, folder: object) -> It
         client = server.client(ATTACKER)
 
         def act() -> str:
-            return f"the chat: {client.call('POST', CHAT, chat(server.model), timeout=bench.size.wait)}"
+            return f"the chat: {client.call('POST', CHAT, chat(server.model), timeout=bench.size.patience)}"
 
         yield bench.beside(server, attack, f"one chat with {template[:70]}…", act, most=RENDERER)
