@@ -206,7 +206,7 @@ def _xml_value(text: str, schema: Any) -> str:
 
     One that may be a string or null is null where it spells null.
     """
-    types = _types_of(schema)
+    types = types_of(schema)
     if types and not ("string" in types and text != "null"):
         value = _as_json(PYTHON.get(text.strip(), text.strip()))
         if value is not None and ("string" not in types or "null" in types):
@@ -214,12 +214,14 @@ def _xml_value(text: str, schema: Any) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _types_of(schema: Any) -> set[str]:
-    """The types that a schema names, in `type` or in the choices of `anyOf`; {"any"} if it names none."""
+def types_of(schema: Any) -> set[str]:
+    """The types that a schema names: in `type`, in the choices of `anyOf`, by an `enum` of texts; else {"any"}."""
     if not isinstance(schema, Mapping):
         return set()
+    if isinstance(schema.get("enum"), list) and all(isinstance(choice, str) for choice in schema["enum"]):
+        return {"string"}
     named = schema.get("type")
     found = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else set()
     for choice in schema["anyOf"] if isinstance(schema.get("anyOf"), list) else ():
-        found |= _types_of(choice)
+        found |= types_of(choice)
     return found or {"any"}

@@ -70,7 +70,7 @@ class ToolFormat:
     def spellings(self) -> tuple[str, ...]:
         """Texts that may be special tokens of the tokenizer."""
         ends = [text for marker in self.markers for text in (marker.opens, marker.closes) if text]
-        return (*ends, *(text for text in (ARGUMENTS, CALL_ID) if text in self.spelled or text in "".join(self.call)))
+        return (*ends, ARGUMENTS, CALL_ID) if ARGUMENTS in self.call[1] else tuple(ends)
 
     def new_id(self) -> str:
         """Of a call; no other has it."""

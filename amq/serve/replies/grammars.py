@@ -8,12 +8,14 @@ as it can. What they allow is exactly what the format's models were trained to w
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from amq.errors import AmqError
-from amq.runtime.grammar import Grammar
-from amq.serve.replies.formats import ToolFormat
+from amq.runtime.grammar import WHITESPACE, Grammar
+from amq.serve.replies.calls import MAX_NAME, NAME, types_of
+from amq.serve.replies.formats import THINKING, ToolFormat
 
 Special = Callable[[str], int | None]
 """Tokenizer.special_named: the id of the special token that is exactly this text."""
@@ -22,10 +24,9 @@ Thoughts = Literal["none", "allowed", "open"]
 
 CALL_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python's json writes it, which is what models read in training."""
-ANSWER_STYLE = {"whitespace_pattern": r"[ \n\t]{0,64}"}
-"""Enough for indentation. Models that are held to JSON otherwise go on with white space until their tokens end."""
 SPACE = r"/[ \n]{0,4}/"
 TEXT = r"/(.|\n)*/"
+XML_TEXT = r"xml_text[lazy]: /(.|\n)*<\/parameter>/"
 PLAIN = r"/[ \n\r\t]*[^{ \n\r\t](.|\n)*/"
 """Text that does not begin as a call without a marker does."""
 
@@ -41,9 +42,9 @@ def response_grammar(
     if schema is None:
         return None
     if thoughts == "none":
-        return Grammar("json_schema", json.dumps(schema, ensure_ascii=False))
-    rules = [f"start: {_thoughts(thoughts)} answer", *_thought_rules(special, thoughts), f"answer: {_json(schema)}"]
-    return Grammar("lark", "\n".join(rules))
+        return Grammar("json_schema", json.dumps(schema))
+    before, rules = _thoughts(thoughts, special)
+    return Grammar("lark", "\n".join([f"start: {before} answer", *rules, f"answer: {_answer(schema)}"]))
 
 
 def tools_grammar(
@@ -76,65 +77,150 @@ def tools_grammar(
         if not functions:
             raise AmqError(f"tool_choice: there is no tool {choice!r} in tools")
         parallel = False
-    rules = _Rules(format, special)
-    calls = rules.calls(functions, parallel and format.several)
+    before, lines = _thoughts(thoughts, special)
+    rules = _Rules(format, special, functions, parallel and format.several)
     if choice != "auto":
-        body = calls
+        body = rules.calls()
     elif schema is not None:
-        body = rules.calls_or_json(calls, schema)
+        body = rules.calls_or(schema)
     else:
-        body = rules.calls_in_text(calls)
-    start = f"start: {_thoughts(thoughts)} {body}"
-    return Grammar("lark", "\n".join([start, *_thought_rules(special, thoughts), *rules.lines]))
+        body = rules.calls_in_text()
+    return Grammar("lark", "\n".join([f"start: {before} {body}", *lines, *rules.lines]))
 
 
 class _Rules:
-    """The rules of a format's calls, as lines of lark."""
+    """The rules of a format's calls, as lines of lark. Each method returns what `start` is, and adds the lines for it.
 
-    def __init__(self, format: ToolFormat, special: Special) -> None:
-        self.format, self.lines = format, list[str]()
+    several: more than one call is allowed.
+    """
+
+    def __init__(
+        self, format: ToolFormat, special: Special, functions: Sequence[Mapping[str, Any]], several: bool
+    ) -> None:
+        self._format, self._functions, self._several = format, functions, several
         known = {text: special(text) for text in format.spellings}
         self._special = {text: token for text, token in known.items() if token is not None}
+        self.lines: list[str] = []
 
-    def calls(self, functions: Sequence[Mapping[str, Any]], several: bool) -> str:
-        for place, function in enumerate(functions):
-            self.lines.append(f"call{place}: {self._call(function, f'call{place}')}")
-        self.lines.append("call: " + " | ".join(f"call{place}" for place in range(len(functions))))
-        more = f"({self._literal(self.format.between)} call)*" if several else ""
-        opens = ' " "? '.join(self._literal(part) for part in self.format.opens.split(" "))
-        self.lines.append(f"calls: {opens} call {more} {self._literal(self.format.closes)}")
+    def calls(self, skip: str = "") -> str:
+        """skip: the beginning of the first call, which has been written already."""
+        opens, (before, *_) = self._format.opens, self._format.call
+        if opens:
+            opens = opens.removeprefix(skip)
+        else:
+            before = before.removeprefix(skip)
+        names = [f"call{place}" for place in range(len(self._functions))]
+        self.lines += [
+            f"{name}: {self._call(function, before, name)}"
+            for name, function in zip(names, self._functions, strict=True)
+        ]
+        self.lines.append(f"call: {' | '.join(names)}")
+        more = f"({self._literal(self._format.between)} call)*" if self._several and (opens or not skip) else ""
+        first = ' " "? '.join(self._literal(part) for part in opens.split(" "))
+        self.lines.append(f"calls: {first} call {more} {self._literal(self._format.closes)}")
         return "calls"
 
-    def calls_or_json(self, calls: str, schema: Mapping[str, Any]) -> str:
+    def calls_or(self, schema: Mapping[str, Any]) -> str:
+        """Calls, or an answer of this schema."""
         if self._begins_as_json:
             raise AmqError(
                 "response_format: not together with tools for this model, whose calls look like a JSON answer; set "
                 "tool_choice to required or none"
             )
-        self.lines.append(f"answer: {_json(schema)}")
-        return f"({calls} | answer)"
+        self.lines.append(f"answer: {_answer(schema)}")
+        return f"({self.calls()} | answer)"
 
-    def calls_in_text(self, calls: str) -> str:
-        """Text with calls where it has the marker of one; without a marker, nothing but calls, or text."""
-        first = self._literal(self.format.opens + self.format.call[0])
+    def calls_in_text(self) -> str:
+        """Text, with a call behind each marker. Where calls have no marker: calls, or text that looks like none."""
         if self._begins_as_json:
-            self.lines.append(f"TEXT: {PLAIN}")
-            return f"({calls} | TEXT)?"
-        self.lines.append(f"TEXT: {TEXT}")
-        trigger, _, rest = first.partition(" ")
-        raise NotImplementedError(trigger, rest)
+            self.lines.append(f"PLAIN: {PLAIN}")
+            return f"({self.calls()} | PLAIN)?"
+        marker = self._format.markers[0].opens
+        lead, lazy = self._literal(marker), "" if marker in self._special else "[lazy]"
+        self.lines += [f"TEXT: {TEXT}", f"lead{lazy}: TEXT {lead}"]
+        return (
+            f"(lead {self.calls(skip=marker)})* TEXT" if self._several else f"(lead {self.calls(skip=marker)} | TEXT)"
+        )
 
     @property
     def _begins_as_json(self) -> bool:
-        return (self.format.opens + self.format.call[0]).startswith("{")
+        return (self._format.opens + self._format.call[0]).startswith("{")
 
-    def _call(self, function: Mapping[str, Any], rule: str) -> str:
-        before, middle, behind = self.format.call
+    def _call(self, function: Mapping[str, Any], before: str, rule: str) -> str:
+        _, middle, behind = self._format.call
         schema = function.get("parameters") or {"type": "object", "properties": {}}
-        name = function["name"]
-        if self.format.xml:
+        if self._format.xml:
             arguments = self._xml_arguments(schema, rule)
         else:
-            name = json.dumps(name, ensure_ascii=False)[1:-1] if before.endswith('"') else name
             arguments = _json(schema, {**CALL_STYLE, "lenient": not function.get("strict")})
-        return f"{self._literal(before + name + middle)} {arguments} {self._literal(behind)}"
+        return f"{self._literal(before + _spelled(function['name']) + middle)} {arguments} {self._literal(behind)}"
+
+    def _xml_arguments(self, schema: Mapping[str, Any], rule: str) -> str:
+        """The arguments in the order of the schema; those that are not required may be missing."""
+        shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        required = schema.get("required") or ()
+        parts = []
+        for place, (key, own) in enumerate((schema.get("properties") or {}).items()):
+            value = self._xml_value(own if isinstance(own, Mapping) else {}, shared)
+            self.lines.append(f'{rule}_{place}: {self._literal(f"<parameter={_spelled(key)}>")} "\\n" {value} "\\n"')
+            parts.append(f"{rule}_{place}" if key in required else f"{rule}_{place}?")
+        return " ".join(parts)
+
+    def _xml_value(self, schema: Mapping[str, Any], shared: Mapping[str, Any]) -> str:
+        """A value and what closes it."""
+        if "string" not in types_of(schema):
+            return f'{_json({**schema, **shared}, CALL_STYLE)} "\\n</parameter>"'
+        choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
+        if choices and all(isinstance(choice, str) for choice in choices):
+            return f'({" | ".join(map(json.dumps, choices))}) "\\n</parameter>"'
+        if XML_TEXT not in self.lines:
+            self.lines.append(XML_TEXT)
+        return "xml_text"
+
+    def _literal(self, text: str) -> str:
+        """As a literal of lark; special tokens by their id, since their text is not what the model writes."""
+        pieces = re.split(f"({'|'.join(map(re.escape, self._special))})", text) if self._special else [text]
+        return " ".join(
+            f"<[{self._special[piece]}]>" if piece in self._special else json.dumps(piece) for piece in pieces if piece
+        )
+
+
+def _spelled(name: str) -> str:
+    """A name that can stand in a call of every format."""
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME:
+        raise AmqError(f"tools: the name {name!r} is not one: use up to {MAX_NAME} letters, digits and _ - . : /")
+    return name
+
+
+def _thoughts(thoughts: Thoughts, special: Special) -> tuple[str, list[str]]:
+    """What stands before the reply, and the rules for it."""
+    if thoughts == "none":
+        return "", []
+    opens, closes = next((pair for pair in THINKING if special(pair[0]) is not None), THINKING[0])
+    first, last = special(opens), special(closes)
+    begin = json.dumps(opens) if first is None else f"<[{first}]>"
+    rule = f"thoughts[lazy]: {TEXT} {json.dumps(closes)}" if last is None else f"thoughts: {TEXT} <[{last}]>"
+    return "thoughts SPACE" if thoughts == "open" else f"({begin} thoughts SPACE)?", [rule, f"SPACE: {SPACE}"]
+
+
+def _response_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """None for text."""
+    kind = (response_format or {}).get("type", "text")
+    if response_format is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise AmqError(f"response_format: the type {kind!r} is not known: text, json_object or json_schema")
+    schema = (response_format.get("json_schema") or {}).get("schema")
+    if not isinstance(schema, Mapping):
+        raise AmqError("response_format: json_schema.schema must be an object")
+    return schema
+
+
+def _answer(schema: Mapping[str, Any]) -> str:
+    return _json(schema, {"whitespace_pattern": WHITESPACE, **(schema.get("x-guidance") or {})})
+
+
+def _json(schema: Mapping[str, Any], style: Mapping[str, Any]) -> str:
+    return f"%json {json.dumps({**schema, 'x-guidance': style})}"
