@@ -386,7 +386,7 @@ def test_a_damaged_page_is_computed_again(start: Callable[..., NativeEngine], ca
 
 
 def test_loading(folders: dict[str, Path], tiny_folder: Path, cache: Path) -> None:
-    runtime = load(folders["llama"], prompt_cache="1GiB", context=512)
+    runtime = load(folders["llama"], prompt_cache=1 << 30, context=512)
     run(runtime.engine)  # type: ignore[arg-type]
     runtime.engine.shutdown()  # type: ignore[attr-defined]
     assert len(files(cache / "prompts")) == 4
@@ -397,10 +397,10 @@ def test_loading(folders: dict[str, Path], tiny_folder: Path, cache: Path) -> No
     assert plain.prompt_cache is None  # type: ignore[attr-defined]
     plain.shutdown()  # type: ignore[attr-defined]
     with pytest.raises(AmqError, match="for the native engine, .* runs in transformers .it is not quantized"):
-        load(tiny_folder, prompt_cache="1GiB")
+        load(tiny_folder, prompt_cache=1 << 30)
     with pytest.raises(AmqError, match="runs in transformers .the native engine is for device cpu"):
-        load(folders["llama"], prompt_cache="1GiB", dtype="bfloat16")
-    with pytest.raises(AmqError, match="prompt_cache: 'much' is not a size"):
-        load(folders["llama"], prompt_cache="much")
+        load(folders["llama"], prompt_cache=1 << 30, dtype="bfloat16")
+    with pytest.raises(AmqError, match="prompt_cache must be at least 1, got 0"):
+        load(folders["llama"], prompt_cache=0)
     with pytest.raises(AmqError, match="a prompt cache of 100 bytes holds no page"):
         load(folders["llama"], prompt_cache=100)

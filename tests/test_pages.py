@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,16 @@ from helpers.engines import text
 from helpers.tiny_models import ARCHITECTURES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from amq.errors import AmqError
 from amq.runtime.engine import Segment, Slot
 from amq.runtime.native_engine import NativeEngine, PagedSlot, open_native
 from amq.runtime.page_keys import owner_root, page_key, page_keys
 from amq.runtime.pages import PagePool, PageTable
+from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
+from amq.runtime.tokenizer import Tokenizer
 
 PAGE, PAGES = 4, 12
 OWNERS = ("", "a", None)
@@ -205,3 +211,64 @@ def test_perplexity_shares_nothing(folder: Path) -> None:
 
 def test_a_slot_of_an_engine_without_pages_finds_nothing() -> None:
     assert not Slot(8).catch_up()
+
+
+def answers(
+    engine: NativeEngine, tokenizer: Tokenizer, prompts: list[list[int]]
+) -> tuple[list[Request], list[str], int]:
+    """Requests that come at once: they, their texts, and how many tokens the engine computed."""
+    texts, computed = [""] * len(prompts), 0
+    forward = engine.forward
+
+    def count(segments: Sequence[Segment[PagedSlot]]) -> Tensor:
+        nonlocal computed
+        computed += sum(len(segment.tokens) for segment in segments)
+        return forward(segments)
+
+    def listen(i: int, piece: Piece) -> None:
+        texts[i] += piece.text
+
+    requests = [
+        Request(prompt, Sampling(max_new_tokens=5, ignore_end=True), partial(listen, i), owner="a")
+        for i, prompt in enumerate(prompts)
+    ]
+    scheduler = Scheduler(engine, tokenizer)
+    engine.forward = count  # type: ignore[method-assign]
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.step():
+        pass
+    engine.forward = forward  # type: ignore[method-assign]
+    assert not any(request.error for request in requests)
+    return requests, texts, computed
+
+
+def test_requests_that_come_at_once_read_a_common_beginning_once(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    shared = text(300)
+    prompts = [shared, shared, shared + text(40, seed=1), shared[:200] + text(30, seed=2), text(90, seed=3)]
+    expected = []
+    for prompt in prompts:
+        expected += answers(open_native(folder, context=512), tokenizer, [prompt])[1]
+    engine = open_native(folder, context=512, max_sequences=5)
+    requests, texts, computed = answers(engine, tokenizer, prompts)
+    assert texts == expected and len(set(expected)) > 1
+    # the first whole; then 300 − 256, 340 − 256, 230 − 192; the last, which has nothing in common
+    assert [request.cached_tokens for request in requests] == [0, 256, 256, 192, 0]
+    assert computed == 300 + 44 + 84 + 38 + 90 + 5 * 4
+    assert engine.cached_tokens()[0] == 0
+
+
+def test_a_restarted_scheduler_answers_from_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amq.runtime.native_engine.READ_BYTES", 1)  # page by page
+    tokenizer, prompts = Tokenizer.from_folder(folder), [text(300)] * 2
+    results = []
+    for _ in range(2):
+        engine = open_native(
+            folder, context=512, max_sequences=2, prompt_cache=1 << 30, prompt_cache_folder=tmp_path / "prompts"
+        )
+        results.append(answers(engine, tokenizer, prompts))
+        engine.shutdown()
+    assert results[0][1] == results[1][1]
+    assert [[request.cached_tokens for request in result[0]] for result in results] == [[0, 256], [256, 256]]
+    assert [result[2] for result in results] == [300 + 44 + 8, 2 * 44 + 8]

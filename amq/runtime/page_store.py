@@ -77,7 +77,7 @@ class PageStore:
         """Fills `out`, a writable buffer of `page_bytes`, if the page is there; else `out` may hold anything."""
         path = self._path(key)
         try:
-            with open(path, "rb", buffering=0) as file:
+            with open(path, "rb") as file:
                 found = file.readinto(header := bytearray(HEADER.size)) + file.readinto(out)
                 whole = found == self.file_bytes and not file.read(1)
         except FileNotFoundError:

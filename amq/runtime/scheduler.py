@@ -83,6 +83,15 @@ class _Active:
         self.todo: Sequence[int] = request.prompt[slot.length :]
         self.reading = True
 
+    def catch_up(self) -> bool:
+        """Leaves out what was computed elsewhere since; returns whether more of that is on its way."""
+        before = self.slot.length
+        more = self.slot.catch_up()
+        found = self.slot.length - before
+        self.todo = self.todo[found:]
+        self.request.cached_tokens += found
+        return more
+
     @property
     def scored(self) -> bool:
         """Whether it is a prompt whose tokens' log probabilities are wanted."""
@@ -205,6 +214,8 @@ class Scheduler:
         if not self._running:
             return worked
         parts, start = self._parts(), self._clock()
+        if not parts:  # everyone waits for pages from disk, which come step by step
+            return True
         segments = [active.segment(tokens) for active, tokens in parts]
         try:
             logits = self._engine.forward(segments)
@@ -262,7 +273,7 @@ class Scheduler:
         """The tokens of the next pass."""
         active = self._running.values()
         parts = [(a, a.todo) for a in active if not a.reading]
-        reading = [a for a in active if a.reading]
+        reading = self._reading()
         rows = self._engine.max_rows - len(parts)
         if parts:
             rows = min(rows, self._pace.rows())
@@ -270,13 +281,20 @@ class Scheduler:
             return parts
         scored = MAX_SCORED
         taken: dict[_Active, int] = dict.fromkeys(reading, 0)
-        oldest, share = reading[0], -(-rows // OLDEST_SHARE)
-        for a, most in ((oldest, share), *((a, rows) for a in sorted(reading, key=lambda a: len(a.todo)))):
+        share = -(-rows // OLDEST_SHARE)
+        for a, most in ((reading[0], share), *((a, rows) for a in sorted(reading, key=lambda a: len(a.todo)))):
             more = min(most, rows, len(a.todo) - taken[a], scored if a.scored else rows)
             taken[a] += more
             rows -= more
             scored -= more * a.scored
-        return parts + [(a, a.todo[:count]) for a, count in taken.items() if count]
+        return parts + [(a, a.todo[: taken[a]]) for a in active if taken.get(a)]
+
+    def _reading(self) -> list[_Active]:
+        """Whose prompts are read on: the one that came first, then the shortest rest. Who waits for what another of
+        them is to compute, or for pages from disk, is left out."""
+        reading = [a for a in self._running.values() if a.reading]
+        reading[1:] = sorted(reading[1:], key=lambda a: len(a.todo))
+        return [a for a in reading if not a.catch_up()]
 
     def _advance(self, active: _Active, logits: Tensor) -> None:
         """What a pass gave for a request; nothing where more of its prompt is to be read."""

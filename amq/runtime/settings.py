@@ -9,7 +9,7 @@ from typing import Any
 from amq.errors import AmqError
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.settings import ModelSettings
-from amq.util.settings import Settings, flag, parse_size
+from amq.util.settings import Settings, flag
 
 WRITE, DRAW = "what to write", "how to choose tokens"
 MAX_LOGPROBS = 20
@@ -48,14 +48,14 @@ class LoadSettings(RuntimeSettings):
     max_sequences: that run at once.
     threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.
     trust_remote_code: see `amq.model.open.load_model`.
-    prompt_cache: bytes, or a size such as 2GiB, of what was computed for prompts that is kept on disk; None: nothing.
-        The native engine alone has it. Whoever loads calls the engine's `shutdown` at the end.
+    prompt_cache: bytes of what was computed for prompts that are kept on disk; None: none. The native engine alone has
+        it. Whoever loads calls the engine's `shutdown` at the end.
     prompt_cache_folder: where; None: `prompts` in the user's cache.
     """
 
     context: int | None = flag(None, "", least=1)
     max_sequences: int = flag(1, "", least=1)
-    prompt_cache: str | int | None = flag(None, "", parse=parse_size)
+    prompt_cache: int | None = flag(None, "", least=1)
     prompt_cache_folder: Path | None = None
 
 

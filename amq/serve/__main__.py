@@ -36,8 +36,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection has to look at it again
     line = _line(app.state.service, url(listener))
-    Server(app, settings, lambda: print(line, file=sys.stderr, flush=True)).run([listener])
-    return 0
+    server = Server(app, settings, lambda: print(line, file=sys.stderr, flush=True))
+    server.run([listener])
+    if app.state.service.worker.alive:  # it hangs: an orderly end of the interpreter would wait for it, or crash
+        logging.shutdown()
+        os._exit(server.status)
+    return server.status
 
 
 def settings_of(given: dict[str, Any]) -> ServeSettings:

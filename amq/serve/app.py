@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -34,7 +35,7 @@ from amq.serve.metrics import Metrics
 from amq.serve.prompts import PromptThread
 from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 from amq.serve.replies.formats import THINKING, format_of
-from amq.serve.responses import Health, ModelCard, ModelList, TypedResponse
+from amq.serve.responses import Capabilities, Health, ModelCard, ModelList, TypedResponse
 from amq.serve.settings import ServeSettings
 from amq.serve.worker import EngineThread
 
@@ -58,7 +59,7 @@ class Service:
         self.runtime, self.settings = runtime, settings
         self.model = settings.model_name or _short(runtime.name)
         self.created = int(time.time())
-        self.metrics = Metrics()
+        self.metrics = Metrics(self.model)
         self.worker = EngineThread(runtime, settings, self.metrics)
         self.prompts = PromptThread(settings.queue + settings.max_sequences, self.worker.full)
         self.render = BoundedRenderer()
@@ -195,8 +196,7 @@ def _generation(service: Service) -> list[Route]:
 
 
 def _information(service: Service) -> list[Route]:
-    engine = service.runtime.engine
-    card = ModelCard(id=service.model, created=service.created, max_model_len=engine.context, engine=engine.banner)
+    card = _card(service)
 
     async def models(request: Request) -> Response:
         return TypedResponse(ModelList(data=[card]))
@@ -207,8 +207,9 @@ def _information(service: Service) -> list[Route]:
 
     async def health(request: Request) -> Response:
         worker = service.worker
-        status = "draining" if worker.draining else "failed" if worker.failed else "ok"
-        return TypedResponse(Health(status), 200 if status == "ok" else 503)
+        if worker.failed:
+            return TypedResponse(Health("failed", worker.failed), 503)
+        return TypedResponse(Health("draining"), 503) if worker.draining else TypedResponse(Health("ok"))
 
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
@@ -223,6 +224,22 @@ def _information(service: Service) -> list[Route]:
         Route("/metrics", metrics),
         Route("/", page),
     ]
+
+
+def _card(service: Service) -> ModelCard:
+    runtime, tokenizer, record = service.runtime, service.runtime.tokenizer, service.runtime.record
+    tools = None if service.tool_format is None else service.tool_format.name
+    formats = Counter(() if record is None else record.formats.values())
+    return ModelCard(
+        id=service.model,
+        created=service.created,
+        max_model_len=runtime.engine.context,
+        engine=runtime.engine.banner,
+        formats=dict(sorted(formats.items())),
+        bits_per_weight=None if record is None else round(record.bits_per_weight, 3),
+        weight_bytes=runtime.weight_bytes,
+        capabilities=Capabilities(tokenizer.has_template, tools, service.thinking, bool(tokenizer.end_ids)),
+    )
 
 
 async def _api_error(request: Request, error: Exception) -> Response:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import re
 import time
 import uuid
@@ -17,6 +19,8 @@ from amq.serve.visits import Visit, current
 
 if TYPE_CHECKING:
     from amq.serve.app import Service
+
+log = logging.getLogger("amq.serve")
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
 BODY_SECONDS = 60.0
@@ -63,7 +67,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        status, path = 499, scope["path"]
+        status = 0
         visit, refusal = self._welcome(scope)
         name = visit.id.encode()
 
@@ -80,10 +84,36 @@ class Gate:
                 await refusal.response()(scope, receive, counted)
             else:
                 await self.app(scope, receive, counted)
+        except asyncio.CancelledError:
+            raise
+        except BaseException:  # a panic of tokenizers is none of Exception: uvicorn would answer it in plain text
+            log.exception("request %s: the server failed on it", visit.id)
+            if status:
+                raise  # uvicorn closes the connection: the client must not take what it has for the whole answer
+            await ApiError(500, "the server failed on this request", "internal_error").response()(
+                scope, receive, counted
+            )
         finally:
             current.reset(token)
-            endpoint = next((e for e in ENDPOINTS if path == e or path.startswith(e + "/") and e != "/"), "other")
-            self.service.metrics.requests.labels(endpoint, status).inc()
+            self._note(scope, visit, status or 499)
+
+    def _note(self, scope: Scope, visit: Visit, status: int) -> None:
+        """Counts a request, and logs it where that is wanted: no text of the client's but its request id."""
+        path = scope["path"]
+        endpoint = next((e for e in ENDPOINTS if path == e or path.startswith(e + "/") and e != "/"), "other")
+        self.service.metrics.requests.labels(endpoint, status).inc()
+        if self.service.settings.log_requests:
+            jobs = visit.jobs
+            log.info(
+                "request %s of %s: %s %s, %d prompt, %d new, %d cached tokens, %.3f s, %s",
+                *(visit.id, visit.client, endpoint, status),
+                sum(len(job.prompt) for job in jobs),
+                sum(job.request.new_tokens for job in jobs),
+                sum(job.request.cached_tokens for job in jobs),
+                time.perf_counter() - visit.created,
+                ",".join(job.finished or "running" for job in jobs) or "-",
+            )
+        visit.jobs.clear()
 
     def _welcome(self, scope: Scope) -> tuple[Visit, ApiError | None]:
         """Who comes, and why not further than here."""

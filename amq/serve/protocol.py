@@ -334,7 +334,8 @@ def _decode(body: bytes, kind: Any) -> Any:
 def bad(param: str, reason: str) -> ApiError:
     """400 for a parameter's value."""
     short = reason if len(reason) <= LONGEST_REASON else f"{reason[:LONGEST_REASON]}…"
-    return ApiError(400, f"{param}: {short}" if param else short, "invalid_value", param or None)
+    named = short if short.startswith(f"{param}: ") or not param else f"{param}: {short}"
+    return ApiError(400, named, "invalid_value", param or None)
 
 
 def check_ids(param: str, tokens: list[int], vocabulary: int) -> None:

@@ -167,8 +167,19 @@ class CompletionChunk(Struct, kw_only=True):
     timings: Timings | UnsetType = UNSET
 
 
+class Capabilities(Struct):
+    """chat: there is a chat template. tools: the name of the format in which the model calls them. thinking: the model
+    thinks, and that is a field of its own. json: answers can be held to a grammar."""
+
+    chat: bool
+    tools: str | None
+    thinking: bool
+    json: bool
+
+
 class ModelCard(Struct, kw_only=True):
-    """max_model_len: vLLM's name of the context, in tokens."""
+    """max_model_len: vLLM's name of the context, in tokens. formats: how many linears have each; none of a model that
+    is not quantized. weight_bytes: that one decoded token reads."""
 
     id: str
     object: Literal["model"] = "model"
@@ -176,6 +187,10 @@ class ModelCard(Struct, kw_only=True):
     owned_by: str = "amq"
     max_model_len: int
     engine: str
+    formats: dict[str, int]
+    bits_per_weight: float | None
+    weight_bytes: int
+    capabilities: Capabilities
 
 
 class ModelList(Struct, kw_only=True):
@@ -183,8 +198,11 @@ class ModelList(Struct, kw_only=True):
     data: list[ModelCard]
 
 
-class Health(Struct):
+class Health(Struct, omit_defaults=True):
+    """status: ok, draining or failed. reason: of a failure."""
+
     status: str
+    reason: str | None = None
 
 
 class ErrorDetails(Struct):

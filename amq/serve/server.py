@@ -20,6 +20,12 @@ from amq.serve.worker import EngineThread
 CLOSE_SECONDS = 5
 """After the drain: how long the last bytes may take to reach their readers."""
 
+FAILED_SECONDS = 2.0
+"""How long a server whose engine has failed goes on to say so, to its clients and at /health."""
+
+FAILED_STATUS = 70
+"""EX_SOFTWARE of sysexits.h: supervisors start the process again, as after every status but 0."""
+
 
 def bind(settings: ServeSettings) -> socket.socket:
     """Reserves the address, without listening yet. Raises AmqError where it is taken or does not exist.
@@ -70,7 +76,10 @@ class Server(uvicorn.Server):
     """Runs an app of `create_app`.
 
     The first SIGTERM or SIGINT drains: it goes on listening, answers 503, and ends when the running requests have
-    finished or after `drain` seconds. A second one ends the process at once.
+    finished or after `drain` seconds. A second one ends the process at once. When the engine has failed it ends too,
+    after a little time for the answers that say so.
+
+    status: what the process should end with, 0 or FAILED_STATUS.
     """
 
     def __init__(self, app: Starlette, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
@@ -90,6 +99,7 @@ class Server(uvicorn.Server):
         )
         self._worker: EngineThread = app.state.service.worker
         self._drain, self._ready, self._deadline = settings.drain, ready, 0.0
+        self.status = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -105,6 +115,10 @@ class Server(uvicorn.Server):
         self._deadline = time.monotonic() + self._drain
 
     async def on_tick(self, counter: int) -> bool:
+        if self._worker.failed:
+            if not self.status:
+                self.status, self._deadline = FAILED_STATUS, time.monotonic() + FAILED_SECONDS
+            return self.should_exit or time.monotonic() >= self._deadline
         if self._deadline:
             if not self._worker.draining:
                 self._worker.drain()

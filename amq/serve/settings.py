@@ -69,6 +69,10 @@ class ServeSettings(RuntimeSettings):
     drain: float = flag(
         30.0, "seconds that running requests have to finish after SIGTERM", TAKE, least=0, metavar="SECONDS"
     )
+    stall: float = flag(
+        120.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
+        "status 70 for its supervisor", TAKE, above=0, metavar="SECONDS",
+    )  # fmt: skip
     max_body: str = flag("1MiB", "largest request body", TAKE, parse=parse_size, metavar="SIZE")
     max_choices: int = flag(
         16, "most answers that one request may ask for (n times its prompts)", TAKE, least=1, metavar="N"
@@ -77,6 +81,7 @@ class ServeSettings(RuntimeSettings):
         None, "keep beginnings of prompts on disk, within this size, for the next start too", TAKE, parse=parse_size,
         metavar="SIZE",
     )  # fmt: skip
+    log_requests: bool = flag(False, "log a line for each request: who, how many tokens; never texts or keys", ANSWER)
     parse_special: bool = flag(False, "take special tokens that are spelled in clients' texts as such", ANSWER)
     reasoning: str = flag(
         "auto", "auto: thinking is a field of its own (reasoning_content); none: it stays in the text", ANSWER,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from amq.serve import responses as r
 from amq.serve.replies import CallArguments, CallStart, Content, Part, Reasoning, ReplyParser
 from amq.serve.worker import Job
 
+UTF8 = codecs.getincrementaldecoder("utf-8")
 LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON lacks."""
 
@@ -33,7 +35,8 @@ class Candidate:
     repeated: bool = False
     echo: str = ""
     parser: ReplyParser | None = None
-    offset: int = field(default=0, init=False)  # characters of the tokens so far
+    offset: int = field(default=0, init=False)  # characters of the tokens so far that are complete
+    utf8: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8("replace"), init=False)
     _pieces: list[Piece] = field(default_factory=list, init=False)
 
     def parts(self, piece: Piece) -> list[Part]:
@@ -247,10 +250,10 @@ class CompletionShape(Shape):
         return found
 
     def _length(self, candidate: Candidate, token: int) -> int:
-        """Characters that a token has in the text."""
+        """Characters of the text that are complete with a token."""
         if token in self.tokenizer.special_ids and token not in candidate.job.sampling.shown_special:
             return 0
-        return len(self.tokenizer.token_text(token))
+        return len(candidate.utf8.decode(self.tokenizer.token_bytes(token)))
 
     def _name(self, token: int) -> str:
         """As text; part of a character as its bytes, which are another token's too where they are replaced."""

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+SECONDS = 60.0
 PAGE = Path(__file__).parents[2] / "amq" / "serve" / "page.html"
 MARKDOWN = """Some **bold** words and `x < y`:
 
@@ -31,17 +32,19 @@ ARGUMENTS = ('{"city": "Paris", "days": 3}', '{"terms": [17, 25.50]}')
 
 
 class StandIn(ThreadingHTTPServer):
-    """requests: the bodies that came. key: what clients must send. capabilities: what the model can do. go_on: what
-    some answers wait for in the middle. left: set when a client went while text came."""
+    """requests: the bodies that came. key: what clients must send. capabilities: what the model can do. half, go_on:
+    what some answers wait for in the middle. left: set when a client went while text came."""
 
     daemon_threads = True
 
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+    def __init__(self, handler: type[Handler] | None = None, model: str = "tiny") -> None:
+        super().__init__(("127.0.0.1", 0), handler or Handler)
+        self.model = model
         self.requests: list[dict[str, Any]] = []
         self.key = ""
         self.capabilities: dict[str, Any] = {"tools": "hermes", "thinking": True, "json": True}
         self.left = threading.Event()
+        self.half = threading.Event()
         self.go_on = threading.Event()
 
     @property
@@ -58,13 +61,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path.startswith("/v1/models"):
             if self.allowed():
-                card = {
-                    "id": "tiny",
-                    "object": "model",
-                    "max_model_len": 2048,
-                    "capabilities": self.server.capabilities,
-                }
-                self.answer(200, {"object": "list", "data": [card]})
+                card = {"id": self.server.model, "object": "model", "max_model_len": 2048}
+                self.answer(200, {"data": [{**card, "capabilities": self.server.capabilities}]})
         else:
             self.answer(200, PAGE.read_bytes(), "text/html; charset=utf-8")
 
@@ -72,9 +70,11 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         if self.allowed():
             self.server.requests.append(body)
-            last = body["messages"][-1]
-            name = {"tool": "told", "assistant": "more"}.get(last["role"]) or last["content"].split()[0]
-            getattr(self, name)()
+            self.reply(body["messages"][-1])
+
+    def reply(self, last: dict[str, Any]) -> None:
+        name = {"tool": "told", "assistant": "more"}.get(last["role"]) or last["content"].split()[0]
+        getattr(self, name)()
 
     def allowed(self) -> bool:
         if self.server.key in ("", self.headers.get("Authorization", "").removeprefix("Bearer ")):
@@ -118,13 +118,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
 
     def hello(self) -> None:
-        """In two parts: the second when the test has seen the first."""
+        """In three parts: the next when the test has seen the last."""
         self.begin()
         for word in ("Good ", "day ", "to ", "you ", "all"):
             self.send(word)
-        self.server.go_on.wait(0.25)
+        self.server.half.wait(SECONDS)
         self.send("!")
-        self.server.go_on.wait(10)
+        self.server.go_on.wait(SECONDS)
         self.send(" She said.")
         self.end()
 
@@ -142,7 +142,7 @@ class Handler(BaseHTTPRequestHandler):
             self.delta({"tool_calls": [{**head, "function": {"name": name, "arguments": ""}}]})
             for at in range(0, len(arguments), 5):
                 self.delta({"tool_calls": [{"index": index, "function": {"arguments": arguments[at : at + 5]}}]})
-        self.server.go_on.wait(10)
+        self.server.go_on.wait(SECONDS)
         self.end("tool_calls")
 
     def told(self) -> None:
@@ -154,7 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         self.begin()
         self.delta({"reasoning_content": "First this, "})
         self.delta({"reasoning_content": "then that."})
-        self.server.go_on.wait(10)
+        self.server.go_on.wait(SECONDS)
         self.send("So be it.")
         self.end()
 

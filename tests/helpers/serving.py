@@ -54,7 +54,7 @@ def tokens_of(text: str) -> list[int]:
 def fake_runtime(**options: Any) -> Any:
     """A Runtime around a FakeEngine; `options` are the engine's."""
     return SimpleNamespace(
-        name="fake", engine=FakeEngine(**options), tokenizer=byte_tokenizer(), weight_bytes=1, banner="a fake engine"
+        name="fake", engine=FakeEngine(**options), tokenizer=byte_tokenizer(), weight_bytes=1, record=None
     )
 
 
