@@ -238,7 +238,7 @@ def _card(service: Service) -> ModelCard:
         formats=dict(sorted(formats.items())),
         bits_per_weight=None if record is None else round(record.bits_per_weight, 3),
         weight_bytes=runtime.weight_bytes,
-        capabilities=Capabilities(tokenizer.has_template, tools, service.thinking, bool(tokenizer.end_ids)),
+        capabilities=Capabilities(tokenizer.template is not None, tools, service.thinking, bool(tokenizer.end_ids)),
     )
 
 
