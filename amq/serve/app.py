@@ -32,6 +32,7 @@ from amq.serve.door import Door
 from amq.serve.errors import ApiError
 from amq.serve.gate import Gate, read_body
 from amq.serve.metrics import Metrics
+from amq.serve.openapi import document
 from amq.serve.prompts import PromptThread
 from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
 from amq.serve.replies.formats import THINKING, format_of
@@ -214,6 +215,9 @@ def _information(service: Service) -> list[Route]:
     async def metrics(request: Request) -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    async def openapi(request: Request) -> Response:
+        return TypedResponse(document())
+
     async def page(request: Request) -> Response:
         return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
 
@@ -222,6 +226,7 @@ def _information(service: Service) -> list[Route]:
         Route("/v1/models/{name:path}", model),
         Route("/health", health),
         Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
         Route("/", page),
     ]
 

@@ -48,9 +48,11 @@ async def complete(service: Service, request: Request, body: CompletionRequest, 
     given = body.prompts
     count = _choices(service, body, len(given))
     for prompt in given:
-        service.check_length("prompt", len(prompt) and 1 if isinstance(prompt, str) else len(prompt))
         if not isinstance(prompt, str):
+            service.check_length("prompt", len(prompt))
             check_ids("prompt", prompt, service.vocabulary)
+        elif not prompt:
+            raise bad("prompt", "it is empty: give some text")
     grammar = _guided(body)
     special = body.add_special_tokens is not False
 
@@ -160,10 +162,14 @@ def _grammar(service: Service, body: ChatRequest, tools: Sequence[Any], prompt: 
 def _guided(body: GenerationRequest) -> Grammar | None:
     """As vLLM, llama.cpp and SGLang spell it. Raises ApiError for several at once."""
     other = body.structured_outputs
-    schemas = [body.guided_json, body.json_schema, other and other.json]
+    schemas = [s for s in (body.guided_json, body.json_schema, other and other.json) if s is not None]
     patterns = [body.guided_regex, body.regex, other and other.regex]
     choices = [body.guided_choice, other and other.choice]
-    found = [Grammar("json_schema", s if isinstance(s, str) else msgspec.json.encode(s).decode()) for s in schemas if s]
+    found = [
+        Grammar("json_schema", s if isinstance(s, str) else msgspec.json.encode(s).decode())
+        for s in schemas
+        if s is not None
+    ]
     found += [Grammar("regex", pattern) for pattern in patterns if pattern]
     found += [Grammar("regex", "|".join(map(re.escape, texts))) for texts in choices if texts]
     found += [Grammar("lark", text) for text in (body.guided_grammar, other and other.grammar) if text]

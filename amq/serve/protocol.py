@@ -30,6 +30,11 @@ LEAST_TOP_P = sys.float_info.min
 
 OWN_NAMES = {"max_new_tokens": "max_tokens", "ignore_end": "ignore_eos"}
 """What parameters are called that `Sampling` calls otherwise."""
+OWN_RANGES: dict[str, dict[str, float]] = {
+    **{"temperature": {"maximum": MAX_TEMPERATURE}, "top_p": {"minimum": 0}, "top_k": {"minimum": -1}},
+    **{"max_tokens": {"minimum": -1}, "max_completion_tokens": {"minimum": -1}},
+}
+"""Where they are not those of `Sampling`, in JSON schema's words."""
 
 
 StopText = Annotated[str, Meta(min_length=1)]
