@@ -215,6 +215,16 @@ def test_whitespace_has_an_end(compiler: GrammarCompiler) -> None:
     assert two.text == "[\n\n1\n\n]"
 
 
+def test_texts_of_one_grammar_do_not_share_where_they_are(compiler: GrammarCompiler) -> None:
+    grammar = schema_of(OBJECT)
+    first, second = compiler.constraint(grammar), compiler.constraint(grammar)
+    inside = say(first, '{"name":"')
+    assert allowed(second) == TOKENIZER.encode("{", special=False)
+    for number in range(20):  # more than stay built
+        compiler.constraint(schema_of({"const": number}))
+    assert say(compiler.constraint(grammar), '{"name":"') == say(second, '{"name":"') == inside == allowed(first)
+
+
 def test_leaving_the_grammar_ends_the_request(compiler: GrammarCompiler) -> None:
     constraint = compiler.constraint(schema_of(OBJECT))
     with pytest.raises(AmqError, match="the text left its grammar: .*doesn't satisfy the grammar"):
