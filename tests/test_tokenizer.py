@@ -247,9 +247,7 @@ def unlimited(tokenizer: Tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_limit_refuses_what_is_longer_and_nothing_else(kind: str) -> None:
     ours = Tokenizer(KINDS[kind](), [])
-    words = st.sampled_from(
-        ["a", "hello", "aaaaaaaa", " ", "   ", "\n", "日本", "é", "hi ", "lo", "</s>", "<think>", "."]
-    )
+    words = st.sampled_from(["a", "hello", "aaaaaaaa", " ", "   ", "\n", "日本", "é", "hi ", "</s>", "<think>", "."])
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(words, max_size=40), st.integers(1, 60), st.integers(1, 50))
