@@ -3,7 +3,8 @@
 Without --concurrency: many clients for some time, with short and long prompts, streamed and not, some of which leave in
 the middle of an answer. Every request has to end in 200, or in 429 that says when to come again, and the server's
 memory has to stay flat; the exit status says whether so. With --concurrency 1,4: tokens per second of one user and of
-several, in turns, and with --serve how much slower the server is than the engine that it runs, batch 1.
+several, in turns, and with --serve how much slower the server is than the engine that it runs, batch 1. Both say how
+much processor time the server took per token, which a busy machine changes less than the speed.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ import argparse
 import asyncio
 import json
 import random
+import re
 import shlex
-import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,12 +31,13 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 from provenance import write_results
+from serving import serving, tiny_folder
 
 from amq.errors import AmqError
 from amq.util.settings import run_command
 
 SCHEMA = "amq/serve_load/1"
-START_SECONDS = 180.0
+SERVER_ARGS = "--queue 16 --context 2048"
 LEAVING = 0.05
 """Share of the streamed requests whose client leaves in the middle."""
 
@@ -78,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if (args.url and args.serve) or not (args.url or args.serve or args.smoke):
         raise AmqError("give either the URL of a running server or --serve DIR")
+    if args.server_args is None:
+        args.server_args = SERVER_ARGS if args.serve else "--queue 16"  # the tiny model's context is short
     size = SMOKE if args.smoke else FULL
     chosen = {name: value for name in ("clients", "seconds", "rounds") if (value := getattr(args, name)) is not None}
     size = Size(**{**vars(size), **chosen})
@@ -91,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.concurrency:
                 users = [int(n) for n in args.concurrency.split(",")]
                 engine = ServedEngine(folder, args.server_args) if folder else None
-                measured, good = asyncio.run(users_in_turns(client, users, size, engine)), True
+                measured, good = asyncio.run(users_in_turns(client, users, size, engine, process)), True
             else:
                 measured, good = asyncio.run(load(client, process, size, args.seed))
     result.update(measured)
@@ -105,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("url", nargs="?", metavar="URL", help="of a running server, such as http://127.0.0.1:8000")
     add("--serve", type=Path, metavar="DIR", help="start a server on this model")
-    add("--server-args", default="--queue 16 --context 2048", metavar="ARGS", help="for --serve (default: %(default)s)")
+    add("--server-args", metavar="ARGS", help=f"for --serve (default: {SERVER_ARGS})")
     add("--api-key", metavar="KEY")
     add("--concurrency", metavar="LIST", help="such as 1,4: compare the speed of so many users instead")
     add("--clients", type=int, metavar="N", help=f"default {FULL.clients}")
@@ -121,54 +124,12 @@ def _parser() -> argparse.ArgumentParser:
 
 
 @contextmanager
-def serving(folder: Path, arguments: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
-    """A server on `folder` that answers; ended at the end, with status 0 or else RuntimeError."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "amq.serve", str(folder), "--port", str(port), *arguments]
-    process = subprocess.Popen(command)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while not _answers(url):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the server did not start: {shlex.join(command)}")
-            time.sleep(0.05)
-        yield url, psutil.Process(process.pid)
-        process.terminate()
-        if status := process.wait(START_SECONDS):
-            raise RuntimeError(f"the server ended with status {status}")
-    finally:
-        process.kill()
-        process.wait()
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health").status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-@contextmanager
 def at(url: str) -> Iterator[tuple[str, psutil.Process | None]]:
     """A server that runs already; its process, for the memory, where it is on this machine and may be looked at."""
     address = urlsplit(url)
     connections = psutil.net_connections("tcp") if address.hostname in ("127.0.0.1", "localhost", "::1") else []
     listening = [c.pid for c in connections if c.status == psutil.CONN_LISTEN and c.laddr.port == address.port]
     yield url, psutil.Process(listening[0]) if listening and listening[0] else None
-
-
-def tiny_folder(folder: Path) -> Path:
-    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-    from helpers.tiny_models import byte_tokenizer, tiny_llama
-
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    tiny_llama().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # requests
@@ -262,7 +223,7 @@ async def load(
     """Runs the clients and prints the table; the figures, and whether all is as it must be."""
     tally = Tally()
     model = await model_of(client)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), cpu_seconds(process)
     until = start + size.seconds
     watch = asyncio.create_task(_watch(process, tally, start))
     await asyncio.gather(*(one_client(client, model, size, seed + n, until, tally) for n in range(size.clients)))
@@ -274,6 +235,7 @@ async def load(
         "no_retry_after": tally.no_retry_after,
         "tokens": tally.tokens,
         "tokens_per_second": tally.tokens / elapsed,
+        "cpu_per_token": (cpu_seconds(process) - cpu) / max(tally.tokens, 1) if process else None,
         **{name: percentiles(getattr(tally, name)) for name in ("first_token", "between_tokens", "whole")},
         "memory": memory(tally.memory),
         "memory_samples": tally.memory,
@@ -316,7 +278,8 @@ def table(figures: dict[str, Any]) -> str:
     ends = ", ".join(f"{count} × {end}" for end, count in sorted(figures["ends"].items()))
     lines = [
         f"requests in {figures['elapsed']:.0f} s: {ends}; 429 without Retry-After: {figures['no_retry_after']}",
-        f"generated: {figures['tokens']} tokens, {figures['tokens_per_second']:.1f} tokens/s",
+        f"generated: {figures['tokens']} tokens, {figures['tokens_per_second']:.1f} tokens/s"
+        + (f", {1000 * figures['cpu_per_token']:.2f} ms of the server's CPU each" if figures["cpu_per_token"] else ""),
         "",
         "| milliseconds | " + " | ".join(f"p{p}" for p in PERCENTILES) + " |",
         "|---" * (1 + len(PERCENTILES)) + "|",
@@ -343,49 +306,84 @@ class ServedEngine:
         threads.add_argument("--threads", type=int)
         self.runtime = load_runtime(folder, threads=threads.parse_known_args(shlex.split(server_args))[0].threads)
 
-    def speed(self, prompt: str, tokens: int) -> float:
-        """Tokens per second after the first."""
+    def speed(self, prompt: str, tokens: int) -> tuple[float, float]:
+        """Tokens per second after the first, and processor seconds per token."""
         from amq.runtime import Sampling, generate
 
+        start = time.process_time()
         generation = generate(self.runtime, prompt, Sampling(max_new_tokens=tokens, ignore_end=True))
         for _ in generation:
             pass
-        return generation.tokens_per_second
+        return generation.tokens_per_second, (time.process_time() - start) / tokens
+
+
+@dataclass
+class Turns:
+    """What the rounds measured; a warm-up round is not in it. cpu: processor seconds per token."""
+
+    totals: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cpu: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
+    alone: list[float] = field(default_factory=list)
+    bare: list[float] = field(default_factory=list)
+    bare_cpu: list[float] = field(default_factory=list)
 
 
 async def users_in_turns(
-    client: httpx.AsyncClient, users: Sequence[int], size: Size, engine: ServedEngine | None
+    client: httpx.AsyncClient,
+    users: Sequence[int],
+    size: Size,
+    engine: ServedEngine | None,
+    process: psutil.Process | None,
 ) -> dict[str, Any]:
     """Measures each number of users, and the engine, `rounds` times in turns, so that noise is fair to all."""
     model, vocabulary, tokens = await model_of(client), words(), size.tokens[1]
     prompts = [" ".join(vocabulary[500 * n : 500 * n + size.words[0]]) for n in range(max(users))]
-    totals: dict[int, list[float]] = {n: [] for n in users}
-    alone: list[float] = []
-    bare: list[float] = []
+    turns = Turns()
     for turn in range(size.rounds + 1):
+        kept = turns if turn else Turns()  # the first round warms up
         for n in users:
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), cpu_seconds(process)
             speeds = await asyncio.gather(*(decode(client, model, prompt, tokens) for prompt in prompts[:n]))
-            total = n * tokens / (time.perf_counter() - start)
-            if turn:  # the first round warms up
-                totals[n].append(total)
-                alone += speeds if n == 1 else []
+            kept.totals[n].append(n * tokens / (time.perf_counter() - start))
+            kept.cpu[n].append((cpu_seconds(process) - cpu) / (n * tokens))
+            kept.alone += speeds if n == 1 else []
         if engine is not None:
-            speed = engine.speed(prompts[0], tokens)
-            bare += [speed] if turn else []
-    figures = {"answer_tokens": tokens, "together": {str(n): speeds_of(values) for n, values in totals.items()}}
-    print("| users | tokens/s, all together | the best round | times one user |\n|---|---|---|---|")
-    first = figures["together"][str(users[0])]
+            speed, cpu = engine.speed(prompts[0], tokens)
+            kept.bare.append(speed)
+            kept.bare_cpu.append(cpu)
+    return said_of(turns, tokens, process is not None)
+
+
+def said_of(turns: Turns, tokens: int, with_cpu: bool) -> dict[str, Any]:
+    """Prints the table; the figures."""
+    figures = {"answer_tokens": tokens, "together": {str(n): speeds_of(values) for n, values in turns.totals.items()}}
+    cpu = {str(n): statistics.median(values) for n, values in turns.cpu.items()} if with_cpu else {}
+    print("| users | tokens/s, all together | the best round | times one user | server's CPU ms per token |")
+    print("|---|---|---|---|---|")
+    first = next(iter(figures["together"].values()))
     for n, speed in figures["together"].items():
-        print(f"| {n} | {speed['median']:.1f} | {speed['best']:.1f} | {speed['median'] / first['median']:.2f} |")
-    if bare and alone:
-        server, without = speeds_of(alone), speeds_of(bare)
+        milliseconds = f"{1000 * cpu[n]:.2f}" if cpu else "not on this machine"
+        print(f"| {n} | {speed['median']:.1f} | {speed['best']:.1f} | {speed['median'] / first['median']:.2f} "
+              f"| {milliseconds} |")  # fmt: skip
+    figures["cpu_per_token"] = cpu
+    if turns.bare and turns.alone:
+        server, without = speeds_of(turns.alone), speeds_of(turns.bare)
         overhead = {which: 1 - server[which] / without[which] for which in ("median", "best")}
-        figures.update(server=server, engine=without, overhead=overhead)
+        engine_cpu = statistics.median(turns.bare_cpu)
+        figures.update(server=server, engine=without, overhead=overhead, engine_cpu_per_token=engine_cpu)
         for which in overhead:  # noise only slows down: on a busy machine the best rounds say more than the medians
             print(f"one user after the first token, {which}: server {server[which]:.1f} tokens/s, engine alone "
                   f"{without[which]:.1f}, overhead {100 * overhead[which]:.1f} %")  # fmt: skip
+        print(f"CPU ms per token, one user: server {1000 * cpu.get('1', 0):.2f}, engine alone {1000 * engine_cpu:.2f}")
     return figures
+
+
+def cpu_seconds(process: psutil.Process | None) -> float:
+    """Of all its threads, so far; 0 where it is another machine's."""
+    if process is None:
+        return 0.0
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def speeds_of(values: list[float]) -> dict[str, Any]:
@@ -410,7 +408,7 @@ async def decode(client: httpx.AsyncClient, model: str, prompt: str, tokens: int
         times.append((time.perf_counter(), b"data: {" in part))
     writer.close()
     answer = b"".join(parts)
-    if f'"completion_tokens": {tokens},'.encode() not in answer:
+    if not re.search(rb'"completion_tokens": ?%d\b' % tokens, answer):
         raise AmqError(f"expected an answer of {tokens} tokens, got: {answer[:500].decode()} …")
     texts = [when for when, event in times if event]
     return (tokens - 1) / (texts[-1] - texts[0])

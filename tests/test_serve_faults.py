@@ -64,7 +64,8 @@ def metric(server: Any, name: str) -> float:
 
 
 def idle(server: Any) -> bool:
-    return metric(server, "amq_active") == metric(server, "amq_queue_length") == 0 and not server.engine.slots
+    waiting, running = (metric(server, f"vllm:num_requests_{which}") for which in ("waiting", "running"))
+    return waiting == running == 0 and not server.engine.slots
 
 
 def works(server: Any) -> None:
@@ -99,22 +100,21 @@ def test_malformed_bodies(shared, path, content):
 
 BAD_VALUES = [
     *(("temperature", v) for v in (-0.1, 1e300, "hot", True, [], {})),
-    *(("top_p", v) for v in (0, 1.5, -1, "0.5")),
-    *(("top_k", v) for v in (-1, 1.5, "all", 10**400)),
+    *(("top_p", v) for v in (1.5, -1, "0.5")),
+    *(("top_k", v) for v in (-2, 1.5, "all", 10**400)),
     *(("min_p", v) for v in (-1, 2)),
-    *(("max_tokens", v) for v in (0, -1, 1.5, "9", 10**30, 10**6)),
+    *(("max_tokens", v) for v in (-2, 1.5, "9")),
     *(("seed", v) for v in (2**64, 0.5, "x")),
     *(("repetition_penalty", v) for v in (0, -1, 1e9)),
     *(("presence_penalty", v) for v in (3, -3, "a")),
     *(("frequency_penalty", v) for v in (3, [])),
-    *(("stop", v) for v in ("", [""], ["a"] * 5, [1], 7)),
-    *(("n", v) for v in (0, 2, "1")),
-    *(("logit_bias", v) for v in ({"5": 1},)),
+    *(("stop", v) for v in ("", [""], ["a"] * 65, [1], 7)),
+    *(("n", v) for v in (0, 17, "1")),
+    *(("logit_bias", v) for v in ({"256": 1}, {"5": 101}, {"x": 1}, {"-1": 1})),
     *(("stream", v) for v in ("yes", 1)),
     ("stream_options", {"include_usage": True}),  # without stream
-    ("no_such_parameter", 1),
     ("prompt", None), ("prompt", ""), ("prompt", []), ("prompt", 5), ("prompt", [1.5]), ("prompt", [256]),
-    ("prompt", [-1]), ("prompt", [10**40]), ("prompt", ["a", "b"]), ("prompt", {"a": 1}), ("prompt", [True]),
+    ("prompt", [-1]), ("prompt", [10**40]), ("prompt", ["a"] * 17), ("prompt", {"a": 1}), ("prompt", [True]),
     ("logprobs", 1000), ("logprobs", -1), ("model", None), ("model", 5),
 ]  # fmt: skip
 
@@ -145,7 +145,7 @@ def test_bad_messages(shared, messages):
 def test_giant_prompts_and_bodies(shared):
     response = post(shared, TEXT, completion("a" * 5000))
     assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
-    assert "5000" in response.text
+    assert "511" in response.text  # what it takes
     response = post(shared, CHAT, {"model": "fake", "messages": [{"role": "user", "content": "a" * 5000}]})
     assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
     assert error_of(post(shared, TEXT, completion("a" * 70_000)))["code"] == "request_too_large"
@@ -259,18 +259,18 @@ def test_a_client_that_leaves_frees_its_slot():
         for streamed in (True, False):
             with connect(server) as connection:
                 connection.sendall(request_bytes(completion(max_tokens=15_000, stream=streamed)))
-                wait_for(lambda: metric(server, "amq_active") == 1)
+                wait_for(lambda: metric(server, "vllm:num_requests_running") == 1)
                 if streamed:
                     assert connection.recv(10)
             wait_for(lambda: idle(server))
-        assert metric(server, "amq_completion_tokens_total") < 15_000
+        assert metric(server, "vllm:generation_tokens_total") < 15_000
         waiting = [connect(server) for _ in range(4)]
         for connection in waiting:
             connection.sendall(request_bytes(completion(max_tokens=15_000)))
-        wait_for(lambda: metric(server, "amq_queue_length") == 3)
+        wait_for(lambda: metric(server, "vllm:num_requests_waiting") == 3)
         for connection in waiting[1:]:
             connection.close()
-        wait_for(lambda: metric(server, "amq_queue_length") == 0)  # who waits may leave too
+        wait_for(lambda: metric(server, "vllm:num_requests_waiting") == 0)  # who waits may leave too
         waiting[0].close()
         wait_for(lambda: idle(server))
         assert metric(server, "amq_cancelled_total") == 6
@@ -288,11 +288,11 @@ def test_a_slow_reader_holds_up_nobody():
     runtime = fake_runtime(context=20_000, max_sequences=2, delay=0.001)
     with serving(runtime, max_new_tokens=15_000, write_timeout=1.0) as server, connect(server, 2048) as slow:
         slow.sendall(request_bytes(completion(max_tokens=15_000, stream=True, logprobs=20)))
-        wait_for(lambda: metric(server, "amq_active") == 1)
+        wait_for(lambda: metric(server, "vllm:num_requests_running") == 1)
         works(server)
-        assert metric(server, "amq_active") == 1  # meanwhile
+        assert metric(server, "vllm:num_requests_running") == 1  # meanwhile
         wait_for(lambda: idle(server))
-        assert metric(server, "amq_completion_tokens_total") < 15_000  # it was ended, not served
+        assert metric(server, "vllm:generation_tokens_total") < 15_000  # it was ended, not served
         works(server)
 
 
@@ -384,9 +384,9 @@ def test_sigterm_under_load(stream):
         server = SimpleNamespace(url=process.stdout.readline().strip())
         with ThreadPoolExecutor(2) as pool:
             running = pool.submit(post, server, TEXT, completion(max_tokens=50, stream=stream))
-            wait_for(lambda: metric(server, "amq_active") == 1)
+            wait_for(lambda: metric(server, "vllm:num_requests_running") == 1)
             waiting = pool.submit(post, server, TEXT, completion(max_tokens=50))
-            wait_for(lambda: metric(server, "amq_queue_length") == 1)
+            wait_for(lambda: metric(server, "vllm:num_requests_waiting") == 1)
             process.send_signal(signal.SIGTERM)
             assert waiting.result(SECONDS).status_code == 503
             error_of(waiting.result())

@@ -1,7 +1,8 @@
-"""The chat page in a real browser: sending, streaming, stopping, what the server refuses, and text that is no HTML.
+"""The chat page in a real browser: sending, streaming, stopping, tools, thinking, JSON, what the server refuses, and
+text that is no HTML.
 
-The server is mostly a stand-in that does what the user's message says, so that every fault comes when it is wanted; the
-last test is against amq's own.
+The server is mostly a stand-in (helpers/chat_stand_in.py) that does what the user's message says, so that every fault
+comes when it is wanted; the last test is against amq's own.
 """
 
 from __future__ import annotations
@@ -9,142 +10,16 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
-from typing import Any
 
 import pytest
 from helpers import chromium
+from helpers.chat_stand_in import ARGUMENTS, MARKDOWN, StandIn
 
-PAGE = Path(__file__).parents[1] / "amq" / "serve" / "page.html"
-MARKDOWN = """Some **bold** words and `x < y`:
-
-```python
-print("<b>1 & 2</b>")
-```
-
-1. one
-2. two
-   - inner
-
-<img src=x onerror="document.title='hacked'"><script>document.title='hacked'</script>"""
+TOOLS = [{"name": "get_weather", "parameters": {"type": "object"}}, {"type": "function", "function": {"name": "add"}}]
+SENT_TOOLS = [{"type": "function", "function": TOOLS[0]}, TOOLS[1]]
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}}
 
 pytestmark = pytest.mark.skipif(chromium.EXECUTABLE is None, reason="needs a Chromium browser on PATH")
-
-
-class StandIn(ThreadingHTTPServer):
-    """requests: the bodies that came. key: what clients must send. left: set when a client went while text came."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.requests: list[dict[str, Any]] = []
-        self.key = ""
-        self.left = threading.Event()
-        self.go_on = threading.Event()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: StandIn
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_GET(self) -> None:
-        if self.path.startswith("/v1/models"):
-            if self.allowed():
-                self.answer(200, {"object": "list", "data": [{"id": "tiny", "object": "model", "max_model_len": 2048}]})
-        else:
-            self.answer(200, PAGE.read_bytes(), "text/html; charset=utf-8")
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.allowed():
-            self.server.requests.append(body)
-            getattr(self, body["messages"][-1]["content"].split()[0])()
-
-    def allowed(self) -> bool:
-        if self.server.key in ("", self.headers.get("Authorization", "").removeprefix("Bearer ")):
-            return True
-        self.refuse(401, "wrong API key")
-        return False
-
-    def answer(self, status: int, body: Any, kind: str = "application/json", **headers: str) -> None:
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def refuse(self, status: int, message: str, **headers: str) -> None:
-        self.answer(status, {"error": {"message": message, "type": "x", "param": None, "code": None}}, **headers)
-
-    def begin(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.end_headers()
-
-    def send(self, text: str, **event: Any) -> None:
-        choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": event.pop("finish", None)}
-        self.wfile.write(f"data: {json.dumps({'choices': [choice], **event})}\n\n".encode())
-        self.wfile.flush()
-
-    def end(self) -> None:
-        figures = {"prompt_tokens_per_second": 900.0, "tokens_per_second": 123.4, "first_token_seconds": 0.25}
-        self.send("", finish="stop", timings=figures)
-        usage = {"prompt_tokens": 20, "completion_tokens": 12, "total_tokens": 32}
-        self.wfile.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
-
-    def hello(self) -> None:
-        """In two parts: the second when the test has seen the first."""
-        self.begin()
-        for word in ("Good ", "day ", "to ", "you ", "all"):
-            self.send(word)
-        self.server.go_on.wait(0.25)
-        self.send("!")
-        self.server.go_on.wait(10)
-        self.send(" She said.")
-        self.end()
-
-    def markdown(self) -> None:
-        self.begin()
-        for at in range(0, len(MARKDOWN), 7):
-            self.send(MARKDOWN[at : at + 7])
-        self.end()
-
-    def endless(self) -> None:
-        self.begin()
-        try:
-            while not self.server.go_on.wait(0.01):
-                self.send("and so on ")
-        except ConnectionError:
-            self.server.left.set()
-
-    def busy(self) -> None:
-        """Refuses once."""
-        asked = [r["messages"][-1]["content"] for r in self.server.requests].count("busy")
-        self.refuse(429, "the queue is full", Retry_After="1") if asked == 1 else self.markdown()
-
-    def closing(self) -> None:
-        self.refuse(503, "the server is shutting down")
-
-    def cut(self) -> None:
-        self.begin()
-        self.send("It was a dark and stor")
-
-    def failing(self) -> None:
-        self.begin()
-        self.send("Half ")
-        self.wfile.write(b'data: {"error": {"message": "the engine failed", "type": "server_error"}}\n\n')
-
-    def silent(self) -> None:
-        """No answer, as when the server has died."""
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +38,7 @@ def server(page: chromium.Page) -> Iterator[StandIn]:
     page.open(server.url)
     page.wait("document.title.startsWith('tiny')")
     yield server
+    server.half.set()
     server.go_on.set()
     server.shutdown()
     server.server_close()
@@ -179,6 +55,20 @@ def finished(page: chromium.Page) -> None:
     page.wait("document.querySelector('#stop').hidden")
 
 
+def last(page: chromium.Page, selector: str) -> str | None:
+    """What is visible of the last turn's first `selector`."""
+    return page.run(f"document.querySelector('article:last-of-type {selector}')?.innerText.trim()")
+
+
+def configure(page: chromium.Page, **settings: object) -> None:
+    """As the settings' dialog does it."""
+    page.run("openSettings()")
+    for name, value in settings.items():
+        kind = "checked" if isinstance(value, bool) else "value"
+        page.run(f"fields[{json.dumps(name)}].{kind} = {json.dumps(value)}")
+    page.run("document.querySelector('#save').click()")
+
+
 def test_sends_streams_and_remembers(page, server):
     page.run("document.querySelector('#message').focus()")
     page.write("hello")
@@ -186,12 +76,16 @@ def test_sends_streams_and_remembers(page, server):
     page.write("there")
     assert server.requests == []
     page.press("Enter")
-    page.wait("document.querySelector('.text')?.innerText.trim() === 'Good day to you all!'")
+    page.wait("document.querySelector('.text')?.innerText.trim() === 'Good day to you all'")
+    page.run("(now => { performance.now = () => now() + 300 })(performance.now.bind(performance))")  # enough for a rate
+    server.half.set()
+    page.wait("document.querySelector('.text').innerText.trim() === 'Good day to you all!'")
     assert page.run("document.querySelector('.rate').innerText").endswith("tokens/s")  # while it is written
-    assert page.run("document.querySelector('#log').getAttribute('aria-busy')") == "true"
+    assert page.run("document.querySelector('#said').textContent") == ""  # a screen reader would read along
     server.go_on.set()
     finished(page)
     assert page.run("document.querySelector('.text').innerText.trim()") == "Good day to you all! She said."
+    assert page.run("document.querySelector('#said').textContent") == "Good day to you all! She said."
     figures = page.run("document.querySelector('.figures').innerText")
     assert all(part in figures for part in ("123.4 tokens/s", "first token after 0.25 s", "12 tokens")), figures
     assert page.run("document.querySelector('#usage').innerText") == "32 of 2,048 tokens"
@@ -199,7 +93,8 @@ def test_sends_streams_and_remembers(page, server):
     first = server.requests[0]
     assert first["messages"] == [{"role": "user", "content": "hello\nthere"}]
     assert first["model"] == "tiny" and first["stream"] and first["stream_options"] == {"include_usage": True}
-    assert "temperature" not in first  # what is not set is the server's to choose
+    unset = {"temperature", "tools", "tool_choice", "response_format", "chat_template_kwargs", "continue_final_message"}
+    assert not unset & first.keys()  # what is not set is the server's to choose
 
     page.open(server.url + "/?again")  # the conversation survives this
     ask(page, "hello again")
@@ -234,21 +129,25 @@ def test_stopping_ends_the_request_and_keeps_the_text(page, server, way):
     else:
         page.run("document.querySelector('#stop').click()")
     finished(page)
-    assert server.left.wait(5)
-    assert "stopped" in page.run("document.querySelector('.figures').innerText")
-    assert "and so on" in page.run("document.querySelector('.text').innerText")
+    assert server.left.wait(chromium.SECONDS)
+    assert "stopped" in last(page, ".figures") and "Continue" in last(page, ".figures")
+    assert "and so on" in last(page, ".text")
 
 
 def test_a_busy_server_is_asked_again_when_it_says(page, server):
     ask(page, "busy")
-    message = page.wait("document.querySelector('.problem')?.innerText")
-    assert "busy" in message and "Retry in 1 s" in message
+    page.wait("document.querySelector('.problem')?.innerText.includes('Retry in')")
+    assert "The server is busy: the queue is full" in last(page, ".problem")
     assert page.run("document.querySelector('.problem button').disabled")
-    page.wait("!document.querySelector('.problem button').disabled", 3)
-    page.run("document.querySelector('.problem button').click()")
+    assert not page.run("document.querySelector('[role=alert]').contains(document.querySelector('.problem button'))")
+    page.run("clock = Date.now, Date.now = () => clock() + 301e3, null")  # nobody waits five minutes here
+    page.wait("!document.querySelector('.problem button').disabled")
+    page.run("document.querySelector('.problem button').focus()")
+    page.press("Enter")
     finished(page)
     assert page.run("document.querySelector('.problem')") is None
-    assert "bold" in page.run("document.querySelector('.text').innerText")
+    assert page.run("document.activeElement.id") == "message"  # the button that had the focus is gone
+    assert "bold" in last(page, ".text")
     assert [len(r["messages"]) for r in server.requests] == [1, 1]
 
 
@@ -259,6 +158,7 @@ def test_a_busy_server_is_asked_again_when_it_says(page, server):
         ("cut", "The answer was cut off", "It was a dark and stor"),
         ("failing", "the engine failed", "Half"),
         ("silent", "cannot be reached", ""),
+        ("odd", "temperature is 9: at most 2\nparam: temperature · code: invalid_value · request: req-7", ""),
     ],
 )
 def test_failures_are_told(page, server, message, said, kept):
@@ -266,6 +166,12 @@ def test_failures_are_told(page, server, message, said, kept):
     assert said in page.wait("document.querySelector('.problem span')?.innerText")
     assert page.run("document.querySelector('.problem button').innerText") == "Retry"
     assert page.run("document.querySelector('.text').innerText.trim()") == kept
+
+
+def test_what_the_server_ignored_is_said(page, server):
+    ask(page, "part")
+    finished(page)
+    assert "ignored: seed, logit_bias" in last(page, ".figures")
 
 
 def test_key_and_settings(page, server):
@@ -278,6 +184,7 @@ def test_key_and_settings(page, server):
     page.run("document.querySelector('[name=max_tokens]').value = '64'")
     page.press("Enter")
     page.wait("document.title.startsWith('tiny')")
+    server.half.set()
     server.go_on.set()
     ask(page, "hello")
     finished(page)
@@ -287,15 +194,218 @@ def test_key_and_settings(page, server):
     assert "secret" not in page.run("JSON.stringify(localStorage)")
 
 
-def test_a_phones_width(page, server):
-    page.call("Emulation.setDeviceMetricsOverride", width=360, height=640, deviceScaleFactor=1, mobile=True)
+def test_calls_are_shown_and_their_results_sent_back(page, server):
+    configure(page, tools=json.dumps(TOOLS), tool_choice="required")
+    page.wait("document.querySelector('#usage').innerText.includes('2 tools')")
+    ask(page, "call")
+    page.wait("document.querySelectorAll('.call').length === 2")
+    page.wait("document.querySelector('.call:last-of-type code').innerText.includes('25.50')")
+    assert page.run("document.querySelector('.call textarea')") is None  # they may not be whole yet
+    server.go_on.set()
+    page.wait("document.activeElement === document.querySelector('.call textarea')")  # what is to be done next
+    assert page.run("[...document.querySelectorAll('.call b')].map((b) => b.innerText)") == ["get_weather", "add"]
+    assert page.run("[...document.querySelectorAll('.call code')].map((c) => c.innerText)") == list(ARGUMENTS)
+    assert "Waiting for the result of get_weather, add" in page.run("document.querySelector('#said').textContent")
+    assert server.requests[0]["tools"] == SENT_TOOLS and server.requests[0]["tool_choice"] == "required"
+
+    page.write('{"sky":"clear"}')
+    page.press("Enter")  # goes to the next that is empty
+    page.write("42")
+    page.press("Enter", shift=True)
+    page.write(".5")
+    page.press("Enter")
+    page.wait("turns.length === 2 && !running")
+    assert last(page, ".text") == "The tools have spoken." and last(page, ".question") is None
+    results = "[...document.querySelectorAll('.call pre + figcaption + pre')].map((p) => p.innerText)"
+    assert page.run(results) == ['{"sky": "clear"}', "42\n.5"]
+    assert page.run("document.querySelectorAll('article textarea').length") == 0
+    calls = [
+        {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": text}}
+        for name, text in zip(("get_weather", "add"), ARGUMENTS, strict=True)
+    ]
+    conversation = [
+        {"role": "user", "content": "call"},
+        {"role": "assistant", "content": "I look it up.", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "call_get_weather", "content": '{"sky":"clear"}'},
+        {"role": "tool", "tool_call_id": "call_add", "content": "42\n.5"},
+    ]
+    assert server.requests[1]["messages"] == conversation
+
+    page.open(server.url + "/?again")
+    ask(page, "markdown")
+    finished(page)
+    rest = [{"role": "assistant", "content": "The tools have spoken."}, {"role": "user", "content": "markdown"}]
+    assert server.requests[2]["messages"] == conversation + rest
+
+
+def test_calls_without_results_are_not_told(page, server):
+    server.go_on.set()
+    ask(page, "call")
+    page.wait("!!document.querySelector('.call textarea')")
+    ask(page, "markdown instead")
+    finished(page)
+    assert [m["content"] for m in server.requests[1]["messages"]] == ["markdown instead"]
+    assert page.run("document.querySelector('.call textarea')") is None
+    assert "not answered" in page.run("document.querySelector('article .answer > .figures').innerText")
+
+
+def test_settings_that_are_not_understood_are_not_saved(page, server):
+    for wrong in ("[", '[{"description": "no name"}]', "3"):
+        configure(page, tools=wrong)
+        assert page.run("document.querySelector('#dialog').open && fields.tools.validationMessage"), wrong
+        page.run("document.querySelector('#cancel').click()")
+    configure(page, schema="[]")  # not on show while no JSON is asked for
+    assert not page.run("document.querySelector('#dialog').open")
+    configure(page, json=True)
+    assert page.run("fields.schema.validationMessage") == "Not understood: a schema is an object"
+    page.press("Escape")
+    page.wait("!document.querySelector('#dialog').open")
+    assert page.run("settings.json") is False
+
+
+def test_answers_as_json(page, server):
+    configure(page, json=True)
+    ask(page, "record")
+    finished(page)
+    assert server.requests[0]["response_format"] == {"type": "json_object"}
+    configure(page, json=True, schema=json.dumps(SCHEMA))
+    ask(page, "record")
+    finished(page)
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
+    assert server.requests[1]["response_format"] == wanted
+    configure(page, json=False)
+    ask(page, "record")  # a text that is JSON as a whole is shown as such too
+    finished(page)
+    assert "response_format" not in server.requests[2]
+    shown = (
+        '{\n  "city": "Paris",\n  "big": 12345678901234567890,\n  "none": [],\n'
+        '  "list": [1, {"deep": "a, \\"b\\": {"}]\n}'
+    )
+    assert page.run("[...document.querySelectorAll('.text pre')].map((pre) => pre.innerText)") == [shown] * 3
+
+
+def test_json_from_a_hostile_model_is_shown(page, server):
+    configure(page, json=True)
+    ask(page, "brackets")
+    finished(page)
+    assert len(last(page, ".text pre")) < 1_000_000
+    assert (
+        page.run("""indented('{"a": [1, {"b": "cut \\\\"off')""")
+        == '{\n  "a": [\n    1,\n    {\n      "b": "cut \\"off'
+    )
+
+
+@pytest.mark.parametrize("way", ["think", "inline"])
+def test_thinking_is_folded(page, server, way):
+    configure(page, thinking="off")
+    ask(page, way)
+    if way == "think":
+        page.wait("document.querySelector('.thought summary')?.innerText === 'Thinking …'")
+    server.go_on.set()
+    finished(page)
+    assert last(page, ".text") == "So be it."
+    assert page.run("/^Thought for [0-9.]+ s$/.test(document.querySelector('.thought summary').innerText)")
+    assert page.run("document.querySelector('.thought').open") is False
+    page.run("document.querySelector('.thought summary').click()")
+    assert last(page, ".thought > div") == "First this, then that."
+    assert page.run("document.querySelector('#said').textContent.trim()") == "So be it."
+    ask(page, "markdown")
+    finished(page)
+    assert server.requests[0]["chat_template_kwargs"] == {"enable_thinking": False}
+    told = server.requests[1]["messages"][1]
+    assert told.get("reasoning_content") == ("First this, then that." if way == "think" else None)
+    assert page.run("document.querySelector('.thought').open")  # as the reader left it
+
+
+def test_an_answer_that_was_cut_goes_on(page, server):
+    configure(page, tools=json.dumps(TOOLS), tool_choice="required", json=True)
+    ask(page, "long")
+    finished(page)
+    assert "cut at the limit of tokens" in last(page, ".figures")
+    page.run("[...document.querySelectorAll('.figures button')].find((b) => b.innerText === 'Continue').click()")
+    finished(page)
+    assert page.run("turns[0].answer") == "It was a dark and stormy night."
+    assert "24 tokens" in last(page, ".figures") and "Continue" not in last(page, ".figures")
+    sent = server.requests[1]
+    assert sent["messages"][-1] == {"role": "assistant", "content": "It was a dark and stor"}
+    assert (sent["continue_final_message"], sent["add_generation_prompt"]) == (True, False)
+    assert "response_format" not in sent and "tool_choice" not in sent  # they are of whole answers
+    page.run("document.querySelector('#new').click()")
+    ask(page, "muse")
+    finished(page)
+    assert "while thinking" in last(page, ".figures") and "Continue" not in last(page, ".figures")
+
+
+def test_what_the_model_cannot_do_is_neither_offered_nor_sent(page, server):
+    configure(page, tools=json.dumps(TOOLS), json=True, thinking="on")
+    server.capabilities = {}
+    page.open(server.url + "/?plain")
+    page.wait("document.title.startsWith('tiny')")
+    page.run("openSettings()")
+    assert page.run("[...document.querySelectorAll('[data-needs]')].every((part) => !part.offsetParent)")
+    page.press("Escape")
+    ask(page, "markdown")
+    finished(page)
+    assert server.requests[0].keys() == {"model", "messages", "stream", "stream_options"}
+
+
+def test_keyboard(page, server):
+    page.run("document.querySelector('#settings').focus()")
+    page.press("Enter")
+    page.wait("document.querySelector('#dialog').open && document.activeElement.name === 'system'")
+    page.press("Escape")
+    page.wait("!document.querySelector('#dialog').open")
+    assert page.run("document.activeElement.id") == "settings"
+    page.press("Escape")
+    assert page.run("document.activeElement.id") == "message"
+    stops = []
+    page.run("document.querySelector('#new').focus()")
+    for _ in range(4):
+        stops.append(page.run("document.activeElement.id"))
+        page.press("Tab")
+    assert stops == ["new", "settings", "scroll", "message"]
+
+
+def test_right_to_left(page, server):
+    ask(page, "arabic مرحبا")
+    finished(page)
+    blocks = "[...document.querySelectorAll('.text > *')].map((block) => getComputedStyle(block).direction)"
+    assert page.run(blocks) == ["rtl", "ltr", "rtl"]
+
+
+@pytest.mark.parametrize("width", (320, 360))
+def test_a_phones_width(page, server, width):
+    page.call("Emulation.setDeviceMetricsOverride", width=width, height=640, deviceScaleFactor=1, mobile=True)
+    server.go_on.set()
     try:
-        ask(page, "markdown")
-        finished(page)
-        assert page.run("document.documentElement.scrollWidth") <= 360
+        configure(page, tools=json.dumps(TOOLS))
+        for message in ("markdown", "think", "record", "odd", "call"):
+            ask(page, message)
+            finished(page)
+        assert page.run("document.documentElement.scrollWidth") <= width
+        assert page.run("document.querySelector('#scroll').scrollWidth") <= width
         assert page.run("document.querySelector('#message').getBoundingClientRect().bottom") <= 640
+        page.run("openSettings()")
+        assert page.run("document.querySelector('#dialog').scrollWidth") <= width
+        assert page.run("document.querySelector('#save').getBoundingClientRect().bottom") <= 640
+        page.press("Escape")
     finally:
         page.call("Emulation.clearDeviceMetricsOverride")
+
+
+def test_a_long_conversation_lays_out_only_what_is_on_show(page, server):
+    turn = {"question": "markdown", "answer": MARKDOWN * 3, "figures": {"tokens": 500}}
+    page.run(f"sessionStorage.setItem('amq.turns', JSON.stringify(Array(200).fill({json.dumps(turn)})))")
+    page.open(server.url + "/?long")
+    page.wait("server.model && turns.length === 200")
+    at_end = "$('scroll').scrollHeight - $('scroll').scrollTop - $('scroll').clientHeight < 60"
+    page.wait(at_end)
+    on_show = "(text) => text.checkVisibility({contentVisibilityAuto: true})"
+    laid_out = f"[...document.querySelectorAll('article .text')].filter({on_show}).length"
+    assert 0 < page.run(laid_out) < 20
+    ask(page, "markdown")
+    page.wait(f"turns.length === 201 && !running && {at_end}")
+    assert len(server.requests[0]["messages"]) == 401
 
 
 def test_against_the_real_server(page):
@@ -307,13 +417,13 @@ def test_against_the_real_server(page):
         page.write("secret")
         page.press("Enter")
         page.wait("document.title.startsWith('fake')")
-        assert page.run("document.querySelector('#usage').innerText") == "0 of 2,000 tokens"
+        assert page.run("document.querySelector('#usage').innerText").startswith("0 of 2,000 tokens")
         page.run("settings.max_tokens = '39'")
         ask(page, "guten Tag")
         finished(page)
         assert page.run("turns[0].answer") == "user: guten Tag|" * 2 + "user: g"  # what this engine says
         figures = page.run("document.querySelector('.figures').innerText")
-        assert "tokens/s" in figures and "39 tokens" in figures and "ended at the limit of tokens" in figures
+        assert "tokens/s" in figures and "39 tokens" in figures and "cut at the limit of tokens" in figures
         page.run("settings.max_tokens = ''")
         ask(page, "again")
         page.wait("turns[1].answer")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from helpers.processes import python_path
+from helpers.skips import CI, fault_of
 
 CONFTEST = """
 from helpers.skips import SkipGate
@@ -42,3 +43,11 @@ def test_a_wrong_skip_fails_the_run(processes: str, wrong: bool, tmp_path: Path)
     assert "1 passed" in result.stdout and "1 xfailed" in result.stdout
     for name in (*RIGHT, *WRONG):
         assert (f"WRONG SKIP {name}.py" in result.stdout) == (wrong and name in WRONG), result.stdout
+
+
+def test_no_browser_is_a_skip_for_developers_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(CI, raising=False)
+    assert fault_of("needs a Chromium browser on PATH") == ""
+    monkeypatch.setenv(CI, "1")
+    assert fault_of("needs a Chromium browser on PATH")

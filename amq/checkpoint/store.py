@@ -24,7 +24,7 @@ from amq.util.extras import install_hint
 from amq.util.files import json_floats, write_json
 from amq.util.folders import write_folder
 from amq.util.records import read_record
-from amq.util.tensors import hashes_metadata, open_files, save_file, verify_file
+from amq.util.tensors import hashes_metadata, open_file, open_files, save_file, stored_hashes, verify_file
 
 SHARD_SIZE = 4 << 30
 
@@ -75,6 +75,10 @@ class Checkpoint:
         """Reads all tensors once; raises AmqError unless they have the hashes that were written."""
         for path in weight_files(self.folder):
             verify_file(path)
+
+    def hashes(self) -> dict[str, str]:
+        """{tensor: hash} as written, nothing read; with the config they tell the model from every other."""
+        return {n: h for path in weight_files(self.folder) for n, h in stored_hashes(open_file(path), path).items()}
 
     def described(self, name: str) -> tuple[str, list[int]]:
         """(dtype as safetensors spells it, shape) of a tensor, from the file's header: nothing is read or allocated."""

@@ -14,6 +14,9 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
+MAX_SCORED = 64
+"""Tokens of a pass whose segments have `every`: each has a row of logits, up to a megabyte with a large vocabulary."""
+
 
 class Slot:
     """A sequence's place in the KV cache, made by `Engine.open`.
@@ -23,6 +26,15 @@ class Slot:
 
     def __init__(self, capacity: int, length: int = 0) -> None:
         self.capacity, self.length = capacity, length
+
+    def catch_up(self) -> bool:
+        """Moves `length` on over tokens of the prompt that were computed elsewhere since the last call; call it before
+        every pass for the slots whose prompt is being read, in the order in which passes serve them.
+
+        Returns whether to leave the slot out of the next pass, because it will find more: another slot that was asked
+        before computes the same tokens, or they are being read from disk. At least the last token is left to compute.
+        """
+        return False
 
 
 S = TypeVar("S", bound=Slot)
@@ -73,7 +85,8 @@ class Engine(Protocol[S]):
         """Runs one pass and moves every slot's `length` on.
 
         Returns float32 [logits that are wanted, vocab_size] on the CPU, in their order; valid until the next pass.
-        Raises AmqError for more than `max_rows` tokens, a slot beyond its capacity, a token outside the vocabulary.
+        Raises AmqError for more than `max_rows` tokens, more than MAX_SCORED in segments with `every`, a slot beyond
+        its capacity, a token outside the vocabulary.
         """
 
     def cached_tokens(self) -> tuple[int, int]:

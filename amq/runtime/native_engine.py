@@ -7,8 +7,9 @@ compute exactly as transformers does is refused with `Unsupported`, and the call
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,16 @@ from amq.kernels import cpu
 from amq.kernels.backends import check_activations
 from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
 from amq.packing import PreparedWeight
-from amq.runtime.engine import Segment, Slot
+from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.native_config import ModelConfig, Unsupported, read_config, read_sizes, rotary_frequencies, windows
-from amq.runtime.pages import PagePool
-from amq.util.files import is_out_of_memory
+from amq.runtime.page_keys import Key, model_root
+from amq.runtime.page_store import PageStore
+from amq.runtime.pages import PagePool, PageTable
+from amq.util.files import cache_dir, is_out_of_memory
 
 MAX_ROWS = 512
+READ_BYTES = 8 << 20
+"""Of pages that one call reads from disk at least: a few milliseconds, in which other sequences wait for their pass."""
 ALIGNMENT = 64
 """Of weights in memory: a cache line."""
 BLOCKS = "model.layers."
@@ -38,15 +43,30 @@ FLOATS = ("F32", "F16", "BF16")
 
 
 class PagedSlot(Slot):
-    """pages: int32 numbers of its pages in the cache. tokens: all that were computed, or found there."""
+    """table: of its pages in the cache. tokens: all that were computed, or found there. on_disk: whether its next page
+    may be in the prompt cache on disk."""
 
-    def __init__(self, capacity: int, pages: Sequence[int], tokens: Sequence[int]) -> None:
-        super().__init__(capacity, len(tokens))
-        self.pages, self.tokens = np.array(pages, np.int32), list(tokens)
+    def __init__(self, engine: NativeEngine, table: PageTable, page: int, on_disk: bool) -> None:
+        length = len(table.keys) * page
+        super().__init__(len(table.pages) * page, length)
+        self._engine, self.table, self.on_disk = engine, table, on_disk
+        self.tokens = list(table.prompt[:length])
+
+    @property
+    def pages(self) -> np.ndarray[Any, np.dtype[np.int32]]:
+        """Their numbers; none once the slot is closed."""
+        return self.table.pages
+
+    def catch_up(self) -> bool:
+        return self._engine.catch_up(self)
 
 
 class NativeEngine:
-    """See `amq.runtime.engine.Engine`; made by `open_native`."""
+    """See `amq.runtime.engine.Engine`; made by `open_native`.
+
+    root: of `page_keys.model_root`. store: makes the pages on disk from the bytes of a page; `shutdown` ends it.
+    prompt_cache: the pages on disk, with their counters, or None.
+    """
 
     def __init__(
         self,
@@ -54,6 +74,8 @@ class NativeEngine:
         banner: str,
         max_sequences: int,
         threads: int,
+        root: Key = b"",
+        store: Callable[[int], PageStore] | None = None,
     ) -> None:
         self._keep = model["keep"]  # everything that the decoder holds the address of
         self.banner, self.max_sequences, self._threads = banner, max_sequences, threads
@@ -70,11 +92,13 @@ class NativeEngine:
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
         self._busy = threading.Lock()
         page = cpu_module().PAGE
-        self._pool = PagePool(max_sequences * -(-self.context // page), page)
+        self._pool = PagePool(max_sequences * -(-self.context // page), page, root)
         self.cache_bytes = self._pool.n_pages * self._decoder.page_bytes
         self._cache = empty_bytes(self.cache_bytes)  # a page takes memory once it is written to
         self._logits = torch.empty(max_sequences, self.vocab_size)
         self._open = 0
+        self._claims: dict[Key, PagedSlot] = {}  # pages that slots compute in the next pass, since the last one
+        self.prompt_cache = store(self._decoder.page_bytes) if store else None
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 
     @contextmanager
@@ -91,20 +115,73 @@ class NativeEngine:
         if not prompt:
             raise AmqError("a sequence must begin with at least one token")
         with self._alone():
-            return self._open_slot(prompt, len(prompt) + new_tokens)
+            slot = self._open_slot(prompt, len(prompt) + new_tokens, owner, reuse)
+            if slot is not None:
+                self._find_more(slot)
+            return slot
 
-    def _open_slot(self, known: Sequence[int], positions: int) -> PagedSlot | None:
-        """A slot of `positions` positions that starts with what an earlier sequence left of `known`."""
+    def _open_slot(
+        self, prompt: Sequence[int], positions: int, owner: str | None = None, reuse: bool = True
+    ) -> PagedSlot | None:
+        """A slot of `positions` positions that begins with what memory has of `prompt`; owner: None shares nothing."""
         if not 1 <= positions <= self.context:
             raise AmqError(f"a sequence can have 1 to {self.context} positions, this one wants {positions}")
         if self._open == self.max_sequences:
             return None
-        taken = self._pool.take(known, positions)
-        if taken is None:
+        table = self._pool.take(prompt, positions, owner, reuse)
+        if table is None:
             return None
         self._open += 1
-        pages, length = taken
-        return PagedSlot(len(pages) * self._pool.page, pages, known[:length])
+        return PagedSlot(self, table, self._pool.page, self.prompt_cache is not None)
+
+    def catch_up(self, slot: PagedSlot) -> bool:
+        """See `Slot.catch_up`."""
+        with self._alone():
+            if not len(slot.pages):
+                raise AmqError("this slot is closed already")
+            coming = self._find_more(slot)
+            return coming is not None and (slot.on_disk or self._claims.setdefault(coming, slot) is not slot)
+
+    def _find_more(self, slot: PagedSlot) -> Key | None:
+        """Moves the slot on over pages of its prompt that are in memory, and over READ_BYTES of those on disk; returns
+        the key of the page that comes after them, if that may yet be found."""
+        pool, read = self._pool, 0
+        while (key := pool.wanted(slot.table, slot.tokens)) is not None:
+            if not pool.adopt(slot.table, key):
+                if read >= READ_BYTES or not self._read_page(slot, key):
+                    break
+                pool.fill(slot.table, key)
+                read += self._decoder.page_bytes
+        if (length := len(slot.table.keys) * pool.page) > slot.length:
+            slot.length, slot.tokens = length, list(slot.table.prompt[:length])
+        return key
+
+    def _read_page(self, slot: PagedSlot, key: Key) -> bool:
+        """Reads the slot's next page from disk; from the first that is not there, or is begun, the slot computes on."""
+        place = len(slot.table.keys)
+        if slot.on_disk and self.prompt_cache is not None:
+            begun = slot.length > place * self._pool.page
+            slot.on_disk = not begun and self.prompt_cache.read(key, self._page_memory(slot, place))
+        return slot.on_disk
+
+    def _page_memory(self, slot: PagedSlot, place: int) -> Any:
+        """uint8 [page_bytes], of a page by its place in the slot's table."""
+        size, page = self._decoder.page_bytes, int(slot.pages[place])
+        return self._cache[page * size : (page + 1) * size].numpy()
+
+    def _computed(self, segments: Sequence[Segment[PagedSlot]]) -> None:
+        """After a pass: the pages that it filled are there for others."""
+        self._claims.clear()
+        for segment in segments:
+            slot = segment.slot
+            slot.tokens.extend(segment.tokens)
+            slot.length += len(segment.tokens)
+            self._keep_pages(slot, self._pool.computed(slot.table, slot.tokens))
+
+    def _keep_pages(self, slot: PagedSlot, places: Iterable[int]) -> None:
+        if self.prompt_cache is not None:
+            for place in places:
+                self.prompt_cache.keep(slot.table.keys[place], self._page_memory(slot, place))
 
     def close(self, slot: PagedSlot) -> None:
         with self._alone():
@@ -113,22 +190,34 @@ class NativeEngine:
     def _close_slot(self, slot: PagedSlot) -> None:
         if not len(slot.pages):
             raise AmqError("this slot is closed already")
-        self._pool.give_back(slot.pages.tolist(), slot.tokens)
-        slot.pages, slot.capacity = slot.pages[:0], 0
+        self._keep_pages(slot, reversed(range(len(slot.table.keys))))  # the first page is used last: it is needed most
+        self._claims = {key: claimant for key, claimant in self._claims.items() if claimant is not slot}
+        self._pool.give_back(slot.table)
+        slot.capacity = 0
         self._open -= 1
+
+    def shutdown(self) -> None:
+        """Ends the writing to the prompt cache, once what waits is written; without one there is nothing to end."""
+        if self.prompt_cache is not None:
+            self.prompt_cache.close()
 
     def cached_tokens(self) -> tuple[int, int]:
         return self._pool.used * self._pool.page, self._pool.n_pages * self._pool.page
 
     def forward(self, segments: Sequence[Segment[PagedSlot]]) -> Tensor:
-        wanted, rows = [], 0
+        wanted: list[int] = []
+        rows = scored = 0
         for segment in segments:
-            rows += len(segment.tokens)
-            if segment.logits:
-                wanted.append(rows - 1)
-        if len(wanted) > len(self._logits):
-            raise AmqError(f"logits of {len(wanted)} segments are wanted, the engine has room for {len(self._logits)}")
-        logits = self._logits[: len(wanted)]
+            last = rows + len(segment.tokens)
+            wanted += range(rows, last) if segment.every else [last - 1] if segment.logits else []
+            scored += len(segment.tokens) * segment.every
+            rows = last
+        if scored > MAX_SCORED or len(wanted) - scored > len(self._logits):
+            raise AmqError(
+                f"logits of {len(wanted) - scored} segments and {scored} single tokens are wanted, the engine has room "
+                f"for {len(self._logits)} and {MAX_SCORED}"
+            )
+        logits = self._logits[: len(wanted)] if not scored else torch.empty(len(wanted), self.vocab_size)
         with self._alone():
             self._run(segments, wanted, logits)
         return logits
@@ -165,9 +254,7 @@ class NativeEngine:
             )  # fmt: skip
         except (ValueError, OverflowError) as error:
             raise AmqError(str(error)) from error
-        for segment in segments:
-            segment.slot.tokens.extend(segment.tokens)
-            segment.slot.length += len(segment.tokens)
+        self._computed(segments)
 
 
 def open_native(
@@ -178,6 +265,8 @@ def open_native(
     threads: int | None = None,
     cache: str | None = None,
     verify: bool = True,
+    prompt_cache: int | None = None,
+    prompt_cache_folder: Path | None = None,
 ) -> NativeEngine:
     """Opens a checkpoint of the Llama family.
 
@@ -187,6 +276,7 @@ def open_native(
     threads: None: torch's.
     cache: `float16` or `float32` keys and values; None: float32 where activations are exact.
     verify: compare the hash of every tensor.
+    prompt_cache: bytes of pages to keep on disk, in prompt_cache_folder (None: `prompts` in the user's cache).
     Raises Unsupported where the model or a setting is not for this engine, AmqError for a damaged checkpoint.
     """
     check_activations("cpu", activations)
@@ -207,7 +297,11 @@ def open_native(
     try:
         model = describe(checkpoint, config, sizes)
         model |= {"int8": activations == "int8", "half_cache": cache == "float16"}
-        return NativeEngine(model, banner, max_sequences, threads)
+        if prompt_cache is None:
+            return NativeEngine(model, banner, max_sequences, threads)
+        root = model_root(checkpoint, model["tables"], {"activations": activations, "cache": cache})
+        store = partial(PageStore, prompt_cache_folder or cache_dir() / "prompts", prompt_cache)
+        return NativeEngine(model, banner, max_sequences, threads, root, store)
     except (OSError, RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -331,7 +425,14 @@ def describe(checkpoint: Checkpoint, config: ModelConfig, sizes: Mapping[str, An
     weights.keep += [cos, sin]
     arrays = {"cos": memory(cos), "sin": memory(sin), "final_norm": final_norm, "embedding": embedding, "head": head}
     read = weights.bytes + (head[2] if head[0] in ("float32", "float16", "bfloat16") else 0)
-    return {"sizes": dict(sizes), "arrays": arrays, "blocks": blocks, "keep": weights.keep, "weight_bytes": read}
+    return {
+        "sizes": dict(sizes),
+        "arrays": arrays,
+        "blocks": blocks,
+        "keep": weights.keep,
+        "tables": [cos, sin],
+        "weight_bytes": read,
+    }
 
 
 def _describe_block(weights: _Weights, config: ModelConfig, layer: int, window: int) -> dict[str, Any]:

@@ -1,30 +1,44 @@
 """Which page of the KV cache belongs to whom, and prefix caching.
 
 A sequence holds pages for all the positions that it may come to, from the start, so that nothing is evicted in
-mid-text. A full page is never written again. When its sequence ends, it stays as it is, known by the tokens that
-it holds and those before it, until its place is needed: the next message of a conversation computes only what is new.
+mid-text. A full page is never written again, so it is known by its key (amq.runtime.page_keys) from the moment it is
+full: another sequence of the same owner that begins with the same tokens holds it too, beside the one that computed
+it. When nobody holds it any more it stays as it is until its place is needed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import count
 
-Key = tuple[int, ...]
-"""(serial number of the page before, or 0; its tokens): pages of equal keys hold equal keys and values."""
+import numpy as np
+
+from amq.runtime.page_keys import Key, owner_root, page_key, page_keys
+
+
+class PageTable:
+    """The pages of one sequence; made by `PagePool.take`.
+
+    pages: int32, their numbers in the order of positions; none once they are given back.
+    root: what stands before the first page's key; None where the sequence shares its pages with nobody.
+    prompt: what it may find computed, without the last token, which is always left to be computed; ahead: the keys of
+        the full pages of that.
+    keys: of the sequence's own full pages, as far as they are computed or found.
+    """
+
+    def __init__(self, pages: Sequence[int], root: Key | None, prompt: Sequence[int], ahead: list[Key]) -> None:
+        self.pages, self.root, self.prompt, self.ahead = np.array(pages, np.int32), root, prompt, ahead
+        self.keys: list[Key] = []
 
 
 class PagePool:
-    """Pages 0 … n_pages − 1 of `page` positions each."""
+    """Pages 0 … n_pages − 1 of `page` positions each; root: of `page_keys.model_root`, where keys outlive this pool."""
 
-    def __init__(self, n_pages: int, page: int) -> None:
-        self.n_pages, self.page = n_pages, page
+    def __init__(self, n_pages: int, page: int, root: Key = b"") -> None:
+        self.n_pages, self.page, self._root = n_pages, page, root
         self._free = list(range(n_pages - 1, -1, -1))  # low numbers first: memory that was touched is used again
         self._users = [0] * n_pages
         self._keys: dict[int, Key] = {}
         self._known: dict[Key, int] = {}
-        self._serials = [0] * n_pages  # of known pages; never used twice, so that a key outlives no page before it
-        self._next_serial = count(1)
         self._idle: dict[int, None] = {}  # known pages that no sequence holds, the one that waits longest first
 
     @property
@@ -32,26 +46,88 @@ class PagePool:
         """Pages that sequences hold."""
         return self.n_pages - len(self._free) - len(self._idle)
 
-    def take(self, tokens: Sequence[int], positions: int) -> tuple[list[int], int] | None:
-        """Pages for `positions` positions of a sequence that begins with `tokens`, and how many of these are there.
+    def take(
+        self, tokens: Sequence[int], positions: int, owner: str | None = "", reuse: bool = True
+    ) -> PageTable | None:
+        """Pages for `positions` positions of a sequence that begins with `tokens`; None where too few are free.
 
-        None where too few pages are free. At least the last token is left to be computed.
+        `keys` of the result are those of the pages that are there already, which only sequences of the same owner have
+        made. owner: None shares nothing. reuse: False finds nothing, but is found by others.
         """
+        root = None if owner is None else owner_root(self._root, owner)
+        prompt = tokens[:-1] if reuse and root is not None else tokens[:0]
+        ahead = [] if root is None else list(page_keys(root, prompt, self.page))
         found: list[int] = []
-        serial = 0
-        for start in range(0, len(tokens) - 1 - (len(tokens) - 1) % self.page, self.page):
-            page = self._known.get((serial, *tokens[start : start + self.page]))
-            if page is None:
+        for key in ahead:
+            if key not in self._known:
                 break
-            found.append(page)
-            serial = self._serials[page]
+            found.append(self._known[key])
         missing = -(-positions // self.page) - len(found)
         if missing > len(self._free) + len(self._idle) - sum(page in self._idle for page in found):
             return None
         for page in found:
-            self._users[page] += 1
-            self._idle.pop(page, None)
-        return found + [self._new_page() for _ in range(missing)], len(found) * self.page
+            self._hold(page)
+        table = PageTable(found + [self._new_page() for _ in range(missing)], root, prompt, ahead)
+        table.keys = ahead[: len(found)]
+        return table
+
+    def wanted(self, table: PageTable, tokens: Sequence[int]) -> Key | None:
+        """The key of the page that comes next in a sequence that has computed `tokens`, where it may be found: None
+        where the prompt has no more full pages, or the tokens are not the prompt's."""
+        done = len(table.keys)
+        if done >= len(table.ahead) or (done and table.keys[-1] != table.ahead[done - 1]):
+            return None
+        started = tokens[done * self.page :]
+        return table.ahead[done] if list(table.prompt[done * self.page :][: len(started)]) == list(started) else None
+
+    def adopt(self, table: PageTable, key: Key) -> bool:
+        """Gives a sequence the page of `key`, which is its next, in place of its own; returns whether it is known."""
+        page, place = self._known.get(key), len(table.keys)
+        if page is None:
+            return False
+        own = int(table.pages[place])
+        if own != page:
+            self._hold(page)
+            table.pages[place] = page
+            self._drop(own)
+        table.keys.append(key)
+        return True
+
+    def fill(self, table: PageTable, key: Key) -> None:
+        """The sequence's next page has the content of `key` from now on."""
+        if not self.adopt(table, key):  # else another sequence has computed the same beside this one: one is enough
+            page = int(table.pages[len(table.keys)])
+            self._known[key], self._keys[page] = page, key
+            table.keys.append(key)
+
+    def computed(self, table: PageTable, tokens: Sequence[int]) -> range:
+        """The sequence has computed `tokens`; returns the places in its table that became full."""
+        done = len(table.keys)
+        if table.root is None:
+            return range(0)
+        for start in range(done * self.page, len(tokens) - self.page + 1, self.page):
+            before = table.keys[-1] if table.keys else table.root
+            self.fill(table, page_key(before, tokens[start : start + self.page]))
+        return range(done, len(table.keys))
+
+    def give_back(self, table: PageTable) -> None:
+        """Ends a sequence. What it shares is evicted from its end on: a page is found only through those before it."""
+        for page in reversed(table.pages.tolist()):
+            self._drop(page)
+        table.pages = table.pages[:0]
+
+    def _hold(self, page: int) -> None:
+        self._users[page] += 1
+        self._idle.pop(page, None)
+
+    def _drop(self, page: int) -> None:
+        self._users[page] -= 1
+        if self._users[page]:
+            return
+        if page in self._keys:
+            self._idle[page] = None
+        else:
+            self._free.append(page)
 
     def _new_page(self) -> int:
         if self._free:
@@ -61,25 +137,3 @@ class PagePool:
             del self._idle[page], self._known[self._keys.pop(page)]
         self._users[page] = 1
         return page
-
-    def give_back(self, pages: Sequence[int], tokens: Sequence[int]) -> None:
-        """Ends a sequence that computed `tokens`, in `pages`; those that they fill stay known."""
-        serial = 0
-        for i, page in enumerate(pages):
-            self._users[page] -= 1
-            content = tuple(tokens[i * self.page : (i + 1) * self.page])
-            if len(content) == self.page:
-                serial = self._remember(page, (serial, *content))
-            if self._users[page]:
-                continue
-            if page in self._keys:
-                self._idle[page] = None
-            else:
-                self._free.append(page)
-
-    def _remember(self, page: int, key: Key) -> int:
-        """The serial number of the page that is known by `key`: this one, or one that was there before."""
-        if key not in self._known:
-            self._known[key], self._keys[page] = page, key
-            self._serials[page] = next(self._next_serial)
-        return self._serials[self._known[key]]

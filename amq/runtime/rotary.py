@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from amq.model.shape import ModelShape, size
@@ -22,7 +23,7 @@ LONG = frozenset({"longrope", "su"})
 class Sequential(Protocol):
     """What a slot holds: see amq.runtime.torch_engine."""
 
-    def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None: ...
+    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None: ...
 
     def reset(self) -> None: ...
 
@@ -76,14 +77,17 @@ class Renewed:
         self._text: list[int] = []
         self._done = 0
 
-    def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
+    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None:
+        if every and len(tokens) > 1 and self._tables.change(max(self._done, 1), len(self._text) + len(tokens)):
+            return torch.cat([row for token in tokens if (row := self.run([token], True, True)) is not None])
         self._text += tokens
         length = len(self._text)
-        if not logits and self._tables.change(length, self._prompt):
+        if not (logits or every) and self._tables.change(length, self._prompt):
             return None
         if self._tables.change(self._done, length):
             self._sequence.reset()
             self._done = 0
         part, self._done = self._text[self._done :], length
         self._tables.prepare(length)
-        return self._sequence.run(part, logits)
+        found = self._sequence.run(part, logits, every)
+        return found[-len(tokens) :] if every and found is not None else found

@@ -1,14 +1,15 @@
 """How the next token is chosen: greedily, or drawn with temperature, top-k, top-p, min-p and penalties.
 
-The order is transformers': penalties, temperature, top-k, top-p, min-p; the tokens that survive and their
-probabilities are the same. Every filter keeps the likeliest tokens up to some rank, so only those that may survive are
-sorted, not the vocabulary: first the few likeliest, and more only where these lack the mass that top-p asks for.
+The order is transformers': bias, penalties, the tokens that may come next, temperature, top-k, top-p, min-p; the tokens
+that survive and their probabilities are the same. Every filter keeps the likeliest tokens up to some rank, so only
+those that may survive are sorted, not the vocabulary: first the few likeliest, and more only where these lack the mass
+that top-p asks for. Where a constraint leaves a part of the vocabulary, the rest of the work is on that part.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -41,7 +42,7 @@ class Choice:
 
 
 class Constraint(Protocol):
-    """What a text has to keep to, such as a grammar (amq.runtime.grammar)."""
+    """What a text has to keep to, such as a grammar (amq.runtime.grammar). Both raise AmqError where that failed."""
 
     def allowed(self) -> np.ndarray:
         """The tokens that may come next: bits of int32 [⌈vocabulary / 32⌉], the lowest first."""
@@ -51,10 +52,19 @@ class Constraint(Protocol):
 
 
 class Sampler:
-    """Chooses the tokens of one text: keeps its own random generator and the tokens that penalties look at."""
+    """Chooses the tokens of one text: keeps its own random generator and the tokens that penalties look at.
 
-    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
-        self.sampling = sampling
+    ends: tokens that end the text, which none of the first `min_tokens` is unless `constraint` leaves no other.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        ends: Collection[int] = (),
+        constraint: Constraint | None = None,
+    ) -> None:
+        self.sampling, self._constraint = sampling, constraint
         drawn = sampling.temperature > 0
         seed = None if sampling.seed is None else sampling.seed % 2**64  # numpy takes no negative ones
         self._random = np.random.default_rng(seed) if drawn else None
@@ -62,40 +72,63 @@ class Sampler:
         self._counts = sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
         self._seen = np.unique(np.asarray(prompt, dtype=np.int64)) if self._repeats else np.empty(0, np.int64)
         self._new: dict[int, int] = {}
+        self._chosen = 0
+        self._ends = np.fromiter(ends, np.int64)
+        self._bias = tuple(np.array(side) for side in zip(*sampling.logit_bias, strict=True))  # tokens, what is added
 
     def choose(self, logits: Tensor) -> Choice:
         """The next token.
 
         logits: float32 [vocabulary] on the CPU, not changed.
-        Raises AmqError where they hold NaN or an infinity above all else.
+        Raises AmqError where they hold NaN or an infinity above all else, and where no token may come next.
         """
         raw = logits.numpy()
-        likeliest = int(raw.argmax())  # numpy's argmax stops at a NaN
-        largest = raw[likeliest]
-        if not math.isfinite(largest):
-            raise AmqError(
-                f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
-                "overflow; try --dtype float32, or quantize it again"
-            )
-        penalized = self._repeats or self._counts
-        scores = self._penalized(raw) if penalized else raw
-        if self._random is not None:
-            token = self._draw(scores)
-        else:
-            token = int(scores.argmax()) if penalized else likeliest
+        largest = _largest(raw)
+        scores = self._changed(raw)
+        candidates = self._candidates(len(raw))
+        if candidates is not None:
+            scores = scores[candidates]
+            if not len(scores) or scores.max() == -np.inf:
+                raise AmqError("the model rules out every token that may come next")
+        place = int(scores.argmax()) if self._random is None else self._draw(scores)
+        token = place if candidates is None else int(candidates[place])
         self._remember(token)
         if self.sampling.logprobs is None:
             return Choice(token)
-        return _with_logprobs(token, raw, float(largest), self.sampling.logprobs)
+        return _with_logprobs(token, raw, largest, self.sampling.logprobs)
+
+    def _candidates(self, vocabulary: int) -> np.ndarray | None:
+        """Tokens that may come next, int64 [n], ascending; None: all."""
+        early = self._chosen < self.sampling.min_tokens and len(self._ends) > 0
+        if self._constraint is None and not early:
+            return None
+        allowed = np.ones(vocabulary, bool)
+        if self._constraint is not None:
+            bits = self._constraint.allowed().view(np.uint8)
+            allowed = np.unpackbits(bits, count=vocabulary, bitorder="little").view(bool)
+        if early:
+            later = allowed.copy()
+            later[self._ends[self._ends < vocabulary]] = False
+            allowed = later if later.any() else allowed
+        return np.flatnonzero(allowed)
 
     def _remember(self, token: int) -> None:
+        self._chosen += 1
+        if self._constraint is not None:
+            self._constraint.accept(token)
         if self._repeats and token not in self._new:
             self._seen = np.union1d(self._seen, token)
         if self._repeats or self._counts:
             self._new[token] = self._new.get(token, 0) + 1
 
-    def _penalized(self, raw: np.ndarray) -> np.ndarray:
+    def _changed(self, raw: np.ndarray) -> np.ndarray:
+        """Bias and penalties applied; `raw` itself where there are none."""
+        if not (self._bias or self._repeats or self._counts):
+            return raw
         how, scores = self.sampling, raw.copy()
+        if self._bias:
+            tokens, added = self._bias
+            scores[tokens] += added
         if self._repeats:
             seen = scores[self._seen]
             scores[self._seen] = np.where(seen < 0, seen * how.repetition_penalty, seen / how.repetition_penalty)
@@ -202,6 +235,26 @@ def _likeliest(scores: np.ndarray, count: int) -> np.ndarray:
     tops = scores[: rows * columns].reshape(rows, columns).max(axis=0)
     tokens = np.flatnonzero(scores >= np.partition(tops, columns - count)[columns - count])
     return tokens[np.argsort(-scores[tokens], kind="stable")]
+
+
+def score(token: int, logits: Tensor, count: int) -> Choice:
+    """A token that came, as if it had been chosen.
+
+    logits: float32 [vocabulary] on the CPU, before it. count: as `Sampling.logprobs`.
+    Raises AmqError as `Sampler.choose`.
+    """
+    raw = logits.numpy()
+    return _with_logprobs(token, raw, _largest(raw), count)
+
+
+def _largest(raw: np.ndarray) -> float:
+    largest = float(raw[raw.argmax()])  # numpy's argmax stops at a NaN
+    if not math.isfinite(largest):
+        raise AmqError(
+            f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
+            "overflow; try --dtype float32, or quantize it again"
+        )
+    return largest
 
 
 def _with_logprobs(token: int, raw: np.ndarray, largest: float, count: int) -> Choice:

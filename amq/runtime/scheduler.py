@@ -1,9 +1,10 @@
 """Continuous batching: requests in, tokens and text out, as many at once as the engine holds.
 
 Every `step` is one pass of the engine: one token of each sequence that is decoding, and as much of the waiting prompts
-as fits. While anyone decodes, a pass reads at most `prefill_rows` tokens of prompts, so that a long prompt does not
-hold up the others' next token; prompts that wait share them, the shortest rest first, but for a quarter that goes to
-the one that came first, so that none waits forever.
+as fits. While anyone decodes, a pass reads only as many tokens of prompts as take `PROMPT_SECONDS`, by what the latest
+passes took, so that a long prompt does not hold up the others' next token; prompts that wait share them, the shortest
+rest first, but for a quarter that goes to the one that came first, so that none waits forever. What the parts are
+changes no text.
 
 Not thread-safe: one thread submits, steps and cancels (amq.serve has a thread for it).
 """
@@ -11,6 +12,7 @@ Not thread-safe: one thread submits, steps and cancels (amq.serve has a thread f
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,13 +20,17 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.runtime.engine import Engine, Segment, Slot
-from amq.runtime.sampling import Choice, Constraint, Sampler
+from amq.runtime.engine import MAX_SCORED, Engine, Segment, Slot
+from amq.runtime.sampling import Choice, Constraint, Sampler, score
 from amq.runtime.settings import Sampling
-from amq.runtime.tokenizer import TextStream, Tokenizer
+from amq.runtime.tokenizer import PANIC, TextStream, Tokenizer
 
 OLDEST_SHARE = 4
 """The prompt that came first gets at least this part (a quarter) of the tokens of prompts that a pass reads."""
+PROMPT_SECONDS = 0.1
+"""That a pass may read prompts for while anyone decodes."""
+LEAST_ROWS = 8
+"""Tokens of prompts that a pass reads however slow the machine: a few more beside those that decode cost little."""
 
 log = logging.getLogger(__name__)
 
@@ -70,36 +76,128 @@ class _Active:
 
     def __init__(self, request: Request, slot: Slot, tokenizer: Tokenizer, limit: int) -> None:
         self.request, self.slot, self.limit = request, slot, limit
-        self.sampler = Sampler(request.sampling, request.prompt)
-        self.stream = TextStream(tokenizer, request.sampling.stop)
+        how = request.sampling
+        self.ends = _ends(request, tokenizer)
+        self.sampler = Sampler(how, request.prompt, self.ends, request.constraint)
+        self.stream = TextStream(tokenizer, how.stop, frozenset(how.shown_special))
         self.todo: Sequence[int] = request.prompt[slot.length :]
         self.reading = True
 
+    def catch_up(self) -> bool:
+        """Leaves out what was computed elsewhere since; returns whether more of that is on its way."""
+        before = self.slot.length
+        more = self.slot.catch_up()
+        found = self.slot.length - before
+        self.todo = self.todo[found:]
+        self.request.cached_tokens += found
+        return more
+
+    @property
+    def scored(self) -> bool:
+        """Whether it is a prompt whose tokens' log probabilities are wanted."""
+        return self.reading and self.request.sampling.prompt_logprobs is not None
+
+    def segment(self, tokens: Sequence[int]) -> Segment:
+        last = len(tokens) == len(self.todo) and self.limit > 0
+        return Segment(self.slot, tokens, last, every=self.scored)
+
+    def score(self, logits: Tensor) -> None:
+        """The prompt's tokens after those that were computed last, each with its row of `logits`."""
+        request, count = self.request, self.request.sampling.prompt_logprobs
+        assert count is not None
+        following = request.prompt[len(request.prompt) - len(self.todo) - len(logits) + 1 :]
+        request.prompt_choices += [score(token, row, count) for token, row in zip(following, logits, strict=False)]
+
+    def advance(self, logits: Tensor) -> Piece:
+        """The next token, all before it being computed.
+
+        logits: [vocabulary]. The request has ended where the piece has.
+        """
+        request, how = self.request, self.request.sampling
+        choice = self.sampler.choose(logits)
+        request.new_tokens += 1
+        self.todo, self.reading = (choice.token,), False
+        ended = choice.token in self.ends
+        self.stream.stop = how.stop if request.new_tokens >= how.min_tokens else ()
+        text = "" if ended else self.stream.push(choice.token)
+        finished = None
+        if ended or self.stream.stopped:
+            finished = "stop"
+        elif request.new_tokens >= self.limit:
+            finished = "length"
+        if finished is not None:
+            text += self.stream.finish()  # the rest may hold a stop text yet: half a character before it was pending
+            finished = "stop" if self.stream.stopped else finished
+        return Piece(text, (choice,), finished)
+
+
+def _ends(request: Request, tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that end a request's text. A constraint has an end of its own, which the model's end tokens tell."""
+    how = request.sampling
+    own = tokenizer.end_ids if not how.ignore_end or request.constraint is not None else frozenset()
+    named = (tokenizer.special_named(text) for text in how.stop)
+    return own | frozenset(how.stop_token_ids) | {token for token in named if token is not None}
+
+
+class _Pace:
+    """How many tokens of prompts a pass reads while anyone decodes; `passed` tells it what passes took."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._least = most, min(LEAST_ROWS, most)
+        self._seconds, self._rows = 0.0, 0.0  # of late, for prompts alone; the latest pass counts as all before it
+        self._decoding = 0.0  # seconds of a pass without prompts
+
+    def rows(self) -> int:
+        if not self._seconds:
+            return self._most
+        return min(max(int(PROMPT_SECONDS * self._rows / self._seconds), self._least), self._most)
+
+    def passed(self, seconds: float, rows: int, decoding: bool) -> None:
+        """A pass took `seconds` with `rows` tokens of prompts, beside others that decode or not."""
+        if rows:
+            self._seconds = self._seconds / 2 + max(seconds - self._decoding * decoding, 0.0)
+            self._rows = self._rows / 2 + rows
+        else:
+            self._decoding += (seconds - self._decoding) / 2
+
 
 class Scheduler:
-    """Runs requests on an engine, first come, first admitted."""
+    """Runs requests on an engine, first come, first admitted.
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, prefill_rows: int = 128) -> None:
+    prefill_rows: tokens of prompts that a pass reads at most while anyone decodes. clock: seconds.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prefill_rows: int = 128,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         if not 1 <= engine.max_sequences <= engine.max_rows:
             raise AmqError(f"expected 1 to {engine.max_rows} sequences at once, got {engine.max_sequences}")
         if prefill_rows < 1:
             raise AmqError(f"prefill_rows must be at least 1, got {prefill_rows}")
-        self._engine, self._tokenizer, self._prefill_rows = engine, tokenizer, prefill_rows
+        self._engine, self._tokenizer, self._clock = engine, tokenizer, clock
+        self._pace = _Pace(prefill_rows)
         self._waiting: deque[Request] = deque()
         self._running: dict[Request, _Active] = {}  # in the order in which they came
 
     def submit(self, request: Request) -> None:
         """Queues it. Raises AmqError at once where it can never run (empty prompt, prompt as long as the context)."""
-        length, context = len(request.prompt), self._engine.context
+        length, context, vocabulary = len(request.prompt), self._engine.context, self._engine.vocab_size
         if not length:
             raise AmqError("the prompt is empty: give some text")
-        if length >= context:
+        if length + min(request.sampling.max_new_tokens, 1) > context:
             raise AmqError(f"the prompt has {length} tokens, the model's context {context}: give a shorter one")
-        if min(request.prompt) < 0 or max(request.prompt) >= self._engine.vocab_size:
+        if min(request.prompt) < 0 or max(request.prompt) >= vocabulary:
             raise AmqError(
-                f"the prompt has a token id outside the model's vocabulary of {self._engine.vocab_size}: the tokenizer "
-                "is not this model's"
+                f"the prompt has a token id outside the model's vocabulary of {vocabulary}: the tokenizer is not this "
+                "model's"
             )
+        for token, _ in request.sampling.logit_bias:
+            if token >= vocabulary:
+                raise AmqError(f"logit_bias is for token {token}, the model's vocabulary has {vocabulary}")
         self._waiting.append(request)
 
     def cancel(self, request: Request) -> None:
@@ -115,20 +213,26 @@ class Scheduler:
         worked = self._admit()
         if not self._running:
             return worked
-        parts = self._parts()
-        segments = [Segment(active.slot, tokens, len(tokens) == len(active.todo)) for active, tokens in parts]
+        parts, start = self._parts(), self._clock()
+        if not parts:  # everyone waits for pages from disk, which come step by step
+            return True
+        segments = [active.segment(tokens) for active, tokens in parts]
         try:
             logits = self._engine.forward(segments)
-        except Exception as error:  # noqa: BLE001 (whatever it is, what the slots hold is no longer known)
+        except BaseException as error:  # noqa: BLE001 (whatever it is, what the slots hold is no longer known)
+            reason = _reason(error)
             for active, _ in parts:
-                self._fail(active.request, _reason(error))
+                self._fail(active.request, reason)
             return True
+        rows = logits.split([len(s.tokens) if s.every else int(s.logits) for s in segments])
+        read = sum(len(tokens) for active, tokens in parts if active.reading)
+        decoding = any(not active.reading for active, _ in parts)
         for active, tokens in parts:
             active.todo = active.todo[len(tokens) :]
-        ready = [active for active, _ in parts if not active.todo]
-        for row, active in enumerate(ready):
+        for (active, _), own in zip(parts, rows, strict=True):
             if active.request in self._running:  # a listener may have cancelled it since
-                self._choose(active, logits[row])
+                self._advance(active, own)
+        self._pace.passed(self._clock() - start, read, decoding)
         return True
 
     @property
@@ -148,12 +252,14 @@ class Scheduler:
             request = self._waiting[0]
             limit = min(request.sampling.max_new_tokens, self._engine.context - len(request.prompt))
             try:
-                slot = self._engine.open(request.prompt, limit)
+                reuse = request.sampling.prompt_logprobs is None
+                slot = self._engine.open(request.prompt, limit, request.owner, reuse)
                 if slot is None and not self._running:
                     raise AmqError("the engine has no room: something else runs on it")
-            except Exception as error:  # noqa: BLE001 (it waits first in line: nobody would come after it)
+            except BaseException as error:  # noqa: BLE001 (it waits first in line: nobody would come after it)
+                reason = _reason(error)
                 self._waiting.popleft()
-                self._fail(request, _reason(error))
+                self._fail(request, reason)
                 ended = True
                 continue
             if slot is None:
@@ -167,42 +273,45 @@ class Scheduler:
         """The tokens of the next pass."""
         active = self._running.values()
         parts = [(a, a.todo) for a in active if not a.reading]
-        reading = [a for a in active if a.reading]
+        reading = self._reading()
         rows = self._engine.max_rows - len(parts)
         if parts:
-            rows = min(rows, self._prefill_rows)
+            rows = min(rows, self._pace.rows())
         if not reading or not rows:
             return parts
-        oldest, share = reading[0], -(-rows // OLDEST_SHARE)
-        taken = {oldest.request: min(share, len(oldest.todo))}
-        rows -= taken[oldest.request]
-        for a in sorted(reading, key=lambda a: len(a.todo)):
-            more = min(rows, len(a.todo) - taken.get(a.request, 0))
-            taken[a.request] = taken.get(a.request, 0) + more
+        scored = MAX_SCORED
+        taken: dict[_Active, int] = dict.fromkeys(reading, 0)
+        share = -(-rows // OLDEST_SHARE)
+        for a, most in ((reading[0], share), *((a, rows) for a in sorted(reading, key=lambda a: len(a.todo)))):
+            more = min(most, rows, len(a.todo) - taken[a], scored if a.scored else rows)
+            taken[a] += more
             rows -= more
-        return parts + [(a, a.todo[: taken[a.request]]) for a in reading if taken[a.request]]
+            scored -= more * a.scored
+        return parts + [(a, a.todo[: taken[a]]) for a in active if taken.get(a)]
 
-    def _choose(self, active: _Active, logits: Tensor) -> None:
+    def _reading(self) -> list[_Active]:
+        """Whose prompts are read on: the one that came first, then the shortest rest. Who waits for what another of
+        them is to compute, or for pages from disk, is left out."""
+        reading = [a for a in self._running.values() if a.reading]
+        reading[1:] = sorted(reading[1:], key=lambda a: len(a.todo))
+        return [a for a in reading if not a.catch_up()]
+
+    def _advance(self, active: _Active, logits: Tensor) -> None:
+        """What a pass gave for a request; nothing where more of its prompt is to be read."""
         request = active.request
         try:
-            choice = active.sampler.choose(logits)
-        except Exception as error:  # noqa: BLE001 (it is of this request only)
+            if active.scored:
+                active.score(logits)
+            if active.todo:
+                return
+            piece = active.advance(logits[-1]) if active.limit else Piece("", finished="length")
+        except BaseException as error:  # noqa: BLE001 (it is of this request only)
             self._fail(request, _reason(error))
             return
-        request.new_tokens += 1
-        active.todo, active.reading = (choice.token,), False
-        ended = choice.token in self._tokenizer.end_ids and not request.sampling.ignore_end
-        text = "" if ended else active.stream.push(choice.token)
-        finished = None
-        if ended or active.stream.stopped:
-            finished = "stop"
-        elif request.new_tokens >= active.limit:
-            finished = "length"
-        if finished is None:
-            self._tell(request, Piece(text, (choice,)))
-            return
-        text += active.stream.finish()  # the rest may hold a stop text yet: half a character before it was pending
-        self._end(request, Piece(text, (choice,), "stop" if active.stream.stopped else finished))
+        if piece.finished is None:
+            self._tell(request, piece)
+        else:
+            self._end(request, piece)
 
     def _fail(self, request: Request, reason: str) -> None:
         request.error = reason
@@ -225,8 +334,14 @@ class Scheduler:
                 self._engine.close(active.slot)
 
 
-def _reason(error: Exception) -> str:
-    """What a request's reader is told; what is not our own error is a defect, and logged."""
+def _reason(error: BaseException) -> str:
+    """What a request's reader is told; what is not our own error is a defect, and logged.
+
+    A panic of a Rust library is an error like any other, though Python has no Exception of it. What is meant for the
+    whole process, such as KeyboardInterrupt, is raised again.
+    """
+    if not isinstance(error, Exception) and type(error).__name__ != PANIC:
+        raise error
     if isinstance(error, AmqError):
         return str(error)
     log.error("a request ends because the engine failed", exc_info=error)

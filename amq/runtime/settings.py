@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
@@ -13,6 +14,8 @@ from amq.util.settings import Settings, flag
 WRITE, DRAW = "what to write", "how to choose tokens"
 MAX_LOGPROBS = 20
 """OpenAI's limit of `top_logprobs`."""
+MAX_BIAS = 100
+"""OpenAI's limit of `logit_bias`: so much forbids a token, or leaves no other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +48,15 @@ class LoadSettings(RuntimeSettings):
     max_sequences: that run at once.
     threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.
     trust_remote_code: see `amq.model.open.load_model`.
+    prompt_cache: bytes of what was computed for prompts that are kept on disk; None: none. The native engine alone has
+        it. Whoever loads calls the engine's `shutdown` at the end.
+    prompt_cache_folder: where; None: `prompts` in the user's cache.
     """
 
     context: int | None = flag(None, "", least=1)
     max_sequences: int = flag(1, "", least=1)
+    prompt_cache: int | None = flag(None, "", least=1)
+    prompt_cache_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,13 @@ class Sampling(Settings):
     repetition_penalty: logits of tokens in the prompt and the new text are divided by it, negative ones multiplied.
     presence_penalty, frequency_penalty: taken from a new token's logit once, and as often as it occurred.
     seed: of the draws; None draws differently every time.
-    max_new_tokens: the model's context ends a text too.
+    max_new_tokens: the model's context ends a text too. 0 reads the prompt and chooses nothing.
     stop: texts that end the generation where they appear; they are not part of the output.
     logprobs: None, or of how many of the likeliest tokens log probabilities are wanted beside the chosen one's.
-    ignore_end: go on after an end token, for benchmarks.
+    ignore_end: go on after the model's end tokens, for benchmarks.
     stop_token_ids: end tokens of this text besides the model's.
     min_tokens: before so many new tokens no end token is chosen and no stop text looked for.
-    logit_bias: (token, added to its logit), each token once.
+    logit_bias: (token, from −100 to 100: added to its logit), each token once.
     shown_special: special tokens that become text; the others are left out of it.
     prompt_logprobs: None, or as `logprobs` for the tokens of the prompt but the first; it is then read as a whole.
     Raises AmqError for a value out of range.
@@ -81,7 +89,7 @@ class Sampling(Settings):
     presence_penalty: float = flag(0.0, "above 0: fewer words that came before", DRAW, least=-2, most=2, metavar="P")
     frequency_penalty: float = flag(0.0, "above 0: fewer words that came often", DRAW, least=-2, most=2, metavar="P")
     seed: int | None = flag(None, "of the draws, to repeat them", DRAW, least=-(2**63), most=2**63 - 1, metavar="N")
-    max_new_tokens: int = flag(256, "tokens to generate at most", WRITE, least=1, metavar="N")
+    max_new_tokens: int = flag(256, "tokens to generate at most", WRITE, least=0, metavar="N")
     stop: tuple[str, ...] = flag((), "ends the text; may be repeated", WRITE, metavar="TEXT")
     logprobs: int | None = flag(None, "", least=0, most=MAX_LOGPROBS)
     ignore_end: bool = False
@@ -95,3 +103,23 @@ class Sampling(Settings):
         super().__post_init__()
         if not isinstance(self.stop, tuple) or not all(isinstance(text, str) and text for text in self.stop):
             raise AmqError(f"stop must be a tuple of texts that are not empty, got {self.stop!r}")
+        for name in ("stop_token_ids", "shown_special"):
+            tokens = getattr(self, name)
+            if not isinstance(tokens, tuple) or not all(_is_token(token) for token in tokens):
+                raise AmqError(f"{name} must be a tuple of token ids, got {tokens!r}")
+        _check_bias(self.logit_bias)
+
+
+def _is_token(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_bias(bias: object) -> None:
+    pairs = bias if isinstance(bias, tuple) else (None,)
+    fit = all(isinstance(pair, tuple) and len(pair) == 2 and _is_token(pair[0]) for pair in pairs)
+    if not fit or len({pair[0] for pair in pairs}) < len(pairs):
+        raise AmqError(f"logit_bias must be a tuple of (token id, bias), each token once, got {bias!r}")
+    for token, added in pairs:
+        number = isinstance(added, (int, float)) and not isinstance(added, bool)
+        if not number or not -MAX_BIAS <= added <= MAX_BIAS:
+            raise AmqError(f"logit_bias of token {token} must be from {-MAX_BIAS} to {MAX_BIAS}, got {added!r}")

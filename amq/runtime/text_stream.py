@@ -22,14 +22,15 @@ LONGEST_CHARACTER = 4
 class TextStream:
     """Tokens → text, piece by piece: joined, the pieces are `Tokenizer.decode` of all tokens, up to the stop text.
 
-    shown: special tokens that become their text; the others are left out.
+    shown: special tokens that become their text; the others are left out. stop: may be changed between tokens; what was
+    handed out by then ends nothing.
     No piece ends in half a character, nor in what may become a stop text; bytes that can be no character's are U+FFFD.
     (One difference: after an invalid byte, tokenizers with byte fallback give up the valid characters before it too.
     Those have been handed out by then.)
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), shown: frozenset[int] = frozenset()) -> None:
-        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._tokenizer, self.stop = tokenizer, tuple(stop)
         self._shown, self._hidden = shown, tokenizer.special_ids - shown
         self._text = _decoder(tokenizer)
         self._strip, self._left = tokenizer.decoding.strip
@@ -64,14 +65,14 @@ class TextStream:
 
     def _release(self, new: str) -> str:
         """Of what was held and the new text, the part that belongs to no stop text; notices the first stop text."""
-        if not self._stop or not new:
+        if not self.stop or not new:
             return new
         text = self._held + new
-        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self.stop if (place := text.find(stop)) >= 0]
         if found:  # the one that is complete first
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        keep = max(_overlap(text, stop) for stop in self._stop)
+        keep = max(_overlap(text, stop) for stop in self.stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.kernels.modules import QuantizedLinear, StoredLinear
-from amq.runtime.engine import Segment, Slot
+from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
 from amq.runtime.trial import REFUSALS, try_cache
 
@@ -35,6 +35,8 @@ CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 """Models of transformers whose state is not in the cache but in the model itself: sequences would share it."""
 
+Forward = Callable[[Tensor, Any, bool], Tensor]
+"""`TorchEngine._forward`."""
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
 
@@ -44,7 +46,7 @@ log = logging.getLogger(__name__)
 class _Growing:
     """A sequence whose cache grows as it goes."""
 
-    def __init__(self, forward: Callable[[Tensor, Any], Tensor], config: Any, device: torch.device) -> None:
+    def __init__(self, forward: Forward, config: Any, device: torch.device) -> None:
         self._forward, self._config, self._device = forward, config, device
         self.reset()
 
@@ -53,9 +55,10 @@ class _Growing:
 
         self._cache = DynamicCache(config=self._config)
 
-    def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
-        """The logits [vocabulary] after the last token; None while it waits for more, which `logits` rules out."""
-        return self._forward(torch.tensor([tokens], device=self._device), self._cache)
+    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None:
+        """The logits [1, vocabulary] after the last token, with `every` [tokens, vocabulary] after each; None while it
+        waits for more, which `logits` and `every` rule out."""
+        return self._forward(torch.tensor([tokens], device=self._device), self._cache, every)
 
 
 class _Recurrent(_Growing):
@@ -69,13 +72,16 @@ class _Recurrent(_Growing):
         super().reset()
         self._started, self._waiting = False, list[int]()
 
-    def run(self, tokens: Sequence[int], logits: bool) -> Tensor | None:
-        self._waiting += tokens
-        if not logits:
+    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None:
+        waiting = [*self._waiting, *tokens]
+        if not (logits or every):
+            self._waiting = waiting
             return None
-        parts = [[token] for token in self._waiting] if self._started else [self._waiting]
+        whole = 0 if self._started else len(waiting) - (len(tokens) - 1) * every
+        parts = [waiting[:whole]] * bool(whole) + [[token] for token in waiting[whole:]]
         self._started, self._waiting = True, []
-        return [super(_Recurrent, self).run(part, True) for part in parts][-1]
+        rows = [self._forward(torch.tensor([part], device=self._device), self._cache, False) for part in parts]
+        return torch.cat(rows[-len(tokens) :]) if every else rows[-1]
 
 
 class _Captured:
@@ -88,7 +94,7 @@ class _Captured:
 
     def __init__(
         self,
-        forward: Callable[[Tensor, Any], Tensor],
+        forward: Forward,
         layers: int,
         context: int,
         device: torch.device,
@@ -101,7 +107,7 @@ class _Captured:
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
 
         def step() -> Tensor:
-            return forward(self._token, self._cache)
+            return forward(self._token, self._cache, False)
 
         for _ in range(WARM_UPS):  # allocates the cache, prepares weights, compiles what is compiled when first used
             step()
@@ -114,9 +120,9 @@ class _Captured:
         for layer in self._cache.layers:
             layer.reset()
 
-    def run(self, tokens: Sequence[int], logits: bool) -> Tensor:
+    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor:
         if len(tokens) > 1:
-            return self._forward(torch.tensor([tokens], device=self._device), self._cache)
+            return self._forward(torch.tensor([tokens], device=self._device), self._cache, every)
         self._token.fill_(tokens[0])
         return self._step()
 
@@ -206,20 +212,22 @@ class TorchEngine:
         self._check(segments)
         rows = []
         for segment in segments:
-            logits = segment.slot.sequence.run(list(segment.tokens), segment.logits)
+            logits = segment.slot.sequence.run(list(segment.tokens), segment.logits, segment.every)
             segment.slot.length += len(segment.tokens)
-            if segment.logits and logits is not None:
+            if (segment.logits or segment.every) and logits is not None:
                 rows.append(logits.float().cpu())  # now: the next replay may write where this one's logits are
-        return torch.stack(rows) if rows else torch.empty(0, self.vocab_size)
+        return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
 
     def cached_tokens(self) -> tuple[int, int]:
         """See `Engine`."""
         return sum(slot.length for slot in self._open), self.max_sequences * self.context
 
-    def _forward(self, tokens: Tensor, cache: Any) -> Tensor:
-        """int64 [1, n] → [vocabulary], after the last of them."""
+    def _forward(self, tokens: Tensor, cache: Any, every: bool) -> Tensor:
+        """int64 [1, n] → [1, vocabulary] after the last of them, with `every` [n, vocabulary] after each."""
         use = self._use
-        return self._model(input_ids=tokens, use_cache=True, **{use.argument: cache}, **use.options).logits[0, -1]
+        options = {} if every else use.options  # without them, the model gives all logits
+        logits = self._model(input_ids=tokens, use_cache=True, **{use.argument: cache}, **options).logits[0]
+        return logits if every else logits[-1:]
 
     def _run_short_text(self) -> None:
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._device), use_cache=False)
@@ -228,6 +236,9 @@ class TorchEngine:
         rows = sum(len(segment.tokens) for segment in segments)
         if rows > self.max_rows:
             raise AmqError(f"a pass has {rows} tokens, expected at most {self.max_rows}")
+        scored = sum(len(segment.tokens) for segment in segments if segment.every)
+        if scored > MAX_SCORED:
+            raise AmqError(f"logits after each of {scored} tokens are wanted, expected at most {MAX_SCORED}")
         for segment in segments:
             slot, tokens = segment.slot, segment.tokens
             if slot not in self._open:

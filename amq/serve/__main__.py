@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from amq.serve.settings import ServeCommand, ServeSettings
 from amq.util.settings import parse_command, run_command
@@ -14,16 +16,19 @@ from amq.util.settings import parse_command, run_command
 if TYPE_CHECKING:
     from amq.serve.app import Service
 
+log = logging.getLogger("amq.serve")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse_command(argv, ServeSettings, ServeCommand)
     model = given.pop("model")
-    if "api_key" not in given and (key := os.environ.get("AMQ_API_KEY")):
-        given["api_key"] = [key]
-    settings = ServeSettings(**given)
+    settings = settings_of(given)
     from amq.runtime import load
     from amq.serve import Server, bind, create_app  # says which extra is missing, if it is
+    from amq.serve.door import all_keys
     from amq.serve.server import url
+
+    all_keys(settings)  # a file that cannot be read is named before the model is loaded
 
     listener = bind(settings)
     runtime = load(model, **settings.loading)
@@ -31,8 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection has to look at it again
     line = _line(app.state.service, url(listener))
-    Server(app, settings, lambda: print(line, file=sys.stderr, flush=True)).run([listener])
-    return 0
+    server = Server(app, settings, lambda: print(line, file=sys.stderr, flush=True))
+    server.run([listener])
+    if app.state.service.worker.alive:  # it hangs: an orderly end of the interpreter would wait for it, or crash
+        logging.shutdown()
+        os._exit(server.status)
+    return server.status
+
+
+def settings_of(given: dict[str, Any]) -> ServeSettings:
+    """The command's settings; where its flags name no key, those of AMQ_API_KEY count, commas or newlines between."""
+    if "api_key" in given:
+        log.warning("--api-key shows the key to everyone on this machine who lists processes: use --api-key-file")
+    elif "api_key_file" not in given:
+        keys = re.split("[,\n]", os.environ.get("AMQ_API_KEY", ""))
+        given = {**given, "api_key": [key.strip() for key in keys if key.strip()]}
+    return ServeSettings(**given)
 
 
 def _line(service: Service, address: str) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from amq.errors import AmqError
 from amq.model.settings import CHECKPOINT
 from amq.runtime.settings import RuntimeSettings
 from amq.util.settings import REQUIRED, flag, parse_size
 
-LISTEN, TAKE = "where to listen, whom to admit", "what to take on"
+LISTEN, TAKE, ANSWER = "where to listen, whom to admit", "what to take on", "how to read and answer"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,23 @@ class ServeSettings(RuntimeSettings):
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 lets other machines in", LISTEN, metavar="ADDRESS")
     port: int = flag(8000, "port to listen on; 0 takes a free one", LISTEN, least=0, most=2**16 - 1, metavar="PORT")
     api_key: list[str] = flag(
-        [], "clients must send this key; may be repeated (or set AMQ_API_KEY)", LISTEN, metavar="KEY"
+        [], "clients must send this key; may be repeated; others on the machine can see it: rather set AMQ_API_KEY "
+        "(several: commas between them) or --api-key-file", LISTEN, metavar="KEY",
+    )  # fmt: skip
+    api_key_file: str | None = flag(
+        None,
+        "file of keys, one per line, # before comments; others must not be able to read it",
+        LISTEN,
+        metavar="FILE",
     )
+    allow_host: list[str] = flag(
+        [], "without a key: a name besides localhost and addresses by which clients call the server; may be repeated",
+        LISTEN, metavar="NAME",
+    )  # fmt: skip
+    trust_proxy: list[str] = flag(
+        [], "a proxy at this address says in X-Forwarded-For who its clients are; may be repeated", LISTEN,
+        metavar="ADDRESS",
+    )  # fmt: skip
     cors: list[str] = flag(
         [], "web pages of this origin may call the server; may be repeated", LISTEN, metavar="ORIGIN"
     )
@@ -53,12 +69,49 @@ class ServeSettings(RuntimeSettings):
     drain: float = flag(
         30.0, "seconds that running requests have to finish after SIGTERM", TAKE, least=0, metavar="SECONDS"
     )
+    max_connections: int = flag(
+        512, "open connections; above it a newcomer takes the place of one without a request", TAKE, least=1,
+        metavar="N",
+    )  # fmt: skip
+    header_timeout: float = flag(
+        10.0, "seconds that the head of a request may take to arrive", TAKE, above=0, metavar="SECONDS"
+    )
+    stall: float = flag(
+        120.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
+        "status 70 for its supervisor", TAKE, above=0, metavar="SECONDS",
+    )  # fmt: skip
     max_body: str = flag("1MiB", "largest request body", TAKE, parse=parse_size, metavar="SIZE")
+    max_choices: int = flag(
+        16, "most answers that one request may ask for (n times its prompts)", TAKE, least=1, metavar="N"
+    )
+    prompt_cache: str | None = flag(
+        None, "keep beginnings of prompts on disk, within this size, for the next start too", TAKE, parse=parse_size,
+        metavar="SIZE",
+    )  # fmt: skip
+    log_requests: bool = flag(False, "log a line for each request: who, how many tokens; never texts or keys", ANSWER)
+    parse_special: bool = flag(False, "take special tokens that are spelled in clients' texts as such", ANSWER)
+    reasoning: str = flag(
+        "auto", "auto: thinking is a field of its own (reasoning_content); none: it stays in the text", ANSWER,
+        choices=("auto", "none"),
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not all(self.api_key):
             raise AmqError("--api-key is empty: give some text, or leave it out to let everyone in")
+        for proxy in self.trust_proxy:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise AmqError(f"--trust-proxy must be an address or a network, got {proxy!r}") from None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """As RuntimeSettings.loading, sizes in bytes."""
+        given = super().loading
+        if given.get("prompt_cache") is not None:
+            given["prompt_cache"] = parse_size(given["prompt_cache"])
+        return given
 
     @property
     def max_body_bytes(self) -> int:

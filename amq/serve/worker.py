@@ -25,6 +25,8 @@ from amq.serve.errors import ApiError
 from amq.serve.metrics import Metrics
 from amq.serve.queue import FairQueue
 from amq.serve.settings import ServeSettings
+from amq.serve.visits import current
+from amq.serve.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from amq.runtime.loading import Runtime
@@ -45,6 +47,12 @@ tokens per second takes a fifth of the processors' time from the engine, and nob
 STOP_SECONDS = 10.0
 """How long the end of the server waits for the pass that is running."""
 
+FAILED_PASSES = 10
+"""So many passes that fail one after another are an engine that has failed: such as a GPU after a fault of its own."""
+
+RESTART_SECONDS = 10
+"""When to come back to a server whose engine has failed: a supervisor starts it again."""
+
 
 class Job:
     """A request from the time it is accepted until its last piece. Times are of time.perf_counter."""
@@ -60,6 +68,7 @@ class Job:
     ) -> None:
         self.prompt, self.sampling, self.client, self.created = prompt, sampling, client, created
         self.owner, self.constraint = owner, constraint
+        self.visit = current.get()
         self.request: Request = None  # type: ignore[assignment]  # the worker makes it
         self.started = self.first = self.last = 0.0  # got a slot; its first and latest token
         self.finished: str | None = None  # as Piece.finished, once nothing more will come
@@ -69,6 +78,11 @@ class Job:
         self.refused: ApiError | None = None  # why the scheduler did not take it
         self._pieces: list[Piece] = []
         self._reader: asyncio.Future[None] | None = None
+
+    @property
+    def name(self) -> str:
+        """In the log."""
+        return "-" if self.visit is None else self.visit.id
 
     def add(self, piece: Piece) -> int:
         """Returns how many pieces wait to be sent."""
@@ -96,7 +110,8 @@ class EngineThread:
 
     def __init__(self, runtime: Runtime, settings: ServeSettings, metrics: Metrics) -> None:
         self.engine, self.settings, self.metrics = runtime.engine, settings, metrics
-        self.draining = self.failed = False
+        self.draining = False
+        self.failed = ""  # why the engine is of no more use
         self.positions = self.engine.cached_tokens()  # of the KV cache, used and total, after the latest pass
         self._scheduler = Scheduler(runtime.engine, runtime.tokenizer)
         self._wake = threading.Condition()
@@ -110,17 +125,27 @@ class EngineThread:
         self._looked = 0.0  # when `positions` was read
         self._flushed = 0.0  # when arrivals were handed over
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._pass = 0  # the number of the one that runs, from 1; 0 while the thread sleeps
+        self._failures = 0  # passes that failed, since one did not; the thread's
         self._thread = threading.Thread(target=self._run, name="amq-engine", daemon=True)
-        metrics.gauge("amq_queue_length", "Requests that wait for a slot", lambda: len(self._waiting))
-        metrics.gauge("amq_active", "Requests that hold a slot", lambda: len(self._live) - len(self._waiting))
-        metrics.gauge("amq_kv_positions_used", "Positions of the KV cache in use", lambda: self.positions[0])
-        metrics.gauge("amq_kv_positions_total", "Positions of the KV cache", lambda: self.positions[1])
+        self._watchdog = Watchdog(lambda: self._pass, settings.stall, self.fail)
+        self._declare(metrics)
+
+    def _declare(self, metrics: Metrics) -> None:
+        gauge = metrics.gauge
+        gauge("vllm:num_requests_waiting", "Requests that wait for a slot", lambda: len(self._waiting))
+        gauge("vllm:num_requests_running", "Requests that hold one", lambda: len(self._live) - len(self._waiting))
+        gauge("vllm:kv_cache_usage_perc", "Of the KV cache, from 0 to 1", lambda: self.positions[0] / self.positions[1])
+        gauge("amq_kv_positions_used", "Positions of the KV cache in use", lambda: self.positions[0])
+        gauge("amq_kv_positions_total", "Positions of the KV cache", lambda: self.positions[1])
+        gauge("amq_engine_failed", "1 once the engine is of no more use", lambda: bool(self.failed))
 
     # on the event loop
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
+        self._watchdog.start()
 
     async def stop(self) -> None:
         """Ends what still runs, and the thread."""
@@ -129,23 +154,46 @@ class EngineThread:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        self._watchdog.stop()
+        if not self.failed:  # else it may never end
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
 
     @property
     def idle(self) -> bool:
         return not self._live
 
+    @property
+    def alive(self) -> bool:
+        """Whether the thread runs, or hangs."""
+        return self._thread.is_alive()
+
     def admit(self) -> None:
-        """Raises ApiError 503 while draining, 500 when the engine's thread has ended."""
+        """Raises ApiError 503 while draining, and when the engine has failed."""
+        if self.failed:
+            text = "the engine of this server has failed: it answers nothing until it is started again"
+            raise ApiError(503, text, "engine_failure", None, RESTART_SECONDS)
         if self.draining:
             raise _draining()
+
+    def fail(self, reason: str) -> None:
+        """From now on nothing is accepted, and who waits or runs is told at once. `Server` ends the process."""
         if self.failed:
-            raise _failed()
+            return
+        self.failed = reason
+        log.critical("the engine has failed: %s; all requests are ended, and the server with them", reason)
+        with self._wake:
+            self._stopping = True
+            self._waiting.clear()
+            self._wake.notify()
+        for job in list(self._live):
+            self._end(job, "error", _failed())
 
     def submit(self, job: Job) -> None:
         """Queues a job. Raises ApiError 429 when too many wait, 503 while draining."""
         self.admit()
         job.request = Request(job.prompt, job.sampling, partial(self._arrived, job), job.owner, job.constraint)
+        if job.visit is not None:
+            job.visit.jobs.append(job)
         full = len(self._live) >= self.settings.queue + self.engine.max_sequences
         with self._wake:
             refused = self._waiting.push(job, full)
@@ -185,6 +233,7 @@ class EngineThread:
 
     def _end(self, job: Job, finished: str, failure: ApiError | None = None) -> None:
         job.finished, job.failure = finished, failure
+        self.metrics.ended(job, finished, time.perf_counter())
         self._live.discard(job)
         if job.timer is not None:
             job.timer.cancel()
@@ -205,10 +254,10 @@ class EngineThread:
         for job, piece, now in arrivals:
             if job.finished is not None:
                 continue  # it was cancelled meanwhile
-            if piece.choices:
+            if piece.choices or piece.finished in ("stop", "length"):
                 self._count(job, len(piece.choices), now)
             if piece.finished in ("error", "cancelled"):
-                log.error("a request failed: %s", job.refused or job.request.error or piece.finished)
+                log.error("request %s failed: %s", job.name, job.refused or job.request.error or piece.finished)
                 self._end(job, "error", job.refused or _failed())
                 continue
             waiting = job.add(piece)
@@ -225,46 +274,44 @@ class EngineThread:
 
     def _count(self, job: Job, tokens: int, now: float) -> None:
         metrics = self.metrics
-        if job.first:
-            metrics.between_tokens.observe(now - job.last)
-        else:
+        if not job.first:
             job.first = now
             metrics.first_token.observe(now - job.created)
-            metrics.prompt_tokens.inc(len(job.request.prompt))
-            metrics.cached_tokens.inc(job.request.cached_tokens)
+            metrics.begun(job)
+        elif tokens:
+            metrics.between_tokens.observe(now - job.last)
         job.last = now
         metrics.new_tokens.inc(tokens)
         metrics.speed.add(tokens, now)
 
-    def _died(self) -> None:
-        """The thread is gone: an engine whose slots cannot even be closed is of no more use."""
-        self.failed = True
-        for job in list(self._live):
-            self._end(job, "error", _failed())
-
     # in the thread
 
     def _run(self) -> None:
-        moving = False
+        moving, passes = False, 0
         try:
             while True:
                 with self._wake:
+                    self._pass = 0
                     admitted = self._next()
                     while not (self._stopping or self._leaving or admitted or moving):
                         self._wake.wait()
                         admitted = self._next()
                     if self._stopping:
-                        return
+                        break
                     leaving, self._leaving = self._leaving, []
+                passes += 1
+                self._pass = passes
                 for job in leaving:
                     self._scheduler.cancel(job.request)
                 for job in admitted:
                     self._enter(job)
                 moving = self._step()
                 self._hand_over(moving)
-        except Exception:
-            log.critical("the engine's thread ended: the server answers nothing any more", exc_info=True)
-            self._on_loop(self._died)
+            if not self.failed and (shutdown := getattr(self.engine, "shutdown", None)):
+                shutdown()
+        except BaseException as error:  # noqa: BLE001 (SystemExit too: nothing else would tell that the thread is gone)
+            log.critical("the engine's thread ended", exc_info=True)
+            self._on_loop(self.fail, f"its thread ended ({type(error).__name__})")
 
     def _arrived(self, job: Job, piece: Piece) -> None:
         """The scheduler's listener."""
@@ -290,12 +337,20 @@ class EngineThread:
 
     def _step(self) -> bool:
         try:
-            return self._scheduler.step()
-        except Exception:
+            moving = self._scheduler.step()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException:  # a panic of tokenizers is none of Exception, but no reason to end everybody's requests
             log.exception("a pass of the engine failed: the requests in it are ended")
+            self._failures += 1
             for job in list(self._inside):
                 self._scheduler.cancel(job.request)
+            if self._failures == FAILED_PASSES:
+                self._on_loop(self.fail, f"its last {FAILED_PASSES} passes failed")
             return True
+        if moving:
+            self._failures = 0
+        return moving
 
     def _hand_over(self, moving: bool) -> None:
         now = time.perf_counter()
@@ -310,7 +365,11 @@ class EngineThread:
 
     def _on_loop(self, function: Callable[..., None], *arguments: Any) -> None:
         assert self._loop is not None  # `start` set it before it started the thread
-        self._loop.call_soon_threadsafe(function, *arguments)
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            if not self._loop.is_closed():  # after the end there is nobody to tell
+                raise
 
 
 def _draining() -> ApiError:

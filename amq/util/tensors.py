@@ -92,6 +92,15 @@ def hashes_metadata(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return {"format": "pt", HASHES: json.dumps(hashes)}
 
 
+def stored_hashes(file: Any, path: Path) -> dict[str, str]:
+    """{tensor: hash} as the header of the open `file` gives them; raises AmqError naming `path` where it does not."""
+    try:
+        stored = json.loads((file.metadata() or {})[HASHES])
+    except (KeyError, ValueError, RecursionError):
+        raise AmqError(f"{path} has no hashes of its tensors: it was not written by amq, or was altered") from None
+    return parse_record(stored, dict[str, str], f"{path}: {HASHES}")
+
+
 def verify_file(path: Path, whole: bool = False) -> Any:
     """The open file; raises AmqError unless every tensor in it has the hash that its header gives.
 
@@ -99,11 +108,7 @@ def verify_file(path: Path, whole: bool = False) -> Any:
         of them have the hashes of all.
     """
     file = open_file(path)
-    try:
-        stored = json.loads((file.metadata() or {})[HASHES])
-    except (KeyError, ValueError, RecursionError):
-        raise AmqError(f"{path} has no hashes of its tensors: it was not written by amq, or was altered") from None
-    expected = parse_record(stored, dict[str, str], f"{path}: {HASHES}")
+    expected = stored_hashes(file, path)
     found = json.loads(hashes_metadata({n: file.get_tensor(n) for n in file.keys()})[HASHES])
     for name in found.keys() | (expected.keys() if whole else set()):
         if expected.get(name) != found.get(name):

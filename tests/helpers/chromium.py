@@ -18,8 +18,11 @@ EXECUTABLE = next(
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"),
     *("--disable-background-networking", "--disable-component-update", "--disable-extensions", "--hide-scrollbars"),
+    "--disable-dev-shm-usage",  # containers give /dev/shm 64 MB
 )
-KEYS = {"Enter": (13, "\r"), "Escape": (27, "")}
+KEYS = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
+SECONDS = 60.0
+"""How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
 
 
 class Page:
@@ -29,7 +32,7 @@ class Page:
     Raises RuntimeError for what goes wrong in the page or the browser, TimeoutError where something does not come.
     """
 
-    def __init__(self, folder: Path, size: tuple[int, int] = (900, 900), timeout: float = 30.0) -> None:
+    def __init__(self, folder: Path, size: tuple[int, int] = (900, 900), timeout: float = SECONDS) -> None:
         self.timeout, self.count, self.rest = timeout, 0, b""
         self.messages: list[str] = []
         """What the page wrote to its console, and exceptions that nothing caught."""
@@ -103,7 +106,7 @@ class Page:
             raise RuntimeError(f"{script}: {result['exceptionDetails']}")
         return result["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 10.0) -> Any:
+    def wait(self, condition: str, seconds: float = SECONDS) -> Any:
         """The expression's value as soon as it is true."""
         deadline = time.monotonic() + seconds
         while not (value := self.run(condition)):

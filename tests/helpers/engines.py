@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.runtime.engine import Segment, Slot
+from amq.runtime.engine import MAX_SCORED, Segment, Slot
 
 SECONDS = 60.0
 """How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
@@ -36,8 +36,8 @@ class FakeEngine:
     following: the likeliest token after those of a slot. delay: seconds of a pass. positions: of the KV cache, all
     slots together. gate: a pass waits while it is clear, so that a test can hold a request where it is for as long as
     it takes. failing: an exception that the next passes raise. nan: whether their first logits hold one. shared:
-    positions that every prompt finds computed already. prompts: of all sequences opened so far. passes: of all passes,
-    each segment's tokens and whether it wanted logits.
+    positions that every prompt finds computed already. prompts, owners: of all sequences opened so far. passes: of all
+    passes, each segment's tokens and whether it wanted logits, of one token or of every one.
     """
 
     banner = "a fake engine"
@@ -55,12 +55,13 @@ class FakeEngine:
         self.context, self.max_sequences, self.delay, self.vocab_size = context, max_sequences, delay, vocab_size
         self.max_rows, self.following = max_rows, following
         self.positions = context * max_sequences if positions is None else positions
-        self.failing: Exception | None = None
+        self.failing: BaseException | None = None
         self.nan = False
         self.shared = 0
         self.slots: set[FakeSlot] = set()
         self.passes: list[list[tuple[list[int], bool]]] = []
         self.prompts: list[list[int]] = []
+        self.owners: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
 
@@ -71,7 +72,8 @@ class FakeEngine:
         if len(self.slots) >= self.max_sequences or self.cached_tokens()[0] + needed > self.positions:
             return None
         self.prompts.append(list(prompt))
-        slot = FakeSlot(prompt, new_tokens, min(self.shared, len(prompt) - 1))
+        self.owners.append(owner)
+        slot = FakeSlot(prompt, new_tokens, min(self.shared, len(prompt) - 1) if reuse else 0)
         self.slots.add(slot)
         return slot
 
@@ -82,22 +84,33 @@ class FakeEngine:
         assert len({id(segment.slot) for segment in segments}) == len(segments)
         lengths = [len(segment.tokens) for segment in segments]
         assert 0 < sum(lengths) <= self.max_rows and min(lengths) > 0
-        self.passes.append([(list(segment.tokens), segment.logits) for segment in segments])
+        assert sum(len(segment.tokens) for segment in segments if segment.every) <= MAX_SCORED
+        self.passes.append([(list(segment.tokens), segment.logits or segment.every) for segment in segments])
         assert self.gate.wait(2 * SECONDS), "the test never opened the gate"
         if self.delay:
             time.sleep(self.delay)
         if self.failing is not None:
             raise self.failing
-        for segment in segments:
-            segment.slot.tokens += segment.tokens
-            segment.slot.length = len(segment.slot.tokens)
-            assert segment.slot.length <= segment.slot.capacity
-        wanted = [segment.slot for segment in segments if segment.logits]
-        logits = torch.zeros(len(wanted), self.vocab_size)
-        for row, slot in enumerate(wanted):
-            logits[row, self.following(slot)] = 30.0
+        wanted = [row for segment in segments for row in self._rows(segment)]
+        logits = torch.stack(wanted) if wanted else torch.empty(0, self.vocab_size)
         if self.nan and wanted:
             logits[0, 0] = torch.nan
+        return logits
+
+    def _rows(self, segment: Segment[FakeSlot]) -> list[Tensor]:
+        slot, rows = segment.slot, []
+        for place, token in enumerate(segment.tokens, 1):
+            slot.tokens.append(token)
+            slot.length = len(slot.tokens)
+            assert slot.length <= slot.capacity
+            if segment.every or (segment.logits and place == len(segment.tokens)):
+                rows.append(self.logits(slot))
+        return rows
+
+    def logits(self, slot: FakeSlot) -> Tensor:
+        """float32 [vocabulary] after the tokens of a slot."""
+        logits = torch.zeros(self.vocab_size)
+        logits[self.following(slot)] = 30.0
         return logits
 
     def cached_tokens(self) -> tuple[int, int]:

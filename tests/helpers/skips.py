@@ -19,6 +19,9 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CI = "AMQ_CI"
+"""Set by .ci/run, which installs what tests need and PyPI lacks."""
+
 SENT = "amq_skips"
 """Where a process of pytest-xdist leaves its skips for the one that started it."""
 
@@ -28,12 +31,13 @@ class Absence:
     """Something that a test may do without.
 
     reason: a regular expression for the whole of what the skip says. why: why it may be absent. there: whether it is
-    there after all, in which case the skip is a fault.
+    there after all, in which case the skip is a fault. installed: by .ci/run, under which the skip is a fault too.
     """
 
     reason: str
     why: str
     there: Callable[[], bool]
+    installed: bool = False
 
 
 def _packages(*names: str) -> Callable[[], bool]:
@@ -79,7 +83,7 @@ ABSENCES = (
     Absence(r"there is a GPU", "the test is of machines without one", lambda: not _gpu()),
     Absence(r"no nvcc on this machine.*", "the CUDA toolkit is no package of PyPI", _programs("nvcc")),
     Absence(r"needs a Chromium browser on PATH", "a browser is no package of PyPI",
-            _programs("chromium", "chromium-browser", "google-chrome")),
+            _programs("chromium", "chromium-browser", "google-chrome"), installed=True),
     Absence(r".*no C\+\+ compiler on PATH", "a wheel needs none", _programs("c++", "g++")),
     Absence(r".* needs? g\+\+( on Linux)?", "a wheel needs none", _programs("g++")),
     Absence(r"the sanitizer build needs CMake", "a wheel needs none", _programs("cmake")),
@@ -115,6 +119,8 @@ def fault_of(reason: str) -> str:
     known = next((absence for absence in ABSENCES if re.fullmatch(absence.reason, reason, re.DOTALL)), None)
     if known is None:
         return "no such skip is foreseen: list it in tests/helpers/skips.py, with why, or mend the test"
+    if known.installed and os.environ.get(CI):
+        return "under .ci/run it has to be there"
     return "what it lacks is there" if known.there() else ""
 
 

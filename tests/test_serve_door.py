@@ -1,0 +1,146 @@
+"""Who comes in: keys and where they are written, names of the server, proxies, whose turn it is, names of requests."""
+
+from __future__ import annotations
+
+import logging
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+httpx = pytest.importorskip("httpx", reason="part of the test extra")
+pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+
+from helpers.serving import serving  # noqa: E402
+
+from amq.errors import AmqError  # noqa: E402
+from amq.serve import ServeSettings  # noqa: E402
+from amq.serve.door import Door, client_address  # noqa: E402
+
+
+def headers(**values: str) -> list[tuple[bytes, bytes]]:
+    return [(name.encode(), value.encode()) for name, value in values.items()]
+
+
+@pytest.mark.parametrize(
+    ("address", "client"),
+    [
+        ("10.0.0.1", "10.0.0.1"),
+        ("::ffff:10.0.0.1", "10.0.0.1"),  # as a socket for both families says it
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"),
+        ("2001:db8:1:2::9", "2001:db8:1:2::/64"),
+        ("fe80::1%eth0", "fe80::/64"),
+        ("testclient", "testclient"),
+    ],
+)
+def test_addresses_of_one_client(address, client):
+    assert client_address(address) == client
+
+
+def test_a_client_is_its_key_however_it_spells_it():
+    door = Door(ServeSettings(api_key=["one", "two"]))
+    owners = [door.owner(headers(authorization=f"{scheme} one")) for scheme in ("Bearer", "bearer", "BEARER ")]
+    assert owners[0] and len(set(owners)) == 1
+    assert door.owner(headers(authorization="Bearer two")) != owners[0]
+    assert door.owner(headers(authorization="Basic one")) is door.owner(headers()) is None
+    assert door.client(owners[0], "10.0.0.1") == door.client(owners[0], "10.0.0.2")
+    assert re.fullmatch("key:[0-9a-f]{8}", door.client(owners[0], ""))
+
+
+def test_one_key_for_all_leaves_turns_to_addresses():
+    door = Door(ServeSettings(api_key=["one"]))
+    owner = door.owner(headers(authorization="Bearer one"))
+    assert [door.client(owner, address) for address in ("10.0.0.1", "10.0.0.2")] == [
+        "address:10.0.0.1", "address:10.0.0.2",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2", "0.0.0.0", "::", "box.lan"])
+def test_names_of_a_server_without_a_key(host):
+    """A web page whose own name was made to resolve to the server's address cannot read the answers."""
+    door = Door(ServeSettings(host=host, allow_host=["Chat.example"]))
+    good = [
+        "localhost:80",
+        "LOCALHOST",
+        "localhost.:1",
+        "127.0.0.1:80",
+        "10.1.2.3",
+        "[::1]:80",
+        "[::1]",
+        "chat.example",
+    ]
+    for name in [*good, *(["box.lan:8000"] if host == "box.lan" else [])]:
+        assert door.right_host(headers(host=name)), name
+    bad = ["evil.example", "localhost.evil.example", "127.0.0.1.evil.example", "", "0x7f.1", "chat.example.evil"]
+    for name in bad:
+        assert not door.right_host(headers(host=name)), name
+    assert not door.right_host([])
+    assert Door(ServeSettings(host=host, api_key=["k"])).right_host(headers(host="evil.example"))
+
+
+def test_a_file_of_keys(tmp_path, caplog):
+    path = tmp_path / "keys"
+    path.write_text("# ours\none\n\n  two  \n")
+    path.chmod(0o600)
+    settings = ServeSettings(api_key_file=str(path))
+    with caplog.at_level(logging.WARNING, "amq.serve"):
+        door = Door(settings)
+    assert not caplog.records
+    assert len(door.keys) == 2 and all(door.owner(headers(authorization=f"Bearer {key}")) for key in ("one", "two"))
+    assert door.owner(headers(authorization="Bearer # ours")) is None
+    path.chmod(0o644)
+    with caplog.at_level(logging.WARNING, "amq.serve"):
+        Door(settings)
+    assert "chmod 600" in caplog.text and "one" not in caplog.text
+    path.write_text("# none\n")
+    for wrong in (path, tmp_path / "absent", tmp_path):
+        with pytest.raises(AmqError, match="--api-key-file"):
+            Door(ServeSettings(api_key_file=str(wrong)))
+
+
+def test_where_the_command_finds_keys(monkeypatch, caplog, tmp_path, capsys):
+    from amq.serve.__main__ import main, settings_of
+    from amq.util.settings import run_command
+
+    for text, keys in (("", []), ("one", ["one"]), ("one, two\nthree\n,", ["one", "two", "three"])):
+        monkeypatch.setenv("AMQ_API_KEY", text)
+        assert settings_of({}).api_key == keys
+    assert settings_of({"api_key_file": "keys"}).api_key == []  # flags come before the environment
+    assert not caplog.records
+    assert settings_of({"api_key": ["mine"]}).api_key == ["mine"]
+    assert "everyone on this machine" in caplog.text and "mine" not in caplog.text
+    assert run_command(main, ["no such model", "--port", "0", "--api-key-file", str(tmp_path / "absent")]) == 2
+    assert "--api-key-file" in capsys.readouterr().err  # before the model is looked for
+
+
+def ask(server: SimpleNamespace, **given: str) -> Any:
+    names = {name.replace("_", "-"): value for name, value in given.items()}
+    return httpx.get(f"{server.url}/v1/models", headers=names)
+
+
+def test_every_answer_names_its_request():
+    with serving(api_key=["k"]) as server:
+        first, second = ask(server), ask(server, Authorization="Bearer k")
+        assert (first.status_code, second.status_code) == (401, 200)
+        names = {answer.headers["x-request-id"] for answer in (first, second)}
+        assert len(names) == 2 and all(re.fullmatch("[0-9a-f]{32}", name) for name in names)
+        assert ask(server, X_Request_Id="mine-1.2:3").headers["x-request-id"] == "mine-1.2:3"
+        for bad in ("a b", "x" * 65, "é", ""):
+            answer = httpx.get(f"{server.url}/health", headers={"X-Request-Id": bad.encode()})
+            assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+
+
+@pytest.mark.parametrize(("trusted", "client"), [([], "127.0.0.1"), (["127.0.0.1"], "10.9.9.9")])
+def test_only_a_trusted_proxy_says_who_comes(monkeypatch, trusted, client):
+    with serving(trust_proxy=trusted) as server:
+        seen = []
+        real = server.service.door.client
+        monkeypatch.setattr(server.service.door, "client", lambda *known: seen.append(real(*known)) or seen[-1])
+        ask(server, X_Forwarded_For="10.9.9.9")
+        assert seen == [f"address:{client}"]
+
+
+def test_settings_of_the_door_that_do_not_fit():
+    with pytest.raises(AmqError, match="--trust-proxy"):
+        ServeSettings(trust_proxy=["my proxy"])
