@@ -179,11 +179,11 @@ def whole(client: openai.OpenAI, model: str, options: dict[str, Any]) -> tuple[s
 def streamed(client: openai.OpenAI, model: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Put together by the client's own helper, which is strict about what deltas may hold."""
     with client.chat.completions.stream(model=model, **options) as events:
-        for _ in events:
-            pass
         try:
+            for _ in events:
+                pass
             choice = events.get_final_completion().choices[0]
-        except openai.LengthFinishReasonError as error:
+        except openai.LengthFinishReasonError as error:  # cut, where the client was to check strict tools
             choice = error.completion.choices[0]
     return choice.finish_reason, choice.message.model_dump()
 
