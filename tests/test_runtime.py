@@ -313,7 +313,7 @@ def test_the_runtime_never_imports_the_stages_that_make_checkpoints() -> None:
     while todo:
         reached |= todo
         todo = {name for module in todo if module.startswith("amq.") for name in imported(module)} - reached
-    heavy = {"hqq", "pymoo", "sklearn", "altair", "vl_convert", "scipy", "datasets", "fastapi", "uvicorn"}
+    heavy = {"hqq", "pymoo", "sklearn", "altair", "vl_convert", "scipy", "datasets", "starlette", "uvicorn"}
     stages = {"search", "quantizers", "quantize", "eval", "export", "bank", "evaluator", "fisher", "serve", "bench"}
     assert "amq.kernels.modules" in reached
     assert not {
