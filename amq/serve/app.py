@@ -75,6 +75,13 @@ class Service:
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
         self._ignored: set[str] = set()  # names that the log has had
 
+    def prepare(self) -> None:
+        """Before the server listens: what the first grammar would hold everybody up for, up to seconds."""
+        try:
+            self.grammars.prepare()
+        except AmqError as error:
+            log.warning("answers cannot be held to a form: %s", error)
+
     async def read(self, request: Request, kind: type[R]) -> tuple[R, list[str]]:
         """The request's body, and what in it counts for nothing. Raises ApiError."""
         self.worker.admit()

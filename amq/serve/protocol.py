@@ -133,7 +133,7 @@ class GenerationRequest(Struct, kw_only=True):
         check_ids("logit_bias", [token for token, _ in bias], vocabulary)
         check_ids("stop_token_ids", self.stop_token_ids or [], vocabulary)
         tokens = self.new_tokens(limit)
-        wanted = {
+        wanted: dict[str, Any] = {
             "temperature": 1.0 if self.temperature is None else self.temperature,
             "top_p": LEAST_TOP_P if self.top_p == 0 else self.top_p,
             "top_k": 0 if self.top_k == -1 else self.top_k,
@@ -302,7 +302,7 @@ def _taken(kind: type[GenerationRequest], name: str, value: Raw) -> bool:
 _NESTED: dict[str, tuple[Any, frozenset[str]]] = {
     "messages": (
         list[dict[str, Raw]],
-        frozenset(name for m in Message.__args__ for name in m.__struct_fields__) | {"role"},  # type: ignore[attr-defined]
+        frozenset(name for m in Message.__args__ for name in m.__struct_fields__) | {"role"},
     ),
     "stream_options": (dict[str, Raw], frozenset(StreamOptions.__struct_fields__)),
 }
