@@ -24,9 +24,9 @@ from amq.errors import AmqError
 from amq.runtime.chat import ChatOptions, Messages
 from amq.runtime.grammar import Grammar, GrammarCompiler
 from amq.runtime.sampling import Constraint
+from amq.runtime.templates import BoundedRenderer
 from amq.runtime.tokenizer import ChatPrompt, TooLong
 from amq.serve import generation
-from amq.serve._interim import BoundedRenderer
 from amq.serve.answers import while_connected
 from amq.serve.door import Door
 from amq.serve.errors import ApiError
