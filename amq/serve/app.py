@@ -88,7 +88,7 @@ class Service:
         declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != "application/json":  # else any web page could make a browser send requests here
             raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
-        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes))
+        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes), self.prompt_limit)
         self.check_model(body.model)
         ignored = [_header_text(name) for name in ignored]
         for name in ignored:
