@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("folder", nargs="?", type=Path, metavar="DIR", help="the checkpoint to serve")
     add("--server-args", default="--context 4096", metavar="ARGS", help="default: %(default)s")
-    add("--max-tokens", type=int, default=160, metavar="N", help="of an answer (default: %(default)s)")
+    add("--max-tokens", type=int, default=200, metavar="N", help="of an answer (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write transcripts and checks")
     add("--smoke", action="store_true", help="no model: an engine that repeats prompts")
     args = parser.parse_args(argv)
@@ -153,7 +153,7 @@ def with_openai(client: openai.OpenAI, model: str, stream: bool, max_tokens: int
         for turn in range(ROUNDS + 1):
             wanted = choice if turn == 0 else "auto" if turn < ROUNDS else "none"
             options = {"messages": messages, "tools": TOOLS, "tool_choice": wanted}
-            options |= {"max_completion_tokens": max_tokens, "temperature": 0}
+            options |= {"max_completion_tokens": max_tokens, "temperature": 0, "parallel_tool_calls": False}
             finish, message = (streamed if stream else whole)(client, model, options)
             messages.append(message)  # as the client made it, with all that it holds
             calls = message.get("tool_calls") or []

@@ -33,6 +33,9 @@ from helpers.chat_stand_in import Handler, StandIn  # noqa: E402
 ENOUGH = 350
 """Characters of the answer in whose middle chat.png is taken."""
 
+PATIENCE = 300.0
+"""Seconds for an answer."""
+
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of today in a city",
@@ -65,7 +68,7 @@ def main() -> None:
         serving(args.model, []) as (url, _),
         standing_in() as stand_in,
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        chromium.Page(Path(profile), timeout=300.0) as page,
+        chromium.Page(Path(profile), timeout=PATIENCE) as page,
     ):
         for picture in PICTURES:
             if args.only in (None, picture.name):
@@ -114,13 +117,20 @@ def ask(page: chromium.Page, text: str, finished: bool = True) -> None:
     page.write(text)
     page.press("Enter")
     if finished:
-        page.wait("!running", 300)
+        until(page, "!running")
+
+
+def until(page: chromium.Page, condition: str) -> None:
+    """Raises RuntimeError where the server refuses instead."""
+    page.wait(f"Boolean(turns.at(-1).problem) || ({condition})", PATIENCE)
+    if problem := page.run("turns.at(-1).problem"):
+        raise RuntimeError(f"{problem['message']} ({problem['details']})")
 
 
 def half_an_answer(page: chromium.Page) -> None:
     ask(page, "What is the capital of France?")
     ask(page, "Explain step by step how a hash table works, with an example in Python.", finished=False)
-    page.wait(f"turns.at(-1).view.text.innerText.length > {ENOUGH} || !running", 300)
+    until(page, f"turns.at(-1).view.text.innerText.length > {ENOUGH} || !running")
     if page.run("!running"):
         print(f"the answer ended before {ENOUGH} characters: the picture is not of a running one")
 
@@ -128,11 +138,11 @@ def half_an_answer(page: chromium.Page) -> None:
 def a_call(page: chromium.Page) -> None:
     """The model has to call, then may answer."""
     ask(page, "What is the weather in Paris? Is it warm enough for a walk?")
-    page.wait("waitsForResults(turns.at(-1))", 300)
+    until(page, "waitsForResults(turns.at(-1))")
     page.run("settings.tool_choice = 'none'")
     page.write('{"sky": "clear", "celsius": 21.5, "wind": "light"}')
     page.press("Enter")
-    page.wait("turns.length === 2 && !running", 300)
+    until(page, "turns.length === 2 && !running")
 
 
 def an_object(page: chromium.Page) -> None:

@@ -85,8 +85,8 @@ class Engine(Protocol[S]):
         """Runs one pass and moves every slot's `length` on.
 
         Returns float32 [logits that are wanted, vocab_size] on the CPU, in their order; valid until the next pass.
-        Raises AmqError for more than `max_rows` tokens, more than MAX_SCORED in segments with `every`, a slot beyond its
-        capacity, a token outside the vocabulary.
+        Raises AmqError for more than `max_rows` tokens, more than MAX_SCORED in segments with `every`, a slot beyond
+        its capacity, a token outside the vocabulary.
         """
 
     def cached_tokens(self) -> tuple[int, int]:

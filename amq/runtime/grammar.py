@@ -8,6 +8,7 @@ Whitespace in JSON is bounded: a small model that may write any amount of it bet
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amq.errors import AmqError
-from amq.runtime.grammar_check import GrammarCheck, limits
+from amq.runtime.grammar_check import END, GrammarCheck, limits
 from amq.util.extras import needs
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 WHITESPACE = "[ ]?"
 """What may stand wherever JSON allows whitespace; a schema's own `x-guidance` goes before it."""
+TOKEN = re.compile(r"<\[[0-9]+\]>")
+"""A special token, by its number, in Lark's notation."""
 KINDS = {"json_schema": "JSON schema", "lark": "grammar", "regex": "regular expression"}
 
 
@@ -85,14 +88,14 @@ class GrammarCompiler:
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """Raises AmqError that names what of the grammar is wrong, not supported, or takes too long."""
+        vocabulary = self._vocabulary()
         from llguidance import LLMatcher
 
-        vocabulary = self._vocabulary()
         try:
             text = _translated(grammar)
         except ValueError as error:  # not JSON, or no object
             raise _refused(grammar, str(error)) from None
-        if fault := self._check.fault(text):
+        if fault := self._check.fault(TOKEN.sub(f"<[{END}]>", text)):  # it knows no token of the model by number
             raise _refused(grammar, fault)
         matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
         if matcher.is_error():

@@ -61,6 +61,7 @@ class Tokenizer:
         self.end_ids = frozenset(end_ids)
         added = inner.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
+        self._added = {token.content: i for i, token in added.items()}
         self.special_ids = frozenset(self._special.values())
         self.decoding = Decoding.of(inner.decoder)
         self._bytes: dict[int, bytes] = {}
@@ -121,6 +122,10 @@ class Tokenizer:
     def special_named(self, text: str) -> int | None:
         """The special token whose text is exactly this."""
         return self._special.get(text)
+
+    def added_named(self, text: str) -> int | None:
+        """The token that is no part of the model's vocabulary proper and whose text is exactly this; special or not."""
+        return self._added.get(text)
 
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
         """Token ids, with the special tokens that the tokenizer puts around a text unless `special` is false.

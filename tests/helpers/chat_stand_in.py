@@ -188,7 +188,7 @@ class Handler(BaseHTTPRequestHandler):
     def brackets(self) -> None:
         """What would be quadratic work if each level were indented by its depth."""
         self.begin()
-        self.send("[" * 50_000, 10_000)
+        self.send("[" * 20_000, 5_000)
         self.end()
 
     def arabic(self) -> None:
