@@ -140,7 +140,7 @@ def _grammar(service: Service, body: ChatRequest, tools: Sequence[Any], prompt: 
     thoughts: Thoughts = "none"
     if service.thinking:
         thoughts = "open" if thinks_open(prompt) else "allowed"
-    special = service.runtime.tokenizer.special_named
+    special = service.runtime.tokenizer.added_named
     try:
         if not tools:
             return None if asked is None else response_grammar(asked, thoughts, special)
