@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import transformers
 from helpers.small_tokenizers import KINDS, NAMES, byte_level, llama, metaspace
-from helpers.tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer
+from helpers.tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken
@@ -118,6 +118,20 @@ def test_end_tokens_and_ends_of_a_text(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}!"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
     assert len(Tokenizer.from_folder(tmp_path).encode_chat(CHAT).tokens) == 2
+
+
+@pytest.mark.parametrize("given", [None, 3, [3, 4]])
+def test_end_tokens_of_a_model_in_transformers(given: int | list[int] | None, tmp_path: Path) -> None:
+    """Of generation_config.json and of the tokenizer, as for a folder that the native engine runs."""
+    from amq.runtime import load
+
+    model = tiny_llama(vocab_size=259)
+    model.generation_config.eos_token_id = given
+    model.save_pretrained(tmp_path)
+    byte_tokenizer(TEMPLATES["llama"]).save_pretrained(tmp_path)
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    expected = {*listed, Tokenizer.from_folder(tmp_path).encode("<eos>", special=False)[0]}
+    assert load(tmp_path).tokenizer.end_ids == expected == Tokenizer.from_folder(tmp_path).end_ids
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -247,9 +261,7 @@ def unlimited(tokenizer: Tokenizer, text: str) -> list[int]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_limit_refuses_what_is_longer_and_nothing_else(kind: str) -> None:
     ours = Tokenizer(KINDS[kind](), [])
-    words = st.sampled_from(
-        ["a", "hello", "aaaaaaaa", " ", "   ", "\n", "日本", "é", "hi ", "lo", "</s>", "<think>", "."]
-    )
+    words = st.sampled_from(["a", "hello", "aaaaaaaa", " ", "   ", "\n", "日本", "é", "hi ", "</s>", "<think>", "."])
 
     @settings(max_examples=60, deadline=None)
     @given(st.lists(words, max_size=40), st.integers(1, 60), st.integers(1, 50))
