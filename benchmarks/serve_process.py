@@ -3,8 +3,9 @@
     panic   a panic of Rust's tokenizers in the engine's thread, which Python sees as a BaseException
     exit    SystemExit in the engine's thread
     stall   a pass that never ends
-    raise   an ordinary error, once
+    raise   an ordinary error
 
+One pass has the fault.
 Everything after the options is for `amq serve`. Only what `amq.runtime.load` returns is changed, so that it runs older
 commits as well.
 """
@@ -16,7 +17,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 TEMPLATE = """{% for m in messages %}<|im_start|>{{ m.role }}
@@ -62,6 +62,7 @@ def fake_runtime(folder: str, delay: float, max_sequences: int = 8) -> Any:
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers
 
+    from amq.runtime.loading import Runtime
     from amq.runtime.tokenizer import Tokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -71,8 +72,8 @@ def fake_runtime(folder: str, delay: float, max_sequences: int = 8) -> Any:
     inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     template = Path(folder, "chat_template.jinja")
     tokenizer = Tokenizer(inner, [257], template.read_text() if template.exists() else TEMPLATE)
-    engine = FakeEngine(context=2048, max_sequences=max_sequences, delay=delay, vocab_size=258)
-    return SimpleNamespace(name=folder, engine=engine, tokenizer=tokenizer, weight_bytes=1, device="cpu")
+    engine = FakeEngine(context=8192, max_sequences=max_sequences, delay=delay, vocab_size=258)
+    return Runtime(folder, engine, tokenizer, weight_bytes=1)
 
 
 def serve(arguments: Sequence[str], fake: bool = False, fault: str = "", after: int = 0, delay: float = 0.0) -> int:
@@ -100,7 +101,7 @@ def with_fault(runtime: Any, fault: Callable[[], None], after: int) -> Any:
     def failing(segments: Any) -> Any:
         nonlocal passes
         passes += 1
-        if passes > after:
+        if passes == after + 1:
             fault()
         return forward(segments)
 

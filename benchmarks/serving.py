@@ -178,6 +178,9 @@ def launched(folder: Path | None, arguments: Sequence[str] = (), how: Launch | N
             wait_until_it_answers(process, port, [str(folder), *arguments], Path(log.name))
             name = folder.resolve().name if folder else FAKE_NAME
             yield Served(f"http://127.0.0.1:{port}", port, name, process, Path(log.name))
+        except Exception:
+            print(Path(log.name).read_text(errors="replace")[-4000:], file=sys.stderr)  # what the server said of it
+            raise
         finally:
             end(process)
 

@@ -20,17 +20,18 @@ PATIENCE = 300.0
 """Seconds after which the witness itself gives up on an answer."""
 
 
+Call = tuple[float, float | None, int]
+"""(start, seconds, status); while it runs, None and 200: it is as slow as it is, but was not refused."""
+
+
 @dataclass
 class Notes:
-    """streams: when bytes of each came; ends: how those that have ended ended ("" for well).
-
-    health, second: (start, seconds or None while it runs, status).
-    """
+    """streams: when bytes of each came; ends: how those that have ended ended ("" for well)."""
 
     streams: list[list[float]] = field(default_factory=list)
     ends: list[str] = field(default_factory=list)
-    health: list[tuple[float, float | None, int]] = field(default_factory=list)
-    second: list[tuple[float, float | None, int]] = field(default_factory=list)
+    health: list[Call] = field(default_factory=list)
+    second: list[Call] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Witness:
         )
 
 
-def _within(calls: list[tuple[float, float | None, int]], start: float, end: float) -> list[tuple[float, int]]:
+def _within(calls: list[Call], start: float, end: float) -> list[tuple[float, int]]:
     found = []
     for begun, seconds, status in calls:
         took = end - begun if seconds is None else seconds
@@ -119,12 +120,10 @@ def watch(model: str, victim: Client, second: Client, tokens: int, pipe: Connect
     pipe.send(notes)
 
 
-def _repeat(
-    noted: list[tuple[float, float | None, int]], client: Client, method: str, path: str, body: Any, pause: float
-) -> None:
+def _repeat(noted: list[Call], client: Client, method: str, path: str, body: Any, pause: float) -> None:
     while True:
         start = time.monotonic()
-        noted.append((start, None, 0))
+        noted.append((start, None, 200))
         answer = client.call(method, path, body, timeout=PATIENCE)
         noted[-1] = (start, answer.seconds, answer.status)
         time.sleep(pause)

@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import compare_solvers
 import pytest
 import quality
+import serve_schemas
+import witness
+from helpers.processes import python_path
 from helpers.tiny_models import byte_tokenizer, tiny_llama
 from provenance import checkout
 
@@ -92,3 +96,92 @@ def test_quality_table_goes_on_with_what_is_missing(
     rows = json.loads(results.read_text())["rows"]
     assert rows[:3] == first and rows[3]["method"] == "bank" and {"commit", "dirty", "date"} <= rows[3].keys()
     assert "| 32 | 4.000 | uniform int3 |" in shown
+
+
+def run_smoke(script: str, tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
+    """A benchmark of the server at its tiny size; its JSON and what it printed."""
+    pytest.importorskip("uvicorn", reason="not an environment with the test extra: it has no server")
+    results = tmp_path / "results.json"
+    command = [sys.executable, f"benchmarks/{script}.py", "--smoke", "--json", str(results), *arguments]
+    environment = {**os.environ, **python_path(), "AMQ_CACHE": str(tmp_path)}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    written = json.loads(results.read_text())
+    assert written["provenance"]["commit"] == checkout(ROOT)[0] and written["schema"].startswith(f"amq/{script}/")
+    return written, result.stdout
+
+
+def test_attacks_on_the_others_of_a_server(tmp_path: Path) -> None:
+    """Every attack runs and is watched; what it did to others is not judged on a machine that runs tests."""
+    written, shown = run_smoke("serve_attacks", tmp_path, "--only", "requests,silent,templates")
+    rows = {row["attack"]: row for row in written["rows"]}
+    watched = {"long prompts", "empty messages", "wrong messages", "flood of prompts", "endless uploads"}
+    watched |= {"slow headers", "template that loops", "template that takes memory"}
+    assert set(rows) == watched | {"silent connections"}
+    for name in watched:
+        seen, (before, peak, _) = rows[name]["seen"], rows[name]["memory"]
+        assert seen["pause"] > 0 and seen["second"] > 0 and seen["health"] > 0 and 0 < before <= peak, name
+        assert not seen["refused"] and not seen["unwell"] and not seen["broken"], rows[name]
+        assert f"| {name}: " in shown
+    assert "3 × 400" in rows["wrong messages"]["happened"]
+    assert "second client 200" in rows["silent connections"]["happened"]
+
+
+def test_attacks_by_name_and_on_the_engine(tmp_path: Path) -> None:
+    written, _ = run_smoke("serve_attacks", tmp_path, "--only", "names,turns,faults")
+    verdicts = {row["attack"]: row["verdict"] for row in written["rows"]}
+    assert verdicts.pop("prefix probing across keys") == "left out"  # this engine computes everything anew
+    assert len(verdicts) == 8 and set(verdicts.values()) == {"held"}, written["rows"]
+
+
+def test_the_witness_sees_what_was_slow_and_what_never_came() -> None:
+    """Times from 0 to 10: a stream that stood still from 2 to 5 and ended well, one cut off; /health once at 4."""
+    watched = object.__new__(witness.Witness)
+    notes = witness.Notes(
+        streams=[[0.0, 1.0, 2.0, 5.0, 5.5], [6.0, 6.5]],
+        ends=["", "closed without a word"],
+        health=[(0.0, 0.1, 200), (4.0, 0.3, 503)],
+        second=[(0.5, 0.2, 200), (1.6, 0.1, 429), (7.0, None, 200)],
+    )
+    watched._notes = notes
+    quiet, seen = watched.seen(0.0, 1.5), watched.seen(1.5, 10.0)
+    assert (quiet.pause, quiet.second, quiet.health, quiet.unwell) == (1.0, 0.2, 0.1, ())
+    assert (seen.pause, seen.second, seen.refused, seen.unwell) == (3.0, 3.0, (429,), (503,))
+    assert seen.broken == ("closed without a word",)
+    notes.ends.pop()  # the second stream still runs: it has stood still ever since
+    assert watched.seen(1.5, 10.0).pause == 3.5
+
+
+def test_clients_talk_in_three_turns_with_tools(tmp_path: Path) -> None:
+    written, shown = run_smoke("serve_clients", tmp_path)
+    assert [talk["through"] for talk in written["talks"]] == [
+        "openai, whole answers",
+        "openai, streamed",
+        "pydantic-ai",
+    ]
+    for talk in written["talks"]:
+        assert talk["checks"] and all(good for _, good, _ in talk["checks"]), talk
+        assert [who for who, _ in talk["transcript"]].count("user") == 3
+    assert "| openai, streamed |" in shown
+
+
+def test_answers_to_random_schemas(tmp_path: Path) -> None:
+    written, shown = run_smoke("serve_schemas", tmp_path)
+    assert set(written["ends"]) <= {"valid", "cut"} and written["ends"]["valid"] > 0, written["ends"]
+    for answer in written["answers"]:
+        assert answer["end"] == "cut" or not serve_schemas.fault(answer["text"], answer["schema"])
+    assert "| schemas | ended | valid |" in shown
+
+
+def test_what_a_wrong_answer_to_a_schema_is() -> None:
+    schema = {"type": "object", "properties": {"born": {"type": "string", "format": "date"}}, "required": ["born"]}
+    assert serve_schemas.fault('{"born": "2024-02-29"}', schema) == ""
+    assert "not JSON" in serve_schemas.fault('{"born": "2024', schema)
+    assert serve_schemas.fault('{"born": "yesterday"}', schema) and serve_schemas.fault("{}", schema)
+
+
+def test_lm_eval_over_http_says_what_it_says_in_process(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="lm-eval is an optional extra, not a test requirement")
+    written, shown = run_smoke("serve_lm_eval", tmp_path)
+    assert written["equal"] and written["same_texts"] == 4 and 0 < written["tolerance"] < 1e-3
+    assert "| multiple choice, acc | local-completions |" in shown

@@ -9,12 +9,16 @@ import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.engines import text, transformers_logits
-from helpers.tiny_models import ARCHITECTURES, VOCABULARY
+from helpers.tiny_models import ARCHITECTURES, VOCABULARY, byte_tokenizer
 
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
-from amq.runtime.engine import Segment
+from amq.runtime.engine import MAX_SCORED, Segment
 from amq.runtime.native_engine import NativeEngine, Unsupported, open_native
+from amq.runtime.sampling import Choice
+from amq.runtime.scheduler import Request, Scheduler
+from amq.runtime.settings import Sampling
+from amq.runtime.tokenizer import Tokenizer
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -95,6 +99,59 @@ def test_a_sequence_does_not_depend_on_what_shares_its_passes(folders: dict[str,
     assert found.keys() == texts.keys()
     for seed in texts:
         assert torch.equal(found[seed], alone[seed]), seed
+
+
+def test_every_row_of_a_part_may_be_wanted(folders: dict[str, Path]) -> None:
+    tokens, other = text(150), text(9, seed=5)
+    engine = open_native(folders["llama"], context=512, max_sequences=3)
+    expected, beside = engine.all_logits(tokens), engine.all_logits(other)
+    slots = [engine.open([-1, *tokens], 0), engine.open([-1, *other], 0), engine.open([-1], 5)]
+    found = []
+    for start, more in ((0, 60), (60, 1), (61, 64), (125, 25)):
+        segments = [Segment(slots[0], tokens[start : start + more], every=True)]
+        if not start:
+            segments = [Segment(slots[2], [7, 8], logits=False), *segments, Segment(slots[1], other)]
+        rows = engine.forward(segments)
+        assert len(rows) == more + (not start)
+        if not start:
+            assert torch.equal(rows[-1], beside[-1])
+        found.append(rows[:more].clone())
+    assert torch.equal(torch.cat(found), expected)
+    for slot in slots:
+        engine.close(slot)
+    slot = engine.open([-1], 200)
+    with pytest.raises(AmqError, match=f"logits of 0 segments and {MAX_SCORED + 1} single tokens are wanted"):
+        engine.forward([Segment(slot, text(MAX_SCORED + 1), every=True)])
+    assert slot.length == 0
+
+
+@pytest.mark.parametrize("engine", ["native", "torch"])
+def test_a_scored_prompt_has_the_log_probabilities_of_its_logits(folders: dict[str, Path], engine: str) -> None:
+    """As lm-eval asks for them over HTTP: summed, they are those of one pass of transformers over the text."""
+    tokens, others = text(200), [text(30, seed) for seed in (1, 2)]
+    if engine == "native":
+        made = open_native(folders["llama"], "fp32", context=512, max_sequences=3)
+        logits = made.all_logits(tokens)
+    else:
+        from amq.runtime.torch_engine import TorchEngine
+
+        model = ARCHITECTURES["llama"].build(num_hidden_layers=2)
+        made = TorchEngine(model, max_sequences=3)
+        with torch.no_grad():
+            logits = model(torch.tensor([tokens])).logits[0]
+    own = logits.double().log_softmax(-1)
+    scheduler = Scheduler(made, Tokenizer.from_transformers(byte_tokenizer(), []))
+    requests = [Request(other, Sampling(max_new_tokens=9), lambda piece: None) for other in others]
+    requests.append(Request(tokens, Sampling(max_new_tokens=1, prompt_logprobs=2), lambda piece: None))
+    for request in requests:
+        scheduler.submit(request)
+    while scheduler.step():
+        pass
+    choices: list[Choice] = requests[-1].prompt_choices
+    assert [choice.token for choice in choices] == tokens[1:]
+    expected = own[torch.arange(199), tokens[1:]]
+    assert [choice.logprob for choice in choices] == pytest.approx(expected.tolist(), abs=1e-4)
+    assert [choice.top[0][1] for choice in choices] == pytest.approx(own[:-1].amax(-1).tolist(), abs=1e-4)
 
 
 def test_threads_and_repetition_change_nothing(folders: dict[str, Path]) -> None:

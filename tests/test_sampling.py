@@ -183,6 +183,63 @@ def test_logits_that_are_no_numbers() -> None:
         assert Sampler(Sampling(temperature=1.0, logprobs=1, **options), [1]).choose(masked).token == 5
 
 
+class Only:
+    """Allows some tokens; notes what came."""
+
+    def __init__(self, vocabulary: int, *tokens: int) -> None:
+        bits = np.zeros(-(-vocabulary // 32) * 32, bool)
+        bits[list(tokens)] = True
+        self.mask = np.packbits(bits, bitorder="little").view(np.int32)
+        self.came: list[int] = []
+
+    def allowed(self) -> np.ndarray:
+        return self.mask
+
+    def accept(self, token: int) -> None:
+        self.came.append(token)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50}])
+def test_a_constraint_leaves_a_part_of_the_vocabulary(options: dict[str, Any]) -> None:
+    logits, allowed = random_logits(8), [3, 64, 65, 4999]
+    only = Only(VOCABULARY, *allowed)
+    sampler = Sampler(Sampling(seed=0, logprobs=2, **options), [], constraint=only)
+    choices = [sampler.choose(logits) for _ in range(300)]
+    tokens = [choice.token for choice in choices]
+    assert only.came == tokens and set(tokens) <= set(allowed)
+    own = logits.double().log_softmax(-1)  # of the model itself
+    assert all(choice.logprob == pytest.approx(float(own[choice.token]), abs=1e-5) for choice in choices)
+    assert [t for t, _ in choices[0].top] == own.topk(2).indices.tolist()
+    if not options:
+        assert set(tokens) == {allowed[int(logits[allowed].argmax())]}
+    elif "top_p" not in options:
+        share = logits[allowed].softmax(-1)
+        counts = torch.tensor([tokens.count(token) for token in allowed]) / 300
+        assert ((counts - share).abs() <= 5 * (share / 300).sqrt()).all()
+    logits[allowed] = -torch.inf
+    for none in (sampler, Sampler(Sampling(**options), [], constraint=Only(VOCABULARY))):
+        with pytest.raises(AmqError, match="rules out every token"):
+            none.choose(logits)
+
+
+def test_ends_wait_for_the_least_length() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    sampler = Sampler(Sampling(min_tokens=2), [], ends=(0, 1, 77))
+    assert [sampler.choose(logits).token for _ in range(3)] == [2, 2, 0]
+    sampler = Sampler(Sampling(min_tokens=2), [], (0, 1), Only(4, 1))
+    assert sampler.choose(logits).token == 1  # nothing else may come
+    sampler = Sampler(Sampling(min_tokens=2), [], (0, 1), Only(4, 1, 3))
+    assert [sampler.choose(logits).token for _ in range(3)] == [3, 3, 1]
+
+
+def test_biases_are_added_before_penalties() -> None:
+    logits = torch.tensor([3.0, 2.9, 2.8, -1.0])
+    sampler = Sampler(Sampling(logit_bias=((3, 5), (0, -100.0)), repetition_penalty=2.0, logprobs=0), [])
+    choices = [sampler.choose(logits) for _ in range(3)]
+    assert [choice.token for choice in choices] == [3, 1, 2]  # 4 / 2 is less than 2.9
+    assert choices[0].logprob == pytest.approx(float(logits.log_softmax(-1)[3]), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "name, values",
     [
@@ -197,9 +254,16 @@ def test_logits_that_are_no_numbers() -> None:
         ("max_new_tokens", [-1, 1.0]),
         ("stop", ["x", ("",), (1,)]),
         ("logprobs", [-1, 21, 1.0, True]),
+        ("prompt_logprobs", [-1, 21, True]),
+        ("min_tokens", [-1, 0.5]),
+        ("stop_token_ids", [[1], (-1,), (True,), ("1",)]),
+        ("shown_special", [{1}, (1.0,)]),
+        ("logit_bias", [{1: 2}, ((1,),), ((1, 2), (1, 3)), (("1", 2),)]),
+        ("logit_bias of token 1", [101, float("nan"), "2", True]),
     ],
 )
 def test_wrong_settings_are_named(name: str, values: list[Any]) -> None:
     for value in values:
+        given = {"logit_bias": ((1, value),)} if " of " in name else {name: value}
         with pytest.raises(AmqError, match=rf"^{name} must be .*got "):
-            Sampling(**{name: value})
+            Sampling(**given)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from helpers.engines import FakeEngine, FakeSlot
 from helpers.tiny_models import byte_tokenizer
 
 from amq.errors import AmqError
-from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.engine import Segment
+from amq.runtime.sampling import Constraint
+from amq.runtime.scheduler import LEAST_ROWS, PROMPT_SECONDS, Piece, Request, Scheduler
 from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import Tokenizer
 
@@ -42,10 +46,10 @@ def lengths(engine: FakeEngine) -> list[list[int]]:
 class Reader:
     """A request's listener: collects."""
 
-    def __init__(self, prompt: Sequence[int] | str, **sampling: Any) -> None:
+    def __init__(self, prompt: Sequence[int] | str, constraint: Constraint | None = None, **sampling: Any) -> None:
         self.pieces: list[Piece] = []
         tokens = TOKENIZER.encode(prompt) if isinstance(prompt, str) else prompt
-        self.request = Request(tokens, Sampling(**sampling), self.pieces.append)
+        self.request = Request(tokens, Sampling(**sampling), self.pieces.append, "its owner", constraint)
 
     @property
     def text(self) -> str:
@@ -153,6 +157,190 @@ def test_ends() -> None:
     full = Reader("x" * 60, max_new_tokens=50)
     run(engine_of(context=64), full)
     assert full.request.new_tokens == 4 and full.finished == "length"
+
+
+SPECIAL_TOKENS = Tokenizer.from_transformers(byte_tokenizer("<bos> $A <eos>"), [257])
+
+
+def ending_in(token: int) -> Callable[[FakeSlot], int]:
+    """Text of three letters, then this token, and so on."""
+    return lambda slot: token if (slot.length - len(slot.prompt)) % 4 == 3 else letter(slot.tokens)
+
+
+def test_more_tokens_that_end_a_text() -> None:
+    for options in ({"stop_token_ids": (5,)}, {"stop": ("<bos>",)}, {}):
+        token = options.get("stop_token_ids", (256 if options else 257,))[0]
+        engine = FakeEngine(vocab_size=300, following=ending_in(token))
+        reader, other = Reader("hello", max_new_tokens=9, **options), Reader("hello", max_new_tokens=4, ignore_end=True)
+        run(engine, reader, other, tokenizer=SPECIAL_TOKENS)
+        assert (reader.finished, len(reader.text), reader.request.new_tokens) == ("stop", 3, 4)
+        assert other.finished == "length" and other.text.startswith(reader.text)
+
+
+def test_special_tokens_are_shown_to_who_asks() -> None:
+    texts = []
+    for options in ({"shown_special": (256,)}, {}):
+        engine = FakeEngine(vocab_size=300, following=ending_in(256))
+        run(engine, reader := Reader("hello", max_new_tokens=6, **options), tokenizer=SPECIAL_TOKENS)
+        texts.append(reader.text)
+    assert texts[0] == texts[1][:3] + "<bos>" + texts[1][3:]
+
+
+def test_no_text_ends_before_its_least_length() -> None:
+    ends = FakeEngine(vocab_size=300, following=lambda slot: 257)
+    run(ends, reader := Reader("hello", max_new_tokens=9, min_tokens=4), tokenizer=SPECIAL_TOKENS)
+    tokens = [choice.token for piece in reader.pieces for choice in piece.choices]
+    assert tokens == [0, 0, 0, 0, 257]  # 0: the next best
+    assert reader.finished == "stop"
+    whole = Reader("hello", max_new_tokens=9).expected(9)
+    readers = [Reader("hello", max_new_tokens=9, min_tokens=n, stop=(whole[:2], whole[6])) for n in (0, 2, 3)]
+    run(engine_of(), *readers)
+    assert [reader.text for reader in readers] == ["", whole[:6], whole[:6]]  # what was handed out is no stop text
+
+
+def test_a_prompt_is_read_for_no_new_token() -> None:
+    engine = engine_of(max_rows=8, context=16)
+    run(engine, reader := Reader("h" * 16, max_new_tokens=0))
+    assert reader.pieces == [Piece("", (), "length")] and reader.request.new_tokens == 0
+    assert lengths(engine) == [[8], [8]] and not any(wanted for parts in engine.passes for _, wanted in parts)
+
+
+def test_owners_and_biases_are_handed_on() -> None:
+    run(engine := engine_of(), Reader("hello", max_new_tokens=1))
+    assert engine.owners == ["its owner"]
+    likely = TOKENIZER.encode("#")[0]
+    run(engine_of(), reader := Reader("hello", max_new_tokens=3, logit_bias=((likely, 40),)))
+    assert reader.text == "###"
+    with pytest.raises(AmqError, match="logit_bias is for token 256, the model's vocabulary has 256"):
+        Scheduler(engine_of(), TOKENIZER).submit(Reader("hello", logit_bias=((256, 1),)).request)
+
+
+class RandomEngine(FakeEngine):
+    """Logits that follow from all tokens before them."""
+
+    def logits(self, slot: FakeSlot) -> torch.Tensor:
+        return self.after(slot.tokens)
+
+    def after(self, tokens: Sequence[int]) -> torch.Tensor:
+        seed = torch.Generator().manual_seed(hash(tuple(tokens)) % 2**31)
+        return torch.randn(self.vocab_size, generator=seed)
+
+
+@pytest.mark.parametrize("new_tokens", [0, 2])
+def test_prompts_are_scored(new_tokens: int) -> None:
+    """Their log probabilities are the model's, whatever else runs, and what was cached is read again. The engine checks
+    that a pass does not score too many."""
+    engine = RandomEngine(context=512)
+    engine.shared = 5
+    prompt = [(7 * i) % 256 for i in range(150)]
+    plain, alone = Reader("hello", max_new_tokens=4), Reader(prompt, max_new_tokens=2)
+    scored = Reader(prompt, max_new_tokens=new_tokens, prompt_logprobs=3)
+    second = Reader(prompt[:40], max_new_tokens=1, prompt_logprobs=0)
+    run(engine, plain, scored, second, alone)
+    assert scored.request.cached_tokens == 0 and plain.request.cached_tokens > 0
+    rows = torch.stack([engine.after(prompt[:n]) for n in range(1, 150)]).double().log_softmax(-1)
+    choices = scored.request.prompt_choices
+    assert [choice.token for choice in choices] == prompt[1:]
+    expected = rows[torch.arange(149), prompt[1:]].tolist()
+    assert [choice.logprob for choice in choices] == pytest.approx(expected, abs=1e-5)
+    top = rows.topk(3)
+    assert [[t for t, _ in choice.top] for choice in choices] == top.indices.tolist()
+    assert [choice.logprob for choice in second.request.prompt_choices] == pytest.approx(expected[:39], abs=1e-5)
+    assert scored.text == alone.text[: len(scored.text)] and scored.request.new_tokens == new_tokens
+
+
+class Clock:
+    """What a pass takes: a constant, and more for each token."""
+
+    def __init__(self, engine: FakeEngine, seconds: float, per_token: float) -> None:
+        self.now, self.seconds, self.per_token = 0.0, seconds, per_token
+        forward = engine.forward
+
+        def timed(segments: Sequence[Segment[FakeSlot]]) -> torch.Tensor:
+            self.now += self.seconds + self.per_token * sum(len(segment.tokens) for segment in segments)
+            return forward(segments)
+
+        engine.forward = timed  # type: ignore[method-assign]
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("per_token, rows", [(1e-5, 128), (0.002, 50), (0.05, LEAST_ROWS)])
+def test_prompts_are_read_at_the_machines_pace(per_token: float, rows: int) -> None:
+    """Beside a text that goes on, a pass reads as much of a prompt as takes the time that a reader may wait."""
+    engine = engine_of(max_rows=512, context=4096)
+    clock = Clock(engine, 0.01, per_token)
+    stream, long = Reader("hello", max_new_tokens=400), Reader("l" * 2000, max_new_tokens=1)
+    scheduler = Scheduler(engine, TOKENIZER, clock=clock)
+    scheduler.submit(stream.request)
+    for _ in range(5):
+        scheduler.step()
+    scheduler.submit(long.request)
+    while scheduler.step():
+        pass
+    read = [parts[1] for parts in lengths(engine) if len(parts) == 2]
+    assert read[8:-1] == pytest.approx([rows] * (len(read) - 9), rel=0.2) and len(read) > 9
+    assert rows == 128 or rows == LEAST_ROWS or rows * per_token == pytest.approx(PROMPT_SECONDS)
+    assert stream.text == stream.expected(400) and long.text == long.expected(1)
+    clock.per_token, before = 0.02, len(engine.passes)  # the machine is busy
+    scheduler.submit(Reader("hello", max_new_tokens=400).request)
+    scheduler.submit((again := Reader("m" * 2000, max_new_tokens=1)).request)
+    while again.finished is None:
+        scheduler.step()
+    read = [parts[1] for parts in lengths(engine)[before:] if len(parts) == 2]
+    assert set(read[8:-1]) == {LEAST_ROWS}
+
+
+class PanicException(BaseException):  # noqa: N818 (the name that a panic of Rust has)
+    pass
+
+
+class Panics:
+    """A constraint that gives up at its third token."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error, self.left = error, 3
+
+    def allowed(self) -> np.ndarray:
+        self.left -= 1
+        if not self.left:
+            raise self.error
+        return np.full(8, -1, np.int32)
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_a_panic_ends_one_request_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    from amq.runtime.text_stream import TextStream
+
+    push = TextStream.push
+
+    def panics(stream: TextStream, token: int) -> str:
+        if stream.stop == ("panic",):
+            raise PanicException("index out of bounds")
+        return push(stream, token)
+
+    monkeypatch.setattr(TextStream, "push", panics)
+    good, in_text = Reader("g", max_new_tokens=5), Reader("hello", stop=("panic",))
+    in_constraint = Reader("hello", Panics(PanicException("index out of bounds")))
+    own = Reader("hello", Panics(AmqError("the text left its grammar")))
+    run(engine_of(), good, in_text, in_constraint, own)
+    assert good.text == good.expected(5) and good.finished == "length"
+    message = "the engine failed (PanicException: index out of bounds)"
+    assert in_text.request.error == in_constraint.request.error == message
+    assert own.request.error == "the text left its grammar" and own.request.new_tokens == 2
+    engine = engine_of()
+    engine.failing = PanicException("in the engine")
+    run(engine, reader := Reader("hello"))
+    assert reader.finished == "error" and "in the engine" in reader.request.error
+    for error in (KeyboardInterrupt(), SystemExit(3)):
+        engine.failing = error
+        scheduler = Scheduler(engine, TOKENIZER)
+        scheduler.submit(Reader("hello").request)
+        with pytest.raises(type(error)):
+            scheduler.step()
 
 
 def test_cached_tokens_are_not_read_again() -> None:

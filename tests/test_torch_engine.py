@@ -99,6 +99,48 @@ def test_models_with_a_recurrent_state_get_their_prompts_whole() -> None:
         TorchEngine(griffin, max_sequences=2)
 
 
+BORDER = 64
+LONGROPE = {
+    "rope_parameters": {
+        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": BORDER, "factor": 8.0},
+        **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)]},
+    },
+    "original_max_position_embeddings": BORDER,
+}
+DYNAMIC = {
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+    "max_position_embeddings": BORDER,
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "captured", "gemma2", "mamba", "longrope", "dynamic"])
+def test_every_row_of_a_part_may_be_wanted(name: str) -> None:
+    """Each row is that of one call over the text so far, also where a table changes in the middle of a part."""
+    kind, options = {"longrope": ("phi3", LONGROPE), "dynamic": ("llama", DYNAMIC)}.get(name, (name, {}))
+
+    def build() -> Any:
+        if name == "mamba":
+            sizes = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 256}
+            return randomized(transformers.MambaForCausalLM(transformers.MambaConfig(eos_token_id=None, **sizes)), 0)
+        return ARCHITECTURES["llama" if kind == "captured" else kind].build(**options)
+
+    engine = TorchEngine(build(), context=96, capture=Recorded() if name == "captured" else None, max_sequences=2)
+    model, tokens = build(), random_tokens(1, 90)[0].tolist()
+    slot, other = engine.open(tokens, 1), engine.open(tokens, 1)
+    rows = [engine.forward([Segment(slot, tokens[:10], every=True), Segment(other, tokens[:20])])[:10].clone()]
+    for start, end in ((10, 11), (11, 50), (50, 90)):
+        rows.append(engine.forward([Segment(slot, tokens[start:end], every=True)]).clone())
+    assert [len(part) for part in rows] == [10, 1, 39, 40]
+    for place in (0, 9, 10, 11, 49, 62, 63, 64, 65, 89):
+        with torch.no_grad():
+            if name == "dynamic":
+                model(torch.zeros(1, 1, dtype=torch.int64))  # a dynamic table would remember its longest text
+            expected = model(torch.tensor([tokens[: place + 1]])).logits[0, -1]
+        torch.testing.assert_close(torch.cat(rows)[place], expected, atol=1e-3, rtol=1e-3)
+    with pytest.raises(AmqError, match="after each of 65 tokens are wanted, expected at most 64"):
+        engine.forward([Segment(other, [1] * 65, every=True)])
+
+
 def with_forward(model: nn.Module, forward: Callable[..., Any]) -> nn.Module:
     """`model` with another forward, which gets the old one as its first argument."""
     old = type(model).forward
@@ -143,20 +185,6 @@ def test_what_a_cache_holds_is_found() -> None:
     for name in {*GROWING, *STATIC}:
         use = try_cache(ARCHITECTURES[name].build(), CACHE_ARGUMENTS)
         assert not use.recurrent and use.layers == 3 and use.options == {"logits_to_keep": 1}, name
-
-
-BORDER = 64
-LONGROPE = {
-    "rope_parameters": {
-        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": BORDER, "factor": 8.0},
-        **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)]},
-    },
-    "original_max_position_embeddings": BORDER,
-}
-DYNAMIC = {
-    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-    "max_position_embeddings": BORDER,
-}
 
 
 @pytest.mark.parametrize("name, options", [("phi3", LONGROPE), ("llama", DYNAMIC)])

@@ -14,7 +14,6 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-
 MAX_SCORED = 64
 """Tokens of a pass whose segments have `every`: each has a row of logits, up to a megabyte with a large vocabulary."""
 
@@ -86,8 +85,8 @@ class Engine(Protocol[S]):
         """Runs one pass and moves every slot's `length` on.
 
         Returns float32 [logits that are wanted, vocab_size] on the CPU, in their order; valid until the next pass.
-        Raises AmqError for more than `max_rows` tokens, more than MAX_SCORED in segments with `every`, a slot beyond its
-        capacity, a token outside the vocabulary.
+        Raises AmqError for more than `max_rows` tokens, more than MAX_SCORED in segments with `every`, a slot beyond
+        its capacity, a token outside the vocabulary.
         """
 
     def cached_tokens(self) -> tuple[int, int]:

@@ -8,6 +8,7 @@ Whitespace in JSON is bounded: a small model that may write any amount of it bet
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amq.errors import AmqError
-from amq.runtime.grammar_check import GrammarCheck, limits
+from amq.runtime.grammar_check import END, GrammarCheck, limits
 from amq.util.extras import needs
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 WHITESPACE = "[ ]?"
 """What may stand wherever JSON allows whitespace; a schema's own `x-guidance` goes before it."""
+TOKEN = re.compile(r"<\[[0-9]+\]>")
+"""A special token, by its number, in Lark's notation."""
+KEPT = 8
+"""Grammars that stay built: an agent sends the same tools with every turn. A copy for a text costs nearly nothing."""
 KINDS = {"json_schema": "JSON schema", "lark": "grammar", "regex": "regular expression"}
 
 
@@ -69,7 +74,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> None:
         self._tokenizer, self._end_ids = tokenizer, sorted(end_ids)
         self._rows = max(vocab_size, tokenizer.vocab_size)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._built: dict[Grammar, LLMatcher] = {}
         self._tokens: LLTokenizer | None = None
         self._check = GrammarCheck()
         self._executor = ThreadPoolExecutor(1, "amq-grammar")
@@ -85,19 +91,29 @@ class GrammarCompiler:
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """Raises AmqError that names what of the grammar is wrong, not supported, or takes too long."""
+        with self._lock:
+            matcher = self._built.pop(grammar, None)
+            if matcher is None:
+                matcher = self._build(grammar)
+            self._built[grammar] = matcher  # the latest stands last
+            if len(self._built) > KEPT:
+                del self._built[next(iter(self._built))]
+            return GrammarConstraint(matcher.deep_copy(), self._executor)
+
+    def _build(self, grammar: Grammar) -> LLMatcher:
+        vocabulary = self._vocabulary()
         from llguidance import LLMatcher
 
-        vocabulary = self._vocabulary()
         try:
             text = _translated(grammar)
         except ValueError as error:  # not JSON, or no object
             raise _refused(grammar, str(error)) from None
-        if fault := self._check.fault(text):
+        if fault := self._check.fault(TOKEN.sub(f"<[{END}]>", text)):  # it knows no token of the model by number
             raise _refused(grammar, fault)
         matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
-        return GrammarConstraint(matcher, self._executor)
+        return matcher
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)

@@ -1,9 +1,10 @@
-"""A grammar is built in a process of its own first, which a limit of its time ends.
+"""A grammar is built in a process of its own first, which dies of what would harm the one that asks.
 
-llguidance bounds what most grammars cost, not all: strings that have to match 24 patterns at once take it minutes, and
-`multipleOf` with a large number as long. A thread cannot be stopped, so what would not come to an end in there would
-keep a processor busy for ever. The process knows bytes instead of a model's tokens: that is built at once, and the cost
-of a grammar is nearly the same.
+llguidance bounds what most grammars cost, not all. Strings that have to match 24 patterns at once take it minutes, and
+`multipleOf` with a large number as long: a thread cannot be stopped, and would keep a processor busy for ever. A chain
+of 1,000 references overflows the stack, which ends the process. The process here has less time and a smaller stack than
+the one that asks. It knows bytes instead of a model's tokens: that is built at once, and the cost of a grammar is
+nearly the same.
 """
 
 from __future__ import annotations
@@ -15,15 +16,20 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-SECONDS = 0.5
+SECONDS = 0.4
 """Of a processor, so that it is the same on a busy machine. What agents send takes 0.01."""
 MEMORY = 2**30
 """Bytes of addresses that the process may have."""
+STACK = 2**20
+"""Bytes of stack; threads have 8 MiB on Linux, or 2 where there is no limit."""
+END = 256
+"""The process's only special token."""
 READY = "ready"
 
 
@@ -57,7 +63,9 @@ class GrammarCheck:
             if answer is not None:
                 return answer
             self._stop()
-        return f"it takes more than {SECONDS:g} s or {MEMORY >> 20} MiB to build"
+        return (
+            f"it takes more than {SECONDS:g} s or {MEMORY >> 20} MiB to build, or refers to too many parts in a chain"
+        )
 
     def start(self) -> None:
         """So that the first grammar does not wait for it."""
@@ -69,8 +77,9 @@ class GrammarCheck:
             self._stop()
 
     def _start(self) -> None:
-        if self._process is not None:
+        if self._process is not None and self._process.poll() is None:
             return
+        self._stop()
         path = os.pathsep.join(place for place in sys.path if place)  # what this process finds, it finds too
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
@@ -87,7 +96,8 @@ class GrammarCheck:
             return
         process, self._process = self._process, None
         process.kill()
-        process.communicate()  # waits, and closes the pipes
+        with suppress(BrokenPipeError), process:  # closes the pipes, and waits
+            pass
 
     def _ask(self, line: str) -> str | None:
         """The answer; None where the process ended instead."""
@@ -108,7 +118,7 @@ class GrammarCheck:
 class _Bytes:
     """A tokenizer for llguidance: a token for each byte, and one for the end."""
 
-    eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
+    eos_token_id, bos_token_id, special_token_ids = END, None, (END,)
     tokens = (*(bytes([byte]) for byte in range(256)), b"<end>")
 
     def __call__(self, text: bytes) -> list[int]:
@@ -120,9 +130,6 @@ def _serve() -> None:
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
     tokenizer = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the process that asks, whose end is ours
     _say(READY)
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process, in the middle of what it does
@@ -133,10 +140,20 @@ def _serve() -> None:
         _say(matcher.get_error())
 
 
+def _main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the process that asks, whose end is ours
+    threading.stack_size(STACK)
+    serving = threading.Thread(target=_serve)
+    serving.start()
+    serving.join()
+
+
 def _say(answer: str) -> None:
     sys.stdout.write(json.dumps(answer) + "\n")
     sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    _serve()
+    _main()

@@ -219,7 +219,7 @@ class Scheduler:
         segments = [active.segment(tokens) for active, tokens in parts]
         try:
             logits = self._engine.forward(segments)
-        except BaseException as error:  # whatever it is, what the slots hold is no longer known
+        except BaseException as error:  # noqa: BLE001 (whatever it is, what the slots hold is no longer known)
             reason = _reason(error)
             for active, _ in parts:
                 self._fail(active.request, reason)
@@ -256,7 +256,7 @@ class Scheduler:
                 slot = self._engine.open(request.prompt, limit, request.owner, reuse)
                 if slot is None and not self._running:
                     raise AmqError("the engine has no room: something else runs on it")
-            except BaseException as error:  # it waits first in line: nobody would come after it
+            except BaseException as error:  # noqa: BLE001 (it waits first in line: nobody would come after it)
                 reason = _reason(error)
                 self._waiting.popleft()
                 self._fail(request, reason)
@@ -305,7 +305,7 @@ class Scheduler:
             if active.todo:
                 return
             piece = active.advance(logits[-1]) if active.limit else Piece("", finished="length")
-        except BaseException as error:  # it is of this request only
+        except BaseException as error:  # noqa: BLE001 (it is of this request only)
             self._fail(request, _reason(error))
             return
         if piece.finished is None:

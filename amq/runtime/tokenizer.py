@@ -61,6 +61,7 @@ class Tokenizer:
         self.end_ids = frozenset(end_ids)
         added = inner.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
+        self._added = {token.content: i for i, token in added.items()}
         self.special_ids = frozenset(self._special.values())
         self.decoding = Decoding.of(inner.decoder)
         self._bytes: dict[int, bytes] = {}
@@ -122,6 +123,10 @@ class Tokenizer:
         """The special token whose text is exactly this."""
         return self._special.get(text)
 
+    def added_named(self, text: str) -> int | None:
+        """The token that is no part of the model's vocabulary proper and whose text is exactly this; special or not."""
+        return self._added.get(text)
+
     def encode(self, text: str, special: bool = True, limit: int | None = None) -> list[int]:
         """Token ids, with the special tokens that the tokenizer puts around a text unless `special` is false.
 
@@ -167,15 +172,17 @@ class Tokenizer:
         """Raises TooLong where the beginning of a text has more than `limit` tokens already.
 
         A text's own tokens differ from its beginning's near the cut only; an eighth more is far from what a tokenizer
-        changes there. Beginnings are of growing lengths, so that a text that fits costs at most twice.
+        changes there. Where a beginning has fewer, the next is as long as should do, and twice as long at least: a text
+        that fits costs at most three times.
         """
-        size = limit * LONG_TOKEN
+        most = limit + limit // 8 + 16
+        size = max(limit, 1) * LONG_TOKEN
         while size < len(text):
             space = max(text.rfind(" ", size // 2, size), text.rfind("\n", size // 2, size))
-            beginning = text[: size if space < 0 else space]
-            if len(self._encode_batch([beginning], False)[0]) > limit + limit // 8 + 16:
+            count = len(self._encode_batch([text[: size if space < 0 else space]], False)[0])
+            if count > most:
                 raise TooLong(limit)
-            size *= 2
+            size = max(2 * size, size * (most + most // 8) // max(count, 1))
 
     def _encode_batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         """tokenizers' `encode` would hold Python's lock, so that no other thread runs meanwhile."""

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amq.serve.errors import ApiError
+from amq.serve.uploads import Upload, Uploads
 from amq.serve.visits import Visit, current
 
 if TYPE_CHECKING:
@@ -26,28 +27,37 @@ ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health",
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
 
+UPLOADS = 64
+"""Bodies of the largest size that may be on their way at once, all clients together."""
+
 REQUEST_ID = re.compile(rb"[\w.:-]{1,64}")
 """What a client may call its request: nothing that could break a line of a log."""
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """Raises ApiError 413 for more than `limit` bytes, 408 for a client that takes too long."""
+    """Raises ApiError 413 for more than `limit` bytes, 408 for a client that takes too long, 429 for one that sends so
+    many at once that they do not fit together."""
     too_large = ApiError(413, f"the body is larger than {limit} bytes", "request_too_large")
     if request.headers.get("content-length", "0").isdigit() and int(request.headers.get("content-length", 0)) > limit:
         raise too_large
-    parts, size = [], 0
+    uploads: Uploads = request.state.uploads
+    upload = Upload(request.state.client)
     try:
-        with anyio.fail_after(BODY_SECONDS):
+        with anyio.fail_after(BODY_SECONDS) as upload.scope:
             async for part in request.stream():
-                size += len(part)
-                if size > limit:
+                uploads.add(upload, part)
+                if upload.size > limit:
                     raise too_large
-                parts.append(part)
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:g} s", "timeout") from None
     except ClientDisconnect:
         raise ApiError(499, "the client left") from None
-    return b"".join(parts)
+    finally:
+        uploads.remove(upload)
+    if upload.ended:
+        text = "too many bodies are on their way, and most of them are yours: send fewer at once"
+        raise ApiError(429, text, "too_many_uploads", None, 1)
+    return b"".join(upload.parts)
 
 
 class Gate:
@@ -62,6 +72,7 @@ class Gate:
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app, self.service = app, service
+        self._uploads = Uploads(UPLOADS * service.settings.max_body_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -122,6 +133,7 @@ class Gate:
         address = scope["client"][0] if scope.get("client") else ""
         visit = Visit(_request_id(headers), door.client(owner or "", address), owner or "", time.perf_counter())
         state = {"created": visit.created, "client": visit.client, "owner": visit.owner, "request_id": visit.id}
+        state["uploads"] = self._uploads  # for read_body
         scope.setdefault("state", {}).update(state)
         if not door.right_host(headers):
             text = "this server answers to addresses and localhost only; --allow-host NAME or a key opens it"

@@ -1,4 +1,4 @@
-"""uvicorn around the app: the listening socket, readers that do not read, and an orderly end."""
+"""uvicorn around the app: the listening socket, and an orderly end."""
 
 from __future__ import annotations
 
@@ -7,15 +7,20 @@ import os
 import socket
 import time
 from collections.abc import Callable
+from functools import partial
 from types import FrameType
+from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.applications import Starlette
 
 from amq.errors import AmqError
+from amq.serve.connections import BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
 from amq.serve.settings import ServeSettings
 from amq.serve.worker import EngineThread
+
+QUEUED_CONNECTIONS = 1024
+"""That the system keeps for us while we look at others."""
 
 CLOSE_SECONDS = 5
 """After the drain: how long the last bytes may take to reach their readers."""
@@ -49,29 +54,6 @@ def url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def protocol(write_timeout: float) -> type[H11Protocol]:
-    """A connection that is dropped when its reader leaves the full write buffer alone for `write_timeout` seconds."""
-
-    class Connection(H11Protocol):
-        _stuck: asyncio.TimerHandle | None = None
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._stuck = self.loop.call_later(write_timeout, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._stuck is not None:
-                self._stuck.cancel()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            if self._stuck is not None:
-                self._stuck.cancel()
-            super().connection_lost(exc)
-
-    return Connection
-
-
 class Server(uvicorn.Server):
     """Runs an app of `create_app`.
 
@@ -82,11 +64,20 @@ class Server(uvicorn.Server):
     status: what the process should end with, 0 or FAILED_STATUS.
     """
 
-    def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: Starlette, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
+        metrics = app.state.service.metrics
+        limit = connection_limit(settings.max_connections)
+        closed = metrics.connections_closed
+        self._connections = Connections(
+            limit, settings.header_timeout, settings.write_timeout, lambda why: closed.labels(why).inc()
+        )
+        metrics.gauge("amq_connections", "Connections that are open", lambda: len(self._connections))
         super().__init__(
             uvicorn.Config(
                 app,
-                http=protocol(settings.write_timeout),
+                http=cast(type[asyncio.Protocol], partial(Connection, self._connections)),
+                backlog=BACKLOG,
+                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 loop="asyncio",
                 ws="none",
                 log_level="warning",
@@ -103,6 +94,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(QUEUED_CONNECTIONS)
         self._ready()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:

@@ -69,6 +69,13 @@ class ServeSettings(RuntimeSettings):
     drain: float = flag(
         30.0, "seconds that running requests have to finish after SIGTERM", TAKE, least=0, metavar="SECONDS"
     )
+    max_connections: int = flag(
+        512, "open connections; above it a newcomer takes the place of one without a request", TAKE, least=1,
+        metavar="N",
+    )  # fmt: skip
+    header_timeout: float = flag(
+        10.0, "seconds that the head of a request may take to arrive", TAKE, above=0, metavar="SECONDS"
+    )
     stall: float = flag(
         120.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
         "status 70 for its supervisor", TAKE, above=0, metavar="SECONDS",

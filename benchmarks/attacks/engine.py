@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
-from serving import Served, chat, completion, running
+from serving import Served, chat, completion
 
 from attacks.bench import ATTACKER, Bench, Row
 from attacks.load import CHAT, TEXT
@@ -22,7 +21,7 @@ RENDERER = 600
 def faults(bench: Bench) -> Iterator[Row]:
     for name, fault in {
         "dead engine: a panic": "panic",
-        "dead engine: exit": "exit",
+        "dead engine: SystemExit": "exit",
         "hanging engine": "stall",
     }.items():
         flags = bench.flags("--stall", f"{bench.size.stall:g}") if fault == "stall" else []
@@ -31,28 +30,24 @@ def faults(bench: Bench) -> Iterator[Row]:
 
 
 def dead(bench: Bench, server: Served, name: str, did: str) -> Row:
-    """One request that meets the fault, /health until it is red, the next request, the process's end."""
+    """The request that meets the fault, the next one, /health until it is red, the process's end."""
     limit = bench.size.stall + bench.size.patience
     body = completion(server.model, max_tokens=30, ignore_eos=True)
     client, start = server.client(), time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        first = pool.submit(client.call, "POST", TEXT, body, timeout=limit)
+    answer = client.call("POST", TEXT, body, timeout=limit)
+    following = client.call("POST", TEXT, body, timeout=limit)
+    goes_on = following.status == 200
+    health = client.call("GET", "/health", timeout=5)
+    while not goes_on and health.status == 200 and time.monotonic() < start + 3 * limit:
+        time.sleep(0.02)
         health = client.call("GET", "/health", timeout=5)
-        while health.status == 200 and time.monotonic() < start + limit:
-            time.sleep(0.02)
-            health = client.call("GET", "/health", timeout=5)
-        red = time.monotonic() - start if health.status != 200 else None
-        answer = first.result()
-    following = client.call("POST", TEXT, body, timeout=5) if running(server.process) else None
-    status = exit_status(server.process, limit)
-    ended = f"process ended with {status}" if status is not None else "process runs"
+    status = None if goes_on else exit_status(server.process, limit)
     happened = (
-        f"the request: {answer}; /health {'never red' if red is None else f'red after {red:.1f} s'} "
-        f"({health.status or 'closed'}); the next: {following or 'nobody listens'}; {ended}"
+        f"the request: {answer}; the next: {following}; /health {health.status or 'closed'}; "
+        f"{'the process runs' if status is None else f'the process ended with {status}'}"
     )
-    told = answer.status >= 500
-    target = "an error at once, /health red, the process ends with a failure"
-    good = told and red is not None and bool(status)
+    target = "an error at once; it goes on, or /health is red and the process ends with a failure"
+    good = answer.status >= 500 and (goes_on or (health.status != 200 and bool(status)))
     return Row(name, f"forward: {did}, after {PASSES} passes", target, happened, good)
 
 

@@ -218,10 +218,15 @@ def types_of(schema: Any) -> set[str]:
     """The types that a schema names: in `type`, in the choices of `anyOf`, by an `enum` of texts; else {"any"}."""
     if not isinstance(schema, Mapping):
         return set()
-    if isinstance(schema.get("enum"), list) and all(isinstance(choice, str) for choice in schema["enum"]):
-        return {"string"}
-    named = schema.get("type")
-    found = {named} if isinstance(named, str) else set(named) if isinstance(named, list) else set()
-    for choice in schema["anyOf"] if isinstance(schema.get("anyOf"), list) else ():
-        found |= types_of(choice)
+    choices = schema.get("anyOf")
+    found = _named_types(schema).union(*map(_named_types, choices if isinstance(choices, list) else ()))
     return found or {"any"}
+
+
+def _named_types(schema: Any) -> set[str]:
+    if not isinstance(schema, Mapping):
+        return set()
+    named, values = schema.get("type"), schema.get("enum")
+    if named is None and isinstance(values, list) and all(isinstance(value, str) for value in values):
+        return {"string"}
+    return {one for one in (named if isinstance(named, list) else [named]) if isinstance(one, str)}

@@ -32,9 +32,9 @@ def describe_tools(
         if not format.described:
             return known if format.several else list(_one_call_each(known))
         told = list(_as_text(format, known))
+        return _with_description(format, told, tools) if tools else told
     except RecursionError as error:
-        raise AmqError("tool_calls: the arguments are nested too deeply to be read") from error
-    return _with_description(format, told, tools) if tools else told
+        raise AmqError("tools and the arguments of tool_calls: they are nested too deeply to be read") from error
 
 
 def _with_description(

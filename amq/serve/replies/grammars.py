@@ -18,12 +18,18 @@ from amq.serve.replies.calls import MAX_NAME, NAME, types_of
 from amq.serve.replies.formats import THINKING, ToolFormat
 
 Special = Callable[[str], int | None]
-"""Tokenizer.special_named: the id of the special token that is exactly this text."""
+"""Tokenizer.added_named: the id of the added token that is exactly this text.
+
+llguidance takes all of these for special, also those that the tokenizer does not (<tool_call> of Qwen), and no literal
+and no pattern matches the text of a special token.
+"""
 Thoughts = Literal["none", "allowed", "open"]
 """Before the reply: none, some between the markers of formats.THINKING, or the rest of some that the prompt opened."""
 
 CALL_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python's json writes it, which is what models read in training."""
+MOST_CALLS = 16
+"""Of one reply whose calls are held to a grammar: small models that have to call something do not find an end."""
 SPACE = r"/[ \n]{0,4}/"
 TEXT = r"/(.|\n)*/"
 XML_TEXT = r"xml_text[lazy]: /(.|\n)*<\/parameter>/"
@@ -42,7 +48,7 @@ def response_grammar(
     if schema is None:
         return None
     if thoughts == "none":
-        return Grammar("json_schema", json.dumps(schema))
+        return Grammar("json_schema", _dumped(schema))
     before, rules = _thoughts(thoughts, special)
     return Grammar("lark", "\n".join([f"start: {before} answer", *rules, f"answer: {_answer(schema)}"]))
 
@@ -115,7 +121,8 @@ class _Rules:
             for name, function in zip(names, self._functions, strict=True)
         ]
         self.lines.append(f"call: {' | '.join(names)}")
-        more = f"({self._literal(self._format.between)} call)*" if self._several and (opens or not skip) else ""
+        again = f"{{0,{MOST_CALLS - 1}}}"
+        more = f"({self._literal(self._format.between)} call){again}" if self._several and (opens or not skip) else ""
         first = ' " "? '.join(self._literal(part) for part in opens.split(" "))
         self.lines.append(f"calls: {first} call {more} {self._literal(self._format.closes)}")
         return "calls"
@@ -149,7 +156,7 @@ class _Rules:
     def _call(self, function: Mapping[str, Any], before: str, rule: str) -> str:
         _, middle, behind = self._format.call
         schema = function.get("parameters") or {"type": "object", "properties": {}}
-        if self._format.xml:
+        if self._format.xml and isinstance(schema, Mapping):
             arguments = self._xml_arguments(schema, rule)
         else:
             arguments = _json(schema, {**CALL_STYLE, "lenient": not function.get("strict")})
@@ -157,10 +164,12 @@ class _Rules:
 
     def _xml_arguments(self, schema: Mapping[str, Any], rule: str) -> str:
         """The arguments in the order of the schema; those that are not required may be missing."""
+        properties, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            raise AmqError("tools: of a function's parameters, properties must be an object and required a list")
         shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        required = schema.get("required") or ()
         parts = []
-        for place, (key, own) in enumerate((schema.get("properties") or {}).items()):
+        for place, (key, own) in enumerate(properties.items()):
             value = self._xml_value(own if isinstance(own, Mapping) else {}, shared)
             self.lines.append(f'{rule}_{place}: {self._literal(f"<parameter={_spelled(key)}>")} "\\n" {value} "\\n"')
             parts.append(f"{rule}_{place}" if key in required else f"{rule}_{place}?")
@@ -170,15 +179,15 @@ class _Rules:
         """A value and what closes it."""
         if "string" not in types_of(schema):
             return f'{_json({**schema, **shared}, CALL_STYLE)} "\\n</parameter>"'
-        choices = schema.get("enum") or ([schema["const"]] if "const" in schema else [])
-        if choices and all(isinstance(choice, str) for choice in choices):
+        choices = [schema["const"]] if "const" in schema else schema.get("enum")
+        if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
             return f'({" | ".join(map(json.dumps, choices))}) "\\n</parameter>"'
         if XML_TEXT not in self.lines:
             self.lines.append(XML_TEXT)
         return "xml_text"
 
     def _literal(self, text: str) -> str:
-        """As a literal of lark; special tokens by their id, since their text is not what the model writes."""
+        """As a literal of lark; special tokens by their id."""
         pieces = re.split(f"({'|'.join(map(re.escape, self._special))})", text) if self._special else [text]
         return " ".join(
             f"<[{self._special[piece]}]>" if piece in self._special else json.dumps(piece) for piece in pieces if piece
@@ -222,5 +231,14 @@ def _answer(schema: Mapping[str, Any]) -> str:
     return _json(schema, {"whitespace_pattern": WHITESPACE, **(schema.get("x-guidance") or {})})
 
 
-def _json(schema: Mapping[str, Any], style: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps({**schema, 'x-guidance': style})}"
+def _json(schema: Any, style: Mapping[str, Any]) -> str:
+    if not isinstance(schema, Mapping):
+        raise AmqError("tools: a function's parameters must be a JSON schema, an object")
+    return f"%json {_dumped({**schema, 'x-guidance': style})}"
+
+
+def _dumped(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(schema)
+    except RecursionError as error:
+        raise AmqError("the JSON schema is nested too deeply to be read") from error

@@ -7,7 +7,7 @@ as arguments, as far as the closing marker. All other text that turns out to be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -35,7 +35,7 @@ class ReplyParser:
         thinking: bool = False,
         think_open: bool = False,
         new_id: Callable[[], str] | None = None,
-        tools: Sequence[Any] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._format, self._thinking, self._think_open = format, thinking, think_open
         self._types = _types(tools)
@@ -174,11 +174,10 @@ def _joined(parts: Sequence[Part]) -> list[Part]:
     return joined
 
 
-def _types(tools: Sequence[Any]) -> Types:
-    """By tool and argument, the argument's schema; without what is not shaped like a tool."""
-    found: dict[str, dict[str, Any]] = {}
+def _types(tools: Sequence[Mapping[str, Any]]) -> Types:
+    found: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
-        function = tool["function"]
-        properties = (function.get("parameters") or {}).get("properties") or {}
-        found[function["name"]] = properties
+        schema = tool["function"].get("parameters")
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        found[tool["function"]["name"]] = properties if isinstance(properties, Mapping) else {}
     return found
