@@ -6,7 +6,7 @@ the tokenizer gets the parts, of which none holds the token. Only conversations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -51,12 +51,8 @@ class SpecialText:
         mark = next((chr(code) for code in MARKS if not any(chr(code) in text for text in known)), "")
         if not mark:
             raise AmqError("the conversation spells special tokens, and every private-use character that could tell")
-        tools, names = _mapped(ours, lambda text: self._special.marked(text, mark))
-        return (
-            [_mapped(m, lambda text, by=spellings: by.marked(text, mark)) for spellings, m in given],
-            replace(options, tools=tools, names=names),
-            mark,
-        )
+        tools, names = _marked(ours, self._special, mark)
+        return [_marked(m, spellings, mark) for spellings, m in given], replace(options, tools=tools, names=names), mark
 
     def parts(self, text: str, mark: str) -> list[str]:
         """A rendered text without marks, cut where they stood within a special token's text; never empty."""
@@ -128,9 +124,9 @@ def _strings(given: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _mapped(given: Any, change: Callable[[str], str]) -> Any:
+def _marked(given: Any, spellings: _Spellings, mark: str) -> Any:
     if isinstance(given, str):
-        return change(given)
+        return spellings.marked(given, mark)
     if isinstance(given, Mapping):
-        return {_mapped(key, change): _mapped(value, change) for key, value in given.items()}
-    return [_mapped(value, change) for value in given] if isinstance(given, Sequence) else given
+        return {_marked(key, spellings, mark): _marked(value, spellings, mark) for key, value in given.items()}
+    return [_marked(value, spellings, mark) for value in given] if isinstance(given, Sequence) else given
