@@ -44,9 +44,7 @@ MODELS = ["transformers>=5.14", "gguf>=0.10", "packaging>=23", "regex>=2024.4"]
 REPORT = ["altair>=6", "vl-convert-python>=1.9"]
 SEARCH = [*MODELS, *REPORT, "hqq>=0.2.8", "pymoo>=0.6.1", "scikit-learn>=1.4", "scipy>=1.11"]
 """With the report, which every search ends with."""
-SERVE = [
-    *("fastapi>=0.115", "uvicorn>=0.30", "prometheus-client>=0.20", "pydantic>=2.7", "starlette>=0.40", "anyio>=4"),
-]
+SERVE = ["starlette>=0.40", "anyio>=4", "uvicorn>=0.30", "prometheus-client>=0.20", "llguidance>=1.9"]
 DATASETS = ["datasets>=2.19"]
 TASKS = [*MODELS, "lm-eval>=0.4.13", "accelerate>=0.26"]  # lm-eval's models want accelerate, and do not say so
 GPU = ["triton>=3.6; sys_platform == 'linux'"]
@@ -65,7 +63,8 @@ EXTRAS_REQUIRE = {
         *SERVE,
         *GPU,
         *("pytest>=9", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
-        *("openai>=1.60", "httpx>=0.27", "peft>=0.18", "matplotlib>=3.8"),  # matplotlib: the benchmarks' pictures
+        *("openai>=1.60", "httpx>=0.27", "openapi-spec-validator>=0.7", "peft>=0.18"),
+        "matplotlib>=3.8",  # the benchmarks' pictures
     ],
 }
 """Not in `all`: gpu, which is a matter of the machine, and test."""

@@ -12,7 +12,7 @@ import pytest
 
 openai = pytest.importorskip("openai", reason="the real client is part of the test extra")
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
 from helpers.serving import SECONDS, byte_tokenizer, fake_runtime, serving  # noqa: E402
 
@@ -134,25 +134,45 @@ def test_completion_logprobs(client):
     chunks = client.completions.create(model="fake", prompt="abc", max_tokens=4, logprobs=0, stream=True)
     parts = [chunk.choices[0].logprobs for chunk in chunks if chunk.choices[0].logprobs]
     assert [offset for part in parts for offset in part.text_offset] == [0, 1, 2, 3]
-    assert parts[0].top_logprobs == [{}]
+    assert set(parts[0].top_logprobs[0]) == {"a"}
+
+
+def sampled(kind: Any, **given: Any) -> Any:
+    """The Sampling of a request to a server that allows 7 tokens."""
+    from amq.serve.protocol import parse
+
+    request, _ = parse(kind, json.dumps({"model": "m", **given}).encode(), 9)
+    return request.sampling(7, 256, frozenset({3, 2}))
 
 
 def test_the_sampling_is_what_was_asked_for():
     from amq.runtime.settings import Sampling
-    from amq.serve.protocol import ChatRequest, CompletionRequest, parse
+    from amq.serve.protocol import ChatRequest, CompletionRequest
 
-    base = {"model": "m", "messages": [{"role": "user", "content": "x"}]}
-    assert parse(ChatRequest, json.dumps(base).encode()).sampling(7) == Sampling(temperature=1.0, max_new_tokens=7)
+    messages = [{"role": "user", "content": "x"}]
+    assert sampled(ChatRequest, messages=messages) == Sampling(temperature=1.0, max_new_tokens=7)
     given = {
         **{"temperature": 0, "top_p": 0.5, "top_k": 3, "min_p": 0.25, "repetition_penalty": 1.5, "seed": -4},
         **{"presence_penalty": -1, "frequency_penalty": 2, "stop": "end", "max_tokens": 2, "max_completion_tokens": 5},
-        **{"logprobs": True, "top_logprobs": 3, "ignore_eos": True},
+        **{"logprobs": True, "top_logprobs": 3, "ignore_eos": True, "min_tokens": 9, "stop_token_ids": [4]},
+        **{"logit_bias": {"5": -100, "6": 0.5}, "skip_special_tokens": False},
     }
-    assert parse(ChatRequest, json.dumps({**base, **given}).encode()).sampling(7) == Sampling(
-        *(0.0, 3, 0.5, 0.25, 1.5, -1.0, 2.0, -4, 5, ("end",), 3, True)
+    assert sampled(ChatRequest, messages=messages, **given) == Sampling(
+        *(0.0, 3, 0.5, 0.25, 1.5, -1.0, 2.0, -4, 5, ("end",), 3, True, (4,), 5, ((5, -100.0), (6, 0.5)), (2, 3), None)
     )
-    plain = {"model": "m", "prompt": "x", "logprobs": 0, "seed": None, "n": 1, "user": "me", "tools": []}
-    assert parse(CompletionRequest, json.dumps(plain).encode()).sampling(7).logprobs == 0
+    plain = sampled(CompletionRequest, prompt="x", logprobs=0, seed=None, n=1, user="me", tools=[])
+    assert plain.logprobs == 0 and plain.prompt_logprobs is None
+    assert sampled(CompletionRequest, prompt="x", logprobs=2, echo=True).prompt_logprobs == 2
+
+
+@pytest.mark.parametrize("limit", [None, -1, 7, 100, 10**30])
+def test_the_servers_own_limit_of_tokens(limit):
+    from amq.serve.protocol import ChatRequest, CompletionRequest
+
+    for name in ("max_tokens", "max_completion_tokens"):
+        given = {name: limit, "messages": [{"role": "user", "content": "x"}]}
+        assert sampled(ChatRequest, **given).max_new_tokens == 7
+    assert sampled(CompletionRequest, prompt="x", max_tokens=limit).max_new_tokens == 7
 
 
 def test_seeds_repeat_draws(client):
@@ -186,41 +206,35 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         (CHATS, {"temperature": 2.5}, "temperature"),
         (CHATS, {"temperature": "1"}, "temperature"),
         (CHATS, {"temperature": True}, "temperature"),
-        (CHATS, {"top_p": 0}, "top_p"),
-        (CHATS, {"top_k": -1}, "top_k"),
+        (CHATS, {"top_k": -2}, "top_k"),
         (CHATS, {"min_p": 2}, "min_p"),
         (CHATS, {"repetition_penalty": 0}, "repetition_penalty"),
         (CHATS, {"presence_penalty": 3}, "presence_penalty"),
         (CHATS, {"seed": 2**64}, "seed"),
         (CHATS, {"max_tokens": 0}, "max_tokens"),
         (CHATS, {"max_tokens": 1.5}, "max_tokens"),
-        (CHATS, {"max_tokens": 101}, "max_tokens"),
-        (CHATS, {"max_completion_tokens": 10**30}, "max_completion_tokens"),
-        (CHATS, {"stop": ["a"] * 5}, "stop"),
+        (CHATS, {"stop": ["a"] * 65}, "stop"),
         (CHATS, {"stop": ""}, "stop"),
         (CHATS, {"stop": ["a", 3]}, "stop.1"),
-        (CHATS, {"n": 2}, "n"),
+        (CHATS, {"n": 17}, "n"),
         (CHATS, {"stream": "yes"}, "stream"),
         (CHATS, {"stream_options": {"include_usage": True}}, "stream_options"),
         (CHATS, {"logprobs": 3}, "logprobs"),
         (CHATS, {"top_logprobs": 3}, "top_logprobs"),
         (CHATS, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        (CHATS, {"tools": [{"type": "function"}]}, "tools"),
-        (CHATS, {"response_format": {"type": "json_object"}}, "response_format"),
-        (CHATS, {"temprature": 1}, "temprature"),
+        (CHATS, {"tools": [{"type": "function"}]}, "tools.0.function"),
         (CHATS, {"messages": []}, "messages"),
-        (CHATS, {"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
+        (CHATS, {"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
         (CHATS, {"messages": [{"role": "user"}]}, "messages.0.content"),
-        (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content"),
+        (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
         (CHATS, {"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
         (COMPLETIONS, {"prompt": ""}, "prompt"),
-        (COMPLETIONS, {"prompt": ["a", "b"]}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 17}, "prompt"),
         (COMPLETIONS, {"prompt": [256]}, "prompt"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
-        (COMPLETIONS, {"echo": True, "logprobs": 1}, "echo"),
         (COMPLETIONS, {"best_of": 2}, "best_of"),
-        (COMPLETIONS, {"logit_bias": {"5": 1}}, "logit_bias"),
+        (COMPLETIONS, {"logit_bias": {"256": 1}}, "logit_bias"),
     ],
     ids=str,
 )

@@ -100,22 +100,21 @@ def test_malformed_bodies(shared, path, content):
 
 BAD_VALUES = [
     *(("temperature", v) for v in (-0.1, 1e300, "hot", True, [], {})),
-    *(("top_p", v) for v in (0, 1.5, -1, "0.5")),
-    *(("top_k", v) for v in (-1, 1.5, "all", 10**400)),
+    *(("top_p", v) for v in (1.5, -1, "0.5")),
+    *(("top_k", v) for v in (-2, 1.5, "all", 10**400)),
     *(("min_p", v) for v in (-1, 2)),
-    *(("max_tokens", v) for v in (0, -1, 1.5, "9", 10**30, 10**6)),
+    *(("max_tokens", v) for v in (-2, 1.5, "9")),
     *(("seed", v) for v in (2**64, 0.5, "x")),
     *(("repetition_penalty", v) for v in (0, -1, 1e9)),
     *(("presence_penalty", v) for v in (3, -3, "a")),
     *(("frequency_penalty", v) for v in (3, [])),
-    *(("stop", v) for v in ("", [""], ["a"] * 5, [1], 7)),
-    *(("n", v) for v in (0, 2, "1")),
-    *(("logit_bias", v) for v in ({"5": 1},)),
+    *(("stop", v) for v in ("", [""], ["a"] * 65, [1], 7)),
+    *(("n", v) for v in (0, 17, "1")),
+    *(("logit_bias", v) for v in ({"256": 1}, {"5": 101}, {"x": 1}, {"-1": 1})),
     *(("stream", v) for v in ("yes", 1)),
     ("stream_options", {"include_usage": True}),  # without stream
-    ("no_such_parameter", 1),
     ("prompt", None), ("prompt", ""), ("prompt", []), ("prompt", 5), ("prompt", [1.5]), ("prompt", [256]),
-    ("prompt", [-1]), ("prompt", [10**40]), ("prompt", ["a", "b"]), ("prompt", {"a": 1}), ("prompt", [True]),
+    ("prompt", [-1]), ("prompt", [10**40]), ("prompt", ["a"] * 17), ("prompt", {"a": 1}), ("prompt", [True]),
     ("logprobs", 1000), ("logprobs", -1), ("model", None), ("model", 5),
 ]  # fmt: skip
 
@@ -146,7 +145,7 @@ def test_bad_messages(shared, messages):
 def test_giant_prompts_and_bodies(shared):
     response = post(shared, TEXT, completion("a" * 5000))
     assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
-    assert "5000" in response.text
+    assert "511" in response.text  # what it takes
     response = post(shared, CHAT, {"model": "fake", "messages": [{"role": "user", "content": "a" * 5000}]})
     assert response.status_code == 400 and error_of(response)["code"] == "context_length_exceeded"
     assert error_of(post(shared, TEXT, completion("a" * 70_000)))["code"] == "request_too_large"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.kernels.backends import choose_backend, default_activations
@@ -30,7 +31,7 @@ class Runtime:
     """A loaded model.
 
     name: as the user gave it. device: where it runs, such as `cpu` or `cuda:0`.
-    weight_bytes: of the weights that one decoded token reads.
+    weight_bytes: of the weights that one decoded token reads. record: how it was quantized, if it was.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Runtime:
     tokenizer: Tokenizer
     weight_bytes: int
     device: str = "cpu"
+    record: QuantizationRecord | None = None
 
 
 def load(model: Path | str, **settings: Any) -> Runtime:
@@ -79,7 +81,8 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         except Unsupported as reason:
             why = str(reason)
         else:
-            return Runtime(str(model), engine, Tokenizer.from_folder(folder), engine.weight_bytes)
+            tokenizer = Tokenizer.from_folder(folder)
+            return Runtime(str(model), engine, tokenizer, engine.weight_bytes, record=checkpoint.record)
     return _load_torch(str(model), checkpoint, how, why)
 
 
@@ -110,7 +113,8 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     loaded = load_model(str(checkpoint.folder) if checkpoint else model, settings.dtype, device, **how)
     engine = TorchEngine(loaded.model, settings.context, settings.max_sequences, why=why)
     tokenizer = Tokenizer.from_transformers(loaded.tokenizer, _end_ids(model, loaded))
-    return Runtime(model, engine, tokenizer, engine.weight_bytes, str(loaded.model.device))
+    record = None if checkpoint is None else checkpoint.record
+    return Runtime(model, engine, tokenizer, engine.weight_bytes, str(loaded.model.device), record)
 
 
 def _end_ids(model: str, loaded: LoadedModel) -> list[int]:

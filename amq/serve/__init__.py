@@ -2,7 +2,7 @@
 
     python -m amq.serve DIR
 
-`create_app(runtime, settings)` makes the ASGI app, `Server` runs it. Both need the extra `serve` (FastAPI, uvicorn,
+`create_app(runtime, settings)` makes the ASGI app, `Server` runs it. Both need the extra `serve` (Starlette, uvicorn,
 prometheus-client), which is imported when they are first asked for; nothing else in amq imports those.
 """
 

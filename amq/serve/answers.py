@@ -1,248 +1,134 @@
-"""What clients get: OpenAI's objects and server-sent events, and the response that sends them while tokens come.
+"""Answers as they come: the choices of a request, streamed or whole.
 
 Nothing is sent before the first token, so that a request which fails until then gets a status code of its own. What
-has come when a write is due goes out in one write. The constant part of an event is made once per stream.
+has come of all choices when a write is due goes out in one write.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
-import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from typing import Any, TypeVar
 
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from amq.runtime.sampling import Choice
 from amq.runtime.scheduler import Piece
-from amq.runtime.tokenizer import Tokenizer
-from amq.serve.errors import ApiError
-from amq.serve.worker import EngineThread, Job
+from amq.serve.errors import ApiError, Gone
+from amq.serve.responses import TypedResponse
+from amq.serve.responses import event as event_of
+from amq.serve.shapes import Candidate, Shape
+from amq.serve.worker import EngineThread
 
-DONE = b"data: [DONE]\n\n"
-LEAST_LOGPROB = -9999.0
-"""OpenAI's stand-in for minus infinity, which JSON lacks."""
+T = TypeVar("T")
 
-_quote = json.encoder.encode_basestring_ascii  # what json.dumps calls for a text
+STREAM_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",  # nginx would collect the events
+}
 
 
-@dataclass
-class Shape:
-    """How one endpoint writes its answers; a new one for every request.
+async def while_connected(receive: Receive, work: Coroutine[Any, Any, T], seconds: float | None = None) -> T:
+    """What `work` returns; it is cancelled where the client leaves, or after `seconds`.
 
-    echo: text that the answer begins with. logprobs: whether they were asked for. usage: a last event with the usage.
+    Raises what it raises; Gone once the client has left, and ApiError 504 for one that took too long.
     """
-
-    model: str
-    tokenizer: Tokenizer
-    logprobs: bool = False
-    usage: bool = False
-    echo: str = ""
-    offset: int = field(default=0, init=False)  # characters of the answer's tokens so far
-    prefix: ClassVar[str]
-    whole_object: ClassVar[str]
-    chunk_object: ClassVar[str]
-
-    def __post_init__(self) -> None:
-        head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.model}
-        self._head = {**head, "system_fingerprint": None}
-        start = json.dumps({"object": self.chunk_object, **self._head})[:-1]
-        usage = ', "usage": null' if self.usage else ""
-        self._before = f'data: {start}{usage}, "choices": [{{"index": 0, {self._open}'.encode()
-        self._after = f'{self._close}, "logprobs": null, "finish_reason": null}}]}}\n\n'.encode()
-
-    _open: ClassVar[str]
-    _close: ClassVar[str]
-
-    def start(self) -> bytes:
-        """Events before the first text."""
-        return self._before + _quote(self.echo).encode() + self._after if self.echo else b""
-
-    def event(self, piece: Piece) -> bytes:
-        """The event of a piece; nothing where there is nothing to say yet."""
-        if self.logprobs and piece.choices:
-            logprobs = json.dumps(self.logprobs_object(piece.choices))
-            end = f'{self._close}, "logprobs": {logprobs}, "finish_reason": null}}]}}\n\n'
-            return self._before + (_quote(piece.text) + end).encode()
-        return self._before + _quote(piece.text).encode() + self._after if piece.text else b""
-
-    def end(self, job: Job) -> bytes:
-        """The last events of a stream."""
-        choice = {"index": 0, **self.empty, "logprobs": None, "finish_reason": job.finished}
-        last = {"object": self.chunk_object, **self._head, **({"usage": None} if self.usage else {})}
-        events = _event({**last, "choices": [choice], "timings": timings(job)})
-        if self.usage:
-            events += _event({**last, "choices": [], "usage": usage(job)})
-        return events + DONE
-
-    def whole(self, job: Job, text: str, choices: Sequence[Choice]) -> dict[str, Any]:
-        """The answer that is not streamed."""
-        logprobs = self.logprobs_object(choices) if self.logprobs else None
-        choice = {"index": 0, **self.content(self.echo + text), "logprobs": logprobs, "finish_reason": job.finished}
-        figures = {"usage": usage(job), "timings": timings(job)}
-        return {"object": self.whole_object, **self._head, "choices": [choice], **figures}
-
-    empty: ClassVar[Mapping[str, Any]]
-
-    def content(self, text: str) -> dict[str, Any]:
-        raise NotImplementedError
-
-    def logprobs_object(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        raise NotImplementedError
+    task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait((task, watch), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise Gone() if watch.done() else ApiError(504, "the request took too long", "timeout")
+    finally:
+        watch.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
 
 
-class ChatShape(Shape):
-    """/v1/chat/completions."""
-
-    prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
-    _open, _close, empty = '"delta": {"content": ', "}", {"delta": {}}
-
-    def start(self) -> bytes:
-        return self._before.replace(b'"delta": {', b'"delta": {"role": "assistant", ') + b'""' + self._after
-
-    def content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
-
-    def logprobs_object(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        tokens = [
-            {
-                **self._token(choice.token, choice.logprob),
-                "top_logprobs": [self._token(token, logprob) for token, logprob in choice.top],
-            }
-            for choice in choices
-        ]
-        return {"content": tokens, "refusal": None}
-
-    def _token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text, data = self.tokenizer.token_text(token), self.tokenizer.token_bytes(token)
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
-
-
-class CompletionShape(Shape):
-    """/v1/completions."""
-
-    prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
-    _open, _close, empty = '"text": ', "", {"text": ""}
-
-    def content(self, text: str) -> dict[str, Any]:
-        return {"text": text}
-
-    def logprobs_object(self, choices: Sequence[Choice]) -> dict[str, Any]:
-        name = self.tokenizer.token_text
-        tokens, offsets = [name(choice.token) for choice in choices], []
-        for token in tokens:
-            offsets.append(self.offset)
-            self.offset += len(token)
-        return {
-            "tokens": tokens,
-            "token_logprobs": [_finite(choice.logprob) for choice in choices],
-            "top_logprobs": [{name(token): _finite(p) for token, p in choice.top} for choice in choices],
-            "text_offset": offsets,
-        }
-
-
-def usage(job: Job) -> dict[str, Any]:
-    prompt, new = len(job.prompt), job.request.new_tokens
-    details = {"prompt_tokens_details": {"cached_tokens": job.request.cached_tokens}}
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new, **details}
-
-
-def timings(job: Job) -> dict[str, float | None]:
-    """Speeds of reading the prompt and of the tokens after the first; null where nothing was measured.
-
-    first_token_seconds: since the request came, waiting included.
-    """
-    read, steps = len(job.prompt) - job.request.cached_tokens, job.request.new_tokens - 1
-    return {
-        "prompt_tokens_per_second": read / (job.first - job.started) if job.first > job.started else None,
-        "tokens_per_second": steps / (job.last - job.first) if job.last > job.first else None,
-        "first_token_seconds": job.first - job.created if job.first else None,
-    }
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 class Answer(Response):
-    """Sends what a job makes, streamed or whole, and cancels it when the client leaves."""
+    """Sends what the jobs of its candidates make, and cancels them when the client leaves or one of them fails."""
 
-    def __init__(self, worker: EngineThread, job: Job, shape: Shape, stream: bool) -> None:
+    def __init__(
+        self,
+        worker: EngineThread,
+        candidates: Sequence[Candidate],
+        shape: Shape,
+        stream: bool,
+        headers: Mapping[str, str],
+    ) -> None:
         super().__init__()
-        self.worker, self.job, self.shape, self.stream = worker, job, shape, stream
+        self.worker, self.candidates, self.shape, self.stream, self.given = worker, candidates, shape, stream, headers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        watch = asyncio.ensure_future(self._watch(receive))
         try:
-            if self.stream:
-                await self._stream(scope, receive, send)
-            else:
-                await self._whole(scope, receive, send)
+            await while_connected(receive, (self._stream if self.stream else self._whole)(scope, receive, send))
+        except Gone:
+            return
         finally:
-            watch.cancel()
-            self.worker.cancel(self.job, "client")  # nothing where it has ended
-
-    async def _watch(self, receive: Receive) -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        self.worker.cancel(self.job, "client", Gone())
+            for candidate in self.candidates:
+                self.worker.cancel(candidate.job, "client")  # nothing where it has ended
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        pieces: list[Piece] = []
         try:
-            while not pieces or pieces[-1].finished is None:
-                pieces += await self.job.pieces()
+            async for batch in batches(self.candidates):
+                for candidate, pieces in batch:
+                    candidate.keep(pieces)
         except ApiError as error:
-            if not isinstance(error, Gone):
-                await error.response()(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
-        choices = [choice for piece in pieces for choice in piece.choices]
-        body = self.shape.whole(self.job, "".join(piece.text for piece in pieces), choices)
-        await JSONResponse(body)(scope, receive, send)
+        await TypedResponse(self.shape.whole(self.candidates), 200, self.given)(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started, shape = False, self.shape
         try:
-            pieces = await self.job.pieces()
-        except ApiError as error:
-            if not isinstance(error, Gone):
-                await error.response()(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
-        events = [self.shape.start()]
-        event = self.shape.event
-        try:
-            while True:
-                events += [event(piece) for piece in pieces]
-                if pieces[-1].finished is not None:
-                    break
+            async for batch in batches(self.candidates):
+                events: list[bytes] = []
+                if not started:
+                    events += [event for candidate in self.candidates for event in shape.start(candidate)]
+                for candidate, pieces in batch:
+                    events += [event for piece in pieces for event in shape.events(candidate, piece)]
                 if data := b"".join(events):
+                    if not started:
+                        headers = [(k.encode(), v.encode()) for k, v in {**STREAM_HEADERS, **self.given}.items()]
+                        await send({"type": "http.response.start", "status": 200, "headers": headers})
+                        started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                pieces, events = await self.job.pieces(), []
-            events.append(self.shape.end(self.job))
+            data = shape.last(self.candidates)
         except ApiError as error:
-            if isinstance(error, Gone):
+            if not started:
+                await error.response()(scope, receive, send)
                 return
-            events = [_event(error.body())]
-        await send({"type": "http.response.body", "body": b"".join(events), "more_body": False})
+            data = event_of(error.body())
+        await send({"type": "http.response.body", "body": data, "more_body": False})
 
 
-class Gone(ApiError):
-    """Made anew each time: an exception keeps the frames that it passed through, and with them the request."""
-
-    def __init__(self) -> None:
-        super().__init__(499, "the client left")
-
-
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would collect the events
-]
-
-
-def _event(data: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(data)}\n\n".encode()
-
-
-def _finite(logprob: float | None) -> float | None:
-    return None if logprob is None else max(logprob, LEAST_LOGPROB)
+async def batches(candidates: Sequence[Candidate]) -> AsyncIterator[list[tuple[Candidate, list[Piece]]]]:
+    """What has come, of those of whom something has come, until all have finished. Raises the ApiError of the first
+    that fails."""
+    if len(candidates) == 1:  # without the tasks of many
+        pieces: list[Piece] = []
+        while not pieces or pieces[-1].finished is None:
+            pieces = await candidates[0].job.pieces()
+            yield [(candidates[0], pieces)]
+        return
+    waiting = {asyncio.ensure_future(candidate.job.pieces()): candidate for candidate in candidates}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failures = [error for task in done if (error := task.exception()) is not None]  # of all: none is logged
+            if failures:
+                raise failures[0]
+            came = [(waiting.pop(task), task.result()) for task in done]
+            more = [candidate for candidate, pieces in came if pieces[-1].finished is None]
+            waiting |= {asyncio.ensure_future(candidate.job.pieces()): candidate for candidate in more}
+            yield sorted(came, key=lambda pair: pair[0].index)
+    finally:
+        for task in waiting:
+            task.cancel()

@@ -2,40 +2,55 @@
 
 from __future__ import annotations
 
-import asyncio
+import json
+import logging
 import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import partial
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.routing import Route
 
 from amq.errors import AmqError
-from amq.serve.answers import Answer, ChatShape, CompletionShape, Shape
+from amq.runtime.chat import ChatOptions, Messages
+from amq.runtime.grammar import Grammar, GrammarCompiler
+from amq.runtime.sampling import Constraint
+from amq.runtime.templates import BoundedRenderer
+from amq.runtime.tokenizer import ChatPrompt, TooLong
+from amq.serve import generation
+from amq.serve.answers import while_connected
 from amq.serve.door import Door
 from amq.serve.errors import ApiError
 from amq.serve.gate import Gate, read_body
 from amq.serve.metrics import Metrics
+from amq.serve.openapi import document
+from amq.serve.prompts import PromptThread
 from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from amq.serve.replies.formats import THINKING, format_of
+from amq.serve.responses import Capabilities, Health, ModelCard, ModelList, TypedResponse
 from amq.serve.settings import ServeSettings
-from amq.serve.worker import EngineThread, Job
-
-PAGE = Path(__file__).with_name("page.html")
-PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
-SHORT_TEXT = 2**13
-"""Characters that are tokenized on the event loop: a few milliseconds, during which the engine goes on."""
+from amq.serve.worker import EngineThread
 
 if TYPE_CHECKING:
     from amq.runtime.loading import Runtime
 
+PAGE = Path(__file__).with_name("page.html")
+PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
+MOST_NAMES = 1000
+"""Parameters that are logged once each; a client may think of any number."""
+
 R = TypeVar("R", bound=GenerationRequest)
+T = TypeVar("T")
+log = logging.getLogger("amq.serve")
 
 
 class Service:
@@ -47,55 +62,96 @@ class Service:
         self.created = int(time.time())
         self.metrics = Metrics(self.model)
         self.worker = EngineThread(runtime, settings, self.metrics)
-        self.encoder = ThreadPoolExecutor(1, "amq-encode")  # long texts take one core at most, however many come
-        self.encoding = 0
+        self.prompts = PromptThread(settings.queue + settings.max_sequences, self.worker.full)
+        self.render = BoundedRenderer()
         self.door = Door(settings)
-        context = runtime.engine.context
+        tokenizer, engine = runtime.tokenizer, runtime.engine
+        self.grammars = GrammarCompiler(tokenizer, engine.vocab_size, tokenizer.end_ids)
+        self.tool_format = format_of(tokenizer.template)
+        self.thinking = settings.reasoning == "auto" and any(
+            opens in (tokenizer.template or "") for opens, _ in THINKING
+        )  # whether the model thinks, and that is parted from its answer
+        self.vocabulary, context = runtime.engine.vocab_size, runtime.engine.context
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
+        self._ignored: set[str] = set()  # names that the log has had
 
-    async def read(self, request: Request, kind: type[R]) -> R:
-        """The request's body. Raises ApiError."""
+    def prepare(self) -> None:
+        """Before the server listens: what the first grammar would hold everybody up for, up to seconds."""
+        try:
+            self.grammars.prepare()
+        except AmqError as error:
+            log.warning("answers cannot be held to a form: %s", error)
+
+    async def read(self, request: Request, kind: type[R]) -> tuple[R, list[str]]:
+        """The request's body, and what in it counts for nothing. Raises ApiError."""
         self.worker.admit()
         declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != "application/json":  # else any web page could make a browser send requests here
             raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
-        body = parse(kind, await read_body(request, self.settings.max_body_bytes))
+        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes), self.prompt_limit)
         self.check_model(body.model)
-        return body
+        ignored = [_header_text(name) for name in ignored]
+        for name in ignored:
+            if name not in self._ignored and len(self._ignored) < MOST_NAMES:
+                self._ignored.add(name)
+                log.info("the parameter %s is ignored", name)
+        return body, ignored
 
     def check_model(self, name: str) -> None:
         if name != self.model:
             message = f"the model {name!r} does not exist; this server has {self.model!r}"
             raise ApiError(404, message, "model_not_found", "model")
 
-    async def encode(self, param: str, size: int, make: Callable[[], list[int]]) -> list[int]:
-        """Token ids of a prompt of `size` characters. Raises ApiError where it is empty or too long."""
-        try:
-            tokens = make() if size <= SHORT_TEXT else await self._encode_long(make)
-        except AmqError as error:
-            raise ApiError(400, str(error), "invalid_value", param) from None
-        if not tokens:
-            raise ApiError(400, f"{param} is empty: give some text", "invalid_value", param)
-        if len(tokens) > self.prompt_limit:
-            message = f"{param} has {len(tokens)} tokens; this server takes at most {self.prompt_limit}"
-            raise ApiError(400, message, "context_length_exceeded", param)
+    async def make(self, request: Request, function: Callable[[], T]) -> T:
+        """What `function` makes in the thread of prompts. Raises ApiError."""
+        left = self.settings.timeout - (time.perf_counter() - request.state.created)
+        work = self.prompts.make(request.state.client, function)
+        return await while_connected(request.receive, work, max(left, 0.0))
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Token ids of the parameter `prompt`. Raises ApiError."""
+        with self._checked("prompt"):
+            tokens = self.runtime.tokenizer.encode(text, special, self.prompt_limit)
+        self.check_length("prompt", len(tokens))
         return tokens
 
-    async def _encode_long(self, make: Callable[[], list[int]]) -> list[int]:
-        """In a thread, so that nobody else's tokens wait for it."""
-        if self.encoding > self.settings.queue:
-            raise self.worker.full()
-        self.encoding += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self.encoder, make)
-        finally:
-            self.encoding -= 1
+    def encode_chat(self, messages: Messages, options: ChatOptions) -> ChatPrompt:
+        """Raises ApiError."""
+        with self._checked("messages"):
+            prompt = self.runtime.tokenizer.encode_chat(messages, options, self.prompt_limit, self.render)
+        self.check_length("messages", len(prompt.tokens))
+        return prompt
 
-    def answer(self, request: Request, body: GenerationRequest, tokens: list[int], shape: Shape) -> Answer:
-        """Queues the request. Raises ApiError."""
-        job = Job(tokens, body.sampling(self.settings.max_new_tokens), request.state.client, request.state.created)
-        self.worker.submit(job)
-        return Answer(self.worker, job, shape, body.stream)
+    @contextmanager
+    def _checked(self, param: str) -> Iterator[None]:
+        """Errors become those of the parameter `param`."""
+        try:
+            yield
+        except TooLong as error:
+            raise self.too_long(param, str(error)) from None
+        except AmqError as error:
+            raise ApiError(400, f"{param}: {error}", "invalid_value", param) from None
+
+    def check_length(self, param: str, tokens: int) -> None:
+        """Raises ApiError where a prompt is empty or too long."""
+        if not tokens:
+            raise ApiError(400, f"{param} is empty: give some text", "invalid_value", param)
+        if tokens > self.prompt_limit:
+            raise self.too_long(param, f"{tokens} tokens")
+
+    def too_long(self, param: str, why: str) -> ApiError:
+        message = f"{param} is too long ({why}); this server takes at most {self.prompt_limit} tokens"
+        return ApiError(400, message, "context_length_exceeded", param)
+
+    def constraints(self, grammar: Grammar | None, count: int, param: str) -> list[Constraint | None]:
+        """For each of `count` choices what it has to keep to. Raises ApiError for a grammar that is not supported."""
+        with self._checked(param):
+            return [None if grammar is None else self.grammars.constraint(grammar) for _ in range(count)]
+
+
+def _header_text(name: str) -> str:
+    """A name as a header may have it."""
+    return json.dumps(name)[1:-1][:64].replace(",", " ")
 
 
 def _short(name: str) -> str:
@@ -104,96 +160,106 @@ def _short(name: str) -> str:
     return folder.resolve().name if folder.is_dir() else name
 
 
-def create_app(runtime: Runtime, settings: ServeSettings) -> FastAPI:
+def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
     """The ASGI app that serves `runtime`; its `state.service` holds worker and metrics.
 
-    The worker's thread starts and ends with the app's lifespan.
+    The threads of engine and prompts start and end with the app's lifespan.
     """
     service = Service(runtime, settings)
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.worker.start()
+        service.prompts.start()
         yield
+        service.prompts.stop()
         await service.worker.stop()
-        service.encoder.shutdown(wait=False, cancel_futures=True)
+        service.render.close()
+        service.grammars.close()
 
-    app = FastAPI(title="amq", lifespan=lifespan, openapi_url=None)  # its documentation pages load from the internet
-    app.state.service = service
-    _add_generation(app, service)
-    _add_information(app, service)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _defect)
-    app.add_middleware(Gate, service=service)
+    middleware = [Middleware(Gate, service=service)]
     if settings.cors:
-        app.add_middleware(CORSMiddleware, allow_origins=settings.cors, allow_methods=["*"], allow_headers=["*"])
+        cors = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
+        middleware.insert(0, Middleware(CORSMiddleware, **cors))
+    handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _defect}
+    routes = [*_generation(service), *_information(service)]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app.state.service = service
     return app
 
 
-def _add_generation(app: FastAPI, service: Service) -> None:
-    tokenizer, vocabulary = service.runtime.tokenizer, service.runtime.engine.vocab_size
-
-    @app.post("/v1/completions", response_model=None)
+def _generation(service: Service) -> list[Route]:
     async def completions(request: Request) -> Response:
-        body = await service.read(request, CompletionRequest)
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            tokens = await service.encode("prompt", len(prompt), partial(tokenizer.encode, prompt))
-        elif all(0 <= token < vocabulary for token in prompt):
-            tokens = await service.encode("prompt", 0, lambda: prompt)
-        else:
-            raise ApiError(400, f"prompt: token ids must be from 0 to {vocabulary - 1}", "invalid_value", "prompt")
-        echo = ""
-        if body.echo:
-            echo = prompt if isinstance(prompt, str) else tokenizer.decode(tokens)
-        shape = CompletionShape(service.model, tokenizer, body.logprobs is not None, body.with_usage, echo)
-        return service.answer(request, body, tokens, shape)
+        body, ignored = await service.read(request, CompletionRequest)
+        return await generation.complete(service, request, body, ignored)
 
-    @app.post("/v1/chat/completions", response_model=None)
     async def chat(request: Request) -> Response:
-        body = await service.read(request, ChatRequest)
-        size = sum(len(message.content) for message in body.messages)
-        tokens = await service.encode("messages", size, lambda: tokenizer.encode_chat(body.conversation()).tokens)
-        shape = ChatShape(service.model, tokenizer, body.logprobs, body.with_usage)
-        return service.answer(request, body, tokens, shape)
+        body, ignored = await service.read(request, ChatRequest)
+        return await generation.chat(service, request, body, ignored)
+
+    return [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+    ]
 
 
-def _add_information(app: FastAPI, service: Service) -> None:
-    card = {"id": service.model, "object": "model", "created": service.created, "owned_by": "amq"}
-    card["max_model_len"] = service.runtime.engine.context  # as vLLM calls it
+def _information(service: Service) -> list[Route]:
+    card = _card(service)
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [card]}
+    async def models(request: Request) -> Response:
+        return TypedResponse(ModelList(data=[card]))
 
-    @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
-        service.check_model(name)
-        return card
+    async def model(request: Request) -> Response:
+        service.check_model(request.path_params["name"])
+        return TypedResponse(card)
 
-    @app.get("/health")
-    async def health() -> JSONResponse:
+    async def health(request: Request) -> Response:
         worker = service.worker
         if worker.failed:
-            return JSONResponse({"status": "failed", "reason": worker.failed}, 503)
-        return JSONResponse({"status": "draining"}, 503) if worker.draining else JSONResponse({"status": "ok"})
+            return TypedResponse(Health("failed", worker.failed), 503)
+        return TypedResponse(Health("draining"), 503) if worker.draining else TypedResponse(Health("ok"))
 
-    @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
         return PlainTextResponse(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
+    async def openapi(request: Request) -> Response:
+        return TypedResponse(document())
+
+    async def page(request: Request) -> Response:
         return FileResponse(PAGE, media_type="text/html", headers=PAGE_HEADERS)
 
+    return [
+        Route("/v1/models", models),
+        Route("/v1/models/{name:path}", model),
+        Route("/health", health),
+        Route("/metrics", metrics),
+        Route("/openapi.json", openapi),
+        Route("/", page),
+    ]
 
-async def _api_error(request: Request, error: Exception) -> JSONResponse:
+
+def _card(service: Service) -> ModelCard:
+    runtime, tokenizer, record = service.runtime, service.runtime.tokenizer, service.runtime.record
+    tools = None if service.tool_format is None else service.tool_format.name
+    formats = Counter(() if record is None else record.formats.values())
+    return ModelCard(
+        id=service.model,
+        created=service.created,
+        max_model_len=runtime.engine.context,
+        engine=runtime.engine.banner,
+        formats=dict(sorted(formats.items())),
+        bits_per_weight=None if record is None else round(record.bits_per_weight, 3),
+        weight_bytes=runtime.weight_bytes,
+        capabilities=Capabilities(tokenizer.template is not None, tools, service.thinking, bool(tokenizer.end_ids)),
+    )
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return error.response()
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
+async def _http_error(request: Request, error: Exception) -> Response:
     """Unknown paths and methods."""
     assert isinstance(error, HTTPException)
     message = {
@@ -206,6 +272,6 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
     return answer
 
 
-async def _defect(request: Request, error: Exception) -> JSONResponse:
+async def _defect(request: Request, error: Exception) -> Response:
     """uvicorn logs the traceback; the client learns nothing of it."""
     return ApiError(500, "the server failed on this request", "internal_error").response()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from starlette.responses import JSONResponse
+from amq.serve.responses import ErrorBody, ErrorDetails, TypedResponse
 
 
 class ApiError(Exception):
@@ -26,11 +24,18 @@ class ApiError(Exception):
         kinds = {401: "authentication_error", 429: "rate_limit_error"}
         return kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
 
-    def body(self) -> dict[str, Any]:
-        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+    def body(self) -> ErrorBody:
+        return ErrorBody(ErrorDetails(self.message, self.kind, self.param, self.code))
 
-    def response(self) -> JSONResponse:
+    def response(self) -> TypedResponse:
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body(), self.status, headers)
+        return TypedResponse(self.body(), self.status, headers)
+
+
+class Gone(ApiError):
+    """Made anew each time: an exception keeps the frames that it passed through, and with them the request."""
+
+    def __init__(self) -> None:
+        super().__init__(499, "the client left")

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import cast
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from amq.errors import AmqError
 from amq.serve.connections import BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
@@ -64,7 +64,7 @@ class Server(uvicorn.Server):
     status: what the process should end with, 0 or FAILED_STATUS.
     """
 
-    def __init__(self, app: FastAPI, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, app: Starlette, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
         metrics = app.state.service.metrics
         limit = connection_limit(settings.max_connections)
         closed = metrics.connections_closed

@@ -3,7 +3,7 @@
 A stage's settings derive from `Settings`. A field declared with `flag(default, help, group)` becomes
 `--name-with-dashes`: booleans are switches, lists may be repeated, `positional=True` takes the name away. Its range,
 its choices and whether it is a size or a time are declared there too and hold for all three: `Settings` checks them
-when it is made, and `limits` hands them to pydantic. A field without `flag` is for Python and JSON alone.
+when it is made, and `limits` hands them to JSON schemas. A field without `flag` is for Python and JSON alone.
 
 Nothing here or in a stage's settings.py imports torch or numpy, so that `--help` answers at once.
 """
@@ -183,9 +183,9 @@ def _range(own: Flag) -> str:
 
 
 def limits(settings: type, name: str) -> dict[str, float]:
-    """The range of a field in pydantic's words (ge, gt, le)."""
+    """The range of a field in JSON schema's words."""
     own = declared(settings)[name].flag
-    given = {"ge": own.least, "gt": own.above, "le": own.most}
+    given = {"minimum": own.least, "exclusiveMinimum": own.above, "maximum": own.most}
     return {word: value for word, value in given.items() if value is not None}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from amq.runtime.tokenizer import Tokenizer
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
-from helpers.engines import SECONDS, FakeEngine
+from helpers.engines import SECONDS, FakeEngine, FakeSlot
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
 
@@ -35,7 +35,7 @@ def hold_until_input(engine: FakeEngine) -> None:
     threading.Thread(target=open_gate, daemon=True).start()
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     """One token per byte, built without transformers, whose import takes seconds."""
     from tokenizers import Tokenizer as Inner
     from tokenizers import decoders, models, pre_tokenizers
@@ -44,18 +44,29 @@ def byte_tokenizer() -> Tokenizer:
     inner = Inner(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.decoder = decoders.ByteLevel()
-    return Tokenizer(inner, inner.encode("\n").ids, TEMPLATE)
+    return Tokenizer(inner, inner.encode("\n").ids, template)
 
 
 def tokens_of(text: str) -> list[int]:
     return byte_tokenizer().encode(text)
 
 
-def fake_runtime(**options: Any) -> Any:
+def fake_runtime(template: str | None = TEMPLATE, **options: Any) -> Any:
     """A Runtime around a FakeEngine; `options` are the engine's."""
-    return SimpleNamespace(
-        name="fake", engine=FakeEngine(**options), tokenizer=byte_tokenizer(), weight_bytes=1, banner="a fake engine"
-    )
+    engine, tokenizer = FakeEngine(**options), byte_tokenizer(template)
+    return SimpleNamespace(name="fake", engine=engine, tokenizer=tokenizer, weight_bytes=1, record=None)
+
+
+def scripted(*answers: str) -> Callable[[FakeSlot], int]:
+    """For FakeEngine's `following`: the n-th prompt that comes is answered with the n-th text, and the end."""
+    tokens, known = [tokens_of(answer + "\n") for answer in answers], list[FakeSlot]()
+
+    def following(slot: FakeSlot) -> int:
+        if slot not in known:
+            known.append(slot)
+        return tokens[known.index(slot)][slot.length - len(slot.prompt)]
+
+    return following
 
 
 @contextmanager
