@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
 from helpers.serving import serving  # noqa: E402
 
