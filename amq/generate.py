@@ -18,6 +18,7 @@ from amq.util.settings import REQUIRED, flag, parse_command, run_command
 
 if TYPE_CHECKING:
     from amq.runtime import Generation, Runtime
+    from amq.runtime.generation import Prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class GenerateSettings(RuntimeSettings, Sampling):
     model: str = flag(REQUIRED, CHECKPOINT, positional=True)
     prompt: str = flag(REQUIRED, "text to go on from; - reads it from stdin", WRITE, metavar="TEXT")
     chat: bool = flag(False, "the prompt is a message to the model: use its chat template", WRITE)
+    system: str | None = flag(None, "what the model is told before the message of --chat", WRITE, metavar="TEXT")
     context: int | None = flag(
         None, "tokens that prompt and text may have (default: the model's)", least=1, metavar="N"
     )
@@ -45,6 +47,8 @@ class GenerateSettings(RuntimeSettings, Sampling):
 def main(argv: Sequence[str] | None = None) -> int:
     settings = GenerateSettings(**parse_command(argv, GenerateSettings))
     check_file(settings.json_file, "--json")
+    if settings.system is not None and not settings.chat:
+        raise AmqError("--system is for a chat: give --chat too")
     text = sys.stdin.read() if settings.prompt == "-" else settings.prompt
     if not text.strip():
         raise AmqError("the prompt is empty: give --prompt TEXT, or text on stdin with --prompt -")
@@ -54,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime = load(settings.model, **settings.loading)
     load_seconds = time.perf_counter() - start
     print(runtime.engine.banner, file=sys.stderr)
-    prompt = [{"role": "user", "content": text}] if settings.chat else text
-    generation = generate(runtime, prompt, settings.sampling)
+    generation = generate(runtime, _prompt(settings, text), settings.sampling)
     for piece in generation:
         print(piece, end="", flush=True)
     print(flush=True)
@@ -64,6 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if settings.json_file:
         write_json(settings.json_file, figures)
     return 0
+
+
+def _prompt(settings: GenerateSettings, text: str) -> Prompt:
+    if not settings.chat:
+        return text
+    system = [] if settings.system is None else [{"role": "system", "content": settings.system}]
+    return [*system, {"role": "user", "content": text}]
 
 
 def _figures(runtime: Runtime, generation: Generation) -> dict[str, Any]:

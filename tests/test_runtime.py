@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -268,11 +269,24 @@ def test_command(folder: Path, runtime: Runtime, tmp_path: Path, monkeypatch: py
     assert figures["new_tokens"] == 6 and figures["peak_memory_bytes"] > 1 << 20 and figures["threads"] == 1
 
 
+def test_command_in_a_chat(folder: Path, tmp_path: Path, capsys: Any) -> None:
+    copy = tmp_path / "chat"
+    shutil.copytree(folder, copy)
+    (copy / "chat_template.jinja").write_text("{% for m in messages %}<{{ m.role[0] }}{{ m.content }}>{% endfor %}")
+    figures = tmp_path / "figures.json"
+    options = ["--prompt", "hi", "--chat", "--max-new-tokens", "1", "--threads", "1", "--json", str(figures)]
+    for system, tokens in (([], len("<uhi>")), (["--system", "x"], len("<sx><uhi>"))):
+        assert run_command(command.main, [str(copy), *options, *system]) == 0
+        assert json.loads(figures.read_text())["prompt_tokens"] == tokens
+    capsys.readouterr()
+
+
 def test_command_with_wrong_input(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO(" \n"))
     for options, message in (
         ([str(folder), "--prompt", "-"], "the prompt is empty"),
         ([str(tmp_path), "--prompt", "hello"], "has no config.json"),
+        ([str(folder), "--prompt", "hello", "--system", "Be kind."], "--system is for a chat"),
         ([str(folder), "--prompt", "hello", "--threads", "0"], "threads must be at least 1"),
         ([str(folder), "--prompt", "hello", "--repetition-penalty", "0"], "--repetition-penalty must be"),
     ):

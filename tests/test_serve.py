@@ -141,7 +141,7 @@ def sampled(kind: Any, **given: Any) -> Any:
     """The Sampling of a request to a server that allows 7 tokens."""
     from amq.serve.protocol import parse
 
-    request, _ = parse(kind, json.dumps({"model": "m", **given}).encode())
+    request, _ = parse(kind, json.dumps({"model": "m", **given}).encode(), 9)
     return request.sampling(7, 256, frozenset({3, 2}))
 
 

@@ -135,11 +135,9 @@ def test_many_newcomers_are_cut_off(monkeypatch):
 
 def test_slow_heads():
     with serving(header_timeout=0.3) as server:
-        with connection(server) as link:
-            assert rest(link) == b""  # nothing was said, nothing is answered
-        with connection(server, HEAD.encode()) as link:
-            head, _, body = rest(link).partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 408 ") and json.loads(body)["error"]["code"] == "timeout"
+        for head in (b"", HEAD.encode()):
+            with connection(server, head) as link:
+                assert rest(link) == b""
         assert closed(server, "headers") == 2
         with connection(server, request()) as link:  # the limit is not one of answers, nor of pauses between requests
             assert link.recv(65536).startswith(b"HTTP/1.1 200")
@@ -148,7 +146,7 @@ def test_slow_heads():
                 link.recv(1)
             link.settimeout(SECONDS)
             link.sendall(b"GET /health HTTP/1.1\r\n")
-            assert rest(link).startswith(b"HTTP/1.1 408 ")
+            assert rest(link) == b""
         wait_for(lambda: open_now(server) == 0)
 
 

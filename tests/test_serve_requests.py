@@ -335,7 +335,7 @@ def test_a_megabyte_of_wrong_messages_costs_little():
         body = b'{"model":"x","messages":[' + inside + (b"," + inside) * (2**20 // (len(inside) + 1)) + b"]}"
         tracemalloc.start()
         with pytest.raises(ApiError) as caught:
-            parse(ChatRequest, body)
+            parse(ChatRequest, body, 100)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert caught.value.param.startswith("messages.0") and peak < 20 * 2**20, inside

@@ -1,23 +1,23 @@
-"""amq.runtime.tokenizer against transformers' tokenizers: ids, chats, text piece by piece, stop texts, errors."""
+"""amq.runtime.tokenizer against transformers' tokenizers: ids, chats, limits, errors."""
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
-from helpers.tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer
+from helpers.small_tokenizers import KINDS, NAMES, byte_level, llama, metaspace
+from helpers.tiny_models import TEMPLATES, byte_tokenizer, family_tokenizer, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Inner
 
 from amq.errors import AmqError
-from amq.runtime.tokenizer import TextStream, Tokenizer
+from amq.runtime.tokenizer import Tokenizer, TooLong
 from amq.util.files import cache_dir
 
 TEXTS = ("", "hello", "  two  spaces ", "naïve 日本語 🙂 \x00\n\t", "<|im_start|>user\nhi<|im_end|>", "a" * 300)
@@ -44,33 +44,15 @@ def bpe_with_specials() -> Any:
     return tokenizer
 
 
-def sentencepiece_like() -> Any:
-    """As Llama 2's: ▁ for spaces, one of them in front of the text, bytes for what the vocabulary lacks."""
-    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", *"abcdefghijklmnop", "▁a", "▁b", "é"]
-    merges = [("▁", "a"), ("▁", "b")]
-    inner = Inner(
-        models.BPE({p: i for i, p in enumerate(pieces)}, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, add_bos_token=True, **names)
-
-
-def metaspace() -> Any:
-    """A decoder that `_Decoding` does not know."""
-    inner = Inner(models.Unigram([("<unk>", 0.0), ("▁", -2.0), ("▁hello", -1.0), ("lo", -2.0), ("h", -3.0)], 0))
-    inner.pre_tokenizer, inner.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>")
+def as_transformers(inner: Inner, **names: str) -> Any:
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
 MADE = {
     "bytes": byte_tokenizer,
     "added": bpe_with_specials,
-    "sentencepiece": sentencepiece_like,
-    "metaspace": metaspace,
+    "sentencepiece": lambda: as_transformers(llama(), add_bos_token=True, **NAMES),
+    "metaspace": lambda: as_transformers(metaspace(), unk_token="<unk>"),
 }
 
 
@@ -89,11 +71,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return kind.from_pretrained(folder), Tokenizer.from_folder(folder)
 
 
-def streamed(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str] = ()) -> str:
-    stream = TextStream(tokenizer, stop)
-    return "".join([stream.push(token) for token in tokens]) + stream.finish()
-
-
 def test_encodes_and_decodes_as_transformers_does(pair: tuple[Any, Tokenizer]) -> None:
     theirs, ours = pair
     copied = Tokenizer.from_transformers(theirs, [])
@@ -101,86 +78,12 @@ def test_encodes_and_decodes_as_transformers_does(pair: tuple[Any, Tokenizer]) -
         ids = theirs(text)["input_ids"]
         assert ours.encode(text) == copied.encode(text) == ids
         assert ours.decode(ids) == copied.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
-        assert streamed(ours, ids) == streamed(copied, ids) == ours.decode(ids)
     assert ours.template == copied.template == theirs.chat_template
     if theirs.chat_template:
         text = theirs.apply_chat_template(CHAT, add_generation_prompt=True, tokenize=False)
         ids = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.encode_chat(CHAT).tokens == copied.encode_chat(CHAT).tokens == ids
         assert ours.encode_chat(CHAT).text == text
-
-
-def test_pieces_join_to_the_whole(pair: tuple[Any, Tokenizer]) -> None:
-    theirs, ours = pair
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.lists(st.integers(0, len(theirs) - 1), max_size=60))
-    def any_tokens(tokens: list[int]) -> None:
-        if not ours.decoding.replaced:  # see TextStream: byte fallback takes back what was valid
-            assert streamed(ours, tokens) == theirs.decode(tokens, skip_special_tokens=True)
-
-    @settings(max_examples=60, deadline=None)
-    @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
-    def any_text(text: str) -> None:
-        tokens = theirs(text)["input_ids"]
-        assert streamed(ours, tokens) == theirs.decode(tokens, skip_special_tokens=True)
-
-    any_tokens()
-    any_text()
-
-
-def test_characters_come_whole_and_wrong_bytes_come_at_once() -> None:
-    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
-    byte = {ours.token_bytes(i): i for i in range(256)}
-    assert sorted(byte) == [bytes([b]) for b in range(256)]
-
-    def pieces(data: bytes) -> list[str]:
-        stream = TextStream(ours)
-        return [stream.push(byte[bytes([b])]) for b in data] + [stream.finish()]
-
-    assert pieces("é🙂a".encode()) == ["", "é", "", "", "", "🙂", "a", ""]
-    assert pieces(b"\xff\xffa") == ["�", "�", "a", ""]
-    assert pieces(b"\xe6\x97a\xe6") == ["", "", "�a", "", "�"]
-    assert ours.token_text(byte[b"\xe6"]) == "�" and ours.token_text(byte[b"a"]) == "a"
-    assert ours.token_bytes(9999) == b"" and ours.decode([9999]) == "" and TextStream(ours).push(9999) == ""
-
-
-def test_sentencepiece_bytes_and_leading_space() -> None:
-    ours = Tokenizer.from_transformers(sentencepiece_like(), [2])
-    tokens = ours.encode("a b日")
-    assert tokens[0] == 1  # the tokenizer's own beginning
-    stream = TextStream(ours)
-    assert [stream.push(t) for t in tokens] == ["", "a", " b", "", "", "日"]
-    assert [ours.token_text(t) for t in tokens[:3]] == ["<s>", " a", " b"]
-    wrong = [ours.token_bytes(t) for t in tokens[3:]]
-    assert b"".join(wrong).decode() == "日"
-    assert streamed(ours, [3 + 0xFF, 3 + 0x61]) == ours.decode([3 + 0xFF, 3 + 0x61]) == "��"
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.text("abé", max_size=30),
-    st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3),
-)
-def test_stop_texts_are_cut_off_and_never_shown_in_part(text: str, stop: list[str]) -> None:
-    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
-    first = min(((place + len(s), place) for s in stop if (place := text.find(s)) >= 0), default=(0, None))[1]
-    stream, shown = TextStream(ours, stop), ""
-    for token in ours.encode(text):
-        shown += stream.push(token)
-        assert text[:first].startswith(shown)
-    assert stream.stopped == (first is not None)
-    assert shown + stream.finish() == text[:first]
-    assert stream.push(0) == "" if first is not None else True
-
-
-def test_a_stop_text_waits_only_as_long_as_it_may_come() -> None:
-    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
-    stream = TextStream(ours, ("</end>", "\n\n"))
-    assert [stream.push(t) for t in ours.encode("a</enx\nb\n\nc")] == [
-        *("a", "", "", "", "", "</enx", "", "\nb", "", "", "")
-    ]  # fmt: skip
-    assert stream.stopped and stream.finish() == ""
 
 
 def test_what_a_template_refuses(tmp_path: Path) -> None:
@@ -215,6 +118,20 @@ def test_end_tokens_and_ends_of_a_text(tmp_path: Path) -> None:
     named = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": "{{ bos_token }}!"}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": named}))
     assert len(Tokenizer.from_folder(tmp_path).encode_chat(CHAT).tokens) == 2
+
+
+@pytest.mark.parametrize("given", [None, 3, [3, 4]])
+def test_end_tokens_of_a_model_in_transformers(given: int | list[int] | None, tmp_path: Path) -> None:
+    """Of generation_config.json and of the tokenizer, as for a folder that the native engine runs."""
+    from amq.runtime import load
+
+    model = tiny_llama(vocab_size=259)
+    model.generation_config.eos_token_id = given
+    model.save_pretrained(tmp_path)
+    byte_tokenizer(TEMPLATES["llama"]).save_pretrained(tmp_path)
+    listed = given if isinstance(given, list) else [] if given is None else [given]
+    expected = {*listed, Tokenizer.from_folder(tmp_path).encode("<eos>", special=False)[0]}
+    assert load(tmp_path).tokenizer.end_ids == expected == Tokenizer.from_folder(tmp_path).end_ids
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -327,3 +244,59 @@ def test_a_pattern_that_gives_up_is_named(tmp_path: Path) -> None:
     path.write_text(json.dumps(state))
     with pytest.raises(AmqError, match=r"tokenizer\.json: tokenizers gave up on this text"):
         Tokenizer.from_folder(tmp_path).encode("x" * 40 + "b" + "a" * 40 + "!")
+
+
+def test_special_tokens_by_their_text_and_the_file_itself(tmp_path: Path) -> None:
+    bpe_with_specials().save_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    assert ours.special_named("</s>") == ours.encode("</s>")[0] and ours.special_named("日本") is None
+    again = Tokenizer(Inner.from_str(ours.json()), [])
+    assert again.encode("<s>日本 x y</s>é") == ours.encode("<s>日本 x y</s>é") and again.special_ids == ours.special_ids
+
+
+def unlimited(tokenizer: Tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, special=False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_limit_refuses_what_is_longer_and_nothing_else(kind: str) -> None:
+    ours = Tokenizer(KINDS[kind](), [])
+    words = st.sampled_from(["a", "hello", "aaaaaaaa", " ", "   ", "\n", "日本", "é", "hi ", "</s>", "<think>", "."])
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(words, max_size=40), st.integers(1, 60), st.integers(1, 50))
+    def around(parts: list[str], limit: int, times: int) -> None:
+        text = "".join(parts) * times
+        tokens = unlimited(ours, text)
+        for most in {limit, len(tokens)}:
+            if len(tokens) <= most:
+                assert ours.encode(text, special=False, limit=most) == tokens
+            else:
+                with pytest.raises(TooLong, match=f"of which {most} are allowed"):
+                    ours.encode(text, special=False, limit=most)
+
+    around()
+
+
+@pytest.mark.parametrize("text", ["a" * 1000, " " * 1000, "a " * 500, "hi" * 500])
+def test_a_text_that_fits_is_not_refused_for_its_length(text: str) -> None:
+    """Tokens of many characters; texts without a space; the limit exactly, and one below."""
+    ours = Tokenizer(byte_level(), [])
+    tokens = unlimited(ours, text)
+    assert ours.encode(text, limit=len(tokens)) == tokens
+    with pytest.raises(TooLong, match=f"the prompt has {len(tokens)} tokens, of which {len(tokens) - 1} are allowed"):
+        ours.encode(text, limit=len(tokens) - 1)
+
+
+def test_a_text_that_is_far_too_long_is_read_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Tokenizer.from_transformers(byte_tokenizer(), [])
+    read: list[int] = []
+    encode = ours._encode_batch
+    monkeypatch.setattr(
+        ours, "_encode_batch", lambda texts, special: (read.extend(map(len, texts)), encode(texts, special))[1]
+    )
+    with pytest.raises(TooLong, match="more than 100 tokens"):
+        ours.encode("word " * 100_000, limit=100)
+    with pytest.raises(TooLong, match="more than 100 tokens"):
+        ours.encode("w" * 100_000, limit=100)
+    assert sum(read) < 2000

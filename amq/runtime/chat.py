@@ -112,8 +112,8 @@ def render_chat(template: str, messages: Messages, names: Mapping[str, Any], opt
         raise
     except Exception as error:  # a template is code: it may raise anything, of jinja2 or of Python
         raise AmqError(
-            f"the model's chat template does not take this conversation ({error}): expected messages with `role` and "
-            "`content` as text, in an order that the model knows"
+            f"the model's chat template does not take this conversation ({str(error)[:500]}): expected messages with "
+            "`role` and `content` as text, in an order that the model knows"
         ) from error
     return _up_to_end(str(text), messages) if options.continue_final_message else str(text)
 

@@ -30,6 +30,8 @@ WHITESPACE = "[ ]?"
 """What may stand wherever JSON allows whitespace; a schema's own `x-guidance` goes before it."""
 TOKEN = re.compile(r"<\[[0-9]+\]>")
 """A special token, by its number, in Lark's notation."""
+KEPT = 8
+"""Grammars that stay built: an agent sends the same tools with every turn. A copy for a text costs nearly nothing."""
 KINDS = {"json_schema": "JSON schema", "lark": "grammar", "regex": "regular expression"}
 
 
@@ -72,7 +74,8 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Iterable[int]) -> None:
         self._tokenizer, self._end_ids = tokenizer, sorted(end_ids)
         self._rows = max(vocab_size, tokenizer.vocab_size)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+        self._built: dict[Grammar, LLMatcher] = {}
         self._tokens: LLTokenizer | None = None
         self._check = GrammarCheck()
         self._executor = ThreadPoolExecutor(1, "amq-grammar")
@@ -88,6 +91,16 @@ class GrammarCompiler:
 
     def constraint(self, grammar: Grammar) -> GrammarConstraint:
         """Raises AmqError that names what of the grammar is wrong, not supported, or takes too long."""
+        with self._lock:
+            matcher = self._built.pop(grammar, None)
+            if matcher is None:
+                matcher = self._build(grammar)
+            self._built[grammar] = matcher  # the latest stands last
+            if len(self._built) > KEPT:
+                del self._built[next(iter(self._built))]
+            return GrammarConstraint(matcher.deep_copy(), self._executor)
+
+    def _build(self, grammar: Grammar) -> LLMatcher:
         vocabulary = self._vocabulary()
         from llguidance import LLMatcher
 
@@ -100,7 +113,7 @@ class GrammarCompiler:
         matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
         if matcher.is_error():
             raise _refused(grammar, matcher.get_error())
-        return GrammarConstraint(matcher, self._executor)
+        return matcher
 
     def close(self) -> None:
         self._executor.shutdown(cancel_futures=True)

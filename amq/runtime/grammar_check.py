@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
 
-SECONDS = 0.5
+SECONDS = 0.4
 """Of a processor, so that it is the same on a busy machine. What agents send takes 0.01."""
 MEMORY = 2**30
 """Bytes of addresses that the process may have."""

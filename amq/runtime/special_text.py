@@ -66,11 +66,13 @@ class SpecialText:
             return [text]
         pieces = text.split(mark)
         plain = "".join(pieces)
-        spans = [(start, start + length) for start, length in self._all.places(plain)]
+        inside = bytearray(len(plain) + 1)  # of the places between two characters: 1 within a special token's text
+        for start, length in self._all.places(plain):
+            inside[start + 1 : start + length] = b"\1" * (length - 1)
         parts, begin, at = [], 0, 0
         for piece in pieces[:-1]:
             at += len(piece)
-            if any(start < at < end for start, end in spans):
+            if inside[at]:
                 parts.append(plain[begin:at])
                 begin = at
         return [*parts, plain[begin:]]

@@ -8,7 +8,7 @@ since the last complete character.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class _Decoder(Protocol):
 
 def _decoder(tokenizer: Tokenizer) -> _Decoder:
     if not tokenizer.decoding.exact:
-        return _Windows(tokenizer.decode)
+        return _Windows(tokenizer)
     return _Bytes(tokenizer) if tokenizer.decoding.byte_level else _Fallback(tokenizer)
 
 
@@ -148,12 +148,14 @@ class _Fallback:
 class _Windows:
     """For decoders that look at a token's neighbours at most: decodes the last piece's tokens and those after it."""
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._decode = tokenizer, tokenizer.decode
         self._before: list[int] = []
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
+        if not self._tokenizer.token_name(token):
+            return ""  # an unknown id, which is nobody's neighbour
         self._pending.append(token)
         text = self._decode([*self._before, *self._pending])
         if text.endswith(LOST) and len(self._pending) < LONGEST_CHARACTER:

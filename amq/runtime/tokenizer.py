@@ -172,15 +172,17 @@ class Tokenizer:
         """Raises TooLong where the beginning of a text has more than `limit` tokens already.
 
         A text's own tokens differ from its beginning's near the cut only; an eighth more is far from what a tokenizer
-        changes there. Beginnings are of growing lengths, so that a text that fits costs at most twice.
+        changes there. Where a beginning has fewer, the next is as long as should do, and twice as long at least: a text
+        that fits costs at most three times.
         """
-        size = limit * LONG_TOKEN
+        most = limit + limit // 8 + 16
+        size = max(limit, 1) * LONG_TOKEN
         while size < len(text):
             space = max(text.rfind(" ", size // 2, size), text.rfind("\n", size // 2, size))
-            beginning = text[: size if space < 0 else space]
-            if len(self._encode_batch([beginning], False)[0]) > limit + limit // 8 + 16:
+            count = len(self._encode_batch([text[: size if space < 0 else space]], False)[0])
+            if count > most:
                 raise TooLong(limit)
-            size *= 2
+            size = max(2 * size, size * (most + most // 8) // max(count, 1))
 
     def _encode_batch(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         """tokenizers' `encode` would hold Python's lock, so that no other thread runs meanwhile."""

@@ -33,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     listener = bind(settings)
     runtime = load(model, **settings.loading)
     app = create_app(runtime, settings)
+    app.state.service.prepare()
     gc.collect()
     gc.freeze()  # what is loaded stays: no collection has to look at it again
     line = _line(app.state.service, url(listener))

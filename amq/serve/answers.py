@@ -15,7 +15,8 @@ from starlette.types import Receive, Scope, Send
 
 from amq.runtime.scheduler import Piece
 from amq.serve.errors import ApiError, Gone
-from amq.serve.responses import DONE, TypedResponse, event
+from amq.serve.responses import TypedResponse
+from amq.serve.responses import event as event_of
 from amq.serve.shapes import Candidate, Shape
 from amq.serve.worker import EngineThread
 
@@ -90,21 +91,21 @@ class Answer(Response):
             async for batch in batches(self.candidates):
                 events: list[bytes] = []
                 if not started:
-                    events += [event(chunk) for c in self.candidates for chunk in shape.start(c)]
+                    events += [event for candidate in self.candidates for event in shape.start(candidate)]
                 for candidate, pieces in batch:
-                    events += [event(chunk) for piece in pieces for chunk in shape.chunks(candidate, piece)]
+                    events += [event for piece in pieces for event in shape.events(candidate, piece)]
                 if data := b"".join(events):
                     if not started:
                         headers = [(k.encode(), v.encode()) for k, v in {**STREAM_HEADERS, **self.given}.items()]
                         await send({"type": "http.response.start", "status": 200, "headers": headers})
                         started = True
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-            data = b"".join(event(chunk) for chunk in shape.last(self.candidates)) + DONE
+            data = shape.last(self.candidates)
         except ApiError as error:
             if not started:
                 await error.response()(scope, receive, send)
                 return
-            data = event(error.body())
+            data = event_of(error.body())
         await send({"type": "http.response.body", "body": data, "more_body": False})
 
 
@@ -121,6 +122,9 @@ async def batches(candidates: Sequence[Candidate]) -> AsyncIterator[list[tuple[C
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            failures = [error for task in done if (error := task.exception()) is not None]  # of all: none is logged
+            if failures:
+                raise failures[0]
             came = [(waiting.pop(task), task.result()) for task in done]
             more = [candidate for candidate, pieces in came if pieces[-1].finished is None]
             waiting |= {asyncio.ensure_future(candidate.job.pieces()): candidate for candidate in more}

@@ -24,9 +24,9 @@ from amq.errors import AmqError
 from amq.runtime.chat import ChatOptions, Messages
 from amq.runtime.grammar import Grammar, GrammarCompiler
 from amq.runtime.sampling import Constraint
+from amq.runtime.templates import BoundedRenderer
 from amq.runtime.tokenizer import ChatPrompt, TooLong
 from amq.serve import generation
-from amq.serve._interim import BoundedRenderer
 from amq.serve.answers import while_connected
 from amq.serve.door import Door
 from amq.serve.errors import ApiError
@@ -75,13 +75,20 @@ class Service:
         self.prompt_limit = min(settings.max_prompt_tokens or context - 1, context - 1)
         self._ignored: set[str] = set()  # names that the log has had
 
+    def prepare(self) -> None:
+        """Before the server listens: what the first grammar would hold everybody up for, up to seconds."""
+        try:
+            self.grammars.prepare()
+        except AmqError as error:
+            log.warning("answers cannot be held to a form: %s", error)
+
     async def read(self, request: Request, kind: type[R]) -> tuple[R, list[str]]:
         """The request's body, and what in it counts for nothing. Raises ApiError."""
         self.worker.admit()
         declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != "application/json":  # else any web page could make a browser send requests here
             raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
-        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes))
+        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes), self.prompt_limit)
         self.check_model(body.model)
         ignored = [_header_text(name) for name in ignored]
         for name in ignored:

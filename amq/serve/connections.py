@@ -123,6 +123,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()
+        self.cycle.body.clear()  # what nobody asked for
         super().on_response_complete()  # begins with a request that came meanwhile
 
     def _wait_for_headers(self) -> None:
@@ -134,11 +135,7 @@ class Connection(H11Protocol):
 
     def _no_headers(self) -> None:
         self._all.closed("headers")
-        if self.conn.trailing_data[0]:  # a part of the head
-            text = f"the head of the request did not arrive within {self._all.header_seconds:g} s"
-            self._refuse(ApiError(408, text, "timeout"))
-        else:
-            self.transport.abort()
+        self.transport.abort()
 
     def evict(self) -> None:
         """Another needs its place."""

@@ -72,8 +72,6 @@ async def complete(service: Service, request: Request, body: CompletionRequest, 
 async def chat(service: Service, request: Request, body: ChatRequest, ignored: list[str]) -> Answer:
     """Raises ApiError."""
     tokenizer, sampling, count = service.runtime.tokenizer, _sampling(service, body), _choices(service, body, 1)
-    if len(body.messages) > service.prompt_limit:  # a template might write megabytes of them before it is known
-        raise service.too_long("messages", f"there are {len(body.messages)} of them, each of a token or more")
     tools, form = tools_of(body.offered), service.tool_format
     options = _options(service, body, [] if form is None or form.described else described(tools))
     shown = set(sampling.shown_special)
@@ -142,7 +140,7 @@ def _grammar(service: Service, body: ChatRequest, tools: Sequence[Any], prompt: 
     thoughts: Thoughts = "none"
     if service.thinking:
         thoughts = "open" if thinks_open(prompt) else "allowed"
-    special = service.runtime.tokenizer.special_named
+    special = service.runtime.tokenizer.added_named
     try:
         if not tools:
             return None if asked is None else response_grammar(asked, thoughts, special)

@@ -13,46 +13,46 @@ import msgspec
 from msgspec import Struct
 
 
-class TextPart(Struct, tag_field="type", tag="text"):
+class TextPart(Struct, tag_field="type", tag="text", gc=False):
     text: str
 
 
-class RefusalPart(Struct, tag_field="type", tag="refusal"):
+class RefusalPart(Struct, tag_field="type", tag="refusal", gc=False):
     refusal: str
 
 
 Content = str | list[TextPart | RefusalPart]
 
 
-class FunctionCall(Struct, kw_only=True):
+class FunctionCall(Struct, kw_only=True, gc=False):
     name: str
     arguments: str | dict[str, Any] | None = None
 
 
-class ToolCall(Struct, kw_only=True):
+class ToolCall(Struct, kw_only=True, gc=False):
     function: FunctionCall
     id: str | None = None
     type: str | None = None
 
 
-class SystemMessage(Struct, kw_only=True, tag_field="role", tag="system"):
+class SystemMessage(Struct, kw_only=True, tag_field="role", tag="system", gc=False):
     content: Content
     name: str | None = None
 
 
-class DeveloperMessage(Struct, kw_only=True, tag_field="role", tag="developer"):
+class DeveloperMessage(Struct, kw_only=True, tag_field="role", tag="developer", gc=False):
     """OpenAI's newer name of system, which few templates know."""
 
     content: Content
     name: str | None = None
 
 
-class UserMessage(Struct, kw_only=True, tag_field="role", tag="user"):
+class UserMessage(Struct, kw_only=True, tag_field="role", tag="user", gc=False):
     content: Content
     name: str | None = None
 
 
-class AssistantMessage(Struct, kw_only=True, tag_field="role", tag="assistant"):
+class AssistantMessage(Struct, kw_only=True, tag_field="role", tag="assistant", gc=False):
     """reasoning: vLLM's name of reasoning_content."""
 
     content: Content | None = None
@@ -64,13 +64,13 @@ class AssistantMessage(Struct, kw_only=True, tag_field="role", tag="assistant"):
     name: str | None = None
 
 
-class ToolMessage(Struct, kw_only=True, tag_field="role", tag="tool"):
+class ToolMessage(Struct, kw_only=True, tag_field="role", tag="tool", gc=False):
     content: Content | None = None
     tool_call_id: str | None = None
     name: str | None = None
 
 
-class FunctionMessage(Struct, kw_only=True, tag_field="role", tag="function"):
+class FunctionMessage(Struct, kw_only=True, tag_field="role", tag="function", gc=False):
     """The older form of a tool's answer."""
 
     name: str

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -17,6 +18,8 @@ from amq.serve import responses as r
 from amq.serve.replies import CallArguments, CallStart, Content, Part, Reasoning, ReplyParser
 from amq.serve.worker import Job
 
+MARK = uuid.uuid4().hex
+"""Where the text of an event will stand: nobody else writes it."""
 UTF8 = codecs.getincrementaldecoder("utf-8")
 LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON lacks."""
@@ -37,6 +40,7 @@ class Candidate:
     parser: ReplyParser | None = None
     offset: int = field(default=0, init=False)  # characters of the tokens so far that are complete
     utf8: codecs.IncrementalDecoder = field(default_factory=lambda: UTF8("replace"), init=False)
+    frame: tuple[bytes, bytes] | None = field(default=None, init=False)  # of its events, around their text
     _pieces: list[Piece] = field(default_factory=list, init=False)
 
     def parts(self, piece: Piece) -> list[Part]:
@@ -83,18 +87,31 @@ class Shape:
         self._head = {"id": f"{self.prefix}-{self.identity}", "created": int(time.time()), "model": self.model}
         self._no_usage: None | UnsetType = None if self.usage else UNSET
 
-    def start(self, candidate: Candidate) -> Iterator[Any]:
+    def start(self, candidate: Candidate) -> list[bytes]:
         """Events before the first text."""
         raise NotImplementedError
 
-    def chunks(self, candidate: Candidate, piece: Piece) -> Iterator[Any]:
-        """The events of a piece; none where there is nothing to say yet."""
+    def events(self, candidate: Candidate, piece: Piece) -> list[bytes]:
+        """Those of a piece; none where there is nothing to say yet."""
         raise NotImplementedError
 
-    def last(self, candidates: Sequence[Candidate]) -> Iterator[Any]:
+    def text_event(self, candidate: Candidate, text: str) -> bytes:
+        """`text_chunk` as an event. All but the text is made once: it takes a tenth of the time, for every token."""
+        if self.every_usage:
+            return r.event(self.text_chunk(candidate, text))
+        if candidate.frame is None:
+            before, after = r.event(self.text_chunk(candidate, MARK)).split(r.to_json(MARK))
+            candidate.frame = (before, after)
+        before, after = candidate.frame
+        return before + r.to_json(text) + after
+
+    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> Any:
+        """An event that is text."""
+        raise NotImplementedError
+
+    def last(self, candidates: Sequence[Candidate]) -> bytes:
         """The events after those of all candidates."""
-        if self.usage:
-            yield self.chunk([], usage(candidates))
+        return (r.event(self.chunk([], usage(candidates))) if self.usage else b"") + r.DONE
 
     def whole(self, candidates: Sequence[Candidate]) -> Any:
         """The answer that is not streamed."""
@@ -116,21 +133,31 @@ class ChatShape(Shape):
     def chunk(self, choices: list[Any], usage: Any, timings: Any = UNSET) -> r.ChatChunk:
         return r.ChatChunk(**self._head, choices=choices, usage=usage, timings=timings)
 
-    def start(self, candidate: Candidate) -> Iterator[r.ChatChunk]:
+    def start(self, candidate: Candidate) -> list[bytes]:
         choice = r.ChatChunkChoice(candidate.index, r.Delta(role="assistant", content=""))
-        yield self.chunk([choice], self._no_usage)
+        return [r.event(self.chunk([choice], self._no_usage))]
 
-    def chunks(self, candidate: Candidate, piece: Piece) -> Iterator[r.ChatChunk]:
-        deltas = [self._delta(part) for part in candidate.parts(piece)]
+    def events(self, candidate: Candidate, piece: Piece) -> list[bytes]:
+        if candidate.parser is None and piece.finished is None and not self.logprobs:  # most events
+            return [self.text_event(candidate, piece.text)] if piece.text else []
         logprobs = self._logprobs(piece.choices) if self.logprobs and piece.choices else None
-        if logprobs is not None and not deltas:
-            deltas = [r.Delta(content="")]
-        for delta in deltas:
-            yield self.chunk([r.ChatChunkChoice(candidate.index, delta, logprobs)], self.used(candidate))
+        parts, events = candidate.parts(piece), []
+        if logprobs is not None and not parts:
+            parts = [Content("")]
+        for part in parts:
+            if isinstance(part, Content) and logprobs is None:
+                events.append(self.text_event(candidate, part.text))
+                continue
+            choice = r.ChatChunkChoice(candidate.index, self._delta(part), logprobs)
+            events.append(r.event(self.chunk([choice], self.used(candidate))))
             logprobs = None
         if piece.finished is not None:
             choice = r.ChatChunkChoice(candidate.index, r.Delta(), None, self._finished(candidate))
-            yield self.chunk([choice], self.used(candidate), timings([candidate.job]))
+            events.append(r.event(self.chunk([choice], self.used(candidate), timings([candidate.job]))))
+        return events
+
+    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> r.ChatChunk:
+        return self.chunk([r.ChatChunkChoice(candidate.index, r.Delta(content=text), logprobs)], self.used(candidate))
 
     def whole(self, candidates: Sequence[Candidate]) -> r.ChatCompletion:
         choices = []
@@ -196,19 +223,25 @@ class CompletionShape(Shape):
     def chunk(self, choices: list[Any], usage: Any, timings: Any = UNSET) -> r.CompletionChunk:
         return r.CompletionChunk(**self._head, choices=choices, usage=usage, timings=timings)
 
-    def start(self, candidate: Candidate) -> Iterator[r.CompletionChunk]:
-        if candidate.echo:
-            choice = r.CompletionChoice(candidate.index, candidate.echo, self._prompt_logprobs(candidate))
-            yield self.chunk([choice], self._no_usage)
+    def start(self, candidate: Candidate) -> list[bytes]:
+        if not candidate.echo:
+            return []
+        return [r.event(self.text_chunk(candidate, candidate.echo, self._prompt_logprobs(candidate)))]
 
-    def chunks(self, candidate: Candidate, piece: Piece) -> Iterator[r.CompletionChunk]:
-        logprobs = self._logprobs(candidate, piece.choices) if self.logprobs and piece.choices else None
-        if piece.text or logprobs is not None:
-            choice = r.CompletionChoice(candidate.index, piece.text, logprobs)
-            yield self.chunk([choice], self.used(candidate))
+    def events(self, candidate: Candidate, piece: Piece) -> list[bytes]:
+        events = []
+        if self.logprobs and piece.choices:
+            logprobs = self._logprobs(candidate, piece.choices)
+            events.append(r.event(self.text_chunk(candidate, piece.text, logprobs)))
+        elif piece.text:
+            events.append(self.text_event(candidate, piece.text))
         if piece.finished is not None:
             choice = r.CompletionChoice(candidate.index, "", None, candidate.finished)
-            yield self.chunk([choice], self.used(candidate), timings([candidate.job]))
+            events.append(r.event(self.chunk([choice], self.used(candidate), timings([candidate.job]))))
+        return events
+
+    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> r.CompletionChunk:
+        return self.chunk([r.CompletionChoice(candidate.index, text, logprobs)], self.used(candidate))
 
     def whole(self, candidates: Sequence[Candidate]) -> r.Completion:
         choices = []
