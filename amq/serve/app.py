@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -179,11 +179,11 @@ def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
 
     middleware = [Middleware(Gate, service=service)]
     if settings.cors:
-        cors = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
+        cors: dict[str, Any] = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors))
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _defect}
     routes = [*_generation(service), *_information(service)]
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
     app.state.service = service
     return app
 

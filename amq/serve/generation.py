@@ -198,7 +198,7 @@ def _submit(
     parser: Callable[[Prompt], ReplyParser | None],
 ) -> Answer:
     """Queues a job for each choice of each prompt. Raises ApiError, and queues none then."""
-    state, candidates = request.state, []
+    state, candidates = request.state, list[Candidate]()
     for prompt in prompts:
         for number, constraint in enumerate(prompt.constraints):
             how = sampling if sampling.seed is None else replace(sampling, seed=_seed(sampling.seed, len(candidates)))
