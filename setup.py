@@ -44,7 +44,7 @@ MODELS = ["transformers>=5.14", "gguf>=0.10", "packaging>=23", "regex>=2024.4"]
 REPORT = ["altair>=6", "vl-convert-python>=1.9"]
 SEARCH = [*MODELS, *REPORT, "hqq>=0.2.8", "pymoo>=0.6.1", "scikit-learn>=1.4", "scipy>=1.11"]
 """With the report, which every search ends with."""
-SERVE = ["starlette>=0.40", "anyio>=4", "uvicorn>=0.30", "prometheus-client>=0.20", "llguidance>=1.3"]
+SERVE = ["starlette>=0.40", "anyio>=4", "uvicorn>=0.30", "prometheus-client>=0.20", "llguidance>=1.9"]
 DATASETS = ["datasets>=2.19"]
 TASKS = [*MODELS, "lm-eval>=0.4.13", "accelerate>=0.26"]  # lm-eval's models want accelerate, and do not say so
 GPU = ["triton>=3.6; sys_platform == 'linux'"]

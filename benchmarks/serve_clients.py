@@ -39,6 +39,9 @@ SCHEMA = "amq/serve_clients/1"
 PACKAGES = ("openai", "pydantic-ai-slim", "jsonschema")
 CITIES = ("Paris", "Rome", "Oslo")
 OPERATIONS = {"plus": operator.add, "minus": operator.sub, "times": operator.mul}
+SHOWN = 300
+"""Characters of a text that are printed; the JSON has all."""
+
 ROUNDS = 4
 """Of calls in one turn; then the answer is asked for without tools."""
 
@@ -92,7 +95,8 @@ class Talk:
 
     def says(self, who: str, what: str) -> None:
         self.transcript.append((who, what))
-        print(f"  {who}: {what}", flush=True)
+        line = what.replace("\n", "⏎")
+        print(f"  {who}: {line[:SHOWN]}{'…' * (len(line) > SHOWN)}", flush=True)
 
     def check(self, what: str, good: bool, came: str = "") -> None:
         self.checks.append((what, good, came))
@@ -179,11 +183,11 @@ def whole(client: openai.OpenAI, model: str, options: dict[str, Any]) -> tuple[s
 def streamed(client: openai.OpenAI, model: str, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Put together by the client's own helper, which is strict about what deltas may hold."""
     with client.chat.completions.stream(model=model, **options) as events:
-        for _ in events:
-            pass
         try:
+            for _ in events:
+                pass
             choice = events.get_final_completion().choices[0]
-        except openai.LengthFinishReasonError as error:
+        except openai.LengthFinishReasonError as error:  # cut, where the client was to check strict tools
             choice = error.completion.choices[0]
     return choice.finish_reason, choice.message.model_dump()
 

@@ -39,7 +39,12 @@ PATIENCE = 300.0
 WEATHER = {
     "name": "get_weather",
     "description": "The weather of today in a city",
-    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "parameters": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 40}},
+        "required": ["city"],
+        "additionalProperties": False,
+    },
 }
 CITY = {
     "type": "object",
@@ -105,7 +110,7 @@ def take(page: chromium.Page, picture: Picture, url: str, stand_in: str, path: P
             return
         page.open(stand_in)
         page.wait("server.model")
-    settings = {"temperature": "0", "max_tokens": "400", **picture.settings}
+    settings = {"temperature": "0", "max_tokens": "200", **picture.settings}
     page.run(f"newChat(), Object.assign(settings, {json.dumps(settings)}), showUsage()")
     picture.ask(page)
     page.screenshot(path)
@@ -157,7 +162,7 @@ def a_thought(page: chromium.Page) -> None:
 
 PICTURES = (
     Picture("chat", half_an_answer),
-    Picture("chat-tools", a_call, "tools", settings={"tools": json.dumps([WEATHER]), "tool_choice": "required"}),
+    Picture("chat-tools", a_call, "tools", settings={"tools": json.dumps([WEATHER]), "tool_choice": "one"}),
     Picture("chat-json", an_object, "json", dark=True, settings={"json": True, "schema": json.dumps(CITY)}),
     Picture("chat-thinking", a_thought, "thinking", stand_in=True, size=(360, 640), settings={"max_tokens": ""}),
 )

@@ -206,7 +206,9 @@ def test_calls_are_shown_and_their_results_sent_back(page, server):
     assert page.run("[...document.querySelectorAll('.call b')].map((b) => b.innerText)") == ["get_weather", "add"]
     assert page.run("[...document.querySelectorAll('.call code')].map((c) => c.innerText)") == list(ARGUMENTS)
     assert "Waiting for the result of get_weather, add" in page.run("document.querySelector('#said').textContent")
-    assert server.requests[0]["tools"] == SENT_TOOLS and server.requests[0]["tool_choice"] == "required"
+    first = server.requests[0]
+    assert (first["tools"], first["tool_choice"]) == (SENT_TOOLS, "required") and "parallel_tool_calls" not in first
+    page.run("settings.tool_choice = 'one'")
 
     page.write('{"sky":"clear"}')
     page.press("Enter")  # goes to the next that is empty
@@ -229,7 +231,9 @@ def test_calls_are_shown_and_their_results_sent_back(page, server):
         {"role": "tool", "tool_call_id": "call_get_weather", "content": '{"sky":"clear"}'},
         {"role": "tool", "tool_call_id": "call_add", "content": "42\n.5"},
     ]
-    assert server.requests[1]["messages"] == conversation
+    second = server.requests[1]
+    assert second["messages"] == conversation
+    assert (second["tool_choice"], second["parallel_tool_calls"]) == ("required", False)
 
     page.open(server.url + "/?again")
     ask(page, "markdown")
