@@ -39,24 +39,22 @@ class SpecialText:
         A string that ends with the beginning of a special token has a mark there: the template may put the rest of
         the token behind it, from another string.
         """
+        ours = [options.tools, options.names]
+        given = [(self._all if m.get("role") in UNTRUSTED else self._special, m) for m in messages]
         try:
-            strings = list(_strings([messages, options.tools, options.names]))
+            strings = [(spellings, text) for spellings, m in [*given, (self._special, ours)] for text in _strings(m)]
         except RecursionError as error:
             raise AmqError("the conversation is nested too deeply") from error
-        if not any(self._all.touch(text) for text in strings):
+        if not any(spellings.touch(text) for spellings, text in strings):
             return messages, options, ""
-        strings.append(self._template)
-        mark = next((chr(code) for code in MARKS if not any(chr(code) in text for text in strings)), "")
+        known = [self._template, *(text for _, text in strings)]
+        mark = next((chr(code) for code in MARKS if not any(chr(code) in text for text in known)), "")
         if not mark:
             raise AmqError("the conversation spells special tokens, and every private-use character that could tell")
-
-        def by(spellings: _Spellings) -> Callable[[str], str]:
-            return lambda text: spellings.marked(text, mark)
-
-        ours = by(self._special)
+        tools, names = _mapped(ours, lambda text: self._special.marked(text, mark))
         return (
-            [_mapped(m, by(self._all) if m.get("role") in UNTRUSTED else ours) for m in messages],
-            replace(options, tools=_mapped(options.tools, ours), names=_mapped(options.names, ours)),
+            [_mapped(m, lambda text, by=spellings: by.marked(text, mark)) for spellings, m in given],
+            replace(options, tools=tools, names=names),
             mark,
         )
 
