@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
 from helpers.processes import python_path  # noqa: E402
 from helpers.serving import SECONDS, fake_runtime, serving, wait_for  # noqa: E402

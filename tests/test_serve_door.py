@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
+pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
 from helpers.serving import serving  # noqa: E402
 
@@ -144,3 +144,30 @@ def test_only_a_trusted_proxy_says_who_comes(monkeypatch, trusted, client):
 def test_settings_of_the_door_that_do_not_fit():
     with pytest.raises(AmqError, match="--trust-proxy"):
         ServeSettings(trust_proxy=["my proxy"])
+
+
+def test_the_command_says_what_it_will_do_with_a_model(tmp_path, monkeypatch):
+    from amq.checkpoint.store import METHOD
+    from amq.serve.plan import plan
+
+    def say(model: object, **settings: Any) -> str:
+        return plan(str(model), ServeSettings(**settings))
+
+    for name, config in (("ours", f'{{"quantization_config": {{"quant_method": "{METHOD}"}}}}'), ("plain", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    assert "quantized by amq: loading" in say(tmp_path / "ours")
+    text = say(tmp_path / "plain")
+    assert "is not quantized" in text and "in 32 bits" in text
+    assert f"amq quantize {tmp_path / 'plain'} --uniform int4" in text
+    assert "in 16 bits" in say(tmp_path / "plain", dtype="bfloat16")
+    assert "of its files" in say(tmp_path / "plain", device="cuda")
+    assert "GGUF" in say("smollm2") and "GGUF" in say("there/model.gguf")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    assert "will be downloaded" in say("some/model")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "/cache/config.json")
+    assert "is in the local cache" in say("some/model") and "amq quantize some/model" in say("some/model")
+    monkeypatch.undo()
+    assert say("no such model") == ""
+    (tmp_path / "file").write_text("")
+    assert say(tmp_path / "file") == ""

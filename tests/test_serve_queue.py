@@ -311,8 +311,8 @@ def test_sigterm_lets_running_requests_finish():
     process = subprocess.Popen([sys.executable, "-c", PROCESS], text=True, env=environment, **pipes)
     with process, ThreadPoolExecutor(1) as pool:
         try:
-            line = process.stderr.readline()
-            assert " at http://127.0.0.1:" in line, line + process.stderr.read()
+            line = next((line for line in process.stderr if " at http://127.0.0.1:" in line), "")
+            assert line, "it ended before it listened"
             server = SimpleNamespace(url=line.split(" at ")[1].split(",")[0])
             metrics, key = f"{server.url}/metrics", {"Authorization": "Bearer secret"}
             assert ask(server).status_code == 401  # the key is the environment's

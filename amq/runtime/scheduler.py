@@ -183,6 +183,7 @@ class Scheduler:
             raise AmqError(f"prefill_rows must be at least 1, got {prefill_rows}")
         self._engine, self._tokenizer, self._clock = engine, tokenizer, clock
         self._pace = _Pace(prefill_rows)
+        self.failed_passes = 0  # of the engine, since the latest that did not fail
         self._waiting: deque[Request] = deque()
         self._running: dict[Request, _Active] = {}  # in the order in which they came
 
@@ -224,9 +225,11 @@ class Scheduler:
             logits = self._engine.forward(segments)
         except BaseException as error:  # noqa: BLE001 (whatever it is, what the slots hold is no longer known)
             reason = _reason(error)
+            self.failed_passes += 1
             for active, _ in parts:
                 self._fail(active.request, reason)
             return True
+        self.failed_passes = 0
         rows = logits.split([len(s.tokens) if s.every else int(s.logits) for s in segments])
         read = sum(len(tokens) for active, tokens in parts if active.reading)
         decoding = any(not active.reading for active, _ in parts)

@@ -26,11 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from amq.runtime import load
     from amq.serve import Server, bind, create_app  # says which extra is missing, if it is
     from amq.serve.door import all_keys
+    from amq.serve.plan import plan
     from amq.serve.server import url
 
     all_keys(settings)  # a file that cannot be read is named before the model is loaded
 
     listener = bind(settings)
+    if line := plan(model, settings):
+        print(line, file=sys.stderr, flush=True)
     runtime = load(model, **settings.loading)
     app = create_app(runtime, settings)
     app.state.service.prepare()

@@ -126,7 +126,6 @@ class EngineThread:
         self._flushed = 0.0  # when arrivals were handed over
         self._loop: asyncio.AbstractEventLoop | None = None
         self._pass = 0  # the number of the one that runs, from 1; 0 while the thread sleeps
-        self._failures = 0  # passes that failed, since one did not; the thread's
         self._thread = threading.Thread(target=self._run, name="amq-engine", daemon=True)
         self._watchdog = Watchdog(lambda: self._pass, settings.stall, self.fail)
         self._declare(metrics)
@@ -338,18 +337,13 @@ class EngineThread:
     def _step(self) -> bool:
         try:
             moving = self._scheduler.step()
-        except (SystemExit, KeyboardInterrupt):
-            raise
-        except BaseException:  # a panic of tokenizers is none of Exception, but no reason to end everybody's requests
+        except Exception:
             log.exception("a pass of the engine failed: the requests in it are ended")
-            self._failures += 1
             for job in list(self._inside):
                 self._scheduler.cancel(job.request)
-            if self._failures == FAILED_PASSES:
-                self._on_loop(self.fail, f"its last {FAILED_PASSES} passes failed")
             return True
-        if moving:
-            self._failures = 0
+        if self._scheduler.failed_passes == FAILED_PASSES:
+            self._on_loop(self.fail, f"its last {FAILED_PASSES} passes failed")
         return moving
 
     def _hand_over(self, moving: bool) -> None:
