@@ -3,7 +3,7 @@
 Starts a server on DIR, asks in headless Chromium, and writes into the folder
 
     chat.png           in the middle of an answer
-    chat-tools.png     a call, the result that the reader typed, and what the model makes of it
+    chat-tools.png     a call, and the result that the reader is about to send
     chat-json.png      an answer by a JSON schema; dark
     chat-thinking.png  thinking, unfolded; narrow. Where the model does not think, a stand-in does: the picture says so
 
@@ -113,6 +113,7 @@ def take(page: chromium.Page, picture: Picture, url: str, stand_in: str, path: P
     settings = {"temperature": "0", "max_tokens": "200", **picture.settings}
     page.run(f"newChat(), Object.assign(settings, {json.dumps(settings)}), showUsage()")
     picture.ask(page)
+    path.parent.mkdir(parents=True, exist_ok=True)
     page.screenshot(path)
     print(path)
 
@@ -141,13 +142,9 @@ def half_an_answer(page: chromium.Page) -> None:
 
 
 def a_call(page: chromium.Page) -> None:
-    """The model has to call, then may answer."""
     ask(page, "What is the weather in Paris? Is it warm enough for a walk?")
     until(page, "waitsForResults(turns.at(-1))")
-    page.run("settings.tool_choice = 'none'")
     page.write('{"sky": "clear", "celsius": 21.5, "wind": "light"}')
-    page.press("Enter")
-    until(page, "turns.length === 2 && !running")
 
 
 def an_object(page: chromium.Page) -> None:
@@ -162,7 +159,12 @@ def a_thought(page: chromium.Page) -> None:
 
 PICTURES = (
     Picture("chat", half_an_answer),
-    Picture("chat-tools", a_call, "tools", settings={"tools": json.dumps([WEATHER]), "tool_choice": "one"}),
+    Picture(
+        "chat-tools",
+        a_call,
+        "tools",
+        settings={"tools": json.dumps([WEATHER]), "tool_choice": "one"},
+    ),
     Picture("chat-json", an_object, "json", dark=True, settings={"json": True, "schema": json.dumps(CITY)}),
     Picture("chat-thinking", a_thought, "thinking", stand_in=True, size=(360, 640), settings={"max_tokens": ""}),
 )

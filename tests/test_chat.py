@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -129,6 +132,24 @@ def test_chats_are_rendered_and_encoded_as_transformers_does(template: str, mess
     assert prompt.text == text
     assert prompt.tokens == theirs(text, add_special_tokens=False)["input_ids"]
     assert ours.encode_chat(conversation, ChatOptions(**{**vars(how), "special": True})) == prompt
+
+
+@pytest.mark.parametrize("form", ["files", "list"])
+def test_a_template_of_its_own_for_tools(form: str, tmp_path: Path) -> None:
+    theirs, _ = both(CHATML)
+    theirs.chat_template = {"default": CHATML, "tool_use": HERMES}
+    theirs.save_pretrained(tmp_path)
+    if form == "list":
+        (tmp_path / "chat_template.jinja").unlink()
+        shutil.rmtree(tmp_path / "additional_chat_templates")
+        named = [{"name": name, "template": text} for name, text in theirs.chat_template.items()]
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": named}))
+    for ours in (Tokenizer.from_folder(tmp_path), Tokenizer.from_transformers(theirs, [])):
+        assert (ours.template, ours.tool_template) == (CHATML, HERMES)
+        for tools in (TOOLS, None):
+            text = theirs.apply_chat_template([HELLO], tokenize=False, tools=tools, add_generation_prompt=True)
+            assert ours.encode_chat([HELLO], ChatOptions(tools=tools)).text == text
 
 
 @pytest.mark.parametrize("content", ["Well, ", " Well\n", "", "a < b"])

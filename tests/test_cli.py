@@ -75,13 +75,11 @@ def test_help_imports_nothing_heavy(verb: str | None) -> None:
 
 
 def test_a_missing_extra_is_one_line() -> None:
-    code = (
-        "import sys; sys.modules['starlette'] = None\nfrom amq.cli import main\nsys.exit(main(['serve', 'no model']))"
-    )
+    code = "import sys; sys.modules['uvicorn'] = None\nfrom amq.cli import main\nsys.exit(main(['serve', 'no model']))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and not result.stdout
     assert result.stderr == (
-        f'error: amq serve needs the extra "serve" (starlette is not installed): {install_hint("serve")}\n'
+        f'error: amq serve needs the extra "serve" (uvicorn is not installed): {install_hint("serve")}\n'
     )
 
 

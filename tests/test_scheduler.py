@@ -15,7 +15,7 @@ from helpers.tiny_models import byte_tokenizer
 from amq.errors import AmqError
 from amq.runtime.engine import Segment
 from amq.runtime.sampling import Constraint
-from amq.runtime.scheduler import LEAST_ROWS, PROMPT_SECONDS, Piece, Request, Scheduler
+from amq.runtime.scheduler import LEAST_ROWS, PROMPT_SECONDS, Piece, Request, Scheduler, _Pace
 from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import Tokenizer
 
@@ -290,6 +290,20 @@ def test_prompts_are_read_at_the_machines_pace(per_token: float, rows: int) -> N
         scheduler.step()
     read = [parts[1] for parts in lengths(engine)[before:] if len(parts) == 2]
     assert set(read[8:-1]) == {LEAST_ROWS}
+
+
+def test_one_odd_pass_does_not_make_the_next_a_long_one() -> None:
+    pace = _Pace(128)
+    pace.passed(1.0, 10, decoding=False)
+    assert pace.rows == LEAST_ROWS
+    pace.passed(0.5, 0, decoding=True)  # nobody's prompt, and something else had the processors
+    pace.passed(0.4, LEAST_ROWS, decoding=True)
+    assert pace.rows == LEAST_ROWS  # not more for a pass that was faster than one without prompts
+    for _ in range(30):
+        before = pace.rows
+        pace.passed(1e-4, before, decoding=True)
+        assert pace.rows <= 2 * before
+    assert pace.rows == 128
 
 
 class PanicException(BaseException):  # noqa: N818 (the name that a panic of Rust has)

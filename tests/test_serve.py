@@ -328,7 +328,7 @@ def test_keys_and_cors():
     with serving(api_key=["one", "twö"], cors=["https://page.example"], model_name="my/model") as server:
         with httpx.Client(base_url=server.url) as http:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "one"}):
-                for path in ("/v1/models", "/v1/nothing", "/metrics"):
+                for path in ("/v1/models", "/v1/nothing", "/metrics", "/tokenize", "/detokenize"):
                     answer = http.get(path, headers=headers)
                     assert error_of(answer, 401)["code"] == "invalid_api_key"
                     assert answer.headers["www-authenticate"] == "Bearer"

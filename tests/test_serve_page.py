@@ -2,7 +2,7 @@
 text that is no HTML.
 
 The server is mostly a stand-in (helpers/chat_stand_in.py) that does what the user's message says, so that every fault
-comes when it is wanted; the last test is against amq's own.
+comes when it is wanted; the last tests are against amq's own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from helpers import chromium
-from helpers.chat_stand_in import ARGUMENTS, MARKDOWN, StandIn
+from helpers.chat_stand_in import ARGUMENTS, JSON, MARKDOWN, StandIn
 
 TOOLS = [{"name": "get_weather", "parameters": {"type": "object"}}, {"type": "function", "function": {"name": "add"}}]
 SENT_TOOLS = [{"type": "function", "function": TOOLS[0]}, TOOLS[1]]
@@ -58,6 +58,11 @@ def finished(page: chromium.Page) -> None:
 def last(page: chromium.Page, selector: str) -> str | None:
     """What is visible of the last turn's first `selector`."""
     return page.run(f"document.querySelector('article:last-of-type {selector}')?.innerText.trim()")
+
+
+def go_on(page: chromium.Page) -> None:
+    page.run("[...document.querySelectorAll('.figures button')].find((b) => b.innerText === 'Continue').click()")
+    finished(page)
 
 
 def configure(page: chromium.Page, **settings: object) -> None:
@@ -326,8 +331,7 @@ def test_an_answer_that_was_cut_goes_on(page, server):
     ask(page, "long")
     finished(page)
     assert "cut at the limit of tokens" in last(page, ".figures")
-    page.run("[...document.querySelectorAll('.figures button')].find((b) => b.innerText === 'Continue').click()")
-    finished(page)
+    go_on(page)
     assert page.run("turns[0].answer") == "It was a dark and stormy night."
     assert "24 tokens" in last(page, ".figures") and "Continue" not in last(page, ".figures")
     sent = server.requests[1]
@@ -428,9 +432,17 @@ def test_against_the_real_server(page):
         assert page.run("turns[0].answer") == "user: guten Tag|" * 2 + "user: g"  # what this engine says
         figures = page.run("document.querySelector('.figures').innerText")
         assert "tokens/s" in figures and "39 tokens" in figures and "cut at the limit of tokens" in figures
-        page.run("settings.max_tokens = ''")
+        go_on(page)
+        said = page.run("turns[0].answer")
+        assert len(said) == 2 * 39 and "78 tokens" in last(page, ".figures")
+        assert real.service.runtime.tokenizer.decode(real.engine.prompts[-1]).endswith(f"|assistant: {said[:39]}")
+        page.run("settings.max_tokens = '', settings.temperature = '9'")
+        ask(page, "nonsense")
+        assert "temperature" in page.wait("document.querySelector('.problem span')?.innerText")
+        assert "param: temperature" in last(page, ".problem small")
+        page.run("settings.temperature = ''")
         ask(page, "again")
-        page.wait("turns[1].answer")
+        page.wait("turns[2].answer")
         assert len(real.engine.slots) == 1
         page.press("Escape")
         wait_for(lambda: not real.engine.slots)
@@ -438,3 +450,42 @@ def test_against_the_real_server(page):
         real.worker.draining = True
         ask(page, "more")
         assert "not taking requests" in page.wait("document.querySelector('.problem span')?.innerText")
+
+
+TEMPLATE = """{% for m in messages %}{{ m.role }}: {{ m.reasoning_content }}{{ m.content }}
+{%- for c in m.tool_calls or [] %}<tool_call>{"name": "{{ c.function.name }}"}</tool_call>{% endfor %}|{% endfor %}
+{{- tools | length if tools else "no" }} tools, {{ "<think>" if enable_thinking else "no thinking" }}"""
+
+
+def test_thinking_and_tools_of_the_real_server(page):
+    """The prompts that come out of what the page sends, and the page with what a model makes of them."""
+    from helpers.serving import fake_runtime, scripted, serving
+
+    call = '<tool_call>{"name": "get_weather", "arguments": {"city": "Paris"}}</tool_call>'
+    answers = scripted(f"I have to look.</think>I look it up.{call}", "It is <b>clear</b>.", JSON)
+    with serving(fake_runtime(template=TEMPLATE, following=answers, context=2000)) as real:
+        page.open(real.url)
+        page.wait("server.capabilities.tools && server.capabilities.thinking && server.capabilities.json")
+        configure(page, tools=json.dumps(TOOLS), thinking="on")
+        ask(page, "weather")
+        page.wait("document.activeElement === document.querySelector('.call textarea')")
+        assert last(page, ".thought summary").startswith("Thought for") and last(page, ".text") == "I look it up."
+        assert page.run("turns[0].reasoning") == "I have to look."
+        assert last(page, ".call pre") == '{"city": "Paris"}'
+        page.run("settings.thinking = 'off'")
+        page.write("clear")
+        page.press("Enter")
+        page.wait("turns.length === 2 && !running")
+        assert last(page, ".text") == "It is <b>clear</b>."
+        configure(page, tools="", json=True, thinking="off")
+        ask(page, "record")
+        finished(page)
+        assert last(page, ".text pre").startswith('{\n  "city": "Paris",\n  "big": 12345678901234567890,')
+        prompts = [real.service.runtime.tokenizer.decode(prompt) for prompt in real.engine.prompts]
+    calls = 'user: weather|assistant: I have to look.I look it up.<tool_call>{"name": "get_weather"}</tool_call>|'
+    answer = "tool: clear|assistant: It is <b>clear</b>.|user: record|"
+    assert prompts == [
+        "user: weather|2 tools, <think>",
+        f"{calls}tool: clear|2 tools, no thinking",
+        f"{calls}{answer}no tools, no thinking",
+    ]

@@ -140,25 +140,28 @@ def _ends(request: Request, tokenizer: Tokenizer) -> frozenset[int]:
 
 
 class _Pace:
-    """How many tokens of prompts a pass reads while anyone decodes; `passed` tells it what passes took."""
+    """How many tokens of prompts a pass reads while anyone decodes (`rows`), by what passes took.
+
+    What a pass takes beside one without prompts is known badly on a busy machine. So `rows` grows to twice itself at
+    most, and prompts are taken to be a quarter of a pass at least.
+    """
 
     def __init__(self, most: int) -> None:
         self._most, self._least = most, min(LEAST_ROWS, most)
-        self._seconds, self._rows = 0.0, 0.0  # of late, for prompts alone; the latest pass counts as all before it
+        self.rows = most
+        self._seconds, self._read = 0.0, 0.0  # of late, for prompts alone; the latest pass counts as all before it
         self._decoding = 0.0  # seconds of a pass without prompts
-
-    def rows(self) -> int:
-        if not self._seconds:
-            return self._most
-        return min(max(int(PROMPT_SECONDS * self._rows / self._seconds), self._least), self._most)
 
     def passed(self, seconds: float, rows: int, decoding: bool) -> None:
         """A pass took `seconds` with `rows` tokens of prompts, beside others that decode or not."""
-        if rows:
-            self._seconds = self._seconds / 2 + max(seconds - self._decoding * decoding, 0.0)
-            self._rows = self._rows / 2 + rows
-        else:
+        if not rows:
             self._decoding += (seconds - self._decoding) / 2
+            return
+        own = max(seconds - self._decoding, seconds / 4) if decoding else seconds
+        self._seconds = self._seconds / 2 + max(own, 1e-9)
+        self._read = self._read / 2 + rows
+        fitting = max(int(PROMPT_SECONDS * self._read / self._seconds), self._least)
+        self.rows = min(fitting, 2 * self.rows, self._most)
 
 
 class Scheduler:
@@ -279,7 +282,7 @@ class Scheduler:
         reading = self._reading()
         rows = self._engine.max_rows - len(parts)
         if parts:
-            rows = min(rows, self._pace.rows())
+            rows = min(rows, self._pace.rows)
         if not reading or not rows:
             return parts
         scored = MAX_SCORED

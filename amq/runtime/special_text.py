@@ -6,7 +6,7 @@ the tokenizer gets the parts, of which none holds the token. Only conversations 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,26 +39,20 @@ class SpecialText:
         A string that ends with the beginning of a special token has a mark there: the template may put the rest of
         the token behind it, from another string.
         """
+        ours = [options.tools, options.names]
+        given = [(self._all if m.get("role") in UNTRUSTED else self._special, m) for m in messages]
         try:
-            strings = list(_strings([messages, options.tools, options.names]))
+            strings = [(spellings, text) for spellings, m in [*given, (self._special, ours)] for text in _strings(m)]
         except RecursionError as error:
             raise AmqError("the conversation is nested too deeply") from error
-        if not any(self._all.touch(text) for text in strings):
+        if not any(spellings.touch(text) for spellings, text in strings):
             return messages, options, ""
-        strings.append(self._template)
-        mark = next((chr(code) for code in MARKS if not any(chr(code) in text for text in strings)), "")
+        known = [self._template, *(text for _, text in strings)]
+        mark = next((chr(code) for code in MARKS if not any(chr(code) in text for text in known)), "")
         if not mark:
             raise AmqError("the conversation spells special tokens, and every private-use character that could tell")
-
-        def by(spellings: _Spellings) -> Callable[[str], str]:
-            return lambda text: spellings.marked(text, mark)
-
-        ours = by(self._special)
-        return (
-            [_mapped(m, by(self._all) if m.get("role") in UNTRUSTED else ours) for m in messages],
-            replace(options, tools=_mapped(options.tools, ours), names=_mapped(options.names, ours)),
-            mark,
-        )
+        tools, names = _marked(ours, self._special, mark)
+        return [_marked(m, spellings, mark) for spellings, m in given], replace(options, tools=tools, names=names), mark
 
     def parts(self, text: str, mark: str) -> list[str]:
         """A rendered text without marks, cut where they stood within a special token's text; never empty."""
@@ -130,9 +124,9 @@ def _strings(given: Any) -> Iterator[str]:
             yield from _strings(value)
 
 
-def _mapped(given: Any, change: Callable[[str], str]) -> Any:
+def _marked(given: Any, spellings: _Spellings, mark: str) -> Any:
     if isinstance(given, str):
-        return change(given)
+        return spellings.marked(given, mark)
     if isinstance(given, Mapping):
-        return {_mapped(key, change): _mapped(value, change) for key, value in given.items()}
-    return [_mapped(value, change) for value in given] if isinstance(given, Sequence) else given
+        return {_marked(key, spellings, mark): _marked(value, spellings, mark) for key, value in given.items()}
+    return [_marked(value, spellings, mark) for value in given] if isinstance(given, Sequence) else given

@@ -13,7 +13,7 @@ from amq.runtime.chat import PLAIN, ChatOptions, Messages, prepared, render_chat
 from amq.runtime.decoding import Decoding
 from amq.runtime.special_text import SpecialText
 from amq.runtime.text_stream import TextStream
-from amq.runtime.tokenizer_files import ModelFile, TokenizerConfig, read_optional, read_text
+from amq.runtime.tokenizer_files import DEFAULT, TOOL_USE, ModelFile, TokenizerConfig, read_optional, read_text
 
 __all__ = ["ChatPrompt", "TextStream", "Tokenizer", "TooLong"]
 
@@ -47,17 +47,23 @@ class ChatPrompt:
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the model's end tokens and chat template. Made by `from_folder`.
 
-    template: of chats, or None. end_ids: tokens after which a text is complete. special_ids: tokens that are not part
-    of a text, such as its end.
+    template: of chats, or None. tool_template: of chats with tools, where that is another one. end_ids: tokens after
+    which a text is complete. special_ids: tokens that are not part of a text, such as its end.
     Encoding and decoding raise AmqError where tokenizers panics, as it does where a pattern of tokenizer.json gives up.
     """
 
     def __init__(
-        self, inner: Any, end_ids: Iterable[int], template: str | None = None, names: Mapping[str, str] | None = None
+        self,
+        inner: Any,
+        end_ids: Iterable[int],
+        template: str | None = None,
+        names: Mapping[str, str] | None = None,
+        tool_template: str | None = None,
     ) -> None:
         inner.no_truncation()
         inner.no_padding()
-        self._inner, self.template, self._names = inner, template, dict(names or {})
+        self._inner, self._names = inner, dict(names or {})
+        self.template, self.tool_template = template, tool_template
         self.end_ids = frozenset(end_ids)
         added = inner.get_added_tokens_decoder()
         self._special = {token.content: i for i, token in added.items() if token.special}
@@ -65,7 +71,8 @@ class Tokenizer:
         self.special_ids = frozenset(self._special.values())
         self.decoding = Decoding.of(inner.decoder)
         self._bytes: dict[int, bytes] = {}
-        self._separator = SpecialText(self._special, [token.content for token in added.values()], template or "")
+        templates = f"{template or ''}\0{tool_template or ''}"
+        self._separator = SpecialText(self._special, [token.content for token in added.values()], templates)
 
     @classmethod
     def from_folder(cls, folder: Path | str) -> Tokenizer:
@@ -93,7 +100,8 @@ class Tokenizer:
         end_ids = _end_ids(folder)
         if names.get("eos_token"):  # it is known by now: `_add_tokens` added what was not
             end_ids = [*end_ids, _known_id(inner, names["eos_token"])]
-        return cls(inner, end_ids, _template(folder, config), names)
+        templates = [_template(folder, config, name) for name in (DEFAULT, TOOL_USE)]
+        return cls(inner, end_ids, templates[0], names, templates[1])
 
     @classmethod
     def from_transformers(cls, tokenizer: Any, end_ids: Iterable[int]) -> Tokenizer:
@@ -107,8 +115,10 @@ class Tokenizer:
                 "has a tokenizer.json"
             )
         templates = tokenizer.chat_template
-        template = templates.get("default") if isinstance(templates, Mapping) else templates
-        return cls(tokenizers.Tokenizer.from_str(inner.to_str()), end_ids, template, tokenizer.special_tokens_map)
+        if not isinstance(templates, Mapping):
+            templates = {DEFAULT: templates}
+        copy, names = tokenizers.Tokenizer.from_str(inner.to_str()), tokenizer.special_tokens_map
+        return cls(copy, end_ids, templates.get(DEFAULT), names, templates.get(TOOL_USE))
 
     @property
     def vocab_size(self) -> int:
@@ -143,15 +153,16 @@ class Tokenizer:
         limit: as in `encode`; more messages than that are not even looked at.
         Raises AmqError where the model has no chat template, or one that refuses the conversation.
         """
-        if self.template is None:
+        template = (self.tool_template if options.tools else None) or self.template
+        if template is None:
             raise AmqError("the model has no chat template: give plain text (without --chat; /v1/completions)")
         if limit is not None and len(messages) > limit:
             raise TooLong(limit)
-        conversation: Messages = prepared(self.template, messages)
+        conversation: Messages = prepared(template, messages)
         mark = ""
         if not options.special:
             conversation, options, mark = self._separator.marked(conversation, options)
-        parts = self._separator.parts(render(self.template, conversation, self._names, options), mark)
+        parts = self._separator.parts(render(template, conversation, self._names, options), mark)
         return ChatPrompt(self._encode(parts, False, limit), "".join(parts))  # the template writes special tokens
 
     def _encode(self, parts: Sequence[str], special: bool, limit: int | None) -> list[int]:
@@ -267,9 +278,7 @@ def _end_ids(folder: Path) -> list[int]:
     return []
 
 
-def _template(folder: Path, config: TokenizerConfig) -> str | None:
-    """chat_template.jinja goes before the config's own, of several there the default."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return read_text(path)
-    return config.default_template
+def _template(folder: Path, config: TokenizerConfig, name: str) -> str | None:
+    """A file of its own goes before the config."""
+    path = folder / ("chat_template.jinja" if name == DEFAULT else f"additional_chat_templates/{name}.jinja")
+    return read_text(path) if path.is_file() else config.named_template(name)

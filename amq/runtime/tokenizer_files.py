@@ -11,6 +11,8 @@ from amq.util.records import MOST, read_record
 
 Record = TypeVar("Record")
 
+DEFAULT, TOOL_USE = "default", "tool_use"
+"""Names of chat templates: where a model has the latter, it is for conversations with tools."""
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 """Special tokens that tokenizer_config.json gives by name, and chat templates may use."""
 
@@ -95,14 +97,13 @@ class TokenizerConfig:
         extra = self.extra_special_tokens or self.additional_special_tokens or []
         return [_text(token) for token in (extra.values() if isinstance(extra, dict) else extra)]
 
-    @property
-    def default_template(self) -> str | None:
-        """Of several templates the default."""
+    def named_template(self, name: str) -> str | None:
+        """Of several templates the one of this name; a single one is the default."""
         if isinstance(self.chat_template, list):
-            return next((t.template for t in self.chat_template if t.name == "default"), None)
+            return next((t.template for t in self.chat_template if t.name == name), None)
         if isinstance(self.chat_template, dict):
-            return self.chat_template.get("default")
-        return self.chat_template
+            return self.chat_template.get(name)
+        return self.chat_template if name == DEFAULT else None
 
 
 def _text(token: str | TokenText) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
@@ -26,7 +25,7 @@ from amq.runtime.grammar import Grammar, GrammarCompiler
 from amq.runtime.sampling import Constraint
 from amq.runtime.templates import BoundedRenderer
 from amq.runtime.tokenizer import ChatPrompt, TooLong
-from amq.serve import generation
+from amq.serve import generation, tokens
 from amq.serve.answers import while_connected
 from amq.serve.door import Door
 from amq.serve.errors import ApiError
@@ -34,7 +33,14 @@ from amq.serve.gate import Gate, read_body
 from amq.serve.metrics import Metrics
 from amq.serve.openapi import document
 from amq.serve.prompts import PromptThread
-from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, parse
+from amq.serve.protocol import (
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    GenerationRequest,
+    TokenizeRequest,
+    parse,
+)
 from amq.serve.replies.formats import THINKING, format_of
 from amq.serve.responses import Capabilities, Health, ModelCard, ModelList, TypedResponse
 from amq.serve.settings import ServeSettings
@@ -48,7 +54,7 @@ PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", 
 MOST_NAMES = 1000
 """Parameters that are logged once each; a client may think of any number."""
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound="GenerationRequest | TokenizeRequest | DetokenizeRequest")
 T = TypeVar("T")
 log = logging.getLogger("amq.serve")
 
@@ -89,12 +95,12 @@ class Service:
         if declared != "application/json":  # else any web page could make a browser send requests here
             raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
         body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes), self.prompt_limit)
-        self.check_model(body.model)
-        ignored = [_header_text(name) for name in ignored]
+        if body.model is not None:
+            self.check_model(body.model)
         for name in ignored:
             if name not in self._ignored and len(self._ignored) < MOST_NAMES:
                 self._ignored.add(name)
-                log.info("the parameter %s is ignored", name)
+                log.info("the parameter %.64r is ignored", name)
         return body, ignored
 
     def check_model(self, name: str) -> None:
@@ -111,9 +117,9 @@ class Service:
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids of the parameter `prompt`. Raises ApiError."""
         with self._checked("prompt"):
-            tokens = self.runtime.tokenizer.encode(text, special, self.prompt_limit)
-        self.check_length("prompt", len(tokens))
-        return tokens
+            encoded = self.runtime.tokenizer.encode(text, special, self.prompt_limit)
+        self.check_length("prompt", len(encoded))
+        return encoded
 
     def encode_chat(self, messages: Messages, options: ChatOptions) -> ChatPrompt:
         """Raises ApiError."""
@@ -149,11 +155,6 @@ class Service:
             return [None if grammar is None else self.grammars.constraint(grammar) for _ in range(count)]
 
 
-def _header_text(name: str) -> str:
-    """A name as a header may have it."""
-    return json.dumps(name)[1:-1][:64].replace(",", " ")
-
-
 def _short(name: str) -> str:
     """A folder's own name; a hub id as it is."""
     folder = Path(name).expanduser()
@@ -179,11 +180,11 @@ def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
 
     middleware = [Middleware(Gate, service=service)]
     if settings.cors:
-        cors = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
+        cors: dict[str, Any] = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors))
     handlers = {ApiError: _api_error, HTTPException: _http_error, Exception: _defect}
     routes = [*_generation(service), *_information(service)]
-    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)  # type: ignore[arg-type]
+    app = Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
     app.state.service = service
     return app
 
@@ -197,7 +198,17 @@ def _generation(service: Service) -> list[Route]:
         body, ignored = await service.read(request, ChatRequest)
         return await generation.chat(service, request, body, ignored)
 
+    async def tokenize(request: Request) -> Response:
+        body, _ = await service.read(request, TokenizeRequest)
+        return TypedResponse(await tokens.tokenize(service, request, body))
+
+    async def detokenize(request: Request) -> Response:
+        body, _ = await service.read(request, DetokenizeRequest)
+        return TypedResponse(await tokens.detokenize(service, request, body))
+
     return [
+        Route("/tokenize", tokenize, methods=["POST"]),
+        Route("/detokenize", detokenize, methods=["POST"]),
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
     ]

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("amq.serve")
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions", "/v1/models", "/health", "/metrics", "/")
+LOCKED = ("/metrics", "/tokenize", "/detokenize")
+"""They want the key, as all of /v1/ does."""
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
 
@@ -138,7 +140,7 @@ class Gate:
         if not door.right_host(headers):
             text = "this server answers to addresses and localhost only; --allow-host NAME or a key opens it"
             return visit, ApiError(403, text, "wrong_host")
-        if owner is None and (path.startswith("/v1/") or path == "/metrics"):
+        if owner is None and (path.startswith("/v1/") or path in LOCKED):
             text = "the API key is missing or wrong: send Authorization: Bearer KEY"
             return visit, ApiError(401, text, "invalid_api_key")
         return visit, None

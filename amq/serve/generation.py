@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from amq.serve.app import Service
 
 IGNORED_HEADER = "X-Amq-Ignored"
+MOST_NAMED = 32
 MOST_SEED = 2**63 - 1
 
 
@@ -198,7 +199,7 @@ def _submit(
     parser: Callable[[Prompt], ReplyParser | None],
 ) -> Answer:
     """Queues a job for each choice of each prompt. Raises ApiError, and queues none then."""
-    state, candidates = request.state, []
+    state, candidates = request.state, list[Candidate]()
     for prompt in prompts:
         for number, constraint in enumerate(prompt.constraints):
             how = sampling if sampling.seed is None else replace(sampling, seed=_seed(sampling.seed, len(candidates)))
@@ -213,8 +214,14 @@ def _submit(
         for job in submitted:
             service.worker.cancel(job, "client")
         raise
-    headers = {IGNORED_HEADER: ", ".join(ignored)} if ignored else {}
+    headers = {IGNORED_HEADER: _named(ignored)} if ignored else {}
     return Answer(service.worker, candidates, shape, bool(body.stream), headers)
+
+
+def _named(names: Sequence[str]) -> str:
+    """Names that a client may have thought of, as a header can have them."""
+    plain = [re.sub(r"[^!-+\--~]", "?", name[:64]) or "?" for name in names[:MOST_NAMED]]
+    return ", ".join(plain if len(names) <= MOST_NAMED else [*plain, f"and {len(names) - MOST_NAMED} more"])
 
 
 def _seed(seed: int, number: int) -> int:

@@ -10,7 +10,7 @@ from msgspec import Struct
 from amq import __version__
 from amq.runtime.settings import Sampling
 from amq.serve.parameters import PARAMETERS, Handling
-from amq.serve.protocol import OWN_NAMES, OWN_RANGES, ChatRequest, CompletionRequest
+from amq.serve.protocol import OWN_NAMES, OWN_RANGES, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from amq.serve.responses import (
     ChatChunk,
     ChatCompletion,
@@ -20,6 +20,8 @@ from amq.serve.responses import (
     Health,
     ModelCard,
     ModelList,
+    Text,
+    Tokens,
 )
 from amq.util.settings import declared, limits
 
@@ -47,7 +49,7 @@ def document() -> dict[str, Any]:
     """Of every route but the chat page and the metrics, whose form is Prometheus's."""
     kinds: list[type[Struct]] = [
         *(ChatRequest, CompletionRequest, ChatCompletion, Completion, ChatChunk, CompletionChunk),
-        *(ModelCard, ModelList, Health, ErrorBody),
+        *(TokenizeRequest, DetokenizeRequest, Tokens, Text, ModelCard, ModelList, Health, ErrorBody),
     ]
     references, schemas = msgspec.json.schema_components(kinds, ref_template="#/components/schemas/{name}")
     found = dict(zip(kinds, references, strict=True))
@@ -58,10 +60,11 @@ def document() -> dict[str, Any]:
     def get(summary: str, kind: type[Struct], **more: Any) -> dict[str, Any]:
         return {"get": {"summary": summary, "responses": {"200": _body(summary, found[kind]), **more}}}
 
-    def post(summary: str, asked: type[Struct], whole: type[Struct], chunk: type[Struct]) -> dict[str, Any]:
+    def post(summary: str, asked: type[Struct], whole: type[Struct], chunk: type[Struct] | None) -> dict[str, Any]:
         answer = _body("the answer", found[whole])
-        answer["content"]["text/event-stream"] = {"schema": {**found[chunk], "description": STREAM}}
-        answer["headers"] = {"X-Amq-Ignored": {"description": "parameters that counted for nothing", **_TEXT}}
+        if chunk is not None:
+            answer["content"]["text/event-stream"] = {"schema": {**found[chunk], "description": STREAM}}
+            answer["headers"] = {"X-Amq-Ignored": {"description": "parameters that counted for nothing", **_TEXT}}
         body = {"required": True, "content": {"application/json": {"schema": found[asked]}}}
         return {"post": {"summary": summary, "requestBody": body, "responses": {"200": answer, **errors}}}
 
@@ -73,6 +76,8 @@ def document() -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": post("Goes on with a conversation", ChatRequest, ChatCompletion, ChatChunk),
             "/v1/completions": post("Goes on with a text", CompletionRequest, Completion, CompletionChunk),
+            "/tokenize": post("A text or a conversation as tokens", TokenizeRequest, Tokens, None),
+            "/detokenize": post("Tokens as text", DetokenizeRequest, Text, None),
             "/v1/models": get("The model that is served", ModelList, **{"401": errors["401"]}),
             "/v1/models/{model}": model,
             "/health": get("Whether requests are answered", Health, **{"503": _body("they are not", found[Health])}),

@@ -26,6 +26,7 @@ MAX_TEMPERATURE = 2
 MAX_BIAS = 100
 LONGEST_REASON = 300
 """Characters of an error; a body may spell a megabyte where a role belongs."""
+MOST_PARAMETERS = 256
 MOST_LOOKED_INTO = 1000
 """Messages whose unknown keys are named; of 34,000 it would take 0.1 s of every stream."""
 LEAST_TOP_P = sys.float_info.min
@@ -269,7 +270,26 @@ class ChatRequest(GenerationRequest, kw_only=True):
         return name
 
 
-R = TypeVar("R", bound=GenerationRequest)
+class TokenizeRequest(Struct, kw_only=True):
+    """POST /tokenize, as vLLM (prompt or messages) and llama-server (content) have it."""
+
+    model: str | None = None
+    prompt: str | None = None
+    content: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool | None = None
+    add_special: bool | None = None  # llama-server's, false by default there
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True):
+    """POST /detokenize."""
+
+    tokens: list[int]
+    model: str | None = None
+
+
+R = TypeVar("R", bound=Struct)
 
 
 def parse(kind: type[R], body: bytes, most: int) -> tuple[R, list[str]]:
@@ -283,6 +303,10 @@ def parse(kind: type[R], body: bytes, most: int) -> tuple[R, list[str]]:
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON in UTF-8: {error.reason}", "invalid_json") from None
     given = _decode(body, dict[str, Raw])
+    if len(given) > MOST_PARAMETERS:
+        raise ApiError(
+            400, f"the body has {len(given)} parameters: at most {MOST_PARAMETERS} are read", "invalid_value"
+        )
     dropped = [name for name, value in given.items() if not _taken(kind, name, value)]
     request = _decode(body, kind)
     if isinstance(request, ChatRequest) and len(request.messages) > most:  # a template may make megabytes of them
@@ -291,7 +315,7 @@ def parse(kind: type[R], body: bytes, most: int) -> tuple[R, list[str]]:
     return request, dropped + _dropped_inside(request, given)
 
 
-def _taken(kind: type[GenerationRequest], name: str, value: Raw) -> bool:
+def _taken(kind: type[Struct], name: str, value: Raw) -> bool:
     """Whether a parameter is one of `kind`, or asks for nothing. Raises ApiError for one that is refused."""
     if name in kind.__struct_fields__ or bytes(value) == b"null":
         return True
@@ -309,13 +333,13 @@ _OF_MESSAGES = frozenset(name for kind in Message.__args__ for name in kind.__st
 _OF_OPTIONS = frozenset(StreamOptions.__struct_fields__)
 
 
-def _dropped_inside(request: GenerationRequest, given: dict[str, Raw]) -> list[str]:
+def _dropped_inside(request: Struct, given: dict[str, Raw]) -> list[str]:
     """Unknown keys, with a value, of messages and options: `messages.id`."""
     found: dict[str, None] = {}
     if isinstance(request, ChatRequest) and len(request.messages) <= MOST_LOOKED_INTO:
         for message in msgspec.json.decode(given["messages"], type=list[dict[str, Raw]]):
             found |= dict.fromkeys(f"messages.{key}" for key in _unknown(message, _OF_MESSAGES))
-    if request.stream_options is not None:
+    if isinstance(request, GenerationRequest) and request.stream_options is not None:
         options = msgspec.json.decode(given["stream_options"], type=dict[str, Raw])
         found |= dict.fromkeys(f"stream_options.{key}" for key in _unknown(options, _OF_OPTIONS))
     return list(found)

@@ -198,6 +198,19 @@ class ModelList(Struct, kw_only=True):
     data: list[ModelCard]
 
 
+class Tokens(Struct):
+    tokens: list[int]
+    count: int
+    max_model_len: int
+
+
+class Text(Struct):
+    """content: llama-server's name of it."""
+
+    prompt: str
+    content: str
+
+
 class Health(Struct, omit_defaults=True):
     """status: ok, draining or failed. reason: of a failure."""
 

@@ -84,7 +84,11 @@ class Shape:
     prefix: ClassVar[str]
 
     def __post_init__(self) -> None:
-        self._head = {"id": f"{self.prefix}-{self.identity}", "created": int(time.time()), "model": self.model}
+        self._head: dict[str, Any] = {
+            "id": f"{self.prefix}-{self.identity}",
+            "created": int(time.time()),
+            "model": self.model,
+        }
         self._no_usage: None | UnsetType = None if self.usage else UNSET
 
     def start(self, candidate: Candidate) -> list[bytes]:
@@ -166,7 +170,10 @@ class ChatShape(Shape):
             message = self._message(candidate.parts(piece))
             logprobs = self._logprobs(piece.choices) if self.logprobs else None
             choices.append(r.ChatChoice(candidate.index, message, logprobs, self._finished(candidate)))
-        figures = {"usage": usage(candidates), "timings": timings([candidate.job for candidate in candidates])}
+        figures: dict[str, Any] = {
+            "usage": usage(candidates),
+            "timings": timings([candidate.job for candidate in candidates]),
+        }
         return r.ChatCompletion(**self._head, choices=choices, **figures)
 
     def _finished(self, candidate: Candidate) -> str:
@@ -251,7 +258,10 @@ class CompletionShape(Shape):
                 logprobs = _joined(logprobs, self._logprobs(candidate, piece.choices))
             text = candidate.echo + piece.text
             choices.append(r.CompletionChoice(candidate.index, text, logprobs, candidate.finished))
-        figures = {"usage": usage(candidates), "timings": timings([candidate.job for candidate in candidates])}
+        figures: dict[str, Any] = {
+            "usage": usage(candidates),
+            "timings": timings([candidate.job for candidate in candidates]),
+        }
         return r.Completion(**self._head, choices=choices, **figures)
 
     def _prompt_logprobs(self, candidate: Candidate) -> r.CompletionLogprobs | None:
