@@ -171,3 +171,23 @@ def test_the_command_says_what_it_will_do_with_a_model(tmp_path, monkeypatch):
     assert say("no such model") == ""
     (tmp_path / "file").write_text("")
     assert say(tmp_path / "file") == ""
+
+
+def test_a_line_per_request(caplog):
+    """Who, what, how many tokens and how it ended; no text, no key; off unless it is asked for."""
+    with caplog.at_level(logging.INFO, "amq.serve"):
+        for wanted in (False, True):
+            with serving(api_key=["secret", "other"], log_requests=wanted) as server:
+                body = {"model": "fake", "prompt": "hushhush", "max_tokens": 5}
+                given = {"X-Request-Id": "mine", "Authorization": "Bearer secret"}
+                assert httpx.post(f"{server.url}/v1/completions", json=body, headers=given).status_code == 200
+                given["Authorization"] = "Bearer wrong"
+                assert httpx.post(f"{server.url}/v1/completions?a=b", json=body, headers=given).status_code == 401
+                tag = server.service.door.keys[0][:8]
+            lines = [record.getMessage() for record in caplog.records if "request mine" in record.getMessage()]
+            assert len(lines) == 2 * wanted
+    done, refused = lines
+    assert f"request mine of key:{tag}: /v1/completions 200, 8 prompt, 5 new, 0 cached tokens, " in done
+    assert done.endswith(" s, length")
+    assert "request mine of address:127.0.0.1: /v1/completions 401, 0 prompt, 0 new, 0 cached tokens" in refused
+    assert not any(word in line for line in lines for word in ("hush", "secret", "wrong", "a=b"))
