@@ -138,6 +138,8 @@ class EngineThread:
         gauge("vllm:kv_cache_usage_perc", "Of the KV cache, from 0 to 1", lambda: self.positions[0] / self.positions[1])
         gauge("amq_kv_positions_used", "Positions of the KV cache in use", lambda: self.positions[0])
         gauge("amq_kv_positions_total", "Positions of the KV cache", lambda: self.positions[1])
+        if (store := getattr(self.engine, "prompt_cache", None)) is not None:
+            metrics.prompt_cache(store)
         gauge("amq_engine_failed", "1 once the engine is of no more use", lambda: bool(self.failed))
 
     # on the event loop
