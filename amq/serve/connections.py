@@ -9,7 +9,6 @@ connections and says nothing on them closes its own.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import resource
 import time
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from amq.serve.door import client_address
 from amq.serve.errors import ApiError
+from amq.serve.responses import to_json
 
 log = logging.getLogger("amq.serve")
 
@@ -192,7 +192,7 @@ class Connection(H11Protocol):
 
 def _answer(error: ApiError) -> bytes:
     """An HTTP response."""
-    body = json.dumps(error.body()).encode()
+    body = to_json(error.body())
     head = [f"HTTP/1.1 {error.status} ", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     if error.retry_after is not None:
         head.append(f"Retry-After: {error.retry_after}")
