@@ -34,8 +34,8 @@ READY = "ready"
 
 
 def limits() -> LLParserLimits:
-    """What a grammar may cost, and each of its masks: the worst found took 60 ms on a core of a server of 2024, 300
-    with the library's own limits."""
+    """What a grammar may cost, and each of its masks. The worst mask found (2,000 optional properties) took 60 ms of a
+    processor of 2.4 GHz (AMD EPYC), and 200 ms (5,000 of them) with the library's own limits."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
