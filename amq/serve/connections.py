@@ -35,8 +35,8 @@ BACKLOG = 128
 """Connections that asyncio accepts before any of them is looked at."""
 
 READ_BYTES = 2**16
-"""Of one read. asyncio's own 256 KiB, cut to what came, leave holes: 300 bodies of 1 MiB that do not end cost 100 to 130
-MiB with them and 48 without, 32 MiB of bodies being kept."""
+"""Of one read. asyncio's own 256 KiB, cut to what came, leave holes: 300 bodies of 1 MiB that do not end cost 100 to
+130 MiB with them and 48 without, 32 MiB of bodies being kept."""
 
 RESERVED = 64 + BACKLOG
 """File descriptors that are kept for everything else."""
