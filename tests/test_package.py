@@ -25,7 +25,7 @@ from amq.util.extras import DISTRIBUTION, EXTRAS, install_hint
 
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
-    **{"model": ["models", "datasets"], "runtime": ["models"], "kernels": ["gpu"], "eval": ["tasks"]},
+    **{"model": ["models", "datasets"], "runtime": ["models", "serve"], "kernels": ["gpu"], "eval": ["tasks"]},
     **{"integrations": ["models"], "quantize": ["search"], "search": ["search"], "report": ["report"]},
     **{"export": ["export"], "serve": ["serve"]},
 }

@@ -12,7 +12,7 @@ import pytest
 httpx = pytest.importorskip("httpx", reason="part of the test extra")
 pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 
-from helpers.serving import serving  # noqa: E402
+from helpers.serving import fake_runtime, serving, wait_for  # noqa: E402
 
 from amq.errors import AmqError  # noqa: E402
 from amq.serve import ServeSettings  # noqa: E402
@@ -171,3 +171,57 @@ def test_the_command_says_what_it_will_do_with_a_model(tmp_path, monkeypatch):
     assert say("no such model") == ""
     (tmp_path / "file").write_text("")
     assert say(tmp_path / "file") == ""
+
+
+def test_a_line_per_request(caplog):
+    """Who, what, how many tokens and how it ended; no text, no key; off unless it is asked for."""
+    with caplog.at_level(logging.INFO, "amq.serve"):
+        for wanted in (False, True):
+            with serving(api_key=["secret", "other"], log_requests=wanted) as server:
+                body = {"model": "fake", "prompt": "hushhush", "max_tokens": 5}
+                given = {"X-Request-Id": "mine", "Authorization": "Bearer secret"}
+                assert httpx.post(f"{server.url}/v1/completions", json=body, headers=given).status_code == 200
+                given["Authorization"] = "Bearer wrong"
+                assert httpx.post(f"{server.url}/v1/completions?a=b", json=body, headers=given).status_code == 401
+                tag = server.service.door.keys[0][:8]
+            lines = [record.getMessage() for record in caplog.records if "request mine" in record.getMessage()]
+            assert len(lines) == 2 * wanted
+    done, refused = lines
+    assert f"request mine of key:{tag}: /v1/completions 200, 8 prompt, 5 new, 0 cached tokens, " in done
+    assert done.endswith(" s, length")
+    assert "request mine of address:127.0.0.1: /v1/completions 401, 0 prompt, 0 new, 0 cached tokens" in refused
+    assert not any(word in line for line in lines for word in ("hush", "secret", "wrong", "a=b"))
+
+
+def test_metrics_by_the_names_of_vllm():
+    """What its dashboards ask for is there, with their labels; and what is ours."""
+    runtime = fake_runtime()
+    runtime.engine.prompt_cache = SimpleNamespace(hits=3, misses=1, written=2, dropped=0, bytes=4096)
+    with serving(runtime) as server:
+        body = {"model": "fake", "prompt": "abcdef", "max_tokens": 5}
+        assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+        wait_for(lambda: server.worker.idle)
+        text = httpx.get(f"{server.url}/metrics").text
+    found = {name: float(value) for name, value in re.findall(r"^([\w:]+(?:{.*})?) (\S+)$", text, re.MULTILINE)}
+    labels = 'engine="0",model_name="fake"'
+    for name, value in {
+        "num_requests_running": 0, "num_requests_waiting": 0, "kv_cache_usage_perc": 0, "prompt_tokens_total": 6,
+        "generation_tokens_total": 5, "prefix_cache_queries_total": 6, "prefix_cache_hits_total": 0,
+        "time_to_first_token_seconds_count": 1, "inter_token_latency_seconds_count": 4,
+        "request_time_per_output_token_seconds_count": 1, "e2e_request_latency_seconds_count": 1,
+        "request_queue_time_seconds_count": 1, "request_inference_time_seconds_count": 1,
+        "request_prefill_time_seconds_count": 1, "request_decode_time_seconds_count": 1,
+        "request_prompt_tokens_sum": 6, "request_generation_tokens_sum": 5,
+    }.items():  # fmt: skip
+        assert found[f"vllm:{name}{{{labels}}}"] == value, name
+    for reason, value in (("length", 1), ("stop", 0), ("abort", 0), ("error", 0)):
+        assert found[f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="fake"}}'] == value
+    assert found['amq_prompt_cache_pages_total{event="hits"}'] == 3 and found["amq_prompt_cache_bytes"] == 4096
+    assert found["amq_engine_failed"] == 0 and found["amq_connections"] >= 1
+
+
+def test_sizes_of_the_command_are_bytes_for_the_engine():
+    assert ServeSettings(prompt_cache="2MiB").loading["prompt_cache"] == 2**21
+    assert ServeSettings().loading["prompt_cache"] is None
+    with pytest.raises(AmqError, match="--prompt-cache"):
+        ServeSettings(prompt_cache="big")

@@ -298,7 +298,7 @@ import amq.runtime
 runtime = fake_runtime(context=9000)
 hold_until_input(runtime.engine)
 amq.runtime.load = lambda *args, **options: runtime
-code = __main__.main(["DIR", "--port", "0", "--drain", "60", "--max-new-tokens", "8000"])
+code = __main__.main(["DIR", "--port", "0", "--drain", "60", "--max-new-tokens", "8000", "--log-requests"])
 heavy = {"hqq", "pymoo", "sklearn", "matplotlib", "transformers", "amq.search"} & set(sys.modules)
 sys.exit(f"loaded {heavy}" if heavy else code)
 """
@@ -324,7 +324,10 @@ def test_sigterm_lets_running_requests_finish():
             assert ask(server, key="secret").status_code == 503
             print(file=process.stdin, flush=True)  # opens the gate
             assert running.result().json()["usage"]["completion_tokens"] == 200
-            assert process.wait(SECONDS) == 0, process.stderr.read()
+            said = process.stderr.read()
+            assert process.wait(SECONDS) == 0, said
+            assert re.search(r"INFO request \w+ of \S+: /v1/completions 200, 3 prompt, 200 new", said), said
+            assert "secret" not in said
         finally:
             process.kill()
 

@@ -328,6 +328,9 @@ def test_messages_of_every_role(server):
     assert post(server, CHATS, messages=turns).status_code == 200
     text = prompts(server)[-1]
     assert text.startswith("system: be short|user: ab|") and "assistant: no|user: hi|" in text
+    call["function"]["arguments"] = "[" * 100_000
+    deep = [USER, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "1"}]
+    assert post(server, CHATS, messages=deep).status_code == 400
     for part, param in (
         ({"type": "image_url", "image_url": {"url": "file:///x"}}, "messages.0.content.0"),
         ({"type": "text"}, "messages.0.content.0.text"),

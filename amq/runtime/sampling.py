@@ -83,14 +83,17 @@ class Sampler:
         Raises AmqError where they hold NaN or an infinity above all else, and where no token may come next.
         """
         raw = logits.numpy()
-        largest = _largest(raw)
+        likeliest, largest = _largest(raw)
         scores = self._changed(raw)
         candidates = self._candidates(len(raw))
         if candidates is not None:
             scores = scores[candidates]
             if not len(scores) or scores.max() == -np.inf:
                 raise AmqError("the model rules out every token that may come next")
-        place = int(scores.argmax()) if self._random is None else self._draw(scores)
+        if scores is raw and self._random is None:
+            place = likeliest  # a search of the vocabulary less
+        else:
+            place = int(scores.argmax()) if self._random is None else self._draw(scores)
         token = place if candidates is None else int(candidates[place])
         self._remember(token)
         if self.sampling.logprobs is None:
@@ -244,17 +247,19 @@ def score(token: int, logits: Tensor, count: int) -> Choice:
     Raises AmqError as `Sampler.choose`.
     """
     raw = logits.numpy()
-    return _with_logprobs(token, raw, _largest(raw), count)
+    return _with_logprobs(token, raw, _largest(raw)[1], count)
 
 
-def _largest(raw: np.ndarray) -> float:
-    largest = float(raw[raw.argmax()])  # numpy's argmax stops at a NaN
+def _largest(raw: np.ndarray) -> tuple[int, float]:
+    """The likeliest token, the lowest of equals, and its logit."""
+    token = int(raw.argmax())  # numpy's argmax stops at a NaN
+    largest = float(raw[token])
     if not math.isfinite(largest):
         raise AmqError(
             f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
             "overflow; try --dtype float32, or quantize it again"
         )
-    return largest
+    return token, largest
 
 
 def _with_logprobs(token: int, raw: np.ndarray, largest: float, count: int) -> Choice:

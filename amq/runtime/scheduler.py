@@ -230,7 +230,7 @@ class Scheduler:
                 self._fail(active.request, reason)
             return True
         self.failed_passes = 0
-        rows = logits.split([len(s.tokens) if s.every else int(s.logits) for s in segments])
+        rows = logits.split_with_sizes([len(s.tokens) if s.every else int(s.logits) for s in segments])
         read = sum(len(tokens) for active, tokens in parts if active.reading)
         decoding = any(not active.reading for active, _ in parts)
         for active, tokens in parts:

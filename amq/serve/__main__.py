@@ -21,8 +21,11 @@ log = logging.getLogger("amq.serve")
 
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse_command(argv, ServeSettings, ServeCommand)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     model = given.pop("model")
     settings = settings_of(given)
+    if settings.log_requests:
+        log.setLevel(logging.INFO)
     from amq.runtime import load
     from amq.serve import Server, bind, create_app  # says which extra is missing, if it is
     from amq.serve.door import all_keys

@@ -116,20 +116,20 @@ class Service:
 
     def encode(self, text: str, special: bool) -> list[int]:
         """Token ids of the parameter `prompt`. Raises ApiError."""
-        with self._checked("prompt"):
+        with self.checked("prompt"):
             encoded = self.runtime.tokenizer.encode(text, special, self.prompt_limit)
         self.check_length("prompt", len(encoded))
         return encoded
 
     def encode_chat(self, messages: Messages, options: ChatOptions) -> ChatPrompt:
         """Raises ApiError."""
-        with self._checked("messages"):
+        with self.checked("messages"):
             prompt = self.runtime.tokenizer.encode_chat(messages, options, self.prompt_limit, self.render)
         self.check_length("messages", len(prompt.tokens))
         return prompt
 
     @contextmanager
-    def _checked(self, param: str) -> Iterator[None]:
+    def checked(self, param: str) -> Iterator[None]:
         """Errors become those of the parameter `param`."""
         try:
             yield
@@ -151,7 +151,7 @@ class Service:
 
     def constraints(self, grammar: Grammar | None, count: int, param: str) -> list[Constraint | None]:
         """For each of `count` choices what it has to keep to. Raises ApiError for a grammar that is not supported."""
-        with self._checked(param):
+        with self.checked(param):
             return [None if grammar is None else self.grammars.constraint(grammar) for _ in range(count)]
 
 

@@ -9,7 +9,6 @@ connections and says nothing on them closes its own.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import resource
 import time
@@ -21,6 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from amq.serve.door import client_address
 from amq.serve.errors import ApiError
+from amq.serve.responses import to_json
 
 log = logging.getLogger("amq.serve")
 
@@ -33,6 +33,10 @@ still sends makes its system throw the answer away."""
 
 BACKLOG = 128
 """Connections that asyncio accepts before any of them is looked at."""
+
+READ_BYTES = 2**16
+"""Of one read. asyncio's own 256 KiB, cut to what came, leave holes: 300 bodies of 1 MiB that do not end cost 100 to
+130 MiB with them and 48 without, 32 MiB of bodies being kept."""
 
 RESERVED = 64 + BACKLOG
 """File descriptors that are kept for everything else."""
@@ -107,6 +111,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]
         self.address, self.since = client_address(self.client[0] if self.client else ""), time.monotonic()
         if self._all.enter(self):
             self._wait("headers", self._all.header_seconds, self._no_headers)
@@ -192,7 +197,7 @@ class Connection(H11Protocol):
 
 def _answer(error: ApiError) -> bytes:
     """An HTTP response."""
-    body = json.dumps(error.body()).encode()
+    body = to_json(error.body())
     head = [f"HTTP/1.1 {error.status} ", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     if error.retry_after is not None:
         head.append(f"Retry-After: {error.retry_after}")

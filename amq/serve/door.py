@@ -35,6 +35,8 @@ class Door:
 
     def __init__(self, settings: ServeSettings) -> None:
         self.keys = [_digest(key.encode()) for key in all_keys(settings)]
+        if settings.api_key_file is not None and (mode := Path(settings.api_key_file).stat().st_mode & 0o777) & 0o077:
+            log.warning("%s may be read by others (mode %o): chmod 600 it", settings.api_key_file, mode)
         self._hosts = {"localhost", *(_plain(name) for name in (settings.host, *settings.allow_host))}
 
     def right_host(self, headers: Headers) -> bool:
@@ -84,11 +86,9 @@ def all_keys(settings: ServeSettings) -> list[str]:
 def read_keys(path: Path) -> list[str]:
     """One key a line; empty lines and those that begin with # count for nothing. Raises AmqError."""
     try:
-        mode, text = path.stat().st_mode, path.read_text("utf-8")
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise AmqError(f"--api-key-file {path} cannot be read: {error}") from None
-    if mode & 0o077:
-        log.warning("%s holds keys and may be read by others (mode %o): chmod 600 it", path, mode & 0o777)
     keys = [line.strip() for line in text.splitlines()]
     keys = [key for key in keys if key and not key.startswith("#")]
     if not keys:

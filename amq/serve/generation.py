@@ -85,7 +85,8 @@ async def chat(service: Service, request: Request, body: ChatRequest, ignored: l
     def make() -> list[Prompt]:
         messages = conversation(body.messages)
         if form is not None:
-            messages = describe_tools(form, messages, described(tools))
+            with service.checked("messages"):
+                messages = describe_tools(form, messages, described(tools))
         prompt = service.encode_chat(messages, options)
         grammar = _grammar(service, body, tools, prompt.text)
         constraints = service.constraints(grammar, count, "response_format" if not tools else "tools")
@@ -164,11 +165,7 @@ def _guided(body: GenerationRequest) -> Grammar | None:
     schemas = [s for s in (body.guided_json, body.json_schema, other and other.json) if s is not None]
     patterns = [body.guided_regex, body.regex, other and other.regex]
     choices = [body.guided_choice, other and other.choice]
-    found = [
-        Grammar("json_schema", s if isinstance(s, str) else msgspec.json.encode(s).decode())
-        for s in schemas
-        if s is not None
-    ]
+    found = [Grammar("json_schema", s if isinstance(s, str) else msgspec.json.encode(s).decode()) for s in schemas]
     found += [Grammar("regex", pattern) for pattern in patterns if pattern]
     found += [Grammar("regex", "|".join(map(re.escape, texts))) for texts in choices if texts]
     found += [Grammar("lark", text) for text in (body.guided_grammar, other and other.grammar) if text]

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 if TYPE_CHECKING:
     from amq.serve.worker import Job
@@ -47,6 +48,28 @@ class Speed:
     def _forget(self, now: float) -> None:
         while self._counts and self._counts[0][0] < now - self._window:
             self._counts.popleft()
+
+
+class PromptCache(Protocol):
+    """Counters of the pages that an engine keeps on disk (amq.runtime.page_store)."""
+
+    hits: int
+    misses: int
+    written: int
+    dropped: int
+    bytes: int
+
+
+class _PromptCacheCollector:
+    def __init__(self, store: PromptCache) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        pages = CounterMetricFamily("amq_prompt_cache_pages", "Pages of the prompt cache on disk", labels=["event"])
+        for event in ("hits", "misses", "written", "dropped"):
+            pages.add_metric([event], getattr(self._store, event))
+        yield pages
+        yield GaugeMetricFamily("amq_prompt_cache_bytes", "Size of the prompt cache on disk", self._store.bytes)
 
 
 class Metrics:
@@ -96,6 +119,10 @@ class Metrics:
             Gauge(name, text, [*self._labels], registry=self.registry).labels(**self._labels).set_function(value)
         else:
             Gauge(name, text, registry=self.registry).set_function(value)
+
+    def prompt_cache(self, store: PromptCache) -> None:
+        """What is kept on disk: read when it is asked for."""
+        self.registry.register(_PromptCacheCollector(store))
 
     def begun(self, job: Job) -> None:
         """A job's prompt has been read."""

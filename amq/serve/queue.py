@@ -20,9 +20,10 @@ class FairQueue(Generic[W]):
 
     def __init__(self) -> None:
         self._lines: dict[str, deque[W]] = {}  # in the order of their next turns
+        self._length = 0
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return self._length
 
     def push(self, item: W, full: bool) -> W | None:
         """Lets `item` in; returns who has to leave because the room is `full`, perhaps `item` itself.
@@ -39,6 +40,7 @@ class FairQueue(Generic[W]):
         if line is None:
             line = self._lines[item.client] = deque()
         line.append(item)
+        self._length += refused is None
         return refused
 
     def pop(self) -> W | None:
@@ -48,6 +50,7 @@ class FairQueue(Generic[W]):
         client = next(iter(self._lines))
         line = self._lines.pop(client)
         item = line.popleft()
+        self._length -= 1
         if line:
             self._lines[client] = line  # to the end
         return item
@@ -58,6 +61,7 @@ class FairQueue(Generic[W]):
         if item not in line:
             return False
         line.remove(item)
+        self._length -= 1
         if not line:
             del self._lines[item.client]
         return True
@@ -66,4 +70,5 @@ class FairQueue(Generic[W]):
         """Empties the room; returns who was there."""
         everyone = [item for line in self._lines.values() for item in line]
         self._lines.clear()
+        self._length = 0
         return everyone

@@ -77,7 +77,7 @@ class ServeSettings(RuntimeSettings):
         10.0, "seconds that the head of a request may take to arrive", TAKE, above=0, metavar="SECONDS"
     )
     stall: float = flag(
-        120.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
+        300.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
         "status 70 for its supervisor", TAKE, above=0, metavar="SECONDS",
     )  # fmt: skip
     max_body: str = flag("1MiB", "largest request body", TAKE, parse=parse_size, metavar="SIZE")
