@@ -328,3 +328,12 @@ def test_constraints_are_made_by_any_thread() -> None:
 def test_what_a_model_lacks_is_said() -> None:
     with pytest.raises(AmqError, match="the model has no end token"):
         GrammarCompiler(TOKENIZER, ROWS, []).constraint(schema_of(OBJECT))
+
+
+def test_objects_have_the_properties_that_a_schema_names(compiler: GrammarCompiler) -> None:
+    for more, others in ({}, False), ({"additionalProperties": True}, True):
+        constraint = compiler.constraint(
+            schema_of({"properties": {"a": {"type": "integer"}}, "type": "object", **more})
+        )
+        say(constraint, '{"a":1')
+        assert (TOKENIZER.encode(",", special=False)[0] in allowed(constraint)) == others

@@ -8,6 +8,7 @@ Whitespace in JSON is bounded: a small model that may write any amount of it bet
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from amq.errors import AmqError
+from amq.runtime.closed_schemas import closed
 from amq.runtime.grammar_check import END, GrammarCheck, limits
 from amq.util.extras import needs
 
@@ -57,6 +59,7 @@ class GrammarConstraint:
         return self._mask.result()
 
     def accept(self, token: int) -> None:
+        self._mask.result()  # the matcher is for one thread at a time
         if not self._matcher.consume_token(token):
             raise AmqError(f"the text left its grammar: {_words(self._matcher.get_error())}")
         self._mask = self._executor.submit(self._compute)
@@ -141,7 +144,9 @@ def _translated(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
+        defaults = {"whitespace_pattern": WHITESPACE}
+        LLMatcher.grammar_from_json_schema(grammar.text, defaults)  # refuses what is no JSON, or nested too deeply
+        return LLMatcher.grammar_from_json_schema(json.dumps(closed(json.loads(grammar.text))), defaults)
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     return LLMatcher.grammar_from_lark(_as_lark(grammar.text) if grammar.kind == "gbnf" else grammar.text)

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from amq.errors import AmqError
+from amq.runtime.closed_schemas import closed
 from amq.runtime.grammar import WHITESPACE, Grammar
 from amq.serve.replies.calls import MAX_NAME, NAME, types_of
 from amq.serve.replies.formats import THINKING, ToolFormat
@@ -33,8 +34,6 @@ LENIENT = {"lenient": True}
 at OpenAI where a schema is not `strict`; in one that is, they are refused."""
 MOST_CALLS = 16
 """Of one reply whose calls are held to a grammar: small models that have to call something do not find an end."""
-OPEN = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
-"""Where a schema has one of these, `properties` alone do not say what an object may have."""
 SPACE = r"/[ \n]{0,4}/"
 TEXT = r"/(.|\n)*/"
 XML_TEXT = r"xml_text[lazy]: /(.|\n)*<\/parameter>/"
@@ -160,7 +159,7 @@ class _Rules:
 
     def _call(self, function: Mapping[str, Any], before: str, rule: str) -> str:
         _, middle, behind = self._format.call
-        schema = _closed(function.get("parameters") or {"type": "object", "properties": {}})
+        schema = function.get("parameters") or {"type": "object", "properties": {}}
         if self._format.xml and isinstance(schema, Mapping):
             arguments = self._xml_arguments(schema, rule)
         else:
@@ -197,13 +196,6 @@ class _Rules:
         return " ".join(
             f"<[{self._special[piece]}]>" if piece in self._special else json.dumps(piece) for piece in pieces if piece
         )
-
-
-def _closed(schema: Any) -> Any:
-    """Arguments that a tool does not name are none that its function takes: a small model makes them up."""
-    if not isinstance(schema, Mapping) or "properties" not in schema or OPEN & schema.keys():
-        return schema
-    return {**schema, "additionalProperties": False}
 
 
 def _spelled(name: str) -> str:
@@ -247,7 +239,7 @@ def _answer(schema: Mapping[str, Any]) -> str:
 def _json(schema: Any, style: Mapping[str, Any]) -> str:
     if not isinstance(schema, Mapping):
         raise AmqError("tools: a function's parameters must be a JSON schema, an object")
-    return f"%json {_dumped({**schema, 'x-guidance': style})}"
+    return f"%json {_dumped({**closed(schema), 'x-guidance': style})}"
 
 
 def _dumped(schema: Mapping[str, Any]) -> str:
