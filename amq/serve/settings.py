@@ -82,7 +82,7 @@ class ServeSettings(RuntimeSettings):
     )  # fmt: skip
     max_body: str = flag("1MiB", "largest request body", TAKE, parse=parse_size, metavar="SIZE")
     max_choices: int = flag(
-        16, "most answers that one request may ask for (n times its prompts)", TAKE, least=1, metavar="N"
+        32, "most answers that one request may ask for (n times its prompts)", TAKE, least=1, metavar="N"
     )
     prompt_cache: str | None = flag(
         None, "keep beginnings of prompts on disk, within this size, for the next start too", TAKE, parse=parse_size,
