@@ -311,6 +311,35 @@ def test_a_large_grammar_is_refused_or_bounded(compiler: GrammarCompiler, name: 
     assert one.finished in ("stop", "length") or "by its grammar" in one.request.error
 
 
+def test_a_grammar_whose_first_mask_fails_is_refused(
+    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not the text that would have kept to it: with a model's tokens a mask may cost more than with bytes."""
+    import llguidance
+
+    class Matcher:
+        grammar_from_json_schema = staticmethod(llguidance.LLMatcher.grammar_from_json_schema)
+        failed = False
+
+        def __init__(self, *given: Any, **more: Any) -> None: ...
+
+        def deep_copy(self) -> Matcher:
+            return Matcher()
+
+        def compute_bitmask(self) -> None:
+            self.failed = True
+
+        def is_error(self) -> bool:
+            return self.failed
+
+        def get_error(self) -> str:
+            return "too many items" * self.failed
+
+    monkeypatch.setattr(llguidance, "LLMatcher", Matcher)
+    with pytest.raises(AmqError, match="the JSON schema cannot be used: too many items"):
+        compiler.constraint(schema_of({"const": "a text of no other test"}))
+
+
 def test_constraints_are_made_by_any_thread() -> None:
     compiler = GrammarCompiler(TOKENIZER, ROWS, TOKENIZER.end_ids)
     start = threading.Barrier(4)

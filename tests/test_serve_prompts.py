@@ -57,6 +57,26 @@ async def begun(*work: Any) -> list[asyncio.Future[Any]]:
     return tasks
 
 
+def test_who_is_made_when_the_server_ends_harms_nothing():
+    """What came of it, nobody waits for."""
+    gate, failures = threading.Event(), []
+    prompts = PromptThread(8, full)
+
+    async def leaves() -> None:
+        prompts.start()
+        await begun(prompts.make("a", lambda: gate.wait(SECONDS)))
+        prompts.stop()
+
+    hook, threading.excepthook = threading.excepthook, failures.append
+    try:
+        asyncio.run(leaves())
+        gate.set()
+        prompts._thread.join(SECONDS)
+    finally:
+        threading.excepthook = hook
+    assert not prompts._thread.is_alive() and not failures
+
+
 def test_clients_take_turns():
     order: list[str] = []
 

@@ -117,6 +117,16 @@ def test_the_older_form_of_tools():
             assert CALL.replace(" ", "") in prompts(server)[2].replace(" ", "").replace("\n", "")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_older_form_has_one_call(stream):
+    with serving(fake_runtime(context=4000, following=scripted(CALL + CALL))) as server, client_of(server) as client:
+        ask = {"model": "fake", "messages": [USER], "functions": [ADD["function"]], "stream": stream}
+        answer = client.chat.completions.create(**ask)
+        parts = [chunk.choices[0].delta for chunk in answer] if stream else [answer.choices[0].message]
+        calls = [part.function_call for part in parts if part.function_call]
+        assert json.loads("".join(call.arguments for call in calls)) == {"a": 1, "b": 2}
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_call_that_is_required(server, choice):
     """The engine would repeat the prompt, the grammar leaves it no way but to call. Its end token is a newline, which
@@ -253,6 +263,15 @@ def test_one_choice_that_fails_ends_the_answer():
         assert post(server, COMPLETIONS, n=3).status_code == 200 and server.worker.idle
 
 
+def test_what_is_wrong_with_a_text_alone_is_told():
+    with serving(fake_runtime()) as server:
+        server.engine.nan = True
+        answer = post(server, COMPLETIONS)
+        assert answer.status_code == 500 and "the model gave nan as a logit" in answer.json()["error"]["message"]
+        server.engine.nan, server.engine.failing = False, RuntimeError("a secret")
+        assert post(server, COMPLETIONS).json()["error"]["message"] == "the model failed on this request"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_echoed_prompt_with_logprobs(client, stream):
     """As lm-eval asks for it."""
@@ -268,6 +287,17 @@ def test_an_echoed_prompt_with_logprobs(client, stream):
     assert logprobs[0] is top[0] is None and all(-0.01 < logprob <= 0 for logprob in logprobs[1:])
     assert [max(entry, key=entry.get) for entry in top[1:]] == tokens[1:]
     assert [offset for part in parts for offset in part.text_offset] == [0, 1, 2, 2, 3]
+
+
+def test_echoed_prompts_that_are_read_one_after_another(client):
+    """A long one is not told before it has been read, though a short one's answer has begun."""
+    asked = ["ab", "c" * 2000]
+    ask = {"model": "fake", "prompt": asked, "max_tokens": 2, "echo": True, "logprobs": 0, "temperature": 0}
+    tokens: dict[int, list[str]] = {0: [], 1: []}
+    for chunk in client.completions.create(**ask, stream=True):
+        choice = chunk.choices[0]
+        tokens[choice.index] += choice.logprobs.tokens if choice.logprobs else []
+    assert ["".join(tokens[index]) for index in range(2)] == ["abab", "c" * 2002]
 
 
 def test_nothing_but_the_prompt(client):

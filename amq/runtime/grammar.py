@@ -117,8 +117,11 @@ class GrammarCompiler:
         if fault := self._check.fault(TOKEN.sub(f"<[{END}]>", text)):  # it knows no token of the model by number
             raise _refused(grammar, fault)
         matcher = LLMatcher(vocabulary, text, log_level=0, limits=limits())
-        if matcher.is_error():
-            raise _refused(grammar, matcher.get_error())
+        first = matcher.deep_copy()
+        if not first.is_error():
+            first.compute_bitmask()  # here: its error is the grammar's, and not yet that of a text
+        if first.is_error():
+            raise _refused(grammar, first.get_error())
         return matcher
 
     def close(self) -> None:

@@ -69,6 +69,7 @@ class Request:
     new_tokens: int = field(default=0, init=False)
     cached_tokens: int = field(default=0, init=False)  # of the prompt, that were computed for an earlier request
     error: str = field(default="", init=False)  # why `finished` is `error`
+    own_error: bool = field(default=False, init=False)  # of its text alone, such as of its constraint
 
 
 class _Active:
@@ -312,6 +313,7 @@ class Scheduler:
                 return
             piece = active.advance(logits[-1]) if active.limit else Piece("", finished="length")
         except BaseException as error:  # noqa: BLE001 (it is of this request only)
+            request.own_error = isinstance(error, AmqError)
             self._fail(request, _reason(error))
             return
         if piece.finished is None:

@@ -21,6 +21,8 @@ GUARD = "\n"
 """Encoded in front of a part of a text, so that it is not taken for the text's beginning, and left out again."""
 PANIC = "PanicException"
 """What a Rust library raises where it would abort: no Exception, and no module of Python has its class."""
+LONG = 1000
+"""Tokens that are worth the handing over to another thread."""
 LONG_TOKEN = 6
 """Characters of a token that few texts reach on average: English has 4 to 5, code and other languages fewer."""
 
@@ -211,6 +213,8 @@ class Tokenizer:
 
     def _decode(self, tokens: Sequence[int], skip_special: bool) -> str:
         with _no_panic("these tokens"):
+            if len(tokens) > LONG:  # `decode` would hold Python's lock, so that no other thread runs meanwhile
+                return str(self._inner.decode_batch([list(tokens)], skip_special_tokens=skip_special)[0])
             return str(self._inner.decode(list(tokens), skip_special_tokens=skip_special))
 
     def token_name(self, token: int) -> str:

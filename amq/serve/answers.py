@@ -86,13 +86,16 @@ class Answer(Response):
         await TypedResponse(self.shape.whole(self.candidates), 200, self.given)(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, shape = False, self.shape
+        started, shape, begun = False, self.shape, set[int]()
         try:
             async for batch in batches(self.candidates):
                 events: list[bytes] = []
-                if not started:
-                    events += [event for candidate in self.candidates for event in shape.start(candidate)]
                 for candidate, pieces in batch:
+                    if (
+                        candidate.index not in begun
+                    ):  # not before: what is known of its prompt comes with its first piece
+                        begun.add(candidate.index)
+                        events += shape.start(candidate)
                     events += [event for piece in pieces for event in shape.events(candidate, piece)]
                 if data := b"".join(events):
                     if not started:

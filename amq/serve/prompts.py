@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from amq.serve.errors import ApiError
@@ -89,5 +90,6 @@ class PromptThread:
                 value = draft.function()
             except BaseException as raised:  # noqa: BLE001 (a Rust panic is no Exception, and is this request's alone)
                 error = raised if isinstance(raised, Exception) else RuntimeError(f"{type(raised).__name__}: {raised}")
-            self._loop.call_soon_threadsafe(draft.end, value, error)
+            with suppress(RuntimeError):  # the loop is closed: the server ended, and nobody waits any more
+                self._loop.call_soon_threadsafe(draft.end, value, error)
             del draft, value, error  # or the thread would hold the last prompt until the next one comes

@@ -92,7 +92,7 @@ class Shape:
         self._no_usage: None | UnsetType = None if self.usage else UNSET
 
     def start(self, candidate: Candidate) -> list[bytes]:
-        """Events before the first text."""
+        """Events before the first text, once the first piece is here."""
         raise NotImplementedError
 
     def events(self, candidate: Candidate, piece: Piece) -> list[bytes]:
@@ -149,6 +149,8 @@ class ChatShape(Shape):
         if logprobs is not None and not parts:
             parts = [Content("")]
         for part in parts:
+            if self.legacy and isinstance(part, CallStart | CallArguments) and part.index:
+                continue  # the older form has one call
             if isinstance(part, Content) and logprobs is None:
                 events.append(self.text_event(candidate, part.text))
                 continue
@@ -333,7 +335,7 @@ def timings(jobs: Sequence[Job]) -> r.Timings:
     if not begun:
         return r.Timings(None, None, None)
     read = sum(len(job.prompt) - job.request.cached_tokens for job in begun)
-    steps = sum(job.request.new_tokens - 1 for job in begun)
+    steps = sum(max(job.request.new_tokens - 1, 0) for job in begun)
     started, first = min(job.started for job in begun), min(job.first for job in begun)
     all_read, last = max(job.first for job in begun), max(job.last for job in begun)
     return r.Timings(

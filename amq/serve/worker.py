@@ -262,7 +262,7 @@ class EngineThread:
                 tokens += len(piece.choices)
             if piece.finished in ("error", "cancelled"):
                 log.error("request %s failed: %s", job.name, job.refused or job.request.error or piece.finished)
-                self._end(job, "error", job.refused or _failed())
+                self._end(job, "error", job.refused or _failed(job))
                 continue
             waiting = job.add(piece)
             if piece.finished is not None:
@@ -379,5 +379,7 @@ def _draining() -> ApiError:
     return ApiError(503, "the server is shutting down: try again later", "draining", None, RETRY_SECONDS[0])
 
 
-def _failed() -> ApiError:
-    return ApiError(500, "the model failed on this request", "engine_failure")
+def _failed(job: Job | None = None) -> ApiError:
+    """What is wrong with the text of `job` alone, its client is told."""
+    why = f": {job.request.error}" if job is not None and job.request.own_error else ""
+    return ApiError(500, f"the model failed on this request{why}", "engine_failure")
