@@ -147,12 +147,17 @@ def _translated(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == "json_schema":
-        defaults = {"whitespace_pattern": WHITESPACE}
-        LLMatcher.grammar_from_json_schema(grammar.text, defaults)  # refuses what is no JSON, or nested too deeply
-        return LLMatcher.grammar_from_json_schema(json.dumps(closed(json.loads(grammar.text))), defaults)
+        _compiled(grammar.text)  # refuses what is no JSON, or nested too deeply
+        return _compiled(json.dumps(closed(json.loads(grammar.text))))
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     return LLMatcher.grammar_from_lark(_as_lark(grammar.text) if grammar.kind == "gbnf" else grammar.text)
+
+
+def _compiled(schema: str) -> str:
+    from llguidance import LLMatcher
+
+    return LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
 
 
 def _as_lark(gbnf: str) -> str:
