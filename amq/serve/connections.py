@@ -31,6 +31,10 @@ LINGER_SECONDS, LINGERING = 2.0, 32
 """How long a client that was refused may take to read why, and how many of them at once: who closes while the client
 still sends makes its system throw the answer away."""
 
+READ_BYTES = 2**16
+"""That one call reads of a connection: with asyncio's 256 KiB, hundreds of bodies would take 0.1 s of one turn of the
+event loop, and memory before anybody has asked for them."""
+
 BACKLOG = 128
 """Connections that asyncio accepts before any of them is looked at."""
 
@@ -107,6 +111,7 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.max_size = READ_BYTES  # type: ignore[attr-defined]  # asyncio's, without a setter
         self.address, self.since = client_address(self.client[0] if self.client else ""), time.monotonic()
         if self._all.enter(self):
             self._wait("headers", self._all.header_seconds, self._no_headers)
