@@ -174,6 +174,35 @@ def test_answers():
     ):  # fmt: skip
         assert fits(response_grammar({"type": "json_object"}), text) == anything
         assert fits(response_grammar(PERSON_FORMAT), text) == person
+        assert fits(response_grammar({"type": "json_object", "schema": PERSON}), text) == person, "llama.cpp's"
+
+
+def test_keywords_that_are_not_known_are_refused_of_strict_schemas_alone():
+    schema = {"type": "array", "items": {"type": "string", "format": "path"}, "uniqueItems": True}
+    for strict in (None, False):
+        asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
+        assert fits(response_grammar(asked), '["a"]') and not fits(response_grammar(asked), "[1]")
+        assert fits(response_grammar(asked, "allowed"), '["a"]')
+    asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    with pytest.raises(AssertionError, match="uniqueItems"):
+        fits(response_grammar(asked), '["a"]')
+
+
+def test_calls_have_the_tools_own_arguments(known):
+    """Also where the schema does not say so, as those of most frameworks."""
+
+    def accepts(schema: Any, arguments: Any) -> bool:
+        tools = [
+            {"type": "function", "function": {"name": "now", **({} if schema is None else {"parameters": schema})}}
+        ]
+        text = write_calls(known, [("now", arguments)])
+        return fits(tools_grammar(known, tools, "now", special=SPECIAL.get), text)
+
+    for schema in (None, {"type": "object", "properties": {}}, {"properties": {"a": {"type": "integer"}}}):
+        assert accepts(schema, {}) and not accepts(schema, {"b": 1})
+    if not known.xml:
+        for free in ({"type": "object"}, {"properties": {}, "additionalProperties": {"type": "integer"}}):
+            assert accepts(free, {"b": 1})
 
 
 def test_an_answer_of_a_schema_or_calls(known):

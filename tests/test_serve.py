@@ -161,6 +161,7 @@ def test_the_sampling_is_what_was_asked_for():
         *(0.0, 3, 0.5, 0.25, 1.5, -1.0, 2.0, -4, 5, ("end",), 3, True, (4,), 5, ((5, -100.0), (6, 0.5)), (2, 3), None)
     )
     plain = sampled(CompletionRequest, prompt="x", logprobs=0, seed=None, n=1, user="me", tools=[])
+    assert sampled(CompletionRequest, prompt="x", seed=-1).seed is None
     assert plain.logprobs == 0 and plain.prompt_logprobs is None
     assert sampled(CompletionRequest, prompt="x", logprobs=2, echo=True).prompt_logprobs == 2
 
@@ -216,20 +217,22 @@ def error_of(response: Any, status: int) -> dict[str, Any]:
         (CHATS, {"stop": ["a"] * 65}, "stop"),
         (CHATS, {"stop": ""}, "stop"),
         (CHATS, {"stop": ["a", 3]}, "stop.1"),
-        (CHATS, {"n": 17}, "n"),
+        (CHATS, {"n": 33}, "n"),
         (CHATS, {"stream": "yes"}, "stream"),
         (CHATS, {"stream_options": {"include_usage": True}}, "stream_options"),
         (CHATS, {"logprobs": 3}, "logprobs"),
         (CHATS, {"top_logprobs": 3}, "top_logprobs"),
         (CHATS, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHATS, {"tools": [{"type": "function"}]}, "tools.0.function"),
+        (CHATS, {"tool_choice": "required"}, "tool_choice"),
+        (CHATS, {"tools": [], "tool_choice": "required"}, "tool_choice"),
         (CHATS, {"messages": []}, "messages"),
         (CHATS, {"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
         (CHATS, {"messages": [{"role": "user"}]}, "messages.0.content"),
         (CHATS, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0"),
         (CHATS, {"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
         (COMPLETIONS, {"prompt": ""}, "prompt"),
-        (COMPLETIONS, {"prompt": ["a"] * 17}, "prompt"),
+        (COMPLETIONS, {"prompt": ["a"] * 33}, "prompt"),
         (COMPLETIONS, {"prompt": [256]}, "prompt"),
         (COMPLETIONS, {"prompt": [1, "a"]}, "prompt"),
         (COMPLETIONS, {"suffix": "x"}, "suffix"),
@@ -328,7 +331,7 @@ def test_keys_and_cors():
     with serving(api_key=["one", "twö"], cors=["https://page.example"], model_name="my/model") as server:
         with httpx.Client(base_url=server.url) as http:
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "one"}):
-                for path in ("/v1/models", "/v1/nothing", "/metrics", "/tokenize", "/detokenize"):
+                for path in ("/v1/models", "/v1/nothing", "/models", "/metrics", "/tokenize", "/detokenize"):
                     answer = http.get(path, headers=headers)
                     assert error_of(answer, 401)["code"] == "invalid_api_key"
                     assert answer.headers["www-authenticate"] == "Bearer"

@@ -196,18 +196,18 @@ def test_memory_of_uploads_is_bounded():
 
 
 def test_uploads_that_do_not_end():
-    """64 bodies of the largest size together: of 80 of one client 16 are ended, another's and later ones are served."""
+    """32 bodies of the largest size together: of 80 of one client 48 are ended, another's and later ones are served."""
     size = 20_000
     with serving(max_body=str(size), max_connections=200) as server, ExitStack() as held:
         uploads = server.app.middleware_stack
         while not hasattr(uploads, "_uploads"):
             uploads = uploads.app
         uploads = uploads._uploads
-        assert uploads.limit == 64 * size
+        assert uploads.limit == 32 * size
         part = f"{HEAD}Content-Length: {size}\r\n\r\n".encode() + b" " * (size - 1)
         links = [held.enter_context(connection(server, part)) for _ in range(80)]
-        wait_for(lambda: sum(map(answered, links)) == 80 - 64)
-        assert len(uploads) == 64 and uploads.size == 64 * (size - 1)
+        wait_for(lambda: sum(map(answered, links)) == 80 - 32)
+        assert len(uploads) == 32 and uploads.size == 32 * (size - 1)
         ended = [link for link in links if answered(link)]
         assert all(b'"too_many_uploads"' in link.recv(65536) for link in ended)
         with ThreadPoolExecutor(1) as pool:

@@ -159,6 +159,10 @@ def test_answers_of_a_form(server):
         {"guided_regex": "yes|no"},
         {"regex": "yes|no"},
         {"guided_grammar": 'start: "yes" | "no"'},
+        {"guided_grammar": 'root ::= "yes" | "no"'},
+        {"grammar": '# llama.cpp\n  root ::= answer\nanswer ::= "yes" | "no"'},
+        {"ebnf": 'root ::= "yes" | "no"'},
+        {"structured_outputs": {"grammar": 'root ::= "yes" | "no"'}},
     ):
         answer = post(server, COMPLETIONS, **how, temperature=0).json()["choices"][0]
         assert answer["text"] in ("yes", "no") and answer["finish_reason"] == "stop"
@@ -173,6 +177,10 @@ def test_forms_that_are_not_possible(server):
     assert error(post(server, CHATS, response_format={"type": "xml"}))[0] == "response_format.type"
     assert error(post(server, COMPLETIONS, guided_regex="("))[0] == "structured_outputs"
     assert error(post(server, COMPLETIONS, guided_regex="a", guided_json={}))[0] == "structured_outputs"
+    param, message = error(post(server, COMPLETIONS, grammar="root ::= ("))
+    assert param == "structured_outputs" and "Expected ')'" in message
+    assert "depth" in error(post(server, COMPLETIONS, grammar=f"root ::= {'(' * 5000}"))[1]
+    assert "65536 are allowed" in error(post(server, COMPLETIONS, grammar="root ::= a" + "a" * 2**16))[1]
     form = {"type": "json_object"}
     assert error(post(server, CHATS, guided_regex="a", response_format=form))[0] == "structured_outputs"
 
@@ -189,6 +197,16 @@ def test_thinking_is_told_apart(stream):
         assert post(server, CHATS, messages=[USER, turn, USER]).status_code == 200
     with serving(fake_runtime(template=THINKER, following=scripted("Hm.</think>Yes.")), reasoning="none") as server:
         assert post(server, CHATS, max_tokens=50).json()["choices"][0]["message"]["content"] == "Hm.</think>Yes."
+
+
+def test_what_a_client_may_leave_out(server):
+    """The model, /v1, and logprobs beside `top_logprobs: 0`."""
+    assert [model["id"] for model in httpx.get(f"{server.url}/models").json()["data"]] == ["fake"]
+    for path, asked in ((COMPLETIONS, {"prompt": "ab"}), (CHATS, {"messages": [USER]})):
+        for prefix in ("", "/v1"):
+            answer = httpx.post(server.url + prefix + path.removeprefix("/v1"), json={**asked, "max_tokens": 1})
+            assert answer.json()["usage"]["completion_tokens"] == 1, answer.text
+    assert post(server, CHATS, top_logprobs=0).status_code == 200
 
 
 def test_names_for_the_template():
@@ -392,6 +410,8 @@ def test_openapi_is_what_the_server_does(server):
 
     document = httpx.get(f"{server.url}/openapi.json").json()
     validate(document)
+    titles = [schema["title"] for schema in document["components"]["schemas"].values()]
+    assert len(titles) == len(set(titles)), "generators of clients name classes by them"
     routes = {route.path.replace("{name:path}", "{model}") for route in server.app.routes}
     assert set(document["paths"]) == routes - {"/", "/metrics", "/openapi.json"}
     schemas = document["components"]["schemas"]
@@ -414,6 +434,8 @@ def test_tokens_and_text(server):
     assert tokenize(prompt="ab", model="fake").json() == {"tokens": tokens_of("ab"), "count": 2, "max_model_len": 4000}
     assert tokenize(content="ab").json()["tokens"] == tokens_of("ab")
     assert tokenize(messages=[USER]).json()["tokens"] == tokens_of("user: hi|")
+    post(server, CHATS, tools=[ADD])
+    assert tokenize(messages=[USER], tools=[ADD]).json()["tokens"] == list(server.engine.prompts[-1])
     assert error(tokenize())[0] == "prompt" and error(tokenize(prompt="a", content="b"))[0] == "content"
     assert tokenize(prompt="a", model="other").status_code == 404
     answer = httpx.post(f"{server.url}/detokenize", json={"tokens": tokens_of("é")}).json()

@@ -32,12 +32,15 @@ TOKEN = re.compile(r"<\[[0-9]+\]>")
 """A special token, by its number, in Lark's notation."""
 KEPT = 8
 """Grammars that stay built: an agent sends the same tools with every turn. A copy for a text costs nearly nothing."""
-KINDS = {"json_schema": "JSON schema", "lark": "grammar", "regex": "regular expression"}
+KINDS = {"json_schema": "JSON schema", "lark": "grammar", "gbnf": "grammar", "regex": "regular expression"}
+LONGEST_GBNF = 2**16
+"""Characters: it is translated in a time that grows with their square, 0.3 s for so many."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """kind: `json_schema` (text: JSON), `lark` (llguidance's dialect), or `regex` (the whole text matches it)."""
+    """kind: `json_schema` (text: JSON), `lark` (llguidance's dialect), `gbnf` (llama.cpp's notation), or `regex` (the
+    whole text matches it)."""
 
     kind: str
     text: str
@@ -106,7 +109,7 @@ class GrammarCompiler:
 
         try:
             text = _translated(grammar)
-        except ValueError as error:  # not JSON, or no object
+        except ValueError as error:  # not JSON, no object, or no GBNF
             raise _refused(grammar, str(error)) from None
         if fault := self._check.fault(TOKEN.sub(f"<[{END}]>", text)):  # it knows no token of the model by number
             raise _refused(grammar, fault)
@@ -144,7 +147,19 @@ def _translated(grammar: Grammar) -> str:
         return LLMatcher.grammar_from_json_schema(grammar.text, defaults={"whitespace_pattern": WHITESPACE})
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
-    return LLMatcher.grammar_from_lark(grammar.text)
+    return LLMatcher.grammar_from_lark(_as_lark(grammar.text) if grammar.kind == "gbnf" else grammar.text)
+
+
+def _as_lark(gbnf: str) -> str:
+    """Raises ValueError for what is not GBNF."""
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    if len(gbnf) > LONGEST_GBNF:
+        raise ValueError(f"it has {len(gbnf)} characters, of which {LONGEST_GBNF} are allowed")
+    try:
+        return gbnf_to_lark(gbnf)
+    except Exception as error:  # noqa: BLE001 (it raises plain ones, and RecursionError)
+        raise ValueError(str(error).partition(" ^ ")[0]) from None
 
 
 def _refused(grammar: Grammar, why: str) -> AmqError:

@@ -9,15 +9,11 @@ nearly the same.
 
 from __future__ import annotations
 
-import json
-import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
-from contextlib import suppress
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from amq.errors import AmqError
+from amq.util.limited_process import LimitedProcess
 
 if TYPE_CHECKING:
     from llguidance import LLParserLimits
@@ -30,7 +26,6 @@ STACK = 2**20
 """Bytes of stack; threads have 8 MiB on Linux, or 2 where there is no limit."""
 END = 256
 """The process's only special token."""
-READY = "ready"
 
 
 def limits() -> LLParserLimits:
@@ -48,71 +43,16 @@ def limits() -> LLParserLimits:
     )
 
 
-class GrammarCheck:
-    """Starts the process when it is first needed, and again after a grammar ended it. For any thread."""
-
+class GrammarCheck(LimitedProcess):
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
+        super().__init__(builder, "building it", SECONDS, MEMORY, STACK)
 
     def fault(self, grammar: str) -> str:
         """What is wrong with a grammar in llguidance's form; "" where nothing is."""
-        with self._lock:
-            self._start()
-            answer = self._ask(json.dumps(grammar))
-            if answer is not None:
-                return answer
-            self._stop()
-        return (
-            f"it takes more than {SECONDS:g} s or {MEMORY >> 20} MiB to build, or refers to too many parts in a chain"
-        )
-
-    def start(self) -> None:
-        """So that the first grammar does not wait for it."""
-        with self._lock:
-            self._start()
-
-    def close(self) -> None:
-        with self._lock:
-            self._stop()
-
-    def _start(self) -> None:
-        if self._process is not None and self._process.poll() is None:
-            return
-        self._stop()
-        path = os.pathsep.join(place for place in sys.path if place)  # what this process finds, it finds too
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        if self._answer() != READY:
-            self._stop()
-            raise RuntimeError("the process that checks grammars did not start; what it wrote is above")
-
-    def _stop(self) -> None:
-        if self._process is None:
-            return
-        process, self._process = self._process, None
-        process.kill()
-        with suppress(BrokenPipeError), process:  # closes the pipes, and waits
-            pass
-
-    def _ask(self, line: str) -> str | None:
-        """The answer; None where the process ended instead."""
-        assert self._process is not None and self._process.stdin is not None
         try:
-            self._process.stdin.write(line.encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            return None
-        return self._answer()
-
-    def _answer(self) -> str | None:
-        assert self._process is not None and self._process.stdout is not None
-        line = self._process.stdout.readline()
-        return str(json.loads(line)) if line.endswith(b"\n") else None
+            return str(self.ask(grammar))
+        except AmqError as error:
+            return str(error)
 
 
 class _Bytes:
@@ -125,35 +65,16 @@ class _Bytes:
         return list(text)
 
 
-def _serve() -> None:
-    """Lines of JSON: a grammar each in, what is wrong with it out."""
+def builder() -> Callable[[str], str]:
+    """What the process does: a grammar → what is wrong with it."""
     from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
     tokenizer = LLTokenizer(TokenizerWrapper(_Bytes()), slices=[])
-    _say(READY)
-    for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)  # its signal ends the process, in the middle of what it does
-        matcher: Any = LLMatcher(tokenizer, json.loads(line), log_level=0, limits=limits())
+
+    def fault(grammar: str) -> str:
+        matcher: Any = LLMatcher(tokenizer, grammar, log_level=0, limits=limits())
         if not matcher.is_error():
             matcher.compute_bitmask()
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        _say(matcher.get_error())
+        return str(matcher.get_error())
 
-
-def _main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's is for the process that asks, whose end is ours
-    threading.stack_size(STACK)
-    serving = threading.Thread(target=_serve)
-    serving.start()
-    serving.join()
-
-
-def _say(answer: str) -> None:
-    sys.stdout.write(json.dumps(answer) + "\n")
-    sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    _main()
+    return fault

@@ -18,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from amq.errors import AmqError
 from amq.runtime.chat import ChatOptions, Messages
@@ -53,6 +54,7 @@ PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
 SMALL_BODY = 2**14
 """Bytes that are parsed on the event loop: larger ones take milliseconds, and hundreds may come at once."""
+SHORT = ("/chat/completions", "/completions", "/models")
 MOST_NAMES = 1000
 """Parameters that are logged once each; a client may think of any number."""
 
@@ -167,6 +169,19 @@ def _short(name: str) -> str:
     return folder.resolve().name if folder.is_dir() else name
 
 
+class WithoutPrefix:
+    """/chat/completions, /completions and /models are those of /v1, as at llama-server: whose base URL lacks it is
+    answered too. In front of the gate, which asks for the key by path."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in SHORT:
+            scope = {**scope, "path": f"/v1{scope['path']}"}
+        await self.app(scope, receive, send)
+
+
 def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
     """The ASGI app that serves `runtime`; its `state.service` holds worker and metrics.
 
@@ -184,7 +199,7 @@ def create_app(runtime: Runtime, settings: ServeSettings) -> Starlette:
         service.render.close()
         service.grammars.close()
 
-    middleware = [Middleware(Gate, service=service)]
+    middleware = [Middleware(WithoutPrefix), Middleware(Gate, service=service)]
     if settings.cors:
         cors: dict[str, Any] = {"allow_origins": settings.cors, "allow_methods": ["*"], "allow_headers": ["*"]}
         middleware.insert(0, Middleware(CORSMiddleware, **cors))

@@ -29,7 +29,7 @@ LOCKED = ("/metrics", "/tokenize", "/detokenize")
 BODY_SECONDS = 60.0
 """How long a client may take to send a request's body."""
 
-UPLOADS = 64
+UPLOADS = 32
 """Bodies of the largest size that may be on their way at once, all clients together."""
 
 REQUEST_ID = re.compile(rb"[\w.:-]{1,64}")

@@ -15,10 +15,11 @@ from amq.runtime.chat import ChatOptions
 from amq.runtime.grammar import Grammar
 from amq.runtime.sampling import Constraint
 from amq.runtime.settings import Sampling
+from amq.runtime.tokenizer import ChatPrompt
 from amq.serve.answers import Answer
 from amq.serve.errors import ApiError
-from amq.serve.messages import conversation, described, tools_of
-from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, bad, check_ids
+from amq.serve.messages import Message, conversation, described, tools_of
+from amq.serve.protocol import ChatRequest, CompletionRequest, GenerationRequest, TokenizeRequest, bad, check_ids
 from amq.serve.replies import ReplyParser, thinking_shown, thinks_open
 from amq.serve.replies.describe import describe_tools
 from amq.serve.replies.grammars import Thoughts, response_grammar, tools_grammar
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 IGNORED_HEADER = "X-Amq-Ignored"
 MOST_NAMED = 32
 MOST_SEED = 2**63 - 1
+GBNF = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
 
 
 @dataclass
@@ -74,7 +76,6 @@ async def chat(service: Service, request: Request, body: ChatRequest, ignored: l
     """Raises ApiError."""
     tokenizer, sampling, count = service.runtime.tokenizer, _sampling(service, body), _choices(service, body, 1)
     tools, form = tools_of(body.offered), service.tool_format
-    options = _options(service, body, [] if form is None or form.described else described(tools))
     shown = set(sampling.shown_special)
     if service.thinking:
         shown |= set(thinking_shown(tokenizer))
@@ -83,11 +84,7 @@ async def chat(service: Service, request: Request, body: ChatRequest, ignored: l
     sampling = replace(sampling, shown_special=tuple(sorted(shown)))
 
     def make() -> list[Prompt]:
-        messages = conversation(body.messages)
-        if form is not None:
-            with service.checked("messages"):
-                messages = describe_tools(form, messages, described(tools))
-        prompt = service.encode_chat(messages, options)
+        prompt = chat_prompt(service, body, body.messages, tools)
         grammar = _grammar(service, body, tools, prompt.text)
         constraints = service.constraints(grammar, count, "response_format" if not tools else "tools")
         return [Prompt(prompt.tokens, prompt.text, constraints=constraints)]
@@ -104,6 +101,19 @@ async def chat(service: Service, request: Request, body: ChatRequest, ignored: l
     return _submit(service, request, body, sampling, made, shape, ignored, parser)
 
 
+def chat_prompt(
+    service: Service, body: ChatRequest | TokenizeRequest, given: Sequence[Message], tools: Sequence[Any]
+) -> ChatPrompt:
+    """A conversation as the model reads it. tools: those that it may call. Raises ApiError."""
+    form = service.tool_format
+    options = _options(service, body, [] if form is None or form.described else described(tools))
+    messages = conversation(given)
+    if form is not None:
+        with service.checked("messages"):
+            messages = describe_tools(form, messages, described(tools))
+    return service.encode_chat(messages, options)
+
+
 def _sampling(service: Service, body: GenerationRequest) -> Sampling:
     tokenizer = service.runtime.tokenizer
     special = frozenset(tokenizer.special_ids - tokenizer.end_ids)
@@ -118,10 +128,10 @@ def _choices(service: Service, body: GenerationRequest, prompts: int) -> int:
     return count
 
 
-def _options(service: Service, body: ChatRequest, tools: Sequence[Any]) -> ChatOptions:
+def _options(service: Service, body: ChatRequest | TokenizeRequest, tools: Sequence[Any]) -> ChatOptions:
     """How the template is called. Raises ApiError."""
     own = ("enable_thinking", "reasoning_effort", "documents")
-    names = {name: getattr(body, name) for name in own if getattr(body, name) is not None}
+    names = {name: getattr(body, name) for name in own if getattr(body, name, None) is not None}
     going_on = bool(body.continue_final_message)
     begins = not going_on if body.add_generation_prompt is None else body.add_generation_prompt
     names = {**(body.chat_template_kwargs or {}), **names}
@@ -168,7 +178,8 @@ def _guided(body: GenerationRequest) -> Grammar | None:
     found = [Grammar("json_schema", s if isinstance(s, str) else msgspec.json.encode(s).decode()) for s in schemas]
     found += [Grammar("regex", pattern) for pattern in patterns if pattern]
     found += [Grammar("regex", "|".join(map(re.escape, texts))) for texts in choices if texts]
-    found += [Grammar("lark", text) for text in (body.guided_grammar, other and other.grammar) if text]
+    grammars = [body.guided_grammar, body.grammar, body.ebnf, other and other.grammar]
+    found += [Grammar("gbnf" if GBNF.search(text) else "lark", text) for text in grammars if text]
     if len(found) > 1:
         raise bad("structured_outputs", "one form of the answer at a time")
     return found[0] if found else None

@@ -33,7 +33,7 @@ def _refused(why: str, **nothing: tuple[Any, ...]) -> list[Parameter]:
 
 
 _SUPPORTED = {
-    "model": "the name at /v1/models; another one is 404",
+    "model": "the name at /v1/models, or none; another one is 404",
     "messages": "the conversation; text only",
     "prompt": "a text, token ids, or a list of either; each gets n choices, numbered prompt · n + choice",
     "stream": "server-sent events",
@@ -50,7 +50,7 @@ _SUPPORTED = {
     "presence_penalty": "taken once from logits of new tokens",
     "frequency_penalty": "taken from logits of new tokens as often as they came",
     "logit_bias": "token id → added to its logit, -100 to 100",
-    "seed": "of the draws; choice k draws with seed + k",
+    "seed": "of the draws; choice k draws with seed + k; -1: another one every time",
     "stop": "up to 64 texts that end the answer and are not part of it",
     "stop_token_ids": "tokens that end the answer besides the model's own",
     "min_tokens": "no end before so many tokens",
@@ -74,11 +74,13 @@ _SUPPORTED = {
     "continue_final_message": "the model goes on with the last message",
     "guided_json": "vLLM's: a JSON schema that the answer keeps to",
     "guided_regex": "vLLM's: a regular expression that the answer matches",
-    "guided_grammar": "vLLM's: a grammar in Lark's form",
+    "guided_grammar": "vLLM's: a grammar in Lark's form or llama.cpp's (GBNF)",
     "guided_choice": "vLLM's: one of these texts",
     "structured_outputs": "vLLM's: json, regex, choice or grammar",
     "json_schema": "llama.cpp's: a JSON schema that the answer keeps to",
     "regex": "SGLang's: a regular expression that the answer matches",
+    "grammar": "llama.cpp's name of guided_grammar",
+    "ebnf": "SGLang's name of guided_grammar",
 }
 
 _IGNORED = [
@@ -120,8 +122,7 @@ _REFUSED = [
     *_refused("the answer is text", detokenize=(True,)),
     *_refused("a prompt is taken whole or not at all", truncate_prompt_tokens=(), truncation=()),
     *_refused("the template is the model's", chat_template=()),
-    *_refused("its form (GBNF) is llama.cpp's own: send guided_grammar in Lark's form", grammar=("",)),
-    *_refused("tags are not parsed: send response_format or tools", structural_tag=(), ebnf=("",)),
+    *_refused("tags are not parsed: send response_format or tools", structural_tag=()),
 ]  # fmt: skip
 
 PARAMETERS: dict[str, Parameter] = {

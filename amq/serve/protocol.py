@@ -68,7 +68,7 @@ class GenerationRequest(Struct, kw_only=True):
     token_limits: ClassVar[tuple[str, ...]] = ("max_tokens",)
     least_tokens: ClassVar[int] = 1
 
-    model: str
+    model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Meta(ge=1)] | None = None
@@ -96,6 +96,8 @@ class GenerationRequest(Struct, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
+    grammar: str | None = None
+    ebnf: str | None = None
 
     @property
     def with_usage(self) -> bool:
@@ -149,7 +151,7 @@ class GenerationRequest(Struct, kw_only=True):
             "presence_penalty": self.presence_penalty,
             "frequency_penalty": self.frequency_penalty,
             "logit_bias": bias,
-            "seed": self.seed,
+            "seed": None if self.seed == -1 else self.seed,
             "max_new_tokens": tokens,
             "min_tokens": None if self.min_tokens is None else min(self.min_tokens, tokens),
             "stop": self.stops,
@@ -247,7 +249,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise bad("top_logprobs", "it needs logprobs: true")
         return (self.top_logprobs or 0) if self.logprobs else None
 
@@ -265,6 +267,8 @@ class ChatRequest(GenerationRequest, kw_only=True):
     def choice(self) -> str:
         """`none`, `auto`, `required`, or the name of a function. Raises ApiError where that is not among the tools."""
         given = self.function_call if self.tool_choice is None else self.tool_choice
+        if given == "required" and not self.tools:
+            raise bad("tool_choice", "it needs tools")
         if given is None or isinstance(given, str):
             return given or "auto"
         name = given.function.name if isinstance(given, NamedTool) else given.name
@@ -283,7 +287,10 @@ class TokenizeRequest(Struct, kw_only=True):
     messages: list[Message] | None = None
     add_special_tokens: bool | None = None
     add_special: bool | None = None  # llama-server's, false by default there
+    tools: list[Tool] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
 
 class DetokenizeRequest(Struct, kw_only=True):

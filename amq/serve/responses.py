@@ -65,18 +65,18 @@ class Call(Struct):
     arguments: str
 
 
-class ToolCall(Struct, kw_only=True):
+class MadeCall(Struct, kw_only=True):
     id: str
     function: Call
     type: Literal["function"] = "function"
 
 
-class AssistantMessage(Struct, kw_only=True):
+class ChatMessage(Struct, kw_only=True):
     role: Literal["assistant"] = "assistant"
     content: str | None
     refusal: None = None
     reasoning_content: str | UnsetType = UNSET
-    tool_calls: list[ToolCall] | UnsetType = UNSET
+    tool_calls: list[MadeCall] | UnsetType = UNSET
     function_call: Call | UnsetType = UNSET
 
 
@@ -102,7 +102,7 @@ class Delta(Struct, kw_only=True, omit_defaults=True):
 
 class ChatChoice(Struct):
     index: int
-    message: AssistantMessage
+    message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: str
 

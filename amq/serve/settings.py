@@ -77,12 +77,12 @@ class ServeSettings(RuntimeSettings):
         10.0, "seconds that the head of a request may take to arrive", TAKE, above=0, metavar="SECONDS"
     )
     stall: float = flag(
-        120.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
+        300.0, "seconds that one pass of the engine may take before it is taken for dead, and the server ends with "
         "status 70 for its supervisor", TAKE, above=0, metavar="SECONDS",
     )  # fmt: skip
     max_body: str = flag("1MiB", "largest request body", TAKE, parse=parse_size, metavar="SIZE")
     max_choices: int = flag(
-        16, "most answers that one request may ask for (n times its prompts)", TAKE, least=1, metavar="N"
+        32, "most answers that one request may ask for (n times its prompts)", TAKE, least=1, metavar="N"
     )
     prompt_cache: str | None = flag(
         None, "keep beginnings of prompts on disk, within this size, for the next start too", TAKE, parse=parse_size,

@@ -195,14 +195,14 @@ class ChatShape(Shape):
             call = r.ToolCallDelta(index=part.index, function=function)
         return r.Delta(function_call=function) if self.legacy else r.Delta(tool_calls=[call])
 
-    def _message(self, parts: Sequence[Part]) -> r.AssistantMessage:
+    def _message(self, parts: Sequence[Part]) -> r.ChatMessage:
         content = "".join(part.text for part in parts if isinstance(part, Content))
         thoughts = "".join(part.text for part in parts if isinstance(part, Reasoning))
-        calls = {p.index: r.ToolCall(id=p.id, function=r.Call(p.name, "")) for p in parts if isinstance(p, CallStart)}
+        calls = {p.index: r.MadeCall(id=p.id, function=r.Call(p.name, "")) for p in parts if isinstance(p, CallStart)}
         for part in parts:
             if isinstance(part, CallArguments):
                 calls[part.index].function.arguments += part.text
-        message = r.AssistantMessage(content=None if calls and not content else content)
+        message = r.ChatMessage(content=None if calls and not content else content)
         if thoughts:
             message.reasoning_content = thoughts
         if calls and self.legacy:

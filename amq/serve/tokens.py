@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from starlette.requests import Request
 
-from amq.runtime.chat import ChatOptions
-from amq.serve.messages import conversation
+from amq.serve.generation import chat_prompt
+from amq.serve.messages import tools_of
 from amq.serve.protocol import DetokenizeRequest, TokenizeRequest, bad, check_ids
 from amq.serve.responses import Text, Tokens
 
@@ -23,10 +23,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeRequest) ->
 
     def make() -> list[int]:
         if body.messages is not None:
-            options = ChatOptions(
-                add_generation_prompt=body.add_generation_prompt is not False, special=service.settings.parse_special
-            )
-            return service.encode_chat(conversation(body.messages), options).tokens
+            return chat_prompt(service, body, body.messages, tools_of(body.tools or ())).tokens
         if body.content is not None:
             return service.encode(body.content, bool(body.add_special or body.add_special_tokens))
         return service.encode(body.prompt or "", body.add_special_tokens is not False)

@@ -28,8 +28,13 @@ Thoughts = Literal["none", "allowed", "open"]
 
 CALL_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python's json writes it, which is what models read in training."""
+LENIENT = {"lenient": True}
+"""Keywords that llguidance lacks (uniqueItems of Python's sets, formats of paths and passwords) count for nothing, as
+at OpenAI where a schema is not `strict`; in one that is, they are refused."""
 MOST_CALLS = 16
 """Of one reply whose calls are held to a grammar: small models that have to call something do not find an end."""
+OPEN = {"additionalProperties", "patternProperties", "allOf", "anyOf", "oneOf", "$ref"}
+"""Where a schema has one of these, `properties` alone do not say what an object may have."""
 SPACE = r"/[ \n]{0,4}/"
 TEXT = r"/(.|\n)*/"
 XML_TEXT = r"xml_text[lazy]: /(.|\n)*<\/parameter>/"
@@ -155,7 +160,7 @@ class _Rules:
 
     def _call(self, function: Mapping[str, Any], before: str, rule: str) -> str:
         _, middle, behind = self._format.call
-        schema = function.get("parameters") or {"type": "object", "properties": {}}
+        schema = _closed(function.get("parameters") or {"type": "object", "properties": {}})
         if self._format.xml and isinstance(schema, Mapping):
             arguments = self._xml_arguments(schema, rule)
         else:
@@ -194,6 +199,13 @@ class _Rules:
         )
 
 
+def _closed(schema: Any) -> Any:
+    """Arguments that a tool does not name are none that its function takes: a small model makes them up."""
+    if not isinstance(schema, Mapping) or "properties" not in schema or OPEN & schema.keys():
+        return schema
+    return {**schema, "additionalProperties": False}
+
+
 def _spelled(name: str) -> str:
     """A name that can stand in a call of every format."""
     if not NAME.fullmatch(name) or len(name) > MAX_NAME:
@@ -218,13 +230,14 @@ def _response_schema(response_format: Mapping[str, Any] | None) -> Mapping[str, 
     if response_format is None or kind == "text":
         return None
     if kind == "json_object":
-        return {"type": "object"}
+        return response_format.get("schema") or {"type": "object"}
     if kind != "json_schema":
         raise AmqError(f"response_format: the type {kind!r} is not known: text, json_object or json_schema")
-    schema = (response_format.get("json_schema") or {}).get("schema")
+    asked = response_format.get("json_schema") or {}
+    schema = asked.get("schema")
     if not isinstance(schema, Mapping):
         raise AmqError("response_format: json_schema.schema must be an object")
-    return schema
+    return schema if asked.get("strict") else {**schema, "x-guidance": {**LENIENT, **(schema.get("x-guidance") or {})}}
 
 
 def _answer(schema: Mapping[str, Any]) -> str:
