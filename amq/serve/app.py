@@ -52,6 +52,8 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).with_name("page.html")
 PAGE_HEADERS = {"X-Content-Type-Options": "nosniff", "X-Frame-Options": "DENY", "Cache-Control": "no-cache"}
+SMALL_BODY = 2**14
+"""Bytes that are parsed on the event loop: larger ones take milliseconds, and hundreds may come at once."""
 SHORT = ("/chat/completions", "/completions", "/models")
 MOST_NAMES = 1000
 """Parameters that are logged once each; a client may think of any number."""
@@ -96,7 +98,11 @@ class Service:
         declared = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if declared != "application/json":  # else any web page could make a browser send requests here
             raise ApiError(400, "Content-Type must be application/json", "invalid_content_type")
-        body, ignored = parse(kind, await read_body(request, self.settings.max_body_bytes), self.prompt_limit)
+        data = await read_body(request, self.settings.max_body_bytes)
+        if len(data) <= SMALL_BODY:
+            body, ignored = parse(kind, data, self.prompt_limit)
+        else:
+            body, ignored = await self.make(request, lambda: parse(kind, data, self.prompt_limit))
         if body.model is not None:
             self.check_model(body.model)
         for name in ignored:

@@ -27,9 +27,13 @@ MAX_BIAS = 100
 LONGEST_REASON = 300
 """Characters of an error; a body may spell a megabyte where a role belongs."""
 MOST_PARAMETERS = 256
+MOST_NESTED = 50_000
+"""Lists and objects of a body: a megabyte of empty ones takes 50 in memory, and the time to make them."""
 MOST_LOOKED_INTO = 1000
 """Messages whose unknown keys are named; of 34,000 it would take 0.1 s of every stream."""
 LEAST_TOP_P = sys.float_info.min
+STRING = re.compile(rb'"(?:[^"\\]+|\\.)*"?', re.DOTALL)
+"""Of JSON; one without an end goes on to the end, so that the time is linear."""
 
 OWN_NAMES = {"max_new_tokens": "max_tokens", "ignore_end": "ignore_eos"}
 """What parameters are called that `Sampling` calls otherwise."""
@@ -309,6 +313,8 @@ def parse(kind: type[R], body: bytes, most: int) -> tuple[R, list[str]]:
         body.decode()
     except UnicodeDecodeError as error:
         raise ApiError(400, f"the body is not valid JSON in UTF-8: {error.reason}", "invalid_json") from None
+    if _nested(body) > MOST_NESTED:
+        raise ApiError(400, f"the body has more than {MOST_NESTED} lists and objects", "invalid_value")
     given = _decode(body, dict[str, Raw])
     if len(given) > MOST_PARAMETERS:
         raise ApiError(
@@ -320,6 +326,15 @@ def parse(kind: type[R], body: bytes, most: int) -> tuple[R, list[str]]:
         text = f"messages: there are {len(request.messages)}, of a token or more each; this server takes {most} tokens"
         raise ApiError(400, text, "context_length_exceeded", "messages")
     return request, dropped + _dropped_inside(request, given)
+
+
+def _nested(body: bytes) -> int:
+    """Lists and objects at most; without the brackets of texts where there are many."""
+    count = body.count(b"[") + body.count(b"{")
+    if count <= MOST_NESTED:
+        return count
+    without = STRING.sub(b"", body)
+    return without.count(b"[") + without.count(b"{")
 
 
 def _taken(kind: type[Struct], name: str, value: Raw) -> bool:

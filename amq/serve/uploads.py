@@ -28,18 +28,17 @@ class Upload:
 
 
 class Uploads:
-    """At most `limit` bytes of them together: above it the oldest of the client that has most is ended."""
+    """At most `limit` bytes of them together: above it the oldest of the client that has most is ended.
+
+    size: bytes of all together.
+    """
 
     def __init__(self, limit: int) -> None:
-        self.limit = limit
+        self.limit, self.size = limit, 0
         self._open: dict[Upload, None] = {}  # the oldest first
 
     def __len__(self) -> int:
         return len(self._open)
-
-    @property
-    def size(self) -> int:
-        return sum(upload.size for upload in self._open)
 
     def add(self, upload: Upload, part: bytes) -> None:
         """Keeps the part, unless its upload has ended."""
@@ -47,6 +46,7 @@ class Uploads:
             return
         self._open[upload] = None
         upload.add(part)
+        self.size += len(part)
         while self.size > self.limit:
             sizes: Counter[str] = Counter()
             for other in self._open:
@@ -59,4 +59,6 @@ class Uploads:
 
     def remove(self, upload: Upload) -> None:
         """It is complete, or has ended."""
-        self._open.pop(upload, None)
+        if upload in self._open:
+            del self._open[upload]
+            self.size -= upload.size
