@@ -20,9 +20,10 @@ pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 from helpers.processes import python_path  # noqa: E402
 from helpers.serving import SECONDS, fake_runtime, serving, wait_for  # noqa: E402
 
+from amq.serve import Server, ServeSettings, bind, create_app  # noqa: E402
 from amq.serve import server as server_module  # noqa: E402
 from amq.serve.watchdog import Watchdog  # noqa: E402
-from amq.serve.worker import FAILED_PASSES  # noqa: E402
+from amq.serve.worker import FAILED_PASSES, EngineThread  # noqa: E402
 
 
 class PanicException(BaseException):
@@ -209,3 +210,13 @@ def test_the_engine_is_closed_in_its_thread():
     with serving(runtime) as server:
         assert ask(server).status_code == 200 and not closed
     assert closed == ["amq-engine"]
+
+
+def test_a_server_that_does_not_start_says_so(monkeypatch):
+    monkeypatch.setattr(EngineThread, "start", lambda self: 1 / 0)
+    settings = ServeSettings(port=0)
+    listener = bind(settings)
+    ready: list[bool] = []
+    server = Server(create_app(fake_runtime(), settings), settings, lambda: ready.append(True))
+    server.run([listener])
+    assert server.status == 3 and not ready

@@ -273,7 +273,12 @@ class Scheduler:
                 break
             self._waiting.popleft()
             request.cached_tokens = slot.length
-            self._running[request] = _Active(request, slot, self._tokenizer, limit)
+            try:
+                self._running[request] = _Active(request, slot, self._tokenizer, limit)
+            except BaseException as error:  # noqa: BLE001 (of this request; its slot would never be free again)
+                self._engine.close(slot)
+                self._fail(request, _reason(error))
+                ended = True
         return ended
 
     def _parts(self) -> list[tuple[_Active, Sequence[int]]]:

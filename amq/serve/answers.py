@@ -7,7 +7,8 @@ has come of all choices when a write is due goes out in one write.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -75,6 +76,10 @@ class Answer(Response):
             for candidate in self.candidates:
                 self.worker.cancel(candidate.job, "client")  # nothing where it has ended
 
+    async def _apart(self, write: Callable[[], T]) -> T:
+        """What `write` makes; in a thread where it may be megabytes, so that other streams go on."""
+        return await asyncio.to_thread(write) if self.shape.logprobs else write()
+
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             async for batch in batches(self.candidates):
@@ -83,7 +88,8 @@ class Answer(Response):
         except ApiError as error:
             await error.response()(scope, receive, send)
             return
-        await TypedResponse(self.shape.whole(self.candidates), 200, self.given)(scope, receive, send)
+        response = await self._apart(lambda: TypedResponse(self.shape.whole(self.candidates), 200, self.given))
+        await response(scope, receive, send)
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         started, shape, begun = False, self.shape, set[int]()
@@ -91,11 +97,9 @@ class Answer(Response):
             async for batch in batches(self.candidates):
                 events: list[bytes] = []
                 for candidate, pieces in batch:
-                    if (
-                        candidate.index not in begun
-                    ):  # not before: what is known of its prompt comes with its first piece
+                    if candidate.index not in begun:  # what is known of its prompt comes with its first piece
                         begun.add(candidate.index)
-                        events += shape.start(candidate)
+                        events += await self._apart(partial(list, shape.start(candidate)))
                     events += [event for piece in pieces for event in shape.events(candidate, piece)]
                 if data := b"".join(events):
                     if not started:

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import cast
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from starlette.applications import Starlette
 
 from amq.errors import AmqError
@@ -61,7 +62,7 @@ class Server(uvicorn.Server):
     finished or after `drain` seconds. A second one ends the process at once. When the engine has failed it ends too,
     after a little time for the answers that say so.
 
-    status: what the process should end with, 0 or FAILED_STATUS.
+    status: what the process should end with: 0, FAILED_STATUS, or uvicorn's STARTUP_FAILURE.
     """
 
     def __init__(self, app: Starlette, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
@@ -94,6 +95,9 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if not self.started:  # the log says why
+            self.status = STARTUP_FAILURE
+            return
         for listener in sockets or ():
             listener.listen(QUEUED_CONNECTIONS)
         self._ready()
