@@ -12,8 +12,8 @@ from types import FrameType
 from typing import cast
 
 import uvicorn
-from uvicorn.config import STARTUP_FAILURE
 from starlette.applications import Starlette
+from uvicorn.config import STARTUP_FAILURE
 
 from amq.errors import AmqError
 from amq.serve.connections import BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
