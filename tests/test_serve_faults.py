@@ -109,13 +109,13 @@ BAD_VALUES = [
     *(("presence_penalty", v) for v in (3, -3, "a")),
     *(("frequency_penalty", v) for v in (3, [])),
     *(("stop", v) for v in ("", [""], ["a"] * 65, [1], 7)),
-    *(("n", v) for v in (0, 17, "1")),
+    *(("n", v) for v in (0, 33, "1")),
     *(("logit_bias", v) for v in ({"256": 1}, {"5": 101}, {"x": 1}, {"-1": 1})),
     *(("stream", v) for v in ("yes", 1)),
     ("stream_options", {"include_usage": True}),  # without stream
     ("prompt", None), ("prompt", ""), ("prompt", []), ("prompt", 5), ("prompt", [1.5]), ("prompt", [256]),
-    ("prompt", [-1]), ("prompt", [10**40]), ("prompt", ["a"] * 17), ("prompt", {"a": 1}), ("prompt", [True]),
-    ("logprobs", 1000), ("logprobs", -1), ("model", None), ("model", 5),
+    ("prompt", [-1]), ("prompt", [10**40]), ("prompt", ["a"] * 33), ("prompt", {"a": 1}), ("prompt", [True]),
+    ("logprobs", 1000), ("logprobs", -1), ("model", 5),
 ]  # fmt: skip
 
 
