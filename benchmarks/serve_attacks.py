@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows.append(row)
     print(table(rows))
     if args.json:
-        attacked = {"source": str(args.source), "commit": checkout(args.source)[0], "server_args": args.server_args}
+        attacked = {"commit": checkout(args.source)[0], "server_args": args.server_args}
         write_results(args.json, {"schema": SCHEMA, "attacked": attacked, "rows": [row.json() for row in rows]})
     return 0
 
