@@ -128,7 +128,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()
-        self.cycle.body.clear()  # what nobody asked for
+        self.cycle.body = self.cycle.body[:0]  # what nobody asked for; bytes or a bytearray, by uvicorn's version
         super().on_response_complete()  # begins with a request that came meanwhile
 
     def _wait_for_headers(self) -> None:

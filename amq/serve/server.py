@@ -13,7 +13,6 @@ from typing import cast
 
 import uvicorn
 from starlette.applications import Starlette
-from uvicorn.config import STARTUP_FAILURE
 
 from amq.errors import AmqError
 from amq.serve.connections import BACKLOG, KEEP_ALIVE_SECONDS, Connection, Connections, connection_limit
@@ -28,6 +27,9 @@ CLOSE_SECONDS = 5
 
 FAILED_SECONDS = 2.0
 """How long a server whose engine has failed goes on to say so, to its clients and at /health."""
+
+STARTUP_FAILED_STATUS = 3
+"""As uvicorn's own command ends then."""
 
 FAILED_STATUS = 70
 """EX_SOFTWARE of sysexits.h: supervisors start the process again, as after every status but 0."""
@@ -62,7 +64,7 @@ class Server(uvicorn.Server):
     finished or after `drain` seconds. A second one ends the process at once. When the engine has failed it ends too,
     after a little time for the answers that say so.
 
-    status: what the process should end with: 0, FAILED_STATUS, or uvicorn's STARTUP_FAILURE.
+    status: what the process should end with: 0, FAILED_STATUS or STARTUP_FAILED_STATUS.
     """
 
     def __init__(self, app: Starlette, settings: ServeSettings, ready: Callable[[], None] = lambda: None) -> None:
@@ -96,7 +98,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if not self.started:  # the log says why
-            self.status = STARTUP_FAILURE
+            self.status = STARTUP_FAILED_STATUS
             return
         for listener in sockets or ():
             listener.listen(QUEUED_CONNECTIONS)
