@@ -71,21 +71,28 @@ def _prepared(template: str, message: Mapping[str, Any]) -> dict[str, Any]:
         plain.setdefault("content", "")
     calls = plain.get("tool_calls")
     if isinstance(calls, Sequence) and not isinstance(calls, str):
-        plain["tool_calls"] = [_with_object(call) for call in calls]
+        plain["tool_calls"] = [_readable(call) for call in calls]
     reasoning = next((plain[key] for key in REASONING if key in plain), None)
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
     return plain
 
 
-def _with_object(call: Any) -> Any:
-    """A tool call whose arguments are an object if they are one's JSON text."""
+def _readable(call: Any) -> Any:
+    try:
+        return with_object(call)
+    except RecursionError:  # nested too deeply: the template gets the text
+        return call
+
+
+def with_object(call: Any) -> Any:
+    """A tool call whose arguments are an object if they are one's JSON text. Raises RecursionError for deep nesting."""
     function = call.get("function") if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
         return call
     try:
         arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):  # a model wrote it, or nested too deeply: the template gets the text
+    except ValueError:  # the model broke it, and is shown what it wrote
         return call
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 

@@ -72,7 +72,7 @@ class TextStream:
         if found:  # the one that is complete first
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        keep = max(_overlap(text, stop) for stop in self.stop)
+        keep = max(overlap(text, stop) for stop in self.stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -171,6 +171,6 @@ class _Windows:
         return new
 
 
-def _overlap(text: str, stop: str) -> int:
-    """The longest end of `text` with which `stop` begins."""
+def overlap(text: str, stop: str) -> int:
+    """The longest end of `text` with which `stop` begins, not all of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -118,8 +118,8 @@ class Service:
 
     async def make(self, request: Request, function: Callable[[], T]) -> T:
         """What `function` makes in the thread of prompts. Raises ApiError."""
-        left = self.settings.timeout - (time.perf_counter() - request.state.created)
-        work = self.prompts.make(request.state.client, function)
+        left = self.settings.timeout - (time.perf_counter() - request.state.visit.created)
+        work = self.prompts.make(request.state.visit.client, function)
         return await while_connected(request.receive, work, max(left, 0.0))
 
     def encode(self, text: str, special: bool) -> list[int]:

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from amq.serve.errors import ApiError
 from amq.serve.uploads import Upload, Uploads
-from amq.serve.visits import Visit, current
+from amq.serve.visits import Visit
 
 if TYPE_CHECKING:
     from amq.serve.app import Service
@@ -43,7 +43,7 @@ async def read_body(request: Request, limit: int) -> bytes:
     if request.headers.get("content-length", "0").isdigit() and int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     uploads: Uploads = request.state.uploads
-    upload = Upload(request.state.client)
+    upload = Upload(request.state.visit.client)
     try:
         with anyio.fail_after(BODY_SECONDS) as upload.scope:
             async for part in request.stream():
@@ -65,11 +65,7 @@ async def read_body(request: Request, limit: int) -> bytes:
 class Gate:
     """In front of everything: asks for the key, says who came and when, counts.
 
-    What it puts into scope["state"], for the routes:
-        created: when the request came, of time.perf_counter.
-        client: whose turn it is in fair queues, `key:…` or `address:…`.
-        owner: whose cached prefixes it may share: the digest of the key that was sent, "" where the server has none.
-        request_id: the client's own X-Request-Id where that is short and plain, else a new one. It is sent back.
+    It puts the `visit` into scope["state"], and the server's `uploads` for `read_body`; the visit's id is sent back.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -91,7 +87,6 @@ class Gate:
                 message["headers"] = [*message.get("headers", ()), (b"x-request-id", name)]
             await send(message)
 
-        token = current.set(visit)
         try:
             if refusal is not None:
                 await refusal.response()(scope, receive, counted)
@@ -107,7 +102,6 @@ class Gate:
                 scope, receive, counted
             )
         finally:
-            current.reset(token)
             self._note(scope, visit, status or 499)
 
     def _note(self, scope: Scope, visit: Visit, status: int) -> None:
@@ -134,9 +128,7 @@ class Gate:
         owner = door.owner(headers)
         address = scope["client"][0] if scope.get("client") else ""
         visit = Visit(_request_id(headers), door.client(owner or "", address), owner or "", time.perf_counter())
-        state = {"created": visit.created, "client": visit.client, "owner": visit.owner, "request_id": visit.id}
-        state["uploads"] = self._uploads  # for read_body
-        scope.setdefault("state", {}).update(state)
+        scope.setdefault("state", {}).update(visit=visit, uploads=self._uploads)
         if not door.right_host(headers):
             text = "this server answers to addresses and localhost only; --allow-host NAME or a key opens it"
             return visit, ApiError(403, text, "wrong_host")

@@ -25,13 +25,14 @@ from amq.serve.replies.describe import describe_tools
 from amq.serve.replies.grammars import Thoughts, response_grammar, tools_grammar
 from amq.serve.shapes import Candidate, ChatShape, CompletionShape, Shape
 from amq.serve.worker import Job
+from amq.util.settings import limits
 
 if TYPE_CHECKING:
     from amq.serve.app import Service
 
 IGNORED_HEADER = "X-Amq-Ignored"
 MOST_NAMED = 32
-MOST_SEED = 2**63 - 1
+MOST_SEED = int(limits(Sampling, "seed")["maximum"])
 GBNF = re.compile(r"^[ \t]*root[ \t]*::=", re.MULTILINE)
 
 
@@ -187,7 +188,7 @@ def _guided(body: GenerationRequest) -> Grammar | None:
 
 def _shape(service: Service, request: Request, body: GenerationRequest) -> dict[str, Any]:
     return {
-        "identity": request.state.request_id,
+        "identity": request.state.visit.id,
         "model": service.model,
         "tokenizer": service.runtime.tokenizer,
         "logprobs": body.wanted_logprobs is not None,
@@ -207,11 +208,11 @@ def _submit(
     parser: Callable[[Prompt], ReplyParser | None],
 ) -> Answer:
     """Queues a job for each choice of each prompt. Raises ApiError, and queues none then."""
-    state, candidates = request.state, list[Candidate]()
+    candidates = list[Candidate]()
     for prompt in prompts:
         for number, constraint in enumerate(prompt.constraints):
             how = sampling if sampling.seed is None else replace(sampling, seed=_seed(sampling.seed, len(candidates)))
-            job = Job(prompt.tokens, how, state.client, state.created, state.owner, constraint)
+            job = Job(prompt.tokens, how, request.state.visit, constraint)
             candidates.append(Candidate(len(candidates), job, number > 0, prompt.echo, parser(prompt)))
     submitted = []
     try:

@@ -134,10 +134,10 @@ class Metrics:
     def ended(self, job: Job, finished: str, now: float) -> None:
         """A job has ended; times of what it never reached are left out."""
         self._ended.labels(**self._labels, finished_reason=REASONS[finished]).inc()
-        self.whole.observe(now - job.created)
+        self.whole.observe(now - job.visit.created)
         if not job.started:
             return
-        self.waited.observe(job.started - job.created)
+        self.waited.observe(job.started - job.visit.created)
         if not job.first:
             return
         tokens = job.request.new_tokens

@@ -82,6 +82,8 @@ class Shape:
     every_usage: bool = False
     legacy: bool = False
     prefix: ClassVar[str]
+    whole_kind: ClassVar[type[r.ChatCompletion] | type[r.Completion]]
+    chunk_kind: ClassVar[type[r.ChatChunk] | type[r.CompletionChunk]]
 
     def __post_init__(self) -> None:
         self._head: dict[str, Any] = {
@@ -117,12 +119,26 @@ class Shape:
         """The events after those of all candidates."""
         return (r.event(self.chunk([], usage(candidates))) if self.usage else b"") + r.DONE
 
-    def whole(self, candidates: Sequence[Candidate]) -> Any:
-        """The answer that is not streamed."""
+    def last_event(self, candidate: Candidate) -> bytes:
+        """Why a candidate ended, and its speed."""
+        choices = [self.last_choice(candidate)]
+        return r.event(self.chunk(choices, self.used(candidate), timings([candidate.job])))
+
+    def last_choice(self, candidate: Candidate) -> Any:
         raise NotImplementedError
 
-    def chunk(self, choices: list[Any], usage: Any, timings: Any = UNSET) -> Any:
+    def whole(self, candidates: Sequence[Candidate]) -> Any:
+        """The answer that is not streamed."""
+        choices: Any = [self.choice(candidate, candidate.kept) for candidate in candidates]
+        speeds = timings([candidate.job for candidate in candidates])
+        return self.whole_kind(**self._head, choices=choices, usage=usage(candidates), timings=speeds)
+
+    def choice(self, candidate: Candidate, piece: Piece) -> Any:
+        """piece: all that came."""
         raise NotImplementedError
+
+    def chunk(self, choices: Any, usage: Any, timings: Any = UNSET) -> Any:
+        return self.chunk_kind(**self._head, choices=choices, usage=usage, timings=timings)
 
     def used(self, candidate: Candidate) -> Any:
         """The usage that an event of `candidate` tells."""
@@ -132,10 +148,7 @@ class Shape:
 class ChatShape(Shape):
     """/v1/chat/completions."""
 
-    prefix = "chatcmpl"
-
-    def chunk(self, choices: list[Any], usage: Any, timings: Any = UNSET) -> r.ChatChunk:
-        return r.ChatChunk(**self._head, choices=choices, usage=usage, timings=timings)
+    prefix, whole_kind, chunk_kind = "chatcmpl", r.ChatCompletion, r.ChatChunk
 
     def start(self, candidate: Candidate) -> list[bytes]:
         choice = r.ChatChunkChoice(candidate.index, r.Delta(role="assistant", content=""))
@@ -158,25 +171,19 @@ class ChatShape(Shape):
             events.append(r.event(self.chunk([choice], self.used(candidate))))
             logprobs = None
         if piece.finished is not None:
-            choice = r.ChatChunkChoice(candidate.index, r.Delta(), None, self._finished(candidate))
-            events.append(r.event(self.chunk([choice], self.used(candidate), timings([candidate.job]))))
+            events.append(self.last_event(candidate))
         return events
 
-    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> r.ChatChunk:
+    def last_choice(self, candidate: Candidate) -> r.ChatChunkChoice:
+        return r.ChatChunkChoice(candidate.index, r.Delta(), None, self._finished(candidate))
+
+    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> Any:
         return self.chunk([r.ChatChunkChoice(candidate.index, r.Delta(content=text), logprobs)], self.used(candidate))
 
-    def whole(self, candidates: Sequence[Candidate]) -> r.ChatCompletion:
-        choices = []
-        for candidate in candidates:
-            piece = candidate.kept
-            message = self._message(candidate.parts(piece))
-            logprobs = self._logprobs(piece.choices) if self.logprobs else None
-            choices.append(r.ChatChoice(candidate.index, message, logprobs, self._finished(candidate)))
-        figures: dict[str, Any] = {
-            "usage": usage(candidates),
-            "timings": timings([candidate.job for candidate in candidates]),
-        }
-        return r.ChatCompletion(**self._head, choices=choices, **figures)
+    def choice(self, candidate: Candidate, piece: Piece) -> r.ChatChoice:
+        message = self._message(candidate.parts(piece))
+        logprobs = self._logprobs(piece.choices) if self.logprobs else None
+        return r.ChatChoice(candidate.index, message, logprobs, self._finished(candidate))
 
     def _finished(self, candidate: Candidate) -> str:
         finished = candidate.finished
@@ -227,10 +234,7 @@ class ChatShape(Shape):
 class CompletionShape(Shape):
     """/v1/completions."""
 
-    prefix = "cmpl"
-
-    def chunk(self, choices: list[Any], usage: Any, timings: Any = UNSET) -> r.CompletionChunk:
-        return r.CompletionChunk(**self._head, choices=choices, usage=usage, timings=timings)
+    prefix, whole_kind, chunk_kind = "cmpl", r.Completion, r.CompletionChunk
 
     def start(self, candidate: Candidate) -> list[bytes]:
         if not candidate.echo:
@@ -245,26 +249,20 @@ class CompletionShape(Shape):
         elif piece.text:
             events.append(self.text_event(candidate, piece.text))
         if piece.finished is not None:
-            choice = r.CompletionChoice(candidate.index, "", None, candidate.finished)
-            events.append(r.event(self.chunk([choice], self.used(candidate), timings([candidate.job]))))
+            events.append(self.last_event(candidate))
         return events
 
-    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> r.CompletionChunk:
+    def last_choice(self, candidate: Candidate) -> r.CompletionChoice:
+        return r.CompletionChoice(candidate.index, "", None, candidate.finished)
+
+    def text_chunk(self, candidate: Candidate, text: str, logprobs: Any = None) -> Any:
         return self.chunk([r.CompletionChoice(candidate.index, text, logprobs)], self.used(candidate))
 
-    def whole(self, candidates: Sequence[Candidate]) -> r.Completion:
-        choices = []
-        for candidate in candidates:
-            piece, logprobs = candidate.kept, self._prompt_logprobs(candidate)
-            if self.logprobs:
-                logprobs = _joined(logprobs, self._logprobs(candidate, piece.choices))
-            text = candidate.echo + piece.text
-            choices.append(r.CompletionChoice(candidate.index, text, logprobs, candidate.finished))
-        figures: dict[str, Any] = {
-            "usage": usage(candidates),
-            "timings": timings([candidate.job for candidate in candidates]),
-        }
-        return r.Completion(**self._head, choices=choices, **figures)
+    def choice(self, candidate: Candidate, piece: Piece) -> r.CompletionChoice:
+        logprobs = self._prompt_logprobs(candidate)
+        if self.logprobs:
+            logprobs = _joined(logprobs, self._logprobs(candidate, piece.choices))
+        return r.CompletionChoice(candidate.index, candidate.echo + piece.text, logprobs, candidate.finished)
 
     def _prompt_logprobs(self, candidate: Candidate) -> r.CompletionLogprobs | None:
         """Of an echoed prompt; nothing is known of its first token, which nothing came before."""
@@ -341,7 +339,7 @@ def timings(jobs: Sequence[Job]) -> r.Timings:
     return r.Timings(
         read / (all_read - started) if all_read > started else None,
         steps / (last - first) if last > first else None,
-        first - min(job.created for job in begun),
+        first - min(job.visit.created for job in begun),
     )
 
 

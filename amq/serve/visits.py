@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,15 +11,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Visit:
-    """id: what responses and logs call it. client, owner, created: as in scope["state"] (amq.serve.gate).
-    jobs: what it made the engine do."""
+    """Made by amq.serve.gate, which puts it into scope["state"] as `visit`.
+
+    id: what responses and logs call it: the client's own X-Request-Id where that is short and plain, else a new one.
+    client: whose turn it is in fair queues, `key:…` or `address:…`.
+    owner: whose cached prefixes it may share: the digest of the key that was sent, "" where the server has none.
+    created: when it came, of time.perf_counter. jobs: what it made the engine do.
+    """
 
     id: str
     client: str
     owner: str
     created: float
     jobs: list[Job] = field(default_factory=list)
-
-
-current: ContextVar[Visit | None] = ContextVar("visit", default=None)
-"""Of the task that answers a request; None elsewhere."""

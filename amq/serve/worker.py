@@ -25,7 +25,7 @@ from amq.serve.errors import ApiError
 from amq.serve.metrics import Metrics
 from amq.serve.queue import FairQueue
 from amq.serve.settings import ServeSettings
-from amq.serve.visits import current
+from amq.serve.visits import Visit
 from amq.serve.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -61,14 +61,11 @@ class Job:
         self,
         prompt: Sequence[int],
         sampling: Sampling,
-        client: str,
-        created: float,
-        owner: str = "",
+        visit: Visit,
         constraint: Constraint | None = None,
     ) -> None:
-        self.prompt, self.sampling, self.client, self.created = prompt, sampling, client, created
-        self.owner, self.constraint = owner, constraint
-        self.visit = current.get()
+        self.prompt, self.sampling, self.visit, self.constraint = prompt, sampling, visit, constraint
+        self.client = visit.client
         self.request: Request = None  # type: ignore[assignment]  # the worker makes it
         self.started = self.first = self.last = 0.0  # got a slot; its first and latest token
         self.finished: str | None = None  # as Piece.finished, once nothing more will come
@@ -78,11 +75,6 @@ class Job:
         self.refused: ApiError | None = None  # why the scheduler did not take it
         self._pieces: list[Piece] = []
         self._reader: asyncio.Future[None] | None = None
-
-    @property
-    def name(self) -> str:
-        """In the log."""
-        return "-" if self.visit is None else self.visit.id
 
     def add(self, piece: Piece) -> int:
         """Returns how many pieces wait to be sent."""
@@ -193,9 +185,8 @@ class EngineThread:
     def submit(self, job: Job) -> None:
         """Queues a job. Raises ApiError 429 when too many wait, 503 while draining."""
         self.admit()
-        job.request = Request(job.prompt, job.sampling, partial(self._arrived, job), job.owner, job.constraint)
-        if job.visit is not None:
-            job.visit.jobs.append(job)
+        job.request = Request(job.prompt, job.sampling, partial(self._arrived, job), job.visit.owner, job.constraint)
+        job.visit.jobs.append(job)
         full = len(self._live) >= self.settings.queue + self.engine.max_sequences
         with self._wake:
             refused = self._waiting.push(job, full)
@@ -205,7 +196,7 @@ class EngineThread:
         if refused is not None:
             self._end(refused, "error", self.full())
         self._live.add(job)
-        left = self.settings.timeout - (time.perf_counter() - job.created)
+        left = self.settings.timeout - (time.perf_counter() - job.visit.created)
         job.timer = asyncio.get_running_loop().call_later(left, self.cancel, job, "timeout", self._late())
 
     def cancel(self, job: Job, reason: str, failure: ApiError | None = None) -> None:
@@ -261,7 +252,7 @@ class EngineThread:
                 self._time(job, len(piece.choices), now)
                 tokens += len(piece.choices)
             if piece.finished in ("error", "cancelled"):
-                log.error("request %s failed: %s", job.name, job.refused or job.request.error or piece.finished)
+                log.error("request %s failed: %s", job.visit.id, job.refused or job.request.error or piece.finished)
                 self._end(job, "error", job.refused or _failed(job))
                 continue
             waiting = job.add(piece)
@@ -283,7 +274,7 @@ class EngineThread:
         metrics = self.metrics
         if not job.first:
             job.first = now
-            metrics.first_token.observe(now - job.created)
+            metrics.first_token.observe(now - job.visit.created)
             metrics.begun(job)
         elif tokens:
             metrics.between_tokens.observe(now - job.last)

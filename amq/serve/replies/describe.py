@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from amq.errors import AmqError
+from amq.runtime.chat import with_object
 from amq.serve.replies.formats import ToolFormat
 
 Message = Mapping[str, Any]
@@ -73,17 +74,7 @@ def _with_objects(message: Message) -> dict[str, Any]:
     calls = message.get("tool_calls")
     if not calls:
         return dict(message)
-    return {**message, "tool_calls": [{**call, "function": _with_object(call["function"])} for call in calls]}
-
-
-def _with_object(function: Message) -> dict[str, Any]:
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError:
-            return dict(function)  # the model broke it, and is shown what it wrote
-    return {**function, "arguments": arguments if isinstance(arguments, dict) else function.get("arguments")}
+    return {**message, "tool_calls": [with_object(call) for call in calls]}
 
 
 def _one_call_each(messages: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:

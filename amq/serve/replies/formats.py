@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import secrets
 import string
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,7 @@ class ToolFormat:
 
     def shown(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Ids of the special tokens that the parser must see as text."""
-        found = (tokenizer.special_named(text) for text in self.spellings)
-        return tuple(sorted({token for token in found if token is not None}))
+        return _special(tokenizer, self.spellings)
 
     @property
     def spellings(self) -> tuple[str, ...]:
@@ -194,5 +194,9 @@ def thinks_open(prompt: str) -> bool:
 
 def thinking_shown(tokenizer: Tokenizer) -> tuple[int, ...]:
     """Ids of the special tokens around thoughts, where they are special."""
-    found = (tokenizer.special_named(text) for pair in THINKING for text in pair)
+    return _special(tokenizer, (text for pair in THINKING for text in pair))
+
+
+def _special(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[int, ...]:
+    found = (tokenizer.special_named(text) for text in texts)
     return tuple(sorted({token for token in found if token is not None}))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Generator
 from functools import lru_cache
 from typing import TypeVar
 
+from amq.runtime.text_stream import overlap
+
 T = TypeVar("T")
 Waiting = Generator[None, None, T]
 """Pauses until there is more text, then returns a T."""
@@ -130,11 +132,10 @@ class Reading:
 
 def _overlap(text: str, markers: tuple[str, ...]) -> int:
     """The longest end of `text` with which one of `markers` begins, not all of that marker."""
-    longest = min(max(map(len, markers)) - 1, len(text))
-    tail = text[len(text) - longest :]
+    tail = text[-max(map(len, markers)) :]
     if not any(marker[0] in tail for marker in markers):  # nearly always
         return 0
-    return next((n for n in range(longest, 0, -1) if any(m[:n] == tail[-n:] and n < len(m) for m in markers)), 0)
+    return max(overlap(tail, marker) for marker in markers)
 
 
 @lru_cache(maxsize=64)
