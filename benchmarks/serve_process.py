@@ -53,22 +53,19 @@ def preload() -> None:
     import amq.serve.app  # noqa: F401
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-    import helpers.engines  # noqa: F401
+    import helpers.engines
+    import helpers.small_tokenizers  # noqa: F401
 
 
 def fake_runtime(folder: str, delay: float, max_sequences: int = 8) -> Any:
     """The tests' engine, which repeats prompts; a byte is a token, and so are the two marks of a turn."""
     from helpers.engines import FakeEngine
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers
+    from helpers.small_tokenizers import bytes_alone
 
     from amq.runtime.loading import Runtime
     from amq.runtime.tokenizer import Tokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Inner(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
+    inner = bytes_alone()
     inner.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     template = Path(folder, "chat_template.jinja")
     tokenizer = Tokenizer(inner, [257], template.read_text() if template.exists() else TEMPLATE)

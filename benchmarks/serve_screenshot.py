@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve_load import serving
+from serving import serving
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import chromium  # noqa: E402

@@ -134,7 +134,7 @@ def test_many_newcomers_are_cut_off(monkeypatch):
 
 
 def test_slow_heads():
-    with serving(header_timeout=0.3) as server:
+    with serving(header_timeout=1.0) as server:
         for head in (b"", HEAD.encode()):
             with connection(server, head) as link:
                 assert rest(link) == b""
@@ -142,7 +142,7 @@ def test_slow_heads():
         with connection(server, request()) as link:  # the limit is not one of answers, nor of pauses between requests
             assert link.recv(65536).startswith(b"HTTP/1.1 200")
             with pytest.raises(TimeoutError):
-                link.settimeout(0.6)
+                link.settimeout(2.0)
                 link.recv(1)
             link.settimeout(SECONDS)
             link.sendall(b"GET /health HTTP/1.1\r\n")
@@ -152,7 +152,7 @@ def test_slow_heads():
 
 def test_a_slow_answer_is_no_slow_head():
     runtime = fake_runtime()
-    with serving(runtime, header_timeout=0.2) as server, connection(server, request()[:-10]) as link:
+    with serving(runtime, header_timeout=1.0) as server, connection(server, request()[:-10]) as link:
         runtime.engine.gate.clear()
         wait_for(lambda: open_now(server) == 1)
         with connection(server) as other:

@@ -20,6 +20,7 @@ from amq.runtime.tokenizer import Tokenizer
 from amq.serve import Server, ServeSettings, bind, create_app
 from amq.serve.server import url
 from helpers.engines import SECONDS, FakeEngine, FakeSlot
+from helpers.small_tokenizers import bytes_alone
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}|{% endfor %}"
 
@@ -37,13 +38,7 @@ def hold_until_input(engine: FakeEngine) -> None:
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> Tokenizer:
     """One token per byte, built without transformers, whose import takes seconds."""
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Inner(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
+    inner = bytes_alone()
     return Tokenizer(inner, inner.encode("\n").ids, template)
 
 

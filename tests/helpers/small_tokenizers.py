@@ -57,6 +57,15 @@ def metaspace() -> Tokenizer:
     return inner
 
 
+def bytes_alone() -> Tokenizer:
+    """A token per byte, and no merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    return inner
+
+
 def byte_level(fuse: bool = False) -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("h", "i"), ("<", "|"), ("Ġ", "a"), ("a", "a"), ("aa", "aa"), ("Ġ", "Ġ")]

@@ -11,6 +11,8 @@ import torch
 import transformers
 from torch import nn
 
+from helpers.small_tokenizers import bytes_alone
+
 HIDDEN = 64
 VOCABULARY = 256
 """One token per byte: what `byte_tokenizer` produces."""
@@ -135,12 +137,9 @@ def byte_tokenizer(template: str = "") -> Any:
 
     template: what is put around a text, of `SPECIAL` and $A; the tokenizer has these tokens only if it is given.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import processors
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = bytes_alone()
     if template:
         tokenizer.add_special_tokens(list(SPECIAL))
         ids = [(token, tokenizer.token_to_id(token)) for token in SPECIAL]
