@@ -45,6 +45,8 @@ REPORT = ["altair>=6", "vl-convert-python>=1.9"]
 SEARCH = [*MODELS, *REPORT, "hqq>=0.2.8", "pymoo>=0.6.1", "scikit-learn>=1.4", "scipy>=1.11"]
 """With the report, which every search ends with."""
 SERVE = ["starlette>=0.40", "anyio>=4", "uvicorn>=0.30", "prometheus-client>=0.20", "llguidance>=1.9"]
+SPLIT = [*MODELS, *REPORT, "peft>=0.18"]
+"""Split fine-tuning, with its report."""
 DATASETS = ["datasets>=2.19"]
 TASKS = [*MODELS, "lm-eval>=0.4.13", "accelerate>=0.26"]  # lm-eval's models want accelerate, and do not say so
 GPU = ["triton>=3.6; sys_platform == 'linux'"]
@@ -54,16 +56,18 @@ EXTRAS_REQUIRE = {
     "report": REPORT,
     "export": MODELS,
     "serve": SERVE,
+    "split": SPLIT,
     "datasets": DATASETS,
     "tasks": TASKS,
     "gpu": GPU,
-    "all": list(dict.fromkeys([*SEARCH, *SERVE, *DATASETS, *TASKS])),
+    "all": list(dict.fromkeys([*SEARCH, *SERVE, *SPLIT, *DATASETS, *TASKS])),
     "test": [
         *SEARCH,
         *SERVE,
+        *SPLIT,
         *GPU,
         *("pytest>=9", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
-        *("openai>=1.60", "httpx>=0.27", "openapi-spec-validator>=0.7", "jsonschema>=4", "peft>=0.18"),
+        *("openai>=1.60", "httpx>=0.27", "openapi-spec-validator>=0.7", "jsonschema>=4", "constriction>=0.4"),
         "pydantic-ai-slim>=2",  # an agent framework, which must work with the server
         "matplotlib>=3.8",  # the benchmarks' pictures
     ],

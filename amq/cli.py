@@ -64,6 +64,7 @@ VERBS = {
     "generate": Verb("amq.generate:GenerateSettings", "amq.generate:main"),
     "bench": Verb("amq.bench.settings:BenchSettings", "amq.bench.command:main"),
     "serve": Verb("amq.serve.settings:ServeSettings", "amq.serve.__main__:main"),
+    "split": Verb("amq.split.settings:SplitSettings", "amq.split.__main__:main"),
     "formats": Verb("amq.cli:FormatsSettings", "amq.cli:_formats"),
 }
 

@@ -31,6 +31,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "generate": {"model": "m", "prompt": "p"},
     "bench": {"model": "m"},
     "serve": {},
+    "split": {},
     "formats": {},
 }
 """What each verb cannot do without."""

@@ -101,8 +101,12 @@ class BlockRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] of final hidden states [tokens, hidden_size]: norm, head and scaling only."""
         tokens = torch.zeros(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)
-        with self._replaying(self.n_blocks, hidden.unsqueeze(0)):
-            return self.model(input_ids=tokens, use_cache=False).logits[0]
+        return self.logits_from(tokens, self.n_blocks, hidden.unsqueeze(0))[0]
+
+    def logits_from(self, tokens: Tensor, start: int, hidden: Tensor) -> Tensor:
+        """Logits [batch, length, vocabulary] of a hidden state [batch, length, hidden_size] at boundary `start` ≥ 1."""
+        with self._replaying(start, hidden):
+            return self.model(input_ids=tokens, use_cache=False).logits
 
     def check(self, tokens: Tensor) -> None:
         """Raises AmqError unless the model cut at every boundary gives the very logits of an uncut forward.

@@ -43,6 +43,7 @@ class SplitRun(JsonFile):
     trainable: int
     hidden_size: int
     link: str = ""
+    text: str = ""
     terms: dict[str, Any]
     status: str = "running"
     sent: int = 0

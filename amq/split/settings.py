@@ -1,4 +1,4 @@
-"""The settings of `amq split serve|train|eval|report`: what each of the two parties, and who reads a run, may choose."""
+"""The settings of `amq split serve|train|eval|report`: what each party, and whoever reads a run, may choose."""
 
 from __future__ import annotations
 

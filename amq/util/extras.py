@@ -16,7 +16,7 @@ from amq.errors import AmqError
 
 DISTRIBUTION = "amq-llm"
 """What pip calls this package (it is imported as `amq`). setup.py reads this line."""
-EXTRAS = ("models", "search", "report", "export", "serve", "datasets", "tasks", "gpu", "all", "test")
+EXTRAS = ("models", "search", "report", "export", "serve", "split", "datasets", "tasks", "gpu", "all", "test")
 """As in setup.py's `extras_require`."""
 
 

@@ -1,0 +1,280 @@
+"""The training side: holds the text and the first blocks, leads the run and writes its folder.
+
+`train` connects, trains to the last step, fetches the server's half of the adapter and writes the whole. Whatever ends
+the connection, the run goes on from the last state that both have, as soon as the server can be reached again.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import time
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.split import hello
+from amq.split.adapter import read_half, write_adapter
+from amq.split.hello import ClientHello
+from amq.split.link import Link, Throttle
+from amq.split.model import targets_of
+from amq.split.party import Party
+from amq.split.records import (
+    ADAPTER,
+    RUN,
+    STEPS,
+    WIDTHS,
+    PartySeconds,
+    SplitRun,
+    StepRecord,
+    WidthsRecord,
+    append_line,
+    read_lines,
+    write_lines,
+)  # fmt: skip
+from amq.split.state import States
+from amq.split.wire import Frame, LinkLost, PeerError, Type, WireError
+from amq.util.progress import Progress, Step
+
+LOSS = struct.Struct("<d3d")
+"""Payload of a loss frame: the loss, and the server's seconds of computing, encoding and waiting."""
+BUSY = "another client is being served"
+RETRY_SECONDS = 1.0
+ANSWER_SECONDS = 120.0
+"""For a server to answer the first hello in, upon which it makes its part of the model."""
+
+
+def pack_targets(targets: Tensor) -> bytes:
+    return targets.to(torch.int32).numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How the server is reached. key: as `wire.secret` makes it, or empty; seconds."""
+
+    host: str
+    port: int
+    key: bytes
+    deadline: float
+    reconnect: float
+    throttle: Throttle | None = None
+
+    def connect(self) -> Link:
+        try:
+            sock = socket.create_connection((self.host, self.port), timeout=self.deadline)
+        except OSError as error:
+            raise LinkLost(f"no server at {self.host}:{self.port} ({error.strerror or error})") from None
+        return Link(sock, client=True, key=self.key, deadline=self.deadline, throttle=self.throttle)
+
+
+class Client:
+    """One run. windows: int64 [samples, length], what is trained on. output: the run's folder."""
+
+    def __init__(self, party: Party, windows: Tensor, output: Path, run: SplitRun, progress: Progress) -> None:
+        self.party, self.terms, self._windows = party, party.terms, windows
+        self.output, self._run, self._progress = output, run, progress
+        self.states = States(output)
+        self._records: list[StepRecord] = read_lines(output / STEPS, StepRecord)
+        self._widths: dict[str, tuple[int, ...]] = {}
+        self._before = (0, 0)  # bytes of earlier connections
+
+    # The run.
+
+    def train(self, reach: Reach) -> Path:
+        """Trains to the end; returns the folder of the adapter."""
+        if not self.states.steps():
+            self.states.save(0, self.party.state(), self.terms)
+        last = self._records[-1] if self._records else None
+        self._before = (last.sent, last.received) if last else (0, 0)
+        self._write_run("running")
+        with self._progress.stage("split", self.terms.steps) as step:
+            half = self._until_done(reach, step)
+        folder = self.output / ADAPTER
+        write_adapter(folder, self.party.part, half)
+        self._finish()
+        self._write_run("finished")
+        return folder
+
+    def _until_done(self, reach: Reach, step: Step) -> dict[str, Tensor]:
+        lost_since: float | None = None
+        reached = False
+        while True:
+            try:
+                link = self._greet(reach)
+                reached, lost_since = True, None
+                return self._session(link, step)
+            except (LinkLost, PeerError) as error:
+                retry = isinstance(error, LinkLost) or (reached and BUSY in str(error))
+                now = time.monotonic()
+                if lost_since is None:
+                    lost_since = now
+                    if retry and reach.reconnect:
+                        self._progress.say(f"{error}; the state of step {self.states.steps()[-1]} is in {self.output}; "
+                                           f"trying again for {reach.reconnect:g} s")  # fmt: skip
+                if not retry or now - lost_since >= reach.reconnect:
+                    self._write_run("interrupted")
+                    raise AmqError(f"{error}; {self._kept()}") from None
+                time.sleep(min(RETRY_SECONDS, reach.reconnect))
+            except WireError as error:
+                self._close(str(error))
+                self._write_run("interrupted")
+                raise AmqError(f"the server sent what it must not: {error}; {self._kept()}") from None
+            except BaseException as error:
+                self._close(f"the client stopped: {str(error) or type(error).__name__}")
+                self._write_run("interrupted")
+                raise
+
+    def _kept(self) -> str:
+        """What an error ends with."""
+        step = self.states.steps()[-1]
+        return f"the state of step {step} is kept: go on with --resume" if step else "nothing was trained yet"
+
+    def _close(self, why: str = "") -> None:
+        link, self.party.link = self.party.link, None
+        if link is not None:
+            link.close(why)
+            self._before = (self._before[0] + link.sent.total, self._before[1] + link.received.total)
+
+    def _greet(self, reach: Reach) -> Link:
+        """A connection over which both have said hello, and both stand before the same step."""
+        self._close()
+        link = self.party.link = reach.connect()
+        ours = ClientHello(
+            terms=self.terms, durable=tuple(self.states.steps()), channels=self.party.channels, nonce=hello.nonce()
+        )
+        hello.send_hello(link, ours)
+        theirs = hello.read_server(link, max(reach.deadline, ANSWER_SECONDS))
+        if theirs.start not in ours.durable:
+            raise WireError(
+                f"the server wants to go on from step {theirs.start}, which is none of {list(ours.durable)}"
+            )
+        hello.begin(link, reach.key, ours, theirs, is_client=True)
+        self._go_back(theirs.start)
+        return link
+
+    def _go_back(self, start: int) -> None:
+        """To the state before step `start`, and the run's files with it."""
+        self.party.load(self.states.load(start))
+        self.states.drop_after(start)
+        self._records = [record for record in self._records if record.step < start]
+        write_lines(self.output / STEPS, self._records)
+        kept = [r for r in read_lines(self.output / WIDTHS, WidthsRecord) if r.step < start]
+        write_lines(self.output / WIDTHS, kept)
+        self._widths = {record.stream: record.widths for record in kept}
+        self.start = start
+
+    def _session(self, link: Link, step: Step) -> dict[str, Tensor]:
+        for index in range(self.start, self.terms.steps):
+            record = self._step(index, link)
+            self._records.append(record)
+            append_line(self.output / STEPS, record)
+            if (index + 1) % self.terms.save_every == 0 or index + 1 == self.terms.steps:
+                self.states.save(index + 1, self.party.state(), self.terms)
+            step(f"loss {record.loss:.4f}, {record.forward_bits:.2f} + {record.backward_bits:.2f} bits, "
+                 f"{(record.sent + record.received) / 2**20:.1f} MiB")  # fmt: skip
+        link.send(Frame(Type.BYE, step=self.terms.steps))
+        frame = self.party.expect(Type.ADAPTER, self.terms.steps)
+        return read_half(frame.payload, self.party.part)
+
+    def _finish(self) -> None:
+        """The adapter is on disk: the server may go."""
+        link = self.party.link
+        assert link is not None
+        with suppress(AmqError):  # the server has given all that it has, and may be gone already
+            link.send(Frame(Type.BYE, step=self.terms.steps))
+        self._close()
+
+    # One step.
+
+    def _step(self, step: int, link: Link) -> StepRecord:
+        start, party = time.perf_counter(), self.party
+        counted = {key: stream.bytes for key, stream in party.streams.items()}
+        labels, losses, bits = 0, [], {True: [], False: []}  # type: ignore[var-annotated]
+        party.begin(step)
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for index in range(self.terms.micro_batches + 1):
+            if index < self.terms.micro_batches:
+                tokens = self._windows[party.samples(step, index)]
+                with party.clock("compute"):
+                    hidden = party.part.embedded(tokens)
+                if self.terms.labels == "server":
+                    frame = Frame(Type.LABELS, pack_targets(targets_of(tokens, self.terms.unscored)), step, index)
+                    link.send(frame)
+                    labels += frame.wire_bytes
+                party.send(party.streams[0, True], hidden, step, index, party.samples(step, index))
+                waiting.append((tokens, hidden))
+            if index:
+                tokens, hidden = waiting.pop(0)
+                if self.terms.labels == "client":
+                    losses.append(self._head(step, index - 1, tokens))
+                self._backward(step, index - 1, hidden)
+        loss, server = self._loss(party.expect(Type.LOSS, step), sum(losses))
+        self._note_widths(step)
+        party.end(step)
+        for (_, forward), stream in party.streams.items():
+            bits[forward].append(stream.bits)
+        spent = {
+            forward: sum(s.bytes - counted[k] for k, s in party.streams.items() if (k[0] == 0) == (k[1] == forward))
+            for forward in (True, False)
+        }
+        return StepRecord(
+            step=step, loss=loss, forward_bits=sum(bits[True]) / len(bits[True]),
+            backward_bits=sum(bits[False]) / len(bits[False]), forward_bytes=spent[True] + labels,
+            backward_bytes=spent[False], sent=self._before[0] + link.sent.total,
+            received=self._before[1] + link.received.total, seconds=time.perf_counter() - start,
+            client=party.clock.take(), server=server,
+        )  # fmt: skip
+
+    def _head(self, step: int, index: int, tokens: Tensor) -> float:
+        """U-shape: the loss of one part, whose gradient at the second cut goes to the server."""
+        party, samples = self.party, self.party.samples(step, index)
+        came = party.receive(1, True, step, index, samples)
+        hidden = party.streams[1, True].shaped(came).to(party.part.device).requires_grad_()
+        with party.clock("compute"):
+            targets = targets_of(tokens, self.terms.unscored).to(party.part.device)
+            loss = party.part.loss(hidden, targets, self.terms.predicted)
+            loss.backward()
+        assert hidden.grad is not None
+        party.send(party.streams[1, False], hidden.grad, step, index, samples)
+        return float(loss)
+
+    def _backward(self, step: int, index: int, hidden: Tensor) -> None:
+        party = self.party
+        gradient = party.receive(0, False, step, index, party.samples(step, index))
+        forward = party.streams[0, True]
+        assert forward.policy is not None
+        with party.clock("encode"):
+            forward.policy.returned(gradient)
+        with party.clock("compute"):
+            hidden.backward(forward.shaped(gradient).to(hidden.device, hidden.dtype))
+
+    def _loss(self, frame: Frame, own: float) -> tuple[float, PartySeconds]:
+        if len(frame.payload) != LOSS.size:
+            raise WireError(f"{frame.place} has {len(frame.payload)} bytes, expected {LOSS.size}")
+        loss, compute, encode, wait = LOSS.unpack(frame.payload)
+        loss = own if self.terms.labels == "client" else loss
+        if not abs(loss) < float("inf"):
+            raise AmqError(f"the loss of step {frame.step} is {loss}: lower --learning-rate; {self._kept()}")
+        return loss, PartySeconds(compute=compute, encode=encode, wait=wait)
+
+    # The run's folder.
+
+    def _note_widths(self, step: int) -> None:
+        for stream in self.party.streams.values():
+            if (widths := stream.widths) is None:
+                continue
+            table = tuple(widths.tolist())
+            if self._widths.get(stream.name) != table:
+                self._widths[stream.name] = table
+                append_line(self.output / WIDTHS, WidthsRecord(step=step, stream=stream.name, widths=table))
+
+    def _write_run(self, status: str) -> None:
+        link = self.party.link
+        sent, received = (link.sent.total, link.received.total) if link else (0, 0)
+        sent, received = self._before[0] + sent, self._before[1] + received
+        self._run = replace(self._run, status=status, sent=sent, received=received)
+        self._run.write(self.output / RUN)

@@ -1,0 +1,254 @@
+"""A connection: frames in and out, with limits, deadlines, counters and signs of life.
+
+One thread writes and one reads, so that neither party's computing waits for the network. The writer sends an empty ACK
+whenever it has had nothing to send for a while; a party from which nothing at all comes within the deadline is lost.
+What is read is judged head first (`wire.read_head`); the first fault ends the connection, and the peer is told why.
+
+`Throttle` holds frames back as a slower network would: each waits until the link has carried what came before it and
+itself, and one latency more. It is the receiving and the sending side of one party, so the other knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import queue
+import re
+import socket
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from amq.errors import AmqError
+from amq.split.wire import (
+    CHECK_BYTES,
+    FIRST,
+    HEAD,
+    TO_CLIENT,
+    TO_SERVER,
+    Frame,
+    Limits,
+    LinkLost,
+    PeerError,
+    Type,
+    WireError,
+    check_of,
+    pack_head,
+    read_head,
+)  # fmt: skip
+
+WAITING = 16
+"""Frames that are read ahead; a peer that sends more waits."""
+MOST_REASON = 1000
+"""Bytes of an error's text that are sent."""
+RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
+
+
+@dataclass(frozen=True)
+class Throttle:
+    """rate: bits per second; latency: seconds, one way."""
+
+    rate: float
+    latency: float
+
+    @classmethod
+    def parse(cls, text: str) -> Throttle | None:
+        """`20mbit,30ms` → a throttle; empty → None."""
+        if not text:
+            return None
+        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmg]bit)\s*(?:,\s*(\d+\.?\d*)\s*ms)?\s*", text, re.IGNORECASE)
+        if not match or float(match[1]) <= 0:
+            raise AmqError(f"--link {text!r} is not a rate and a latency such as 20mbit,30ms")
+        return cls(float(match[1]) * RATES[match[2].lower()], float(match[3] or 0) / 1000)
+
+
+class _Lane:
+    """When a frame that enters a throttled link at some time comes out at its end."""
+
+    def __init__(self, throttle: Throttle | None) -> None:
+        self._throttle, self._free = throttle, 0.0
+
+    def wait(self, entered: float, size: int) -> None:
+        if self._throttle is None:
+            return
+        self._free = max(entered, self._free) + 8 * size / self._throttle.rate
+        if (left := self._free + self._throttle.latency - time.monotonic()) > 0:
+            time.sleep(left)
+
+
+@dataclass
+class Traffic:
+    """What went over a socket in one direction: bytes in all, and bytes by type of frame, heads included."""
+
+    total: int = 0
+    by_type: Counter[Type] = field(default_factory=Counter)
+
+    def count(self, type: Type, size: int) -> None:
+        self.by_type[type] += size
+
+
+class Link:
+    """One end of a connection. client: whether this end is the client's.
+
+    deadline: seconds of silence after which the peer is lost. key: as `wire.check_of`; `rekey` changes it after hello.
+    limits: what may come; `allow` widens it after hello. Threads start with the first use of `send` or `receive`.
+    """
+
+    def __init__(
+        self, sock: socket.socket, *, client: bool, key: bytes = b"", deadline: float = 30.0,
+        throttle: Throttle | None = None,
+    ) -> None:  # fmt: skip
+        self._socket, self._key, self._deadline = sock, key, deadline
+        self._out, self._in = (TO_SERVER, TO_CLIENT) if client else (TO_CLIENT, TO_SERVER)
+        self._limits: Limits = FIRST
+        self._numbers = {self._out: 0, self._in: 0}
+        self.sent, self.received = Traffic(), Traffic()
+        self._lanes = _Lane(throttle), _Lane(throttle)
+        self._outbox: queue.Queue[tuple[float, Frame] | None] = queue.Queue()
+        self._inbox: queue.Queue[tuple[float, Frame] | AmqError] = queue.Queue(WAITING)
+        self._failed: AmqError | None = None
+        self._threads: list[threading.Thread] = []
+        self._closing = threading.Event()
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) if sock.family != socket.AF_UNIX else None
+
+    # Before the threads run: hello, with a deadline for the whole of it.
+
+    def send_now(self, frame: Frame) -> None:
+        """Sends within the caller's thread; for hello, and for the last words of a connection."""
+        self._write(frame)
+
+    def receive_now(self, seconds: float) -> Frame:
+        """One frame within `seconds`, however slowly its bytes come."""
+        return self._read(time.monotonic() + seconds)
+
+    def start(self, limits: Limits, key: bytes) -> None:
+        """From now on `key` is the key, `limits` may come, and both threads run."""
+        self._key, self._limits = key, limits
+        for work in (self._write_all, self._read_all):
+            thread = threading.Thread(target=work, name=f"amq-split-{work.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def send(self, frame: Frame) -> None:
+        """Queues a frame; raises what has ended the connection, if something has."""
+        if self._failed is not None:
+            raise self._failed
+        self._outbox.put((time.monotonic(), frame))
+
+    def receive(self) -> Frame:
+        """The next frame that is no sign of life. Raises LinkLost, WireError or PeerError, after which all is over."""
+        while True:
+            found = self._inbox.get()
+            if isinstance(found, AmqError):
+                self._inbox.put(found)  # for whoever asks again
+                raise found
+            entered, frame = found
+            self._lanes[1].wait(entered, frame.wire_bytes)
+            if frame.type is not Type.ACK:
+                return frame
+
+    def close(self, why: str = "") -> None:
+        """Sends what is queued and, if something was wrong, why; then ends the connection. At once if it is lost."""
+        last = Frame(Type.ERROR, why.encode()[:MOST_REASON])
+        self._closing.set()
+        if not self._threads:
+            with contextlib.suppress(AmqError):
+                if why:
+                    self._write(last)
+        elif not isinstance(self._failed, LinkLost):
+            if why:
+                self._outbox.put((time.monotonic(), last))
+            self._outbox.put(None)
+            self._threads[0].join(timeout=self._deadline)
+        for end in (lambda: self._socket.shutdown(socket.SHUT_RDWR), self._socket.close):
+            with contextlib.suppress(OSError):
+                end()
+        for thread in self._threads:
+            thread.join(timeout=1.0)
+
+    def _write_all(self) -> None:
+        idle = min(5.0, self._deadline / 4)
+        try:
+            while True:
+                try:
+                    found = self._outbox.get(timeout=idle)
+                except queue.Empty:
+                    found = time.monotonic(), Frame(Type.ACK)
+                if found is None:
+                    return
+                entered, frame = found
+                self._lanes[0].wait(entered, frame.wire_bytes)
+                self._write(frame)
+        except AmqError as error:
+            self._fail(error)
+
+    def _read_all(self) -> None:
+        try:
+            while True:
+                frame = self._read(None)
+                if frame.type is Type.ERROR:
+                    raise PeerError(f"the other party ended the connection: {frame.payload.decode('utf-8', 'replace')}")
+                self._inbox.put((time.monotonic(), frame))
+        except AmqError as error:
+            self._fail(error)
+
+    def _fail(self, error: AmqError) -> None:
+        """Leaves `error` for `receive`, behind what came before it, and for `send`."""
+        self._failed = self._failed or error
+        while not self._closing.is_set():
+            with contextlib.suppress(queue.Full):
+                return self._inbox.put(error, timeout=0.2)
+        with contextlib.suppress(queue.Full):
+            self._inbox.put_nowait(error)
+
+    def _write(self, frame: Frame) -> None:
+        head, number = pack_head(frame), self._numbers[self._out]
+        check = check_of(self._key, self._out, number, head, frame.payload)
+        self._numbers[self._out] += 1
+        self._socket.settimeout(self._deadline)
+        try:
+            self._socket.sendall(head + check + frame.payload)
+        except TimeoutError:
+            raise LinkLost(f"the other party has read nothing for {self._deadline:g} s") from None
+        except OSError as error:
+            raise LinkLost(f"the other party is gone ({error.strerror or error})") from None
+        self.sent.total += frame.wire_bytes
+        self.sent.count(frame.type, frame.wire_bytes)
+
+    def _read(self, until: float | None) -> Frame:
+        """until: when the whole frame must be there; None where every part of it has the deadline anew."""
+        data = self._read_bytes(HEAD.size + CHECK_BYTES, until)
+        head = read_head(data[: HEAD.size], self._limits)
+        payload = self._read_bytes(head.length, until)
+        number = self._numbers[self._in]
+        check = check_of(self._key, self._in, number, data[: HEAD.size], payload)
+        frame = Frame(head.type, payload, head.step, head.micro_batch, head.cut)
+        if not hmac.compare_digest(check, data[HEAD.size :]):
+            why = "its key is another, or it was changed" if self._key else "it was damaged on its way"
+            raise WireError(f"{frame.place}: the check of the frame is wrong: {why}")
+        self._numbers[self._in] += 1
+        self.received.count(frame.type, frame.wire_bytes)
+        return frame
+
+    def _read_bytes(self, count: int, until: float | None) -> bytes:
+        data = bytearray(count)
+        view, done = memoryview(data), 0
+        while done < count:
+            left = self._deadline if until is None else until - time.monotonic()
+            if left <= 0:
+                raise LinkLost("the other party did not say hello in time")
+            self._socket.settimeout(left)
+            try:
+                read = self._socket.recv_into(view[done:], min(count - done, 1 << 20))
+            except TimeoutError:
+                if until is not None:
+                    continue
+                raise LinkLost(f"the other party has been silent for {self._deadline:g} s") from None
+            except OSError as error:
+                raise LinkLost(f"the other party is gone ({error.strerror or error})") from None
+            if not read:
+                raise LinkLost("the other party is gone (it closed the connection)")
+            done += read
+            self.received.total += read
+        return bytes(data)

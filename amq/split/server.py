@@ -1,0 +1,245 @@
+"""The serving side: holds the later blocks and, unless the client keeps its labels, the loss.
+
+A thread accepts connections and reads each one's hello, in a thread of its own and within seconds; one client at a
+time is served, and any other is told so. A client that sends what it must not is told why and loses its connection;
+the server lives, and waits for it, or another with the same run, to come back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amq.errors import AmqError
+from amq.model.inventory import embedding_weight
+from amq.split import hello
+from amq.split.adapter import half_of, most_bytes
+from amq.split.client import BUSY, LOSS
+from amq.split.hello import ClientHello, ServerHello
+from amq.split.link import Link
+from amq.split.model import Part
+from amq.split.party import Party
+from amq.split.state import States
+from amq.split.terms import Terms, check_agreement
+from amq.split.wire import Frame, LinkLost, PeerError, Type, WireError
+from amq.util.progress import Progress
+
+GREETING = 8
+"""Connections that may be saying hello at a time."""
+IGNORED = -100
+"""A target where nothing is predicted."""
+
+
+class Door:
+    """Accepts connections until it is closed; `clients` has those that said hello while nobody was served."""
+
+    def __init__(self, listener: socket.socket, key: bytes, deadline: float) -> None:
+        self._listener, self._key, self._deadline = listener, key, deadline
+        self.clients: queue.Queue[tuple[Link, ClientHello]] = queue.Queue()
+        self._lock, self._served = threading.Lock(), False
+        self._greeting = threading.Semaphore(GREETING)
+        threading.Thread(target=self._accept, name="amq-split-door", daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:  # closed
+                return
+            if self._greeting.acquire(blocking=False):
+                threading.Thread(target=self._greet, args=(sock,), name="amq-split-hello", daemon=True).start()
+            else:
+                sock.close()
+
+    def _greet(self, sock: socket.socket) -> None:
+        link = Link(sock, client=False, key=self._key, deadline=self._deadline)
+        try:
+            client = hello.read_client(link.receive_now(hello.HELLO_SECONDS))
+            with self._lock:
+                busy, self._served = self._served, True
+            if busy:
+                link.close(BUSY)
+            else:
+                self.clients.put((link, client))
+        except AmqError as error:
+            link.close(str(error))
+        finally:
+            self._greeting.release()
+
+    def free(self) -> None:
+        """The next client may come."""
+        with self._lock:
+            self._served = False
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+class Server:
+    """own: what this server's settings say of the terms. make_part: (terms) → the part of the model."""
+
+    def __init__(
+        self,
+        own: Mapping[str, Any],
+        channels: int,
+        make_part: Callable[[Terms], Part],
+        output: Path,
+        progress: Progress,
+    ) -> None:
+        self._own, self._channels, self._make_part, self._progress = own, channels, make_part, progress
+        self.states = States(output)
+        self.party: Party | None = None
+
+    def serve(self, door: Door, key: bytes, reconnect: float) -> None:
+        """Serves one run to its end. Raises AmqError where its client does not come back."""
+        lost_since: float | None = None
+        while True:
+            wait = None if lost_since is None else max(0.0, lost_since + reconnect - time.monotonic())
+            try:
+                link, client = door.clients.get(timeout=wait)
+            except queue.Empty:
+                raise AmqError(
+                    f"the client did not come back within {reconnect:g} s; the state of step {self.states.steps()[-1]} "
+                    "is kept: go on with --resume"
+                ) from None
+            try:
+                start = self._welcome(link, client, key)
+                self._session(link, start)
+                link.close()
+                return
+            except (LinkLost, PeerError, WireError) as error:
+                link.close(str(error) if isinstance(error, WireError) else "")
+                self._say(f"{error}")
+            except AmqError as error:  # of hello: the client is refused, of a step: nothing can go on
+                link.close(str(error))
+                if self.party is not None and self.party.link is link:
+                    raise
+                self._say(f"refused a client: {error}")
+            except BaseException as error:
+                link.close(f"the server stopped: {str(error) or type(error).__name__}")
+                raise
+            finally:
+                door.free()
+            if self.party is not None:
+                lost_since = time.monotonic()
+                self._say(
+                    f"the state of step {self.states.steps()[-1]} is kept; waiting {reconnect:g} s for the client"
+                )
+
+    def _say(self, text: str) -> None:
+        self._progress.say(text)
+
+    def _welcome(self, link: Link, client: ClientHello, key: bytes) -> int:
+        """Judges hello and answers it; returns the step to go on from. Raises AmqError where it is refused."""
+        terms = client.terms
+        check_agreement(self._own, terms, "this server's")
+        if client.channels != self._channels:
+            raise AmqError(f"channels differ: this server's are {self._channels}, the client's {client.channels}")
+        self.states.check(terms)
+        start = hello.common_step(self.states.steps() or [0], client.durable)
+        fresh = self.party is None
+        if self.party is None:
+            self.party = Party(self._make_part(terms), terms, client=False)
+        if not self.states.steps():
+            self.states.save(0, self.party.state(), terms)
+        answer = ServerHello(start=start, adapter=most_bytes(self.party.part), nonce=hello.nonce())
+        hello.send_hello(link, answer)
+        hello.begin(link, key, client, answer, is_client=False)
+        self.party.link = link
+        self.party.load(self.states.load(start))
+        self.states.drop_after(start)
+        self._say(f"{'training' if fresh else 'going on'} from step {start} of {terms.steps}: cut {terms.cut}, "
+                  f"policy {terms.policy}, coder {terms.coder}, labels at the {terms.labels}")  # fmt: skip
+        return start
+
+    def _session(self, link: Link, start: int) -> None:
+        party = self.party
+        assert party is not None
+        terms = party.terms
+        for step in range(start, terms.steps):
+            self._step(step, link)
+            if (step + 1) % terms.save_every == 0 or step + 1 == terms.steps:
+                self.states.save(step + 1, party.state(), terms)
+        party.expect(Type.BYE, terms.steps)
+        link.send(Frame(Type.ADAPTER, half_of(party.part), terms.steps))
+        party.expect(Type.BYE, terms.steps)
+
+    def _step(self, step: int, link: Link) -> None:
+        party = self.party
+        assert party is not None
+        terms, loss = party.terms, 0.0
+        party.begin(step)
+        waiting: list[tuple[Tensor, Tensor]] = []
+        for index in range(terms.micro_batches + 1):
+            if index < terms.micro_batches:
+                if terms.labels == "server":
+                    loss += self._whole(step, index)
+                else:
+                    waiting.append(self._forward(step, index))
+            if index and terms.labels == "client":
+                self._backward(step, index - 1, *waiting.pop(0))
+        spent = party.clock.take()
+        link.send(Frame(Type.LOSS, LOSS.pack(loss, spent.compute, spent.encode, spent.wait), step))
+        party.end(step)
+
+    def _hidden(self, step: int, index: int) -> Tensor:
+        assert self.party is not None
+        came = self.party.receive(0, True, step, index, self.party.samples(step, index))
+        part = self.party.part
+        return self.party.streams[0, True].shaped(came).to(part.device, part.model.dtype).requires_grad_()
+
+    def _whole(self, step: int, index: int) -> float:
+        """A part of a step whose labels came along: forward, loss and backward at once."""
+        assert self.party is not None
+        party = self.party
+        targets = self._targets(party.expect(Type.LABELS, step, index))
+        hidden = self._hidden(step, index)
+        with party.clock("compute"):
+            loss = party.part.loss(party.part.continued(hidden), targets, party.terms.predicted)
+            loss.backward()
+        assert hidden.grad is not None
+        party.send(party.streams[0, False], hidden.grad, step, index, party.samples(step, index))
+        return float(loss.detach())
+
+    def _targets(self, frame: Frame) -> Tensor:
+        assert self.party is not None
+        terms, rows = self.party.terms, embedding_weight(self.party.part.model).shape[0]
+        if len(frame.payload) != 4 * terms.tokens:
+            raise WireError(f"{frame.place} has {len(frame.payload)} bytes, expected {4 * terms.tokens}")
+        targets = torch.frombuffer(bytearray(frame.payload), dtype=torch.int32).to(torch.int64)
+        if bool(((targets < 0) & (targets != IGNORED) | (targets >= rows)).any()):
+            raise WireError(f"{frame.place}: a target is no token of the model's {rows}")
+        return targets.view(terms.windows, terms.window_length).to(self.party.part.device)
+
+    def _forward(self, step: int, index: int) -> tuple[Tensor, Tensor]:
+        """U-shape: sends the hidden states behind the last block; (what came, what went), for the way back."""
+        assert self.party is not None
+        hidden = self._hidden(step, index)
+        with self.party.clock("compute"):
+            after = self.party.part.continued(hidden)
+        self.party.send(self.party.streams[1, True], after, step, index, self.party.samples(step, index))
+        return hidden, after
+
+    def _backward(self, step: int, index: int, hidden: Tensor, after: Tensor) -> None:
+        assert self.party is not None
+        party, samples = self.party, self.party.samples(step, index)
+        gradient = party.receive(1, False, step, index, samples)
+        stream = party.streams[1, True]
+        assert stream.policy is not None and hidden is not None
+        with party.clock("encode"):
+            stream.policy.returned(gradient)
+        with party.clock("compute"):
+            after.backward(stream.shaped(gradient).to(after.device, after.dtype))
+        assert hidden.grad is not None
+        party.send(party.streams[0, False], hidden.grad, step, index, samples)
