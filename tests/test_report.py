@@ -21,9 +21,9 @@ from amq.configuration import Configuration, memory_items
 from amq.errors import AmqError
 from amq.report import charts, write_report
 from amq.report.__main__ import main
-from amq.report.charts import Missing
 from amq.report.data import Shown, count_formats, show_bytes, show_change, show_loss
-from amq.report.page import NEIGHBOURS, VEGA_LITE
+from amq.report.look import VEGA_LITE, Missing
+from amq.report.page import NEIGHBOURS
 from amq.search.run_folder import RunFolder
 
 MARKUP = "</script><img src=x onerror=alert(1)> & $x$"
