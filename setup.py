@@ -183,7 +183,7 @@ setup(
     python_requires=">=3.10",
     packages=PACKAGES,
     package_dir=PACKAGE_DIR,
-    package_data={"amq": ["py.typed"], "amq.report": ["page.html.jinja"], "amq.serve": ["page.html"]},
+    package_data={"amq": ["py.typed"], "amq.report": ["*.jinja"], "amq.split": ["*.jinja"], "amq.serve": ["page.html"]},
     ext_modules=[Extension("amq._cpu", sources=[])],
     cmdclass={"build": TemporaryBuild, "build_ext": CMakeBuild},
     install_requires=INSTALL_REQUIRES,

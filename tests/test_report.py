@@ -5,78 +5,26 @@ from __future__ import annotations
 import json
 import math
 import re
-import zlib
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 import vl_convert
 from helpers import chromium
 from helpers.analytic import AnalyticLosses, space
+from helpers.report_pages import Page, browse, pixels, rows
 from helpers.runs import make_run
 
 from amq.configuration import Configuration, memory_items
 from amq.errors import AmqError
 from amq.report import charts, write_report
 from amq.report.__main__ import main
-from amq.report.charts import Missing
 from amq.report.data import Shown, count_formats, show_bytes, show_change, show_loss
-from amq.report.page import NEIGHBOURS, VEGA_LITE
+from amq.report.look import VEGA_LITE, Missing
+from amq.report.page import NEIGHBOURS
 from amq.search.run_folder import RunFolder
 
 MARKUP = "</script><img src=x onerror=alert(1)> & $x$"
-
-
-class Page(HTMLParser):
-    """What a page would load, its headings, its visible text, and the specifications of its charts."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.html = (folder / "report.html").read_text(encoding="utf-8")
-        self.tags: list[str] = []
-        self.loads: list[str] = []
-        self.text, self.hidden, self.headings = "", False, list[str]()
-        self.feed(self.html)
-        self.specs: dict[str, Any] = json.loads(re.search(r"^const specs = (.*), themes = ", self.html, re.M)[1])
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.hidden = tag in ("script", "style")
-        self.loads += [f"{tag} {key}={value}" for key, value in attributes if key in ("src", "href", "data", "poster")]
-
-    def handle_endtag(self, tag: str) -> None:
-        self.hidden = False
-
-    def handle_data(self, data: str) -> None:
-        if not self.hidden:
-            self.text += f" {data}"
-            if self.tags[-1:] == ["h2"] and data.strip():
-                self.headings.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(self.text.split())
-
-
-def pixels(path: Path) -> set[bytes]:
-    """The distinct bytes of a PNG's filtered rows, 8 at a time: a blank picture has a handful."""
-    data, at, packed = path.read_bytes(), 8, b""
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    while at < len(data):
-        size, kind = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
-        packed += data[at + 8 : at + 8 + size] if kind == b"IDAT" else b""
-        at += 12 + size
-    raw = zlib.decompress(packed)
-    return {raw[i : i + 8] for i in range(0, len(raw), 8)}
-
-
-def rows(spec: Any) -> list[dict[str, Any]]:
-    """All rows of data in a specification."""
-    parts = spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ()
-    own = spec["data"].get("values", []) if isinstance(spec, dict) and "data" in spec else []
-    return [*own, *(row for part in parts for row in rows(part))]
 
 
 @pytest.fixture(scope="module")
@@ -285,25 +233,10 @@ def test_figures_read_well() -> None:
 @pytest.mark.skipif(chromium.EXECUTABLE is None, reason="needs a Chromium browser on PATH")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_draws_it_wide_and_narrow_without_a_network(additive: Path, tmp_path: Path, scheme: str) -> None:
-    with chromium.Page(tmp_path, timeout=60) as page:
-        page.call("Network.enable")
-        page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
-        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
-        for width in (1400, 400):
-            size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
-            page.call("Emulation.setDeviceMetricsOverride", **size)
-            page.open("about:blank")
-            page.open((additive / "report.html").as_uri())
-            page.wait("document.querySelectorAll('.chart svg').length == 6", 60)
-            assert page.run("document.documentElement.scrollWidth") == width
-            widths = page.run("[...document.querySelectorAll('.chart svg')].map(svg => svg.clientWidth)")
-            assert all(300 < w <= width for w in widths)
-            assert page.messages == [], "Vega warns in the console"
+    with browse(additive / "report.html", tmp_path, scheme, 6) as page:
         slide = (
             "const i = document.querySelector('input[type=range]'); i.value = 0; i.dispatchEvent(new Event('input'));"
         )
         first = page.run("document.querySelector('#chart-bits .role-title').textContent")
         page.run(f"(() => {{ {slide} }})()")
         page.wait(f"document.querySelector('#chart-bits .role-title').textContent != {json.dumps(first)}")
-        shade = page.run("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).reduce((a, b) => a + +b, 0)")
-        assert (shade < 200) == (scheme == "dark")

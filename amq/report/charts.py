@@ -1,25 +1,34 @@
 """The report's charts: one Altair specification each, drawn alike by the page and as a PNG.
 
 A chart is a function of the run that gives the chart, or a `Missing` with the reason that the page prints in its place.
-Colours that have to stand on a white and on a dark page are chosen for both; what cannot (text, grid) is in `theme`.
-Widths are the container's, so that the page fits a telephone.
+Colours and sizes are those of `look`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import altair as alt
 
 from amq.report.data import Point, Shown, count_formats, show_loss, sort_formats
+from amq.report.look import (
+    BLUE,
+    GREEN,
+    GREY,
+    MAGENTA,
+    ORANGE,
+    PARTS,
+    RAMP,
+    Chart,
+    Missing,
+    finish,
+    log_scale,
+    table,
+)
 
 LOSSES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
-RAMP = ("#f2de7e", "#a6d49f", "#55b7ad", "#2f8fc0", "#4569bd", "#6a3f9e")
-"""Formats from few bits to many. Steps differ in lightness, and so stay apart for colour-blind readers and in print."""
-GREY, BLUE, GREEN, MAGENTA, ORANGE = "#8b98a5", "#3280c8", "#0f9d76", "#c2569a", "#e8710a"
 KINDS = {
     "evaluated": (GREY, "circle", 20),
     "front": (BLUE, "circle", 60),
@@ -28,57 +37,9 @@ KINDS = {
     "chosen": (ORANGE, "diamond", 200),
 }
 """Kinds of point in scatter charts: colour, shape and area in pixels; later ones are drawn over earlier ones."""
-PARTS = (BLUE, "#8fc1ea", GREEN, "#d9b945", MAGENTA, ORANGE, GREY)
 MOST_HEIGHT = 900
 DASHED: dict[str, Any] = {"color": GREY, "strokeDash": [5, 4], "strokeWidth": 1.3, "clip": True}
 BAND: dict[str, Any] = {"color": GREEN, "opacity": 0.2, "clip": True}
-
-
-@dataclass(frozen=True)
-class Missing:
-    """A chart that cannot be drawn, and why."""
-
-    reason: str
-
-
-Chart = alt.LayerChart | Missing
-
-
-def theme(ink: str, muted: str, line: str, columns: int) -> dict[str, Any]:
-    """A Vega-Lite configuration: colours of text, labels and grid; columns: legend entries beside each other."""
-    labels = {"labelColor": muted, "titleColor": ink, "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": 500}
-    lines = {"gridColor": line, "domainColor": line, "tickColor": line, "labelOverlap": "greedy", "labelSeparation": 4}
-    legend = {"orient": "bottom", "columns": columns, "labelLimit": 75 * columns, "symbolStrokeWidth": 0}
-    return {
-        "background": "transparent",
-        "font": "system-ui, 'Liberation Sans', 'DejaVu Sans', sans-serif",
-        "numberFormat": ".4~g",
-        "axis": {**labels, **lines},
-        "legend": {**labels, **legend},
-        "title": {"color": ink, "subtitleColor": muted, "anchor": "start", "fontSize": 13, "subtitleFontSize": 12},
-        "view": {"stroke": None},
-        "text": {"color": ink, "fontSize": 12},
-    }
-
-
-COLORS = {"light": ("#1c2430", "#55626f", "#dfe4e9"), "dark": ("#e8edf2", "#a3b0bd", "#38424d")}
-THEMES = {name: {"wide": theme(*colors, 5), "narrow": theme(*colors, 2)} for name, colors in COLORS.items()}
-
-
-def _rows(rows: Iterable[dict[str, Any]]) -> alt.Chart:
-    return alt.Chart(alt.Data(values=list(rows)))
-
-
-def _finish(layers: list[alt.Chart], title: Any, description: str, height: int = 300) -> alt.LayerChart:
-    size = alt.AutoSizeParams(type="fit-x", contains="padding")
-    more: dict[str, Any] = {"autosize": size, "title": alt.Title(title), "description": description}
-    return alt.LayerChart(layer=layers, width="container", height=height, **more)
-
-
-def _log(values: Iterable[float]) -> alt.Scale:
-    """A logarithmic scale around the values, all of them positive."""
-    found = list(values)
-    return alt.Scale(type="log", nice=False, domain=[min(found) * 0.85, max(found) * 1.18])
 
 
 def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> alt.Chart:
@@ -87,7 +48,7 @@ def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> al
     color = alt.Color("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][0] for kind in kinds])
     shape = alt.Shape("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][1] for kind in kinds])
     size = alt.Size("size:Q").scale(None).legend(None)
-    marks = _rows({**row, "size": KINDS[row["kind"]][2]} for row in rows).mark_point(filled=True, opacity=0.9)
+    marks = table({**row, "size": KINDS[row["kind"]][2]} for row in rows).mark_point(filled=True, opacity=0.9)
     return marks.encode(x, y, color, shape, size, tooltip=["kind:N", "bits:Q", *tooltip, "formats:N"])
 
 
@@ -101,14 +62,14 @@ def memory_chart(run: Shown) -> Chart:
     bars = [(now, item.name, item.bytes) for item in run.memory]
     bars += [("16 bits", parts[0], full), *(("16 bits", item.name, item.bytes) for item in run.others)]
     rows = ({"bar": bar, "part": part, unit: n / size, "at": parts.index(part)} for bar, part, n in bars if n)
-    chart = _rows(rows).mark_bar(height=26).encode(
+    chart = table(rows).mark_bar(height=26).encode(
         alt.X(f"{unit}:Q").axis(tickCount=6),
         alt.Y("bar:N").title(None).sort(None),
         alt.Color("part:N").title(None).scale(domain=parts, range=[PARTS[i % len(PARTS)] for i in range(len(parts))]),
         alt.Order("at:O"),
         tooltip=["part:N", f"{unit}:Q"],
     )  # fmt: skip
-    return _finish([chart], "Memory", f"Stacked bars: memory by part in {unit}, now and in 16 bits", 84)
+    return finish([chart], "Memory", f"Stacked bars: memory by part in {unit}, now and in 16 bits", 84)
 
 
 def bits_chart(run: Shown) -> Chart:
@@ -144,13 +105,13 @@ def _heat_map(
         for s in run.folder.run.linears
         if s.name in values
     ]
-    map_ = _rows(cells).transform_calculate(**{field: formula}).mark_rect()
+    map_ = table(cells).transform_calculate(**{field: formula}).mark_rect()
     layers = [map_.encode(x, y, color, tooltip=["linear:N", color["shorthand"], "pinned:N"])]
     if pinned:
-        frames = _rows(cell for cell in cells if cell["linear"] in pinned)
+        frames = table(cell for cell in cells if cell["linear"] in pinned)
         layers.append(frames.mark_rect(filled=False, stroke=ORANGE, strokeWidth=2).encode(x, y))
     row = max(2, min(26, MOST_HEIGHT // len(run.roles)))  # a model of experts has hundreds of roles
-    return _finish(layers, title, f"Heat map: the {field} of each linear by role and block", row * len(run.roles))
+    return finish(layers, title, f"Heat map: the {field} of each linear by role and block", row * len(run.roles))
 
 
 def cost_chart(run: Shown) -> Chart:
@@ -179,23 +140,23 @@ def front_chart(run: Shown) -> Chart:
     if not rows:
         return Missing("no configuration has a loss yet")
     x = alt.X("bits:Q").title("bits per weight").scale(zero=False, nice=False, padding=14).axis(tickCount=10)
-    y = alt.Y("loss:Q").title("loss, nats/token").scale(_log(row["loss"] for row in rows))
+    y = alt.Y("loss:Q").title("loss, nats/token").scale(log_scale(row["loss"] for row in rows))
     front, layers = run.folder.front, []
     if front is not None and front.band is not None:
         edges = [(p.bits_per_weight, *front.band.around(p.loss)) for p in front.front if p.loss > 0]
-        band = _rows({"bits": bits, "low": low, "high": high} for bits, low, high in edges).mark_area(**BAND)
+        band = table({"bits": bits, "low": low, "high": high} for bits, low, high in edges).mark_area(**BAND)
         layers.append(band.encode(x, alt.Y("low:Q"), alt.Y2("high:Q")))
     if front is not None and front.curve:
         curve = ({"bits": p.bits_per_weight, "loss": p.loss} for p in front.curve if p.loss > 0)
-        layers.append(_rows(curve).mark_line(**DASHED).encode(x, y))
+        layers.append(table(curve).mark_line(**DASHED).encode(x, y))
     if run.folder.settings.target_bits is not None:
-        rule = _rows([{"bits": run.folder.settings.target_bits}]).mark_rule(color=ORANGE, strokeDash=[2, 3])
+        rule = table([{"bits": run.folder.settings.target_bits}]).mark_rule(color=ORANGE, strokeDash=[2, 3])
         layers.append(rule.encode(alt.X("bits:Q")))
-    layers.append(_rows(row for row in rows if row["kind"] == "front").mark_line(color=BLUE).encode(x, y))
+    layers.append(table(row for row in rows if row["kind"] == "front").mark_line(color=BLUE).encode(x, y))
     layers.append(_points(rows, x, y, "loss:Q"))
-    names = _rows({"bits": p.bits, "loss": p.loss, "name": p.name} for p in run.uniform if p.loss and p.loss > 0)
+    names = table({"bits": p.bits, "loss": p.loss, "name": p.name} for p in run.uniform if p.loss and p.loss > 0)
     layers.append(names.mark_text(align="left", dx=9, dy=-6).encode(x, y, alt.Text("name:N")))
-    return _finish(layers, "Loss against bits per weight", "Scatter chart: loss against bits, with the front", 380)
+    return finish(layers, "Loss against bits per weight", "Scatter chart: loss against bits, with the front", 380)
 
 
 def _front_rows(run: Shown) -> list[dict[str, Any]]:
@@ -240,15 +201,15 @@ def _agreement(
     if len(rows) < 2:
         return Missing(f"fewer than two configurations have both a {across} and a {up}")
     low, high = slopes or (1.0, 1.0)
-    domain = _log(row[name] for row in rows for name in (across, up))
-    ends = _rows({across: end, up: end, "low": end * low, "high": end * high} for end in domain["domain"])
+    domain = log_scale(row[name] for row in rows for name in (across, up))
+    ends = table({across: end, up: end, "low": end * low, "high": end * high} for end in domain["domain"])
     x = alt.X(f"{across}:Q").title(f"{across}, nats/token").scale(domain).axis(tickCount=5)
     y = alt.Y(f"{up}:Q").scale(domain)
     layers = [ends.mark_line(**DASHED).encode(x, y), _points(rows, x, y, f"{across}:Q", f"{up}:Q")]
     if slopes:
         layers.insert(0, ends.mark_area(**BAND).encode(x, alt.Y("low:Q").title(up).scale(domain), alt.Y2("high:Q")))
     title = f"{up.capitalize()} against {across}"
-    return _finish(layers, title, f"Scatter chart: {title}")
+    return finish(layers, title, f"Scatter chart: {title}")
 
 
 def surrogate_chart(run: Shown) -> Chart:
@@ -266,13 +227,13 @@ def surrogate_chart(run: Shown) -> Chart:
     ]
     if not rows:
         return Missing("no iteration has a score; the paper solver writes one after each")
-    chart = _rows(rows).mark_line(point=True).encode(
+    chart = table(rows).mark_line(point=True).encode(
         alt.X("iteration:Q").axis(tickMinStep=1).scale(zero=False),
         alt.Y("value:Q").title("rank correlation").scale(zero=False),
         alt.Color("score:N").title(None).scale(domain=scores, range=(BLUE, ORANGE)),
         tooltip=["iteration:Q", "score:N", "value:Q", "rmse:Q", "hypervolume:Q"],
     )  # fmt: skip
-    return _finish([chart], "Surrogate: rank correlation by iteration", "Line chart: rank correlation by iteration")
+    return finish([chart], "Surrogate: rank correlation by iteration", "Line chart: rank correlation by iteration")
 
 
 CHARTS: dict[str, Callable[[Shown], Chart]] = {

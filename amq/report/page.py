@@ -6,26 +6,17 @@ and what it costs, where the bits went, what one step more or less would change,
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import altair as alt
-import jinja2
-import vl_convert
-
 from amq.report import charts
-from amq.report.charts import Missing
 from amq.report.data import EPSILON, Point, Shown, count_formats, show_bytes, show_change, show_loss
+from amq.report.look import show_details, write_page
 from amq.search.run_folder import RunFolder
-from amq.util.files import write_atomic
 
-VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
-GLOBALS = "window.vegaEmbed = vegaEmbed"
-"""What the page's script needs of Vega's bundle."""
-PNG_WIDTH, PNG_SCALE = 760, 1.5
 NEIGHBOURS = 2  # points on each side of the chosen one that it is compared with
 
 
@@ -33,45 +24,20 @@ def write(run_dir: Path) -> list[Path]:
     """As `amq.report.write_report`."""
     run = Shown(RunFolder.open(run_dir))
     drawn = {name: draw(run) for name, draw in charts.CHARTS.items()}
-    specs = {name: chart.to_dict() for name, chart in drawn.items() if not isinstance(chart, Missing)}
-    for spec in specs.values():
-        del spec["config"]  # the page and the PNG files have their own
-    files = {f"{name}.png": _png(spec, run.folder.run.model.name) for name, spec in specs.items()}
-    files = {"report.html": _render(run, drawn, specs).encode(), **files}
-    for name, content in files.items():
-        _save(run_dir / name, content)
-    for name in charts.CHARTS.keys() - specs.keys():
-        (run_dir / f"{name}.png").unlink(missing_ok=True)  # of an earlier report
-    return [run_dir / name for name in files]
+    name, filters = run.folder.run.model.name, {"loss": show_loss}
+    return write_page(run_dir, TEMPLATE, drawn, name, charts.CHARTS, _values(run), filters)
 
 
-def _save(path: Path, content: bytes) -> None:
-    def put(temporary: Path) -> None:
-        temporary.write_bytes(content)
-
-    write_atomic(path, put)
-
-
-def _png(spec: dict[str, Any], model: str) -> bytes:
-    """The chart as it stands on a light page, with the model's name under its title."""
-    config = {**charts.THEMES["light"]["wide"], "background": "#ffffff", "padding": 12}
-    fixed = {**spec, "width": PNG_WIDTH, "title": {**spec["title"], "subtitle": model}, "config": config}
-    return vl_convert.vegalite_to_png(fixed, vl_version=VEGA_LITE, scale=PNG_SCALE)
-
-
-def _render(run: Shown, drawn: dict[str, charts.Chart], specs: dict[str, dict[str, Any]]) -> str:
-    options: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    environment = jinja2.Environment(autoescape=True, **options)
-    environment.filters["loss"] = show_loss
+def _values(run: Shown) -> dict[str, Any]:
+    """What the template wants besides the charts."""
     chosen = next((i for i, p in enumerate(run.choices) if run.is_chosen(p)), None)
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        shown=run, run=run.folder.run, settings=run.folder.settings, front=run.folder.front,
-        sensitivity=run.folder.sensitivity, loss_name=charts.LOSSES.get(run.folder.settings.loss, "loss"),
-        tiles=_tiles(run), uniform=_uniform_rows(run), memory=_memory_rows(run),
-        steps=[] if chosen is None else _step_rows(run, chosen), points=_point_rows(run), chosen=chosen,
-        infeasible=sum(record.loss is None for record in run.evaluated), details=_details(run), drawn=drawn,
-        specs=specs, themes=charts.THEMES, javascript=vl_convert.javascript_bundle(GLOBALS, vl_version=VEGA_LITE),
-    )  # fmt: skip
+    return {
+        "shown": run, "run": run.folder.run, "settings": run.folder.settings, "front": run.folder.front,
+        "sensitivity": run.folder.sensitivity, "loss_name": charts.LOSSES.get(run.folder.settings.loss, "loss"),
+        "tiles": _tiles(run), "uniform": _uniform_rows(run), "memory": _memory_rows(run),
+        "steps": [] if chosen is None else _step_rows(run, chosen), "points": _point_rows(run), "chosen": chosen,
+        "infeasible": sum(record.loss is None for record in run.evaluated), "details": _details(run),
+    }  # fmt: skip
 
 
 def _tiles(run: Shown) -> list[tuple[str, str, str]]:
@@ -145,13 +111,9 @@ def _point_rows(run: Shown) -> list[list[str]]:
 def _details(run: Shown) -> dict[str, dict[str, str]]:
     """Everything needed to repeat the run, by group."""
     of = run.folder.run
-    groups: dict[str, dict[str, Any]] = {
+    groups: dict[str, Mapping[str, Any]] = {
         "Model": asdict(of.model), "Settings": of.settings.json(), "Calibration": asdict(of.calibration),
         "Seconds": dict(of.timings or {}), "Evaluations": asdict(of.evaluations) if of.evaluations else {},
         "Machine": asdict(of.machine), "Versions": of.versions, "Pinned linears": of.pinned,
     }  # fmt: skip
-    return {
-        heading: {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in values.items()}
-        for heading, values in groups.items()
-        if values
-    }
+    return show_details(groups)
