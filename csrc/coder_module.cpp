@@ -57,6 +57,12 @@ const uint8_t* checked_codes(const amq::CoderArgs& args, const Memory& codes) {
     return given;
 }
 
+std::vector<uint32_t> powers() {
+    std::vector<uint32_t> out(256);
+    amq::powers(out.data());
+    return out;
+}
+
 std::vector<uint32_t> frequencies(int64_t levels, int64_t center, int64_t scale) {
     require(levels >= 1 && levels <= amq::kMostLevels, "levels", possible_levels(), levels);
     require(center >= 0 && center <= UINT8_MAX, "center", "a byte", center);
@@ -106,6 +112,7 @@ void fit(const Memory& codes, const Memory& levels, const Memory& center, const 
 }  // namespace
 
 void bind_coder(py::module_& m) {
+    m.def("coder_powers", &powers, "2^(-i/256), 30 fraction bits: what tables of frequencies are made of");
     m.def("coder_frequencies", &frequencies, py::arg("levels"), py::arg("center"), py::arg("scale"),
           "What a channel's codes weigh, of 2^16");
     m.def("coder_encode", &encode, py::kw_only(), py::arg("codes"), py::arg("levels"), py::arg("center"),

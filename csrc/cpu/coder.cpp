@@ -276,6 +276,11 @@ Choice descend(Cost& cost, const Histogram& histogram, int shape) {
 
 }  // namespace
 
+void powers(uint32_t* out) {
+    const Powers powers;
+    std::copy(powers.of.begin(), powers.of.end(), out);
+}
+
 void frequencies(int levels, int center, int scale, uint32_t* out) { frequencies(Powers(), levels, center, scale, out); }
 
 int64_t encode(const CoderArgs& args, const uint8_t* codes, uint8_t* out, int64_t capacity) {

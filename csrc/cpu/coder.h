@@ -22,6 +22,9 @@ struct CoderArgs {
 
 enum class Coded { kGood, kTooShort, kBadStart, kTrailing, kBadEnd };
 
+// 2^(−i/256) for i = 0 … 255, 30 fraction bits: what every table is made of.
+void powers(uint32_t* out);
+
 // [levels] of one channel; each at least 1, and at most 2^16 − 1 where there are two levels or more.
 void frequencies(int levels, int center, int scale, uint32_t* out);
 
