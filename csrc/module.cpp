@@ -114,4 +114,5 @@ PYBIND11_MODULE(_cpu, m) {
           "Log-probabilities and logits -> float64 divergence per row; see csrc/cpu/divergence.h");
     bind_linear(m);
     bind_decoder(m);
+    bind_coder(m);
 }

