@@ -67,7 +67,7 @@ EXTRAS_REQUIRE = {
         *SPLIT,
         *GPU,
         *("pytest>=9", "pytest-xdist>=3.7", "pytest-benchmark>=4", "hypothesis>=6.90", "ruff>=0.8", "mypy>=1.11"),
-        *("openai>=1.60", "httpx>=0.27", "openapi-spec-validator>=0.7", "jsonschema>=4", "constriction>=0.4"),
+        *("openai>=1.60", "httpx>=0.27", "openapi-spec-validator>=0.7", "jsonschema>=4", "constriction>=0.5"),
         "pydantic-ai-slim>=2",  # an agent framework, which must work with the server
         "matplotlib>=3.8",  # the benchmarks' pictures
     ],
