@@ -12,11 +12,13 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.model.inventory import embedding_weight
 from amq.split import hello
 from amq.split.adapter import read_half, write_adapter
 from amq.split.hello import ClientHello
@@ -48,8 +50,9 @@ ANSWER_SECONDS = 120.0
 """For a server to answer the first hello in, upon which it makes its part of the model."""
 
 
-def pack_targets(targets: Tensor) -> bytes:
-    return targets.to(torch.int32).numpy().tobytes()
+def label_type(rows: int) -> np.dtype[Any]:
+    """As what token ids go over the wire; rows: of the model's embedding."""
+    return np.dtype("<u2" if rows <= 1 << 16 else "<u4")
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,7 @@ class Client:
     def _step(self, step: int, link: Link) -> StepRecord:
         start, party = time.perf_counter(), self.party
         counted = {key: stream.bytes for key, stream in party.streams.items()}
-        labels, losses, bits = 0, [], {True: [], False: []}  # type: ignore[var-annotated]
+        labels, own_loss = 0, 0.0
         party.begin(step)
         waiting: list[tuple[Tensor, Tensor]] = []
         for index in range(self.terms.micro_batches + 1):
@@ -202,45 +205,54 @@ class Client:
                 with party.clock("compute"):
                     hidden = party.part.embedded(tokens)
                 if self.terms.labels == "server":
-                    frame = Frame(Type.LABELS, pack_targets(targets_of(tokens, self.terms.unscored)), step, index)
-                    link.send(frame)
-                    labels += frame.wire_bytes
+                    labels += self._send_labels(tokens, step, index, link)
                 party.send(party.streams[0, True], hidden, step, index, party.samples(step, index))
                 waiting.append((tokens, hidden))
             if index:
                 tokens, hidden = waiting.pop(0)
                 if self.terms.labels == "client":
-                    losses.append(self._head(step, index - 1, tokens))
+                    own_loss += self._head(step, index - 1, tokens)
                 self._backward(step, index - 1, hidden)
-        loss, server = self._loss(party.expect(Type.LOSS, step), sum(losses))
+        loss, server = self._loss(party.expect(Type.LOSS, step), own_loss)
         self._note_widths(step)
         party.end(step)
-        for (_, forward), stream in party.streams.items():
-            bits[forward].append(stream.bits)
-        spent = {
-            forward: sum(s.bytes - counted[k] for k, s in party.streams.items() if (k[0] == 0) == (k[1] == forward))
-            for forward in (True, False)
-        }
+        sent, received = 0, 0
+        for (cut, forward), stream in party.streams.items():
+            if (cut == 0) == forward:  # hidden states of the first cut, gradients of the second
+                sent += stream.bytes - counted[cut, forward]
+            else:
+                received += stream.bytes - counted[cut, forward]
         return StepRecord(
-            step=step, loss=loss, forward_bits=sum(bits[True]) / len(bits[True]),
-            backward_bits=sum(bits[False]) / len(bits[False]), forward_bytes=spent[True] + labels,
-            backward_bytes=spent[False], sent=self._before[0] + link.sent.total,
+            step=step, loss=loss, forward_bits=self._bits(True), backward_bits=self._bits(False),
+            forward_bytes=sent + labels, backward_bytes=received, sent=self._before[0] + link.sent.total,
             received=self._before[1] + link.received.total, seconds=time.perf_counter() - start,
             client=party.clock.take(), server=server,
         )  # fmt: skip
+
+    def _bits(self, forward: bool) -> float:
+        """Mean bits per value of the step's hidden states or gradients, over the cuts."""
+        bits = [stream.bits for (_, way), stream in self.party.streams.items() if way == forward]
+        return sum(bits) / len(bits)
+
+    def _send_labels(self, tokens: Tensor, step: int, index: int, link: Link) -> int:
+        """The tokens themselves, of which the server makes what each position predicts; returns their bytes."""
+        kind = label_type(embedding_weight(self.party.part.model).shape[0])
+        frame = Frame(Type.LABELS, tokens.numpy().astype(kind).tobytes(), step, index)
+        link.send(frame)
+        return frame.wire_bytes
 
     def _head(self, step: int, index: int, tokens: Tensor) -> float:
         """U-shape: the loss of one part, whose gradient at the second cut goes to the server."""
         party, samples = self.party, self.party.samples(step, index)
         came = party.receive(1, True, step, index, samples)
-        hidden = party.streams[1, True].shaped(came).to(party.part.device).requires_grad_()
+        hidden = party.streams[1, True].shaped(came).to(party.part.device, party.part.model.dtype).requires_grad_()
         with party.clock("compute"):
             targets = targets_of(tokens, self.terms.unscored).to(party.part.device)
             loss = party.part.loss(hidden, targets, self.terms.predicted)
             loss.backward()
         assert hidden.grad is not None
         party.send(party.streams[1, False], hidden.grad, step, index, samples)
-        return float(loss)
+        return float(loss.detach())
 
     def _backward(self, step: int, index: int, hidden: Tensor) -> None:
         party = self.party

@@ -7,6 +7,7 @@ are the adapter's, which is loaded as any user loads it, by peft.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,24 @@ BASE, TUNED, QUANTIZED = "base", "tuned", "tuned, quantized cut"
 
 
 def run_evaluate(settings: SplitEvalSettings, progress: Progress) -> SplitEvaluation:
-    """Measures, and writes evaluation.json into the run's folder. Raises AmqError for a run that is not finished."""
+    """Measures, and writes evaluation.json into the run's folder."""
     folder = Path(settings.run)
+    evaluation = evaluate_run(
+        folder, settings.text, settings.max_tokens, model=settings.model, device=settings.device, progress=progress
+    )
+    evaluation.write(folder / EVALUATION)
+    return evaluation
+
+
+def evaluate_run(
+    folder: Path, text: str | None = None, max_tokens: int = 8192, *, model: str | None = None, device: str = "cpu",
+    base: bool = True, progress: Progress | None = None,
+) -> SplitEvaluation:  # fmt: skip
+    """The perplexities of a finished run, without writing them.
+
+    text: None for what the run held out of its own. model: where it is now, if elsewhere. base: of the untuned one too.
+    Raises AmqError for a run that is not finished, and for a model that is not the run's.
+    """
     run = SplitRun.read(folder / RUN)
     terms = Terms.parse(run.terms, str(folder / RUN))
     if not (folder / ADAPTER).is_dir():
@@ -44,31 +61,29 @@ def run_evaluate(settings: SplitEvalSettings, progress: Progress) -> SplitEvalua
     with needs("split", "amq split eval"):
         from peft import PeftModel
     fit_threads()
-    loaded = load_model(settings.model or run.model, terms.dtype, settings.device)
+    loaded = load_model(model or run.model, terms.dtype, device)
     if model_fingerprint(loaded.model) != terms.model:
-        raise AmqError(
-            f"{settings.model or run.model} is another model than the run's: its weights or its config differ"
-        )
-    corpus = load_corpus(settings.text or run.text, loaded.tokenizer, loaded.embedding_rows)
-    if settings.text is None:
+        raise AmqError(f"{model or run.model} is another model than the run's: its weights or its config differ")
+    corpus = load_corpus(text or run.text, loaded.tokenizer, loaded.embedding_rows)
+    if text is None:
         windows = windows_of(corpus, terms.window_length, terms.samples)[1]
-        windows = windows[: max(1, settings.max_tokens // terms.window_length)]
+        windows = windows[: max(1, max_tokens // terms.window_length)]
     else:
-        windows = fixed_windows(corpus, terms.window_length, settings.max_tokens)
-    model: Any = loaded.model
-    with progress.stage("eval", 3) as step:
-        base = negative_log_likelihood(model, windows, corpus.unscored)
-        step(BASE)
-        model = PeftModel.from_pretrained(model, str(folder / ADAPTER)).get_base_model().eval()
-        tuned = negative_log_likelihood(model, windows, corpus.unscored)
+        windows = fixed_windows(corpus, terms.window_length, max_tokens)
+    losses: dict[str, tuple[float, float | None]] = {}
+    with (progress or Progress()).stage("eval", 2 + base) as step:
+        if base:
+            losses[BASE] = negative_log_likelihood(loaded.model, windows, corpus.unscored), None
+            step(BASE)
+        tuned: Any = PeftModel.from_pretrained(loaded.model, str(folder / ADAPTER)).get_base_model().eval()
+        losses[TUNED] = negative_log_likelihood(tuned, windows, corpus.unscored), None
         step(TUNED)
-        cut, bits = quantized_loss(model, windows, terms, States(folder), corpus.unscored)
+        losses[QUANTIZED] = quantized_loss(tuned, windows, terms, States(folder), corpus.unscored)
         step(QUANTIZED)
-    losses = ((BASE, base, None), (TUNED, tuned, None), (QUANTIZED, cut, bits))
-    rows = tuple(EvaluationRow(name=name, perplexity=exp(loss), loss=loss, bits=b) for name, loss, b in losses)
-    evaluation = SplitEvaluation(text=settings.text or f"{run.text}, held out", tokens=windows.numel(), rows=rows)
-    evaluation.write(folder / EVALUATION)
-    return evaluation
+    rows = (
+        EvaluationRow(name=name, perplexity=exp(loss), loss=loss, bits=bits) for name, (loss, bits) in losses.items()
+    )
+    return SplitEvaluation(text=text or f"{run.text}, held out", tokens=windows.numel(), rows=tuple(rows))
 
 
 def quantized_loss(model: Any, windows: Tensor, terms: Terms, states: States, unscored: int) -> tuple[float, float]:
@@ -82,11 +97,12 @@ def quantized_loss(model: Any, windows: Tensor, terms: Terms, states: States, un
     policies = [_policy(terms, channels, cut, state) for cut in range(len(cuts))]
     total, sent, values = 0.0, 0, 0
     with torch.no_grad():
-        for batch in windows.split(terms.windows):
+        for number, batch in enumerate(windows.split(terms.windows), 1):
+            new = range(-number * terms.windows, len(batch) - number * terms.windows)  # samples that nobody has seen
             hidden, at = runner.hidden(batch, cuts[0]), cuts[0]
             for boundary, policy in zip(cuts, policies, strict=True):
                 hidden, at = runner.hidden(batch, boundary, at, hidden), boundary
-                hidden, size = _through(hidden, policy)
+                hidden, size = _through(hidden, policy, new)
                 sent, values = sent + size, values + hidden.numel()
             logits = runner.logits_from(batch, at, hidden).float()
             targets = targets_of(batch, unscored)
@@ -109,11 +125,11 @@ def _policy(terms: Terms, channels: int, cut: int, state: dict[str, Tensor]) -> 
     return policy
 
 
-def _through(hidden: Tensor, policy: Policy) -> tuple[Tensor, int]:
+def _through(hidden: Tensor, policy: Policy, samples: Sequence[int]) -> tuple[Tensor, int]:
     """Hidden states [batch, length, channels] as they arrive, and the payload's bytes."""
     batch, length, channels = hidden.shape
     x = hidden.reshape(-1, channels).t().float().contiguous()
-    payload = policy.encode(x, range(-batch, 0))  # no samples that were seen
+    payload = policy.encode(x, samples)
     levels = None if policy.widths is None else (1 << policy.widths).to(torch.int32)
     came = quantizer.unpack(payload, levels, batch * length, channels, min(policy.group, batch * length), "the cut")
     return came.t().reshape(batch, length, channels).to(hidden.dtype), len(payload)

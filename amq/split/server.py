@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,10 +24,10 @@ from amq.errors import AmqError
 from amq.model.inventory import embedding_weight
 from amq.split import hello
 from amq.split.adapter import half_of, most_bytes
-from amq.split.client import BUSY, LOSS
+from amq.split.client import BUSY, LOSS, label_type
 from amq.split.hello import ClientHello, ServerHello
 from amq.split.link import Link
-from amq.split.model import Part
+from amq.split.model import Part, targets_of
 from amq.split.party import Party
 from amq.split.state import States
 from amq.split.terms import Terms, check_agreement
@@ -35,8 +36,6 @@ from amq.util.progress import Progress
 
 GREETING = 8
 """Connections that may be saying hello at a time."""
-IGNORED = -100
-"""A target where nothing is predicted."""
 
 
 class Door:
@@ -215,12 +214,13 @@ class Server:
     def _targets(self, frame: Frame) -> Tensor:
         assert self.party is not None
         terms, rows = self.party.terms, embedding_weight(self.party.part.model).shape[0]
-        if len(frame.payload) != 4 * terms.tokens:
-            raise WireError(f"{frame.place} has {len(frame.payload)} bytes, expected {4 * terms.tokens}")
-        targets = torch.frombuffer(bytearray(frame.payload), dtype=torch.int32).to(torch.int64)
-        if bool(((targets < 0) & (targets != IGNORED) | (targets >= rows)).any()):
-            raise WireError(f"{frame.place}: a target is no token of the model's {rows}")
-        return targets.view(terms.windows, terms.window_length).to(self.party.part.device)
+        kind = label_type(rows)
+        if len(frame.payload) != kind.itemsize * terms.tokens:
+            raise WireError(f"{frame.place} has {len(frame.payload)} bytes, expected {kind.itemsize * terms.tokens}")
+        tokens = torch.from_numpy(np.frombuffer(frame.payload, kind).astype(np.int64))
+        if bool((tokens >= rows).any()):
+            raise WireError(f"{frame.place}: token {int(tokens.max())} is none of the model's {rows}")
+        return targets_of(tokens.view(terms.windows, terms.window_length), terms.unscored).to(self.party.part.device)
 
     def _forward(self, step: int, index: int) -> tuple[Tensor, Tensor]:
         """U-shape: sends the hidden states behind the last block; (what came, what went), for the way back."""

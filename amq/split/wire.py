@@ -32,7 +32,7 @@ TO_SERVER, TO_CLIENT = b"to server", b"to client"
 class Type(IntEnum):
     HELLO = 1  # JSON: terms, durable steps, nonce; both ways
     WIDTHS = 2  # a new table of widths for the stream that the frame's direction and cut name
-    LABELS = 3  # targets of a micro-batch
+    LABELS = 3  # the tokens of a micro-batch, of which a server that computes the loss makes targets
     FORWARD = 4  # hidden states at a cut
     BACKWARD = 5  # their gradients
     LOSS = 6  # of a finished step, and the server's seconds

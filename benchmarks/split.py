@@ -1,0 +1,270 @@
+"""Policies of split fine-tuning beside each other: `python benchmarks/split.py DIR`.
+
+Each run is two processes on this machine, the client and the server of `amq split`, with one thread each; `--jobs`
+such pairs at a time. After it the adapter is loaded by peft, and the perplexity on windows that no run trained on is
+measured with the cut as it is and quantized. Losses do not depend on how busy the machine is; seconds do, and mean
+something only with one job on a machine that does nothing else.
+
+A policy is written NAME[:BITS][+range]: `fixed:3`, `waterfill:6-3+range` (from 6 to 3 bits), and `waterfill:=amaq:4-3`
+for the mean bits that the run `amaq:4-3` of the same seed had: what is compared at equal bits has equal bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from provenance import write_results
+
+from amq.errors import AmqError
+from amq.split.records import RUN, STEPS, SplitRun, StepRecord, read_lines
+from amq.util.settings import run_command
+
+SCHEMA = "amq/split/1"
+POLICIES = "none,fixed:3,waterfill:3+range,step:1+range,aq-sgd:4,amaq:4-3,fixed:=amaq:4-3,waterfill:=amaq:4-3"
+HELD_OUT = 2048
+LAST = 10
+"""Steps whose mean loss is a run's last."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """As it was written; like: of another run, whose mean bits this one has from first to last."""
+
+    text: str
+    name: str
+    start: float | None
+    target: float | None
+    coder: str
+    like: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Policy:
+        match = re.fullmatch(r"([a-z-]+)(?::(?:([\d.]+)(?:-([\d.]+))?|=(.+?)))?(\+range)?", text)
+        if not match:
+            raise AmqError(f"policy {text!r} is not NAME[:BITS][+range], such as fixed:3 or waterfill:6-3+range")
+        name, first, second, like, coder = match.groups()
+        start = None if first is None else float(first)
+        return cls(text, name, start, float(second) if second else start, "range" if coder else "none", like)
+
+    def flags(self, mean: float | None) -> list[str]:
+        bits = (mean, mean) if self.like else (self.start, self.target)
+        flags = ["--policy", self.name, "--coder", self.coder]
+        for flag, value in zip(("--start-bits", "--target-bits"), bits, strict=True):
+            flags += [] if value is None else [flag, f"{value:.6f}"]
+        return flags
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. forward_bits, backward_bits: means over its steps; bits: payload per value, both ways, all included.
+
+    last_loss: mean of the last steps' training losses. perplexity, quantized: held out, the cut as it is or quantized.
+    seconds: median of a step, on a machine that did other things.
+    """
+
+    policy: str
+    seed: int
+    forward_bits: float
+    backward_bits: float
+    bits: float
+    mib: float
+    last_loss: float
+    loss: float
+    perplexity: float
+    quantized: float
+    seconds: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="for the runs")
+    add("--model", default="smollm2")
+    add("--cut", type=int, default=10, metavar="N")
+    add("--policies", default=POLICIES, metavar="LIST", help="default: %(default)s")
+    add("--seeds", default="0,1,2", metavar="LIST")
+    add("--steps", type=int, default=100, metavar="N")
+    add(
+        "--train-args", default="--samples 100 --batch 2 --micro-batches 1", metavar="ARGS", help="default: %(default)s"
+    )
+    add("--jobs", type=int, default=1, metavar="N", help="runs at a time, of two threads each (default: 1)")
+    add("--json", type=Path, metavar="FILE", help="write every run")
+    add("--smoke", action="store_true", help="a tiny random model and few steps")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.model, args.cut, args.steps, args.seeds = str(tiny_model(args.folder / "model")), 1, 3, "0"
+        args.train_args = "--samples 4 --batch 2 --micro-batches 2 --window-length 32"
+    policies = [Policy.parse(text) for text in args.policies.split(",")]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    rows = all_rows(args, policies, seeds)
+    print(table(rows, [policy.text for policy in policies]))
+    if args.json:
+        settings = {name: getattr(args, name) for name in ("model", "cut", "steps", "train_args")}
+        settings["model"] = Path(args.model).name
+        steps = {f"{row.policy} {row.seed}": curve(folder_of(args.folder, row.policy, row.seed)) for row in rows}
+        write_results(args.json, {"schema": SCHEMA, **settings, "rows": [asdict(r) for r in rows], "curves": steps})
+    return 0
+
+
+def all_rows(args: argparse.Namespace, policies: Sequence[Policy], seeds: Sequence[int]) -> list[Row]:
+    """First the runs that stand alone, then those that take another's bits."""
+    made: dict[tuple[str, int], Row] = {}
+
+    def run(job: tuple[Policy, int]) -> None:
+        policy, seed = job
+        like = None if policy.like is None else made[policy.like, seed]
+        mean = None if like is None else (like.forward_bits + like.backward_bits) / 2
+        made[policy.text, seed] = one_run(args, policy, seed, mean)
+        print(made[policy.text, seed], file=sys.stderr, flush=True)
+
+    for wave in ([p for p in policies if p.like is None], [p for p in policies if p.like is not None]):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(run, [(policy, seed) for seed in seeds for policy in wave]))
+    return [made[policy.text, seed] for policy in policies for seed in seeds]
+
+
+def folder_of(folder: Path, policy: str, seed: int) -> Path:
+    return folder / f"{re.sub('[^a-z0-9.+-]', '_', policy)}-{seed}"
+
+
+def one_run(args: argparse.Namespace, policy: Policy, seed: int, mean: float | None) -> Row:
+    folder = folder_of(args.folder, policy.text, seed)
+    measured = folder / "measured.txt"
+    if not measured.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        train(args, policy, seed, mean, folder)
+        tuned, quantized = in_process("losses", folder)
+        measured.write_text(f"{tuned} {quantized}\n")
+    tuned, quantized = map(float, measured.read_text().split())
+    return row_of(folder, policy.text, seed, tuned, quantized)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def train(args: argparse.Namespace, policy: Policy, seed: int, mean: float | None, folder: Path) -> None:
+    """Both processes, to the end of the run."""
+    port = free_port()
+    both = [sys.executable, "-m", "amq.split"]
+    same = ["--cut", str(args.cut), "--reconnect", "10min"]
+    server = [*both, "serve", args.model, *same, "--port", str(port), "--output", str(folder / "server")]
+    client = [
+        *(*both, "train", args.model, *same, "--server", f"127.0.0.1:{port}", "--output", str(folder / "run")),
+        *("--steps", str(args.steps), "--seed", str(seed), "--save-every", "50"),
+        *(*args.train_args.split(), *policy.flags(mean)),
+    ]
+    folder.mkdir(parents=True)
+    with (
+        open(folder / "server.log", "wb") as server_log, open(folder / "client.log", "wb") as client_log,
+        subprocess.Popen(server, env=environment(), stderr=server_log) as serving,
+    ):  # fmt: skip
+        try:
+            wait_for(port, serving)
+            status = subprocess.run(client, env=environment(), stdout=client_log, stderr=client_log).returncode
+            if status:
+                raise AmqError(f"{' '.join(client)} failed: {(folder / 'client.log').read_text()[-2000:]}")
+            serving.wait(60)
+        finally:
+            serving.kill()
+
+
+def wait_for(port: int, serving: subprocess.Popen[bytes]) -> None:
+    while serving.poll() is None:
+        with socket.socket() as sock:
+            if sock.connect_ex(("127.0.0.1", port)) == 0:
+                return
+    raise AmqError("the server ended before it listened: see its server.log")
+
+
+def in_process(function: str, folder: Path) -> tuple[float, float]:
+    """Calls one of this file's functions in a process of its own, whose memory goes with it."""
+    code = f"import split; from pathlib import Path; print(*split.{function}(Path({str(folder)!r})))"
+    command = [sys.executable, "-c", code]
+    here = {**environment(), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    result = subprocess.run(command, env=here, capture_output=True, text=True)
+    if result.returncode:
+        raise AmqError(f"measuring {folder} failed: {result.stderr[-2000:]}")
+    first, second = map(float, result.stdout.split())
+    return first, second
+
+
+def losses(folder: Path) -> tuple[float, float]:
+    """Held-out losses of a run, the cut as it is and quantized."""
+    from amq.split.evaluate import evaluate_run
+
+    rows = {row.name: row for row in evaluate_run(folder / "run", max_tokens=HELD_OUT, base=False).rows}
+    return rows["tuned"].loss, rows["tuned, quantized cut"].loss
+
+
+def row_of(folder: Path, policy: str, seed: int, tuned: float, quantized: float) -> Row:
+    import math
+
+    run = SplitRun.read(folder / "run" / RUN)
+    steps = read_lines(folder / "run" / STEPS, StepRecord)
+    values = 2 * run.hidden_size * run.terms["window_length"] * run.terms["batch"] * len(steps)
+    mean: Callable[[Any], float] = statistics.fmean
+    return Row(
+        policy, seed, mean(s.forward_bits for s in steps), mean(s.backward_bits for s in steps),
+        8 * sum(s.forward_bytes + s.backward_bytes for s in steps) / values, (run.sent + run.received) / 2**20,
+        mean(s.loss for s in steps[-LAST:]), tuned, math.exp(tuned), math.exp(quantized),
+        statistics.median(s.seconds for s in steps),
+    )  # fmt: skip
+
+
+def curve(folder: Path) -> list[list[float]]:
+    """[MiB on the socket so far, loss] of every step."""
+    steps = read_lines(folder / "run" / STEPS, StepRecord)
+    return [[round((s.sent + s.received) / 2**20, 3), round(s.loss, 5)] for s in steps]
+
+
+def table(rows: Sequence[Row], policies: Sequence[str]) -> str:
+    """Markdown: one line per policy, means over the seeds."""
+    lines = [
+        "| policy | width, mean | bits per value, all included | MiB | held-out loss | perplexity | with the cut quantized |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in policies:
+        own = [row for row in rows if row.policy == name]
+
+        def mean(field: str, own: Sequence[Row] = own) -> float:
+            return statistics.fmean(getattr(row, field) for row in own)
+
+        spread = statistics.stdev(row.loss for row in own) if len(own) > 1 else 0.0
+        lines.append(
+            f"| {name} | {(mean('forward_bits') + mean('backward_bits')) / 2:.2f} | {mean('bits'):.2f} | "
+            f"{mean('mib'):.1f} | {mean('loss'):.5f} ± {spread:.5f} | {mean('perplexity'):.3f} | {mean('quantized'):.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def tiny_model(folder: Path) -> Path:
+    """A random Llama of three blocks with a tokenizer of bytes."""
+    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    from helpers.tiny_models import byte_tokenizer, tiny_llama
+
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
