@@ -239,7 +239,7 @@ def curve(folder: Path) -> list[list[float]]:
 def table(rows: Sequence[Row], policies: Sequence[str]) -> str:
     """Markdown: one line per policy, means over the seeds."""
     lines = [
-        "| policy | width, mean | bits per value, all included | MiB | held-out loss | perplexity | with the cut quantized |",
+        "| policy | width, mean | bits per value sent | MiB | held-out loss | perplexity | with the cut quantized |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in policies:
