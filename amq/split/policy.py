@@ -41,6 +41,8 @@ MEMORY = 0.95
 AMAQ_LEAST, AMAQ_RATE, AMAQ_TRAVEL = 2, 0.05, 4.4
 """min of amaq's bits; learning rate of Q under Adam, which moves Q by about that much a step; and α·Q's way from
 σ = 0.9 to 0.1, which α is chosen for over all steps."""
+AMAQ_FADES = 0.5
+"""Bits from the target at which its regulariser begins to fade."""
 HORIZON = 10
 """Steps over which `step` makes up for bytes that it is over or under."""
 
@@ -160,8 +162,8 @@ def fill(costs: Tensor, bits: float) -> Tensor:
 
 
 class Amaq(Fixed):
-    """The gate Q and its descent. The regulariser rests while the mean width is at the target, which the paper's does
-    not: its mean bits are what β makes of them."""
+    """The gate Q and its descent. Near the target the regulariser fades with the distance of the mean from it, and
+    turns its sign below; the paper's does not, and its mean is what β makes of it."""
 
     def __post_init__(self) -> None:
         self._alpha = AMAQ_TRAVEL / (AMAQ_RATE * self.terms.steps)
@@ -174,6 +176,10 @@ class Amaq(Fixed):
 
     def _sigma(self) -> Tensor:
         return torch.sigmoid(self._alpha * self._q.detach())
+
+    def mean(self) -> float:
+        """Of the bits, unrounded."""
+        return AMAQ_LEAST + (MOST_WIDTH - AMAQ_LEAST) * float(self._sigma().mean())
 
     def begin(self, step: int) -> None:
         bits = AMAQ_LEAST + (MOST_WIDTH - AMAQ_LEAST) * self._sigma()
@@ -190,11 +196,10 @@ class Amaq(Fixed):
         self._slope -= math.log(2) * levels / (levels - 1) * (gradient * self._seen.pop(0)).sum(1)
 
     def end(self, step: int) -> None:
-        assert self.widths is not None
         sigma = self._sigma()
         slope = self._slope * (MOST_WIDTH - AMAQ_LEAST) * self._alpha * sigma * (1 - sigma)
-        if float(self.widths.double().mean()) > self.goal[1]:
-            slope += self.terms.beta * 2 * self._alpha / self.channels * sigma.square() * (1 - sigma)
+        near = min(1.0, max(-1.0, (self.mean() - self.goal[1]) / AMAQ_FADES))
+        slope += near * self.terms.beta * 2 * self._alpha / self.channels * sigma.square() * (1 - sigma)
         self._q.grad = slope
         self._adam.step()
         self._slope = torch.zeros(self.channels)
