@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import socket
 from pathlib import Path
 
+import torch
+
 import amq
 from amq.errors import AmqError
+from amq.model.inventory import find_blocks
 from amq.model.open import LoadedModel, load_model, model_fingerprint
 from amq.model.text import load_corpus
 from amq.split.client import Client, Reach
@@ -28,11 +32,11 @@ from amq.util.progress import Progress
 from amq.util.settings import parse_time
 
 
-def open_for(settings: PartySettings) -> tuple[LoadedModel, int]:
-    """The model, and the cut that the settings mean for it."""
-    from amq.model.inventory import find_blocks
-
-    fit_threads()
+def open_for(settings: PartySettings, host: str) -> tuple[LoadedModel, int]:
+    """The model, and the cut that the settings mean for it. host: at which the parties meet."""
+    threads = fit_threads()
+    if host in LOOPBACK and "OMP_NUM_THREADS" not in os.environ:  # both parties are on this machine
+        torch.set_num_threads(max(1, threads // 2))
     loaded = load_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
     blocks = len(find_blocks(loaded.model)[1])
     cut = default_cut(blocks) if settings.cut is None else settings.cut
@@ -57,7 +61,7 @@ def run_serve(settings: ServeSettings, progress: Progress) -> None:
     check_place(output, "--output")
     States(output).check_new(settings.resume)
     listener = listen(settings.host, settings.port)
-    loaded, cut = open_for(settings)
+    loaded, cut = open_for(settings, settings.host)
     model = loaded.model
     host, port = listener.getsockname()[:2]
     own = {
@@ -110,7 +114,7 @@ def run_train(settings: TrainSettings, progress: Progress) -> Path:
     check_place(output, "--output")
     states = States(output)
     states.check_new(settings.resume)
-    loaded, cut = open_for(settings)
+    loaded, cut = open_for(settings, host)
     corpus = load_corpus(settings.text, loaded.tokenizer, loaded.embedding_rows)
     windows, _ = windows_of(corpus, settings.window_length, settings.samples)
     digest = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
@@ -142,8 +146,6 @@ def terms_of(
 
 
 def record_of(settings: TrainSettings, loaded: LoadedModel, part: Part, terms: Terms) -> SplitRun:
-    import torch
-
     config = loaded.config.get_text_config()
     return SplitRun(
         model=settings.model, architecture=type(loaded.model).__name__, blocks=part.runner.n_blocks,
