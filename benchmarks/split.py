@@ -12,6 +12,7 @@ for the mean bits that the run `amaq:4-3` of the same seed had: what is compared
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import shutil
@@ -28,7 +29,16 @@ from typing import Any
 from provenance import write_results
 
 from amq.errors import AmqError
-from amq.split.records import RUN, STEPS, SplitRun, StepRecord, read_lines
+from amq.split.records import (
+    ADAPTER,
+    EVALUATION,
+    RUN,
+    STEPS,
+    SplitEvaluation,
+    SplitRun,
+    StepRecord,
+    read_lines,
+)  # fmt: skip
 from amq.util.settings import run_command
 
 SCHEMA = "amq/split/1"
@@ -140,15 +150,14 @@ def folder_of(folder: Path, policy: str, seed: int) -> Path:
 
 
 def one_run(args: argparse.Namespace, policy: Policy, seed: int, mean: float | None) -> Row:
+    """Made and measured, or found from an earlier call."""
     folder = folder_of(args.folder, policy.text, seed)
-    measured = folder / "measured.txt"
-    if not measured.exists():
+    if not (folder / "run" / ADAPTER).is_dir():
         shutil.rmtree(folder, ignore_errors=True)
         train(args, policy, seed, mean, folder)
-        tuned, quantized = in_process("losses", folder)
-        measured.write_text(f"{tuned} {quantized}\n")
-    tuned, quantized = map(float, measured.read_text().split())
-    return row_of(folder, policy.text, seed, tuned, quantized)
+    if not (folder / "run" / EVALUATION).exists():
+        in_process("measure", folder)
+    return row_of(folder, policy.text, seed)
 
 
 def environment() -> dict[str, str]:
@@ -195,29 +204,26 @@ def wait_for(port: int, serving: subprocess.Popen[bytes]) -> None:
     raise AmqError("the server ended before it listened: see its server.log")
 
 
-def in_process(function: str, folder: Path) -> tuple[float, float]:
+def in_process(function: str, folder: Path) -> None:
     """Calls one of this file's functions in a process of its own, whose memory goes with it."""
-    code = f"import split; from pathlib import Path; print(*split.{function}(Path({str(folder)!r})))"
+    code = f"import split; from pathlib import Path; split.{function}(Path({str(folder)!r}))"
     command = [sys.executable, "-c", code]
     here = {**environment(), "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
     result = subprocess.run(command, env=here, capture_output=True, text=True)
     if result.returncode:
         raise AmqError(f"measuring {folder} failed: {result.stderr[-2000:]}")
-    first, second = map(float, result.stdout.split())
-    return first, second
 
 
-def losses(folder: Path) -> tuple[float, float]:
+def measure(folder: Path) -> None:
     """Held-out losses of a run, the cut as it is and quantized."""
     from amq.split.evaluate import evaluate_run
 
-    rows = {row.name: row for row in evaluate_run(folder / "run", max_tokens=HELD_OUT, base=False).rows}
-    return rows["tuned"].loss, rows["tuned, quantized cut"].loss
+    evaluate_run(folder / "run", max_tokens=HELD_OUT, base=False).write(folder / "run" / EVALUATION)
 
 
-def row_of(folder: Path, policy: str, seed: int, tuned: float, quantized: float) -> Row:
-    import math
-
+def row_of(folder: Path, policy: str, seed: int) -> Row:
+    losses = {row.name: row.loss for row in SplitEvaluation.read(folder / "run" / EVALUATION).rows}
+    tuned, quantized = losses["tuned"], losses["tuned, quantized cut"]
     run = SplitRun.read(folder / "run" / RUN)
     steps = read_lines(folder / "run" / STEPS, StepRecord)
     values = 2 * run.hidden_size * run.terms["window_length"] * run.terms["batch"] * len(steps)
@@ -251,7 +257,8 @@ def table(rows: Sequence[Row], policies: Sequence[str]) -> str:
         spread = statistics.stdev(row.loss for row in own) if len(own) > 1 else 0.0
         lines.append(
             f"| {name} | {(mean('forward_bits') + mean('backward_bits')) / 2:.2f} | {mean('bits'):.2f} | "
-            f"{mean('mib'):.1f} | {mean('loss'):.5f} ± {spread:.5f} | {mean('perplexity'):.3f} | {mean('quantized'):.3f} |"
+            f"{mean('mib'):.1f} | {mean('loss'):.4f} ± {spread:.4f} | {mean('perplexity'):.2f} | "
+            f"{mean('quantized'):.2f} |"
         )
     return "\n".join(lines)
 

@@ -33,6 +33,8 @@ from amq.search.records import Cost, RunFile, SurrogateScores
 from amq.search.run_folder import RunFolder
 from amq.search.select import select_from_run
 from amq.search.sensitivity import Sensitivity
+from amq.split.records import EvaluationRow as EvaluationLine
+from amq.split.records import SplitEvaluation, SplitRun
 from amq.util.files import read_json, write_json
 from amq.util.records import JsonFile, read_record, to_json
 
@@ -126,6 +128,16 @@ TABLE = LaunchTable(
     entries={"cuda in_features=64": Entry(parameters=8, microseconds=1.5, tried={"warps 8": 1.5}),
              "triton": Entry(parameters=[0, 32, 1, 4, 3])},
 )  # fmt: skip
+SPLIT = SplitRun(
+    model="m", architecture="LlamaForCausalLM", blocks=30, parameters=1 << 40, trainable=9, hidden_size=64,
+    link="20mbit", text="docstrings", terms={"seed": 1, "text": "t"}, status="finished", sent=1 << 40, received=0,
+    machine={"threads": 1}, versions={"torch": "2"},
+)  # fmt: skip
+SPLIT_EVALUATION = SplitEvaluation(
+    text="docstrings, held out", tokens=512,
+    rows=(EvaluationLine(name="tuned", perplexity=2.5, loss=0.5),
+          EvaluationLine(name="tuned, quantized cut", perplexity=2.75, loss=0.625, bits=3.25)),
+)  # fmt: skip
 ANY_SETTING = frozenset({"memory", "time", "cache_memory"})
 
 
@@ -154,6 +166,8 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "bench": lambda _: Artifact(BENCH, BenchResult, frozenset({"configuration", "tg24"})),
     "evaluation": lambda _: Artifact(EVALUATION, Evaluation, frozenset({"lm_eval"})),
     "launch table": lambda _: Artifact(TABLE, LaunchTable, frozenset({"parameters", "warps 8"})),
+    "split run": lambda _: Artifact(SPLIT, SplitRun, frozenset({"seed", "text", "threads"})),
+    "evaluation of a split run": lambda _: Artifact(SPLIT_EVALUATION, SplitEvaluation),
     "conversion": lambda _: Artifact(Manifest(2, {"config.json": "f" * 128}), Manifest),
 }
 

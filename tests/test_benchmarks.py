@@ -50,6 +50,21 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "c.json").read_text())["provenance"]["commit"] == checkout(ROOT)[0]
 
 
+def test_split_smoke(tmp_path: Path) -> None:
+    """Two processes a run; the second takes the first one's mean bits."""
+    results, policies = tmp_path / "split.json", ("amaq:4-3", "fixed:=amaq:4-3", "step:4+range")
+    command = [sys.executable, "benchmarks/split.py", str(tmp_path), "--smoke", "--policies", ",".join(policies),
+               "--json", str(results)]  # fmt: skip
+    result = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "AMQ_CACHE": str(tmp_path)}
+    )
+    assert result.returncode == 0, result.stderr
+    rows = {row["policy"]: row for row in json.loads(results.read_text())["rows"]}
+    assert tuple(rows) == policies and all(f"| {policy} |" in result.stdout for policy in policies)
+    assert abs(rows[policies[0]]["forward_bits"] - rows[policies[1]]["forward_bits"]) < 0.02
+    assert all(row["perplexity"] > 1 and row["mib"] > 0 for row in rows.values())
+
+
 def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_path: Path) -> None:
     """Each peer computes the right product or says why it cannot run; what the picture needs is in the JSON."""
     results, picture = tmp_path / "gemv.json", tmp_path / "gemv.png"
