@@ -13,11 +13,13 @@ import numpy as np
 from amq.errors import AmqError
 
 
-def select(costs: np.ndarray, sizes: np.ndarray, capacity: float) -> np.ndarray:
+def select(costs: np.ndarray, sizes: np.ndarray, capacity: float, *, pairs: bool = True) -> np.ndarray:
     """Indices [n_variables] of the chosen formats.
 
     costs: float64 [n_variables, n_formats]. sizes: int64, same shape, bytes, rising along the formats.
-    capacity: bytes. Raises AmqError when even the smallest choice does not fit.
+    capacity: bytes. pairs: look for pairs of changes in the end, too, whose number grows with the square of the
+        variables; where costs are convex in size and sizes alike they gain next to nothing.
+    Raises AmqError when even the smallest choice does not fit.
     """
     smallest = sizes.argmin(axis=1)
     rows = np.arange(len(sizes))
@@ -30,7 +32,7 @@ def select(costs: np.ndarray, sizes: np.ndarray, capacity: float) -> np.ndarray:
         if used + extra <= capacity:
             point[variable] = target
             used += extra
-    return _fill(costs, sizes, point, capacity - used)
+    return _fill(costs, sizes, point, capacity - used, pairs)
 
 
 def _upgrades(costs: np.ndarray, sizes: np.ndarray) -> list[tuple[float, int, int]]:
@@ -48,7 +50,7 @@ def _upgrades(costs: np.ndarray, sizes: np.ndarray) -> list[tuple[float, int, in
     return sorted(steps)
 
 
-def _fill(costs: np.ndarray, sizes: np.ndarray, point: np.ndarray, spare: float) -> np.ndarray:
+def _fill(costs: np.ndarray, sizes: np.ndarray, point: np.ndarray, spare: float, pairs: bool) -> np.ndarray:
     """Improves a point by single changes and by pairs (one up, one down) for as long as they save cost and fit."""
     rows = np.arange(len(sizes))
     point = point.copy()
@@ -61,7 +63,7 @@ def _fill(costs: np.ndarray, sizes: np.ndarray, point: np.ndarray, spare: float)
             spare -= extra[best]
             point[best[0]] = best[1]
             continue
-        pair = _best_pair(gain, extra, spare)
+        pair = _best_pair(gain, extra, spare) if pairs else None
         if pair is None:
             return point
         for variable, fmt in pair:

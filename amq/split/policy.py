@@ -157,7 +157,7 @@ def fill(costs: Tensor, bits: float) -> Tensor:
     """Widths of the least total cost whose mean is at most `bits`, int64 [channels]; costs: [channels, len(WIDTHS)]."""
     sizes = np.broadcast_to(np.array(WIDTHS, dtype=np.int64), costs.shape)
     largest = float(costs.max()) or 1.0
-    chosen = select(costs.numpy() / largest, sizes, math.floor(bits * len(costs) + 1e-6))
+    chosen = select(costs.numpy() / largest, sizes, math.floor(bits * len(costs) + 1e-6), pairs=False)
     return torch.from_numpy(chosen).to(torch.int64) + WIDTHS[0]
 
 
