@@ -12,6 +12,7 @@ for the mean bits that the run `amaq:4-3` of the same seed had: what is compared
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import re
@@ -44,6 +45,9 @@ from amq.util.settings import run_command
 SCHEMA = "amq/split/1"
 POLICIES = "none,fixed:3,waterfill:3+range,step:1+range,aq-sgd:4,amaq:4-3,fixed:=amaq:4-3,waterfill:=amaq:4-3"
 HELD_OUT = 2048
+"""Tokens."""
+COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6B6B6B")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LAST = 10
 """Steps whose mean loss is a run's last."""
 
@@ -111,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add("--jobs", type=int, default=1, metavar="N", help="runs at a time, of two threads each (default: 1)")
     add("--json", type=Path, metavar="FILE", help="write every run")
+    add("--picture", type=Path, metavar="FILE", help="draw held-out perplexity against bits sent")
     add("--smoke", action="store_true", help="a tiny random model and few steps")
     args = parser.parse_args(argv)
     if args.smoke:
@@ -120,6 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     rows = all_rows(args, policies, seeds)
     print(table(rows, [policy.text for policy in policies]))
+    if args.picture:
+        draw(rows, args.picture)
     if args.json:
         settings = {name: getattr(args, name) for name in ("model", "cut", "steps", "train_args")}
         settings["model"] = Path(args.model).name
@@ -261,6 +268,40 @@ def table(rows: Sequence[Row], policies: Sequence[str]) -> str:
             f"{mean('quantized'):.2f} |"
         )
     return "\n".join(lines)
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """One point per policy, the mean of its seeds, and a bar over them; `none` is the line that others come up to."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.2, 4.6), layout="constrained")
+    plain = [row.perplexity for row in rows if row.policy == "none"]
+    if plain:
+        axes.axhline(statistics.fmean(plain), color="#8A8A8A", linewidth=1, linestyle="--", label="none (32 bits)")
+    shown = [name for name in dict.fromkeys(row.policy for row in rows) if name != "none"]
+    for name, color, marker in zip(shown, itertools.cycle(COLORS), itertools.cycle(MARKERS), strict=False):
+        own = [row for row in rows if row.policy == name]
+        bits = statistics.fmean(row.bits for row in own)
+        for field, filled in (("quantized", True), ("perplexity", False)):
+            values = [getattr(row, field) for row in own]
+            middle = statistics.fmean(values)
+            bar = [[middle - min(values)], [max(values) - middle]]
+            axes.errorbar(
+                bits, middle, yerr=bar, color=color, marker=marker, markersize=8, capsize=3, linestyle="none",
+                markerfacecolor=color if filled else "white", label=name if filled else None,
+            )  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+    axes.set_xlabel("bits per value sent, both ways, all included")
+    axes.set_ylabel("held-out perplexity")
+    axes.set_title("Filled: the cut quantized. Hollow: the cut as it is.", loc="left", fontsize=10)
+    axes.grid(color="#DFE4E9", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=150)
 
 
 def tiny_model(folder: Path) -> Path:
