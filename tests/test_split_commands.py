@@ -170,6 +170,20 @@ def test_what_a_run_was_made_of_is_asked_for(trained: Trained, tmp_path: Path) -
         run_train(settings, Progress())
 
 
+@pytest.mark.parametrize(("given", "message"), [
+    ({"batch": 3}, "--batch 3 windows do not divide into --micro-batches 2: give a multiple"),
+    ({"half": True}, "--half is of --policy none; --policy waterfill quantizes"),
+    ({"policy": "none", "coder": "range"}, "--coder codes quantized values: --policy none has none"),
+    ({"policy": "amaq", "target_bits": 1.5}, "amaq gives .* at least 2 bits: --target-bits must be 2 or more, got 1.5"),
+    ({"backward_bits": 0.5}, "waterfill gives .* --backward-bits must be 1 or more, got 0.5"),
+    ({"target_bits": 9.0}, "--target-bits must be .*8, got 9.0"),
+])  # fmt: skip
+def test_settings_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(AmqError, match=message):
+        TrainSettings.make(model="m", server="127.0.0.1:1", **given)
+    TrainSettings.make(model="m", server="127.0.0.1:1", policy="step", target_bits=0.5, start_bits=0.5, coder="range")
+
+
 @pytest.mark.parametrize("text", ["127.0.0.1", ":7000", "host:", "host:0", "host:70000", "host:x"])
 def test_addresses(text: str) -> None:
     assert address("[::1]:7000") == ("::1", 7000) and address("a.example:1") == ("a.example", 1)

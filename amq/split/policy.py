@@ -30,6 +30,7 @@ from torch import Tensor
 from amq.search.knapsack import select
 from amq.split import quantizer
 from amq.split.quantizer import MOST_WIDTH, WIDTHS, Codes
+from amq.split.settings import LEAST_BITS
 from amq.split.terms import PolicyTerms
 
 SCHEDULE = 0.6
@@ -38,7 +39,7 @@ REFRESH = 20
 """Steps between tables of waterfill; the first comes after one step, when there is something to go by."""
 MEMORY = 0.95
 """What a micro-batch leaves of the running mean of squared gradients."""
-AMAQ_LEAST, AMAQ_RATE, AMAQ_TRAVEL = 2, 0.05, 4.4
+AMAQ_LEAST, AMAQ_RATE, AMAQ_TRAVEL = int(LEAST_BITS["amaq"]), 0.05, 4.4
 """min of amaq's bits; learning rate of Q under Adam, which moves Q by about that much a step; and α·Q's way from
 σ = 0.9 to 0.1, which α is chosen for over all steps."""
 AMAQ_FADES = 0.5

@@ -14,6 +14,8 @@ ACTIONS = ("serve", "train", "eval", "report")
 POLICIES = ("none", "fixed", "aq-sgd", "amaq", "waterfill", "step")
 CODERS = ("none", "range")
 LABELS = ("server", "client")
+LEAST_BITS = {"fixed": 1.0, "aq-sgd": 1.0, "waterfill": 1.0, "amaq": 2.0}
+"""What a channel has at least, by policy; `step` has fractions of a bit."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -134,10 +136,14 @@ class TrainSettings(PartySettings):
             raise AmqError(f"--half is of --policy none; --policy {self.policy} quantizes")
         if self.coder != "none" and self.policy == "none":
             raise AmqError("--coder codes quantized values: --policy none has none")
-        if self.policy != "step" and self.policy != "none" and not 1 <= self.target_bits:
-            raise AmqError(
-                f"--policy {self.policy} gives every channel at least 1 bit: --target-bits must be 1 or more"
-            )
+        least = LEAST_BITS.get(self.policy, 0.0)
+        for name in ("start_bits", "target_bits", "backward_bits"):
+            if (bits := getattr(self, name)) is not None and bits < least:
+                flag_name = "--" + name.replace("_", "-")
+                raise AmqError(
+                    f"--policy {self.policy} gives every channel at least {least:g} bits: {flag_name} must be {least:g} "
+                    f"or more, got {bits:g}"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
