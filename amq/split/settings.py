@@ -141,8 +141,8 @@ class TrainSettings(PartySettings):
             if (bits := getattr(self, name)) is not None and bits < least:
                 flag_name = "--" + name.replace("_", "-")
                 raise AmqError(
-                    f"--policy {self.policy} gives every channel at least {least:g} bits: {flag_name} must be {least:g} "
-                    f"or more, got {bits:g}"
+                    f"--policy {self.policy} gives every channel at least {least:g} bits: {flag_name} must be "
+                    f"{least:g} or more, got {bits:g}"
                 )
 
 
