@@ -90,6 +90,7 @@ class Client:
     def train(self, reach: Reach) -> Path:
         """Trains to the end; returns the folder of the adapter."""
         if not self.states.steps():
+            self._records = []  # an earlier run's, which got no further than its first steps
             self.states.save(0, self.party.state(), self.terms)
         last = self._records[-1] if self._records else None
         self._before = (last.sent, last.received) if last else (0, 0)
@@ -104,14 +105,16 @@ class Client:
 
     def _until_done(self, reach: Reach, step: Step) -> dict[str, Tensor]:
         lost_since: float | None = None
-        reached = False
+        reached = bool(self.states.steps()[-1])
         while True:
             try:
                 link = self._greet(reach)
                 reached, lost_since = True, None
                 return self._session(link, step)
             except (LinkLost, PeerError) as error:
-                retry = isinstance(error, LinkLost) or (reached and BUSY in str(error))
+                # a server that has not yet noticed the end of this run's own last connection says that it is busy, too
+                known = reached or lost_since is not None
+                retry = isinstance(error, LinkLost) or (known and BUSY in str(error))
                 now = time.monotonic()
                 if lost_since is None:
                     lost_since = now
@@ -119,6 +122,7 @@ class Client:
                         self._progress.say(f"{error}; the state of step {self.states.steps()[-1]} is in {self.output}; "
                                            f"trying again for {reach.reconnect:g} s")  # fmt: skip
                 if not retry or now - lost_since >= reach.reconnect:
+                    self._close()
                     self._write_run("interrupted")
                     raise AmqError(f"{error}; {self._kept()}") from None
                 time.sleep(min(RETRY_SECONDS, reach.reconnect))
@@ -198,21 +202,22 @@ class Client:
         counted = {key: stream.bytes for key, stream in party.streams.items()}
         labels, own_loss = 0, 0.0
         party.begin(step)
-        waiting: list[tuple[Tensor, Tensor]] = []
-        for index in range(self.terms.micro_batches + 1):
-            if index < self.terms.micro_batches:
+        waiting: dict[int, tuple[Tensor, Tensor]] = {}
+        parts, u_shape = self.terms.micro_batches, self.terms.labels == "client"
+        behind = 2 if u_shape else 1  # a U-shaped run's server sends the next part's hidden states before a gradient
+        for index in range(parts + behind):
+            if index < parts:
                 tokens = self._windows[party.samples(step, index)]
                 with party.clock("compute"):
                     hidden = party.part.embedded(tokens)
                 if self.terms.labels == "server":
                     labels += self._send_labels(tokens, step, index, link)
                 party.send(party.streams[0, True], hidden, step, index, party.samples(step, index))
-                waiting.append((tokens, hidden))
-            if index:
-                tokens, hidden = waiting.pop(0)
-                if self.terms.labels == "client":
-                    own_loss += self._head(step, index - 1, tokens)
-                self._backward(step, index - 1, hidden)
+                waiting[index] = tokens, hidden
+            if u_shape and 1 <= index <= parts:
+                own_loss += self._head(step, index - 1, waiting[index - 1][0])
+            if index >= behind:
+                self._backward(step, index - behind, waiting.pop(index - behind)[1])
         loss, server = self._loss(party.expect(Type.LOSS, step), own_loss)
         self._note_widths(step)
         party.end(step)

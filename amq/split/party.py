@@ -52,14 +52,20 @@ class Party:
     def __init__(self, part: Part, terms: Terms, *, client: bool) -> None:
         self.part, self.terms, self.clock = part, terms, Clock()
         self.channels = part.model.config.get_text_config().hidden_size
-        self.streams: dict[tuple[int, bool], Stream] = {}
-        for cut in range(2 if terms.labels == "client" else 1):
-            sends = client == (cut == 0)  # hidden states go to the server at the first cut and come back at the second
-            hidden = Stream(terms, self.channels, cut, forward=True, sender=sends)
-            gradients = Stream(terms, self.channels, cut, forward=False, sender=not sends, partner=hidden)
-            self.streams |= {(cut, True): hidden, (cut, False): gradients}
+        self._client = client
+        self.streams = self._new_streams()
         self.optimizer = torch.optim.AdamW(part.parameters, lr=terms.learning_rate, weight_decay=0.0)
         self.link: Link | None = None
+
+    def _new_streams(self) -> dict[tuple[int, bool], Stream]:
+        terms = self.terms
+        made: dict[tuple[int, bool], Stream] = {}
+        for cut in range(2 if terms.labels == "client" else 1):
+            sends = self._client == (cut == 0)  # hidden states go to the server at the first cut, back at the second
+            hidden = Stream(terms, self.channels, cut, forward=True, sender=sends)
+            gradients = Stream(terms, self.channels, cut, forward=False, sender=not sends, partner=hidden)
+            made |= {(cut, True): hidden, (cut, False): gradients}
+        return made
 
     def samples(self, step: int, micro_batch: int) -> list[int]:
         """The samples of one part of a step."""
@@ -121,7 +127,7 @@ class Party:
             kept |= {f"adam.{index}.{name}": value for name, value in moments.items()}
         for (cut, forward), stream in self.streams.items():
             kept |= {f"stream.{cut}.{int(forward)}.{name}": value for name, value in stream.state().items()}
-        return kept
+        return dict(sorted(kept.items()))  # equal states are equal files, whatever was loaded before
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Goes back to a state. Raises AmqError where it is not this party's."""
@@ -139,6 +145,7 @@ class Party:
             index, _, field = name.partition(".")
             moments.setdefault(int(index), {})[field] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
+        self.streams = self._new_streams()  # what a step left behind in which the connection ended is not of the state
         for (cut, forward), stream in self.streams.items():
             stream.load(_below(state, f"stream.{cut}.{int(forward)}"))
 
