@@ -8,6 +8,7 @@ of it and both nonces: what was recorded from another connection is refused.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +17,13 @@ from amq.errors import AmqError
 from amq.split.link import Link
 from amq.split.stream import payload_limit
 from amq.split.terms import Terms
-from amq.split.wire import MOST_ERROR, Frame, Limits, PeerError, Type, WireError, session_key
-from amq.util.records import check_range, parse_record, to_json
+from amq.split.wire import MOST_ERROR, Frame, Limits, PeerError, Type, WireError, reason_in, session_key
+from amq.util.records import MOST, check_range, parse_record, to_json
 
 HELLO_SECONDS = 10.0
 """For a client to say hello in, from its connection on."""
 LOSS_BYTES = 64
+MOST_STATES = 16
 MOST_PAYLOAD = 1 << 30
 
 
@@ -36,8 +38,9 @@ class ClientHello:
 
     def __post_init__(self) -> None:
         check_range(self, "channels", most=1 << 20)
-        if len(self.durable) > 16 or len(self.nonce) != 32:
-            raise ValueError("expected at most 16 durable steps and a nonce of 32 characters")
+        if len(self.durable) > MOST_STATES or not all(0 <= step <= MOST for step in self.durable):
+            raise ValueError(f"expected at most {MOST_STATES} durable steps from 0 to {MOST}")
+        _check_nonce(self.nonce)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +54,12 @@ class ServerHello:
     def __post_init__(self) -> None:
         check_range(self, "start", least=0)
         check_range(self, "adapter", least=0, most=1 << 40)
+        _check_nonce(self.nonce)
+
+
+def _check_nonce(nonce: str) -> None:
+    if not re.fullmatch("[0-9a-f]{32}", nonce):
+        raise ValueError("expected a nonce of 32 hexadecimal digits")
 
 
 def nonce() -> str:
@@ -69,7 +78,7 @@ def read_server(link: Link, seconds: float) -> ServerHello:
     """The server's answer. Raises PeerError with its reason where it refuses."""
     frame = link.receive_now(seconds)
     if frame.type is Type.ERROR:
-        raise PeerError(f"the server refuses: {frame.payload.decode('utf-8', 'replace')}")
+        raise PeerError(f"the server refuses: {reason_in(frame)}")
     return _read(frame, ServerHello, "the server's hello")
 
 
@@ -77,11 +86,13 @@ def _read(frame: Frame, kind: Any, what: str) -> Any:
     if frame.type is not Type.HELLO:
         raise WireError(f"expected hello, got {frame.place}")
     try:
-        return parse_record(json.loads(frame.payload), kind, what)
-    except (ValueError, RecursionError) as error:
-        raise WireError(f"{what} is not JSON: {error}") from None
+        data = json.loads(frame.payload)
+        json.dumps(data, ensure_ascii=False).encode()  # halves of surrogate pairs are no text that could be shown
+        return parse_record(data, kind, what)
     except AmqError as error:
         raise WireError(str(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{what} is not JSON: {error}") from None
 
 
 def limits_of(terms: Terms, channels: int, adapter: int, *, client: bool) -> Limits:

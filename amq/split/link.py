@@ -3,6 +3,7 @@
 One thread writes and one reads, so that neither party's computing waits for the network. The writer sends an empty ACK
 whenever it has had nothing to send for a while; a party from which nothing at all comes within the deadline is lost.
 What is read is judged head first (`wire.read_head`); the first fault ends the connection, and the peer is told why.
+Where writing fails, what the peer has sent is read to its end first: it may say why.
 
 `Throttle` holds frames back as a slower network would: each waits until the link has carried what came before it and
 itself, and one latency more. It is the receiving and the sending side of one party, so the other knows nothing of it.
@@ -18,6 +19,7 @@ import socket
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from amq.errors import AmqError
@@ -36,12 +38,16 @@ from amq.split.wire import (
     check_of,
     pack_head,
     read_head,
+    reason_in,
 )  # fmt: skip
 
 WAITING = 16
 """Frames that are read ahead; a peer that sends more waits."""
 MOST_REASON = 1000
 """Bytes of an error's text that are sent."""
+PIECE = 1 << 20
+"""Bytes that are handed to the network at a time."""
+MOST_LATENCY = 60.0
 RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
 
@@ -60,7 +66,10 @@ class Throttle:
         match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmg]bit)\s*(?:,\s*(\d+\.?\d*)\s*ms)?\s*", text, re.IGNORECASE)
         if not match or float(match[1]) <= 0:
             raise AmqError(f"--link {text!r} is not a rate and a latency such as 20mbit,30ms")
-        return cls(float(match[1]) * RATES[match[2].lower()], float(match[3] or 0) / 1000)
+        made = cls(float(match[1]) * RATES[match[2].lower()], float(match[3] or 0) / 1000)
+        if made.latency > MOST_LATENCY:
+            raise AmqError(f"--link {text!r}: expected a latency of at most {MOST_LATENCY:g} s")
+        return made
 
 
 class _Lane:
@@ -69,12 +78,13 @@ class _Lane:
     def __init__(self, throttle: Throttle | None) -> None:
         self._throttle, self._free = throttle, 0.0
 
-    def wait(self, entered: float, size: int) -> None:
+    def left(self, entered: float, size: int) -> Iterator[float]:
+        """Counts a frame in; the seconds until it is out, asked again and again, until there are none."""
         if self._throttle is None:
             return
         self._free = max(entered, self._free) + 8 * size / self._throttle.rate
-        if (left := self._free + self._throttle.latency - time.monotonic()) > 0:
-            time.sleep(left)
+        while (left := self._free + self._throttle.latency - time.monotonic()) > 0:
+            yield left
 
 
 @dataclass
@@ -107,7 +117,8 @@ class Link:
         self._lanes = _Lane(throttle), _Lane(throttle)
         self._outbox: queue.Queue[tuple[float, Frame] | None] = queue.Queue()
         self._inbox: queue.Queue[tuple[float, Frame] | AmqError] = queue.Queue(WAITING)
-        self._failed: AmqError | None = None
+        self._failed: AmqError | None = None  # what ended the connection: set by the reader alone
+        self._unwritten: AmqError | None = None  # what ended the writer
         self._threads: list[threading.Thread] = []
         self._closing = threading.Event()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1) if sock.family != socket.AF_UNIX else None
@@ -138,19 +149,18 @@ class Link:
 
     def receive(self) -> Frame:
         """The next frame that is no sign of life. Raises LinkLost, WireError or PeerError, after which all is over."""
-        while True:
-            found = self._inbox.get()
-            if isinstance(found, AmqError):
-                self._inbox.put(found)  # for whoever asks again
-                raise found
-            entered, frame = found
-            self._lanes[1].wait(entered, frame.wire_bytes)
-            if frame.type is not Type.ACK:
-                return frame
+        found = self._inbox.get()
+        if isinstance(found, AmqError):
+            self._inbox.put(found)  # for whoever asks again
+            raise found
+        entered, frame = found
+        for left in self._lanes[1].left(entered, frame.wire_bytes):
+            time.sleep(left)
+        return frame
 
     def close(self, why: str = "") -> None:
         """Sends what is queued and, if something was wrong, why; then ends the connection. At once if it is lost."""
-        last = Frame(Type.ERROR, why.encode()[:MOST_REASON])
+        last = Frame(Type.ERROR, why.encode("utf-8", "replace")[:MOST_REASON])
         self._closing.set()
         if not self._threads:
             with contextlib.suppress(AmqError):
@@ -161,11 +171,17 @@ class Link:
                 self._outbox.put((time.monotonic(), last))
             self._outbox.put(None)
             self._threads[0].join(timeout=self._deadline)
-        for end in (lambda: self._socket.shutdown(socket.SHUT_RDWR), self._socket.close):
-            with contextlib.suppress(OSError):
-                end()
+        else:
+            self._outbox.put(None)
+        self._shut()
         for thread in self._threads:
             thread.join(timeout=1.0)
+        self._socket.close()
+
+    def _shut(self) -> None:
+        """Ends the connection both ways; what has come can still be read."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def _write_all(self) -> None:
         idle = min(5.0, self._deadline / 4)
@@ -174,41 +190,54 @@ class Link:
                 try:
                     found = self._outbox.get(timeout=idle)
                 except queue.Empty:
-                    found = time.monotonic(), Frame(Type.ACK)
+                    self._write(Frame(Type.ACK))
+                    continue
                 if found is None:
                     return
                 entered, frame = found
-                self._lanes[0].wait(entered, frame.wire_bytes)
+                for left in self._lanes[0].left(entered, frame.wire_bytes):
+                    time.sleep(min(left, idle))
+                    if left > idle:
+                        self._write(Frame(Type.ACK))
                 self._write(frame)
         except AmqError as error:
-            self._fail(error)
+            self._unwritten = error
+            self._shut()  # the reader comes to the end of what was sent
 
     def _read_all(self) -> None:
         try:
             while True:
                 frame = self._read(None)
                 if frame.type is Type.ERROR:
-                    raise PeerError(f"the other party ended the connection: {frame.payload.decode('utf-8', 'replace')}")
-                self._inbox.put((time.monotonic(), frame))
+                    raise PeerError(f"the other party ended the connection: {reason_in(frame)}")
+                if frame.type is not Type.ACK:
+                    self._put((time.monotonic(), frame))
+        except LinkLost as error:
+            self._failed = self._unwritten or error
         except AmqError as error:
-            self._fail(error)
+            self._failed = error
+        except MemoryError:
+            self._failed = AmqError("out of memory while a frame was read: use a larger machine or a smaller --batch")
+        self._put(self._failed)
 
-    def _fail(self, error: AmqError) -> None:
-        """Leaves `error` for `receive`, behind what came before it, and for `send`."""
-        self._failed = self._failed or error
-        while not self._closing.is_set():
-            with contextlib.suppress(queue.Full):
-                return self._inbox.put(error, timeout=0.2)
-        with contextlib.suppress(queue.Full):
-            self._inbox.put_nowait(error)
+    def _put(self, found: tuple[float, Frame] | AmqError) -> None:
+        """Leaves a frame, or what ended the connection, for `receive`, when there is room."""
+        while True:
+            try:
+                return self._inbox.put(found, timeout=0.2)
+            except queue.Full:
+                if self._closing.is_set():  # nobody reads any more
+                    return
 
     def _write(self, frame: Frame) -> None:
         head, number = pack_head(frame), self._numbers[self._out]
         check = check_of(self._key, self._out, number, head, frame.payload)
         self._numbers[self._out] += 1
-        self._socket.settimeout(self._deadline)
+        left = memoryview(head + check + frame.payload)
         try:
-            self._socket.sendall(head + check + frame.payload)
+            while left:  # the deadline is each piece's: a large frame may take longer on a slow network
+                self._socket.settimeout(self._deadline)
+                left = left[self._socket.send(left[:PIECE]) :]
         except TimeoutError:
             raise LinkLost(f"the other party has read nothing for {self._deadline:g} s") from None
         except OSError as error:
@@ -225,7 +254,7 @@ class Link:
         check = check_of(self._key, self._in, number, data[: HEAD.size], payload)
         frame = Frame(head.type, payload, head.step, head.micro_batch, head.cut)
         if not hmac.compare_digest(check, data[HEAD.size :]):
-            why = "its key is another, or it was changed" if self._key else "it was damaged on its way"
+            why = "its key is another, or it was changed" if self._key else "it was damaged, or made with a key"
             raise WireError(f"{frame.place}: the check of the frame is wrong: {why}")
         self._numbers[self._in] += 1
         self.received.count(frame.type, frame.wire_bytes)
@@ -238,9 +267,9 @@ class Link:
             left = self._deadline if until is None else until - time.monotonic()
             if left <= 0:
                 raise LinkLost("the other party did not say hello in time")
-            self._socket.settimeout(left)
             try:
-                read = self._socket.recv_into(view[done:], min(count - done, 1 << 20))
+                self._socket.settimeout(left)
+                read = self._socket.recv_into(view[done:], min(count - done, PIECE))
             except TimeoutError:
                 if until is not None:
                     continue

@@ -120,6 +120,12 @@ def read_head(data: bytes, limits: Limits) -> Head:
     return Head(Type(kind), cut, micro_batch, step, length)
 
 
+def reason_in(frame: Frame) -> str:
+    """The text of an error frame, fit for a terminal."""
+    text = frame.payload.decode("utf-8", "replace")
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def session_key(key: bytes, client_nonce: bytes, server_nonce: bytes) -> bytes:
     """The key of a connection's frames after hello; empty without a key."""
     if not key:
