@@ -31,6 +31,8 @@ from amq.util.machine import cpu_name, installed_versions
 from amq.util.progress import Progress
 from amq.util.settings import parse_time
 
+LEAST_DEADLINE, MOST_DEADLINE = 1.0, 24 * 3600.0
+
 
 def open_for(settings: PartySettings, host: str) -> tuple[LoadedModel, int]:
     """The model, and the cut that the settings mean for it. host: at which the parties meet."""
@@ -55,12 +57,27 @@ def key_of(settings: PartySettings) -> bytes:
     return secret(text, settings.key)
 
 
+def deadline_of(settings: PartySettings) -> float:
+    """Seconds. Raises AmqError where no sign of life could come in time."""
+    seconds = parse_time(settings.deadline)
+    if not LEAST_DEADLINE <= seconds <= MOST_DEADLINE:
+        raise AmqError(f"--deadline {settings.deadline}: expected {LEAST_DEADLINE:g} s to {MOST_DEADLINE / 3600:g} h")
+    return seconds
+
+
 def run_serve(settings: ServeSettings, progress: Progress) -> None:
     """`amq split serve`: until the run is finished."""
-    output, key = Path(settings.output), key_of(settings)
+    output, key, deadline = Path(settings.output), key_of(settings), deadline_of(settings)
     check_place(output, "--output")
     States(output).check_new(settings.resume)
-    listener = listen(settings.host, settings.port)
+    with listen(settings.host, settings.port) as listener:
+        _serve(settings, output, listener, key, deadline, progress)
+    progress.say(f"finished: the adapter is with the client, this party's states are in {output}")
+
+
+def _serve(
+    settings: ServeSettings, output: Path, listener: socket.socket, key: bytes, deadline: float, progress: Progress
+) -> None:
     loaded, cut = open_for(settings, settings.host)
     model = loaded.model
     host, port = listener.getsockname()[:2]
@@ -75,13 +92,12 @@ def run_serve(settings: ServeSettings, progress: Progress) -> None:
 
     channels = model.config.get_text_config().hidden_size
     server = Server(own, channels, make_part, output, progress)
-    door = Door(listener, key, parse_time(settings.deadline))
+    door = Door(listener, key, deadline)
     progress.say(f"{settings.model} behind block {cut - 1}, at {host}:{port}" + (", with a key" if key else ""))
     try:
         server.serve(door, key, parse_time(settings.reconnect))
     finally:
         door.close()
-    progress.say(f"finished: the adapter is with the client, this party's states are in {output}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -89,7 +105,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise AmqError(f"cannot listen at --host {host} --port {port}: {getattr(error, 'strerror', error)}") from None
+        why = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else str(error)
+        raise AmqError(f"cannot listen at --host {host} --port {port}: {why}") from None
 
 
 def address(text: str) -> tuple[str, int]:
@@ -108,9 +125,7 @@ def run_train(settings: TrainSettings, progress: Progress) -> Path:
         raise AmqError(
             f"--server {settings.server} is another machine, which needs --key FILE: a secret that both have"
         )
-    reach = Reach(
-        host, port, key, parse_time(settings.deadline), parse_time(settings.reconnect), Throttle.parse(settings.link)
-    )
+    reach = Reach(host, port, key, deadline_of(settings), parse_time(settings.reconnect), Throttle.parse(settings.link))
     check_place(output, "--output")
     states = States(output)
     states.check_new(settings.resume)

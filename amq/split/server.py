@@ -36,6 +36,9 @@ from amq.util.progress import Progress
 
 GREETING = 8
 """Connections that may be saying hello at a time."""
+ACCEPT_AGAIN = 0.1
+"""Seconds between tries to accept a connection when the system would not."""
+ENDED = "this server has ended"
 
 
 class Door:
@@ -46,33 +49,44 @@ class Door:
         self.clients: queue.Queue[tuple[Link, ClientHello]] = queue.Queue()
         self._lock, self._served = threading.Lock(), False
         self._greeting = threading.Semaphore(GREETING)
-        threading.Thread(target=self._accept, name="amq-split-door", daemon=True).start()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._accept, name="amq-split-door", daemon=True)
+        self._thread.start()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 sock, _ = self._listener.accept()
-            except OSError:  # closed
-                return
-            if self._greeting.acquire(blocking=False):
+            except OSError:  # closed; or a connection that was gone at once, or too many open files for the moment
+                self._closed.wait(ACCEPT_AGAIN)
+                continue
+            if not self._greeting.acquire(blocking=False):
+                sock.close()
+                continue
+            try:
                 threading.Thread(target=self._greet, args=(sock,), name="amq-split-hello", daemon=True).start()
-            else:
+            except RuntimeError:  # the system has no thread left for it
+                self._greeting.release()
                 sock.close()
 
     def _greet(self, sock: socket.socket) -> None:
-        link = Link(sock, client=False, key=self._key, deadline=self._deadline)
         try:
-            client = hello.read_client(link.receive_now(hello.HELLO_SECONDS))
-            with self._lock:
-                busy, self._served = self._served, True
-            if busy:
-                link.close(BUSY)
-            else:
-                self.clients.put((link, client))
-        except AmqError as error:
-            link.close(str(error))
+            link = Link(sock, client=False, key=self._key, deadline=self._deadline)
+            try:
+                self._admit(link, hello.read_client(link.receive_now(hello.HELLO_SECONDS)))
+            except AmqError as error:
+                link.close(str(error))
         finally:
             self._greeting.release()
+
+    def _admit(self, link: Link, client: ClientHello) -> None:
+        with self._lock:
+            refusal = ENDED if self._closed.is_set() else BUSY if self._served else ""
+            if not refusal:
+                self._served = True
+                self.clients.put((link, client))
+        if refusal:
+            link.close(refusal)
 
     def free(self) -> None:
         """The next client may come."""
@@ -80,9 +94,16 @@ class Door:
             self._served = False
 
     def close(self) -> None:
+        """Nobody is let in any more, and who waits is told so."""
+        with self._lock:
+            self._closed.set()
         with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
         self._listener.close()
+        self._thread.join(timeout=1.0)
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self.clients.get_nowait()[0].close(ENDED)
 
 
 class Server:
@@ -115,22 +136,24 @@ class Server:
             try:
                 start = self._welcome(link, client, key)
                 self._session(link, start)
-                link.close()
-                return
             except (LinkLost, PeerError, WireError) as error:
+                door.free()  # first: who was told may come again at once
                 link.close(str(error) if isinstance(error, WireError) else "")
                 self._say(f"{error}")
             except AmqError as error:  # of hello: the client is refused, of a step: nothing can go on
-                link.close(str(error))
                 if self.party is not None and self.party.link is link:
+                    link.close(str(error))
                     raise
+                door.free()
+                link.close(str(error))
                 self._say(f"refused a client: {error}")
             except BaseException as error:
                 link.close(f"the server stopped: {str(error) or type(error).__name__}")
                 raise
-            finally:
-                door.free()
-            if self.party is not None:
+            else:
+                link.close()
+                return
+            if self.party is not None and self.party.link is link:  # a client that was refused changes nothing
                 lost_since = time.monotonic()
                 self._say(
                     f"the state of step {self.states.steps()[-1]} is kept; waiting {reconnect:g} s for the client"
@@ -145,6 +168,7 @@ class Server:
         check_agreement(self._own, terms, "this server's")
         if client.channels != self._channels:
             raise AmqError(f"channels differ: this server's are {self._channels}, the client's {client.channels}")
+        hello.limits_of(terms, client.channels, 0, client=False)
         self.states.check(terms)
         start = hello.common_step(self.states.steps() or [0], client.durable)
         fresh = self.party is None
@@ -157,7 +181,6 @@ class Server:
         hello.begin(link, key, client, answer, is_client=False)
         self.party.link = link
         self.party.load(self.states.load(start))
-        self.states.drop_after(start)
         self._say(f"{'training' if fresh else 'going on'} from step {start} of {terms.steps}: cut {terms.cut}, "
                   f"policy {terms.policy}, coder {terms.coder}, labels at the {terms.labels}")  # fmt: skip
         return start
@@ -167,14 +190,14 @@ class Server:
         assert party is not None
         terms = party.terms
         for step in range(start, terms.steps):
-            self._step(step, link)
+            self._step(step, link, first=step == start)
             if (step + 1) % terms.save_every == 0 or step + 1 == terms.steps:
                 self.states.save(step + 1, party.state(), terms)
         party.expect(Type.BYE, terms.steps)
         link.send(Frame(Type.ADAPTER, half_of(party.part), terms.steps))
         party.expect(Type.BYE, terms.steps)
 
-    def _step(self, step: int, link: Link) -> None:
+    def _step(self, step: int, link: Link, first: bool) -> None:
         party = self.party
         assert party is not None
         terms, loss = party.terms, 0.0
@@ -188,6 +211,8 @@ class Server:
                     waiting.append(self._forward(step, index))
             if index and terms.labels == "client":
                 self._backward(step, index - 1, *waiting.pop(0))
+        if first:  # not after hello: whoever recorded one and sends it again must not undo a step
+            self.states.drop_after(step)
         spent = party.clock.take()
         link.send(Frame(Type.LOSS, LOSS.pack(loss, spent.compute, spent.encode, spent.wait), step))
         party.end(step)
