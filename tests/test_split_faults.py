@@ -7,6 +7,7 @@ byte. Cuts are made by a proxy, at every frame of a run; kills are of processes,
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -52,7 +53,7 @@ from amq.split.records import ADAPTER, RUN, STEPS, SplitRun, StepRecord, read_li
 from amq.split.settings import POLICIES
 from amq.split.state import States
 from amq.split.terms import Terms
-from amq.split.wire import LinkLost, PeerError, Type, secret
+from amq.split.wire import LinkLost, NotFinite, PeerError, Type, secret
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -673,14 +674,15 @@ def test_an_interrupted_server_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("party", ["client", "server"])
 def test_nothing_that_is_not_finite_is_sent(tmp_path: Path, party: str, value: float) -> None:
+    """Whoever has it says so to both, the server lives, and the run can go on from its last state."""
     terms = make_terms(policy="amaq")
 
     def spoil(part: Any, name: str) -> Any:
-        compute, count = getattr(part, name), iter(range(5))
+        compute, calls = getattr(part, name), itertools.count()
 
         def spoiled(x: Tensor) -> Tensor:
             made: Tensor = compute(x)
-            return made if next(count, None) is not None else made * value
+            return made * value if next(calls) == 5 else made
 
         setattr(part, name, spoiled)
         return part
@@ -698,13 +700,21 @@ def test_nothing_that_is_not_finite_is_sent(tmp_path: Path, party: str, value: f
         ) as e:
             client.train(reach(serving.port))
         assert str(e.value).startswith("the other party ended the connection: ") == (party == "server")
-        if party == "server":
-            serving.join()
-            assert "the gradient before cut 0 in step 2 holds NaN" in str(serving.error)
-        else:
-            make_client(tmp_path / "client", terms).train(reach(serving.port))
-            serving.join()
-            assert left_of(tmp_path) == run_whole(tmp_path / "whole", terms)
+        make_client(tmp_path / "client", terms).train(reach(serving.port))
+        serving.join()
+        assert left_of(tmp_path) == run_whole(tmp_path / "whole", terms)
+
+
+def test_a_gradient_that_is_not_finite_is_no_step(tmp_path: Path) -> None:
+    client = make_client(tmp_path / "client", make_terms())
+    party = client.party
+    party.begin(0)
+    before = {name: tensor.clone() for name, tensor in party.state().items()}
+    for parameter in party.part.parameters:
+        parameter.grad = torch.full_like(parameter, float("nan"))
+    with pytest.raises(NotFinite, match="the gradient of step 0 is not finite: lower --learning-rate"):
+        party.end(0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in party.state().items())
 
 
 def test_a_server_that_misses_the_last_word_says_what_it_has(tmp_path: Path) -> None:

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from amq.split.model import Part
 from amq.split.wire import WireError
+from amq.util.files import read_json, write_json
 from amq.util.folders import write_folder
 from amq.util.tensors import save_file
 
-WEIGHTS = "adapter_model.safetensors"
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEADER_BYTES = 512
 """Of a safetensors header per tensor, at most: names of 200 characters and two offsets."""
 
@@ -66,6 +67,10 @@ def write_adapter(folder: Path, part: Part, half: Mapping[str, Tensor]) -> None:
     def write(temporary: Path) -> None:
         save_file(dict(sorted(whole.items())), temporary / WEIGHTS, {"format": "pt"})
         part.config.save_pretrained(str(temporary))
+        config = temporary / CONFIG
+        data = read_json(config)
+        data["target_modules"] = sorted(data["target_modules"])  # peft keeps a set, in an order of the process
+        write_json(config, data)
 
     if folder.is_dir():
         shutil.rmtree(folder)

@@ -7,6 +7,7 @@ are the adapter's, which is loaded as any user loads it, by peft.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -75,7 +76,9 @@ def evaluate_run(
         if base:
             losses[BASE] = negative_log_likelihood(loaded.model, windows, corpus.unscored), None
             step(BASE)
-        tuned: Any = PeftModel.from_pretrained(loaded.model, str(folder / ADAPTER)).get_base_model().eval()
+        with warnings.catch_warnings():  # of what peft uses of transformers
+            warnings.simplefilter("ignore", FutureWarning)
+            tuned: Any = PeftModel.from_pretrained(loaded.model, str(folder / ADAPTER)).get_base_model().eval()
         losses[TUNED] = negative_log_likelihood(tuned, windows, corpus.unscored), None
         step(TUNED)
         losses[QUANTIZED] = quantized_loss(tuned, windows, terms, States(folder), corpus.unscored)

@@ -23,7 +23,7 @@ from amq.split.model import Part
 from amq.split.records import PartySeconds
 from amq.split.stream import Stream
 from amq.split.terms import Terms
-from amq.split.wire import Frame, Type, WireError
+from amq.split.wire import Frame, NotFinite, Type, WireError
 
 
 class Clock:
@@ -80,7 +80,12 @@ class Party:
     def end(self, step: int) -> None:
         """The optimizer's step, at a rate that falls linearly to 0, and what the policies learn."""
         with self.clock("compute"):
-            torch.nn.utils.clip_grad_norm_(self.part.parameters, self.terms.clip, error_if_nonfinite=False)
+            norm = torch.nn.utils.clip_grad_norm_(self.part.parameters, self.terms.clip)
+            if not bool(norm.isfinite()):
+                raise NotFinite(
+                    f"the gradient of step {step} is not finite: lower --learning-rate or load the model in a wider "
+                    "--dtype, and go on from an earlier state with --resume"
+                )
             for group in self.optimizer.param_groups:
                 group["lr"] = self.terms.learning_rate * (1 - step / self.terms.steps)
             self.optimizer.step()

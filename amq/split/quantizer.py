@@ -28,7 +28,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat
 from amq.packing import expand_groups, pack_codes, unpack_codes
 from amq.split import coder
-from amq.split.wire import WireError
+from amq.split.wire import NotFinite, WireError
 
 MOST_WIDTH = FORMATS["int8"].bits
 WIDTHS = tuple(range(1, MOST_WIDTH + 1))
@@ -248,10 +248,10 @@ def pack_raw(x: Tensor, half: bool) -> bytes:
 
 
 def check_finite(x: Tensor, what: str) -> None:
-    """Raises AmqError naming the first channel that holds NaN or infinity. x: [channels, tokens]."""
+    """Raises NotFinite naming the first channel that holds NaN or infinity. x: [channels, tokens]."""
     if not bool(torch.isfinite(x).all()):
         channel = int((~torch.isfinite(x)).any(1).nonzero()[0])
-        raise AmqError(
+        raise NotFinite(
             f"{what} holds NaN or infinity in channel {channel}: nothing was sent; lower --learning-rate or load the "
             "model in a wider --dtype, and go on with --resume"
         )

@@ -31,7 +31,7 @@ from amq.split.model import Part, targets_of
 from amq.split.party import Party
 from amq.split.state import States
 from amq.split.terms import Terms, check_agreement
-from amq.split.wire import Frame, LinkLost, PeerError, Type, WireError
+from amq.split.wire import Frame, LinkLost, NotFinite, PeerError, Type, WireError
 from amq.util.progress import Progress
 
 GREETING = 8
@@ -136,9 +136,9 @@ class Server:
             try:
                 start = self._welcome(link, client, key)
                 self._session(link, start)
-            except (LinkLost, PeerError, WireError) as error:
+            except (LinkLost, PeerError, WireError, NotFinite) as error:
                 door.free()  # first: who was told may come again at once
-                link.close(str(error) if isinstance(error, WireError) else "")
+                link.close("" if isinstance(error, LinkLost | PeerError) else str(error))
                 self._say(f"{error}")
             except AmqError as error:  # of hello: the client is refused, of a step: nothing can go on
                 if self.party is not None and self.party.link is link:

@@ -69,7 +69,7 @@ class Terms(PolicyTerms):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "cut", "lora", "samples", "batch", "micro_batches", "save_every", most=1 << 24)
+        check_range(self, "cut", "lora", "samples", "batch", "micro_batches", "save_every", most=1 << 20)
         check_range(self, "window_length", least=2, most=1 << 24)
         check_range(self, "unscored", least=0, most=self.window_length - 2)
         check_range(self, "seed", least=0)

@@ -50,6 +50,10 @@ class LinkLost(AmqError):
     """The other party is gone or silent: it may come back."""
 
 
+class NotFinite(AmqError):
+    """Training has brought NaN or infinity: this step cannot be done, an earlier state can be gone on from."""
+
+
 class PeerError(AmqError):
     """What the other party said of why it ends the connection."""
 
