@@ -17,6 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -764,6 +765,37 @@ def test_a_recorded_session_cannot_go_on_and_undoes_nothing(tmp_path: Path) -> N
             assert time.monotonic() < end
             time.sleep(0.01)
         assert States(tmp_path / "server").steps() == states
+        make_client(tmp_path / "client", terms).train(reach(serving.port, key=KEY))
+        serving.join()
+    assert left_of(tmp_path) == run_whole(tmp_path / "whole", terms)
+
+
+def test_a_recorded_answer_undoes_nothing(tmp_path: Path) -> None:
+    """What a server once said of step 0 comes again: before a frame of this connection's key, the client drops nothing."""
+    terms, recorded = make_terms(), bytearray()
+
+    def change(passing: Passing) -> bytes:
+        if passing.type == Type.HELLO and not passing.to_server:
+            recorded.extend(passing.data)
+        return cut_at(3, Type.LABELS)(passing)
+
+    with Serving(tmp_path / "server", terms, key=KEY) as serving, Proxy(serving.port, change) as proxy:
+        with pytest.raises(AmqError, match="the state of step 2 is kept"):
+            make_client(tmp_path / "client", terms).train(reach(proxy.port, key=KEY, reconnect=0.0))
+        kept = (tmp_path / "client" / STEPS).read_bytes()
+        with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as pool:
+
+            def answer() -> None:
+                with listener.accept()[0] as sock:
+                    sock.sendall(recorded)
+                    sock.shutdown(socket.SHUT_WR)
+                    parties.read_exactly(sock, 1 << 20)
+
+            answered = pool.submit(answer)
+            with pytest.raises(AmqError, match="the state of step 2 is kept"):
+                make_client(tmp_path / "client", terms).train(reach(listener.getsockname()[1], key=KEY, reconnect=0.0))
+            answered.result(parties.PATIENCE)
+        assert States(tmp_path / "client").steps() == [0, 2] and (tmp_path / "client" / STEPS).read_bytes() == kept
         make_client(tmp_path / "client", terms).train(reach(serving.port, key=KEY))
         serving.join()
     assert left_of(tmp_path) == run_whole(tmp_path / "whole", terms)

@@ -164,15 +164,19 @@ class Client:
         return link
 
     def _go_back(self, start: int) -> None:
-        """To the state before step `start`, and the run's files with it."""
+        """To the state before step `start`."""
         self.party.load(self.states.load(start))
+        self.start = start
+
+    def _cut_back(self, start: int) -> None:
+        """The run's files to that state. Not after hello: whoever recorded a server's and sends it again must not undo
+        a step; the first loss is authenticated by a key that is this connection's own."""
         self.states.drop_after(start)
         self._records = [record for record in self._records if record.step < start]
         write_lines(self.output / STEPS, self._records)
         kept = [r for r in read_lines(self.output / WIDTHS, WidthsRecord) if r.step < start]
         write_lines(self.output / WIDTHS, kept)
         self._widths = {record.stream: record.widths for record in kept}
-        self.start = start
 
     def _session(self, link: Link, step: Step) -> dict[str, Tensor]:
         for index in range(self.start, self.terms.steps):
@@ -219,6 +223,8 @@ class Client:
             if index >= behind:
                 self._backward(step, index - behind, waiting.pop(index - behind)[1])
         loss, server = self._loss(party.expect(Type.LOSS, step), own_loss)
+        if step == self.start:
+            self._cut_back(step)
         self._note_widths(step)
         party.end(step)
         sent, received = 0, 0
