@@ -184,7 +184,9 @@ def test_settings_that_do_not_go_together(given: dict[str, Any], message: str) -
     TrainSettings.make(model="m", server="127.0.0.1:1", policy="step", target_bits=0.5, start_bits=0.5, coder="range")
 
 
-@pytest.mark.parametrize("text", ["127.0.0.1", ":7000", "host:", "host:0", "host:70000", "host:x"])
+@pytest.mark.parametrize(
+    "text", ["127.0.0.1", ":7000", "host:", "host:0", "host:70000", "host:x", "host:²", "::1", "[]:1"]
+)
 def test_addresses(text: str) -> None:
     assert address("[::1]:7000") == ("::1", 7000) and address("a.example:1") == ("a.example", 1)
     with pytest.raises(AmqError, match=f"--server {re.escape(repr(text))} is not HOST:PORT"):

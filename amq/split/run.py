@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -93,7 +94,8 @@ def _serve(
     channels = model.config.get_text_config().hidden_size
     server = Server(own, channels, make_part, output, progress)
     door = Door(listener, key, deadline)
-    progress.say(f"{settings.model} behind block {cut - 1}, at {host}:{port}" + (", with a key" if key else ""))
+    at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    progress.say(f"{settings.model} behind block {cut - 1}, at {at}" + (", with a key" if key else ""))
     try:
         server.serve(door, key, parse_time(settings.reconnect))
     finally:
@@ -111,10 +113,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 def address(text: str) -> tuple[str, int]:
     """`host:port`, IPv6 in brackets."""
-    host, _, port = text.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 65536:
-        raise AmqError(f"--server {text!r} is not HOST:PORT, such as 127.0.0.1:7000")
-    return host.strip("[]"), int(port)
+    match = re.fullmatch(r"(?:\[(.+)\]|([^:\[\]]+)):([0-9]{1,5})", text)
+    if not match or not 0 < int(match[3]) < 65536:
+        raise AmqError(f"--server {text!r} is not HOST:PORT, such as 127.0.0.1:7000 or [::1]:7000")
+    return match[1] or match[2], int(match[3])
 
 
 def run_train(settings: TrainSettings, progress: Progress) -> Path:
