@@ -50,7 +50,7 @@ from amq.split import hello
 from amq.split.client import BUSY
 from amq.split.hello import ClientHello
 from amq.split.link import Link
-from amq.split.records import ADAPTER, RUN, STEPS, SplitRun, StepRecord, read_lines
+from amq.split.records import ADAPTER, RUN, STEPS, PartySeconds, SplitRun, StepRecord, read_lines
 from amq.split.settings import POLICIES
 from amq.split.state import States
 from amq.split.terms import Terms
@@ -293,6 +293,49 @@ def test_steps_of_an_earlier_start_are_not_counted(tmp_path: Path) -> None:
         make_client(tmp_path / "client", terms).train(reach(proxy.port))
         serving.join()
     assert SplitRun.read(tmp_path / "client" / RUN).sent == proxy.bytes[True]
+
+
+def test_bytes_of_all_connections_are_counted(tmp_path: Path) -> None:
+    """Those after an interrupted process's last step, too."""
+    terms = make_terms(micro_batches=1)
+
+    def change(passing: Passing) -> bytes:
+        if (passing.connection, passing.step, passing.type) == (0, 3, Type.FORWARD):
+            raise Cut(passing.data)
+        return passing.data
+
+    with Serving(tmp_path / "server", terms) as serving, Proxy(serving.port, change) as proxy:
+        with pytest.raises(AmqError, match="the state of step 2 is kept"):
+            make_client(tmp_path / "client", terms).train(reach(proxy.port, reconnect=0.0))
+        make_client(tmp_path / "client", terms).train(reach(proxy.port))
+        serving.join()
+        run = SplitRun.read(tmp_path / "client" / RUN)
+        assert (run.sent, run.received) == (proxy.bytes[True], proxy.bytes[False]) and proxy.connections == 2
+
+
+def test_seconds_of_a_lost_step_are_not_the_nexts(tmp_path: Path) -> None:
+    party = make_client(tmp_path / "client", make_terms()).party
+    state = {name: tensor.clone() for name, tensor in party.state().items()}
+    with party.clock("wait"):
+        time.sleep(0.01)
+    party.load(state)
+    assert party.clock.take() == PartySeconds(compute=0.0, encode=0.0, wait=0.0)
+
+
+def test_an_adapter_that_cannot_be_written_is_fetched_again(tmp_path: Path) -> None:
+    terms = make_terms()
+    adapter = tmp_path / "client" / ADAPTER
+    with Serving(tmp_path / "server", terms) as serving:
+        client = make_client(tmp_path / "client", terms)
+        adapter.write_text("in the way")
+        with pytest.raises(AmqError, match="adapter is a file: expected a folder"):
+            client.train(reach(serving.port))
+        assert SplitRun.read(tmp_path / "client" / RUN).status == "interrupted"
+        adapter.unlink()
+        make_client(tmp_path / "client", terms).train(reach(serving.port))
+        serving.join()
+        assert any("the client stopped: " in line and "is a file" in line for line in serving.progress.lines)
+    assert left_of(tmp_path) == run_whole(tmp_path / "whole", terms)
 
 
 # Processes that are killed and stopped.
@@ -771,7 +814,7 @@ def test_a_recorded_session_cannot_go_on_and_undoes_nothing(tmp_path: Path) -> N
 
 
 def test_a_recorded_answer_undoes_nothing(tmp_path: Path) -> None:
-    """What a server once said of step 0 comes again: before a frame of this connection's key, the client drops nothing."""
+    """What a server once said of step 0 comes again: the client drops nothing before a frame of this connection."""
     terms, recorded = make_terms(), bytearray()
 
     def change(passing: Passing) -> bytes:

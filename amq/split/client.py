@@ -92,18 +92,22 @@ class Client:
         if not self.states.steps():
             self._records = []  # an earlier run's, which got no further than its first steps
             self.states.save(0, self.party.state(), self.terms)
-        last = self._records[-1] if self._records else None
-        self._before = (last.sent, last.received) if last else (0, 0)
+        else:
+            self._before = self._counted()
         self._write_run("running")
         with self._progress.stage("split", self.terms.steps) as step:
-            half = self._until_done(reach, step)
-        folder = self.output / ADAPTER
-        write_adapter(folder, self.party.part, half)
+            self._until_done(reach, step)
         self._finish()
         self._write_run("finished")
-        return folder
+        return self.output / ADAPTER
 
-    def _until_done(self, reach: Reach, step: Step) -> dict[str, Tensor]:
+    def _counted(self) -> tuple[int, int]:
+        """Bytes of earlier processes: as the last one wrote at its end or, where it was killed, at its last step."""
+        path = self.output / RUN
+        earlier = [SplitRun.read(path)] if path.is_file() else []
+        return max(((e.sent, e.received) for e in (*self._records[-1:], *earlier)), default=(0, 0))
+
+    def _until_done(self, reach: Reach, step: Step) -> None:
         lost_since: float | None = None
         reached = bool(self.states.steps()[-1])
         while True:
@@ -178,7 +182,7 @@ class Client:
         write_lines(self.output / WIDTHS, kept)
         self._widths = {record.stream: record.widths for record in kept}
 
-    def _session(self, link: Link, step: Step) -> dict[str, Tensor]:
+    def _session(self, link: Link, step: Step) -> None:
         for index in range(self.start, self.terms.steps):
             record = self._step(index, link)
             self._records.append(record)
@@ -189,7 +193,7 @@ class Client:
                  f"{(record.sent + record.received) / 2**20:.1f} MiB")  # fmt: skip
         link.send(Frame(Type.BYE, step=self.terms.steps))
         frame = self.party.expect(Type.ADAPTER, self.terms.steps)
-        return read_half(frame.payload, self.party.part)
+        write_adapter(self.output / ADAPTER, self.party.part, read_half(frame.payload, self.party.part))
 
     def _finish(self) -> None:
         """The adapter is on disk: the server may go."""

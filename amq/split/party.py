@@ -151,6 +151,7 @@ class Party:
             moments.setdefault(int(index), {})[field] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.streams = self._new_streams()  # what a step left behind in which the connection ended is not of the state
+        self.clock.take()  # nor are its seconds
         for (cut, forward), stream in self.streams.items():
             stream.load(_below(state, f"stream.{cut}.{int(forward)}"))
 
