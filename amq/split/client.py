@@ -104,8 +104,11 @@ class Client:
     def _counted(self) -> tuple[int, int]:
         """Bytes of earlier processes: as the last one wrote at its end or, where it was killed, at its last step."""
         path = self.output / RUN
-        earlier = [SplitRun.read(path)] if path.is_file() else []
-        return max(((e.sent, e.received) for e in (*self._records[-1:], *earlier)), default=(0, 0))
+        counted = [(record.sent, record.received) for record in self._records[-1:]]
+        if path.is_file():
+            run = SplitRun.read(path)
+            counted.append((run.sent, run.received))
+        return max(counted, default=(0, 0))
 
     def _until_done(self, reach: Reach, step: Step) -> None:
         lost_since: float | None = None
