@@ -38,6 +38,8 @@ GREETING = 8
 """Connections that may be saying hello at a time."""
 ACCEPT_AGAIN = 0.1
 """Seconds between tries to accept a connection when the system would not."""
+FOREVER = 1e9
+"""Seconds beyond which a wait has no end; a queue cannot wait for ten times as many."""
 ENDED = "this server has ended"
 
 
@@ -125,7 +127,7 @@ class Server:
         """Serves one run to its end. Raises AmqError where its client does not come back."""
         lost_since: float | None = None
         while True:
-            wait = None if lost_since is None else max(0.0, lost_since + reconnect - time.monotonic())
+            wait = None if lost_since is None else max(0.0, lost_since + min(reconnect, FOREVER) - time.monotonic())
             try:
                 link, client = door.clients.get(timeout=wait)
             except queue.Empty:
