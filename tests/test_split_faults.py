@@ -307,8 +307,10 @@ def test_bytes_of_all_connections_are_counted(tmp_path: Path) -> None:
     with Serving(tmp_path / "server", terms, reconnect=1e10) as serving, Proxy(serving.port, change) as proxy:
         with pytest.raises(AmqError, match="the state of step 2 is kept"):
             make_client(tmp_path / "client", terms).train(reach(proxy.port, reconnect=0.0))
-        make_client(tmp_path / "client", terms).train(reach(proxy.port))
+        said = Said()
+        make_client(tmp_path / "client", terms, said).train(reach(proxy.port))
         serving.join()
+        assert said.stages == [("split", terms.steps - 2)]  # what is left of it
         run = SplitRun.read(tmp_path / "client" / RUN)
         assert (run.sent, run.received) == (proxy.bytes[True], proxy.bytes[False]) and proxy.connections == 2
 

@@ -95,7 +95,7 @@ class Client:
         else:
             self._before = self._counted()
         self._write_run("running")
-        with self._progress.stage("split", self.terms.steps) as step:
+        with self._progress.stage("split", self.terms.steps - self.states.steps()[-1]) as step:
             self._until_done(reach, step)
         self._finish()
         self._write_run("finished")

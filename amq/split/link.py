@@ -101,8 +101,8 @@ class Traffic:
 class Link:
     """One end of a connection. client: whether this end is the client's.
 
-    deadline: seconds of silence after which the peer is lost. key: as `wire.check_of`; `rekey` changes it after hello.
-    limits: what may come; `allow` widens it after hello. Threads start with the first use of `send` or `receive`.
+    deadline: seconds of silence after which the peer is lost. key: of hello, as `wire.check_of`. Until `start`, which
+    gives the connection its own key and limits and lets the threads run, only hello or an error may come.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Link:
     # Before the threads run: hello, with a deadline for the whole of it.
 
     def send_now(self, frame: Frame) -> None:
-        """Sends within the caller's thread; for hello, and for the last words of a connection."""
+        """Sends within the caller's thread."""
         self._write(frame)
 
     def receive_now(self, seconds: float) -> Frame:

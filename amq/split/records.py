@@ -71,7 +71,7 @@ class StepRecord:
     """One step. loss: mean cross-entropy over the step's predicted tokens, nats.
 
     forward_bits, backward_bits: mean width of the codes per value, over all cuts; 16 or 32 where nothing is quantized.
-    forward_bytes, backward_bytes: frames of tensors that went to the server and came from it, tables and labels included.
+    forward_bytes, backward_bytes: frames that carried tensors to the server and from it, tables and labels included.
     sent, received: bytes on the client's socket since the run began, everything included.
     seconds: of the whole step at the client; client, server: what each did in it.
     """

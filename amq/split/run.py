@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import socket
@@ -167,15 +168,8 @@ def record_of(settings: TrainSettings, loaded: LoadedModel, part: Part, terms: T
     return SplitRun(
         model=settings.model, architecture=type(loaded.model).__name__, blocks=part.runner.n_blocks,
         parameters=sum(p.numel() for n, p in loaded.model.named_parameters() if "lora_" not in n),
-        trainable=sum(map(_size, part.shapes.values())), hidden_size=config.hidden_size, link=settings.link,
+        trainable=sum(map(math.prod, part.shapes.values())), hidden_size=config.hidden_size, link=settings.link,
         text=settings.text, terms=terms.json(),
         machine={"cpu": cpu_name(), "threads": torch.get_num_threads(), "device": settings.device},
         versions={"amq": amq.__version__, **installed_versions(PACKAGES)},
     )  # fmt: skip
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

@@ -263,7 +263,7 @@ class Server:
         party, samples = self.party, self.party.samples(step, index)
         gradient = party.receive(1, False, step, index, samples)
         stream = party.streams[1, True]
-        assert stream.policy is not None and hidden is not None
+        assert stream.policy is not None
         with party.clock("encode"):
             stream.policy.returned(gradient)
         with party.clock("compute"):

@@ -40,7 +40,7 @@ from amq.split.run import listen
 from amq.split.server import Door, Server
 from amq.split.terms import Terms
 from amq.split.wire import HEAD, HEAD_BYTES, Type
-from amq.util.progress import Progress
+from amq.util.progress import Progress, Step
 from helpers.processes import python_path
 from helpers.tiny_models import HIDDEN, random_tokens, tiny_llama
 
@@ -87,6 +87,13 @@ class Said(Progress):
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.stages: list[tuple[str, int]] = []
+
+    @contextlib.contextmanager
+    def stage(self, name: str, total: int) -> Iterator[Step]:
+        self.stages.append((name, total))
+        with super().stage(name, total) as step:
+            yield step
 
     def say(self, text: str) -> None:
         self.lines.append(text)
