@@ -758,8 +758,11 @@ def test_a_gradient_that_is_not_finite_is_no_step(tmp_path: Path) -> None:
     before = {name: tensor.clone() for name, tensor in party.state().items()}
     for parameter in party.part.parameters:
         parameter.grad = torch.full_like(parameter, float("nan"))
-    with pytest.raises(NotFinite, match="the gradient of step 0 is not finite: lower --learning-rate"):
+    with pytest.raises(NotFinite, match="step 0 is not finite: lower --learning-rate .* begin anew with"):
         party.end(0)
+    client.states.save(2, party.state(), client.terms)
+    with pytest.raises(AmqError, match="learning_rate differs"):  # so to go on is no remedy
+        client.states.check(replace(client.terms, learning_rate=1e-3))
     assert all(torch.equal(tensor, before[name]) for name, tensor in party.state().items())
 
 

@@ -39,7 +39,7 @@ from amq.split.records import (
     write_lines,
 )  # fmt: skip
 from amq.split.state import States
-from amq.split.wire import Frame, LinkLost, PeerError, Type, WireError
+from amq.split.wire import Frame, LinkLost, NotFinite, PeerError, Type, WireError
 from amq.util.progress import Progress, Step
 
 LOSS = struct.Struct("<d3d")
@@ -288,7 +288,7 @@ class Client:
         loss, compute, encode, wait = LOSS.unpack(frame.payload)
         loss = own if self.terms.labels == "client" else loss
         if not abs(loss) < float("inf"):
-            raise AmqError(f"the loss of step {frame.step} is {loss}: lower --learning-rate; {self._kept()}")
+            raise NotFinite(f"the loss of step {frame.step} is {loss}: {NotFinite.REMEDY}")
         return loss, PartySeconds(compute=compute, encode=encode, wait=wait)
 
     # The run's folder.

@@ -82,10 +82,7 @@ class Party:
         with self.clock("compute"):
             norm = torch.nn.utils.clip_grad_norm_(self.part.parameters, self.terms.clip)
             if not bool(norm.isfinite()):
-                raise NotFinite(
-                    f"the gradient of step {step} is not finite: lower --learning-rate or load the model in a wider "
-                    "--dtype, and go on from an earlier state with --resume"
-                )
+                raise NotFinite(f"the gradient of step {step} is not finite: {NotFinite.REMEDY}")
             for group in self.optimizer.param_groups:
                 group["lr"] = self.terms.learning_rate * (1 - step / self.terms.steps)
             self.optimizer.step()

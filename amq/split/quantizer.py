@@ -251,10 +251,7 @@ def check_finite(x: Tensor, what: str) -> None:
     """Raises NotFinite naming the first channel that holds NaN or infinity. x: [channels, tokens]."""
     if not bool(torch.isfinite(x).all()):
         channel = int((~torch.isfinite(x)).any(1).nonzero()[0])
-        raise NotFinite(
-            f"{what} holds NaN or infinity in channel {channel}: nothing was sent; lower --learning-rate or load the "
-            "model in a wider --dtype, and go on with --resume"
-        )
+        raise NotFinite(f"{what} holds NaN or infinity in channel {channel}: nothing was sent; {NotFinite.REMEDY}")
 
 
 def error_of(x: Tensor, width: int, group: int) -> Tensor:

@@ -51,7 +51,11 @@ class LinkLost(AmqError):
 
 
 class NotFinite(AmqError):
-    """Training has brought NaN or infinity: this step cannot be done, an earlier state can be gone on from."""
+    """Training has brought NaN or infinity: this step cannot be done, and would end so again."""
+
+    REMEDY = (
+        "lower --learning-rate or load the model in a wider --dtype, and begin anew with another --output at both ends"
+    )
 
 
 class PeerError(AmqError):
