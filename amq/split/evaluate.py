@@ -25,15 +25,23 @@ from amq.split import quantizer
 from amq.split.data import windows_of
 from amq.split.model import targets_of
 from amq.split.policy import FORWARD, Policy
-from amq.split.records import ADAPTER, EVALUATION, RUN, EvaluationRow, SplitEvaluation, SplitRun
+from amq.split.records import (
+    ADAPTER,
+    BASE,
+    EVALUATION,
+    QUANTIZED,
+    RUN,
+    TUNED,
+    EvaluationRow,
+    SplitEvaluation,
+    SplitRun,
+)  # fmt: skip
 from amq.split.settings import SplitEvalSettings
 from amq.split.state import States
 from amq.split.terms import Terms
 from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.progress import Progress
-
-BASE, TUNED, QUANTIZED = "base", "tuned", "tuned, quantized cut"
 
 
 def run_evaluate(settings: SplitEvalSettings, progress: Progress) -> SplitEvaluation:

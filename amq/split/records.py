@@ -23,6 +23,8 @@ from amq.util.files import write_text
 from amq.util.records import JsonFile, check_range, parse_record, to_json
 
 RUN, STEPS, WIDTHS, EVALUATION, ADAPTER = "split.json", "steps.jsonl", "widths.jsonl", "evaluation.json", "adapter"
+BASE, TUNED, QUANTIZED = "base", "tuned", "tuned, quantized cut"
+"""Rows of an evaluation."""
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 Line = TypeVar("Line")
 
@@ -70,7 +72,8 @@ class PartySeconds:
 class StepRecord:
     """One step. loss: mean cross-entropy over the step's predicted tokens, nats.
 
-    forward_bits, backward_bits: mean width of the codes per value, over all cuts; 16 or 32 where nothing is quantized.
+    forward_bits, backward_bits: mean width of the codes per value, over all cuts; 16 or 32 where nothing is quantized;
+        of `step`, which has no widths, what was sent.
     forward_bytes, backward_bytes: payload that went to the server and came from it, tables and labels included.
     sent, received: bytes on the client's socket since the run began, everything included.
     seconds: of the whole step at the client; client, server: what each did in it.
@@ -101,7 +104,7 @@ class WidthsRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """name: `base`, `tuned` (unquantized cut) or `tuned, quantized cut`. bits: mean bits per value sent at the cut."""
+    """name: `BASE`, `TUNED` (unquantized cut) or `QUANTIZED`. bits: mean bits per value sent at the cut."""
 
     name: str
     perplexity: float
