@@ -88,7 +88,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Row:
-    """One run. forward_bits, backward_bits: means over its steps; bits: payload per value, both ways, all included.
+    """One run. forward_bits, backward_bits: means over its steps; bits: of frames per value, both ways, all included.
 
     last_loss: mean of the last steps' training losses. perplexity, quantized: held out, the cut as it is or quantized.
     seconds: median of a step, on a machine that did other things.

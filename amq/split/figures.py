@@ -93,7 +93,7 @@ class ShownRun:
 
     @property
     def wire_bits(self) -> float | None:
-        """Bits per value of the payloads, after the coder, tables and ranges included; mean over the steps."""
+        """Bits per value of a step's frames, tables, ranges and labels included; mean over the steps."""
         payload = sum(step.forward_bytes + step.backward_bytes for step in self.steps)
         return 8 * payload / (2 * self.values * len(self.steps)) if self.steps else None
 
