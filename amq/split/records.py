@@ -72,9 +72,8 @@ class PartySeconds:
 class StepRecord:
     """One step. loss: mean cross-entropy over the step's predicted tokens, nats.
 
-    forward_bits, backward_bits: mean width of the codes per value, over all cuts; 16 or 32 where nothing is quantized;
-        of `step`, which has no widths, what was sent.
-    forward_bytes, backward_bytes: of the frames that went to the server and came from it; tables and labels included.
+    forward_bits, backward_bits: mean width of the codes per value, over all cuts; 16 or 32 where nothing is quantized.
+    forward_bytes, backward_bytes: payload that went to the server and came from it, tables and labels included.
     sent, received: bytes on the client's socket since the run began, everything included.
     seconds: of the whole step at the client; client, server: what each did in it.
     """
