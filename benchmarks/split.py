@@ -2,8 +2,9 @@
 
 Each run is two processes on this machine, the client and the server of `amq split`, with one thread each; `--jobs`
 such pairs at a time. After it the adapter is loaded by peft, and the perplexity on windows that no run trained on is
-measured with the cut as it is and quantized. Losses do not depend on how busy the machine is; seconds do, and mean
-something only with one job on a machine that does nothing else.
+measured with the cut as it is and quantized; aq-sgd sends float16 then, for it has not seen these windows. Losses do
+not depend on how busy the machine is; seconds do, and mean something only with one job on a machine that does nothing
+else. A run that DIR has already is not made again.
 
 A policy is written NAME[:BITS][+range]: `fixed:3`, `waterfill:6-3+range` (from 6 to 3 bits), and `waterfill:=amaq:4-3`
 for the mean bits that the run `amaq:4-3` of the same seed had: what is compared at equal bits has equal bits.
@@ -21,6 +22,7 @@ import socket
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -33,8 +35,10 @@ from amq.errors import AmqError
 from amq.split.records import (
     ADAPTER,
     EVALUATION,
+    QUANTIZED,
     RUN,
     STEPS,
+    TUNED,
     SplitEvaluation,
     SplitRun,
     StepRecord,
@@ -50,6 +54,8 @@ COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#6B
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 LAST = 10
 """Steps whose mean loss is a run's last."""
+ASKED = "asked.txt"
+"""In a run's folder: what it was made with; runs of before 2026-11-30 have none."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Row:
-    """One run. forward_bits, backward_bits: means over its steps; bits: payload per value, both ways, all included.
+    """One run. forward_bits, backward_bits: means over its steps; bits: of frames per value, both ways, all included.
 
     last_loss: mean of the last steps' training losses. perplexity, quantized: held out, the cut as it is or quantized.
     seconds: median of a step, on a machine that did other things.
@@ -138,6 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def all_rows(args: argparse.Namespace, policies: Sequence[Policy], seeds: Sequence[int]) -> list[Row]:
     """First the runs that stand alone, then those that take another's bits."""
     made: dict[tuple[str, int], Row] = {}
+    alone = [policy.text for policy in policies if policy.like is None]
+    for policy in policies:
+        if policy.like is not None and policy.like not in alone:
+            raise AmqError(f"policy {policy.text!r} takes the bits of {policy.like!r}: expected one of {alone}; add it")
 
     def run(job: tuple[Policy, int]) -> None:
         policy, seed = job
@@ -159,9 +169,15 @@ def folder_of(folder: Path, policy: str, seed: int) -> Path:
 def one_run(args: argparse.Namespace, policy: Policy, seed: int, mean: float | None) -> Row:
     """Made and measured, or found from an earlier call."""
     folder = folder_of(args.folder, policy.text, seed)
+    asked = [
+        *(args.model, "--cut", str(args.cut), "--steps", str(args.steps), "--seed", str(seed), "--save-every", "50"),
+        *(*args.train_args.split(), *policy.flags(mean)),
+    ]
     if not (folder / "run" / ADAPTER).is_dir():
         shutil.rmtree(folder, ignore_errors=True)
-        train(args, policy, seed, mean, folder)
+        train(args, asked, folder)
+    elif (folder / ASKED).exists() and (before := (folder / ASKED).read_text()) != " ".join(asked):
+        raise AmqError(f"{folder} has a run of {before}, expected {' '.join(asked)}: give another DIR")
     if not (folder / "run" / EVALUATION).exists():
         in_process("measure", folder)
     return row_of(folder, policy.text, seed)
@@ -177,18 +193,15 @@ def free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def train(args: argparse.Namespace, policy: Policy, seed: int, mean: float | None, folder: Path) -> None:
-    """Both processes, to the end of the run."""
+def train(args: argparse.Namespace, asked: Sequence[str], folder: Path) -> None:
+    """Both processes, to the end of the run. asked: of the client."""
     port = free_port()
     both = [sys.executable, "-m", "amq.split"]
-    same = ["--cut", str(args.cut), "--reconnect", "10min"]
-    server = [*both, "serve", args.model, *same, "--port", str(port), "--output", str(folder / "server")]
-    client = [
-        *(*both, "train", args.model, *same, "--server", f"127.0.0.1:{port}", "--output", str(folder / "run")),
-        *("--steps", str(args.steps), "--seed", str(seed), "--save-every", "50"),
-        *(*args.train_args.split(), *policy.flags(mean)),
-    ]
+    server = [*both, "serve", args.model, "--cut", str(args.cut), "--port", str(port)]
+    server += ["--output", str(folder / "server")]
+    client = [*both, "train", *asked, "--server", f"127.0.0.1:{port}", "--output", str(folder / "run")]
     folder.mkdir(parents=True)
+    (folder / ASKED).write_text(" ".join(asked))
     with (
         open(folder / "server.log", "wb") as server_log, open(folder / "client.log", "wb") as client_log,
         subprocess.Popen(server, env=environment(), stderr=server_log) as serving,
@@ -208,7 +221,8 @@ def wait_for(port: int, serving: subprocess.Popen[bytes]) -> None:
         with socket.socket() as sock:
             if sock.connect_ex(("127.0.0.1", port)) == 0:
                 return
-    raise AmqError("the server ended before it listened: see its server.log")
+        time.sleep(0.1)
+    raise AmqError(f"the server ended with {serving.returncode} before it listened: see server.log in the run's folder")
 
 
 def in_process(function: str, folder: Path) -> None:
@@ -230,10 +244,11 @@ def measure(folder: Path) -> None:
 
 def row_of(folder: Path, policy: str, seed: int) -> Row:
     losses = {row.name: row.loss for row in SplitEvaluation.read(folder / "run" / EVALUATION).rows}
-    tuned, quantized = losses["tuned"], losses["tuned, quantized cut"]
+    tuned, quantized = losses[TUNED], losses[QUANTIZED]
     run = SplitRun.read(folder / "run" / RUN)
     steps = read_lines(folder / "run" / STEPS, StepRecord)
-    values = 2 * run.hidden_size * run.terms["window_length"] * run.terms["batch"] * len(steps)
+    cuts = 2 if run.terms["labels"] == "client" else 1
+    values = 2 * cuts * run.hidden_size * run.terms["window_length"] * run.terms["batch"] * len(steps)
     mean: Callable[[Any], float] = statistics.fmean
     return Row(
         policy, seed, mean(s.forward_bits for s in steps), mean(s.backward_bits for s in steps),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -13,10 +14,15 @@ import compare_solvers
 import pytest
 import quality
 import serve_schemas
+import split
 import witness
 from helpers.processes import python_path
+from helpers.split_runs import make_split_run
 from helpers.tiny_models import byte_tokenizer, tiny_llama
 from provenance import checkout
+
+from amq.errors import AmqError
+from amq.split.figures import read_runs
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
@@ -63,6 +69,26 @@ def test_split_smoke(tmp_path: Path) -> None:
     assert tuple(rows) == policies and all(f"| {policy} |" in result.stdout for policy in policies)
     assert abs(rows[policies[0]]["forward_bits"] - rows[policies[1]]["forward_bits"]) < 0.02
     assert all(row["perplexity"] > 1 and row["mib"] > 0 for row in rows.values())
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    folder = split.folder_of(tmp_path, "fixed:3", 0)
+    (folder / "run" / "adapter").mkdir(parents=True)
+    (folder / split.ASKED).write_text("smollm2 --cut 10 --steps 100")
+    args = argparse.Namespace(folder=tmp_path, model="smollm2", cut=10, steps=50, train_args="--batch 2")
+    with pytest.raises(AmqError, match=r"has a run of smollm2 --cut 10 --steps 100, expected .* --steps 50 .* another"):
+        split.one_run(args, split.Policy.parse("fixed:3"), 0, None)
+
+
+def test_bits_that_no_run_has_are_asked_for(tmp_path: Path) -> None:
+    with pytest.raises(AmqError, match=r"takes the bits of 'amaq:4-3': expected one of \['none'\]; add it"):
+        split.main([str(tmp_path), "--policies", "none,fixed:=amaq:4-3"])
+
+
+@pytest.mark.parametrize("labels", ["server", "client"])
+def test_bits_of_a_split_run_are_those_of_its_report(tmp_path: Path, labels: str) -> None:
+    run = make_split_run(tmp_path / "run", labels=labels)
+    assert split.row_of(tmp_path, "waterfill", 0).bits == read_runs([run])[0].wire_bits
 
 
 def test_gemv_smoke_against_the_peers_that_are_installed_and_its_picture(tmp_path: Path) -> None:

@@ -176,6 +176,8 @@ def test_what_a_run_was_made_of_is_asked_for(trained: Trained, tmp_path: Path) -
     ({"policy": "none", "coder": "range"}, "--coder codes quantized values: --policy none has none"),
     ({"policy": "amaq", "target_bits": 1.5}, "amaq gives .* at least 2 bits: --target-bits must be 2 or more, got 1.5"),
     ({"backward_bits": 0.5}, "waterfill gives .* --backward-bits must be 1 or more, got 0.5"),
+    ({"policy": "amaq", "backward_bits": 4.0}, "--backward-bits is of .* amaq sends them with the widths of"),
+    ({"policy": "none", "backward_bits": 4.0}, "--backward-bits is of .* --policy none quantizes nothing"),
     ({"target_bits": 9.0}, "--target-bits must be .*8, got 9.0"),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together(given: dict[str, Any], message: str) -> None:

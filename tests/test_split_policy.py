@@ -20,7 +20,7 @@ from amq.split.quantizer import WIDTHS
 from amq.split.settings import POLICIES
 from amq.split.stream import Stream
 from amq.split.terms import Terms
-from amq.split.wire import Type
+from amq.split.wire import NotFinite, Type
 
 CHANNELS, WINDOWS, LENGTH = 32, 2, 24
 TOKENS = WINDOWS * LENGTH
@@ -164,6 +164,40 @@ def test_step_keeps_to_its_bytes(coder: str) -> None:
         allowed += scheduled(step, 40, 5.0, 2.5)
         policy.end(step)
     assert abs(spent / allowed - 1) < 0.05
+
+
+def test_step_bears_a_target_out_of_reach() -> None:
+    """Side information alone is more than the target: it gives the least there is, for as long as it takes."""
+    policy = FORWARD["step"](terms(policy="step", coder="range", start_bits=0.1, target_bits=0.1), CHANNELS, TOKENS)
+    for step in range(300):
+        policy.begin(step)
+        least = len(policy.encode(flat(hidden(0)), [0, 1]))
+        policy.end(step)
+    assert 8 * least / (CHANNELS * TOKENS) < 40 / TOKENS + 1, "five bytes a channel, and next to no codes"
+
+
+def test_step_comes_back_from_a_start_out_of_reach() -> None:
+    """As soon as the schedule allows what codes of at most 8 bits can give, it gives that."""
+    agreed = terms(policy="step", coder="range", start_bits=8.0, target_bits=2.0, steps=200)
+    policy, spent, allowed = FORWARD["step"](agreed, CHANNELS, 1024), 0.0, 0.0
+    for step in range(200):
+        policy.begin(step)
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(CHANNELS, 1024, generator=generator) * torch.logspace(-1, 1, CHANNELS).unsqueeze(1)
+        bits = 8 * len(policy.encode(x, [0])) / x.numel()
+        spent, allowed = spent + bits, allowed + scheduled(step, 200, 8.0, 2.0)
+        policy.end(step)
+    assert abs(spent / allowed - 1) < 0.05 and abs(bits - 2.0) < 0.2
+
+
+def test_aq_sgd_refuses_what_its_cache_cannot_hold() -> None:
+    sender, receiver = ends(terms(policy="aq-sgd", target_bits=8.0))
+    sender.begin(0)
+    x = torch.zeros(WINDOWS, LENGTH, CHANNELS)
+    pass_on(sender, receiver, x + 6e4, 0, [0, 1])
+    x[..., 3] = 7e4
+    with pytest.raises(NotFinite, match="kept in float16, which ends at 65504, holds NaN or infinity in channel 3"):
+        list(sender.frames(x, 1, 0, [0, 1]))
 
 
 def ends(agreed: Terms, forward: bool = True) -> tuple[Stream, Stream]:

@@ -66,6 +66,38 @@ def test_a_range_is_hardly_wider_than_its_values() -> None:
     assert bool((step * 7 - span <= 2**-10 * (2 * top + span)).all())
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_step_of_one_bit_is_a_float16(symmetric: bool) -> None:
+    """From −m to m it is 2m, where m lies just below a power of two: fp16's infinity, were it not for the exponent."""
+    for largest in (32767.0, 32744.0, 32736.0, 32735.0, 2.0**-20 * 32767, 1.0):
+        x = torch.tensor([[largest, -largest, 0.0], [1.0, 0.5, 0.0]])
+        codes = quantizer.ranged(x, torch.tensor([2, 2], dtype=torch.int32), 3, symmetric)
+        assert bool((codes.dequantize() - x).abs().le(codes.step.float() * 2.0**codes.exponent * 0.5).all())
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("step", [1.0, 0.3, 0.05, 0.01, 1e-4])
+def test_a_channel_far_from_zero_is_not_cut_off(step: float, scale: float) -> None:
+    """fp16's low is a multiple of the step's many times there."""
+    offsets = torch.tensor([0.0, 1e3, -1e3, 3e3, 3e3]).unsqueeze(1)
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(0)) + offsets
+    x[4] = 3e3 + 1 / 3
+    x *= scale
+    codes = quantizer.common(x, step * scale)
+    own = codes.step.float() * 2.0**codes.exponent
+    assert bool(((codes.dequantize() - x).abs() <= own + 2**-20 * x.abs()).all())
+    span = x.amax(1, keepdim=True) - x.amin(1, keepdim=True) + 2**-10 * x.abs().amax(1, keepdim=True)
+    assert bool((own <= torch.maximum(1.01 * span / 253, torch.tensor(1.01 * step * scale))).all())
+
+
+def test_a_step_wider_than_the_tensor_is_one_that_fits() -> None:
+    x = tensor(3)
+    for exponent in (20, 127):
+        codes = quantizer.common(x, 2.0**exponent)
+        assert codes.common == 2.0**quantizer.MOST_STEP and bool(torch.isfinite(codes.low).all())
+        assert torch.equal(read(quantizer.pack(codes, True), codes), codes.dequantize())
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("step", [0.05, 1.0, 40.0])
 def test_one_step_for_all_channels(step: float, scale: float) -> None:

@@ -281,7 +281,7 @@ def test_a_report_of_several_takes_the_place_of_one(tmp_path: Path) -> None:
         (STEPS, '{"step": 0', '{"step" 0', r"steps\.jsonl line 1 is not valid JSON"),
         (WIDTHS, '"stream": "forward"', '"stream": "sideways"', r"line 1: expected a stream of forward, .*'sideways'"),
         (WIDTHS, '"widths": [', '"widths": [3, ', r"widths\.jsonl line 3: expected 97 widths, got 96"),
-        (WIDTHS, '"widths": [', '"widths": [99, ', r"widths\.jsonl line 1: expected widths from 0 to \d+, got 99"),
+        (WIDTHS, '"widths": [', '"widths": [99, ', r"widths\.jsonl line 1: expected widths from 1 to 8, got 99"),
         (STEPS, '"seconds": ', '"seconds": -', r"steps\.jsonl line 1: expected seconds from 0 to .*, got -1\."),
         (STEPS, '"wait": ', '"wait": NaN, "was": ', r"steps\.jsonl line 1: expected wait from 0 to .*, got nan"),
         ("evaluation.json", '"tokens": 8192', '"tokens": "x"', r"evaluation\.json at \$\.tokens: expected `int`"),

@@ -2,7 +2,7 @@
 
 Three perplexities on the same windows, those that the run held out of its own text or another text's: of the model as
 it was, tuned, and tuned with its hidden states quantized at the cut as the run's policy does at its end. The last two
-are the adapter's, which is loaded as any user loads it, by peft.
+are the adapter's, which is loaded as any user loads it, by peft. To aq-sgd every window is new, so it sends float16.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.model.blocks import BlockRunner
+from amq.model.inventory import embedding_weight
 from amq.model.open import load_model, model_fingerprint
 from amq.model.perplexity import exp, negative_log_likelihood
 from amq.model.text import fixed_windows, load_corpus
@@ -25,15 +26,23 @@ from amq.split import quantizer
 from amq.split.data import windows_of
 from amq.split.model import targets_of
 from amq.split.policy import FORWARD, Policy
-from amq.split.records import ADAPTER, EVALUATION, RUN, EvaluationRow, SplitEvaluation, SplitRun
+from amq.split.records import (
+    ADAPTER,
+    BASE,
+    EVALUATION,
+    QUANTIZED,
+    RUN,
+    TUNED,
+    EvaluationRow,
+    SplitEvaluation,
+    SplitRun,
+)  # fmt: skip
 from amq.split.settings import SplitEvalSettings
 from amq.split.state import States
 from amq.split.terms import Terms
 from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.progress import Progress
-
-BASE, TUNED, QUANTIZED = "base", "tuned", "tuned, quantized cut"
 
 
 def run_evaluate(settings: SplitEvalSettings, progress: Progress) -> SplitEvaluation:
@@ -100,7 +109,7 @@ def quantized_loss(model: Any, windows: Tensor, terms: Terms, states: States, un
     policies = [_policy(terms, channels, cut, state) for cut in range(len(cuts))]
     total, sent, values = 0.0, 0, 0
     with torch.no_grad():
-        for number, batch in enumerate(windows.split(terms.windows), 1):
+        for number, batch in enumerate(windows.to(embedding_weight(model).device).split(terms.windows), 1):
             new = range(-number * terms.windows, len(batch) - number * terms.windows)  # samples that nobody has seen
             hidden, at = runner.hidden(batch, cuts[0]), cuts[0]
             for boundary, policy in zip(cuts, policies, strict=True):
@@ -131,11 +140,11 @@ def _policy(terms: Terms, channels: int, cut: int, state: dict[str, Tensor]) -> 
 def _through(hidden: Tensor, policy: Policy, samples: Sequence[int]) -> tuple[Tensor, int]:
     """Hidden states [batch, length, channels] as they arrive, and the payload's bytes."""
     batch, length, channels = hidden.shape
-    x = hidden.reshape(-1, channels).t().float().contiguous()
+    x = hidden.reshape(-1, channels).t().float().cpu().contiguous()
     payload = policy.encode(x, samples)
     levels = None if policy.widths is None else (1 << policy.widths).to(torch.int32)
     came = quantizer.unpack(payload, levels, batch * length, channels, min(policy.group, batch * length), "the cut")
-    return came.t().reshape(batch, length, channels).to(hidden.dtype), len(payload)
+    return came.t().reshape(batch, length, channels).to(hidden), len(payload)
 
 
 def table(evaluation: SplitEvaluation) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from amq.errors import AmqError
+from amq.split.quantizer import MOST_WIDTH
 from amq.split.records import (
     EVALUATION,
     RUN,
@@ -36,34 +37,16 @@ from amq.split.records import (
     WidthsRecord,
     read_lines,
 )
-from amq.util.records import check_range, parse_record, shorten
+from amq.split.terms import Terms
+from amq.util.records import check_range, shorten
 
 STREAMS = ("forward", "backward", "forward.1", "backward.1")
 LINKS = {"100 Mbit/s": 100e6, "20 Mbit/s": 20e6}
 """Bits per second that a step's time is computed for."""
 LAST = 10
 """Steps at the end of a run whose mean is its final loss."""
-TUNED, QUANTIZED = "tuned", "tuned, quantized cut"
-MOST_BITS = 64
-"""A width above is none: values come as float32."""
 SAME = ("model", "text", "samples", "window_length", "batch")
 """Terms that two runs must share for a loss of one to say anything about the other's."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownTerms:
-    """What the report computes with, of a run's terms."""
-
-    policy: str
-    coder: str
-    labels: str
-    batch: int
-    micro_batches: int
-    window_length: int
-    steps: int
-
-    def __post_init__(self) -> None:
-        check_range(self, "batch", "micro_batches", "window_length", "steps")
 
 
 @dataclass(frozen=True)
@@ -76,7 +59,7 @@ class ShownRun:
     path: Path
     name: str
     run: SplitRun
-    terms: ShownTerms
+    terms: Terms
     steps: Sequence[StepRecord]
     widths: dict[str, list[WidthsRecord]]
     evaluation: SplitEvaluation | None
@@ -110,7 +93,7 @@ class ShownRun:
 
     @property
     def wire_bits(self) -> float | None:
-        """Bits per value of the payloads, after the coder, tables and ranges included; mean over the steps."""
+        """Bits per value of a step's frames, tables, ranges and labels included; mean over the steps."""
         payload = sum(step.forward_bytes + step.backward_bytes for step in self.steps)
         return 8 * payload / (2 * self.values * len(self.steps)) if self.steps else None
 
@@ -193,7 +176,7 @@ def _read(path: Path, name: str) -> ShownRun:
             "amq split train MODEL --output FOLDER"
         )
     run = SplitRun.read(path / RUN)
-    terms = parse_record(run.terms, ShownTerms, f"{path / RUN} at $.terms")
+    terms = Terms.parse(run.terms, f"{path / RUN} at $.terms")
     evaluation = SplitEvaluation.read(path / EVALUATION) if (path / EVALUATION).exists() else None
     return ShownRun(path, name, run, terms, _read_steps(path / STEPS), _read_widths(path / WIDTHS), evaluation)
 
@@ -221,9 +204,8 @@ def _read_widths(path: Path) -> dict[str, list[WidthsRecord]]:
             wrong = f"expected a stream of {', '.join(STREAMS)}, got {shorten(record.stream)}"
         elif not count or before and count != len(before[0].widths):
             wrong = f"expected {len(before[0].widths) if before else 'some'} widths, got {count}"
-        elif not 0 <= min(record.widths) <= max(record.widths) <= MOST_BITS:
-            extreme = max(record.widths, key=abs)
-            wrong = f"expected widths from 0 to {MOST_BITS}, got {shorten(extreme)}"
+        elif outside := [width for width in record.widths if not 1 <= width <= MOST_WIDTH]:
+            wrong = f"expected widths from 1 to {MOST_WIDTH}, got {shorten(outside[0])}"
         if before is None or wrong:
             raise AmqError(f"{path} line {number}: {wrong}; the file is damaged or was edited")
         before.append(record)

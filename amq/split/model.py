@@ -172,7 +172,7 @@ def _trainable(runner: BlockRunner, first: int, last: int) -> Iterator[tuple[str
 
 
 def parts_of(model: PreTrainedModel, cut: int, rank: int, alpha: float, seed: int) -> tuple[Part, Part]:
-    """Both parties' parts of one model in one process, which share its modules; for tests and benchmarks."""
+    """Both parties' parts of one model in one process, which share its modules; for tests."""
     whole = take_part(model, cut, rank, alpha, seed, client=None)
     shared: dict[str, Any] = {"model": model, "runner": whole.runner, "config": whole.config, "shapes": whole.shapes}
     first, second = dict(_trainable(whole.runner, 0, cut)), dict(_trainable(whole.runner, cut, whole.last))

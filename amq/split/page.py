@@ -17,14 +17,13 @@ from amq.split import charts
 from amq.split.figures import (
     LAST,
     LINKS,
-    QUANTIZED,
     SAME,
     STREAMS,
-    TUNED,
     ShownRun,
     find_differences,
     read_runs,
 )
+from amq.split.records import QUANTIZED, TUNED
 from amq.util.files import check_place
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")

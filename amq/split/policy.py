@@ -234,12 +234,15 @@ class Step(Policy):
     def __post_init__(self) -> None:
         self._log: float | None = None
         self._over = 0.0
+        self._exponent = 0  # of the last tensor
         self._spent: list[float] = []
 
     def encode(self, x: Tensor, samples: Sequence[int]) -> bytes:
         if self._log is None:
             self._log = self._first(x)
-        payload = quantizer.pack(quantizer.common(x, 2.0**self._log), self.terms.coded)
+        codes = quantizer.common(x, 2.0**self._log)
+        self._exponent = codes.exponent
+        payload = quantizer.pack(codes, self.terms.coded)
         self._spent.append(8 * len(payload) / x.numel())
         return payload
 
@@ -257,7 +260,9 @@ class Step(Policy):
         spent = sum(self._spent) / len(self._spent)
         self._over += spent - scheduled(step, self.terms.steps, *self.goal)
         wanted = scheduled(step + 1, self.terms.steps, *self.goal) - self._over / HORIZON
-        self._log += min(1.0, max(-1.0, spent - wanted))
+        moved = self._log + min(1.0, max(-1.0, spent - wanted))
+        # where the bits cannot be had, the step stays in sight of those that change something
+        self._log = min(max(moved, self._exponent + quantizer.LEAST_STEP), self._exponent + quantizer.MOST_STEP)
         self._spent = []
 
     def state(self) -> State:
@@ -284,6 +289,7 @@ class AqSgd(Fixed):
             levels = (1 << self.widths).to(torch.int32)
             codes = quantizer.ranged(x - before, levels, min(self.group, x.shape[1]), symmetric=True)
             payload, after = quantizer.pack(codes, self.terms.coded), before + codes.dequantize()
+            quantizer.check_finite(after.half(), "what is to be kept in float16, which ends at 65504,")
         remember(self.cache, samples, after)
         return payload
 

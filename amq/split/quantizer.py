@@ -1,18 +1,19 @@
 """Tensors as codes: uniform quantization with a range per channel, and the bytes that carry it.
 
-A tensor is [channels, tokens] here: the measurements behind this module (docs/split.md) say that the range has to
-follow channels, some of which are thirty times as large as the others. Channel c has levels_c codes on a grid
+A tensor is [channels, tokens] here: the range has to follow channels, some of which are thirty times as large as the
+others (docs/decisions.md). Channel c has levels_c codes on a grid
 
     x̂ = 2^e · (low_c + code · step_c),    0 ≤ code < levels_c
 
 low and step are fp16; e is one power of two for the whole tensor, which keeps them inside fp16's range for gradients of
-1e-9 as for activations of 1e5. They are rounded outwards, low down and step up, before the codes are made, so that the
-grid covers every value and the code of a value is the nearest one: |x − x̂| ≤ 2^e · step_c / 2.
+1e-9 as for activations of 1e5.
 
 Two kinds of grid. `ranged`: the channel's width in bits is agreed (a table that is sent when it changes), levels are
-2^width, and low and step follow the least and the largest value, in groups of consecutive tokens if wanted. `common`:
-one step for all channels around each channel's mean, as many levels as the values need, which an entropy coder makes
-cheap; a channel that needs more than 256 levels has its own wider step.
+2^width, and low and step follow the least and the largest value, in groups of consecutive tokens if wanted. They are
+rounded outwards, low down and step up, before the codes are made, so that the grid covers every value and the code of a
+value is the nearest one: |x − x̂| ≤ 2^e · step_c / 2. `common`: one step for all channels around each channel's mean, as
+many levels as the values need, which an entropy coder makes cheap; a channel that needs more than 256 levels, or whose
+low fp16 cannot hold to half a step, has its own step. low is rounded to the nearest, so the ends may be off by a step.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ WIRE_FORMATS: dict[int, BitFormat] = {
 MOST_LEVELS = 1 << MOST_WIDTH
 TOP = 14
 """The largest magnitude of a tensor is brought below 2^(TOP + 1): fp16 ends at 2^16, and its precision at 2^−14."""
+LEAST_STEP, MOST_STEP = -10, TOP + 1
+"""Of `common`, log2 in units of 2^e: finer than the least and wider than the most would change next to nothing."""
 RAW32, RAW16, RANGED, COMMON = range(4)
 """Kinds of payload, its first byte."""
 CODED = 1
@@ -73,7 +76,7 @@ class Codes:
 
 
 def _exponent(x: Tensor) -> int:
-    largest = float(x.abs().max())
+    largest = float(x.abs().max()) * (1 + 2.0**-10)  # twice this, one bit's step, must not round to fp16's infinity
     return max(-120, math.frexp(largest)[1] - 1 - TOP) if largest > 0 else 0
 
 
@@ -110,16 +113,20 @@ def common(x: Tensor, step: float) -> Codes:
     """x on grids of one step around each channel's mean. step: in units of x; x: float32 [channels, tokens], finite."""
     exponent, tokens = _exponent(x), x.shape[1]
     scaled = x * 2.0**-exponent
-    unit = max(math.ldexp(step, -exponent), 2.0**-10)
+    unit = min(max(math.ldexp(step, -exponent), 2.0**LEAST_STEP), 2.0**MOST_STEP)
     mean, least, most = scaled.mean(1), scaled.amin(1), scaled.amax(1)
-    wanted = (most - least) / unit + 2
-    own = torch.where(wanted > MOST_LEVELS, (most - least) / (MOST_LEVELS - 3), torch.full_like(mean, unit))
-    own = torch.where(wanted > MOST_LEVELS, (-_below(-own)).float(), own)  # fp16 on the wire, rounded up
+    wide = (most - least) / unit + 2 > MOST_LEVELS
+    own = torch.where(wide, -_below((least - most) / (MOST_LEVELS - 3)).float(), torch.full_like(mean, unit))
     under = ((mean - least) / own).sub_(0.5).ceil_().clamp_(min=0)
-    low = (mean - under * own).half()
+    exact = mean - under * own
+    low = exact.half()
+    far = (low.float() - exact).abs() > own / 2  # a large mean, a small step: from the least value up, as `ranged` does
+    low = torch.where(far, _below(least), low)
+    own = torch.where(far, -_below(-((most - low.float()) / (MOST_LEVELS - 1)).clamp(min=unit)).float(), own)
+    wide |= far
     codes = ((scaled - low.float().unsqueeze(1)) / own.unsqueeze(1)).round_().clamp_(min=0, max=MOST_LEVELS - 1)
     levels = codes.amax(1).to(torch.int32) + 1
-    levels = torch.where(wanted > MOST_LEVELS, torch.full_like(levels, MOST_LEVELS), levels.clamp(max=MOST_LEVELS - 1))
+    levels = torch.where(wide, torch.full_like(levels, MOST_LEVELS), levels.clamp(max=MOST_LEVELS - 1))
     codes = torch.minimum(codes, (levels - 1).float().unsqueeze(1)).to(torch.uint8)
     return Codes(codes, levels, low.unsqueeze(1), own.unsqueeze(1), exponent, tokens, unit)
 

@@ -23,6 +23,8 @@ from amq.util.files import write_text
 from amq.util.records import JsonFile, check_range, parse_record, to_json
 
 RUN, STEPS, WIDTHS, EVALUATION, ADAPTER = "split.json", "steps.jsonl", "widths.jsonl", "evaluation.json", "adapter"
+BASE, TUNED, QUANTIZED = "base", "tuned", "tuned, quantized cut"
+"""Rows of an evaluation."""
 PACKAGES = ("torch", "transformers", "peft", "numpy")
 Line = TypeVar("Line")
 
@@ -101,7 +103,7 @@ class WidthsRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRow:
-    """name: `base`, `tuned` (unquantized cut) or `tuned, quantized cut`. bits: mean bits per value sent at the cut."""
+    """name: `BASE`, `TUNED` (unquantized cut) or `QUANTIZED`. bits: mean bits per value sent at the cut."""
 
     name: str
     perplexity: float

@@ -136,6 +136,11 @@ class TrainSettings(PartySettings):
             raise AmqError(f"--half is of --policy none; --policy {self.policy} quantizes")
         if self.coder != "none" and self.policy == "none":
             raise AmqError("--coder codes quantized values: --policy none has none")
+        if self.backward_bits is not None and self.policy in ("none", "amaq"):
+            raise AmqError(
+                f"--backward-bits is of policies whose gradients have a mean of their own: --policy {self.policy} "
+                + ("quantizes nothing" if self.policy == "none" else "sends them with the widths of the hidden states")
+            )
         least = LEAST_BITS.get(self.policy, 0.0)
         for name in ("start_bits", "target_bits", "backward_bits"):
             if (bits := getattr(self, name)) is not None and bits < least:

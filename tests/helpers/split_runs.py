@@ -32,7 +32,8 @@ from amq.split.records import (
 TERMS: dict[str, Any] = {
     "policy": "waterfill", "coder": "range", "start_bits": 6.0, "target_bits": 3.0, "backward_bits": None, "seed": 0,
     "cut": 2, "labels": "server", "batch": 4, "micro_batches": 2, "window_length": 128, "lora": 8, "lora_alpha": 16.0,
-    "model": "b3f1c0de", "half": False, "text": "docstrings",
+    "model": "b3f1c0de", "half": False, "text": "docstrings", "beta": 1.0, "range_tokens": 0, "version": "0.1.0",
+    "dtype": "float32", "samples": 100, "unscored": 0, "learning_rate": 2e-4, "clip": 1.0, "save_every": 10,
 }  # fmt: skip
 REFRESH = 4
 """Steps between tables of widths."""
