@@ -21,6 +21,7 @@ from amq.split.evaluate import evaluate_run
 from amq.split.records import ADAPTER, RUN, STEPS, SplitEvaluation, SplitRun, StepRecord, read_lines
 from amq.split.run import address, run_serve, run_train
 from amq.split.settings import ServeSettings, TrainSettings
+from amq.split.state import States
 from amq.util.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -204,3 +205,11 @@ def test_actions_have_their_own_help(capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as end:
         main(["split", "tune"])
     assert end.value.code == 2 and "invalid choice: 'tune'" in capsys.readouterr().err
+
+
+def test_a_folder_has_one_party_at_a_time(trained: Trained, tmp_path: Path) -> None:
+    held = States(tmp_path)
+    held.hold()
+    settings = TrainSettings.make(model=str(trained.model), server="127.0.0.1:1", output=str(tmp_path))
+    with pytest.raises(AmqError, match="another process is at work in .*: end it, or give another --output"):
+        run_train(settings, Progress())

@@ -71,7 +71,9 @@ def run_serve(settings: ServeSettings, progress: Progress) -> None:
     """`amq split serve`: until the run is finished."""
     output, key, deadline = Path(settings.output), key_of(settings), deadline_of(settings)
     check_place(output, "--output")
-    States(output).check_new(settings.resume)
+    states = States(output)
+    states.hold()
+    states.check_new(settings.resume)
     with listen(settings.host, settings.port) as listener:
         _serve(settings, output, listener, key, deadline, progress)
     progress.say(f"finished: the adapter is with the client, this party's states are in {output}")
@@ -131,6 +133,7 @@ def run_train(settings: TrainSettings, progress: Progress) -> Path:
     reach = Reach(host, port, key, deadline_of(settings), parse_time(settings.reconnect), Throttle.parse(settings.link))
     check_place(output, "--output")
     states = States(output)
+    states.hold()
     states.check_new(settings.resume)
     loaded, cut = open_for(settings, host)
     corpus = load_corpus(settings.text, loaded.tokenizer, loaded.embedding_rows)

@@ -18,11 +18,12 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.split.terms import Terms, check_agreement
 from amq.util.files import make_folder
+from amq.util.folders import Lock
 from amq.util.tensors import hashes_metadata, open_file, save_tensors, verify_file
 
 KEPT = 3
 TERMS = "amq_split_terms"
-FOLDER = "state"
+FOLDER, LOCK = "state", "lock"
 
 
 class States:
@@ -30,6 +31,13 @@ class States:
 
     def __init__(self, output: Path) -> None:
         self.folder = output / FOLDER
+
+    def hold(self) -> None:
+        """Keeps the folder for this process while it lives. Raises AmqError where another one is at work in it."""
+        make_folder(self.folder)
+        self._lock = Lock(self.folder / LOCK)
+        if not self._lock.take():
+            raise AmqError(f"another process is at work in {self.folder.parent}: end it, or give another --output")
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}.safetensors"
