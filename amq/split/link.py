@@ -47,6 +47,8 @@ MOST_REASON = 1000
 """Bytes of an error's text that are sent."""
 PIECE = 1 << 20
 """Bytes that are handed to the network at a time."""
+LAST_SECONDS = 2.0
+"""For a peer that is told why to end the connection itself."""
 MOST_LATENCY = 60.0
 RATES = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 
@@ -173,10 +175,23 @@ class Link:
             self._threads[0].join(timeout=self._deadline)
         else:
             self._outbox.put(None)
+        if why:
+            self._drain()
         self._shut()
         for thread in self._threads:
             thread.join(timeout=1.0)
         self._socket.close()
+
+    def _drain(self) -> None:
+        """Drops what still comes until the peer has read why and ends, too: a system that closes a socket over bytes
+        that nobody has read resets the connection, and the reason is lost."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            until = time.monotonic() + LAST_SECONDS
+            while (left := until - time.monotonic()) > 0:
+                self._socket.settimeout(left)
+                if not self._socket.recv(PIECE):
+                    return
 
     def _shut(self) -> None:
         """Ends the connection both ways; what has come can still be read."""
@@ -221,13 +236,12 @@ class Link:
         self._put(self._failed)
 
     def _put(self, found: tuple[float, Frame] | AmqError) -> None:
-        """Leaves a frame, or what ended the connection, for `receive`, when there is room."""
-        while True:
-            try:
+        """Leaves a frame, or what ended the connection, for `receive`: when there is room or nobody reads any more."""
+        while not self._closing.is_set():
+            with contextlib.suppress(queue.Full):
                 return self._inbox.put(found, timeout=0.2)
-            except queue.Full:
-                if self._closing.is_set():  # nobody reads any more
-                    return
+        with contextlib.suppress(queue.Full):
+            self._inbox.put_nowait(found)
 
     def _write(self, frame: Frame) -> None:
         head, number = pack_head(frame), self._numbers[self._out]
