@@ -70,6 +70,7 @@ def test_a_pass_that_does_not_end(caplog):
             assert "0.3 s" in failed(server)
             assert server.worker.alive and server.worker.idle
             assert [r.levelno for r in caplog.records if "engine has failed" in r.message] == [logging.CRITICAL]
+            wait_for(lambda: server.server.status)  # of its next look, which also sets when it ends
             server.server._deadline = 0.0
             server.thread.join(SECONDS / 2)  # the pass goes on for longer
             assert not server.thread.is_alive() and server.worker.alive
