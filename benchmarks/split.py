@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from provenance import write_results
+from serving import free_port
 
 from amq.errors import AmqError
 from amq.split.records import (
@@ -185,12 +186,6 @@ def one_run(args: argparse.Namespace, policy: Policy, seed: int, mean: float | N
 
 def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def train(args: argparse.Namespace, asked: Sequence[str], folder: Path) -> None:

@@ -47,14 +47,13 @@ from torch import Tensor
 import amq.split.client as client_module
 from amq.errors import AmqError
 from amq.split import hello
-from amq.split.client import BUSY
 from amq.split.hello import ClientHello
 from amq.split.link import Link
 from amq.split.records import ADAPTER, RUN, STEPS, PartySeconds, SplitRun, StepRecord, read_lines
 from amq.split.settings import POLICIES
 from amq.split.state import States
 from amq.split.terms import Terms
-from amq.split.wire import LinkLost, NotFinite, PeerError, Type, secret
+from amq.split.wire import BUSY, LinkLost, NotFinite, PeerError, Type, secret
 
 pytest.importorskip("peft")
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,7 +13,7 @@ from amq.split.settings import (
     SplitReportSettings,
     SplitSettings,
     TrainSettings,
-)  # fmt: skip
+)
 from amq.util.settings import parse_command, run_command
 
 

@@ -28,7 +28,11 @@ def half_of(part: Part) -> bytes:
     """This party's half, as safetensors."""
     from safetensors.torch import save
 
-    return save({name: tensor.detach().cpu().float().contiguous() for name, tensor in part.trainable.items()})
+    return save(_own(part))
+
+
+def _own(part: Part) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().float().contiguous() for name, tensor in part.trainable.items()}
 
 
 def most_bytes(part: Part) -> int:
@@ -61,11 +65,10 @@ def read_half(data: bytes, part: Part) -> dict[str, Tensor]:
 
 def write_adapter(folder: Path, part: Part, half: Mapping[str, Tensor]) -> None:
     """Writes the folder that peft reads, in place of one of an earlier end of the same run."""
-    whole = {name: tensor.detach().cpu().float().contiguous() for name, tensor in part.trainable.items()}
-    whole |= half
+    whole = sorted({**_own(part), **half}.items())
 
     def write(temporary: Path) -> None:
-        save_file(dict(sorted(whole.items())), temporary / WEIGHTS, {"format": "pt"})
+        save_file(dict(whole), temporary / WEIGHTS, {"format": "pt"})
         part.config.save_pretrained(str(temporary))
         config = temporary / CONFIG
         data = read_json(config)

@@ -7,20 +7,18 @@ the connection, the run goes on from the last state that both have, as soon as t
 from __future__ import annotations
 
 import socket
-import struct
 import time
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.model.inventory import embedding_weight
 from amq.split import hello
 from amq.split.adapter import read_half, write_adapter
+from amq.split.data import label_type
 from amq.split.hello import ClientHello
 from amq.split.link import Link, Throttle
 from amq.split.model import targets_of
@@ -37,22 +35,14 @@ from amq.split.records import (
     append_line,
     read_lines,
     write_lines,
-)  # fmt: skip
+)
 from amq.split.state import States
-from amq.split.wire import Frame, LinkLost, NotFinite, PeerError, Type, WireError
+from amq.split.wire import BUSY, LOSS, Frame, LinkLost, NotFinite, PeerError, Type, WireError
 from amq.util.progress import Progress, Step
 
-LOSS = struct.Struct("<d3d")
-"""Payload of a loss frame: the loss, and the server's seconds of computing, encoding and waiting."""
-BUSY = "another client is being served"
 RETRY_SECONDS = 1.0
 ANSWER_SECONDS = 120.0
 """For a server to answer the first hello in, upon which it makes its part of the model."""
-
-
-def label_type(rows: int) -> np.dtype[Any]:
-    """As what token ids go over the wire; rows: of the model's embedding."""
-    return np.dtype("<u2" if rows <= 1 << 16 else "<u4")
 
 
 @dataclass(frozen=True)
@@ -223,12 +213,12 @@ class Client:
                     hidden = party.part.embedded(tokens)
                 if self.terms.labels == "server":
                     labels += self._send_labels(tokens, step, index, link)
-                party.send(party.streams[0, True], hidden, step, index, party.samples(step, index))
+                party.send(0, True, hidden, step, index)
                 waiting[index] = tokens, hidden
             if u_shape and 1 <= index <= parts:
                 own_loss += self._head(step, index - 1, waiting[index - 1][0])
             if index >= behind:
-                self._backward(step, index - behind, waiting.pop(index - behind)[1])
+                party.backward(0, step, index - behind, waiting.pop(index - behind)[1])
         loss, server = self._loss(party.expect(Type.LOSS, step), own_loss)
         if step == self.start:
             self._cut_back(step)
@@ -261,26 +251,15 @@ class Client:
 
     def _head(self, step: int, index: int, tokens: Tensor) -> float:
         """U-shape: the loss of one part, whose gradient at the second cut goes to the server."""
-        party, samples = self.party, self.party.samples(step, index)
-        came = party.receive(1, True, step, index, samples)
-        hidden = party.streams[1, True].shaped(came).to(party.part.device, party.part.model.dtype).requires_grad_()
+        party = self.party
+        hidden = party.hidden(1, step, index)
         with party.clock("compute"):
             targets = targets_of(tokens, self.terms.unscored).to(party.part.device)
             loss = party.part.loss(hidden, targets, self.terms.predicted)
             loss.backward()
         assert hidden.grad is not None
-        party.send(party.streams[1, False], hidden.grad, step, index, samples)
+        party.send(1, False, hidden.grad, step, index)
         return float(loss.detach())
-
-    def _backward(self, step: int, index: int, hidden: Tensor) -> None:
-        party = self.party
-        gradient = party.receive(0, False, step, index, party.samples(step, index))
-        forward = party.streams[0, True]
-        assert forward.policy is not None
-        with party.clock("encode"):
-            forward.policy.returned(gradient)
-        with party.clock("compute"):
-            hidden.backward(forward.shaped(gradient).to(hidden.device, hidden.dtype))
 
     def _loss(self, frame: Frame, own: float) -> tuple[float, PartySeconds]:
         if len(frame.payload) != LOSS.size:

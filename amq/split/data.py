@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -29,6 +31,11 @@ def samples_of(seed: int, samples: int, batch: int, step: int) -> list[int]:
     """The `batch` samples of a step, each in [0, samples); every epoch has all samples once, in an order of its own."""
     places = range(step * batch, (step + 1) * batch)
     return [_order(seed, place // samples, samples)[place % samples] for place in places]
+
+
+def label_type(rows: int) -> np.dtype[Any]:
+    """As what token ids go over the wire; rows: of the model's embedding."""
+    return np.dtype("<u2" if rows <= 1 << 16 else "<u4")
 
 
 def windows_of(corpus: Corpus, length: int, samples: int) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,8 @@ from amq.model.text import fixed_windows, load_corpus
 from amq.split import quantizer
 from amq.split.data import windows_of
 from amq.split.model import targets_of
-from amq.split.policy import FORWARD, Policy
+from amq.split.party import stream_name
+from amq.split.policy import FORWARD, Policy, below
 from amq.split.records import (
     ADAPTER,
     BASE,
@@ -36,7 +37,7 @@ from amq.split.records import (
     EvaluationRow,
     SplitEvaluation,
     SplitRun,
-)  # fmt: skip
+)
 from amq.split.settings import SplitEvalSettings
 from amq.split.state import States
 from amq.split.terms import Terms
@@ -124,11 +125,10 @@ def quantized_loss(model: Any, windows: Tensor, terms: Terms, states: States, un
 
 def _policy(terms: Terms, channels: int, cut: int, state: dict[str, Tensor]) -> Policy:
     """The policy of hidden states at a cut, as it stood after the last step."""
-    prefix = f"stream.{cut}.1."
-    kept = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    kept = below(state, stream_name(cut, True))
     if cut == 0:
         policy = FORWARD[terms.policy](terms, channels, terms.group)
-        policy.load({name.removeprefix("policy."): t for name, t in kept.items() if name.startswith("policy.")})
+        policy.load(below(kept, "policy"))
     else:  # the server's: of it the client has the table, and of `step` nothing, which finds its target at once
         policy = FORWARD[terms.policy](replace(terms, start_bits=terms.target_bits), channels, terms.group)
         policy.widths = kept.get("table")
@@ -139,12 +139,11 @@ def _policy(terms: Terms, channels: int, cut: int, state: dict[str, Tensor]) -> 
 
 def _through(hidden: Tensor, policy: Policy, samples: Sequence[int]) -> tuple[Tensor, int]:
     """Hidden states [batch, length, channels] as they arrive, and the payload's bytes."""
+    payload = policy.encode(quantizer.by_channel(hidden), samples)
+    levels = None if policy.widths is None else quantizer.levels_of(policy.widths)
     batch, length, channels = hidden.shape
-    x = hidden.reshape(-1, channels).t().float().cpu().contiguous()
-    payload = policy.encode(x, samples)
-    levels = None if policy.widths is None else (1 << policy.widths).to(torch.int32)
     came = quantizer.unpack(payload, levels, batch * length, channels, min(policy.group, batch * length), "the cut")
-    return came.t().reshape(batch, length, channels).to(hidden), len(payload)
+    return quantizer.by_window(came, length).to(hidden), len(payload)
 
 
 def table(evaluation: SplitEvaluation) -> str:

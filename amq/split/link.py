@@ -39,7 +39,7 @@ from amq.split.wire import (
     pack_head,
     read_head,
     reason_in,
-)  # fmt: skip
+)
 
 WAITING = 16
 """Frames that are read ahead; a peer that sends more waits."""

@@ -10,7 +10,7 @@ Each party clips its own gradient and steps its own AdamW; nothing of the weight
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -20,6 +20,7 @@ from amq.errors import AmqError
 from amq.split.data import samples_of
 from amq.split.link import Link
 from amq.split.model import Part
+from amq.split.policy import below, named
 from amq.split.records import PartySeconds
 from amq.split.stream import Stream
 from amq.split.terms import Terms
@@ -90,10 +91,11 @@ class Party:
             for stream in self.streams.values():
                 stream.end(step)
 
-    def send(self, stream: Stream, x: Tensor, step: int, micro_batch: int, samples: Sequence[int]) -> None:
+    def send(self, cut: int, forward: bool, x: Tensor, step: int, micro_batch: int) -> None:
+        """Hidden states or their gradients at a cut, [batch, length, channels]."""
         assert self.link is not None
         with self.clock("encode"):
-            for frame in stream.frames(x, step, micro_batch, samples):
+            for frame in self.streams[cut, forward].frames(x, step, micro_batch, self.samples(step, micro_batch)):
                 self.link.send(frame)
 
     def expect(self, type: Type, step: int, micro_batch: int = 0, cut: int = 0) -> Frame:
@@ -115,20 +117,34 @@ class Party:
             raise WireError(f"{frame.place}: no table of widths is due here")
         stream.take_widths(frame)
 
-    def receive(self, cut: int, forward: bool, step: int, micro_batch: int, samples: Sequence[int]) -> Tensor:
+    def receive(self, cut: int, forward: bool, step: int, micro_batch: int) -> Tensor:
         """What the other party sends at a cut, float32 [channels, tokens]."""
         stream = self.streams[cut, forward]
         frame = self.expect(stream.type, step, micro_batch, cut)
         with self.clock("encode"):
-            return stream.tensor(frame, samples)
+            return stream.tensor(frame, self.samples(step, micro_batch))
+
+    def hidden(self, cut: int, step: int, micro_batch: int) -> Tensor:
+        """The hidden states that come at a cut, [batch, length, channels], a leaf that keeps its gradient."""
+        came = self.streams[cut, True].shaped(self.receive(cut, True, step, micro_batch))
+        return came.to(self.part.device, self.part.model.dtype).requires_grad_()
+
+    def backward(self, cut: int, step: int, micro_batch: int, hidden: Tensor) -> None:
+        """The gradient of hidden states that were sent at a cut: for the policy, and on through what they are of."""
+        gradient, stream = self.receive(cut, False, step, micro_batch), self.streams[cut, True]
+        assert stream.policy is not None
+        with self.clock("encode"):
+            stream.policy.returned(gradient)
+        with self.clock("compute"):
+            hidden.backward(stream.shaped(gradient).to(hidden.device, hidden.dtype))
 
     def state(self) -> dict[str, Tensor]:
         """All that the next step depends on."""
-        kept: dict[str, Tensor] = {f"lora.{name}": tensor for name, tensor in self.part.trainable.items()}
+        kept = named("lora", self.part.trainable)
         for index, moments in self.optimizer.state_dict()["state"].items():
-            kept |= {f"adam.{index}.{name}": value for name, value in moments.items()}
-        for (cut, forward), stream in self.streams.items():
-            kept |= {f"stream.{cut}.{int(forward)}.{name}": value for name, value in stream.state().items()}
+            kept |= named(f"adam.{index}", moments)
+        for key, stream in self.streams.items():
+            kept |= named(stream_name(*key), stream.state())
         return dict(sorted(kept.items()))  # equal states are equal files, whatever was loaded before
 
     def load(self, state: dict[str, Tensor]) -> None:
@@ -143,17 +159,16 @@ class Party:
                     )
                 parameter.copy_(found)
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in _below(state, "adam").items():
+        for name, value in below(state, "adam").items():
             index, _, field = name.partition(".")
             moments.setdefault(int(index), {})[field] = value.clone()
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.streams = self._new_streams()  # what a step left behind in which the connection ended is not of the state
         self.clock.take()  # nor are its seconds
-        for (cut, forward), stream in self.streams.items():
-            stream.load(_below(state, f"stream.{cut}.{int(forward)}"))
+        for key, stream in self.streams.items():
+            stream.load(below(state, stream_name(*key)))
 
 
-def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Entries `prefix.…` under the rest of their names."""
-    start = prefix + "."
-    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
+def stream_name(cut: int, forward: bool) -> str:
+    """Of a stream's entries in a state."""
+    return f"stream.{cut}.{int(forward)}"

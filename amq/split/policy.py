@@ -20,7 +20,7 @@ What amaq learns, with x̂ = low + k·s, s = range / (2^b − 1) and u = (x − 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,17 @@ HORIZON = 10
 """Steps over which `step` makes up for bytes that it is over or under."""
 
 State = dict[str, Tensor]
+
+
+def named(prefix: str, tensors: Mapping[str, Tensor]) -> State:
+    """The entries under `prefix.…`."""
+    return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def below(state: Mapping[str, Tensor], prefix: str) -> State:
+    """Entries `prefix.…` under the rest of their names."""
+    start = prefix + "."
+    return {name.removeprefix(start): tensor for name, tensor in state.items() if name.startswith(start)}
 
 
 def scheduled(step: int, steps: int, start: float, target: float) -> float:
@@ -108,7 +119,7 @@ class Policy:
 
     def _ranged(self, x: Tensor) -> Codes:
         assert self.widths is not None
-        return quantizer.ranged(x, (1 << self.widths).to(torch.int32), min(self.group, x.shape[1]))
+        return quantizer.ranged(x, quantizer.levels_of(self.widths), min(self.group, x.shape[1]))
 
 
 class Fixed(Policy):
@@ -207,13 +218,13 @@ class Amaq(Fixed):
 
     def state(self) -> State:
         kept = self._adam.state_dict()["state"].get(0, {})
-        return super().state() | {"q": self._q.detach()} | {f"adam.{name}": value for name, value in kept.items()}
+        return super().state() | {"q": self._q.detach()} | named("adam", kept)
 
     def load(self, state: State) -> None:
         super().load(state)
         with torch.no_grad():
             self._q.copy_(state["q"])
-        kept = {name.removeprefix("adam."): value.clone() for name, value in state.items() if name.startswith("adam.")}
+        kept = {name: value.clone() for name, value in below(state, "adam").items()}
         whole = self._adam.state_dict()
         self._adam.load_state_dict({**whole, "state": {0: kept} if kept else {}})
 
@@ -286,7 +297,7 @@ class AqSgd(Fixed):
             payload, after = quantizer.pack_raw(x, True), x.half().float()
         else:
             assert self.widths is not None
-            levels = (1 << self.widths).to(torch.int32)
+            levels = quantizer.levels_of(self.widths)
             codes = quantizer.ranged(x - before, levels, min(self.group, x.shape[1]), symmetric=True)
             payload, after = quantizer.pack(codes, self.terms.coded), before + codes.dequantize()
             quantizer.check_finite(after.half(), "what is to be kept in float16, which ends at 65504,")
@@ -313,11 +324,11 @@ def remember(cache: dict[int, Tensor], samples: Sequence[int], x: Tensor) -> Non
 
 
 def cache_state(cache: dict[int, Tensor]) -> State:
-    return {f"cache.{sample}": tensor for sample, tensor in cache.items()}
+    return named("cache", {str(sample): tensor for sample, tensor in cache.items()})
 
 
 def load_cache(state: State) -> dict[int, Tensor]:
-    return {int(name.partition(".")[2]): tensor for name, tensor in state.items() if name.startswith("cache.")}
+    return {int(sample): tensor for sample, tensor in below(state, "cache").items()}
 
 
 FORWARD: dict[str, type[Policy]] = {

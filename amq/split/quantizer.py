@@ -149,6 +149,11 @@ def pack(codes: Codes, coded: bool) -> bytes:
     return b"".join(parts)
 
 
+def levels_of(widths: Tensor) -> Tensor:
+    """Codes that channels of these widths have, int32 [channels]."""
+    return (1 << widths).to(torch.int32)
+
+
 def widths_of(levels: Tensor) -> Tensor:
     """Bits that each channel's codes need, int64; 0 for a channel of one level."""
     return torch.tensor([(level - 1).bit_length() for level in levels.tolist()])
@@ -247,6 +252,16 @@ def _unpack_widths(reader: Reader, levels: Tensor, tokens: int, channels: int, w
     return codes
 
 
+def by_channel(x: Tensor) -> Tensor:
+    """[batch, length, channels] of any dtype, on any device → float32 [channels, tokens] on the CPU."""
+    return x.detach().reshape(-1, x.shape[-1]).t().float().cpu().contiguous()
+
+
+def by_window(x: Tensor, length: int) -> Tensor:
+    """Back again: [channels, tokens] → [batch, length, channels]."""
+    return x.t().reshape(-1, length, x.shape[0])
+
+
 def pack_raw(x: Tensor, half: bool) -> bytes:
     """x: float32 [channels, tokens], as it is or in fp16; on the wire token by token."""
     sent = x.half() if half else x
@@ -263,5 +278,5 @@ def check_finite(x: Tensor, what: str) -> None:
 
 def error_of(x: Tensor, width: int, group: int) -> Tensor:
     """Mean squared error of each channel, float32 [channels], when all are quantized with `width` bits."""
-    levels = torch.full((x.shape[0],), 1 << width, dtype=torch.int32)
+    levels = levels_of(torch.full((x.shape[0],), width))
     return (ranged(x, levels, group).dequantize() - x).square_().mean(1)

@@ -24,14 +24,14 @@ from amq.errors import AmqError
 from amq.model.inventory import embedding_weight
 from amq.split import hello
 from amq.split.adapter import half_of, most_bytes
-from amq.split.client import BUSY, LOSS, label_type
+from amq.split.data import label_type
 from amq.split.hello import ClientHello, ServerHello
 from amq.split.link import Link
 from amq.split.model import Part, targets_of
 from amq.split.party import Party
 from amq.split.state import States
 from amq.split.terms import Terms, check_agreement
-from amq.split.wire import Frame, LinkLost, NotFinite, PeerError, Type, WireError
+from amq.split.wire import BUSY, LOSS, Frame, LinkLost, NotFinite, PeerError, Type, WireError
 from amq.util.progress import Progress
 
 GREETING = 8
@@ -192,81 +192,69 @@ class Server:
         assert party is not None
         terms = party.terms
         for step in range(start, terms.steps):
-            self._step(step, link, first=step == start)
+            loss = _step(party, step)
+            if step == start:  # not after hello: whoever recorded one and sends it again must not undo a step
+                self.states.drop_after(step)
+            spent = party.clock.take()
+            link.send(Frame(Type.LOSS, LOSS.pack(loss, spent.compute, spent.encode, spent.wait), step))
+            party.end(step)
             if (step + 1) % terms.save_every == 0 or step + 1 == terms.steps:
                 self.states.save(step + 1, party.state(), terms)
         party.expect(Type.BYE, terms.steps)
         link.send(Frame(Type.ADAPTER, half_of(party.part), terms.steps))
         party.expect(Type.BYE, terms.steps)
 
-    def _step(self, step: int, link: Link, first: bool) -> None:
-        party = self.party
-        assert party is not None
-        terms, loss = party.terms, 0.0
-        party.begin(step)
-        waiting: list[tuple[Tensor, Tensor]] = []
-        for index in range(terms.micro_batches + 1):
-            if index < terms.micro_batches:
-                if terms.labels == "server":
-                    loss += self._whole(step, index)
-                else:
-                    waiting.append(self._forward(step, index))
-            if index and terms.labels == "client":
-                self._backward(step, index - 1, *waiting.pop(0))
-        if first:  # not after hello: whoever recorded one and sends it again must not undo a step
-            self.states.drop_after(step)
-        spent = party.clock.take()
-        link.send(Frame(Type.LOSS, LOSS.pack(loss, spent.compute, spent.encode, spent.wait), step))
-        party.end(step)
 
-    def _hidden(self, step: int, index: int) -> Tensor:
-        assert self.party is not None
-        came = self.party.receive(0, True, step, index, self.party.samples(step, index))
-        part = self.party.part
-        return self.party.streams[0, True].shaped(came).to(part.device, part.model.dtype).requires_grad_()
+def _step(party: Party, step: int) -> float:
+    """All parts of a step, forward and backward; its loss, where the labels come along."""
+    terms, loss = party.terms, 0.0
+    party.begin(step)
+    waiting: list[tuple[Tensor, Tensor]] = []
+    for index in range(terms.micro_batches + 1):
+        if index < terms.micro_batches:
+            if terms.labels == "server":
+                loss += _whole(party, step, index)
+            else:
+                waiting.append(_forward(party, step, index))
+        if index and terms.labels == "client":
+            hidden, after = waiting.pop(0)
+            party.backward(1, step, index - 1, after)
+            _send_gradient(party, step, index - 1, hidden)
+    return loss
 
-    def _whole(self, step: int, index: int) -> float:
-        """A part of a step whose labels came along: forward, loss and backward at once."""
-        assert self.party is not None
-        party = self.party
-        targets = self._targets(party.expect(Type.LABELS, step, index))
-        hidden = self._hidden(step, index)
-        with party.clock("compute"):
-            loss = party.part.loss(party.part.continued(hidden), targets, party.terms.predicted)
-            loss.backward()
-        assert hidden.grad is not None
-        party.send(party.streams[0, False], hidden.grad, step, index, party.samples(step, index))
-        return float(loss.detach())
 
-    def _targets(self, frame: Frame) -> Tensor:
-        assert self.party is not None
-        terms, rows = self.party.terms, embedding_weight(self.party.part.model).shape[0]
-        kind = label_type(rows)
-        if len(frame.payload) != kind.itemsize * terms.tokens:
-            raise WireError(f"{frame.place} has {len(frame.payload)} bytes, expected {kind.itemsize * terms.tokens}")
-        tokens = torch.from_numpy(np.frombuffer(frame.payload, kind).astype(np.int64))
-        if bool((tokens >= rows).any()):
-            raise WireError(f"{frame.place}: token {int(tokens.max())} is none of the model's {rows}")
-        return targets_of(tokens.view(terms.windows, terms.window_length), terms.unscored).to(self.party.part.device)
+def _whole(party: Party, step: int, index: int) -> float:
+    """A part of a step whose labels came along: forward, loss and backward at once."""
+    targets = _targets(party, party.expect(Type.LABELS, step, index))
+    hidden = party.hidden(0, step, index)
+    with party.clock("compute"):
+        loss = party.part.loss(party.part.continued(hidden), targets, party.terms.predicted)
+        loss.backward()
+    _send_gradient(party, step, index, hidden)
+    return float(loss.detach())
 
-    def _forward(self, step: int, index: int) -> tuple[Tensor, Tensor]:
-        """U-shape: sends the hidden states behind the last block; (what came, what went), for the way back."""
-        assert self.party is not None
-        hidden = self._hidden(step, index)
-        with self.party.clock("compute"):
-            after = self.party.part.continued(hidden)
-        self.party.send(self.party.streams[1, True], after, step, index, self.party.samples(step, index))
-        return hidden, after
 
-    def _backward(self, step: int, index: int, hidden: Tensor, after: Tensor) -> None:
-        assert self.party is not None
-        party, samples = self.party, self.party.samples(step, index)
-        gradient = party.receive(1, False, step, index, samples)
-        stream = party.streams[1, True]
-        assert stream.policy is not None
-        with party.clock("encode"):
-            stream.policy.returned(gradient)
-        with party.clock("compute"):
-            after.backward(stream.shaped(gradient).to(after.device, after.dtype))
-        assert hidden.grad is not None
-        party.send(party.streams[0, False], hidden.grad, step, index, samples)
+def _targets(party: Party, frame: Frame) -> Tensor:
+    terms, rows = party.terms, embedding_weight(party.part.model).shape[0]
+    kind = label_type(rows)
+    if len(frame.payload) != kind.itemsize * terms.tokens:
+        raise WireError(f"{frame.place} has {len(frame.payload)} bytes, expected {kind.itemsize * terms.tokens}")
+    tokens = torch.from_numpy(np.frombuffer(frame.payload, kind).astype(np.int64))
+    if bool((tokens >= rows).any()):
+        raise WireError(f"{frame.place}: token {int(tokens.max())} is none of the model's {rows}")
+    return targets_of(tokens.view(terms.windows, terms.window_length), terms.unscored).to(party.part.device)
+
+
+def _forward(party: Party, step: int, index: int) -> tuple[Tensor, Tensor]:
+    """U-shape: sends the hidden states behind the last block; (what came, what went), for the way back."""
+    hidden = party.hidden(0, step, index)
+    with party.clock("compute"):
+        after = party.part.continued(hidden)
+    party.send(1, True, after, step, index)
+    return hidden, after
+
+
+def _send_gradient(party: Party, step: int, index: int, hidden: Tensor) -> None:
+    """Of what came at the first cut, once the backward pass is through."""
+    assert hidden.grad is not None
+    party.send(0, False, hidden.grad, step, index)

@@ -20,11 +20,13 @@ from amq.split.policy import (
     Policy,
     Shared,
     State,
+    below,
     cache_state,
     load_cache,
+    named,
     recall,
     remember,
-)  # fmt: skip
+)
 from amq.split.quantizer import WIDTHS, WIRE_FORMATS
 from amq.split.terms import Terms
 from amq.split.wire import Frame, Type, WireError
@@ -82,7 +84,7 @@ class Stream:
     def frames(self, x: Tensor, step: int, micro_batch: int, samples: Sequence[int]) -> Iterator[Frame]:
         """What has to be sent for x, [batch, length, channels]. Raises AmqError where it is not finite."""
         assert self.policy is not None
-        flat = x.detach().reshape(-1, self.channels).t().float().cpu().contiguous()
+        flat = quantizer.by_channel(x)
         what = "what enters" if self.forward else "the gradient before"
         quantizer.check_finite(flat, f"{what} cut {self.cut} in step {step}")
         if self._partner is not None:
@@ -113,7 +115,7 @@ class Stream:
         """The tensor that came, float32 [channels, tokens]. Raises WireError where the payload is damaged."""
         self.bytes += frame.wire_bytes
         widths = self.widths
-        levels = None if widths is None else (1 << widths).to(torch.int32)
+        levels = None if widths is None else quantizer.levels_of(widths)
         tokens = self.terms.tokens
         x = quantizer.unpack(frame.payload, levels, tokens, self.channels, self.terms.group, frame.place)
         self._note(frame.payload)
@@ -128,7 +130,7 @@ class Stream:
 
     def shaped(self, x: Tensor) -> Tensor:
         """[channels, tokens] → [batch, length, channels]."""
-        return x.t().reshape(self.terms.windows, self.terms.window_length, self.channels)
+        return quantizer.by_window(x, self.terms.window_length)
 
     # Both ends.
 
@@ -151,14 +153,13 @@ class Stream:
     def state(self) -> State:
         kept = {} if self._widths is None else {"table": self._widths}
         if self.policy is not None:
-            return kept | {f"policy.{name}": tensor for name, tensor in self.policy.state().items()}
+            return kept | named("policy", self.policy.state())
         return kept | cache_state(self._cache)
 
     def load(self, state: State) -> None:
         self._widths = state.get("table")
         if self.policy is not None:
-            own = {n.removeprefix("policy."): t for n, t in state.items() if n.startswith("policy.")}
-            self.policy.load(own)
+            self.policy.load(below(state, "policy"))
         else:
             self._cache = load_cache(state)
 

@@ -25,6 +25,10 @@ CHECK_BYTES = 8
 HEAD_BYTES = HEAD.size + CHECK_BYTES
 MOST_HELLO = 64 << 10
 MOST_ERROR = 4 << 10
+LOSS = struct.Struct("<d3d")
+"""Payload of a loss frame: the loss, and the server's seconds of computing, encoding and waiting."""
+BUSY = "another client is being served"
+"""The reason of a server that is not free; it may be soon."""
 TO_SERVER, TO_CLIENT = b"to server", b"to client"
 """Directions, part of a keyed check: a frame cannot be thrown back at its sender."""
 
