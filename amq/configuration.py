@@ -1,9 +1,10 @@
 """A configuration `{linear: format}` and what it costs: bits per weight, bytes, and a whole model's memory, itemised.
 
-Bits per weight is the average over all linears of stored bits: codes plus one fp16 scale and zero point per group. A
-linear whose rows fill their groups costs exactly `code_bits + 32 / group_size` (the paper's accounting); a ragged last
-group pays for its scale and zero point in full, because the file does. A linear that is kept (`"16bit"`) counts with
-its 16 bits.
+It names every linear of the blocks, and the head and embeddings that have a format (`Inventory.outer`): one that it
+does not name stays in 16 bits and is no part of it. Bits per weight is the average of stored bits over all that it
+names: codes plus one fp16 scale and zero point per group. A linear whose rows fill their groups costs exactly
+`code_bits + 32 / group_size` (the paper's accounting); a ragged last group pays for its scale and zero point in full,
+because the file does. A linear that is kept (`"16bit"`) counts with its 16 bits.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
-from amq.model.inventory import Inventory, LinearSpec, match_linears
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, match_linears
 from amq.model.shape import LayerCache
 from amq.util.files import read_json, write_json
 from amq.util.records import check_range, parse_record, shorten, to_json
@@ -133,8 +134,16 @@ class Configuration:
             raise AmqError(f"{path}: {error}") from None
         return Configuration(file.formats, file.group_size, parse_record(data, Details, str(path)))
 
-    def check(self, linears: Sequence[LinearSpec], unusable: Mapping[str, str] | None = None) -> None:
-        """Refuses a configuration that is not of exactly these linears; unusable: {linear: why it has no format}."""
+    def check(
+        self,
+        linears: Sequence[LinearSpec],
+        unusable: Mapping[str, str] | None = None,
+        outer: Sequence[LinearSpec] = (),
+    ) -> None:
+        """Refuses a configuration that is not of exactly these linears and any of `outer`.
+
+        unusable: {linear: why it has no format}.
+        """
         names = {s.name for s in linears}
         for name, reason in (unusable or {}).items():
             if name in self.formats:
@@ -142,7 +151,8 @@ class Configuration:
                     f"the configuration names {name}, which stays in 16 bits in any case ({reason}): take it out, or "
                     "search this model again"
                 )
-        unknown, missing = sorted(self.formats.keys() - names), sorted(names - self.formats.keys())
+        unknown = sorted(self.formats.keys() - names - {s.name for s in outer})
+        missing = sorted(names - self.formats.keys())
         if unknown:
             raise AmqError(
                 f"the configuration names {unknown[0]!r} ({len(unknown)} such), which the model does not have: "
@@ -154,12 +164,22 @@ class Configuration:
                 f'give "{KEPT.name}" for linears that are to stay as they are'
             )
 
-    def bytes(self, linears: Iterable[LinearSpec]) -> int:
-        """Stored bytes of all linears."""
-        return sum(linear_bytes(s, get_stored(self.formats[s.name]), self.group_size) for s in linears)
+    def of(self, weights: Iterable[LinearSpec]) -> tuple[LinearSpec, ...]:
+        """Those of `weights` that have a format here, `16bit` included."""
+        return tuple(s for s in weights if s.name in self.formats)
 
-    def bits_per_weight(self, linears: Sequence[LinearSpec]) -> float:
-        return 8 * self.bytes(linears) / sum(s.numel for s in linears)
+    def bytes(self, weights: Iterable[LinearSpec]) -> int:
+        """Stored bytes of those of `weights` that have a format here."""
+        return sum(linear_bytes(s, get_stored(self.formats[s.name]), self.group_size) for s in self.of(weights))
+
+    def bits_per_weight(self, weights: Sequence[LinearSpec]) -> float:
+        """Of those of `weights` that have a format here."""
+        return 8 * self.bytes(weights) / sum(s.numel for s in self.of(weights))
+
+    def bytes_read(self, weights: Iterable[LinearSpec]) -> float:
+        """Of the stored bytes, those that one token reads on average: of experts, the share that it is routed to."""
+        sizes = ((s, linear_bytes(s, get_stored(self.formats[s.name]), self.group_size)) for s in self.of(weights))
+        return sum(size * (1.0 if s.tied else s.read) for s, size in sizes)
 
 
 def linear_bytes(spec: LinearSpec, fmt: BitFormat | Kept, group_size: int) -> int:
@@ -185,13 +205,14 @@ def memory_items(
     caches: what the layers keep (`ModelShape.caches`), needed when `context` > 0.
     """
     stored = [(s, get_stored(configuration.formats[s.name])) for s in model.linears]
+    outer = {s: get_stored(configuration.formats[s.name]) for s in configuration.of(model.outer)}
     kept = sum(linear_bytes(s, fmt, configuration.group_size) for s, fmt in stored if isinstance(fmt, Kept))
     codes = sum(s.out_features * fmt.row_bytes(s.in_features) for s, fmt in stored) - kept
     items = [
         MemoryItem("linears: codes", codes),
         MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes - kept),
         *([MemoryItem("linears: kept", kept, "16 bits, by choice")] if kept else ()),
-        *other_items(model),
+        *other_items(model, outer, configuration.group_size),
     ]
     if context:
         size = sum(cache.bytes(context) for cache in caches)
@@ -199,16 +220,28 @@ def memory_items(
     return tuple(items)
 
 
-def other_items(model: Inventory) -> list[MemoryItem]:
-    """The unquantized weights by kind, counted at 16 bits each."""
+def other_items(
+    model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept] | None = None, group_size: int = 128
+) -> list[MemoryItem]:
+    """What is outside the blocks' linears, by kind: at 16 bits each, but for the head and embeddings in `outer`."""
+    packed = {s: fmt for s, fmt in (outer or {}).items() if not isinstance(fmt, Kept)}
+    gone = {f"{name}.weight" for s in packed for name in (s.name, s.tied)}
 
     def total(kind: str) -> int:
-        return OTHER_BYTES * sum(o.numel for o in model.others if o.kind == kind)
+        return OTHER_BYTES * sum(o.numel for o in model.others if o.kind == kind and o.name not in gone)
 
+    def item(name: str, kind: str, others: str, note: str) -> MemoryItem:
+        mine = {s: fmt for s, fmt in packed.items() if s.kind == kind}
+        size = total(others) + sum(linear_bytes(s, fmt, group_size) for s, fmt in mine.items())
+        return MemoryItem(name, size, ", ".join(dict.fromkeys(fmt.name for fmt in mine.values())) or note)
+
+    head_is_packed = any(s.tied for s in packed)
     tied = "tied to the embeddings: the same bytes" if model.head_is_tied else "16 bits"
     items = [
-        MemoryItem("embeddings", total("embedding"), "16 bits"),
-        MemoryItem("lm_head", total("lm_head"), tied),
+        item(
+            "embeddings", EMBEDDING, "embedding", "tied to the lm_head: the same bytes" if head_is_packed else "16 bits"
+        ),
+        item("lm_head", HEAD, "lm_head", tied),
         MemoryItem("norms and biases", total("norm_or_bias"), "16 bits"),
     ]
     rest = total("not quantized")
