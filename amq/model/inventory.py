@@ -15,13 +15,14 @@ import re
 import time
 from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.experts import experts_of, top_k_of
+from amq.model.shape import size, text_config
 from amq.util.records import shorten
 
 if TYPE_CHECKING:
@@ -203,15 +204,20 @@ def _block_linears(model: PreTrainedModel, blocks_path: str, blocks: nn.ModuleLi
 def _outer(model: PreTrainedModel, blocks_path: str, n_blocks: int, tied: bool) -> Iterator[LinearSpec]:
     """Head and embeddings outside the blocks: the head after the last block, embeddings before the first.
 
-    An embedding that does more than to look up rows, by its class, counts as well where it only scales them.
+    An embedding beside that of the tokens counts where it is of the same class and about as long, as Gemma's per layer
+    are, which are looked up by tokens too; one of positions is neither.
     """
     names = {id(module): name for name, module in model.named_modules()}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    positions = size(text_config(model.config), "max_position_embeddings", "n_positions")
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Embedding) or name.startswith(f"{blocks_path}.") or (tied and module is embedding):
+        if type(module) is not type(embedding) or not isinstance(module, nn.Embedding):
             continue
-        if "weight" in module._parameters:
-            yield LinearSpec(name, BEFORE, name, module.num_embeddings, module.embedding_dim, EMBEDDING)
+        if name.startswith(f"{blocks_path}.") or "weight" not in module._parameters or (tied and module is embedding):
+            continue
+        rows, tokens = module.num_embeddings, int(cast(Any, embedding).num_embeddings)
+        if module is embedding or (rows != positions and 2 * rows >= tokens):
+            yield LinearSpec(name, BEFORE, name, rows, module.embedding_dim, EMBEDDING)
     if _is_plain(head):
         name = names[id(head)]
         shared = names[id(embedding)] if tied else ""
