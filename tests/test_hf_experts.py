@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
-from helpers.tiny_models import COMMON, randomized, random_tokens
+from helpers.tiny_models import COMMON, random_tokens, randomized
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -146,11 +146,11 @@ def test_the_base_model(case: str, folders: Callable[[str], Path], tmp_path: Pat
 
 
 def test_a_missing_tensor_is_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
     from safetensors.torch import load_file
 
     from amq.util.tensors import hashes_metadata, save_file
-
-    import shutil
 
     folder = Path(shutil.copytree(folders("experts, some kept"), tmp_path / "damaged"))
     whole = load_file(folder / "model.safetensors")
@@ -173,7 +173,9 @@ def test_experts_stay_linears_after_dequantize(folders: Callable[[str], Path]) -
     plain = load(folders("experts")).dequantize()
     experts = [m for m in plain.modules() if isinstance(m, Experts)]
     assert len(experts) == 3 and all(type(linear) is nn.Linear for e in experts for linear in e.gate_proj)
-    assert [s.role for s in take_inventory(plain).linears] == [s.role for s in take_inventory(build("qwen3_moe")).linears]
+    assert [s.role for s in take_inventory(plain).linears] == [
+        s.role for s in take_inventory(build("qwen3_moe")).linears
+    ]
 
 
 def test_the_record_of_many_experts_is_small(folders: Callable[[str], Path]) -> None:

@@ -185,14 +185,14 @@ class AmqQuantizer(HfQuantizer):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has it as text
         embeddings = {n: m for n, m in model.named_modules() if isinstance(m, StoredEmbedding)}
         device, dtype = model.device, dtype or torch.float32
-        dense: dict[StoredLinear | None, nn.Linear] = {}
+        dense: dict[StoredLinear, nn.Linear] = {}
         for name, module in list(_stored_linears(model)):
             dense[module] = _dense(module, device, dtype)
             _replace(model, name, dense[module])
         for name, embedding in embeddings.items():
-            own = embedding.head is None
-            weight = _plain(embedding.source(), device, dtype) if own else dense[embedding.head].weight
-            _replace(model, name, embedding.restored(weight))
+            head = embedding.head
+            weight = _plain(embedding.source(), device, dtype) if head is None else dense[head].weight
+            _replace(model, name, embedding.restored(cast(nn.Parameter, weight)))
         if any(embedding.head is not None for embedding in embeddings.values()):
             _tie_again(model)
         for name in ("resize_token_embeddings", "num_parameters"):

@@ -46,7 +46,8 @@ class StoredEmbedding(nn.Module):
         original._parameters["weight"] = None
         self._adopt(original)
         # In tuples, else they would be children, and tensors in the state dict twice.
-        self._original, self._head = (original,), () if head is None else (head,)
+        self._original = (original,)
+        self._head: tuple[StoredLinear, ...] = () if head is None else (head,)
 
     def _adopt(self, original: nn.Embedding) -> None:
         for name, parameter in original._parameters.items():
@@ -85,9 +86,9 @@ class StoredEmbedding(nn.Module):
 
     def source(self) -> PackedWeight:
         """The packed weight, on the CPU."""
-        head = self._head[0]
-        if head.packed is None:
-            raise AmqError(f"{head.name} has no weight yet: load it with from_pretrained")
+        head = self.head
+        if head is None or head.packed is None:
+            raise AmqError(f"{head.name if head else 'an embedding'} has no weight yet: load it with from_pretrained")
         return head.packed
 
     def packed_on(self, device: torch.device) -> PackedWeight:
