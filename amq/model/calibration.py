@@ -296,11 +296,10 @@ class _ExpertGrams:
     def _measure_again(self) -> None:
         """Experts that saw few tokens, on all of the layer's; says which."""
         tokens = sum(map(len, self._inputs))
-        few = [s for s, own in self._own.items() if own.count < min(tokens, s.in_features // ENOUGH)]
+        few = [s for s, own in self._own.items() if own.count < _least(s, tokens)]
         if few:
             self.notes.append(self._note(few, tokens))
         for spec in few:
-            assert spec.expert is not None
             self._own[spec] = _Sum()
             handle = self._hook(spec, self._own[spec])
             try:
@@ -311,13 +310,17 @@ class _ExpertGrams:
         self._inputs.clear()
 
     def _note(self, few: Sequence[LinearSpec], tokens: int) -> str:
-        untouched = [str(s.expert) for s in few if not self._own[s].count]
-        least = few[0].in_features // ENOUGH
-        text = f"{self._name}: {len(few)} of {self._layer.experts} experts saw fewer than {least} of {tokens} "
-        text += f"calibration tokens ({_listed([str(s.expert) for s in few])}): their {DOWN} is calibrated with all"
-        return text + (f"; no token reached {_listed(untouched)}" if untouched else "")
+        untouched = [s for s in few if not self._own[s].count]
+        text = f"{self._name}: {len(few)} of {self._layer.experts} experts saw fewer than {_least(few[0], tokens)} of "
+        text += f"{tokens} calibration tokens ({_numbers(few)}): their {DOWN} is calibrated with all of them"
+        return text + (f"; no token reached {_numbers(untouched)}" if untouched else "")
 
 
-def _listed(numbers: Sequence[str], most: int = 16) -> str:
-    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
-    return ", ".join(numbers[:most]) + more
+def _least(down: LinearSpec, tokens: int) -> int:
+    """How many of its layer's `tokens` an expert's down_proj must have seen to be calibrated on these alone."""
+    return min(tokens, down.in_features // ENOUGH)
+
+
+def _numbers(experts: Sequence[LinearSpec], most: int = 16) -> str:
+    more = f" and {len(experts) - most} more" if len(experts) > most else ""
+    return ", ".join(str(s.expert) for s in experts[:most]) + more

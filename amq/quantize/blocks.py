@@ -177,7 +177,8 @@ class BlockQuantizer:
         for group in groups:
             fold = find_fold(self._model, path, group.linears, head_dim, run)
             if fold is None:
-                result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
+                note = f"{group.linears[0].role}: nothing in the block can take its scales"
+                result.notes += [note] if note not in result.notes else []
                 scaled.append(group)
                 continue
             rounded = self._quantized(group.linears)
