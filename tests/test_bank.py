@@ -22,6 +22,7 @@ from torch import nn
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
+from amq.model.calibration import in_parts
 from amq.model.inventory import get_linear, get_weight, take_inventory
 from amq.packing import dequantize
 from amq.quantize import quantizers
@@ -366,7 +367,7 @@ def test_experts_are_held_like_other_linears(
     bank = build(model, banks, settings)
     errors = bank.weight_errors()
     monkeypatch.setattr("amq.quantize.bank.stacks", lambda specs: ([spec] for spec in specs))
-    monkeypatch.setattr("amq.model.calibration.GRAM_BYTES", 0)
+    monkeypatch.setattr("amq.quantize.bank.in_parts", lambda linears: in_parts(linears, 0))
     divided = build(mixture(kind), tmp_path / "divided", settings)
     for spec in linears:
         weight = get_linear(model, spec.name).weight.double()

@@ -440,7 +440,7 @@ def test_a_full_disk_leaves_nothing_but_the_finished_blocks(
 @pytest.mark.parametrize("method", ["rtn", "gptq", "bank"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantized_head(tmp_path: Path, make_folder: Callable, configuration: Path, method: str, tied: bool) -> None:
-    """One tensor for head and embedding; what comes after sees it; bits are of the linears and the head, bytes of all."""
+    """One tensor for head and embedding; what comes after sees it; bits are of linears and head, bytes of all."""
     from transformers import AutoModelForCausalLM
 
     source = make_folder(tiny_llama(tie_word_embeddings=tied))

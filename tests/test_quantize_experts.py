@@ -14,7 +14,7 @@ from helpers.tiny_models import random_tokens
 
 from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
-from amq.model.inventory import EXPERT, take_inventory
+from amq.model.inventory import take_inventory
 from amq.packing import dequantize
 from amq.quantize import quantize
 from amq.quantize.log import QuantizationLog
@@ -53,7 +53,7 @@ def plain_of(folder: Path, kind: str) -> torch.nn.Module:
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq+gptq", "bank"])
 @pytest.mark.parametrize("kind", MIXTURES)
 def test_a_checkpoint_computes_what_its_weights_say(
-    kind: str, method: str, make_folder: Callable, source: Callable[[str], Path], tmp_path: Path
+    kind: str, method: str, source: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """Experts of one layer in several formats, one of them kept."""
     from transformers import AutoModelForCausalLM
@@ -108,4 +108,3 @@ def test_what_is_said_of_experts(source: Callable[[str], Path], tmp_path: Path) 
     assert len(log["notes"]) == 2 and "experts saw fewer than 4 of 4 calibration tokens" in log["notes"][0]
     formats = dict.fromkeys(log["linears"], "int4")
     assert counts_text(take_inventory(mixture("qwen3_moe")).linears, formats) == "8 int4, 24 int4 of experts"
-    assert EXPERT == "expert"
