@@ -10,9 +10,11 @@ because the file does. A linear that is kept (`"16bit"`) counts with its 16 bits
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
@@ -22,6 +24,10 @@ from amq.util.files import read_json, write_json
 from amq.util.records import check_range, parse_record, shorten, to_json
 
 SCHEMA = "amq/configuration/1"
+Value = TypeVar("Value")
+NUMBERS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
+MOST_NAMES = 1 << 20
+"""That one file may stand for: a model of 128 experts in 100 layers has 38,400 linears of experts."""
 OTHER_BYTES = 2
 """Weights that stay unquantized are counted in 16 bits: what the model ships and runs in."""
 
@@ -112,7 +118,7 @@ class Configuration:
 
     def save(self, path: Path) -> None:
         """Writes `docs/format.md`'s configuration JSON, atomically."""
-        head = {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats)}
+        head = {"schema": SCHEMA, "group_size": self.group_size, "formats": compact(self.formats)}
         write_json(path, {**head, **to_json(self.details)})
 
     @staticmethod
@@ -130,9 +136,10 @@ class Configuration:
                 raise AmqError(f"{path}: {linear}: {error}") from None
         try:
             check_group_size(file.group_size)
-        except AmqError as error:
+            formats = expand(file.formats)
+        except (AmqError, ValueError) as error:
             raise AmqError(f"{path}: {error}") from None
-        return Configuration(file.formats, file.group_size, parse_record(data, Details, str(path)))
+        return Configuration(formats, file.group_size, parse_record(data, Details, str(path)))
 
     def check(
         self,
@@ -249,6 +256,72 @@ def other_items(
         reasons = sorted({o.reason for o in model.others if o.kind == "not quantized"})
         items.append(MemoryItem("not quantized", rest, "; ".join(reasons)))
     return items
+
+
+def compact(values: Mapping[str, Value]) -> dict[str, Value]:
+    """{name: value} with one key for all names that differ in their last part, a number, and have equal values.
+
+    `experts.up_proj.0`, `.1`, `.2` and `.5` become `experts.up_proj.0-2,5`: what `expand` undoes. Other names stay as
+    they are. Values: hashable, or lists of such.
+    """
+    groups: dict[tuple[str, object], list[int]] = {}
+    keys: dict[str, tuple[str, object]] = {}
+    for name, value in values.items():
+        parent, _, number = name.rpartition(".")
+        if number.isdecimal() and str(int(number)) == number:
+            keys[name] = parent, tuple(value) if isinstance(value, list) else value
+            groups.setdefault(keys[name], []).append(int(number))
+    found: dict[str, Value] = {}
+    written: set[tuple[str, object]] = set()
+    for name, value in values.items():
+        key = keys.get(name)
+        if key is None:
+            found[name] = value
+        elif key not in written:
+            written.add(key)
+            found[f"{key[0]}.{_ranges(groups[key])}"] = value
+    return found
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` → `"0-2,5"`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def expand(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The inverse of `compact`; names without such a last part stay. Raises ValueError where a name comes twice."""
+    found: dict[str, Value] = {}
+    count = 0
+    for key, value in values.items():
+        names = expand_name(key)
+        count += len(names)
+        if count > MOST_NAMES:
+            raise ValueError(f"expected at most {MOST_NAMES} names, got more with {shorten(key)}")
+        found.update(dict.fromkeys(names, value))
+        if len(found) != count:
+            raise ValueError(f"a linear is named twice, the second time by {shorten(key)}")
+    return found
+
+
+def expand_name(key: str) -> list[str]:
+    """`["experts.up_proj.0", "experts.up_proj.1"]` of `experts.up_proj.0-1`; of any other name that name alone."""
+    parent, dot, last = key.rpartition(".")
+    if not dot or last.isdecimal() or len(last) > MOST_NAMES or not NUMBERS.fullmatch(last):
+        return [key]
+    names: list[str] = []
+    for part in last.split(","):
+        low, _, high = part.partition("-")
+        first, end = int(low[:10]), int((high or low)[:10])
+        if not first <= end < MOST_NAMES:
+            raise ValueError(f"expected rising numbers below {MOST_NAMES} in {shorten(key)}, got {shorten(part)}")
+        names.extend(f"{parent}.{number}" for number in range(first, end + 1))
+    return names
 
 
 def configuration_key(formats: Mapping[str, str]) -> str:

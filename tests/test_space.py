@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers.analytic import linears, space
 
-from amq.configuration import Configuration, Details, parse_pins
+from amq.configuration import Configuration, Details, compact, expand, parse_pins
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.search.space import SearchSpace, tie_pattern
@@ -95,3 +95,28 @@ def test_configuration_file_round_trip_and_errors(tmp_path):
             Configuration.load(path)
     with pytest.raises(AmqError, match="does not exist"):
         Configuration.load(tmp_path / "absent.json")
+
+
+def test_names_that_end_in_numbers_are_written_once():
+    formats = {f"b.experts.up_proj.{i}": "int2" if i == 3 else "int3" for i in range(6)}
+    formats = {"b.q_proj": "int4", **formats, "b.experts.down_proj.0": "int3", "b.experts.down_proj.1": "int3"}
+    short = compact(formats)
+    assert short == {
+        "b.q_proj": "int4", "b.experts.up_proj.0-2,4-5": "int3", "b.experts.up_proj.3": "int2",
+        "b.experts.down_proj.0-1": "int3",
+    }  # fmt: skip
+    assert expand(short) == formats and expand(formats) == formats
+    assert compact({"a.0": [1, 2], "a.1": [1, 2]}) == {"a.0-1": [1, 2]}
+    odd = {"0-1": "int2", "a.0x": "int2", "a.01": "int2", "a.": "int2", "head": "int2"}
+    assert compact(odd) == expand(odd) == odd, "names of another kind stay as they are"
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("a.3-1", "rising numbers"), ("a.0-9999999999999", "rising numbers"), ("a.0-2,2", "named twice")],
+)
+def test_damaged_sets_of_names_are_named(key, message):
+    with pytest.raises(ValueError, match=message):
+        expand({key: "int2"})
+    with pytest.raises(ValueError, match="named twice"):
+        expand({"a.1": "int2", "a.0-1": "int2"})
