@@ -78,12 +78,13 @@ class Memory:
 class Details:
     """What a configuration says besides: its figures and its origin, None where they are not known.
 
-    bytes: of the linears; loss, loss_confirm (on held-out windows), predicted_loss: nats per token.
+    bytes: of what `formats` names; bytes_read: see the function of that name; loss, loss_confirm (on held-out windows), predicted_loss: nats per token.
     """
 
     model: str | None = None
     bits_per_weight: float | None = None
     bytes: int | None = None
+    bytes_read: int | None = None
     loss: float | None = None
     loss_confirm: float | None = None
     predicted_loss: float | None = None
@@ -227,6 +228,20 @@ def memory_items(
     return tuple(items)
 
 
+def bytes_read(model: Inventory, configuration: Configuration) -> float:
+    """Bytes of weights that one token reads on average, which decides the speed of decoding; its KV cache not counted.
+
+    Of experts the share that a token is routed to, of an embedding one row, of all else everything: at most what a
+    text needs, for what stands outside the blocks (a vision tower) cannot be told from what it passes through.
+    """
+    named = configuration.of(model.outer)
+    gone = {f"{name}.weight" for s in named for name in (s.name, s.tied)}
+    multiplied = {f"{s.tied}.weight" for s in model.outer if s.tied}
+    all_of_them = model.head_is_tied and not multiplied  # of a run whose embeddings were not listed
+    rest = [o for o in model.others if o.kind != "embedding" or all_of_them or o.name in multiplied]
+    return configuration.bytes_read(model.weights) + OTHER_BYTES * sum(o.numel for o in rest if o.name not in gone)
+
+
 def other_items(
     model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept] | None = None, group_size: int = 128
 ) -> list[MemoryItem]:
@@ -326,4 +341,4 @@ def expand_name(key: str) -> list[str]:
 
 def configuration_key(formats: Mapping[str, str]) -> str:
     """A canonical text of `{linear: format}`, equal for equal configurations."""
-    return json.dumps(dict(sorted(formats.items())), separators=(",", ":"))
+    return json.dumps(compact(dict(sorted(formats.items()))), separators=(",", ":"))

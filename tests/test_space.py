@@ -21,7 +21,7 @@ def test_decode_encode_and_bits_agree_with_the_configuration():
     for point, bits in zip(points, of.bits(points), strict=True):
         formats = of.decode(point)
         assert (of.encode(formats) == point).all()
-        assert bits == pytest.approx(Configuration(formats, 64).bits_per_weight(of.linears))
+        assert bits == pytest.approx(Configuration(formats, 64).bits_per_weight(of.weights))
         assert of.bits_of(formats) == pytest.approx(bits)
     assert of.bits_range == (pytest.approx(2.5), pytest.approx(4.5))  # every row fills its groups of 64
 
@@ -77,9 +77,9 @@ def test_configuration_file_round_trip_and_errors(tmp_path):
     configuration.save(path)
     loaded = Configuration.load(path)
     assert loaded == configuration and loaded.details.loss == 0.25
-    loaded.check(of.linears)
+    loaded.check(of.weights)
     with pytest.raises(AmqError, match="another model"):
-        loaded.check(of.linears[:3])
+        loaded.check(of.weights[:3])
     with pytest.raises(AmqError, match=r"lacks 'layers\.4"):
         loaded.check(linears(5))
     for broken, message in [

@@ -88,25 +88,26 @@ class Evaluator:
 
     @torch.no_grad()  # as a decorator it is off between the steps of this generator
     def sensitivities(
-        self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
-    ) -> Iterator[tuple[str, str, float]]:
-        """(linear, format, loss) for each (linear, format) in `changes`: that linear so, all others as in `base`."""
+        self, base: Mapping[str, str], changes: Iterable[tuple[tuple[str, ...], str]], windows: str = "search"
+    ) -> Iterator[tuple[tuple[str, ...], str, float]]:
+        """(weights, format, loss) for each (weights, format) in `changes`: weights of one block so, all others as in
+        `base`."""
         tokens = self._batches(self._windows[windows])
         hidden: list[Tensor | None] = [None] * len(tokens)
         boundary = 0
-        for name, fmt in sorted(changes, key=lambda change: self._blocks[change[0]]):
+        for names, fmt in sorted(changes, key=lambda change: self._blocks[change[0][0]]):
             start = time.perf_counter()
             self.apply(base)  # the caller may have applied something else since the last step
-            block = self._blocks[name]
+            block = self._blocks[names[0]]
             if block > boundary:
                 hidden = [self._run(t, block, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
                 boundary = block
-            self.apply({**base, name: fmt})
+            self.apply({**base, **dict.fromkeys(names, fmt)})
             last = self._runner.n_blocks
             final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
             loss = self._mean_loss(self._scored(final), windows)
             self.seconds += time.perf_counter() - start
-            yield name, fmt, loss
+            yield names, fmt, loss
 
     def apply(self, formats: Mapping[str, str]) -> None:
         """Puts the configuration's weights into the model, touching only linears whose format changes."""

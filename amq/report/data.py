@@ -79,8 +79,8 @@ class Shown:
         of = self.folder.configuration
         if of is None:
             return None
-        of.check(self.folder.run.linears)
-        bits = of.bits_per_weight(self.folder.run.linears)
+        of.check(self.folder.inventory.linears, outer=self.folder.inventory.outer)
+        bits = of.bits_per_weight(self.folder.inventory.weights)
         return Point(bits, of.details.loss, of.details.loss_confirm, of.details.predicted_loss, of.formats)
 
     @cached_property

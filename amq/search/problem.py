@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from amq.configuration import compact
 from amq.errors import AmqError
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices
@@ -21,6 +22,8 @@ from amq.util.progress import Progress, Step
 
 Formats = Mapping[str, str]
 Table = dict[str, dict[str, float]]
+Change = tuple[tuple[str, ...], str]
+"""Weights of one block that change together, and the format that they get."""
 
 
 class Losses(Protocol):
@@ -35,8 +38,8 @@ class Losses(Protocol):
     def evaluate(self, formats: Formats, windows: str = "search") -> float: ...
 
     def sensitivities(
-        self, base: Formats, changes: Iterable[tuple[str, str]], windows: str = "search"
-    ) -> Iterator[tuple[str, str, float]]: ...
+        self, base: Formats, changes: Iterable[Change], windows: str = "search"
+    ) -> Iterator[tuple[tuple[str, ...], str, float]]: ...
 
 
 class TimeIsUp(Exception):
@@ -82,23 +85,23 @@ class Problem:
         return record
 
     def sensitivities(
-        self, base: Formats, changes: list[tuple[str, str]], phase: str = "sensitivity"
-    ) -> dict[tuple[str, str], Record]:
-        """One record per (linear, format): that linear so, all others as in `base`."""
+        self, base: Formats, changes: list[Change], phase: str = "sensitivity"
+    ) -> dict[Change, Record]:
+        """One record per change: these weights in that format, all others as in `base`."""
         records = {}
         missing = []
-        for name, fmt in changes:
-            record = self.archive.find({**base, name: fmt})
+        for names, fmt in changes:
+            record = self.archive.find({**base, **dict.fromkeys(names, fmt)})
             if record is None:
-                missing.append((name, fmt))
+                missing.append((names, fmt))
             else:
-                records[name, fmt] = record
+                records[names, fmt] = record
         with self.progress.stage(phase, max(1, len(missing))) as step:
             start = time.perf_counter()
-            for name, fmt, loss in self.losses.sensitivities(base, missing):
-                record = self._append({**base, name: fmt}, loss, time.perf_counter() - start, phase, "search")
-                records[name, fmt] = record
-                step(f"{name} {fmt}: {loss:.5f}")
+            for names, fmt, loss in self.losses.sensitivities(base, missing):
+                formats = {**base, **dict.fromkeys(names, fmt)}
+                records[names, fmt] = self._append(formats, loss, time.perf_counter() - start, phase, "search")
+                step(f"{', '.join(compact(dict.fromkeys(names)))} {fmt}: {loss:.5f}")
                 self.check_time()
                 start = time.perf_counter()
         return records
@@ -135,7 +138,7 @@ class Problem:
 
     def hypervolume(self) -> float:
         points = self.points()
-        return hypervolume(points[pareto_indices(points)], self.space.bits_range)
+        return hypervolume(points[pareto_indices(points)], self.space.front_range)
 
     def status(self) -> str:
         best = self.best_at(self.budget)

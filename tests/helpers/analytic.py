@@ -40,11 +40,11 @@ class AnalyticLosses:
 
     def __init__(self, of: SearchSpace, seed: int = 0, nan_when: str | None = None) -> None:
         rng = np.random.default_rng(seed)
-        weights = rng.lognormal(-4.5, 1.0, len(of.linears))
+        weights = rng.lognormal(-4.5, 1.0, len(of.weights))
         names = ("int2", "int3", "int4", "int5", "int6", "int8")
         self.table = {
             s.name: {f: float(w * 4.0**-(i)) for i, f in enumerate(names)}
-            for s, w in zip(of.linears, weights, strict=True)
+            for s, w in zip(of.weights, weights, strict=True)
         }
         self.calls = 0
         self.seconds = self.seconds_in_model = 0.0
@@ -58,10 +58,10 @@ class AnalyticLosses:
         return LN2 * -math.expm1(-total * (1.0 if windows == "search" else 1.1))
 
     def sensitivities(
-        self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
-    ) -> Iterator[tuple[str, str, float]]:
-        for name, fmt in changes:
-            yield name, fmt, self.evaluate({**base, name: fmt}, windows)
+        self, base: Mapping[str, str], changes: Iterable[tuple[tuple[str, ...], str]], windows: str = "search"
+    ) -> Iterator[tuple[tuple[str, ...], str, float]]:
+        for names, fmt in changes:
+            yield names, fmt, self.evaluate({**base, **dict.fromkeys(names, fmt)}, windows)
 
 
 def settings(**given) -> SearchSettings:

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 from amq.configuration import parse_pins
-from amq.model.inventory import LinearSpec
 from amq.search.choose import Budget, check_bits
 from amq.search.conduct import Timings, conduct
 from amq.search.problem import Problem, Table
@@ -19,8 +18,8 @@ from amq.search.records import Cost, KvEntry, LinearEntry, MachineEntry, ModelEn
 from amq.search.run_folder import RunFolder, RunWriter
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings
-from amq.search.space import SearchSpace
-from helpers.analytic import AnalyticLosses, settings, space
+from amq.search.space import SearchSpace, is_outer
+from helpers.analytic import AnalyticLosses, linears, settings, space
 
 
 def make_run(
@@ -58,7 +57,7 @@ def make_run(
 
 
 def make_space(options: SearchSettings, blocks: int) -> SearchSpace:
-    pinned = parse_pins(options.pin, space(blocks=blocks).linears)
+    pinned = parse_pins(options.pin, linears(blocks))
     return space(options.formats, blocks, pinned=pinned, ties=options.ties)
 
 
@@ -68,14 +67,15 @@ def describe(options: SearchSettings, of: SearchSpace) -> RunFile:
         status="running",
         model=ModelEntry(
             name=options.model, fingerprint="f" * 32, parameters=of.numel + 256 * 64 + 64,
-            blocks=1 + max(s.block for s in of.linears), architecture="AnalyticForCausalLM",
+            blocks=1 + max(s.block for s in of.weights), architecture="AnalyticForCausalLM",
         ),
         settings=options,
         calibration=TextEntry(name="pydoc", sha256="0" * 64, tokens=4096, windows="1" * 32, window_prefix=("<s>",)),
         versions={"amq": "0", "python": "3"},
         machine=MachineEntry(cpu="a CPU", system="Linux", threads=2, device="cpu"),
         bank="/nowhere",
-        linears=tuple(_entry(s) for s in of.linears),
+        linears=LinearEntry.of(s for s in of.weights if not is_outer(s)),
+        outer=LinearEntry.of(of.outer),
         others=(OtherEntry("embed.weight", "embedding", 256 * 64), OtherEntry("norm.weight", "norm_or_bias", 64)),
         head_is_tied=True,
         kv_cache=KvEntry(
@@ -85,12 +85,8 @@ def describe(options: SearchSettings, of: SearchSpace) -> RunFile:
     )  # fmt: skip
 
 
-def _entry(spec: LinearSpec) -> LinearEntry:
-    return LinearEntry(**vars(spec))
-
-
 def _table(of: SearchSpace, losses: AnalyticLosses) -> Table:
-    wanted = {s.name: of.linear_sizes[s.name].keys() & losses.table[s.name].keys() for s in of.quantized}
+    wanted = {s.name: of.weight_sizes[s.name].keys() & losses.table[s.name].keys() for s in of.quantized}
     return {name: {fmt: losses.table[name][fmt] for fmt in sorted(formats)} for name, formats in wanted.items()}
 
 
