@@ -28,6 +28,8 @@ Value = TypeVar("Value")
 NUMBERS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
 MOST_NAMES = 1 << 20
 """That one file may stand for: a model of 128 experts in 100 layers has 38,400 linears of experts."""
+CACHE = "KV cache"
+"""What `memory_items` calls it."""
 OTHER_BYTES = 2
 """Weights that stay unquantized are counted in 16 bits: what the model ships and runs in."""
 
@@ -78,7 +80,8 @@ class Memory:
 class Details:
     """What a configuration says besides: its figures and its origin, None where they are not known.
 
-    bytes: of what `formats` names; bytes_read: see the function of that name; loss, loss_confirm (on held-out windows), predicted_loss: nats per token.
+    bytes: of what `formats` names. bytes_read: of weights, by one token. loss, loss_confirm (on held-out windows),
+    predicted_loss: nats per token.
     """
 
     model: str | None = None
@@ -224,7 +227,7 @@ def memory_items(
     ]
     if context:
         size = sum(cache.bytes(context) for cache in caches)
-        items.append(MemoryItem("KV cache", size, f"{context} tokens in 16 bits"))
+        items.append(MemoryItem(CACHE, size, f"{context} tokens in 16 bits"))
     return tuple(items)
 
 

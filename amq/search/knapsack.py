@@ -12,7 +12,6 @@ import numpy as np
 
 from amq.errors import AmqError
 
-
 MOST_PAIRS = 1 << 22
 """Pairs of changes that are looked through. With more variables than have as many, the greedy choice is closer to the
 optimum than a pair could bring it: what it leaves of the budget is less than one change of thousands."""

@@ -84,9 +84,7 @@ class Problem:
             self.step(self.status())
         return record
 
-    def sensitivities(
-        self, base: Formats, changes: list[Change], phase: str = "sensitivity"
-    ) -> dict[Change, Record]:
+    def sensitivities(self, base: Formats, changes: list[Change], phase: str = "sensitivity") -> dict[Change, Record]:
         """One record per change: these weights in that format, all others as in `base`."""
         records = {}
         missing = []

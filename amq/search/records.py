@@ -182,13 +182,13 @@ class RunFile(JsonFile):
     """run.json: what was searched, how, and how far it came.
 
     status: running, stopped (by `--time`) or finished; linears: of the blocks, the experts of a layer and role in
-    one entry. outer: head and embeddings, which `--head 16bit` leaves out of the search. pinned: {linear: format} by the
-    user and by pruning. timings: {stage: seconds} and `evaluations` are known at the end.
+    one entry. outer: head and embeddings, which `--head 16bit` leaves out of the search. pinned: {linear: format} by
+    the user and by pruning. timings: {stage: seconds} and `evaluations` are known at the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/3", "amq/run/2", "amq/run/1")
-    """Runs of schema 2 know of no head or embedding, and windows of schema 1 began without the tokenizer's BOS: both are
-    chosen from and reported, but not resumed."""
+    """Runs of schema 2 know of no head or embedding, and windows of schema 1 began without the tokenizer's BOS: they
+    are chosen from and reported, but not resumed."""
     REMEDY: ClassVar[str] = AGAIN
 
     schema: str = SCHEMAS[0]

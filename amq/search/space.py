@@ -9,7 +9,6 @@ choices of its variable (cheapest first).
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -131,9 +130,7 @@ class SearchSpace:
     @cached_property
     def weight_sizes(self) -> dict[str, dict[str, int]]:
         """{weight: {format: stored bytes}}, in every format that it may have in a configuration."""
-        return {
-            s.name: {f.name: linear_bytes(s, f, self.group_size) for f in self.formats_of(s)} for s in self.weights
-        }
+        return {s.name: {f.name: linear_bytes(s, f, self.group_size) for f in self.formats_of(s)} for s in self.weights}
 
     @cached_property
     def sizes(self) -> np.ndarray:
@@ -205,9 +202,7 @@ class SearchSpace:
     def encode(self, formats: Mapping[str, str]) -> np.ndarray:
         """The inverse of `decode`."""
         indices = {choices: {f.name: i for i, f in enumerate(choices)} for choices in set(self.choices)}
-        return np.array(
-            [indices[c][formats[v[0].name]] for v, c in zip(self.variables, self.choices, strict=True)]
-        )
+        return np.array([indices[c][formats[v[0].name]] for v, c in zip(self.variables, self.choices, strict=True)])
 
     def uniform(self, fmt: BitFormat) -> dict[str, str]:
         """Everything in one format, pinned linears too unless they are kept: the baseline a search must beat.
