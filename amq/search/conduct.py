@@ -185,10 +185,12 @@ def _confirm(problem: Problem, chosen: dict[str, str], status: str) -> list[Reco
     if problem.archive.find(chosen) is None:
         problem.evaluate(chosen, "budget")
     with problem.progress.stage("confirm", len(wanted)) as step:
-        for formats in wanted:
-            record = problem.evaluate(formats, "confirm", windows="confirm")
-            step("" if record.loss is None else f"{record.bits_per_weight:.3f} bits: {record.loss:.5f}")
+        problem.evaluate_many([(formats, "confirm") for formats in wanted], "confirm", seen=lambda r: step(_note(r)))
     return front
+
+
+def _note(record: Record) -> str:
+    return "" if record.loss is None else f"{record.bits_per_weight:.3f} bits: {record.loss:.5f}"
 
 
 def _count_evaluations(problem: Problem, timings: Timings) -> Evaluations:

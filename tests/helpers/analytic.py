@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,9 @@ def untied_head(blocks: int = 4) -> tuple[LinearSpec, ...]:
     return (embedding, LinearSpec("lm_head", blocks, "lm_head", 256, 64, HEAD))
 
 
-def space(formats: str = "int2,int3,int4", blocks: int = 4, outer: tuple[LinearSpec, ...] = (), **options) -> SearchSpace:
+def space(
+    formats: str = "int2,int3,int4", blocks: int = 4, outer: tuple[LinearSpec, ...] = (), **options
+) -> SearchSpace:
     return SearchSpace.build((*linears(blocks), *outer), parse_formats(formats), 64, **options)
 
 
@@ -73,7 +75,7 @@ class AnalyticLosses:
             s.name: {f: float(w * 4.0**-(i)) for i, f in enumerate(names)}
             for s, w in zip(of.weights, weights, strict=True)
         }
-        self.calls = 0
+        self.calls, self.together = 0, 3
         self.seconds = self.seconds_in_model = 0.0
         self.nan_when = nan_when
 
@@ -84,11 +86,11 @@ class AnalyticLosses:
         total = sum(self.table[n][f] for n, f in quantized_formats(formats).items())
         return LN2 * -math.expm1(-total * (1.0 if windows == "search" else 1.1))
 
-    def sensitivities(
-        self, base: Mapping[str, str], changes: Iterable[tuple[tuple[str, ...], str]], windows: str = "search"
-    ) -> Iterator[tuple[tuple[str, ...], str, float]]:
-        for names, fmt in changes:
-            yield names, fmt, self.evaluate({**base, **dict.fromkeys(names, fmt)}, windows)
+    def evaluate_many(
+        self, configurations: Sequence[Mapping[str, str]], windows: str = "search"
+    ) -> Iterator[list[float]]:
+        for start in range(0, len(configurations), self.together):
+            yield [self.evaluate(formats, windows) for formats in configurations[start : start + self.together]]
 
 
 def settings(**given) -> SearchSettings:

@@ -19,10 +19,13 @@ class Solution:
     sensitivity: Sensitivity | None = None
 
 
-def evaluate_uniform(problem: Problem) -> None:
+def uniform_configurations(space: SearchSpace) -> list[dict[str, str]]:
     """The baselines, highest format first: it is the trial evaluation and the base of sensitivities."""
-    for fmt in reversed(problem.space.formats):
-        problem.evaluate(problem.space.uniform(fmt), "uniform")
+    return [space.uniform(fmt) for fmt in reversed(space.formats)]
+
+
+def evaluate_uniform(problem: Problem) -> None:
+    problem.evaluate_many([(formats, "uniform") for formats in uniform_configurations(problem.space)])
 
 
 def pruned(problem: Problem, threshold: float) -> tuple[SearchSpace, Sensitivity]:
