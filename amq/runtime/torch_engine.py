@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.kernels.modules import QuantizedLinear, StoredLinear
-from amq.model.experts import experts_of, top_k_of
+from amq.model.experts import Layer, experts_of, top_k_of
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
 from amq.runtime.trial import REFUSALS, try_cache
@@ -264,6 +264,8 @@ class TorchEngine:
         """Makes the places for sequences with their decode steps; returns what the banner says of it."""
         if self._use.recurrent:
             return self._uncaptured("its cache keeps other state than keys and values")
+        if any(experts_of(self._model)):
+            return self._uncaptured("tokens are sorted to experts on the host")
         places = range(self.max_sequences)
         try:
             with torch.inference_mode():
@@ -352,7 +354,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
     """See `TorchEngine`."""
     head = getattr(model.get_output_embeddings(), "weight", None)
     share = {  # of a linear's bytes, which a token reads
-        linear: top_k_of(model.config, layer) / layer.experts
+        linear: top_k_of(model.config, Layer(layer.experts, layer)) / layer.experts
         for _, layer in experts_of(model)
         for role in layer.roles
         for linear in layer.linears(role)
