@@ -8,6 +8,7 @@ has quantized so far and advances with the finished block.
 Experts read the tokens that are routed to them. Gate and up of a layer's experts are measured together, on all tokens
 that enter the layer: so they share one matrix and its factor, and no expert is calibrated on a handful of tokens. What
 down reads is its own expert's, so it is measured on the routed tokens, and on all of the layer's where these are few.
+(Experts that a model holds as a list of modules of its own are measured like other linears, on their tokens alone.)
 
 Positions that hold a window's prefix (BOS) are counted like any other: their predictions have no loss, but what a
 linear makes of them is read by all tokens after them.
@@ -77,7 +78,7 @@ class CalibrationStream:
         advance: keep the block's outputs as the new hidden states, as `advance` does.
         `notes` says afterwards which experts saw too few tokens.
         """
-        grams = _Grams(self._model, [s for s in linears if s.kind != EXPERT])
+        grams = _Grams(self._model, [s for s in linears if not _of_experts(s)])
         layers = [_ExpertGrams(self._model, *layer) for layer in _layers(self._model, linears)]
         with holding(self._model, self.boundary):
             with _hooked(grams, *layers):
@@ -132,7 +133,7 @@ def gram_bytes(linears: Sequence[LinearSpec], followers: Container[str]) -> int:
     """Bytes of the matrices of `linears`, all of one block. followers: names of those that read another one's input."""
     total, shared = 0, set()
     for spec in linears:
-        if spec.kind == EXPERT and not _is_down(spec):
+        if _of_experts(spec) and not _is_down(spec):
             layer = spec.role.rpartition(".")[0]
             total += FLOAT * spec.in_features**2 * (layer not in shared)
             shared.add(layer)
@@ -167,17 +168,23 @@ def shared_inputs(model: PreTrainedModel, linears: Sequence[LinearSpec], tokens:
     return tuple(tuple(names) for names in readers.values() if len(names) > 1)
 
 
+def _of_experts(spec: LinearSpec) -> bool:
+    """Whether it is one of an `Experts`, whose names end in the expert's number."""
+    return spec.kind == EXPERT and spec.name.endswith(f".{spec.role}.{spec.expert}")
+
+
 def _is_down(spec: LinearSpec) -> bool:
-    """Of an expert, whose input nobody else reads."""
-    return spec.kind == EXPERT and spec.role.rpartition(".")[2] == DOWN
+    """Of an `Experts`, reading what nobody else does."""
+    return _of_experts(spec) and spec.role.rpartition(".")[2] == DOWN
 
 
 def _layers(model: nn.Module, linears: Sequence[LinearSpec]) -> Iterator[tuple[str, list[LinearSpec]]]:
     """(name of the `Experts`, those of its linears) of every layer of experts."""
     layers: dict[str, list[LinearSpec]] = {}
-    for spec in linears:
-        if spec.kind == EXPERT and (owner := expert_of(model, spec.name)) is not None:
-            layers.setdefault(owner[0], []).append(spec)
+    for spec in (s for s in linears if _of_experts(s)):
+        owner = expert_of(model, spec.name)
+        assert owner is not None
+        layers.setdefault(owner[0], []).append(spec)
     yield from layers.items()
 
 
@@ -248,10 +255,13 @@ class _Grams:
         for leader, found in self._sums.items():
             members = tuple(s for s in self._leaders if self._leaders[s] == leader)
             result.append(InputGroup(members, found.mean(leader.name)))
-        for spec in (s for s in self._modules if s not in self._leaders):
-            log.warning("%s saw no calibration token: rounded as if its inputs were white noise", spec.name)
-            result.append(InputGroup((spec,), torch.eye(spec.in_features)))
-        return result
+        unseen = [s for s in self._modules if s not in self._leaders]
+        if unseen:
+            more = f" and {len(unseen) - 1} more linears" if len(unseen) > 1 else ""
+            log.warning(
+                "%s%s saw no calibration token: rounded as if their inputs were white noise", unseen[0].name, more
+            )
+        return [*result, *(InputGroup((spec,), torch.eye(spec.in_features)) for spec in unseen)]
 
 
 class _ExpertGrams:
