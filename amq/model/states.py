@@ -100,7 +100,7 @@ class StateStore:
         """pwrite rather than a mapping: a full disk is an error there, and a signal that kills the process here."""
         holes = self._free.get(state.nbytes)
         offset = holes.pop() if holes else self._end
-        data = memoryview(state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = state.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         try:
             if self._file is None:
                 folder = cache_dir()
@@ -120,7 +120,7 @@ class StateStore:
 
     def _read(self, found: _OnDisk) -> Tensor:
         state = torch.empty(math.prod(found.shape), dtype=found.dtype)
-        data = memoryview(state.view(torch.uint8).numpy())
+        data = state.view(torch.uint8).numpy().data
         assert self._file is not None
         done = 0
         while done < len(data):
