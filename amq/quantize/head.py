@@ -72,10 +72,10 @@ def check_grid(spec: LinearSpec, weight: Tensor, fmt: BitFormat, group_size: int
 def quantize_outer(
     model: nn.Module, spec: LinearSpec, fmt: BitFormat, group_size: int, zero_points: str
 ) -> tuple[PackedWeight, float]:
-    """Rounds a head or embedding and leaves the result in `model`, what is tied to it included; with it ‖W − Ŵ‖/‖W‖."""
+    """Rounds a head or embedding, which `check_grid` has let pass, and leaves the result in `model`, what is tied to it
+    included; with it ‖W − Ŵ‖/‖W‖."""
     parameter = get_weight(model, spec.name)
     weight = parameter.detach().cpu()
-    check_grid(spec, weight, fmt, group_size)
     result = round_to_grid(weight, fmt, group_size, zero_points)
     error = math.sqrt(square_error(weight, result) / max(square_error(weight, None), 1e-30))
     put(parameter.data, result)

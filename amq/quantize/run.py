@@ -16,7 +16,7 @@ from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.formats import BitFormat, get_format
 from amq.model.calibration import shared_inputs
-from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import holding
@@ -27,7 +27,7 @@ from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
-from amq.quantize.head import quantize_outer, with_outer
+from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.methods import METHODS
 from amq.quantize.output import CheckpointOutput, stored_dtype
@@ -127,6 +127,8 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     _check_provenance(configuration, opened.fingerprint, settings.model)
     corpus = opened.corpus(settings.calibration)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
+    for spec, fmt in _outer_formats(configuration, inventory).items():
+        check_grid(spec, get_weight(model, spec.name).detach(), fmt, configuration.group_size)
     quantized = inventory.only(configuration.quantized)
     sharing = shared_inputs(model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, inventory, settings.method, sharing)
