@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from amq.configuration import configuration_key
+from amq.configuration import compact, configuration_key
 from amq.errors import AmqError
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices
@@ -22,6 +22,8 @@ from amq.util.progress import Progress, Step
 
 Formats = Mapping[str, str]
 Table = dict[str, dict[str, float]]
+Change = tuple[tuple[str, ...], str]
+"""Weights of one block that change together, and the format that they get."""
 
 
 class Losses(Protocol):
@@ -126,20 +128,18 @@ class Problem:
             for loss in losses:
                 yield *next(left), loss, seconds
 
-    def sensitivities(
-        self, base: Formats, changes: list[tuple[str, str]], phase: str = "sensitivity"
-    ) -> dict[tuple[str, str], Record]:
-        """One record per (linear, format): that linear so, all others as in `base`."""
-        configurations = {change: {**base, change[0]: change[1]} for change in changes}
+    def sensitivities(self, base: Formats, changes: list[Change], phase: str = "sensitivity") -> dict[Change, Record]:
+        """One record per change: these weights in that format, all others as in `base`."""
+        configurations = {change: {**base, **dict.fromkeys(*change)} for change in changes}
         missing = [change for change in changes if self.archive.find(configurations[change]) is None]
-        blocks = {spec.name: spec.block for spec in self.space.linears}
-        missing.sort(key=lambda change: blocks[change[0]])  # each shares what comes before its block with the others
+        blocks = {spec.name: spec.block for spec in self.space.weights}
+        missing.sort(key=lambda change: blocks[change[0][0]])  # each shares what comes before its block with the others
         with self.progress.stage(phase, max(1, len(missing))) as step:
             wanted = [(configurations[change], phase) for change in missing]
-            for (name, fmt), found in zip(missing, self._measure(wanted, "search"), strict=True):
+            for (names, fmt), found in zip(missing, self._measure(wanted, "search"), strict=True):
                 formats, _, loss, seconds = found
                 self._append(formats, loss, seconds, phase, "search")
-                step(f"{name} {fmt}: {loss:.5f}")
+                step(f"{', '.join(compact(dict.fromkeys(names)))} {fmt}: {loss:.5f}")
         return {change: self._found(formats, "search") for change, formats in configurations.items()}
 
     def _append(
@@ -174,7 +174,7 @@ class Problem:
 
     def hypervolume(self) -> float:
         points = self.points()
-        return hypervolume(points[pareto_indices(points)], self.space.bits_range)
+        return hypervolume(points[pareto_indices(points)], self.space.front_range)
 
     def status(self) -> str:
         best = self.best_at(self.budget)

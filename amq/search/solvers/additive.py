@@ -41,7 +41,7 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     wanted = [(formats, "uniform") for formats in uniform_configurations(space)]
     if problem.budget is not None:
         wanted.append((configuration(problem.budget), "budget"))
-    low, high = space.bits_range
+    low, high = space.front_range
     wanted += [(configuration(bits), "front") for bits in front_budgets(space, options.points)]
     problem.evaluate_many(wanted)
     if problem.max_loss is not None:
@@ -60,7 +60,7 @@ def front_budgets(space: SearchSpace, points: int) -> list[float]:
 
     So the front has a point at the cost of every uniform configuration, and whether it beats it is measured.
     """
-    low, high = space.bits_range
+    low, high = space.front_range
     budgets = np.linspace(low, high, points + 2)[1:-1]
     for fmt in space.formats[1:-1] if points else ():
         cost = space.bits_of(space.uniform(fmt))

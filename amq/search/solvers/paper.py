@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def solve(problem: Problem, options: SearchSettings) -> Solution:
     evaluate_uniform(problem)
     space, sensitivity = pruned(problem, options.prune)
-    uniform = np.repeat(np.arange(len(space.formats))[:, None], len(space.variables), axis=1)
+    uniform = np.stack([space.encode(space.uniform(fmt)) for fmt in space.formats])
     draws = random_points(space, max(0, options.initial - len(uniform)), problem.rng(1))
     data = _Data(space)
     points = np.concatenate([uniform, draws])
@@ -101,7 +101,7 @@ def _evolve(
     from pymoo.optimize import minimize
 
     rng = problem.rng(3, iteration)
-    top = len(space.formats) - 1
+    top = space.largest
 
     class Surrogated(PymooProblem):
         def __init__(self) -> None:
@@ -115,7 +115,7 @@ def _evolve(
         """Each variable takes a random format with the mutation probability."""
 
         def _do(self, problem: PymooProblem, x: np.ndarray, **kwargs: object) -> np.ndarray:
-            redrawn = rng.integers(0, top + 1, size=x.shape)
+            redrawn = rng.integers(0, space.counts, size=x.shape)
             return np.where(rng.random(x.shape) < options.mutation, redrawn, x)
 
     front = data.x[pareto_indices(np.column_stack([space.bits(data.x), data.y]))][: options.population]
