@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.fake_bank import FakeBank
+from helpers.mixtures import MIXTURES
 from helpers.paging import PoisonPager, assert_only_held
-from helpers.tiny_models import ARCHITECTURES, Architecture, random_tokens
+from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 
 from amq.model.experts import unfuse
@@ -25,15 +26,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 NAMES = ("int2", "int8")
 WINDOWS = random_tokens(2, fisher.TOKENS + 22, seed=5)  # two chunks of head gradients per window
-
-
-MIXTURES = {
-    "qwen3_moe": Architecture("Qwen3Moe", (), {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
-                                               "head_dim": 16, "decoder_sparse_step": 1, "norm_topk_prob": True,
-                                               "tie_word_embeddings": True}),
-    "gpt_oss": Architecture("GptOss", (), {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16,
-                                           "sliding_window": 16, "tie_word_embeddings": False}),
-}  # fmt: skip
 
 
 def build(name: str, **options: Any) -> nn.Module:
@@ -109,7 +101,7 @@ def assert_close(found: dict[str, dict[str, float]], expected: dict[str, dict[st
         assert scores == pytest.approx(expected[linear], rel=2e-3), linear  # float32 against float64 sums
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "opt", "mixtral", *MIXTURES])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "opt", *MIXTURES])
 def test_scores_are_the_whole_model_s(name: str) -> None:
     """Of linears, experts, head and embeddings."""
     model = build(name)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.fake_bank import FakeBank
+from helpers.mixtures import MIXTURES
 from helpers.paging import PoisonPager, assert_only_held
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
@@ -34,7 +35,7 @@ UP = "model.layers.0.mlp.up_proj"
 
 class Setup:
     def __init__(self, name: str, **options: Any) -> None:
-        model = ARCHITECTURES[name].build(**options)
+        model = (ARCHITECTURES | MIXTURES)[name].build(**options)
         unfuse(model)
         model(input_ids=random_tokens(1, 8))
         self.model, self.inventory, self.bank = model, take_inventory(model), FakeBank(model, NAMES)
@@ -66,7 +67,7 @@ class Setup:
         return model
 
 
-FAMILIES = ("llama", "mistral", "gemma3", "mixtral")
+FAMILIES = ("llama", "mistral", "gemma3", "qwen3_moe", "gpt_oss")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -65,7 +65,7 @@ def fisher_passes(
     """One table per window (a pass), from window `start` on; their mean is the cost table.
 
     model: full-precision causal LM. windows: int64 [passes, length]. Pass i depends on `seed` and i only.
-    inventory: what is scored is its `weights`, all of them in the bank.
+    inventory: what is scored is its `weights`, all of them in the bank, each in those of `formats` that it has there.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
     memory: bytes that hidden states, the activations of one block and the head's errors may take, each for itself.
     """
@@ -80,8 +80,7 @@ def fisher_passes(
         with StateStore(memory) as store:
             scores.run(passes, store)
         for one in passes:
-            zero = dict.fromkeys(formats, 0.0)
-            yield {s.name: one.table.get(s.name, dict(zero)) for s in inventory.weights}
+            yield {s.name: one.table.get(s.name) or scores.zeros(s.name) for s in inventory.weights}
 
 
 @dataclass
@@ -120,11 +119,17 @@ class _Scores:
         memory: int,
     ) -> None:
         self._model, self._runner, self._inventory, self._bank = model, BlockRunner(model), inventory, bank
-        self._formats, self._unscored, self._memory = formats, unscored, memory
+        self._unscored, self._memory = unscored, memory
+        known = {s.name: {f.name for f in bank.formats_of(s.name)} for s in inventory.weights}
+        self._formats = {name: [fmt for fmt in formats if fmt in own] for name, own in known.items()}
         self._head = next((s for s in inventory.outer if s.kind == HEAD), None)
         embeddings = {s.name: s for s in inventory.outer if s.kind == EMBEDDING}
         tied = {s.tied: s for s in inventory.outer if s.tied}
         self._embeddings = {**embeddings, **tied}  # name of the module → the item that its score belongs to
+
+    def zeros(self, name: str) -> dict[str, float]:
+        """The scores of a weight that took no part."""
+        return dict.fromkeys(self._formats[name], 0.0)
 
     def run(self, passes: Sequence[_Pass], store: StateStore) -> None:
         self._forward(passes, store)
@@ -156,7 +161,7 @@ class _Scores:
         errors = self._head_errors()
         for index, one in enumerate(passes):
             final = store.pop((index, self._runner.n_blocks))[0]
-            sums = dict.fromkeys(self._formats, 0.0)
+            sums = {} if self._head is None else self.zeros(self._head.name)
             gradients = [torch.zeros_like(final[: self._unscored])]
             for chunk in final[self._unscored :].split(TOKENS):
                 gradients.append(self._head_chunk(chunk, one.generator, errors, sums))
@@ -169,7 +174,7 @@ class _Scores:
         """For one format after the other, all of them kept where `memory` holds them."""
         if self._head is None:
             return None
-        size = 4 * self._head.numel * len(self._formats)
+        size = 4 * self._head.numel * len(self._formats[self._head.name])
         weight = get_weight(self._model, self._head.name)
         return _Errors(self._bank, self._head.name, weight, keep=size <= self._memory)
 
@@ -196,7 +201,7 @@ class _Scores:
             (factor,) = torch.autograd.grad(logits.sum(), output)
         with torch.no_grad():
             p, x, factor = log_probabilities.exp(), x[0].float(), factor[0].float()
-            for fmt in self._formats:
+            for fmt in sums:
                 change = (x @ errors.get(fmt).t()).mul_(factor)
                 mean = (p * change).sum(-1)
                 # Σ p (δz − mean)² rather than the difference of two nearly equal sums
@@ -248,7 +253,7 @@ class _Scores:
                 by_linear.setdefault(spec, []).append((one, x, g))
         for spec, seen in by_linear.items():
             errors = _Errors(self._bank, spec.name, get_weight(self._model, spec.name))
-            for fmt in self._formats:
+            for fmt in self._formats[spec.name]:
                 error = errors.get(fmt)
                 for one, x, g in seen:
                     change = x.float() @ error.t()  # [rows, out_features]
@@ -259,7 +264,7 @@ class _Scores:
         for name, spec in self._embeddings.items():
             module = self._model.get_submodule(name)
             errors = _Errors(self._bank, spec.name, get_weight(self._model, name))
-            for fmt in self._formats:
+            for fmt in self._formats[spec.name]:
                 error = errors.get(fmt)
                 for one in passes:
                     for look in one.looked_up.get(name, ()):
@@ -269,7 +274,7 @@ class _Scores:
     def _add_score(self, one: _Pass, spec: LinearSpec, fmt: str, change: Tensor) -> None:
         """change: that of the log-likelihood, to first order, by each token's error, [rows]."""
         scored = one.tokens.shape[1] - self._unscored
-        row = one.table.setdefault(spec.name, dict.fromkeys(self._formats, 0.0))
+        row = one.table.setdefault(spec.name, self.zeros(spec.name))
         row[fmt] += float(change.float().square_().sum()) / scored / 8
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from amq.formats import FORMATS
+from amq.formats import FORMATS, BitFormat
 from amq.model.inventory import get_weight, take_inventory
 from amq.packing import PackedWeight, dequantize
 from amq.quantize.quantizers import QUANTIZERS
@@ -19,6 +19,9 @@ class FakeBank:
         self.formats = tuple(FORMATS[n] for n in formats)
         self.weights = {s.name: get_weight(model, s.name).detach().clone() for s in take_inventory(model).weights}
         self.asked: list[tuple[str, str]] = []
+
+    def formats_of(self, name: str) -> tuple[BitFormat, ...]:
+        return self.formats
 
     def get(self, name: str, fmt: str) -> PackedWeight:
         self.asked.append((name, fmt))
