@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +170,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
 
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
     """The model, of whose weights a stage sees those that some configuration quantizes."""
-    names = {s.name for s in space.quantized}
-    return replace(inventory.only(names), outer=tuple(s for s in inventory.outer if s.name in names))
+    return inventory.only({s.name for s in space.quantized})
 
 
 def bank_formats(space: SearchSpace) -> tuple[list[BitFormat], dict[str, list[BitFormat]]]:
@@ -222,7 +221,7 @@ def _cost_tables(
 
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
-    formats = [f.name for f in stage.bank.formats]
+    formats = sorted({f.name for name in stage.bank.names for f in stage.bank.formats_of(name)})
     done = 0
     total: Table = {}
     saved = read_cost(folder.path, stage.space)
@@ -239,7 +238,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     ):
         passes = fisher_passes(
             stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
-            stage.corpus.unscored,
+            stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:
             total = table if not done else {
