@@ -47,7 +47,7 @@ PAIRS = (
     Pair("mixtral", "llama", True),
     Pair("qwen2_moe", "llama", True),
     Pair("qwen3_moe", "qwen3", True),
-    Pair("mixtral_half", "llama", False),
+    Pair("mixtral_most", "llama", False),
 )
 
 
@@ -59,7 +59,7 @@ def build(name: str, dense: Any, experts: int, windows: torch.Tensor) -> Any:
         "mixtral": lambda: mixtral(dense, equal_parts(dense, experts)),
         "qwen2_moe": lambda: qwen2_moe(dense, equal_parts(dense, experts)),
         "qwen3_moe": lambda: qwen3_moe(qwen3(dense, fitted_norms(dense, windows)), equal_parts(dense, experts)),
-        "mixtral_half": lambda: mixtral(dense, fitted(dense, experts, experts // 2, windows)),
+        "mixtral_most": lambda: mixtral(dense, fitted(dense, 2 * experts, 2 * experts - experts // 2, windows)),
     }
     return makers[name]()
 
