@@ -1,9 +1,10 @@
 """A model larger than memory, planned and quantized: `python benchmarks/large.py DIR --shape 8B --memory 8GiB`.
 
 Writes a random model of that shape into DIR block by block in bfloat16, as many layers as the disk holds, and then runs
-amq on it in a process that may take that much memory (of its own: pages of the files that it maps are not counted,
-because the system takes those back when it needs them). What counts is the most memory, of its own and with such pages,
-and the seconds per block; a model of more layers takes as many times the seconds, and the same memory.
+amq on it in a process that is ended when it takes more memory than that. What counts is memory of its own: pages of the
+files that it maps are the system's, which takes them back when it needs them. (A limit of RLIMIT_DATA counts all of a
+file that is mapped for private changes, read or not.) The result is the most memory, of its own and with such pages, and
+the seconds per block; a model of more layers takes as many times the seconds, and the same memory.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -173,32 +174,32 @@ class Ran:
 
 
 def run_within(command: list[str], limit: int) -> Ran:
-    """Runs `command` with at most `limit` bytes of memory of its own; raises AmqError with its words where it fails."""
-
-    def confine() -> None:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
+    """Runs `command` with at most `limit` bytes of memory of its own; raises AmqError where it takes more or fails."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     start = time.monotonic()
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-                          preexec_fn=confine) as process:  # fmt: skip
-        own, resident = _watch(process)
-        said = process.communicate()[0]
+    with tempfile.TemporaryFile("w+") as said:
+        with subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment) as process:
+            own, resident = _watch(process, limit)
+        said.seek(0)
+        words = said.read()
+    if own > limit:
+        raise AmqError(f"{' '.join(command)} took {own / 2**30:.2f} GiB, more than {limit / 2**30:g}: {words[-2000:]}")
     if process.returncode:
-        raise AmqError(f"{' '.join(command)} ended with {process.returncode}: {said[-2000:]}")
-    return Ran(command[2:], round(time.monotonic() - start, 1), own / 2**20, resident / 2**20, said)
+        raise AmqError(f"{' '.join(command)} ended with {process.returncode}: {words[-2000:]}")
+    return Ran(command[2:], round(time.monotonic() - start, 1), own / 2**30, resident / 2**30, words)
 
 
-def _watch(process: subprocess.Popen[str]) -> tuple[int, int]:
-    """KiB, until it ends."""
+def _watch(process: subprocess.Popen[bytes], limit: int) -> tuple[int, int]:
+    """The most bytes of its own, and with pages of files, until it ends, or is ended for having more than `limit`."""
     own = resident = 0
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        try:
-            fields = dict(re.findall(r"^(RssAnon|VmHWM):\s+(\d+) kB", status.read_text(), re.MULTILINE))
-        except OSError:  # it has just ended
-            break
-        own, resident = max(own, int(fields.get("RssAnon", 0))), max(resident, int(fields.get("VmHWM", 0)))
+        fields = re.findall(r"^(RssAnon|RssShmem|VmHWM):\s+(\d+) kB", status.read_text(), re.MULTILINE)
+        now = {name: int(kib) << 10 for name, kib in fields}  # of a process that has just ended, none
+        own = max(own, now.get("RssAnon", 0) + now.get("RssShmem", 0))
+        resident = max(resident, now.get("VmHWM", 0))
+        if own > limit:
+            process.kill()
         time.sleep(EVERY)
     return own, resident
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import compare_solvers
+import large
 import pytest
 import quality
 import serve_schemas
@@ -289,3 +290,5 @@ def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny: Path) -> None:
         run = written["runs"]["quantize"]
         assert written["layers"] == 2 and 0 < run["own_gib"] < 3 and run["resident_gib"] >= run["own_gib"]
         assert "plan: memory: " in run["said"] and "| quantize, extrapolated | 4 |" in shown
+    with pytest.raises(AmqError, match=r"took 0\.\d\d GiB, more than 0\.0078125: "):
+        large.run_within([sys.executable, "-c", "x = bytearray(b'1') * (1 << 28)"], 8 << 20)
