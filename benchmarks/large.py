@@ -3,8 +3,9 @@
 Writes a random model of that shape into DIR block by block in bfloat16, as many layers as the disk holds, and then runs
 amq on it in a process that is ended when it takes more memory than that. What counts is memory of its own: pages of the
 files that it maps are the system's, which takes them back when it needs them. (A limit of RLIMIT_DATA counts all of a
-file that is mapped for private changes, read or not.) The result is the most memory, of its own and with such pages, and
-the seconds per block; a model of more layers takes as many times the seconds, and the same memory.
+file that is mapped for private changes, read or not.) The result is the most memory, of its own and with such pages,
+and the seconds per block, start-up included; a model of more layers takes at most as many times the seconds, and the
+same memory.
 """
 
 from __future__ import annotations
@@ -243,7 +244,9 @@ def table(content: dict[str, Any]) -> str:
         lines.append(f"| {name} | {layers} | {content['model_gib']:.1f} | {figures} |")
         if layers < whole:
             seconds = run["seconds_per_block"] * whole
-            lines.append(f"| {name}, extrapolated | {whole} | {content['whole_model_gib']:.1f} | | | {seconds:.0f} | |")
+            lines.append(
+                f"| {name}, extrapolated, at most | {whole} | {content['whole_model_gib']:.1f} | | | {seconds:.0f} | |"
+            )
     return "\n".join(lines)
 
 
