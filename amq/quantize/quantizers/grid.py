@@ -22,6 +22,8 @@ TINY = 2.0**-20
 """The smallest scale: a subnormal fp16 that still has five significant bits."""
 LARGEST = 65504.0
 """The largest number of fp16."""
+SHRINKS, REFITS = (1.0, 0.85, 0.7), 3
+"""What `fitted_grid` tries a group's range at, and how often it refits each."""
 NEGLIGIBLE = 1e-4
 """Share of a linear's energy, in squared scales of groups, whose scales may be lost: a hundredth of its size."""
 
@@ -113,8 +115,8 @@ def fitted_grid(
     importance: Tensor,
     fmt: BitFormat,
     zero_points: str = "fractional",
-    shrinks: tuple[float, ...] = (1.0, 0.85, 0.7),
-    refits: int = 3,
+    shrinks: tuple[float, ...] = SHRINKS,
+    refits: int = REFITS,
 ) -> tuple[Tensor, Tensor]:
     """The clipped asymmetric grid with the least error Σ importance·(w − ŵ)², per group.
 
