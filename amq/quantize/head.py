@@ -16,21 +16,17 @@ from torch import Tensor, nn
 
 from amq.configuration import MemoryItem
 from amq.errors import AmqError
-from amq.formats import BitFormat, check_group_size, get_format
+from amq.formats import BitFormat, get_format
 from amq.kernels.cpu import dequantized
 from amq.model.inventory import get_linear
-from amq.packing import PARTS, PackedWeight
+from amq.packing import PackedWeight
 from amq.quantize.blocks import relative_error
-from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
+from amq.quantize.quantizers.grid import out_of_range
+from amq.quantize.quantizers.rtn import quantize_fitted
 from amq.quantize.settings import NO_HEAD
-from amq.util.threads import parallel_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-ROWS = 512
-"""Rows rounded at once, by one thread."""
-
 
 @dataclass(frozen=True)
 class Head:
@@ -86,17 +82,7 @@ def quantize_head(model: nn.Module, head: Head, group_size: int, zero_points: st
 
 def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str) -> PackedWeight:
     """[rows, in_features] to nearest on the grid of least squared error, which is fitted to every group."""
-    importance = to_groups(torch.ones(1, weight.shape[1]), check_group_size(group_size))[0]
-
-    def solve(rows: Tensor) -> PackedWeight:  # packed here: codes take 8 bytes each meanwhile, and a head has many rows
-        groups = to_groups(rows, group_size)
-        scale, zero_point = fitted_grid(groups, importance, fmt, zero_points)
-        codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]]
-        return packed(codes, scale, zero_point, fmt, group_size)
-
-    parts = parallel_map(solve, weight.split(ROWS))
-    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in PARTS)
-    return PackedWeight(fmt, weight.shape[1], group_size, *tensors)
+    return quantize_fitted([weight], [fmt], group_size, zero_points)[0][fmt.name]
 
 
 def with_head(items: tuple[MemoryItem, ...], head: Head | None, group_size: int) -> tuple[MemoryItem, ...]:

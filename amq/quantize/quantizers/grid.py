@@ -123,7 +123,7 @@ def fitted_grid(
     From each of several shrunken ranges, rounding and a weighted least-squares refit of (scale, offset) alternate; the
     best grid seen is kept. importance: float32 [n_groups, group_size], ≥ 0, the mean square of each input feature.
     """
-    best_error = torch.full(groups.shape[:2], torch.inf)
+    best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     best = minmax_grid(groups, fmt, zero_points=zero_points)
     for shrink in shrinks:
         scale, zero_point = minmax_grid(groups, fmt, shrink, zero_points)
