@@ -9,6 +9,7 @@
 
 #include "checks.h"
 #include "cpu/quantize.h"
+#include "cpu/symmetric.h"
 #include "modules.h"
 
 namespace py = pybind11;
@@ -121,6 +122,28 @@ void quantize(const std::vector<Weight>& weights, const std::vector<Layout>& for
     amq::quantize(isa, problem, rows, layouts, threads);
 }
 
+void add_gram(const Memory& x, int64_t tokens, int64_t features, const Memory& gram, int threads,
+              const std::string& isa_name) {
+    const amq::Isa& isa = amq::find_isa(isa_name);
+    require_size(tokens, "tokens", 0);
+    require_size(features, "features", 1);
+    amq::require_threads(threads);
+    if (tokens == 0) return;  // an empty tensor may have no address
+    const float* from = exact_address_of<float>(x, "x", product({tokens, features, 4}, "x"));
+    float* to = exact_address_of<float>(gram, "gram", product({features, features, 4}, "gram"));
+    py::gil_scoped_release release;
+    amq::add_gram(isa, from, tokens, features, to, threads);
+}
+
+bool cholesky(const Memory& matrix, int64_t size, int threads, const std::string& isa_name) {
+    const amq::Isa& isa = amq::find_isa(isa_name);
+    require_size(size, "size", 1);
+    amq::require_threads(threads);
+    float* data = exact_address_of<float>(matrix, "matrix", product({size, size, 4}, "matrix"));
+    py::gil_scoped_release release;
+    return amq::cholesky(isa, data, size, threads);
+}
+
 }  // namespace
 
 void bind_quantize(py::module_& m) {
@@ -128,4 +151,8 @@ void bind_quantize(py::module_& m) {
           py::arg("group_size"), py::arg("zero_points"), py::arg("importance"), py::arg("shrinks"), py::arg("refits"),
           py::arg("hessian"), py::arg("factor"), py::arg("pivots"), py::arg("order"), py::arg("sums"), py::arg("totals"),
           py::arg("threads"), py::arg("isa") = "", "Weights -> packed rows; see csrc/cpu/quantize.h");
+    m.def("add_gram", &add_gram, py::kw_only(), py::arg("x"), py::arg("tokens"), py::arg("features"), py::arg("gram"),
+          py::arg("threads"), py::arg("isa") = "", "The upper triangle of gram += x^T x; see csrc/cpu/symmetric.h");
+    m.def("cholesky", &cholesky, py::kw_only(), py::arg("matrix"), py::arg("size"), py::arg("threads"),
+          py::arg("isa") = "", "Upper triangle -> R of R^T R, in place; False where there is none");
 }

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import LinearSpec, embedding_weight, get_linear
+from amq.util.symmetric import add_gram, mirrored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -134,7 +135,10 @@ class _Grams:
             return
         rows = x.reshape(-1, x.shape[-1]).float()
         gram = self._sums.setdefault(spec, torch.zeros(rows.shape[1], rows.shape[1], device=x.device))
-        gram.addmm_(rows.t(), rows)
+        if x.device.type == "cpu":
+            add_gram(gram, rows.contiguous())
+        else:
+            gram.addmm_(rows.t(), rows)
         self._counts[spec] = self._counts.get(spec, 0) + len(rows)
 
     def end_of_window(self) -> None:
@@ -149,7 +153,7 @@ class _Grams:
                     "load the model in a wider --dtype"
                 )
             members = tuple(s for s in self._leaders if self._leaders[s] == leader)
-            result.append(InputGroup(members, (gram / self._counts[leader]).cpu()))
+            result.append(InputGroup(members, mirrored(gram / self._counts[leader]).cpu()))
         for spec in (s for s in self._modules if s not in self._leaders):
             log.warning("%s saw no calibration token: rounded as if its inputs were white noise", spec.name)
             result.append(InputGroup((spec,), torch.eye(spec.in_features)))

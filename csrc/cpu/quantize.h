@@ -20,14 +20,10 @@
 #include <vector>
 
 #include "isa.h"
+#include "symmetric.h"
 #include "vector.h"
 
 namespace amq {
-
-constexpr int kTile = 32;           // rows of a tile: lanes
-constexpr int kMaxTiles = 4;        // tiles that share what is read of H
-constexpr int kColumns = 64;        // input features whose sums are computed at once
-constexpr int kDepth = 128;         // input features that are summed over at once; at least a group
 
 enum class ZeroPoints { fractional, integer, symmetric };
 
@@ -92,6 +88,9 @@ struct QuantizeKernels {
     void (*nearest)(const RoundingProblem& problem, const Slab& slab);
     // → `codes`, error-compensated, and then a better `scale` and `zero` where there is one.
     void (*compensated)(const RoundingProblem& problem, const Slab& slab);
+    // For symmetric.h.
+    void (*multiply)(const ColumnProduct& product, const ProductMemory& memory);
+    void (*finish)(float* factor, int64_t size, int64_t first, int64_t rows, int64_t lane, int64_t lanes);
 };
 
 // Quantizes all rows of all weights in every format on at most `threads` threads. Throws std::bad_alloc.

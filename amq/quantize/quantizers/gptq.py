@@ -34,6 +34,7 @@ from amq.quantize.quantizers.grid import (
     storable,
     to_groups,
 )
+from amq.util.symmetric import cholesky, mirrored
 from amq.util.threads import parallel_map
 
 Grid = tuple[Tensor, Tensor]
@@ -114,15 +115,15 @@ def compensation_of(gram: Tensor) -> Compensation:
     M D Mᵀ is U⁻¹ U⁻ᵀ with the factor of the reference, H⁻¹ = Uᵀ U, so that one Cholesky factor does for three and an
     inverse.
     """
-    hessian, order, lower = _factorized(gram)
-    pivots = lower.diagonal().clone()
-    lower /= pivots
-    lower += lower.tril(-1).t()
-    return Compensation(hessian, lower.flip(0, 1), pivots.flip(0).square(), order)
+    hessian, order, upper = _factorized(gram)
+    pivots = upper.diagonal().clone()
+    upper /= pivots.unsqueeze(1)
+    return Compensation(hessian, mirrored(upper).flip(0, 1), pivots.flip(0).square(), order)
 
 
 def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """gram, damped; its features in order of falling diagonal; and the lower Cholesky factor in the reverse order."""
+    """gram, damped; its features in order of falling diagonal; and R, Rᵀ R = gram in the reverse order (above its
+    diagonal; on the CPU)."""
     if not bool(torch.isfinite(gram).all()):
         raise AmqError("the calibration inputs are not finite (NaN or infinity): load the model in a wider --dtype")
     mean = gram.diagonal().mean().clamp(min=1e-12)
@@ -132,11 +133,11 @@ def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hessian.diagonal().add_(share * mean)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         backwards = order.flip(0)
-        lower, info = torch.linalg.cholesky_ex(hessian[backwards][:, backwards])
-        if int(info) == 0:
+        upper = hessian[backwards][:, backwards].cpu().contiguous()
+        if cholesky(upper):
             if share > DAMPING:
                 log.warning("the calibration inputs give a singular matrix: damping raised to %g of its mean", share)
-            return hessian, order, lower
+            return hessian, order, upper
         share *= 10
     raise AmqError("the calibration inputs give a singular matrix even with heavy damping: use more calibration text")
 
