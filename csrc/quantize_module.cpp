@@ -144,6 +144,14 @@ bool cholesky(const Memory& matrix, int64_t size, int threads, const std::string
     return amq::cholesky(isa, data, size, threads);
 }
 
+void mirror(const Memory& matrix, int64_t size, int threads) {
+    require_size(size, "size", 1);
+    amq::require_threads(threads);
+    float* data = exact_address_of<float>(matrix, "matrix", product({size, size, 4}, "matrix"));
+    py::gil_scoped_release release;
+    amq::mirror(data, size, threads);
+}
+
 }  // namespace
 
 void bind_quantize(py::module_& m) {
@@ -155,4 +163,6 @@ void bind_quantize(py::module_& m) {
           py::arg("threads"), py::arg("isa") = "", "The upper triangle of gram += x^T x; see csrc/cpu/symmetric.h");
     m.def("cholesky", &cholesky, py::kw_only(), py::arg("matrix"), py::arg("size"), py::arg("threads"),
           py::arg("isa") = "", "Upper triangle -> R of R^T R, in place; False where there is none");
+    m.def("mirror", &mirror, py::kw_only(), py::arg("matrix"), py::arg("size"), py::arg("threads"),
+          "Copies the upper triangle below the diagonal");
 }

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import LinearSpec, embedding_weight, get_linear
-from amq.util.symmetric import add_gram, mirrored
+from amq.util.symmetric import add_gram, mirror
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,14 +146,17 @@ class _Grams:
 
     def groups(self) -> list[InputGroup]:
         result = []
-        for leader, gram in self._sums.items():
+        for leader, total in self._sums.items():
+            gram = total.div_(self._counts[leader]).cpu()
+            if total.device.type == "cpu":
+                mirror(gram)
             if not bool(torch.isfinite(gram).all()):
                 raise AmqError(
                     f"the inputs of {leader.name} are not finite (NaN or infinity) on the calibration text: "
                     "load the model in a wider --dtype"
                 )
             members = tuple(s for s in self._leaders if self._leaders[s] == leader)
-            result.append(InputGroup(members, mirrored(gram / self._counts[leader]).cpu()))
+            result.append(InputGroup(members, gram))
         for spec in (s for s in self._modules if s not in self._leaders):
             log.warning("%s saw no calibration token: rounded as if its inputs were white noise", spec.name)
             result.append(InputGroup((spec,), torch.eye(spec.in_features)))

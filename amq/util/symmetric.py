@@ -39,9 +39,10 @@ def cholesky(matrix: Tensor, isa: str = "") -> bool:
     return bool(cpu_module().cholesky(matrix=memory(matrix), size=len(matrix), threads=threads, isa=isa))
 
 
-def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix of which `upper` [n, n] is right on and above the diagonal."""
-    return upper.triu() + upper.triu(1).t()
+def mirror(matrix: Tensor) -> None:
+    """Copies what stands above the diagonal of `matrix` [n, n] below it. float32, contiguous, on CPU."""
+    _check("matrix", matrix)
+    cpu_module().mirror(matrix=memory(matrix), size=len(matrix), threads=torch.get_num_threads())
 
 
 def _check(name: str, tensor: Tensor) -> None:

@@ -32,14 +32,16 @@ struct Memory {
 
 int64_t blocks(int64_t count, int64_t width) { return (count + width - 1) / width; }
 
-// to[c, i] ← sign · to[c, i] + the product.
-void put_sums(const ColumnProduct& p, const float* sums, float* to, int64_t stride, bool subtract) {
-    for (int64_t c = 0; c < p.columns; ++c)
-        for (int64_t i = 0; i < p.lanes; ++i) {
-            const float sum = sums[(i / kTile * kColumns + c) * kTile + i % kTile];
-            float& place = to[(p.first + c) * stride + p.lane + i];
-            place = subtract ? place - sum : place + sum;
+// to[c, i] ← to[c, i] ± the product.
+void put_sums(const ColumnProduct& p, const float* sums, float* to, int64_t stride, float sign) {
+    for (int64_t tile = 0; tile * kTile < p.lanes; ++tile) {
+        const int64_t width = std::min<int64_t>(kTile, p.lanes - tile * kTile);
+        for (int64_t c = 0; c < p.columns; ++c) {
+            const float* sum = sums + (tile * kColumns + c) * kTile;
+            float* place = to + (p.first + c) * stride + p.lane + tile * kTile;
+            for (int64_t i = 0; i < width; ++i) place[i] += sign * sum[i];
         }
+    }
 }
 
 // The square on the diagonal, once what stands above it is subtracted.
@@ -72,7 +74,7 @@ void add_gram(const Isa& isa, const float* x, int64_t tokens, int64_t features, 
         const ProductMemory memory = memories[thread++].parts();
         for (int64_t i = next++; i < total; i = next++) {
             isa.quantize()->multiply(tasks[i], memory);
-            put_sums(tasks[i], memory.sums, gram, features, false);
+            put_sums(tasks[i], memory.sums, gram, features, 1.0f);
         }
     });
 }
@@ -97,7 +99,7 @@ bool cholesky(const Isa& isa, float* matrix, int64_t size, int threads) {
             each([&](int64_t lane, int64_t lanes, const ProductMemory& memory) {
                 const ColumnProduct product = {matrix, size, 0, first, first, rows, lane, lanes};
                 isa.quantize()->multiply(product, memory);
-                put_sums(product, memory.sums, matrix, size, true);
+                put_sums(product, memory.sums, matrix, size, -1.0f);
             });
         if (!factorize_square(matrix, size, first, rows)) return false;
         each([&](int64_t lane, int64_t lanes, const ProductMemory&) {
@@ -106,6 +108,20 @@ bool cholesky(const Isa& isa, float* matrix, int64_t size, int threads) {
         });
     }
     return true;
+}
+
+void mirror(float* matrix, int64_t size, int threads) {
+    constexpr int64_t kSide = 64;  // of a square whose rows and columns stay in the first cache
+    const int64_t total = blocks(size, kSide);
+    const int count = static_cast<int>(std::min<int64_t>(threads, total));
+    std::atomic<int64_t> next{0};
+    parallel_rows(count, count, [&](int64_t, int64_t) {
+        for (int64_t block = next++; block < total; block = next++)
+            for (int64_t left = 0; left <= block; ++left)
+                for (int64_t r = block * kSide; r < std::min(size, (block + 1) * kSide); ++r)
+                    for (int64_t c = left * kSide; c < std::min(r, (left + 1) * kSide); ++c)
+                        matrix[r * size + c] = matrix[c * size + r];
+    });
 }
 
 }  // namespace amq

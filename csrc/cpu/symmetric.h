@@ -34,4 +34,7 @@ void add_gram(const Isa& isa, const float* x, int64_t tokens, int64_t features, 
 // Overwrites the upper triangle of a symmetric matrix with R, matrix = Rᵀ R; false where it is not positive definite.
 bool cholesky(const Isa& isa, float* matrix, int64_t size, int threads);
 
+// Copies what is above the diagonal below it.
+void mirror(float* matrix, int64_t size, int threads);
+
 }  // namespace amq

@@ -21,8 +21,10 @@ void multiply_columns(const ColumnProduct& p, const ProductMemory& memory) {
             float* x = memory.lanes + t * kDepth * kTile;
             for (int64_t row = 0; row < rows; ++row) {
                 const float* from = p.matrix + (j + row) * p.stride + lane;
-                std::memcpy(x + row * kTile, from, sizeof(float) * width);
-                if (width < kTile) std::memset(x + row * kTile + width, 0, sizeof(float) * (kTile - width));
+                if (width == kTile)
+                    std::memcpy(x + row * kTile, from, sizeof(float) * kTile);
+                else
+                    for (int64_t i = 0; i < kTile; ++i) x[row * kTile + i] = i < width ? from[i] : 0.0f;
             }
             multiply_panel<S>(memory.panel, rows, 0, rows, 0, strips<S>(p.columns), x,
                               memory.sums + t * kColumns * kTile);

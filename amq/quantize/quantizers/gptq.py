@@ -34,7 +34,7 @@ from amq.quantize.quantizers.grid import (
     storable,
     to_groups,
 )
-from amq.util.symmetric import cholesky, mirrored
+from amq.util.symmetric import cholesky, mirror
 from amq.util.threads import parallel_map
 
 Grid = tuple[Tensor, Tensor]
@@ -118,7 +118,8 @@ def compensation_of(gram: Tensor) -> Compensation:
     hessian, order, upper = _factorized(gram)
     pivots = upper.diagonal().clone()
     upper /= pivots.unsqueeze(1)
-    return Compensation(hessian, mirrored(upper).flip(0, 1), pivots.flip(0).square(), order)
+    mirror(upper)
+    return Compensation(hessian, upper.flip(0, 1), pivots.flip(0).square(), order)
 
 
 def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
