@@ -40,12 +40,7 @@ AMQ_INLINE void multiply_panel(const float* panel, int64_t panel_rows, int64_t s
         const float* from = panel + (strip * panel_rows + skip) * kStrip;
         for (int v = 0; v < kTile / 16; v += kVectors) {
             float* to = sums + strip * kStrip * kTile + v * 16;
-            typename S::F32 sum[kStrip][kVectors];
-            unroll<kStrip>([&](auto c) __attribute__((always_inline)) {
-                unroll<kVectors>([&](auto t) __attribute__((always_inline)) {
-                    sum[c][t] = S::load_float(to + c * kTile + t * 16);
-                });
-            });
+            typename S::F32 sum[kStrip][kVectors] = {};  // added at the end: long sums of short sums round less
             const float* value = x + v * 16;
             const float* factor = from;
             for (int64_t j = 0; j < rows; ++j, value += kTile, factor += kStrip) {
@@ -60,7 +55,8 @@ AMQ_INLINE void multiply_panel(const float* panel, int64_t panel_rows, int64_t s
             }
             unroll<kStrip>([&](auto c) __attribute__((always_inline)) {
                 unroll<kVectors>([&](auto t) __attribute__((always_inline)) {
-                    S::store(to + c * kTile + t * 16, sum[c][t]);
+                    float* place = to + c * kTile + t * 16;
+                    S::store(place, S::add(S::load_float(place), sum[c][t]));
                 });
             });
         }
