@@ -28,6 +28,7 @@ from amq.quantize.settings import NO_HEAD
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 @dataclass(frozen=True)
 class Head:
     """A head that is to be quantized.

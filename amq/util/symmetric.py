@@ -21,7 +21,9 @@ def add_gram(gram: Tensor, x: Tensor, isa: str = "") -> None:
     for name, tensor in (("x", x), ("gram", gram)):
         _check(name, tensor)
     if gram.shape != (features, features):
-        raise AmqError(f"add_gram: gram must be {[features, features]} for x of {features} features, got {list(gram.shape)}")
+        raise AmqError(
+            f"add_gram: gram must be {[features, features]} for x of {features} features, got {list(gram.shape)}"
+        )
     cpu_module().add_gram(
         x=memory(x), tokens=tokens, features=features, gram=memory(gram), threads=torch.get_num_threads(), isa=isa
     )
