@@ -1,9 +1,9 @@
 """`python benchmarks/bank.py MODEL`: what a gptq bank costs, block by block, by the kernels and by the torch loop.
 
-Both quantize the same linears from the same calibration in one run, block after block, in all formats. Beside wall time stands
-the processor's, of all threads: on a machine that others use too, only its ratio says something. The torch loop is run on
-`--blocks` blocks, evenly spread, and on the rest of them the kernels alone, with which `--total` builds the whole bank as a
-search does: calibration, quantizing, checks, files.
+Both quantize the same linears from the same calibration in one run, block after block, in all formats. Beside wall
+time stands the processor's, of all threads: on a machine that others use too, only its ratio says something. The torch
+loop is run on `--blocks` blocks, evenly spread, up to the last of which the kernels run on all. `--total` builds a
+whole bank too, as a search does: calibration, quantizing, checks, files.
 """
 
 from __future__ import annotations
@@ -143,12 +143,8 @@ def table(result: dict[str, Any]) -> str:
     lines = ["| block | calibration, s | kernels, s | torch loop, s | ratio |", "|---|---|---|---|---|"]
     for row in result["blocks"]:
         old, new = row.get("torch"), row["kernels"]
-        cells = [
-            _cell(row["calibration"]),
-            _cell(new),
-            _cell(old),
-            f"{old['cpu'] / max(new['cpu'], 1e-9):.1f}" if old else "",
-        ]
+        ratio = f"{old['cpu'] / max(new['cpu'], 1e-9):.1f}" if old else ""
+        cells = [_cell(row["calibration"]), _cell(new), _cell(old), ratio]
         lines.append(f"| {row['block']} | " + " | ".join(cells) + " |")
     if result["total"]:
         lines.append(

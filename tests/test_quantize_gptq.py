@@ -1,4 +1,4 @@
-"""The quantizing kernels of csrc against the torch code that specifies them, on every instruction set of this machine."""
+"""The quantizing kernels of csrc against the torch code that specifies them, on every instruction set there is."""
 
 from __future__ import annotations
 
@@ -46,10 +46,11 @@ def equal(a: PackedWeight, b: PackedWeight) -> bool:
 def test_as_good_as_the_torch_loop(isa: str, zero_points: str, in_features: int, group_size: int) -> None:
     """Codes are the same, save where float32 broke a tie the other way; the output error may then differ by chance.
 
-    Rounding leaves Σ_k D[k] · step² · u², u uniform in ±½: of u², the deviation is 0.9 of the mean. A row that goes another
-    way after a tie draws its terms anew, so that errors of `rows` such rows differ by √2 · 0.9 / √(rows · in_features) of
-    themselves, one sigma, if all features weigh alike; here they weigh so unevenly that a fifth of them counts. Five sigma,
-    of the at most 10 % of rows that may go another way. Rows with equal codes have one grid to find, the best.
+    Rounding leaves Σ_k D[k] · step² · u², u uniform in ±½: of u², the deviation is 0.9 of the mean. A row that goes
+    another way after a tie draws its terms anew, so that errors of `rows` such rows differ by √2 · 0.9 /
+    √(rows · in_features) of themselves, one sigma, if all features weigh alike; here they weigh so unevenly that a
+    fifth of them counts. Five sigma, of the at most 10 % of rows that may go another way. Rows with equal codes have
+    one grid to find, the best.
     """
     rows = 64
     weight, gram = random_weight(rows, in_features), random_gram(in_features)

@@ -1,7 +1,7 @@
 """Binding of the quantizing kernels of `amq._cpu` (csrc/cpu/quantize.h): float rows in, packed rows out, in one call.
 
-All rows of all weights in every format are one list of work for the threads; nothing of the weights' size is made besides
-the result.
+All rows of all weights in every format are one list of work for the threads; nothing of the weights' size is made
+besides the result.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class GridSearch:
 class Compensation:
     """What error-compensated rounding needs to know of H [in_features, in_features] = M D Mᵀ, features in `order`.
 
-    hessian: float32, symmetric, in the model's order. factor: float32, symmetric, in `order`: M, unit upper triangular, and
-    its transpose below. pivots: float32 [in_features], D. order: int64 [in_features].
+    hessian: float32, symmetric, in the model's order. factor: float32, symmetric, in `order`: M, unit upper triangular,
+    and its transpose below. pivots: float32 [in_features], D. order: int64 [in_features].
     """
 
     hessian: Tensor
@@ -58,7 +58,8 @@ def quantize_rows(
 ) -> list[dict[str, PackedWeight]]:
     """One {format name: PackedWeight} per weight [out_features_i, in_features], any float dtype, on the CPU.
 
-    compensation: None rounds to nearest. isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best.
+    compensation: None rounds to nearest. isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the
+    best.
     Raises AmqError where the module cannot do it, with its reason.
     """
     if not weights or not formats:

@@ -1,4 +1,4 @@
-"""Sums of xᵀx and Cholesky factors on the CPU, by csrc/cpu/symmetric.h: half the products, the same bits on any threads.
+"""Sums of xᵀx and Cholesky factors on the CPU, by csrc/cpu/symmetric.h: half the products, one result on any threads.
 
 Only the upper triangle of a matrix is read or made; what stands below is left as it is.
 """
@@ -13,9 +13,9 @@ from amq.util.native import cpu_module, memory
 
 
 def add_gram(gram: Tensor, x: Tensor, isa: str = "") -> None:
-    """gram [features, features] += xᵀx on and above its diagonal; x: [tokens, features]. Both float32, contiguous, on CPU.
+    """gram [features, features] += xᵀx on and above its diagonal; x: [tokens, features].
 
-    isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best. So for `cholesky`.
+    Both float32, contiguous, on CPU. isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best. So for `cholesky`.
     """
     tokens, features = x.shape
     for name, tensor in (("x", x), ("gram", gram)):
