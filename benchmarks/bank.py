@@ -139,7 +139,7 @@ def _total(
 
 
 def table(result: dict[str, Any]) -> str:
-    """Seconds per block: wall, processor; and how many times less processor time the kernels take than the torch loop."""
+    """Seconds per block: wall (processor); ratio: of the processor's, how many times less the kernels take."""
     lines = ["| block | calibration, s | kernels, s | torch loop, s | ratio |", "|---|---|---|---|---|"]
     for row in result["blocks"]:
         old, new = row.get("torch"), row["kernels"]

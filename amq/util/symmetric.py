@@ -15,7 +15,8 @@ from amq.util.native import cpu_module, memory
 def add_gram(gram: Tensor, x: Tensor, isa: str = "") -> None:
     """gram [features, features] += xᵀx on and above its diagonal; x: [tokens, features].
 
-    Both float32, contiguous, on CPU. isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best. So for `cholesky`.
+    Both float32, contiguous, on CPU. isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best.
+    So for `cholesky`.
     """
     tokens, features = x.shape
     for name, tensor in (("x", x), ("gram", gram)):
