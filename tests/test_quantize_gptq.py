@@ -19,6 +19,7 @@ from amq.quantize.quantizers import ZERO_POINTS
 from amq.quantize.quantizers.gptq import compensation_of, quantize, quantize_in_torch
 from amq.quantize.quantizers.grid import REFITS, SHRINKS
 from amq.quantize.quantizers.rtn import in_torch
+from amq.quantize.quantizers.rtn import quantize as rtn
 
 ALL = tuple(FORMATS.values())
 SOME = (FORMATS["int2"], FORMATS["int4"], FORMATS["int8"])
@@ -111,6 +112,13 @@ def test_to_nearest_as_in_torch(isa: str, zero_points: str, group_size: int) -> 
                 assert float((found[fmt.name].scale != expected.scale).float().mean()) < 0.02, fmt.name
                 error, baseline = (output_error(weight, p, torch.eye(200)).sum() for p in (found[fmt.name], expected))
                 assert float(error) <= 1.001 * float(baseline), fmt.name
+
+
+def test_nearest_takes_weights_of_any_widths() -> None:
+    """What rounds without a gram is given all linears of a block at once."""
+    weights = [random_weight(5, width) for width in (64, 100, 64, 33)]
+    for weight, result in zip(weights, rtn(weights, SOME, 32), strict=True):
+        assert all(equal(result[fmt.name], in_torch(weight, fmt, 32, "fractional", (1.0,), 0)) for fmt in SOME)
 
 
 @one_thread

@@ -49,8 +49,15 @@ def _round(
             {fmt.name: in_torch(weight, fmt, group_size, zero_points, shrinks, refits) for fmt in formats}
             for weight in weights
         ]
-    search = GridSearch(torch.ones(weights[0].shape[1]), check_zero_points(zero_points), shrinks, refits)
-    return quantize_rows(weights, formats, group_size, search, None)
+    check_zero_points(zero_points)
+    results: list[dict[str, PackedWeight]] = [{} for _ in weights]
+    for width in sorted({weight.shape[1] for weight in weights}):  # weights of a block need not share an input here
+        places = [i for i, weight in enumerate(weights) if weight.shape[1] == width]
+        search = GridSearch(torch.ones(width), zero_points, shrinks, refits)
+        found = quantize_rows([weights[i] for i in places], formats, group_size, search, None)
+        for place, result in zip(places, found, strict=True):
+            results[place] = result
+    return results
 
 
 def in_torch(
