@@ -34,7 +34,7 @@ from amq.model.calibration import CalibrationStream
 from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
-from amq.model.text import WindowSampler, load_corpus
+from amq.model.own_text import open_sampler
 from amq.packing import PackedWeight, part_names
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
@@ -118,8 +118,9 @@ class BankRecipe:
         self, loaded: LoadedModel, inventory: Inventory, formats: set[str], progress: Progress, fingerprint: str
     ) -> WeightBank:
         """Opens or builds it, for a model that holds its full-precision weights."""
-        corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
-        windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
+        count = self.bank_windows
+        sampler = open_sampler(loaded, self.calibration, self.window_length, self.seed, count, fingerprint, progress)
+        windows = sampler.take(count)
         records = sorted((get_format(n) for n in formats), key=lambda f: f.code_bits)
         settings = BankSettings(self.proxy, self.group_size, windows)
         return open_bank(loaded.model, inventory, records, settings, progress, fingerprint=fingerprint)
