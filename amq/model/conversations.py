@@ -64,7 +64,7 @@ def conversations_text(path: Path, tokenizer: Any, begin: str) -> str:
         parts.append(document if document.endswith("\n") else document + "\n")
         size += len(document)
         if size >= CHARACTERS:
-            log.warning("%s: the text ends at %s, which is %d characters", path, where.rpartition(":")[2], size)
+            log.warning("%s: the text ends at line %s, which is %d characters", path, where.rpartition(":")[2], size)
             break
     if not parts:
         raise AmqError(f"{path} holds no line: {EXPECTED} in each")

@@ -1,11 +1,11 @@
 """`--calibration self`: text that the model writes itself, which is what it will read when it is used.
 
 Windows are written in rounds of `ROWS`, all windows of a round at once, token by token with a cache of keys and values.
-Every window begins as all windows do (`Corpus.prefix`), and holds one document after the other, each drawn from the
-model at temperature 1. Every other window holds plain text, and the rest conversations in the model's own chat template,
-if it has one, each until the model ends it: the opening is one of `QUESTIONS`, the answer the model's. Plain text
-begins where the model begins it, behind its start token; where it has none, with one of `WORDS`. So a window is exactly what the model would have written into it, nothing is padded, and its special tokens
-are tokens.
+Every window begins as all windows do (`Corpus.prefix`); what follows is drawn from the model at temperature 1. Every
+other window holds plain text, and the rest conversations in the model's own chat template, if it has one, each until
+the model ends it: the question is one of `QUESTIONS`, the answer the model's. Plain text begins where the model begins
+it, behind its start token; where it has none, with one of `WORDS`. So a window is what the model would have written
+into it, nothing is padded, and its special tokens are tokens.
 
 Each round has a seed of its own and is a file in the cache, under a hash of the model's weights and of everything else
 that decides its content: more windows are more rounds, and those before them stay. A round is not the same on another
@@ -51,7 +51,7 @@ INDEX, TENSOR = "text.json", "tokens"
 KINDS = ("plain", "chat")
 """Windows take turns between them."""
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What transformers calls a cache of keys and values, by version and family; the same in a call and in its output."""
+"""What transformers calls a cache of keys and values, the newest name first: it answers to older ones too."""
 
 WORDS = (
     *("The", "A", "In", "During", "It", "When", "There", "For", "We", "One", "After", "This", "Many", "If", "On", "To"),
@@ -294,12 +294,18 @@ def write_round(
         tokens[:, position] = torch.tensor([row.next(d) for row, d in zip(rows, drawn, strict=True)])
         if position + 1 < length:
             output = model(input_ids=tokens[:, position : position + 1].to(device), use_cache=True, **cache)
-            cache = {name: output[name] for name in CACHE_NAMES if output.get(name) is not None}
-            if len(cache) != 1:
+            cache = _cache(output)
+            if not cache:
                 raise AmqError(f"--calibration {SELF}: {type(model).__name__} writes without a cache: give a text")
             drawn = _draw(output["logits"][:, -1].float(), never, generator)
         step()
     return tokens
+
+
+def _cache(output: Any) -> dict[str, Any]:
+    """What a model's next call gets of this one's output: nothing from a model without a cache."""
+    name = next((name for name in CACHE_NAMES if output.get(name) is not None), None)
+    return {} if name is None else {name: output[name]}
 
 
 def _draw(logits: Tensor, never: Tensor, generator: torch.Generator) -> list[int]:

@@ -4,8 +4,8 @@ Text comes from a file, from a `datasets` name, or from CPython itself, which is
 `pydoc` is the language reference (`pydoc_data.topics`), `docstrings` is what the standard library's modules say about
 themselves, a second text for evaluation that shares nothing with the first. Conversations come from a .jsonl file
 (`amq.model.conversations`). A text is tokenized once and cut into slots of one window; a seeded permutation of the
-slots is dealt out in order, so that the sets a run asks for (bank, search, confirmation, cost) do not overlap. What a model
-writes itself (`amq.model.own_text`) is made window by window, and dealt out in the order in which it was written.
+slots is dealt out in order, so that the sets a run asks for (bank, search, confirmation, cost) do not overlap. What a
+model writes itself (`amq.model.own_text`) is made window by window, and dealt out in the order in which it was written.
 
 Every window begins with what the tokenizer itself puts before a text, which is BOS for Llama, Mistral and Gemma and
 nothing for Qwen and SmolLM2: a model that was trained behind BOS is another, broken one without it. These tokens are
