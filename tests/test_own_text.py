@@ -51,7 +51,7 @@ def written(
     return torch.cat([torch.tensor([corpus.prefix], dtype=torch.int64).expand(count, -1), text], dim=1)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_tokens_are_drawn_from_the_model_at_temperature_one(family: str) -> None:
     """The same numbers, drawn from what the model says of the whole text so far, without a cache."""
     loaded = loaded_model(family=family)

@@ -116,7 +116,7 @@ class Beginnings:
         encode, spell = encoder(tokenizer), tokenizer.convert_ids_to_tokens
         prefix = tuple(find_prefix(encode, " ".join(WORDS)))
         texts = {"plain": list(WORDS)}
-        if tokenizer.chat_template:
+        if getattr(tokenizer, "chat_template", None):
             asked = ([{"role": "user", "content": question}] for question in QUESTIONS)
             texts["chat"] = [render(tokenizer, messages, f"--calibration {SELF}", answer=True) for messages in asked]
         openings = {}
