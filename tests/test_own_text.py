@@ -205,7 +205,7 @@ def test_a_search_and_its_quantization_share_the_text(tiny_folder: Path, cache: 
     small = {"window_length": LENGTH, "calibration": "self"}
     result = search(
         str(tiny_folder), output=str(tmp_path / "run"), group_size=32, bank_windows=3, windows=2, confirm_windows=1,
-        cost_passes=2, points=2, **small,
+        cost_passes=2, points=2, head="16bit", **small,
     )  # fmt: skip
     provenance = result.configuration.details.provenance
     assert provenance is not None and provenance.calibration == "self"

@@ -31,6 +31,7 @@ from amq.errors import AmqError
 from amq.model.conversations import render
 from amq.model.inventory import embedding_weight
 from amq.model.open import LoadedModel
+from amq.model.paging import pager_of
 from amq.model.shape import CACHE_BYTES, ModelShape, said, text_config
 from amq.model.text import SELF, Corpus, WindowSampler, check_length, check_rows, encoder, find_prefix, load_corpus
 from amq.util.files import cache_dir, make_folder
@@ -211,7 +212,7 @@ def own_corpus(
 
 
 def _check_model(loaded: LoadedModel, length: int) -> None:
-    if any(parameter.is_meta for parameter in loaded.model.parameters()):
+    if pager_of(loaded.model) is not None or any(parameter.is_meta for parameter in loaded.model.parameters()):
         raise AmqError(
             f"--calibration {SELF}: {loaded.name} is not in memory as a whole, and would read its weights from disk "
             "for every token it writes: give another text, or a file of texts that the model wrote elsewhere"
