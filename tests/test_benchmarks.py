@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import bank
+import calibration
 import compare_solvers
 import large
 import pytest
@@ -151,6 +152,29 @@ def test_quality_table_goes_on_with_what_is_missing(
     rows = json.loads(results.read_text())["rows"]
     assert rows[:3] == first and rows[3]["method"] == "bank" and {"commit", "dirty", "date"} <= rows[3].keys()
     assert "| 32 | 4.000 | uniform int3 |" in shown
+
+
+def test_calibration_texts_are_compared_and_a_second_call_adds_what_is_missing(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every pair of texts of the bank and of the costs, on a tiny model."""
+    folder, results, text = tmp_path / "model", tmp_path / "calibration.json", tmp_path / "text.txt"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(5_000)))
+    arguments = f"--model {folder} --text {text} --max-tokens 256 --bits 3.5 --group-size 32 --bank-windows 2 "
+    arguments += f"--passes 2 --window-length 32 --json {results} --calibration {text},self"
+    calibration.main(arguments.split())
+    first = json.loads(results.read_text())["rows"]
+    assert [(row["bank"], row["fisher"]) for row in first] == [
+        (None, None), (str(text), None), (str(text), str(text)), (str(text), "self"),
+        ("self", None), ("self", str(text)), ("self", "self"),
+    ]  # fmt: skip
+    assert len({row["perplexity"]["text.txt"] for row in first}) > 4
+    calibration.main([*arguments.split(), "--seeds", "0,1"])
+    rows = json.loads(results.read_text())["rows"]
+    assert rows[:7] == first and [row["seed"] for row in rows[7:]] == [1] * 6
+    assert "| self | self |  | " in capsys.readouterr().out
 
 
 def run_smoke(script: str, tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:

@@ -22,7 +22,7 @@ from amq.model.blocks import BlockRunner
 from amq.model.inventory import Inventory, LinearSpec, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.text import Corpus, WindowSampler
+from amq.model.text import Corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
@@ -146,8 +146,10 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         )  # fmt: skip
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
-        corpus = opened.corpus(settings.calibration)
-        sampler = WindowSampler(corpus, settings.window_length, settings.seed)
+    with timings.measure("text"):
+        count = settings.bank_windows + settings.windows + settings.confirm_windows + settings.cost_passes
+        sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
+        corpus = sampler.corpus
         bank_windows = sampler.take(settings.bank_windows)
         windows = {"search": sampler.take(settings.windows), "confirm": sampler.take(settings.confirm_windows)}
         cost_windows = sampler.take(settings.cost_passes)
