@@ -239,7 +239,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     ):
         passes = fisher_passes(
             stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
-            stage.corpus.unscored,
+            stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:
             total = table if not done else {
