@@ -26,7 +26,7 @@ activations of. What a pass gives does not depend on the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -61,6 +61,7 @@ def fisher_passes(
     start: int = 0,
     unscored: int = 0,
     memory: int = 256 << 20,
+    outer: Mapping[str, Sequence[str]] | None = None,
 ) -> Iterator[Table]:
     """One table per window (a pass), from window `start` on; their mean is the cost table.
 
@@ -68,8 +69,10 @@ def fisher_passes(
     inventory: what is scored is its `weights`, all of them in the bank.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
     memory: bytes that hidden states, the activations of one block and the head's errors may take, each for itself.
+    outer: {head or embedding: its formats} where these are others than `formats`.
     """
-    scores = _Scores(model, inventory, bank, tuple(formats), unscored, memory)
+    of = {s.name: tuple((outer or {}).get(s.name, formats)) for s in inventory.weights}
+    scores = _Scores(model, inventory, bank, of, unscored, memory)
     device = embedding_weight(model).device
     together = len(windows) if pager_of(model) is not None else TOGETHER
     for first in range(start, len(windows), together):
@@ -80,8 +83,7 @@ def fisher_passes(
         with StateStore(memory) as store:
             scores.run(passes, store)
         for one in passes:
-            zero = dict.fromkeys(formats, 0.0)
-            yield {s.name: one.table.get(s.name, dict(zero)) for s in inventory.weights}
+            yield {name: one.table.get(name, dict.fromkeys(names, 0.0)) for name, names in of.items()}
 
 
 @dataclass
@@ -115,7 +117,7 @@ class _Scores:
         model: PreTrainedModel,
         inventory: Inventory,
         bank: WeightBank,
-        formats: tuple[str, ...],
+        formats: Mapping[str, tuple[str, ...]],
         unscored: int,
         memory: int,
     ) -> None:
@@ -156,7 +158,7 @@ class _Scores:
         errors = self._head_errors()
         for index, one in enumerate(passes):
             final = store.pop((index, self._runner.n_blocks))[0]
-            sums = dict.fromkeys(self._formats, 0.0)
+            sums = dict.fromkeys(self._formats[self._head.name] if self._head else (), 0.0)
             gradients = [torch.zeros_like(final[: self._unscored])]
             for chunk in final[self._unscored :].split(TOKENS):
                 gradients.append(self._head_chunk(chunk, one.generator, errors, sums))
@@ -169,7 +171,7 @@ class _Scores:
         """For one format after the other, all of them kept where `memory` holds them."""
         if self._head is None:
             return None
-        size = 4 * self._head.numel * len(self._formats)
+        size = 4 * self._head.numel * len(self._formats[self._head.name])
         weight = get_weight(self._model, self._head.name)
         return _Errors(self._bank, self._head.name, weight, keep=size <= self._memory)
 
@@ -196,7 +198,7 @@ class _Scores:
             (factor,) = torch.autograd.grad(logits.sum(), output)
         with torch.no_grad():
             p, x, factor = log_probabilities.exp(), x[0].float(), factor[0].float()
-            for fmt in self._formats:
+            for fmt in sums:
                 change = (x @ errors.get(fmt).t()).mul_(factor)
                 mean = (p * change).sum(-1)
                 # Σ p (δz − mean)² rather than the difference of two nearly equal sums
@@ -248,7 +250,7 @@ class _Scores:
                 by_linear.setdefault(spec, []).append((one, x, g))
         for spec, seen in by_linear.items():
             errors = _Errors(self._bank, spec.name, get_weight(self._model, spec.name))
-            for fmt in self._formats:
+            for fmt in self._formats[spec.name]:
                 error = errors.get(fmt)
                 for one, x, g in seen:
                     change = x.float() @ error.t()  # [rows, out_features]
@@ -259,7 +261,7 @@ class _Scores:
         for name, spec in self._embeddings.items():
             module = self._model.get_submodule(name)
             errors = _Errors(self._bank, spec.name, get_weight(self._model, name))
-            for fmt in self._formats:
+            for fmt in self._formats[spec.name]:
                 error = errors.get(fmt)
                 for one in passes:
                     for look in one.looked_up.get(name, ()):
@@ -269,7 +271,7 @@ class _Scores:
     def _add_score(self, one: _Pass, spec: LinearSpec, fmt: str, change: Tensor) -> None:
         """change: that of the log-likelihood, to first order, by each token's error, [rows]."""
         scored = one.tokens.shape[1] - self._unscored
-        row = one.table.setdefault(spec.name, dict.fromkeys(self._formats, 0.0))
+        row = one.table.setdefault(spec.name, dict.fromkeys(self._formats[spec.name], 0.0))
         row[fmt] += float(change.float().square_().sum()) / scored / 8
 
 

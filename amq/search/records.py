@@ -215,8 +215,12 @@ class RunFile(JsonFile):
 
     @classmethod
     def parse(cls, data: Any, source: str) -> RunFile:
-        """As for every file; a setting that this version does not know is an error too, not ignored."""
+        """As for every file; a setting that this version does not know is an error too, not ignored. Runs before schema
+        3 searched without the head."""
         settings = data.get("settings") if isinstance(data, dict) else None
+        if isinstance(settings, dict) and data.get("schema") in cls.SCHEMAS[1:]:
+            settings = {"head": KEPT.name, **settings}
+            data = {**data, "settings": settings}
         known = {f.name for f in fields(SearchSettings)}
         if isinstance(settings, dict) and (unknown := sorted(settings.keys() - known)):
             raise AmqError(f"{source}: settings has {unknown[0]!r}, unknown to this version: use the one that wrote it")

@@ -223,6 +223,7 @@ def _cost_tables(
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
     formats = [f.name for f in stage.bank.formats]
+    outer = {name: [f.name for f in own] for name, own in bank_formats(stage.space)[1].items()}
     done = 0
     total: Table = {}
     saved = read_cost(folder.path, stage.space)
@@ -239,7 +240,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     ):
         passes = fisher_passes(
             stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
-            stage.corpus.unscored, parse_size(settings.cache_memory),
+            stage.corpus.unscored, parse_size(settings.cache_memory), outer,
         )  # fmt: skip
         for table in passes:
             total = table if not done else {
