@@ -78,14 +78,17 @@ class LinearEntry(LinearSpec):
         check_range(self, "out_features", "in_features", "experts", "top_k")
         if self.kind not in (LINEAR, EXPERT, HEAD, EMBEDDING):
             raise ValueError(f"expected a kind of weight, got {shorten(self.kind)}")
+        if self.kind == EXPERT and not all(n.rpartition(".")[2].isdecimal() for n in expand_name(self.name)):
+            raise ValueError(f"expected a name of experts that ends in their numbers, got {shorten(self.name)}")
 
     @property
     def expanded(self) -> list[LinearSpec]:
         """The specs that it stands for."""
+        of = vars(self)
         if self.kind != EXPERT:
-            return [self]
-        of = {n: v for n, v in vars(self).items() if n not in ("name", "expert")}
-        return [LinearSpec(name, expert=int(name.rpartition(".")[2]), **of) for name in expand_name(self.name)]
+            return [LinearSpec(**of)]
+        numbers = ((name, int(name.rpartition(".")[2])) for name in expand_name(self.name))
+        return [LinearSpec(**{**of, "name": name, "expert": number}) for name, number in numbers]
 
     @staticmethod
     def of(specs: Iterable[LinearSpec]) -> tuple[LinearEntry, ...]:
@@ -230,8 +233,8 @@ class RunFile(JsonFile):
     def inventory(self) -> Inventory:
         """The model's parts; only the path of its blocks and the shapes of other weights are unknown."""
         others = tuple(OtherWeight(o.name, KIND_NAMES.get(o.kind, o.kind), o.numel, (), o.reason) for o in self.others)
-        linears = tuple(linear for entry in self.linears for linear in entry.expanded)
-        return Inventory("", self.model.blocks, linears, others, self.head_is_tied, self.outer)
+        linears, outer = (tuple(s for e in some for s in e.expanded) for some in (self.linears, self.outer))
+        return Inventory("", self.model.blocks, linears, others, self.head_is_tied, outer)
 
     @property
     def provenance(self) -> Provenance:
