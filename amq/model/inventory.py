@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.experts import experts_of, top_k_of
+from amq.model.paging import named_weights
 from amq.model.shape import size, text_config
 from amq.util.records import shorten
 
@@ -266,13 +267,14 @@ def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
                 f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized"
             )
     names = {f"{spec.name}.weight": f"linear {spec.name}" for spec in linears}
-    for name, tensor in model.named_parameters():
-        if not tensor.is_floating_point() or tensor.is_meta or is_finite(tensor):
-            continue
-        raise AmqError(
-            f"{names.get(name, name)} holds {int((~torch.isfinite(tensor)).sum())} non-finite weights: "
-            "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
-        )
+    for part in named_weights(model):
+        for name, tensor in part:
+            if not tensor.is_floating_point() or tensor.is_meta or is_finite(tensor):
+                continue
+            raise AmqError(
+                f"{names.get(name, name)} holds {int((~torch.isfinite(tensor)).sum())} non-finite weights: "
+                "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
+            )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from amq.model.inventory import Inventory, check_weights
 from amq.model.open import LoadedModel, check_device, load_folder, model_fingerprint, resolve
+from amq.model.settings import MEMORY
 from amq.model.shape import ModelShape
 from amq.model.text import Corpus, load_corpus
 from amq.model.usable import Usable, find_usable
@@ -52,15 +53,17 @@ class OpenModel:
         return load_corpus(text, self.loaded.tokenizer, self.loaded.embedding_rows)
 
 
-def open_model(name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False) -> OpenModel:
-    """Loads MODEL (see `load_model`) and finds out what of it can be quantized.
+def open_model(
+    name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, load: str = MEMORY
+) -> OpenModel:
+    """Loads MODEL (see `load_model` and `load_folder`) and finds out what of it can be quantized.
 
     Raises AmqError where nothing can be, or where a weight is empty, infinite or NaN.
     """
     fit_threads()
     check_device(device)
     folder = resolve(name, trust_remote_code)
-    loaded = load_folder(name, folder, dtype, device, trust_remote_code)
+    loaded = load_folder(name, folder, dtype, device, trust_remote_code, load)
     opened = OpenModel(folder, loaded, find_usable(loaded.model))
     check_weights(loaded.model, opened.inventory.linears)
     return opened

@@ -1,24 +1,105 @@
 """Which blocks of a model have their weights in memory.
 
-A model that was loaded whole has all of them, always. One that is larger than memory has a `Pager` and holds few blocks
-at once; every stage that reads or writes weights of a block does so while it is `holding` that block.
+A model that was loaded whole has all of them, always. One that is larger than memory has a `Pager`: its blocks are
+empty (on meta) until they run or are held, and few are in memory at once. Every stage that reads or writes weights of a
+block does so while it is `holding` that block, and loops block by block: hold it, run everything through it, go on.
+
+What is changed in a block counts until the block is let go; the next time it is as the files have it. `after_reading`
+names changes to make again whenever that happens, such as the quantized weights of finished blocks.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Protocol
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 ATTRIBUTE = "_amq_pager"
+Slot = tuple["nn.Module", str, Any]
+"""(module, name of a parameter or persistent buffer in it, what is there while the block is empty)."""
 
 
-class Pager(Protocol):
-    """Brings the weights of blocks into memory."""
+class Pager:
+    """Brings weights of the blocks at `path` into memory, by `read(block)`, and empties them again.
 
-    def holding(self, block: int) -> AbstractContextManager[None]: ...
+    room: bytes that blocks may take besides the one that runs or is held, so that a model which nearly fits is not read
+        again and again; the block that ran longest ago goes first.
+    """
+
+    def __init__(self, path: str, blocks: Sequence[nn.Module], read: Callable[[int], None], room: int = 0) -> None:
+        self.path, self.blocks, self._read, self.room = path, tuple(blocks), read, room
+        self._slots = [_slots(block) for block in blocks]
+        self.sizes = [sum(empty.numel() * empty.element_size() for _, _, empty in slots) for slots in self._slots]
+        self._held: Counter[int] = Counter()
+        self._there: dict[int, None] = {}  # in the order of their last use
+        self._changes: dict[int, list[Callable[[], object]]] = {}
+        self.reads = 0
+        for index, block in enumerate(blocks):
+            block.register_forward_pre_hook(lambda module, args, index=index: self._visit(index))
+
+    @contextmanager
+    def holding(self, block: int) -> Iterator[None]:
+        self._visit(block)
+        self._held[block] += 1
+        try:
+            yield
+        finally:
+            self._held[block] -= 1
+            if not self._held[block]:
+                self._empty(block)
+
+    def after_reading(self, block: int, change: Callable[[], object]) -> None:
+        """Calls `change` every time that the block's weights have been read, from the next time on."""
+        self._changes.setdefault(block, []).append(change)
+        if not self._held[block]:
+            self._empty(block)
+
+    def forget_changes(self) -> None:
+        """From now on blocks are as the files have them."""
+        for block in self._changes:
+            if not self._held[block]:
+                self._empty(block)
+        self._changes.clear()
+
+    def _visit(self, block: int) -> None:
+        """Makes sure that the block's weights are in memory."""
+        if block in self._there:
+            self._there[block] = self._there.pop(block)
+            return
+        for other in [b for b in self._there if not self._held[b]]:
+            if sum(self.sizes[b] for b in self._there if not self._held[b]) <= self.room:
+                break
+            self._empty(other)
+        self._there[block] = None
+        try:
+            self._read(block)
+            self.reads += 1
+            for change in self._changes.get(block, ()):
+                change()
+        except BaseException:
+            self._empty(block)
+            raise
+
+    def _empty(self, block: int) -> None:
+        if self._there.pop(block, 0) is None:
+            for module, name, empty in self._slots[block]:
+                (module._parameters if name in module._parameters else module._buffers)[name] = empty
+
+
+def _slots(block: nn.Module) -> list[Slot]:
+    slots: list[Slot] = []
+    for module in block.modules():
+        slots += [(module, name, value) for name, value in module._parameters.items() if value is not None]
+        slots += [
+            (module, name, value)
+            for name, value in module._buffers.items()
+            if value is not None and name not in module._non_persistent_buffers_set
+        ]
+    return slots
 
 
 def pager_of(model: nn.Module) -> Pager | None:
@@ -30,3 +111,24 @@ def holding(model: nn.Module, block: int) -> AbstractContextManager[None]:
     """Inside, the weights of that block are in memory, and what is changed in them counts."""
     pager = pager_of(model)
     return nullcontext() if pager is None else pager.holding(block)
+
+
+def after_reading(model: nn.Module, block: int, change: Callable[[], object]) -> None:
+    """`change`, which was made to the weights of that block, is made again whenever they are read again."""
+    if (pager := pager_of(model)) is not None:
+        pager.after_reading(block, change)
+
+
+def named_weights(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
+    """All parameters, each once and under its first name, as named_parameters gives them, in parts: all at once of a
+    model that is in memory, else what is outside of the blocks and then block after block, held meanwhile."""
+    names = dict(model.named_parameters())
+    pager = pager_of(model)
+    if pager is None:
+        yield list(names.items())
+        return
+    outside = [(name, value) for name, value in names.items() if not name.startswith(f"{pager.path}.")]
+    yield [(name, value) for name, value in outside if not value.is_meta]
+    for index, block in enumerate(pager.blocks):
+        with pager.holding(index):
+            yield [(f"{pager.path}.{index}.{name}", value) for name, value in block.named_parameters()]

@@ -10,6 +10,13 @@ MODEL = "hub id, folder, .gguf file, or the alias smollm2"
 CHECKPOINT = "a folder that amq quantize wrote; or " + MODEL
 """What the positional argument MODEL may be."""
 
+AUTO, MEMORY, DISK = "auto", "memory", "disk"
+LOADS = {
+    AUTO: "disk where the model does not fit the free memory",
+    MEMORY: "all weights at once",
+    DISK: "block by block, as they are needed",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings(Settings):
@@ -20,3 +27,7 @@ class ModelSettings(Settings):
     trust_remote_code: bool = flag(
         False, "run the Python code that the model's folder brings along, with all your rights"
     )
+    load: str = flag(
+        AUTO, "how weights come into memory; " + "; ".join(f"{name}: {text}" for name, text in LOADS.items()),
+        choices=LOADS,
+    )  # fmt: skip

@@ -110,7 +110,7 @@ class _Job:
 
 def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     """Loads the model and refuses what does not fit it."""
-    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
+    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, settings.load)
     model, inventory = opened.model, opened.inventory
     configuration = _configuration(settings, opened.usable)
     _check_provenance(configuration, opened.fingerprint, settings.model)
