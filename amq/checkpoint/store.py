@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     record: QuantizationRecord,
     packed: Mapping[str, PackedWeight],
-    others: Mapping[str, Tensor],
+    others: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     extras: Callable[[Path], None] | None = None,
     shard_size: int = SHARD_SIZE,
 ) -> None:
@@ -192,7 +193,8 @@ def write_checkpoint(
 
     output: must not exist, or be empty.
     config: the model's config.json without `quantization_config`; infinity is allowed.
-    packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once.
+    packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once;
+        pairs are taken one after the other, so that they need not be in memory together.
     extras: called with the folder before it gets its name: tokenizer, model card, logs, and a last look at it.
     shard_size: bytes per safetensors file.
 
@@ -201,10 +203,11 @@ def write_checkpoint(
     """
     if odd := sorted(packed.keys() ^ record.formats.keys()):
         raise AmqError(f"linear {odd[0]!r} has a weight or a format, but not both: nothing was written")
-    tensors = {f"{n}.{part}": t for n, weight in packed.items() for part, t in weight.parts.items()} | dict(others)
+    parts = ((f"{n}.{part}", t) for n, weight in packed.items() for part, t in weight.parts.items())
 
     def write(folder: Path) -> None:
-        write_tensors(folder, tensors.items(), shard_size, hashes_metadata)
+        rest = others.items() if isinstance(others, Mapping) else others
+        write_tensors(folder, chain(parts, rest), shard_size, hashes_metadata)
         write_config(folder, config, record)
         if extras:
             extras(folder)

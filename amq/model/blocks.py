@@ -12,7 +12,7 @@ real tokens before anything relies on it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.inventory import find_blocks
+from amq.model.paging import holding, pager_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,21 @@ class BlockRunner:
             except _Stop as stopped:
                 return stopped.hidden
         raise AmqError(f"{type(self.model).__name__} never ran block {stop - 1} at {self.blocks_path}.{stop - 1}")
+
+    def final(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Hidden states behind the last block, of each of `batches` (int64 [batch, length]), in order.
+
+        Of a model that is larger than memory every block is read once: all batches go through it, and only then on.
+        """
+        if pager_of(self.model) is None:
+            yield from (self.hidden(tokens, self.n_blocks) for tokens in batches)
+            return
+        states: list[Tensor | None] = [None] * len(batches)
+        for block in range(self.n_blocks):
+            with holding(self.model, block):
+                for index, tokens in enumerate(batches):
+                    states[index] = self.hidden(tokens, block + 1, block, states[index])
+        yield from (state for state in states if state is not None)
 
     def boundaries(self, tokens: Tensor) -> list[Tensor]:
         """Hidden states after every block, n_blocks of [batch, length, hidden_size], from one forward."""

@@ -115,7 +115,8 @@ class _BlockReader:
     """Puts weights of `source` into `model`, by way of `twin` where they lie otherwise there."""
 
     def __init__(self, model: nn.Module, twin: nn.Module, source: WeightSource, path: str) -> None:
-        self._model, self._twin, self._source, self._path = model, twin, source, path
+        self._source, self._path = source, path
+        self._modules = dict(model.named_modules())  # as they are now: others may stand in their places meanwhile
         self._fused = {name: module for name, module in twin.named_modules() if is_fused(module)}
 
     def read_block(self, block: int) -> None:
@@ -126,7 +127,7 @@ class _BlockReader:
         for target, tensor in self._source.read(wanted):
             owner, _, leaf = target.rpartition(".")
             if owner not in self._fused:
-                _put(self._model.get_submodule(owner), leaf, tensor)
+                _put(self._modules[owner], leaf, tensor)
                 continue
             gathered.setdefault(owner, {})[leaf] = tensor
             if gathered[owner].keys() == self._fused[owner]._parameters.keys():
@@ -142,7 +143,7 @@ class _BlockReader:
             views = Experts(fused)
         finally:
             fused._parameters.update(empty)
-        target = cast(Experts, self._model.get_submodule(name))
+        target = cast(Experts, self._modules[name])
         for role in views.roles:
             for own, view in zip(target.linears(role), views.linears(role), strict=True):
                 own._parameters.update(view._parameters)

@@ -11,8 +11,9 @@ names changes to make again whenever that happens, such as the quantized weights
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +41,11 @@ class Pager:
         self.reads = 0
         for index, block in enumerate(blocks):
             block.register_forward_pre_hook(lambda module, args, index=index: self._visit(index))
+
+    def block_of(self, name: str) -> int | None:
+        """The block that the parameter `name` lies in; None outside of the blocks."""
+        index = name[len(self.path) + 1 :].partition(".")[0] if name.startswith(f"{self.path}.") else ""
+        return int(index) if index else None
 
     @contextmanager
     def holding(self, block: int) -> Iterator[None]:
@@ -132,3 +138,15 @@ def named_weights(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     for index, block in enumerate(pager.blocks):
         with pager.holding(index):
             yield [(f"{pager.path}.{index}.{name}", value) for name, value in block.named_parameters()]
+
+
+def in_turn(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """`names` of parameters or buffers as they come, each while the block that it lies in is held; those of a block
+    should follow each other."""
+    pager = pager_of(model)
+    if pager is None:
+        yield from names
+        return
+    for block, group in groupby(names, pager.block_of):
+        with nullcontext() if block is None else pager.holding(block):
+            yield from group

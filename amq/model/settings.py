@@ -27,6 +27,12 @@ class ModelSettings(Settings):
     trust_remote_code: bool = flag(
         False, "run the Python code that the model's folder brings along, with all your rights"
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadSettings(ModelSettings):
+    """Of a stage that works through a model block by block."""
+
     load: str = flag(
         AUTO, "how weights come into memory; " + "; ".join(f"{name}: {text}" for name, text in LOADS.items()),
         choices=LOADS,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.inventory import Inventory, OtherWeight, embedding_weight, get_linear, take_inventory
+from amq.model.paging import holding
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -69,9 +70,15 @@ def find_usable(model: PreTrainedModel) -> Usable:
         raise AmqError(f"no linear of this {type(model).__name__} can be quantized: {name}: {reason}")
     for name, reason in reasons.items():
         log.warning("%s stays in 16 bits: %s", name, reason)
-    loaded = {f"{name}.weight": weight for name, weight in uses.items()}
-    loaded = {name: weight for name, weight in loaded.items() if not torch.equal(weight, model.get_parameter(name))}
+    blocks = {spec.name: spec.block for spec in inventory.linears}
+    loaded = {f"{name}.weight": weight for name, weight in uses.items() if _changed(model, blocks[name], name, weight)}
     return Usable(_without(inventory, reasons), reasons, loaded)
+
+
+def _changed(model: nn.Module, block: int, linear: str, before: Tensor) -> bool:
+    """Whether running has changed the weight of `linear`."""
+    with holding(model, block):
+        return not torch.equal(before, model.get_parameter(f"{linear}.weight"))
 
 
 def _without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:

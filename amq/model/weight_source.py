@@ -12,7 +12,6 @@ Files are read, not mapped: what is read counts as memory of this process, and i
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -217,8 +216,8 @@ def quantizer_of(config: Any) -> Any:
     how = AutoHfQuantizer.merge_quantization_configs(packed, None)
     if not hasattr(how, "dequantize"):
         raise AmqError(
-            f"the model's weights are packed as {json.dumps(str(getattr(how, 'quant_method', packed)))}, which cannot be "
-            "unpacked block by block: use --load memory, or the model in 16 bits"
+            f"the model's weights are packed as {getattr(how, 'quant_method', packed)}, which cannot be unpacked block "
+            "by block: use --load memory, or the model in 16 bits"
         )
     how.dequantize = True
     config.quantization_config = how

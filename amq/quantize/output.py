@@ -11,11 +11,11 @@ import json
 import logging
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from amq.integrations.opening import open_checkpoint_once
 from amq.model.companions import copy_model_files
 from amq.model.inventory import Inventory, narrowed
 from amq.model.open import DTYPES, LoadedModel
+from amq.model.paging import in_turn, named_weights
 from amq.packing import PackedWeight, part_names
 from amq.quantize.card import write_card
 from amq.quantize.log import LOG, QuantizationLog
@@ -96,16 +97,12 @@ class CheckpointOutput:
 
     def write(self, packed: Mapping[str, PackedWeight], log: QuantizationLog) -> None:
         """Writes the folder, whole or not at all, and opens it once."""
-        others = {
-            name: narrowed(name, tensor.detach().cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
-            for name, tensor in self._others().items()
-        }
 
         def extras(folder: Path) -> None:
             self._describe(folder, log)
             open_checkpoint_once(folder, self.trust_remote_code)
 
-        write_checkpoint(self.folder, self.config, self.record, packed, others, extras)
+        write_checkpoint(self.folder, self.config, self.record, packed, self._stored(), extras)
 
     def _describe(self, folder: Path, log: QuantizationLog) -> None:
         """Everything that is neither weights nor config.json."""
@@ -117,7 +114,19 @@ class CheckpointOutput:
         log.write(folder / LOG)
         write_card(folder, real_folder(self.folder).name, self.record, log)
 
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what stays unquantized, as it is stored; one after the other, since of a model that is
+        larger than memory one block is there at a time."""
+        model = self.loaded.model
+        for name in in_turn(model, self._others()):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            tensor = self.originals.get(name)
+            if tensor is None:
+                tensor = cast(Tensor, getattr(owner, name.rpartition(".")[2])).detach()
+            yield name, narrowed(name, tensor.cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
+
     def _others(self) -> dict[str, Tensor]:
+        """Of a model that is larger than memory, empty ones of the same shapes."""
         return other_tensors(self.loaded.model, (*self.record.formats, *self.record.embedding), self.originals)
 
 
@@ -173,7 +182,7 @@ def stored_dtype(source: Path, module: nn.Module) -> torch.dtype:
     """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it reaches."""
     config = read_json(source / "config.json", floats=True)
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
-    sizes = [float(p.abs().max()) for p in module.parameters() if p.numel()]
+    sizes = [float(p.abs().max()) for part in named_weights(module) for _, p in part if p.numel()]
     if own is not None and own.itemsize == 2:
         if max(sizes) <= torch.finfo(own).max:
             return own

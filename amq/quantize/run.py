@@ -6,9 +6,10 @@ import logging
 import math
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from amq.checkpoint.record import QuantizationRecord
 from amq.configuration import Configuration, Memory, memory_items, parse_pins
@@ -18,13 +19,14 @@ from amq.model.calibration import shared_inputs
 from amq.model.inventory import Inventory
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
+from amq.model.paging import after_reading, holding
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, WindowSampler, fixed_windows
 from amq.model.usable import Usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import Head, find_head, quantize_head, with_head
 from amq.quantize.log import HeadOutcome, LinearOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.methods import METHODS
@@ -73,7 +75,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
             weight, error = quantize_head(job.opened.model, job.head, group_size, settings.zero_points)
             packed[job.head.name] = weight
             log = replace(log, head=_head(job, error))
-        results = _blocks(source, work, job.inventory.n_blocks, progress)
+        results = _blocks(job.opened.model, source, work, job.inventory.n_blocks, progress)
         perplexities.measure(settings.method)
         log = replace(
             log, perplexity=perplexities.figures, linears=_linears(job.inventory, job.configuration, results),
@@ -277,7 +279,9 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
     return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
 
 
-def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
+def _blocks(
+    model: nn.Module, source: BlockSource, work: WorkFolder, count: int, progress: Progress
+) -> list[BlockResult]:
     """Every block's result, from the work folder where it is there."""
     results: list[BlockResult] = []
     measured = False
@@ -285,13 +289,15 @@ def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progres
         for block in range(count):
             start = time.monotonic()
             note, made = "is there", not work.has(block)
-            if made:
-                work.save(block, source.make(block))
-            result = work.load(block)  # mapped, so that finished blocks take no memory
-            if made:
-                note = _errors(result)
-                _warn_of(result)
-            source.finish(result)
+            with holding(model, block):
+                if made:
+                    work.save(block, source.make(block))
+                result = work.load(block)  # mapped, so that finished blocks take no memory
+                if made:
+                    note = _errors(result)
+                    _warn_of(result)
+                source.finish(result)
+            after_reading(model, block, partial(install, model, result))
             results.append(result)
             seconds = time.monotonic() - start
             step(f"block {block}: {note}, {seconds:.1f} s")
