@@ -226,3 +226,13 @@ def test_lm_eval_over_http_says_what_it_says_in_process(tmp_path: Path) -> None:
     written, shown = run_smoke("serve_lm_eval", tmp_path)
     assert written["equal"] and written["same_texts"] == 4 and 0 < written["tolerance"] < 1e-3
     assert "| multiple choice, acc | local-completions |" in shown
+
+
+def test_table_of_families(tmp_path: Path) -> None:
+    results = tmp_path / "families.json"
+    command = [sys.executable, "benchmarks/families.py", "--only", "llama,mixtral", "--json", str(results)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    llama, mixtral = json.loads(results.read_text())["rows"]
+    assert llama["before"] < llama["after"] < 1 and mixtral["before"] < 0.05 and mixtral["experts"] > 0.9
+    assert "| mixtral | 46.7 | 2.87 % | 99.99 % |" in result.stdout

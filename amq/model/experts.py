@@ -10,13 +10,13 @@ through it. (The index comes last, so that these names are none that transformer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from amq.errors import AmqError
 from amq.model.shape import size, text_config
 
 if TYPE_CHECKING:
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 FUSED = "gate_up_proj"
+COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
+TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
+"""Keys of config.json."""
 
 
 class Experts(nn.Module):
@@ -63,14 +66,16 @@ class Experts(nn.Module):
         counts = torch.bincount(expert, minlength=self.experts + 1)[: self.experts].tolist()
         order = order[: sum(counts)]
         token = order // self.top_k
-        result = self.run(hidden_states[token], counts) * top_k_weights.flatten()[order].unsqueeze(-1)
-        out = torch.zeros_like(hidden_states).index_add_(0, token, result.to(hidden_states.dtype))
+        out = torch.zeros_like(hidden_states)
+        if len(order):
+            result = self.run(hidden_states[token], counts) * top_k_weights.flatten()[order].unsqueeze(-1)
+            out = out.index_add(0, token, result.to(hidden_states.dtype))
         for index in sorted(self.observed):
             self.run(hidden_states, [len(hidden_states) * (i == index) for i in range(self.experts)])
         return out
 
     def run(self, x: Tensor, counts: Sequence[int]) -> Tensor:
-        """x: [rows, hidden]: `counts[e]` rows for expert e, in the order of experts. Returns [rows, hidden]."""
+        """x: [rows ≥ 1, hidden]: `counts[e]` rows for expert e, in the order of experts. Returns [rows, hidden]."""
         hit = [index for index, count in enumerate(counts) if count]
         sizes = [counts[index] for index in hit]
 
@@ -96,8 +101,6 @@ class Experts(nn.Module):
 
 def _products(linears: Sequence[nn.Module], x: Tensor, sizes: Sequence[int]) -> Tensor:
     """[rows, out]: linear i times its `sizes[i]` rows of x. Linears whose class knows `grouped` go in one call."""
-    if not linears:
-        raise AmqError("no token was routed to any expert")
     grouped: Callable[..., Tensor] | None = getattr(type(linears[0]), "grouped", None)
     if grouped is not None and all(type(linear) is type(linears[0]) for linear in linears):
         return grouped(linears, x, sizes)
@@ -158,12 +161,61 @@ def experts_of(module: nn.Module) -> Iterator[tuple[str, Experts]]:
     return ((name, found) for name, found in module.named_modules() if isinstance(found, Experts))
 
 
-def top_k_of(config: Any, layer: Experts) -> int:
+@dataclass(frozen=True)
+class Layer:
+    """A layer of experts as an inventory sees it, by any of the three ways of holding them.
+
+    experts: how many. fused: the `Experts`, None of a list with a module per expert and of a layout that is not known.
+    """
+
+    experts: int
+    fused: Experts | None = None
+
+
+def layers_of_experts(block: nn.Module, config: Any) -> dict[str, Layer]:
+    """{path in `block`: layer of experts}. What is no `Experts` is told by its length, which config.json names: a list
+    of modules, as remote code has it, or parameters in more than two dimensions."""
+    count = size(text_config(config), *COUNTS)
+    found = {}
+    for path, module in block.named_modules():
+        if isinstance(module, Experts):
+            found[path] = Layer(module.experts, module)
+        elif count and count > 1 and _has_experts(module, count):
+            found[path] = Layer(count)
+    return found
+
+
+def _has_experts(module: nn.Module, count: int) -> bool:
+    if isinstance(module, nn.ModuleList):
+        kinds = {type(child) for child in module}
+        return len(module) == count and len(kinds) == 1 and bool(list(module[0].children()))
+    own = () if hasattr(module, "kernel_size") else module._parameters.values()  # a convolution's is 3-D, too
+    return any(p is not None and p.ndim > 2 and p.shape[0] == count for p in own)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where in a block something that scores experts can stand, by shape.
+
+    places: (path of the module that a layer of experts stands in, how many experts).
+    """
+
+    places: tuple[tuple[str, int], ...]
+
+    @staticmethod
+    def of(layers: Mapping[str, Layer]) -> Routing:
+        return Routing(tuple((path.rpartition(".")[0], layer.experts) for path, layer in layers.items()))
+
+    def scores(self, path: str, rows: int) -> bool:
+        """Whether the weight of the module at `path`, of `rows` rows, scores experts, or the shared ones (one row)."""
+        return any(rows in (1, experts) and path.startswith(place and f"{place}.") for place, experts in self.places)
+
+
+def top_k_of(config: Any, layer: Layer) -> int:
     """Experts that a token is routed to: as seen, or as config.json says before a token came; all where it does not."""
-    if layer.top_k is not None:
-        return layer.top_k
-    text = text_config(config)
-    found = size(text, "num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+    if layer.fused is not None and layer.fused.top_k is not None:
+        return layer.fused.top_k
+    found = size(text_config(config), *TOP_K)
     return min(found or layer.experts, layer.experts)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.model.experts import experts_of, top_k_of
+from amq.model.experts import Layer, Routing, layers_of_experts, top_k_of
 from amq.model.paging import named_weights
 from amq.model.shape import size, text_config
 from amq.util.records import shorten
@@ -46,7 +46,7 @@ class LinearSpec:
     """One quantizable weight [out_features, in_features]: `name` is its module's path, `role` that path inside its
     block, without the number of an expert.
 
-    kind: LINEAR, EXPERT (of `Experts`), HEAD, or EMBEDDING, whose rows are looked up.
+    kind: LINEAR, EXPERT (of `Experts`, or of a list of experts), HEAD, or EMBEDDING, whose rows are looked up.
     expert: its number. experts, top_k: how many there are in its layer, and to how many of them a token is routed.
     tied: of a head, the name of the embedding that has the same weight: one item with the costs of both.
     """
@@ -186,20 +186,34 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
 def _block_linears(model: PreTrainedModel, blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSpec]:
     seen: set[int] = set()
     for index, block in enumerate(blocks):
-        layers = dict(experts_of(block))
-        scores = {1, *(layer.experts for layer in layers.values())} if layers else set()
-        for role, module in block.named_modules():
-            if not _is_plain(module) or id(module.weight) in seen or module.out_features in scores:
+        layers = layers_of_experts(block, model.config)
+        routing = Routing.of(layers)
+        for path, module in block.named_modules():
+            if not _is_plain(module) or id(module.weight) in seen:
+                continue
+            layer, role, number = _as_expert(path, layers)
+            if layer is None and routing.scores(path, module.out_features):
                 continue
             seen.add(id(module.weight))
-            spec = LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
-            of_experts, _, number = role.rpartition(".")
-            if (layer := layers.get(of_experts.rpartition(".")[0])) is not None and number.isdigit():
+            spec = LinearSpec(f"{blocks_path}.{index}.{path}", index, role, module.out_features, module.in_features)
+            if layer is not None:
                 top_k = top_k_of(model.config, layer)
-                spec = replace(
-                    spec, role=of_experts, kind=EXPERT, expert=int(number), experts=layer.experts, top_k=top_k
-                )
+                spec = replace(spec, kind=EXPERT, expert=number, experts=layer.experts, top_k=top_k)
             yield spec
+
+
+def _as_expert(path: str, layers: Mapping[str, Layer]) -> tuple[Layer | None, str, int | None]:
+    """(layer of experts, role without the number, number) of the module at `path`; (None, path, None) of no expert."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        own = layers.get(".".join(parts[:i]))  # a list of experts: mlp.experts.3.gate_proj
+        of_linears = layers.get(".".join(parts[: i - 1])) if i == len(parts) - 1 else None  # mlp.experts.gate_proj.3
+        for layer in (own, of_linears):
+            if layer is not None and (layer.fused is None) == (layer is own):
+                return layer, ".".join(parts[:i] + parts[i + 1 :]), int(part)
+    return None, path, None
 
 
 def _outer(model: PreTrainedModel, blocks_path: str, n_blocks: int, tied: bool) -> Iterator[LinearSpec]:
@@ -225,12 +239,17 @@ def _outer(model: PreTrainedModel, blocks_path: str, n_blocks: int, tied: bool) 
         yield LinearSpec(name, n_blocks, name, head.out_features, head.in_features, HEAD, tied=shared)
 
 
-def _reason_of(model: nn.Module, name: str, parameter: Tensor, blocks_path: str) -> str:
-    owner = model.get_submodule(name.rpartition(".")[0])
-    if _is_plain(owner) and name.startswith(blocks_path + "."):
-        return SCORES
+def _reason_of(model: PreTrainedModel, name: str, parameter: Tensor, blocks_path: str) -> str:
+    owner_name = name.rpartition(".")[0]
+    owner = model.get_submodule(owner_name)
     if not name.startswith(blocks_path + "."):
         return f"{type(owner).__name__} outside the decoder blocks"
+    number, _, path = owner_name.removeprefix(blocks_path + ".").partition(".")
+    layers = layers_of_experts(model.get_submodule(f"{blocks_path}.{number}"), model.config)
+    if parameter.ndim == 2 and Routing.of(layers).scores(path, parameter.shape[0]):
+        return SCORES
+    if parameter.ndim > 2 and path in layers:
+        return f"{parameter.ndim}-D parameter of {type(owner).__name__}, experts in a layout that is not known"
     if parameter.ndim > 2:
         return f"{parameter.ndim}-D parameter of {type(owner).__name__}, not an nn.Linear"
     return f"{type(owner).__name__} is not an nn.Linear"
