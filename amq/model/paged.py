@@ -143,10 +143,9 @@ class _BlockReader:
             views = Experts(fused)
         finally:
             fused._parameters.update(empty)
-        target = cast(Experts, self._modules[name])
         for role in views.roles:
-            for own, view in zip(target.linears(role), views.linears(role), strict=True):
-                own._parameters.update(view._parameters)
+            for index, view in enumerate(views.linears(role)):
+                self._modules[f"{name}.{role}.{index}"]._parameters.update(view._parameters)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:
