@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.model.experts import Experts, is_fused, unfuse
+from amq.model.experts import is_fused, unfuse, views_of
 from amq.model.inventory import find_blocks
 from amq.model.paging import ATTRIBUTE, Pager
 from amq.model.weight_source import WeightSource, quantizer_of
@@ -46,7 +46,7 @@ def open_paged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code:
         raise AmqError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete")
     _make_buffers(model, device)
     reader = _BlockReader(model, twin, source, path)
-    pager = Pager(path, blocks, reader.read_block)
+    pager = Pager(path, list(blocks), reader.read_block)
     outside = sum(v.numel() * v.element_size() for n, v in model.named_parameters() if not n.startswith(f"{path}."))
     check_memory(outside + max(pager.sizes), f"{name} block by block (what is outside of its blocks, and one)", device)
     reader.read(lambda target: not target.startswith(f"{path}."))
@@ -72,7 +72,7 @@ def _skeleton(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[PreTrained
         quantizer.preprocess_model(model, dtype=dtype, device_map=None, checkpoint_files=[], use_kernels=False)
     if model.can_generate():
         own = (folder / "generation_config.json").is_file()
-        how = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
+        how: dict[str, Any] = {} if own else {"config_file_name": "config.json", "_from_model_config": True}
         model.generation_config = GenerationConfig.from_pretrained(folder, **how)
     return model, quantizer
 
@@ -123,29 +123,21 @@ class _BlockReader:
         self.read(lambda target: target.startswith(f"{self._path}.{block}."))
 
     def read(self, wanted: Any) -> None:
-        gathered: dict[str, dict[str, Tensor]] = {}
-        for target, tensor in self._source.read(wanted):
+        for target, expert, tensor in self._source.read(wanted):
             owner, _, leaf = target.rpartition(".")
-            if owner not in self._fused:
+            if owner in self._fused:
+                self._put_experts(owner, leaf, tensor, expert or 0)
+            else:
                 _put(self._modules[owner], leaf, tensor)
-                continue
-            gathered.setdefault(owner, {})[leaf] = tensor
-            if gathered[owner].keys() == self._fused[owner]._parameters.keys():
-                self._put_experts(owner, gathered.pop(owner))
 
-    def _put_experts(self, name: str, weights: dict[str, Tensor]) -> None:
-        """Makes the linears of the experts `name` views of `weights`, which have the layout of the twin's module."""
-        fused = self._fused[name]
-        empty = dict(fused._parameters)
-        try:
-            for leaf, tensor in weights.items():
-                fused._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
-            views = Experts(fused)
-        finally:
-            fused._parameters.update(empty)
-        for role in views.roles:
-            for index, view in enumerate(views.linears(role)):
-                self._modules[f"{name}.{role}.{index}"]._parameters.update(view._parameters)
+    def _put_experts(self, name: str, leaf: str, tensor: Tensor, first: int) -> None:
+        """Makes the linears of the experts `name`, from number `first` on, views of `tensor`, which has the layout that
+        the twin's module has for its parameter `leaf`: weights or biases of one role, or of two."""
+        for role, views in views_of(self._fused[name], leaf, tensor):
+            key = "weight" if tensor.ndim == 3 else "bias"
+            for index, view in enumerate(views):
+                linear = self._modules[f"{name}.{role}.{first + index}"]
+                linear._parameters[key] = nn.Parameter(view, requires_grad=False)
 
 
 def _put(module: nn.Module, name: str, tensor: Tensor) -> None:

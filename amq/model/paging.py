@@ -14,14 +14,46 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+import torch
+from torch import Tensor, nn
+
+from amq.errors import AmqError
 
 ATTRIBUTE = "_amq_pager"
-Slot = tuple["nn.Module", str, Any]
+Slot = tuple[nn.Module, str, Any]
 """(module, name of a parameter or persistent buffer in it, what is there while the block is empty)."""
+
+
+class Absent(torch.Tensor):
+    """Stands for a weight that is not in memory: has a shape and a dtype, and refuses to be computed with.
+
+    A tensor on meta would not do: torch multiplies by it without a word, and what is copied into it is lost.
+    """
+
+    _name: str
+
+    @staticmethod
+    def of(name: str, like: Tensor) -> Absent:
+        absent = torch.empty_like(like, device="meta").as_subclass(Absent)
+        absent._name = name
+        return absent
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            given = [*args, *(kwargs or {}).values()]
+            given += [x for several in given if isinstance(several, list | tuple) for x in several]
+            tensors = [x for x in given if isinstance(x, torch.Tensor)]
+            name = next(x._name for x in tensors if isinstance(x, Absent))
+            if func == _DATA or not all(x.is_meta for x in tensors):
+                raise AmqError(f"{name} is not in memory: its block has to be held (amq.model.paging.holding)")
+            result = func(*args, **(kwargs or {}))
+            return Absent.of(name, result) if func is torch.Tensor.detach else result  # nn.Parameter wants its type
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Pager:
@@ -33,13 +65,14 @@ class Pager:
 
     def __init__(self, path: str, blocks: Sequence[nn.Module], read: Callable[[int], None], room: int = 0) -> None:
         self.path, self.blocks, self._read, self.room = path, tuple(blocks), read, room
-        self._slots = [_slots(block) for block in blocks]
+        self._slots = [_slots(f"{path}.{index}", block) for index, block in enumerate(blocks)]
         self.sizes = [sum(empty.numel() * empty.element_size() for _, _, empty in slots) for slots in self._slots]
         self._held: Counter[int] = Counter()
         self._there: dict[int, None] = {}  # in the order of their last use
         self._changes: dict[int, list[Callable[[], object]]] = {}
         self.reads = 0
         for index, block in enumerate(blocks):
+            self._empty(index, True)
             block.register_forward_pre_hook(lambda module, args, index=index: self._visit(index))
 
     def block_of(self, name: str) -> int | None:
@@ -90,21 +123,22 @@ class Pager:
             self._empty(block)
             raise
 
-    def _empty(self, block: int) -> None:
-        if self._there.pop(block, 0) is None:
+    def _empty(self, block: int, always: bool = False) -> None:
+        if self._there.pop(block, 0) is None or always:
             for module, name, empty in self._slots[block]:
                 (module._parameters if name in module._parameters else module._buffers)[name] = empty
 
 
-def _slots(block: nn.Module) -> list[Slot]:
+def _slots(path: str, block: nn.Module) -> list[Slot]:
     slots: list[Slot] = []
-    for module in block.modules():
-        slots += [(module, name, value) for name, value in module._parameters.items() if value is not None]
-        slots += [
-            (module, name, value)
-            for name, value in module._buffers.items()
-            if value is not None and name not in module._non_persistent_buffers_set
-        ]
+    for name, module in block.named_modules():
+        for key, value in module._parameters.items():
+            if value is not None:
+                empty = Absent.of(".".join(filter(None, (path, name, key))), value)
+                slots.append((module, key, nn.Parameter(empty, requires_grad=False)))
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                slots.append((module, key, Absent.of(".".join(filter(None, (path, name, key))), buffer)))
     return slots
 
 

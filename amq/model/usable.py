@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.inventory import SCORES, Inventory, OtherWeight, embedding_weight, get_linear, take_inventory
+from amq.model.paging import holding
 from amq.model.routers import scoring_linears
 
 if TYPE_CHECKING:

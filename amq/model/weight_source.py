@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +75,7 @@ class TensorFiles:
         tensor = torch.empty(entry.shape, dtype=self.dtype(name))
         if not tensor.numel():
             return tensor
-        buffer = memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+        buffer = tensor.reshape(-1).view(torch.uint8).numpy().data
         try:
             with open(path, "rb", buffering=0) as file:
                 file.seek(begin)
@@ -99,6 +100,25 @@ class _Weight:
     parts: list[tuple[str, str]] = field(default_factory=list)
     targets: tuple[str, ...] = ()
 
+    def is_whole(self, result: Tensor | None) -> bool:
+        """False where the rule stacks tensors of experts and some are not there. result: what it has to make."""
+        stacks = self.rule is not None and any(type(o).__name__ == "MergeModulelist" for o in self.rule.operations)
+        counts = Counter(pattern for _, pattern in self.parts)
+        return not stacks or result is None or set(counts.values()) == {result.shape[0]}
+
+    def by_expert(self) -> list[list[tuple[str, str]]]:
+        """`parts` expert by expert, where the rule stacks them and does nothing across experts; else none."""
+        operations = [] if self.rule is None else self.rule.operations
+        if not operations or type(operations[0]).__name__ != "MergeModulelist" or operations[0].dim != 0:
+            return []
+        if not all(type(other).__name__ == "Concatenate" and other.dim > 0 for other in operations[1:]):
+            return []
+        patterns: dict[str, list[tuple[str, str]]] = {}
+        for part, pattern in self.parts:
+            patterns.setdefault(pattern, []).append((part, pattern))
+        counts = {len(parts) for parts in patterns.values()}
+        return list(map(list, zip(*patterns.values(), strict=True))) if len(counts) == 1 else []
+
 
 class WeightSource:
     """The weights of `folder` by the names of `skeleton`, a model on meta without changes to its modules.
@@ -116,27 +136,37 @@ class WeightSource:
         self._wanted = skeleton.state_dict()
         self._plan = _dtype_plan(skeleton, dtype)
         self._weights, self.unexpected = _weights_of(self.files.names, skeleton, self._wanted, quantizer)
-        made = {target for weight in self._weights.values() for target in weight.targets}
+        made = {t for weight in self._weights.values() for t in weight.targets if weight.is_whole(self._wanted.get(t))}
         self.missing = {name for name in self._wanted if name not in made}
 
-    def read(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor in the model's dtype) of all weights whose rule begins with a name that is `wanted`.
+    def read(self, wanted: Callable[[str], bool]) -> Iterator[tuple[str, int | None, Tensor]]:
+        """(name, None, tensor in the model's dtype) of all weights whose rule begins with a name that is `wanted`.
 
+        Of weights that a rule stacks from tensors of single experts come these, one by one, [1, …] with the expert's
+        number in place of None: a layer of experts would otherwise be in memory twice.
         Raises AmqError naming a tensor whose shape is not the model's.
         """
         for name, weight in self._weights.items():
             if not wanted(name):
                 continue
-            for target, value in self._make(name, weight).items():
-                tensor = value[0] if isinstance(value, list) else value
-                expected = self._wanted.get(target)
-                if expected is None or tensor.shape != expected.shape:
-                    raise AmqError(
-                        f"{self.folder}: {weight.parts[0][0]} makes {target} {list(tensor.shape)}, the model's "
-                        f"config.json {'has no such weight' if expected is None else f'{list(expected.shape)}'}: it "
-                        "is damaged, or config.json belongs to another model"
-                    )
-                yield target, self._cast(target, tensor)
+            experts = weight.by_expert()
+            for number, parts in enumerate(experts or [weight.parts]):
+                made = self._make(name, weight.rule, parts)
+                while made:
+                    target, value = made.popitem()
+                    tensor = value[0] if isinstance(value, list) else value
+                    self._check(target, tensor, len(experts) or None, parts[0][0])
+                    yield target, number if experts else None, self._cast(target, tensor)
+
+    def _check(self, target: str, tensor: Tensor, experts: int | None, part: str) -> None:
+        expected = self._wanted.get(target)
+        found = list(tensor.shape) if experts is None else [experts, *tensor.shape[1:]]
+        if expected is None or found != list(expected.shape):
+            raise AmqError(
+                f"{self.folder}: {part} makes {target} {found}, the model's config.json "
+                f"{'has no such weight' if expected is None else f'{list(expected.shape)}'}: it is damaged, or "
+                "config.json belongs to another model"
+            )
 
     def sources(self, name: str) -> list[str]:
         """Tensors of the files that the weight `name` comes from: one that is the same, or those that a rule takes."""
@@ -150,15 +180,17 @@ class WeightSource:
         weight = self._weights.get(name)
         return self.files.read(weight.parts[0][0]) if weight is not None and weight.rule is None else None
 
-    def _make(self, name: str, weight: _Weight) -> dict[str, Any]:
-        if weight.rule is None:
-            return {name: self.files.read(weight.parts[0][0])}
-        rule = copy.deepcopy(weight.rule)
+    def _make(self, name: str, plan: Any, parts: list[tuple[str, str]]) -> dict[str, Any]:
+        """{weight: tensor, or a list with it} that the rule `plan` makes of `parts`."""
+        if plan is None:
+            return {name: self.files.read(parts[0][0])}
+        rule = copy.deepcopy(plan)
         exact = {type(operation).__name__ for operation in rule.operations} <= MOVES or self._quantizer is not None
-        for part, pattern in weight.parts:
+        for part, pattern in parts:
             tensor = self.files.read(part)
             rule.add_tensor(name, part, pattern, tensor if exact else tensor.to(self._dtype))
-        return rule.convert(name, model=self._skeleton, config=self._skeleton.config, hf_quantizer=self._quantizer)
+        how = {"model": self._skeleton, "config": self._skeleton.config, "hf_quantizer": self._quantizer}
+        return dict(rule.convert(name, **how))
 
     def _cast(self, name: str, tensor: Tensor) -> Tensor:
         dtype = next((kept for pattern, kept in self._plan.items() if re.search(pattern, name)), None)
