@@ -1,6 +1,7 @@
 """transformers loads, runs and saves amq checkpoints: AutoModelForCausalLM.from_pretrained(DIR) after `import amq`.
 
-transformers calls `AmqQuantizer` around its own loading. Before it, the checkpoint's files are verified, and the
+transformers calls `AmqQuantizer` around its own loading. Before it, the checkpoint's files are verified, fused experts
+become linears (`amq.model.experts`), and the
 quantized linears of the still empty model become `StoredLinear`s; transformers then loads every other tensor, places it
 and casts it as it always does; afterwards each quantized linear takes its tensors, memory-mapped and as they are. So no
 dtype or device argument touches them. Saving writes them back with their hashes.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -33,8 +34,9 @@ from amq.checkpoint.store import AUTO_CLASS, check_complete, check_tensors
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.cpu import dequantized
-from amq.kernels.embedding import StoredEmbedding
+from amq.kernels.embedding import OwnEmbedding, StoredEmbedding
 from amq.kernels.modules import Execution, StoredLinear
+from amq.model.experts import unfuse
 from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.util.tensors import HASHES, hashes_metadata, open_files, verify_file
@@ -78,7 +80,7 @@ class AmqConfig(QuantizationConfigMixin):
 
     def store(self, record: QuantizationRecord) -> None:
         """Makes `record`, by the names of the loaded model, what is saved; keys that this amq does not know stay."""
-        known = QuantizationRecord({}, {}, record.group_size, head="-", embedding={"-": "-"}, kept={"-": (1, 1)}).json()
+        known = QuantizationRecord({}, {}, record.group_size, head="-", embedding={"": "-"}, kept={"-": (1, 1)}).json()
         self.stored = {**{k: v for k, v in self.stored.items() if k not in known}, **record.json()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -121,6 +123,8 @@ class AmqQuantizer(HfQuantizer):
             verify_file(file)
         tensors = open_files(files)
         check_complete(files[0].parent, (n for linear in self._record.formats for n in part_names(linear)), tensors)
+        if self._record.has_experts:
+            unfuse(model)
         names = _LocalNames(model)
         for linear, local in names.linears(self._record).items():
             parts = (tensors[name].get_tensor(name) for name in part_names(linear))
@@ -131,7 +135,7 @@ class AmqQuantizer(HfQuantizer):
         found = {names.tensor(name) for name in tensors}
         check_complete(files[0].parent, (n for n in _expected_names(model, found) if n not in self._new), found)
         check_tensors(tensors, model.state_dict(), names.tensor)
-        if record.head:
+        if record.head or record.embedding:
             model.__dict__["resize_token_embeddings"] = _refuse_resizing
         ignored: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
@@ -139,18 +143,29 @@ class AmqQuantizer(HfQuantizer):
     def _put_stored_modules(self, model: PreTrainedModel) -> None:
         """Replaces what is quantized by modules without a weight yet."""
         record, config = self._record, self.quantization_config
-        execution = Execution(config.activations, config.backend, tuple(sorted(set(record.formats.values()))))
-        for name in record.formats:
+        execution = Execution(config.activations, config.backend, record.multiplied)
+        for name in (n for n in record.formats if n not in record.own_embeddings):
             _replace(model, name, _stored_linear(model, name, record, execution))
-        for name, linear in record.embedding.items():
-            _replace(model, name, _stored_embedding(model, name, linear))
+        for name in record.embedding:
+            _replace(model, name, _stored_embedding(model, name, record))
             _untie(model, name)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Without those that make other tensors of the file's, such as fused experts: ours are the model's own."""
+        from transformers.core_model_loading import WeightConverter  # versions that are too old lack it
+
+        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        linears = {name: cast(StoredLinear, model.get_submodule(name)) for name in self._packed}
-        for name, module in linears.items():
+        place = cache(partial(_device_in, model))
+        for name in list(self._packed):
+            module = cast("StoredLinear | OwnEmbedding", model.get_submodule(name))
             module.store(self._packed.pop(name))
-            module.place = _device_around(model, name)
+            if isinstance(module, StoredLinear):
+                module.place = place(name.rpartition(".")[0])
+        for name, module in model.named_modules():
+            if isinstance(module, StoredEmbedding):
+                module.initialize(_owner(model, name))
         for name, parameter in model.named_parameters():  # what was quantized stays as it is: adapters are trained
             parameter.requires_grad_(name in self._new)
         self.quantization_config.store(self._record)
@@ -169,12 +184,16 @@ class AmqQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has it as text
         embeddings = {n: m for n, m in model.named_modules() if isinstance(m, StoredEmbedding)}
-        dense = {}
+        device, dtype = model.device, dtype or torch.float32
+        dense: dict[StoredLinear, nn.Linear] = {}
         for name, module in list(_stored_linears(model)):
-            dense[module] = _dense(module, model.device, dtype or torch.float32)
+            dense[module] = _dense(module, device, dtype)
             _replace(model, name, dense[module])
         for name, embedding in embeddings.items():
-            _replace(model, name, _dense_embedding(embedding, dense[embedding.head].weight))
+            head = embedding.head
+            weight = _plain(embedding.source(), device, dtype) if head is None else dense[head].weight
+            _replace(model, name, embedding.restored(cast(nn.Parameter, weight)))
+        if any(embedding.head is not None for embedding in embeddings.values()):
             _tie_again(model)
         for name in ("resize_token_embeddings", "num_parameters"):
             model.__dict__.pop(name, None)
@@ -221,7 +240,7 @@ class _LocalNames:
         linears = {linear: self.module(linear) for linear in record.formats}
         if record.head and linears[record.head] not in self._modules:
             linears[record.head] = record.head.rpartition(".")[2]
-            if not record.embedding:
+            if record.head not in record.embedding.values():
                 del linears[record.head]
         return linears
 
@@ -256,9 +275,11 @@ def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclud
     count = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     if only_trainable:
         return count
-    embeddings = [m.head for m in model.modules() if isinstance(m, StoredEmbedding)] if exclude_embeddings else []
-    linears = [module for _, module in _stored_linears(model) if module not in embeddings]
-    return count + sum(module.in_features * module.out_features for module in linears)
+    embeddings = [m for m in model.modules() if isinstance(m, StoredEmbedding)]
+    heads = [m.head for m in embeddings] if exclude_embeddings else []
+    own = [] if exclude_embeddings else [m.num_embeddings * m.embedding_dim for m in embeddings if m.head is None]
+    linears = [module for _, module in _stored_linears(model) if module not in heads]
+    return count + sum(own) + sum(module.in_features * module.out_features for module in linears)
 
 
 def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord, execution: Execution) -> StoredLinear:
@@ -276,17 +297,19 @@ def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord
     return StoredLinear(fmt, shape, record.group_size, execution, linear.bias, name)
 
 
-def _stored_embedding(model: nn.Module, name: str, linear: str) -> StoredEmbedding:
-    """In place of the nn.Embedding `name`, whose rows the packed weight of `linear` has."""
-    head, embedding = model.get_submodule(linear), _get_embedding(model, name)
-    assert isinstance(head, StoredLinear)  # it was put there before
-    shape = (embedding.num_embeddings, embedding.embedding_dim)
-    if shape != (head.out_features, head.in_features):
+def _stored_embedding(model: nn.Module, name: str, record: QuantizationRecord) -> StoredEmbedding:
+    """In place of the nn.Embedding `name`, whose rows a packed weight has: a linear's, put there before, or its own."""
+    embedding, source = _get_embedding(model, name), record.embedding[name]
+    shape, expected = (embedding.num_embeddings, embedding.embedding_dim), record.shapes[source]
+    if shape != expected:
+        which = "the checkpoint has" if source == name else f"it is tied to {source} of"
         raise AmqError(
-            f"{name}: the model's config.json makes it {list(shape)}, but it is tied to {linear} of "
-            f"{[head.out_features, head.in_features]}: config.json was altered, or belongs to another model"
+            f"{name}: the model's config.json makes it {list(shape)}, but {which} {list(expected)}: config.json was "
+            "altered, or belongs to another model"
         )
-    return StoredEmbedding(head, embedding.weight.dtype, embedding.padding_idx)
+    if source == name:
+        return OwnEmbedding(embedding, get_format(record.formats[name]), record.group_size, name)
+    return StoredEmbedding(embedding, cast(StoredLinear, model.get_submodule(source)))
 
 
 def _get_embedding(model: nn.Module, name: str) -> nn.Embedding:
@@ -294,9 +317,19 @@ def _get_embedding(model: nn.Module, name: str) -> nn.Embedding:
         module = model.get_submodule(name)
     except AttributeError:
         raise AmqError(f"embedding {name!r} is not in this {type(model).__name__}") from None
-    if type(module) is not nn.Embedding:
+    if not isinstance(module, nn.Embedding):
         raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Embedding")
     return module
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost of transformers' models that holds the module `name`: it knows how to initialise it."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, transformers.PreTrainedModel):
+            return module
+    return model
 
 
 def _untie(model: PreTrainedModel, embedding: str) -> None:
@@ -322,13 +355,13 @@ def _tie_again(model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _device_around(model: PreTrainedModel, name: str) -> torch.device:
-    """Where the parameters nearest to the module `name` are."""
+def _device_in(model: PreTrainedModel, name: str) -> torch.device:
+    """Where the parameters nearest to the module `name` are, inside it or around."""
     while name:
-        name = name.rpartition(".")[0]
         parameter = next(model.get_submodule(name).parameters(), None)
         if parameter is not None:
             return parameter.device
+        name = name.rpartition(".")[0]
     return model.device
 
 
@@ -354,17 +387,14 @@ def _dense(module: StoredLinear, device: torch.device, dtype: torch.dtype) -> nn
     if module.packed is None:
         raise AmqError(f"{module.name} has no weight yet: nothing to dequantize")
     linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(dequantized(module.packed).to(device, dtype), requires_grad=False)
+    linear.weight = _plain(module.packed, device, dtype)
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias.to(device, dtype), requires_grad=False)
     return linear.eval()
 
 
-def _dense_embedding(module: StoredEmbedding, weight: Tensor) -> nn.Embedding:
-    """The nn.Embedding that `module` stands for, around the very weight of the head."""
-    embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-    embedding.weight = weight
-    return embedding.eval()
+def _plain(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(dequantized(packed).to(device, dtype), requires_grad=False)
 
 
 class _TooOld(QuantizationConfigMixin):

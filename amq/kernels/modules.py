@@ -125,16 +125,53 @@ class NoPlainWeight(AmqError, AttributeError):
     """Someone asked a quantized weight for what only a plain one has."""
 
 
-class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bias may be None
+class PackedState(nn.Module):
+    """What saves and loads a packed weight as three tensors of the state dict: `qweight`, `scale` and `zero_point`.
+
+    packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
+    layout: its format, in_features and group size.
+    """
+
+    packed: PackedWeight | None
+    layout: tuple[BitFormat, int, int]
+
+    def store(self, packed: PackedWeight) -> None:
+        """Takes the weight, which has the format and shape that this module was made for."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed is not None:
+            destination.update({prefix + part: tensor for part, tensor in self.packed.parts.items()})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        names = [prefix + part for part in PARTS]
+        missing = [name for name in names if name not in state_dict]
+        if missing:
+            missing_keys.extend(missing if strict else [])
+        else:
+            fmt, in_features, group_size = self.layout
+            self.store(PackedWeight(fmt, in_features, group_size, *(state_dict[name].cpu() for name in names)))
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
+
+
+class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bias may be None
     """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
 
     It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
 
-    packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
     place: the device that the rest of the model is on, as far as is known before an input comes.
     """
 
-    packed: PackedWeight | None
     place: torch.device
 
     def __init__(
@@ -146,9 +183,9 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
         bias: Tensor | None = None,
         name: str = "linear",
     ) -> None:
-        stored = PreparedWeight("", fmt, *shape, group_size, _unprepared(fmt, shape, group_size))
-        super().__init__(stored, bias, execution.activations, name)
-        self.execution, self.packed = execution, None
+        stored = PreparedWeight("", fmt, *shape, group_size, unprepared(fmt, shape, group_size))
+        QuantizedLinear.__init__(self, stored, bias, execution.activations, name)
+        self.execution, self.packed, self.layout = execution, None, (fmt, shape[1], group_size)
         self.place = torch.device("cpu")
 
     def store(self, packed: PackedWeight) -> None:
@@ -158,7 +195,7 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
 
     def _forget(self) -> None:
         shape, group_size = (self.out_features, self.in_features), self._weight.group_size
-        self.data = _unprepared(self._weight.format, shape, group_size)
+        self.data = unprepared(self._weight.format, shape, group_size)
         self._weight = replace(self._weight, backend="", data=self.data)
 
     def prepared(self, device: torch.device) -> PreparedWeight:
@@ -203,32 +240,8 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
             self._forget()  # the layout of one device's backend is of no use on another
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.packed is not None:
-            destination.update({prefix + part: tensor for part, tensor in self.packed.parts.items()})
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Tensor],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
-        names = [prefix + part for part in PARTS]
-        missing = [name for name in names if name not in state_dict]
-        if missing:
-            missing_keys.extend(missing if strict else [])
-        else:
-            parts = (state_dict[name].cpu() for name in names)
-            self.store(PackedWeight(self._weight.format, self.in_features, self._weight.group_size, *parts))
-        rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
-
-
-def _unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tensor:
+def unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tensor:
     """An empty buffer of the packed weight's size, until it is prepared: device maps and footprints count buffers."""
     return torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
 

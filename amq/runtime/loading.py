@@ -68,7 +68,7 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         why = ""
     elif how.device != "cpu" or how.backend not in (None, "cpu") or how.dtype not in ("auto", "float32"):
         why = "the native engine is for device cpu, backend cpu and float32"
-    elif choose_backend(sorted(set(checkpoint.record.formats.values()))) != "cpu":
+    elif choose_backend(checkpoint.record.multiplied) != "cpu":
         why = "backend cpu does not run its formats here"  # what it lacks has been logged
     else:
         from amq.runtime.native_engine import Unsupported, open_native
@@ -90,7 +90,7 @@ def _default_activations(checkpoint: Checkpoint, device: str, backend: str | Non
     """Those of `backend`, or of the one that the formats of the checkpoint get on `device`."""
     if backend is None and device != "cpu":
         return default_activations("cuda")  # like those of every other backend of a GPU
-    return default_activations(backend or choose_backend(sorted(set(checkpoint.record.formats.values()))))
+    return default_activations(backend or choose_backend(checkpoint.record.multiplied))
 
 
 def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSettings, why: str) -> Runtime:

@@ -22,6 +22,8 @@ TINY = 2.0**-20
 """The smallest scale: a subnormal fp16 that still has five significant bits."""
 LARGEST = 65504.0
 """The largest number of fp16."""
+ROWS = 4096
+"""Rows of a weight whose scales are looked at together: an embedding is not copied as a whole."""
 NEGLIGIBLE = 1e-4
 """Share of a linear's energy, in squared scales of groups, whose scales may be lost: a hundredth of its size."""
 
@@ -41,8 +43,12 @@ def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
 
 def group_scales(weight: Tensor, fmt: BitFormat, group_size: int) -> Tensor:
     """The scales that the ranges of `weight` [rows, in_features] ask for, float32 [rows, n_groups], before fp16."""
-    groups = to_groups(weight.detach().cpu(), group_size)
-    return (groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)) / fmt.max_code
+
+    def ranges(rows: Tensor) -> Tensor:
+        groups = to_groups(rows, group_size)
+        return groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)
+
+    return torch.cat([ranges(rows) for rows in weight.detach().cpu().split(ROWS)]) / fmt.max_code
 
 
 def out_of_range(weight: Tensor, fmt: BitFormat, group_size: int) -> bool:
