@@ -25,8 +25,6 @@ from amq.model.usable import find_usable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WHOLE = [name for name in FAMILIES if name != "mistral3"]
-
 
 @pytest.fixture(scope="session")
 def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -59,7 +57,7 @@ def in_half(folder: Path, target: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_weights_and_numbers_are_those_of_the_model_in_memory(
     name: str, dtype: str, family_folder: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from amq.checkpoint.record import QuantizationRecord
 from amq.errors import AmqError
+from amq.model.auto import auto_class
 from amq.model.weight_files import weight_files
 from amq.packing import PARTS
 from amq.util.tensors import open_files
@@ -59,12 +60,12 @@ def open_export_once(folder: Path) -> None:
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """The model of the folder's config.json on the meta device, and that config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code raises for a config that does not fit it
         raise AmqError(f"transformers cannot build a model from {folder / 'config.json'}: {_line(error)}") from error
     return model.eval(), config

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
+from amq.model.auto import other_parts, text_part
 from amq.model.experts import Layer, Routing, layers_of_experts, top_k_of
 from amq.model.paging import named_weights
 from amq.model.shape import size, text_config
@@ -37,6 +38,7 @@ MATCH_SECONDS = 5.0
 
 LINEAR, EXPERT, HEAD, EMBEDDING = "linear", "expert", "head", "embedding"
 SCORES = "scores experts, which in few bits sends tokens to others"
+KEPT_PART = "not part of the text model"
 BEFORE = -1
 """The `block` of what is read before the first one; what follows the last has the number of blocks."""
 
@@ -118,10 +120,12 @@ class Inventory:
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears."""
+    """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears; that of the
+    text model where there is one."""
     best: tuple[int, str, nn.ModuleList] | None = None
+    ours = set(text_part(model).modules())
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, nn.ModuleList) or module not in ours:
             continue
         weights = sum(_numel(m) for m in module.modules())
         if weights and (best is None or weights > best[0]):  # ties go to the outer list, which is walked first
@@ -242,6 +246,8 @@ def _outer(model: PreTrainedModel, blocks_path: str, n_blocks: int, tied: bool) 
 def _reason_of(model: PreTrainedModel, name: str, parameter: Tensor, blocks_path: str) -> str:
     owner_name = name.rpartition(".")[0]
     owner = model.get_submodule(owner_name)
+    if any(name.startswith(f"{path}.") for path in other_parts(model)):
+        return KEPT_PART
     if not name.startswith(blocks_path + "."):
         return f"{type(owner).__name__} outside the decoder blocks"
     number, _, path = owner_name.removeprefix(blocks_path + ".").partition(".")

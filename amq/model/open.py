@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.model.auto import auto_class
 from amq.model.experts import unfuse
 from amq.model.gguf.convert import gguf_folder
 from amq.model.inventory import embedding_weight
@@ -90,7 +91,7 @@ def load_folder(
         not fit the free memory.
     """
     with needs("models", f"opening {name} through transformers"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
     config = read_json(folder / "config.json", floats=True)
     target = _target_dtype(config, dtype, device)
@@ -107,7 +108,8 @@ def load_folder(
             tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
             if paged:
                 return LoadedModel(open_paged(folder, target, device, trust_remote_code, name), tokenizer, name)
-            loaded = AutoModelForCausalLM.from_pretrained(
+            auto = auto_class(AutoConfig.from_pretrained(folder, **trust))
+            loaded = auto.from_pretrained(
                 folder, dtype=target, output_loading_info=True, use_safetensors=True, **trust, **options
             )
     except AmqError:  # of a folder that amq quantized

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
+from amq.model.auto import auto_class, other_parts
 from amq.model.experts import is_fused, unfuse, views_of
 from amq.model.inventory import find_blocks
 from amq.model.paging import ATTRIBUTE, Pager
@@ -45,11 +46,13 @@ def open_paged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code:
     if missing:
         raise AmqError(f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}: it is incomplete")
     _make_buffers(model, device)
-    reader = _BlockReader(model, twin, source, path)
-    pager = Pager(path, list(blocks), reader.read_block)
-    outside = sum(v.numel() * v.element_size() for n, v in model.named_parameters() if not n.startswith(f"{path}."))
+    reader = _Reader(model, twin, source)
+    parts = {f"{path}.{index}": block for index, block in enumerate(blocks)} | other_parts(model)
+    pager = Pager(parts, len(blocks), reader.read_part)
+    prefixes = tuple(f"{part}." for part in parts)
+    outside = sum(v.numel() * v.element_size() for n, v in model.named_parameters() if not n.startswith(prefixes))
     check_memory(outside + max(pager.sizes), f"{name} block by block (what is outside of its blocks, and one)", device)
-    reader.read(lambda target: not target.startswith(f"{path}."))
+    reader.read(lambda target: not target.startswith(prefixes))
     model.tie_weights(missing_keys=set(source.missing), recompute_mapping=False)
     if quantizer is not None:
         quantizer.postprocess_model(model)
@@ -61,13 +64,13 @@ def open_paged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code:
 def _skeleton(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[PreTrainedModel, Any]:
     """(the model on meta, untied, and the quantizer of its files), as from_pretrained makes them before it reads."""
     with needs("models", "opening a model through transformers"):
-        from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoConfig, GenerationConfig
         from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
 
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     quantizer = quantizer_of(config)
     with no_tie_weights(), torch.device("meta"), meta_device_safe_creation_ops():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
     if quantizer is not None:
         quantizer.preprocess_model(model, dtype=dtype, device_map=None, checkpoint_files=[], use_kernels=False)
     if model.can_generate():
@@ -111,16 +114,16 @@ def _make_buffers(model: PreTrainedModel, device: str) -> None:
     model.initialize_weights()
 
 
-class _BlockReader:
+class _Reader:
     """Puts weights of `source` into `model`, by way of `twin` where they lie otherwise there."""
 
-    def __init__(self, model: nn.Module, twin: nn.Module, source: WeightSource, path: str) -> None:
-        self._source, self._path = source, path
+    def __init__(self, model: nn.Module, twin: nn.Module, source: WeightSource) -> None:
+        self._source = source
         self._modules = dict(model.named_modules())  # as they are now: others may stand in their places meanwhile
         self._fused = {name: module for name, module in twin.named_modules() if is_fused(module)}
 
-    def read_block(self, block: int) -> None:
-        self.read(lambda target: target.startswith(f"{self._path}.{block}."))
+    def read_part(self, path: str) -> None:
+        self.read(lambda target: target.startswith(f"{path}."))
 
     def read(self, wanted: Any) -> None:
         for target, expert, tensor in self._source.read(wanted):

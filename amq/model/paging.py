@@ -11,7 +11,7 @@ names changes to make again whenever that happens, such as the quantized weights
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import groupby
 from typing import Any
@@ -57,28 +57,32 @@ _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Pager:
-    """Brings weights of the blocks at `path` into memory, by `read(block)`, and empties them again.
+    """Brings weights of `parts`, {path: module}, into memory, by `read(path)`, and empties them again.
 
-    room: bytes that blocks may take besides the one that runs or is held, so that a model which nearly fits is not read
-        again and again; the block that ran longest ago goes first.
+    parts: the first `n_blocks` are the decoder blocks; the others, which text does not pass through, are never there
+        unless they are held or run.
+    room: bytes that parts may take besides the one that runs or is held, so that a model which nearly fits is not read
+        again and again; what ran longest ago goes first.
     """
 
-    def __init__(self, path: str, blocks: Sequence[nn.Module], read: Callable[[int], None], room: int = 0) -> None:
-        self.path, self.blocks, self._read, self.room = path, tuple(blocks), read, room
-        self._slots = [_slots(f"{path}.{index}", block) for index, block in enumerate(blocks)]
+    def __init__(
+        self, parts: Mapping[str, nn.Module], n_blocks: int, read: Callable[[str], None], room: int = 0
+    ) -> None:
+        self.paths, self.parts, self.n_blocks = tuple(parts), tuple(parts.values()), n_blocks
+        self._read, self.room = read, room
+        self._slots = [_slots(path, part) for path, part in parts.items()]
         self.sizes = [sum(empty.numel() * empty.element_size() for _, _, empty in slots) for slots in self._slots]
         self._held: Counter[int] = Counter()
         self._there: dict[int, None] = {}  # in the order of their last use
         self._changes: dict[int, list[Callable[[], object]]] = {}
         self.reads = 0
-        for index, block in enumerate(blocks):
+        for index, part in enumerate(self.parts):
             self._empty(index, True)
-            block.register_forward_pre_hook(lambda module, args, index=index: self._visit(index))
+            part.register_forward_pre_hook(lambda module, args, index=index: self._visit(index))
 
-    def block_of(self, name: str) -> int | None:
-        """The block that the parameter `name` lies in; None outside of the blocks."""
-        index = name[len(self.path) + 1 :].partition(".")[0] if name.startswith(f"{self.path}.") else ""
-        return int(index) if index else None
+    def part_of(self, name: str) -> int | None:
+        """The part that the parameter `name` lies in; None outside of all."""
+        return next((index for index, path in enumerate(self.paths) if name.startswith(f"{path}.")), None)
 
     @contextmanager
     def holding(self, block: int) -> Iterator[None]:
@@ -115,7 +119,7 @@ class Pager:
             self._empty(other)
         self._there[block] = None
         try:
-            self._read(block)
+            self._read(self.paths[block])
             self.reads += 1
             for change in self._changes.get(block, ()):
                 change()
@@ -167,11 +171,11 @@ def named_weights(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     if pager is None:
         yield list(names.items())
         return
-    outside = [(name, value) for name, value in names.items() if not name.startswith(f"{pager.path}.")]
-    yield [(name, value) for name, value in outside if not value.is_meta]
-    for index, block in enumerate(pager.blocks):
+    prefixes = tuple(f"{path}." for path in pager.paths)
+    yield [(name, value) for name, value in names.items() if not name.startswith(prefixes)]
+    for index, (path, part) in enumerate(zip(pager.paths, pager.parts, strict=True)):
         with pager.holding(index):
-            yield [(f"{pager.path}.{index}.{name}", value) for name, value in block.named_parameters()]
+            yield [(f"{path}.{name}", value) for name, value in part.named_parameters()]
 
 
 def in_turn(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
@@ -181,6 +185,6 @@ def in_turn(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     if pager is None:
         yield from names
         return
-    for block, group in groupby(names, pager.block_of):
+    for block, group in groupby(names, pager.part_of):
         with nullcontext() if block is None else pager.holding(block):
             yield from group
