@@ -188,6 +188,7 @@ def write_checkpoint(
     others: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     extras: Callable[[Path], None] | None = None,
     shard_size: int = SHARD_SIZE,
+    auto_class: str = AUTO_CLASS,
 ) -> None:
     """Writes a whole checkpoint folder, or nothing.
 
@@ -197,6 +198,7 @@ def write_checkpoint(
         pairs are taken one after the other, so that they need not be in memory together.
     extras: called with the folder before it gets its name: tokenizer, model card, logs, and a last look at it.
     shard_size: bytes per safetensors file.
+    auto_class: of transformers, which loads the model.
 
     Where config names the model's class, the folder also gets a `modeling_amq.py`, for people who load it with
     trust_remote_code=True and without `import amq`: see `REMOTE_CODE`.
@@ -208,30 +210,32 @@ def write_checkpoint(
     def write(folder: Path) -> None:
         rest = others.items() if isinstance(others, Mapping) else others
         write_tensors(folder, chain(parts, rest), shard_size, hashes_metadata)
-        write_config(folder, config, record)
+        write_config(folder, config, record, auto_class)
         if extras:
             extras(folder)
 
     write_folder(output, write)
 
 
-def write_config(folder: Path, config: Mapping[str, Any], record: QuantizationRecord) -> None:
+def write_config(
+    folder: Path, config: Mapping[str, Any], record: QuantizationRecord, auto_class: str = AUTO_CLASS
+) -> None:
     """Writes config.json and the module that it names; numbers that JSON lacks as transformers writes them."""
-    data = {**_with_remote_code(config, folder), "quantization_config": record.json()}
+    data = {**_with_remote_code(config, folder, auto_class), "quantization_config": record.json()}
     write_json(folder / "config.json", json_floats(data))
 
 
-def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _with_remote_code(config: Mapping[str, Any], folder: Path, auto_class: str) -> dict[str, Any]:
     """Writes modeling_amq.py; returns `config` with the key by which transformers finds it, which a model with code of
     its own keeps."""
-    if AUTO_CLASS in (config.get("auto_map") or {}):
+    if auto_class in (config.get("auto_map") or {}):
         return dict(config)
     architecture = next(iter(config.get("architectures") or ()), "")
     if not architecture:
         return dict(config)
     code = REMOTE_CODE.format(architecture=architecture, install=install_hint())
     (folder / f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
-    return {**config, "auto_map": {AUTO_CLASS: f"{REMOTE_MODULE}.Amq{architecture}"}}
+    return {**config, "auto_map": {auto_class: f"{REMOTE_MODULE}.Amq{architecture}"}}
 
 
 def write_tensors(

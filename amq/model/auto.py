@@ -19,10 +19,11 @@ def auto_name(config: Any) -> str:
     with needs("models", "opening a model through transformers"):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    own = getattr(config, "auto_map", None) or {}
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or CAUSAL in own:
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return CAUSAL
-    return IMAGES if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or IMAGES in own else CAUSAL
+    own = getattr(config, "auto_map", None) or {}
+    known = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or (IMAGES in own and CAUSAL not in own)
+    return IMAGES if known else CAUSAL
 
 
 def auto_class(config: Any) -> Any:

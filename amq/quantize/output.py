@@ -26,6 +26,7 @@ from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import get_format, n_groups
 from amq.integrations.opening import open_checkpoint_once
+from amq.model.auto import auto_name
 from amq.model.companions import copy_model_files
 from amq.model.inventory import Inventory, narrowed
 from amq.model.open import DTYPES, LoadedModel
@@ -85,7 +86,7 @@ class CheckpointOutput:
         shapes |= {name: tuple(tensor.shape) for name, tensor in self._others().items()}
         try:
             write_hollow(folder / HOLLOW, shapes)
-            write_config(folder, self.config, self.record)
+            write_config(folder, self.config, self.record, auto_name(self.loaded.config))
             self._describe(folder, log)
             open_checkpoint_once(folder, self.trust_remote_code)
         except AmqError as error:
@@ -102,7 +103,15 @@ class CheckpointOutput:
             self._describe(folder, log)
             open_checkpoint_once(folder, self.trust_remote_code)
 
-        write_checkpoint(self.folder, self.config, self.record, packed, self._stored(), extras)
+        write_checkpoint(
+            self.folder,
+            self.config,
+            self.record,
+            packed,
+            self._stored(),
+            extras,
+            auto_class=auto_name(self.loaded.config),
+        )
 
     def _describe(self, folder: Path, log: QuantizationLog) -> None:
         """Everything that is neither weights nor config.json."""
