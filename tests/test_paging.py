@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.model import open as models
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import check_weights, get_linear
-from amq.model.open import LoadedModel, load_folder, model_fingerprint
+from amq.model.inventory import KEPT_PART, check_weights, get_linear
+from amq.model.open import LoadedModel, load_folder, load_model, model_fingerprint
 from amq.model.paging import after_reading, holding, in_turn, named_weights, pager_of
 from amq.model.perplexity import negative_log_likelihood
 from amq.model.settings import AUTO, DISK, MEMORY
+from amq.model.unused import Unused, unused_tensors
 from amq.model.usable import find_usable
+from amq.quantize.run import run_quantize
+from amq.quantize.settings import QuantizeSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,3 +200,64 @@ def test_a_model_that_does_not_fit_stays_on_disk(
     assert pager_of(load_folder("tiny", folder, "float32", "cpu", False, AUTO).model) is None
     monkeypatch.setattr(models, "fits", lambda needed, device: False)
     assert pager_of(load_folder("tiny", folder, "float32", "cpu", False, AUTO).model) is not None
+
+
+def test_encoders_of_images_are_read_when_they_are_asked_for(family_folder: Callable[[str], Path]) -> None:
+    whole, paged = both(family_folder("mistral3"))
+    kept = {other.name for other in find_usable(paged.model).inventory.others if other.reason == KEPT_PART}
+    assert kept == {n for n, p in whole.model.named_parameters() if p.ndim > 1 and ("vision" in n or "projector" in n)}
+    with torch.no_grad():
+        paged.model(random_tokens(1, 8), use_cache=False)
+    assert all(paged.model.get_parameter(name).is_meta for name in kept)
+    for name in in_turn(paged.model, sorted(kept)):
+        assert torch.equal(paged.model.get_parameter(name), whole.model.get_parameter(name))
+
+
+def test_what_the_class_ignores_is_kept(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = in_half(family_folder("qwen3_5"), tmp_path / "model")
+    model = load_folder("tiny", folder, "float32", "cpu", False, DISK).model
+    assert unused_tensors(folder, model, False) == Unused()
+    tensors = load_file(folder / "model.safetensors")
+    more = {"mtp.layers.0.mlp.up_proj.weight": torch.ones(2, 2), "odd.weight": torch.ones(2)}
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+    for how in (MEMORY, DISK):
+        model = load_folder("tiny", folder, "float32", "cpu", False, how).model
+        found = unused_tensors(folder, model, False)
+        assert found.kept == ("mtp.layers.0.mlp.up_proj.weight",) and found.dropped == ("odd.weight",)
+        assert [line.split(",")[0] for line in found.lines()] == [
+            "1 tensors that the model does not use are kept as they are",
+            "1 tensors that the model does not use are left out",
+        ]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral3", "gemma4", "qwen3_5"])
+def test_a_checkpoint_is_the_same_from_disk(
+    name: str, family_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AMQ_CACHE", str(tmp_path / "cache"))
+    folder = in_half(family_folder(name), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    if name == "qwen3_5":
+        tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.ones(2, 2)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    for how in (MEMORY, DISK):
+        run_quantize(
+            QuantizeSettings(
+                model=str(folder),
+                output=str(tmp_path / how),
+                uniform="int4",
+                windows=2,
+                window_length=32,
+                perplexity_tokens=64,
+                load=how,
+                method="gptq",
+            )  # fmt: skip
+        )
+    for file in ("model.safetensors", "config.json"):
+        assert (tmp_path / MEMORY / file).read_bytes() == (tmp_path / DISK / file).read_bytes()
+    rows = [json.loads((tmp_path / how / "quantization.json").read_text())["perplexity"] for how in (MEMORY, DISK)]
+    assert rows[0] == rows[1]
+    loaded = load_model(str(tmp_path / DISK)).model
+    assert torch.isfinite(loaded(random_tokens(1, 8)).logits).all()
+    names = set(load_file(tmp_path / DISK / "model.safetensors"))
+    assert ("mtp.layers.0.mlp.up_proj.weight" in names) == (name == "qwen3_5")

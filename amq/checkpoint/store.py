@@ -29,6 +29,8 @@ from amq.util.tensors import hashes_metadata, open_file, open_files, save_file, 
 
 SHARD_SIZE = 4 << 30
 
+UNUSED = "amq_unused_tensors"
+"""Key of config.json: names of tensors that are kept for other programs, as they were, and belong to no module."""
 AUTO_CLASS = "AutoModelForCausalLM"
 REMOTE_MODULE = "modeling_amq"
 REMOTE_CODE = '''"""Lets transformers load this folder with trust_remote_code=True; `import amq` does so without it."""
@@ -70,6 +72,8 @@ class Checkpoint:
     def other_names(self) -> list[str]:
         """Tensors that are not part of a packed weight: norms, biases, an embedding that no head is tied to."""
         packed = {name for linear in self.record.formats for name in part_names(linear)}
+        unused = self.config.get(UNUSED)
+        packed |= set(unused) if isinstance(unused, list) else set()
         return [name for name in self._files if name not in packed]
 
     def verify(self) -> None:

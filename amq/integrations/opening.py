@@ -112,7 +112,8 @@ def _compare(folder: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...
         and not _matches(name, optional)
     ]
     parents = tuple(f"{name}." for name in packed)
-    odd = [name for name in shapes if name not in state and not name.startswith(parents)]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    odd = [n for n in shapes if n not in state and not n.startswith(parents) and not _matches(n, ignored)]
     wrong = [
         f"{name} {list(shape)} instead of {list(state[name].shape)}"
         for name, shape in shapes.items()

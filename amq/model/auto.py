@@ -26,11 +26,11 @@ def auto_name(config: Any) -> str:
     return IMAGES if known else CAUSAL
 
 
-def auto_class(config: Any) -> Any:
-    """That class; of a config that none knows the one for causal LMs, whose error says so."""
+def auto_class(config: Any, name: str | None = None) -> Any:
+    """That class, or the one of that `name`; for a config that none knows causal LMs', whose error says so."""
     import transformers
 
-    return getattr(transformers, auto_name(config))
+    return getattr(transformers, name or auto_name(config))
 
 
 def text_part(model: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ It stands beside `amq.model.open`, which the runtime uses too, because what foll
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,14 @@ from amq.model.open import LoadedModel, check_device, load_folder, model_fingerp
 from amq.model.settings import MEMORY
 from amq.model.shape import ModelShape
 from amq.model.text import Corpus, load_corpus
+from amq.model.unused import Unused, unused_tensors
 from amq.model.usable import Usable, find_usable
 from amq.util.limits import fit_threads
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class OpenModel:
     folder: Path
     loaded: LoadedModel
     usable: Usable
+    trust_remote_code: bool = False
 
     @property
     def model(self) -> PreTrainedModel:
@@ -48,6 +53,14 @@ class OpenModel:
         """Of the weights as they are when this is first asked for: ask before they are changed."""
         return model_fingerprint(self.model)
 
+    @cached_property
+    def unused(self) -> Unused:
+        """Tensors of the folder's files that the model does not use; says so in the log."""
+        found = unused_tensors(self.folder, self.model, self.trust_remote_code)
+        for line in found.lines():
+            log.warning("%s", line)
+        return found
+
     def corpus(self, text: str) -> Corpus:
         """The text of that name (`load_corpus`) in the model's tokens."""
         return load_corpus(text, self.loaded.tokenizer, self.loaded.embedding_rows)
@@ -64,6 +77,6 @@ def open_model(
     check_device(device)
     folder = resolve(name, trust_remote_code)
     loaded = load_folder(name, folder, dtype, device, trust_remote_code, load)
-    opened = OpenModel(folder, loaded, find_usable(loaded.model))
+    opened = OpenModel(folder, loaded, find_usable(loaded.model), trust_remote_code)
     check_weights(loaded.model, opened.inventory.linears)
     return opened

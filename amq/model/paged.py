@@ -36,7 +36,7 @@ def open_paged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code:
 
     Raises AmqError where files lack a weight, or what is always in memory does not fit it.
     """
-    model, quantizer = _skeleton(folder, dtype, trust_remote_code)
+    model, quantizer = skeleton_of(folder, dtype, trust_remote_code)
     twin = copy.deepcopy(model)
     unfuse(model)
     path, blocks = find_blocks(model)
@@ -61,8 +61,11 @@ def open_paged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code:
     return model
 
 
-def _skeleton(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[PreTrainedModel, Any]:
-    """(the model on meta, untied, and the quantizer of its files), as from_pretrained makes them before it reads."""
+def skeleton_of(folder: Path, dtype: torch.dtype, trust: bool, auto: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """(the model on meta, untied, and the quantizer of its files), as from_pretrained makes them before it reads.
+
+    auto: name of the Auto class, where not the model's own.
+    """
     with needs("models", "opening a model through transformers"):
         from transformers import AutoConfig, GenerationConfig
         from transformers.initialization import meta_device_safe_creation_ops, no_tie_weights
@@ -70,7 +73,7 @@ def _skeleton(folder: Path, dtype: torch.dtype, trust: bool) -> tuple[PreTrained
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     quantizer = quantizer_of(config)
     with no_tie_weights(), torch.device("meta"), meta_device_safe_creation_ops():
-        model = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=trust)
+        model = auto_class(config, auto).from_config(config, dtype=dtype, trust_remote_code=trust)
     if quantizer is not None:
         quantizer.preprocess_model(model, dtype=dtype, device_map=None, checkpoint_files=[], use_kernels=False)
     if model.can_generate():

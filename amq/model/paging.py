@@ -151,6 +151,20 @@ def pager_of(model: nn.Module) -> Pager | None:
     return getattr(model, ATTRIBUTE, None)
 
 
+def memory_text(model: nn.Module) -> str:
+    """A line for a plan: what a model that is read block by block has in memory; empty for any other."""
+    pager = pager_of(model)
+    if pager is None:
+        return ""
+    prefixes = tuple(f"{path}." for path in pager.paths)
+    always = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith(prefixes))
+    return (
+        f"plan: weights are read block by block: {always / 2**30:.2f} GiB outside of the blocks stay in memory (embedding, "
+        f"head), and one of {pager.n_blocks} blocks at a time, at most {max(pager.sizes) / 2**30:.2f} GiB; all blocks "
+        f"would take {sum(pager.sizes[: pager.n_blocks]) / 2**30:.2f} GiB"
+    )
+
+
 def holding(model: nn.Module, block: int) -> AbstractContextManager[None]:
     """Inside, the weights of that block are in memory, and what is changed in them counts."""
     pager = pager_of(model)

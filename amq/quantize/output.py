@@ -13,6 +13,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.checkpoint.store import write_checkpoint, write_config
+from amq.checkpoint.store import UNUSED, write_checkpoint, write_config
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import get_format, n_groups
@@ -31,6 +32,7 @@ from amq.model.companions import copy_model_files
 from amq.model.inventory import Inventory, narrowed
 from amq.model.open import DTYPES, LoadedModel
 from amq.model.paging import in_turn, named_weights
+from amq.model.weight_source import TensorFiles
 from amq.packing import PackedWeight, part_names
 from amq.quantize.card import write_card
 from amq.quantize.log import LOG, QuantizationLog
@@ -47,7 +49,8 @@ HOLLOW = "model.safetensors"
 class CheckpointOutput:
     """folder: as the user gave it. source: the model folder that `loaded` came from; only read.
     dtype: the 16 bits that unquantized weights are stored in. originals: {name: tensor} in place of those of the model,
-    which changed them as it ran. trust_remote_code: that the user said so."""
+    which changed them as it ran. trust_remote_code: that the user said so. unused: tensors of the source's files that
+    go into the checkpoint as they are, for other programs (`amq.model.unused`)."""
 
     folder: Path
     source: Path
@@ -58,12 +61,14 @@ class CheckpointOutput:
     dtype: torch.dtype
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json, with what the model is rather than what its own file says."""
         config = {**self.loaded.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
-        return config_as_found(config, self.inventory.head_is_tied)
+        unused = {UNUSED: list(self.unused)} if self.unused else {}
+        return {**config_as_found(config, self.inventory.head_is_tied), **unused}
 
     def try_out(self, log: QuantizationLog) -> int:
         """Raises AmqError where this checkpoint could not be written or loaded; returns the bytes of all but weights.
@@ -84,6 +89,7 @@ class CheckpointOutput:
             name: shape for linear in self.record.formats for name, shape in packed_shapes(self.record, linear).items()
         }
         shapes |= {name: tuple(tensor.shape) for name, tensor in self._others().items()}
+        shapes |= {name: tuple(self._files.shape(name)) for name in self.unused}
         try:
             write_hollow(folder / HOLLOW, shapes)
             write_config(folder, self.config, self.record, auto_name(self.loaded.config))
@@ -133,6 +139,12 @@ class CheckpointOutput:
             if tensor is None:
                 tensor = cast(Tensor, getattr(owner, name.rpartition(".")[2])).detach()
             yield name, narrowed(name, tensor.cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
+        for name in self.unused:
+            yield name, self._files.read(name)
+
+    @cached_property
+    def _files(self) -> TensorFiles:
+        return TensorFiles(self.source)
 
     def _others(self) -> dict[str, Tensor]:
         """Of a model that is larger than memory, empty ones of the same shapes."""

@@ -20,7 +20,7 @@ from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.paging import after_reading, holding
+from amq.model.paging import after_reading, holding, memory_text
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, WindowSampler, fixed_windows
 from amq.model.usable import Usable
@@ -142,6 +142,7 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
         dtype,
         opened.usable.loaded,
         settings.trust_remote_code,
+        opened.unused.kept,
     )
     return _Job(opened, configuration, corpus, windows, record, files)
 
@@ -181,6 +182,8 @@ def _say_plan(
     progress.say(
         plan_text(job.inventory, job.configuration, settings.method, checkpoint, memory, disk, settings.device)
     )
+    if text := memory_text(job.opened.model):
+        progress.say(text)
     progress.say(perplexities.plan())
     done = work.finished(job.inventory.n_blocks)
     there = (
