@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels.names import ACTIVATIONS, BACKENDS
-from amq.model.settings import CALIBRATION_TEXTS, MODEL, ModelSettings
+from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.quantizers import QUANTIZERS
 from amq.util.settings import CHOOSE, MEASURE, REQUIRED, Settings, flag
 
@@ -55,7 +55,7 @@ def is_file(task: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalSettings(ModelSettings, TaskSettings):
+class EvalSettings(LoadSettings, TaskSettings):
     """Perplexities on one text, and figures of tasks.
 
     model: one or several; a folder that amq quantized runs as it is, any other model in full precision.

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.paging import holding
+from amq.model.paging import after_reading, holding, memory_text
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, fixed_windows
 from amq.model.usable import Usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.methods import METHODS
@@ -121,7 +122,7 @@ def _outer_formats(configuration: Configuration, inventory: Inventory) -> dict[L
 
 def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _Job:
     """Loads the model and refuses what does not fit it."""
-    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
+    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, settings.load)
     model, inventory = opened.model, opened.inventory
     configuration = _configuration(settings, opened.usable)
     _check_provenance(configuration, opened.fingerprint, settings.model)
@@ -144,6 +145,7 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
         dtype,
         opened.usable.loaded,
         settings.trust_remote_code,
+        opened.unused.kept,
     )
     return _Job(opened, configuration, sampler.corpus, windows, record, files)
 
@@ -183,6 +185,8 @@ def _say_plan(
     progress.say(
         plan_text(job.inventory, job.configuration, settings.method, checkpoint, memory, disk, settings.device)
     )
+    if text := memory_text(job.opened.model):
+        progress.say(text)
     progress.say(perplexities.plan())
     done = work.finished(job.inventory.n_blocks)
     there = (
@@ -317,6 +321,7 @@ def _blocks(source: BlockSource, work: WorkFolder, job: _Job, progress: Progress
                     work.save(block, source.make(block))
                 result = work.load(block)  # mapped, so that finished blocks take no memory
                 source.finish(result)
+            after_reading(job.opened.model, block, partial(install, job.opened.model, result))
             if made:
                 note = errors_text(result, specs)
                 warn_of(result, specs)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format, get_stored
-from amq.model.settings import CALIBRATION_TEXTS, MODEL, ModelSettings
+from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.methods import METHODS, OTHER_METHODS
 from amq.quantize.quantizers import ZERO_POINTS
 from amq.util.settings import REACH, REQUIRED, flag
@@ -19,7 +19,7 @@ HELP = {name: METHODS[name].help for name in METHODS} | OTHER_METHODS
 
 
 @dataclass(frozen=True)
-class QuantizeSettings(ModelSettings):
+class QuantizeSettings(LoadSettings):
     VERB: ClassVar[str] = "quantize"
     ABOUT: ClassVar[str] = "quantizes a model by a configuration, into a checkpoint folder"
     EXAMPLES: ClassVar[tuple[str, ...]] = (

@@ -136,7 +136,7 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:
     with timings.measure("load"):
-        opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
+        opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, settings.load)
         inventory = opened.inventory
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
