@@ -1,26 +1,35 @@
 """A configuration `{linear: format}` and what it costs: bits per weight, bytes, and a whole model's memory, itemised.
 
-Bits per weight is the average over all linears of stored bits: codes plus one fp16 scale and zero point per group. A
-linear whose rows fill their groups costs exactly `code_bits + 32 / group_size` (the paper's accounting); a ragged last
-group pays for its scale and zero point in full, because the file does. A linear that is kept (`"16bit"`) counts with
-its 16 bits.
+It names every linear of the blocks, and the head and embeddings that have a format (`Inventory.outer`): one that it
+does not name stays in 16 bits and is no part of it. Bits per weight is the average of stored bits over all that it
+names: codes plus one fp16 scale and zero point per group. A linear whose rows fill their groups costs exactly
+`code_bits + 32 / group_size` (the paper's accounting); a ragged last group pays for its scale and zero point in full,
+because the file does. A linear that is kept (`"16bit"`) counts with its 16 bits.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
-from amq.model.inventory import Inventory, LinearSpec, match_linears
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, match_linears
 from amq.model.shape import LayerCache
 from amq.util.files import read_json, write_json
 from amq.util.records import check_range, parse_record, shorten, to_json
 
 SCHEMA = "amq/configuration/1"
+Value = TypeVar("Value")
+NUMBERS = re.compile(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*")
+MOST_NAMES = 1 << 20
+"""That one file may stand for: a model of 128 experts in 100 layers has 38,400 linears of experts."""
+CACHE = "KV cache"
+"""What `memory_items` calls it."""
 OTHER_BYTES = 2
 """Weights that stay unquantized are counted in 16 bits: what the model ships and runs in."""
 
@@ -71,12 +80,14 @@ class Memory:
 class Details:
     """What a configuration says besides: its figures and its origin, None where they are not known.
 
-    bytes: of the linears; loss, loss_confirm (on held-out windows), predicted_loss: nats per token.
+    bytes: of what `formats` names. bytes_read: of weights, by one token. loss, loss_confirm (on held-out windows),
+    predicted_loss: nats per token.
     """
 
     model: str | None = None
     bits_per_weight: float | None = None
     bytes: int | None = None
+    bytes_read: int | None = None
     loss: float | None = None
     loss_confirm: float | None = None
     predicted_loss: float | None = None
@@ -111,7 +122,7 @@ class Configuration:
 
     def save(self, path: Path) -> None:
         """Writes `docs/format.md`'s configuration JSON, atomically."""
-        head = {"schema": SCHEMA, "group_size": self.group_size, "formats": dict(self.formats)}
+        head = {"schema": SCHEMA, "group_size": self.group_size, "formats": compact(self.formats)}
         write_json(path, {**head, **to_json(self.details)})
 
     @staticmethod
@@ -129,12 +140,21 @@ class Configuration:
                 raise AmqError(f"{path}: {linear}: {error}") from None
         try:
             check_group_size(file.group_size)
-        except AmqError as error:
+            formats = expand(file.formats)
+        except (AmqError, ValueError) as error:
             raise AmqError(f"{path}: {error}") from None
-        return Configuration(file.formats, file.group_size, parse_record(data, Details, str(path)))
+        return Configuration(formats, file.group_size, parse_record(data, Details, str(path)))
 
-    def check(self, linears: Sequence[LinearSpec], unusable: Mapping[str, str] | None = None) -> None:
-        """Refuses a configuration that is not of exactly these linears; unusable: {linear: why it has no format}."""
+    def check(
+        self,
+        linears: Sequence[LinearSpec],
+        unusable: Mapping[str, str] | None = None,
+        outer: Sequence[LinearSpec] = (),
+    ) -> None:
+        """Refuses a configuration that is not of exactly these linears and any of `outer`.
+
+        unusable: {linear: why it has no format}.
+        """
         names = {s.name for s in linears}
         for name, reason in (unusable or {}).items():
             if name in self.formats:
@@ -142,7 +162,8 @@ class Configuration:
                     f"the configuration names {name}, which stays in 16 bits in any case ({reason}): take it out, or "
                     "search this model again"
                 )
-        unknown, missing = sorted(self.formats.keys() - names), sorted(names - self.formats.keys())
+        unknown = sorted(self.formats.keys() - names - {s.name for s in outer})
+        missing = sorted(names - self.formats.keys())
         if unknown:
             raise AmqError(
                 f"the configuration names {unknown[0]!r} ({len(unknown)} such), which the model does not have: "
@@ -154,12 +175,22 @@ class Configuration:
                 f'give "{KEPT.name}" for linears that are to stay as they are'
             )
 
-    def bytes(self, linears: Iterable[LinearSpec]) -> int:
-        """Stored bytes of all linears."""
-        return sum(linear_bytes(s, get_stored(self.formats[s.name]), self.group_size) for s in linears)
+    def of(self, weights: Iterable[LinearSpec]) -> tuple[LinearSpec, ...]:
+        """Those of `weights` that have a format here, `16bit` included."""
+        return tuple(s for s in weights if s.name in self.formats)
 
-    def bits_per_weight(self, linears: Sequence[LinearSpec]) -> float:
-        return 8 * self.bytes(linears) / sum(s.numel for s in linears)
+    def bytes(self, weights: Iterable[LinearSpec]) -> int:
+        """Stored bytes of those of `weights` that have a format here."""
+        return sum(linear_bytes(s, get_stored(self.formats[s.name]), self.group_size) for s in self.of(weights))
+
+    def bits_per_weight(self, weights: Sequence[LinearSpec]) -> float:
+        """Of those of `weights` that have a format here."""
+        return 8 * self.bytes(weights) / sum(s.numel for s in self.of(weights))
+
+    def bytes_read(self, weights: Iterable[LinearSpec]) -> float:
+        """Of the stored bytes, those that one token reads on average: of experts, the share that it is routed to."""
+        sizes = ((s, linear_bytes(s, get_stored(self.formats[s.name]), self.group_size)) for s in self.of(weights))
+        return sum(size * (1.0 if s.tied else s.read) for s, size in sizes)
 
 
 def linear_bytes(spec: LinearSpec, fmt: BitFormat | Kept, group_size: int) -> int:
@@ -185,30 +216,57 @@ def memory_items(
     caches: what the layers keep (`ModelShape.caches`), needed when `context` > 0.
     """
     stored = [(s, get_stored(configuration.formats[s.name])) for s in model.linears]
+    outer = {s: get_stored(configuration.formats[s.name]) for s in configuration.of(model.outer)}
     kept = sum(linear_bytes(s, fmt, configuration.group_size) for s, fmt in stored if isinstance(fmt, Kept))
     codes = sum(s.out_features * fmt.row_bytes(s.in_features) for s, fmt in stored) - kept
     items = [
         MemoryItem("linears: codes", codes),
         MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes - kept),
         *([MemoryItem("linears: kept", kept, "16 bits, by choice")] if kept else ()),
-        *other_items(model),
+        *other_items(model, outer, configuration.group_size),
     ]
     if context:
         size = sum(cache.bytes(context) for cache in caches)
-        items.append(MemoryItem("KV cache", size, f"{context} tokens in 16 bits"))
+        items.append(MemoryItem(CACHE, size, f"{context} tokens in 16 bits"))
     return tuple(items)
 
 
-def other_items(model: Inventory) -> list[MemoryItem]:
-    """The unquantized weights by kind, counted at 16 bits each."""
+def bytes_read(model: Inventory, configuration: Configuration) -> float:
+    """Bytes of weights that one token reads on average, which decides the speed of decoding; its KV cache not counted.
+
+    Of experts the share that a token is routed to, of an embedding one row, of all else everything: at most what a
+    text needs, for what stands outside the blocks (a vision tower) cannot be told from what it passes through.
+    """
+    named = configuration.of(model.outer)
+    gone = {f"{name}.weight" for s in named for name in (s.name, s.tied)}
+    multiplied = {f"{s.tied}.weight" for s in model.outer if s.tied}
+    all_of_them = model.head_is_tied and not multiplied  # of a run whose embeddings were not listed
+    rest = [o for o in model.others if o.kind != "embedding" or all_of_them or o.name in multiplied]
+    return configuration.bytes_read(model.weights) + OTHER_BYTES * sum(o.numel for o in rest if o.name not in gone)
+
+
+def other_items(
+    model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept] | None = None, group_size: int = 128
+) -> list[MemoryItem]:
+    """What is outside the blocks' linears, by kind: at 16 bits each, but for the head and embeddings in `outer`."""
+    packed = {s: fmt for s, fmt in (outer or {}).items() if not isinstance(fmt, Kept)}
+    gone = {f"{name}.weight" for s in packed for name in (s.name, s.tied)}
 
     def total(kind: str) -> int:
-        return OTHER_BYTES * sum(o.numel for o in model.others if o.kind == kind)
+        return OTHER_BYTES * sum(o.numel for o in model.others if o.kind == kind and o.name not in gone)
 
+    def item(name: str, kind: str, others: str, note: str) -> MemoryItem:
+        mine = {s: fmt for s, fmt in packed.items() if s.kind == kind}
+        size = total(others) + sum(linear_bytes(s, fmt, group_size) for s, fmt in mine.items())
+        return MemoryItem(name, size, ", ".join(dict.fromkeys(fmt.name for fmt in mine.values())) or note)
+
+    head_is_packed = any(s.tied for s in packed)
     tied = "tied to the embeddings: the same bytes" if model.head_is_tied else "16 bits"
     items = [
-        MemoryItem("embeddings", total("embedding"), "16 bits"),
-        MemoryItem("lm_head", total("lm_head"), tied),
+        item(
+            "embeddings", EMBEDDING, "embedding", "tied to the lm_head: the same bytes" if head_is_packed else "16 bits"
+        ),
+        item("lm_head", HEAD, "lm_head", tied),
         MemoryItem("norms and biases", total("norm_or_bias"), "16 bits"),
     ]
     rest = total("not quantized")
@@ -218,6 +276,72 @@ def other_items(model: Inventory) -> list[MemoryItem]:
     return items
 
 
+def compact(values: Mapping[str, Value]) -> dict[str, Value]:
+    """{name: value} with one key for all names that differ in their last part, a number, and have equal values.
+
+    `experts.up_proj.0`, `.1`, `.2` and `.5` become `experts.up_proj.0-2,5`: what `expand` undoes. Other names stay as
+    they are. Values: hashable, or lists of such.
+    """
+    groups: dict[tuple[str, object], list[int]] = {}
+    keys: dict[str, tuple[str, object]] = {}
+    for name, value in values.items():
+        parent, _, number = name.rpartition(".")
+        if number.isdecimal() and str(int(number)) == number:
+            keys[name] = parent, tuple(value) if isinstance(value, list) else value
+            groups.setdefault(keys[name], []).append(int(number))
+    found: dict[str, Value] = {}
+    written: set[tuple[str, object]] = set()
+    for name, value in values.items():
+        key = keys.get(name)
+        if key is None:
+            found[name] = value
+        elif key not in written:
+            written.add(key)
+            found[f"{key[0]}.{_ranges(groups[key])}"] = value
+    return found
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`[0, 1, 2, 5]` → `"0-2,5"`."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def expand(values: Mapping[str, Value]) -> dict[str, Value]:
+    """The inverse of `compact`; names without such a last part stay. Raises ValueError where a name comes twice."""
+    found: dict[str, Value] = {}
+    count = 0
+    for key, value in values.items():
+        names = expand_name(key)
+        count += len(names)
+        if count > MOST_NAMES:
+            raise ValueError(f"expected at most {MOST_NAMES} names, got more with {shorten(key)}")
+        found.update(dict.fromkeys(names, value))
+        if len(found) != count:
+            raise ValueError(f"a linear is named twice, the second time by {shorten(key)}")
+    return found
+
+
+def expand_name(key: str) -> list[str]:
+    """`["experts.up_proj.0", "experts.up_proj.1"]` of `experts.up_proj.0-1`; of any other name that name alone."""
+    parent, dot, last = key.rpartition(".")
+    if not dot or last.isdecimal() or len(last) > MOST_NAMES or not NUMBERS.fullmatch(last):
+        return [key]
+    names: list[str] = []
+    for part in last.split(","):
+        low, _, high = part.partition("-")
+        first, end = int(low[:10]), int((high or low)[:10])
+        if not first <= end < MOST_NAMES:
+            raise ValueError(f"expected rising numbers below {MOST_NAMES} in {shorten(key)}, got {shorten(part)}")
+        names.extend(f"{parent}.{number}" for number in range(first, end + 1))
+    return names
+
+
 def configuration_key(formats: Mapping[str, str]) -> str:
     """A canonical text of `{linear: format}`, equal for equal configurations."""
-    return json.dumps(dict(sorted(formats.items())), separators=(",", ":"))
+    return json.dumps(compact(dict(sorted(formats.items()))), separators=(",", ":"))

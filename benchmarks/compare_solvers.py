@@ -83,28 +83,22 @@ class MemoLosses:
         self.each: list[float] = []
 
     def evaluate(self, formats, windows="search"):  # noqa: ANN001, ANN201
-        key = configuration_key(formats), windows
-        if key not in self._known:
-            start = time.perf_counter()
-            loss = self._evaluator.evaluate(formats, windows)
-            self._known[key] = loss, time.perf_counter() - start
-            self.each.append(self._known[key][1])
-        loss, seconds = self._known[key]
-        self.spent += seconds
-        return loss
+        return next(self.evaluate_many([formats], windows))[0]
 
-    def sensitivities(self, base, changes, windows="search"):  # noqa: ANN001, ANN201
-        changes = list(changes)
-        missing = [(n, f) for n, f in changes if (configuration_key({**base, n: f}), windows) not in self._known]
-        start = time.perf_counter()
-        for name, fmt, loss in self._evaluator.sensitivities(base, missing, windows):
+    def evaluate_many(self, configurations, windows="search"):  # noqa: ANN001, ANN201
+        keys = [(configuration_key(formats), windows) for formats in configurations]
+        missing = {k: f for k, f in zip(keys, configurations, strict=True) if k not in self._known}
+        left, start = iter(missing), time.perf_counter()
+        for losses in self._evaluator.evaluate_many(list(missing.values()), windows):
             now = time.perf_counter()
-            self._known[configuration_key({**base, name: fmt}), windows] = loss, now - start
+            for loss in losses:
+                self._known[next(left)] = loss, (now - start) / len(losses)
+                self.each.append((now - start) / len(losses))
             start = now
-        for name, fmt in changes:
-            loss, seconds = self._known[configuration_key({**base, name: fmt}), windows]
+        for key in keys:
+            loss, seconds = self._known[key]
             self.spent += seconds
-            yield name, fmt, loss
+            yield [loss]
 
 
 def run_method(settings: SearchSettings, stage, losses: MemoLosses) -> dict:  # noqa: ANN001

@@ -24,7 +24,7 @@ from amq.eval.tasks import TaskRow
 from amq.kernels.launch_table import Entry, LaunchTable
 from amq.model.gguf.convert import Manifest
 from amq.quantize.bank import BankIndex, BankRecipe
-from amq.quantize.log import HeadOutcome, LinearOutcome, PerplexityFigures, QuantizationLog, SourceEntry
+from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.resume import Facts, Identity
 from amq.quantize.settings import QuantizeSettings
 from amq.search.archive import read_archive
@@ -114,7 +114,7 @@ LOG = QuantizationLog(
     perplexity=PerplexityFigures(text="docstrings", tokens=64, window_length=32, rows={"full": 5.5, "gptq": None}),
     linears={"a": LinearOutcome("16bit", (8, 64)), "b": LinearOutcome("int4", (8, 64), 0.125)},
     not_quantized={"c": "its weight is shared"},
-    head=HeadOutcome(name="lm_head", format="int8", shape=(256, 64), bytes=64, relative_error=0.01),
+    head=OuterOutcome(name="lm_head", format="int8", shape=(256, 64), bytes=64, relative_error=0.01),
     notes=("a note",),
     seconds=1.5,
     peak_memory_bytes=1 << 20,

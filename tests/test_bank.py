@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.mixtures import MIXTURES, mixture
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from helpers.tiny_models import tiny_llama as make_tiny_llama
 from safetensors import safe_open
@@ -20,10 +22,12 @@ from torch import nn
 
 from amq.errors import AmqError
 from amq.formats import FORMATS
-from amq.model.inventory import get_linear, take_inventory
+from amq.model.calibration import in_parts
+from amq.model.inventory import get_linear, get_weight, take_inventory
 from amq.packing import dequantize
 from amq.quantize import quantizers
 from amq.quantize.bank import BankSettings, open_bank
+from amq.quantize.head import round_to_grid
 from amq.util import tensors as tensors_module
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -349,6 +353,77 @@ def test_block_of_zero_weights(tiny_llama: nn.Module, banks: Path) -> None:
     bank = build(tiny_llama, banks)
     for spec in take_inventory(tiny_llama).in_block(1):
         assert not dequantize(bank.get(spec.name, "int2")).any()
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("settings", [SETTINGS, RTN], ids=lambda s: s.proxy)
+def test_experts_are_held_like_other_linears(
+    kind: str, settings: BankSettings, banks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every one of them in every format, its error beside it; and the same weights where memory is set aside for one
+    linear at a time."""
+    model = mixture(kind)
+    linears = take_inventory(model).linears
+    bank = build(model, banks, settings)
+    errors = bank.weight_errors()
+    monkeypatch.setattr("amq.quantize.bank.stacks", lambda specs: ([spec] for spec in specs))
+    monkeypatch.setattr("amq.quantize.bank.in_parts", lambda linears: in_parts(linears, 0))
+    divided = build(mixture(kind), tmp_path / "divided", settings)
+    for spec in linears:
+        weight = get_linear(model, spec.name).weight.double()
+        for fmt in (INT2, INT4):
+            packed = bank.get(spec.name, fmt.name)
+            error = float((dequantize(packed).double() - weight).square().sum())
+            assert errors[spec.name][fmt.name] == pytest.approx(error, rel=1e-5)
+            assert torch.equal(packed.qweight, divided.get(spec.name, fmt.name).qweight)
+        assert errors[spec.name]["int4"] < 0.2 * errors[spec.name]["int2"]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_head_and_embeddings_have_formats_of_their_own(
+    tied: bool, banks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their files stand beside those of the blocks, and none of these is made again for them."""
+    model = make_tiny_llama(tie_word_embeddings=tied)
+    outer = {s.name: [FORMATS["int6"], FORMATS["int8"]] for s in take_inventory(model).outer}
+    assert list(outer) == (["lm_head"] if tied else ["model.embed_tokens", "lm_head"])
+    plain = build(model, banks, RTN)
+    before = files(plain.folder)
+    replace_quantizer(monkeypatch, "rtn", refuse)
+    bank = build(model, banks, RTN, outer=outer)
+    assert bank.folder == plain.folder and bank.names == (*plain.names, *outer)
+    after = files(bank.folder)
+    assert set(after) - set(before) == {f"{n}.{f}.safetensors" for n in outer for f in ("int6", "int8")}
+    assert all(after[n] == before[n] for n in before if n != "bank.json")
+    assert json.loads(after["bank.json"])["outer"] == list(outer)
+    errors = bank.weight_errors()
+    for name in outer:
+        weight = get_weight(model, name)
+        for fmt in ("int6", "int8"):
+            packed = bank.get(name, fmt)
+            expected = round_to_grid(weight, FORMATS[fmt], 32, "fractional")
+            assert all(torch.equal(packed.parts[part], expected.parts[part]) for part in packed.parts)
+            error = float((dequantize(packed).double() - weight.double()).square().sum())
+            assert errors[name][fmt] == pytest.approx(error, rel=1e-5)
+        assert errors[name].keys() == {"int6", "int8"}
+        with pytest.raises(AmqError, match=f"format 'int4' is not in this bank for {name} .it has int6, int8."):
+            bank.get(name, "int4")
+    monkeypatch.setattr("amq.quantize.bank.round_to_grid", lambda *_: pytest.fail("it was there"))
+    build(model, banks, RTN, outer=outer)
+    flip_a_byte(bank.folder / "lm_head.int8.safetensors")
+    with pytest.raises(AmqError, match="lm_head.int8.safetensors is damaged .*hash"):
+        build(model, banks, RTN, outer=outer).get("lm_head", "int8")
+
+
+def test_the_disk_must_hold_head_and_embeddings_too(
+    tiny_llama: nn.Module, banks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(tiny_llama, banks, RTN)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(AmqError, match=r"the bank needs 0.00 GiB under .*, 0.00 GiB are free"):
+        build(tiny_llama, banks, RTN, outer={"lm_head": [INT4]})
+    with pytest.raises(AmqError, match="'model.embed_tokens' is no head or embedding .* it has lm_head"):
+        build(tiny_llama, banks, RTN, outer={"model.embed_tokens": [INT4]})
 
 
 def test_unknown_names(tiny_llama: nn.Module, banks: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import bank
 import compare_solvers
+import large
 import pytest
 import quality
 import serve_schemas
@@ -239,3 +240,68 @@ def test_lm_eval_over_http_says_what_it_says_in_process(tmp_path: Path) -> None:
     written, shown = run_smoke("serve_lm_eval", tmp_path)
     assert written["equal"] and written["same_texts"] == 4 and 0 < written["tolerance"] < 1e-3
     assert "| multiple choice, acc | local-completions |" in shown
+
+
+def test_table_of_families(tmp_path: Path) -> None:
+    results = tmp_path / "families.json"
+    command = [sys.executable, "benchmarks/families.py", "--only", "llama,mixtral", "--json", str(results)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    llama, mixtral = json.loads(results.read_text())["rows"]
+    assert llama["before"] < llama["after"] < 1 and mixtral["before"] < 0.05 and mixtral["experts"] > 0.9
+    assert "| mixtral | 46.7 | 2.87 % | 99.99 % |" in result.stdout
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_on(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What a benchmark wrote to --json, and what it printed."""
+    results = tmp_path / "results.json"
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments, "--json", str(results)]
+    environment = {**os.environ, "AMQ_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(results.read_text()), result.stdout
+
+
+def test_mixtures_of_a_dense_model(tmp_path: Path, tiny: Path) -> None:
+    """Three experts of 32 features: groups hold the same weights as in the dense model."""
+    search = {"formats": "int2,int4", "group_size": 32, "window_length": 64, "windows": 1, "confirm_windows": 1,
+              "bank_windows": 2, "cost": "weight", "proxy": "rtn", "points": 2}  # fmt: skip
+    arguments = (
+        "--model",
+        str(tiny),
+        "--experts",
+        "3",
+        "--only",
+        "mixtral,qwen2_moe,qwen3_moe",
+        "--max-tokens",
+        "1100",
+    )
+    written, shown = run_on(
+        tmp_path, "mixture", str(tmp_path / "made"), *arguments, "--only", "mixtral,qwen2_moe,qwen3_moe",
+        "--target-bits", "4.2", "--search", json.dumps(search),
+    )  # fmt: skip
+    for row in written["rows"]:
+        dense, mixture = row["of_dense"], row["of_mixture"]
+        assert row["same_function"] and abs(mixture["perplexity"] / dense["perplexity"] - 1) < 1e-5, row
+        assert mixture["formats"] and 0 <= row["same"] <= 1 and dense["loss"] > 0, row
+    assert "| qwen3_moe | qwen3 |" in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny: Path) -> None:
+    for shape in ("tiny", "tiny-moe"):
+        arguments = ("--shape", shape, "--layers", "2", "--tokenizer", str(tiny), "--memory", "3GiB")
+        written, shown = run_on(tmp_path, "large", str(tmp_path / "large"), *arguments)
+        run = written["runs"]["quantize"]
+        assert written["layers"] == 2 and 0 < run["own_gib"] < 3 and run["resident_gib"] >= run["own_gib"]
+        assert "plan: memory: " in run["said"] and "| quantize, extrapolated, at most | 4 |" in shown
+    with pytest.raises(AmqError, match=r"took 0\.\d\d GiB, more than 0\.0078125: "):
+        large.run_within([sys.executable, "-c", "x = bytearray(b'1') * (1 << 28)"], 8 << 20)

@@ -108,8 +108,8 @@ def test_full_precision_loss_is_zero(setup: Setup) -> None:
     """A bank that returns the original weights: every loss must vanish, cross-entropy be the entropy."""
     evaluator = setup.evaluator()
     evaluator.apply(setup.uniform("int8"))
-    for name, buffer in evaluator._swap._buffers.items():
-        buffer.copy_(get_linear(setup.original, name).weight)
+    for name in setup.uniform("int8"):
+        get_linear(setup.model, name).weight.copy_(get_linear(setup.original, name).weight)
     assert abs(evaluator.evaluate(setup.uniform("int8"))) < 1e-7
 
 
@@ -197,7 +197,9 @@ def test_wrong_linears_and_names(setup: Setup) -> None:
     missing = {k: v for k, v in formats.items() if k != "model.layers.0.mlp.up_proj"}
     with pytest.raises(AmqError, match="disagree about linear 'model.layers.0.mlp.up_proj'"):
         evaluator.evaluate(missing)
-    with pytest.raises(AmqError, match="disagree about linear 'lm_head'"):
+    with pytest.raises(AmqError, match="disagree about linear 'lm_tail'"):
+        evaluator.evaluate({**formats, "lm_tail": "int2"})
+    with pytest.raises(AmqError, match="linear 'lm_head' is not in the bank"):
         evaluator.evaluate({**formats, "lm_head": "int2"})
     with pytest.raises(AmqError, match="format 'int4' is not in this bank"):
         evaluator.evaluate({**formats, "model.layers.0.mlp.up_proj": "int4"})

@@ -238,7 +238,7 @@ def test_search(
     (windows, unscored), = cost_windows  # fmt: skip
     assert unscored == len(PREFIX[kind]) and bool((windows[:, 0] == BOS).all()) == bool(unscored)
     state = json.loads((run / "run.json").read_text())
-    assert state["schema"] == "amq/run/2" and state["calibration"]["window_prefix"] == PREFIX[kind]
+    assert state["schema"] == "amq/run/3" and state["calibration"]["window_prefix"] == PREFIX[kind]
     assert result.configuration.details.provenance.window_prefix == tuple(PREFIX[kind])
     corpus = load_corpus(text, family_tokenizer(kind, folders[kind]), ROWS)
     sampler = WindowSampler(corpus, LENGTH, 0)
@@ -264,7 +264,7 @@ def test_runs_with_and_without_are_not_mixed(folders: dict[str, Path], text: str
         amq.search(str(shared), run, resume=True, calibration=text, **QUICK)
     state = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(state | {"schema": "amq/run/1"}))
-    with pytest.raises(AmqError, match="a run of schema 'amq/run/1', this amq writes 'amq/run/2'"):
+    with pytest.raises(AmqError, match="a run of schema 'amq/run/1', this amq writes 'amq/run/3'"):
         amq.search(str(shared), run, resume=True, calibration=text, **QUICK)
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.mixtures import EXPERTS, mixture
 from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized, tiny_llama
 from safetensors import safe_open
@@ -193,6 +195,33 @@ def test_producers_are_found_by_trying_and_folding_changes_nothing(family: str) 
             if fold is not None:
                 apply_fold(model, fold, group.linears, torch.rand(int(fold.index.max()) + 1) + 0.5)
         torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "producer"), [("qwen3_moe", "up_proj"), ("mixtral", "up_proj"), ("gpt_oss", None)])
+def test_an_expert_s_down_takes_its_scales_from_its_own_up_and_the_router_s_norm_gives_none(
+    kind: str, producer: str | None
+) -> None:
+    """Though a token may reach none of them; gpt-oss adds 1 to up and clips it, so nothing can be folded there."""
+    model = mixture(kind)
+    parts = take_inventory(model)
+    stream = CalibrationStream(model, random_tokens(1, 4))
+    tokens = random_tokens(2, 32, seed=1)
+    downs = 0
+    with torch.no_grad():
+        before = model(tokens).logits
+        for group in stream.measure(parts.in_block(0)):
+            first = group.linears[0]
+            if first.kind != "expert":
+                continue
+            fold = find_fold(model, f"{parts.blocks_path}.0", group.linears, 16, stream.sample)
+            down = first.role.endswith("down_proj")
+            downs += down
+            expected = first.name.replace("down_proj", producer) if down and producer else None
+            assert (fold and fold.producer) == expected
+            if fold is not None:
+                apply_fold(model, fold, group.linears, torch.rand(int(fold.index.max()) + 1) + 0.5)
+        torch.testing.assert_close(model(tokens).logits, before, rtol=1e-3, atol=1e-3)
+    assert downs == EXPERTS
 
 
 def test_linears_that_read_one_tensor_are_found() -> None:
@@ -411,7 +440,7 @@ def test_a_full_disk_leaves_nothing_but_the_finished_blocks(
 @pytest.mark.parametrize("method", ["rtn", "gptq", "bank"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_quantized_head(tmp_path: Path, make_folder: Callable, configuration: Path, method: str, tied: bool) -> None:
-    """One tensor for head and embedding; what comes after sees it; bits are of the linears, bytes of everything."""
+    """One tensor for head and embedding; what comes after sees it; bits are of linears and head, bytes of all."""
     from transformers import AutoModelForCausalLM
 
     source = make_folder(tiny_llama(tie_word_embeddings=tied))
@@ -419,13 +448,17 @@ def test_a_quantized_head(tmp_path: Path, make_folder: Callable, configuration: 
     checkpoint, log = open_checkpoint(folder), json.loads((folder / "quantization.json").read_text())
     packed = checkpoint.packed("lm_head")
     assert checkpoint.record.embedding == ({"model.embed_tokens": "lm_head"} if tied else {})
-    assert Configuration.load(folder / "configuration.json").formats == Configuration.load(configuration).formats
+    linears, whole = Configuration.load(configuration), Configuration.load(folder / "configuration.json")
+    assert whole.formats == {**linears.formats, "lm_head": "int6"}
     assert log["head"]["bytes"] == packed.nbytes and 0 < log["head"]["relative_error"] < 0.05
     numel = sum(checkpoint.tensor(name).numel() for name in checkpoint.other_names)
     assert log["memory"]["total"] == sum(checkpoint.packed(n).nbytes for n in checkpoint.record.formats) + 2 * numel
     without = run(source, tmp_path / "without", configuration, method=method)
     before = open_checkpoint(without)
-    assert log["bits_per_weight"] == json.loads((without / "quantization.json").read_text())["bits_per_weight"]
+    inventory = take_inventory(tiny_llama(tie_word_embeddings=tied))
+    assert log["bits_per_weight"] == round(whole.bits_per_weight(inventory.weights), 4)
+    bits = json.loads((without / "quantization.json").read_text())["bits_per_weight"]
+    assert bits == round(linears.bits_per_weight(inventory.linears), 4) != log["bits_per_weight"]
     changed = any(
         not torch.equal(before.packed(n).qweight, checkpoint.packed(n).qweight) for n in before.record.formats
     )
@@ -438,12 +471,57 @@ def test_a_quantized_head(tmp_path: Path, make_folder: Callable, configuration: 
     torch.testing.assert_close(loaded(tokens).logits, hidden @ dequantize(packed).T, rtol=1e-4, atol=1e-4)
 
 
-def test_heads_that_cannot_be_quantized(tmp_path: Path, make_folder: Callable, configuration: Path) -> None:
+def test_what_a_configuration_says_of_head_and_embedding_and_what_the_command_line_does(
+    tmp_path: Path, make_folder: Callable, configuration: Path
+) -> None:
+    """The configuration's formats, unless a flag gives another; `none` leaves 16 bits and does not count them."""
+    source = make_folder(tiny_llama(tie_word_embeddings=False))
+    linears = Configuration.load(configuration)
+    searched = tmp_path / "searched.json"
+    replace(linears, formats={**linears.formats, "lm_head": "int4", "model.embed_tokens": "int2"}).save(searched)
+
+    def outer(name: str, **flags: str) -> dict[str, str]:
+        folder = run(source, tmp_path / name, searched, method="rtn", **flags)
+        formats = Configuration.load(folder / "configuration.json").formats
+        return {n: f for n, f in formats.items() if n not in linears.formats}
+
+    assert outer("other", head="int8", embeddings="none") == {"lm_head": "int8"}
+    assert outer("neither", head="none", embeddings="none") == {}
+    assert outer("kept", head="16bit", embeddings="none") == {"lm_head": "16bit"}
+
+
+def test_an_embedding_of_its_own_is_rounded_before_what_reads_it(
+    tmp_path: Path, make_folder: Callable, configuration: Path
+) -> None:
+    source = make_folder(tiny_llama(tie_word_embeddings=False))
+    folder = run(source, tmp_path / "out", configuration, embeddings="int4")
+    checkpoint, log = open_checkpoint(folder), json.loads((folder / "quantization.json").read_text())
+    assert checkpoint.record.embedding == {"model.embed_tokens": "model.embed_tokens"} and log.get("head") is None
+    (entry,) = log["embeddings"]
+    assert (entry["name"], entry["format"], entry["shape"]) == ("model.embed_tokens", "int4", [256, 64])
+    assert entry["bytes"] == checkpoint.packed("model.embed_tokens").nbytes and 0 < entry["relative_error"] < 0.2
+    numel = sum(checkpoint.tensor(name).numel() for name in checkpoint.other_names)
+    assert log["memory"]["total"] == sum(checkpoint.packed(n).nbytes for n in checkpoint.record.formats) + 2 * numel
+    assert "`model.embed_tokens` is an int4 weight" in (folder / "README.md").read_text()
+    plain = run(source, tmp_path / "plain", configuration)
+    name = "model.layers.0.self_attn.q_proj"
+    assert not torch.equal(checkpoint.packed(name).qweight, open_checkpoint(plain).packed(name).qweight)
+
+
+def test_an_embedding_that_scales_can_be_packed(tmp_path: Path, make_folder: Callable, configuration: Path) -> None:
+    """Gemma's multiplies what it looks up; its head is tied to it."""
     source = make_folder(ARCHITECTURES["gemma2"].build(num_hidden_layers=2))
-    with pytest.raises(AmqError, match="is a Gemma2TextScaledWordEmbedding, .* use --head none"):
-        run(source, tmp_path / "out", configuration, head="int8", method="rtn")
-    with pytest.raises(AmqError, match="unknown format 'int9'"):
-        run(source, tmp_path / "out", configuration, head="int9")
+    folder = run(source, tmp_path / "out", configuration, head="int8", method="rtn")
+    assert open_checkpoint(folder).record.embedding == {"model.embed_tokens": "lm_head"}
+
+
+def test_heads_that_cannot_be_quantized(tmp_path: Path, make_folder: Callable, configuration: Path) -> None:
+    source = make_folder(tiny_llama())
+    with pytest.raises(AmqError, match="--embeddings int8: the embedding is tied to the head, which --head quantizes"):
+        run(source, tmp_path / "out", configuration, embeddings="int8")
+    for flag in ("head", "embeddings"):
+        with pytest.raises(AmqError, match="unknown format 'int9'"):
+            run(source, tmp_path / "out", configuration, **{flag: "int9"})
     assert not (tmp_path / "out").exists() and not work_folder(tmp_path / "out").exists()
 
 

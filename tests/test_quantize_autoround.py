@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.mixtures import mixture
 from helpers.tiny_models import byte_tokenizer, random_tokens, tiny_llama
 from torch import nn
 
@@ -150,5 +151,7 @@ def test_bad_input_is_refused_before_anything_runs(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(autoround.importlib.util, "find_spec", lambda name: True)
     with pytest.raises(AmqError, match=r"layers\.0\.mlp\.gate_proj is 80 x 64: auto-round takes .* multiples of 32"):
         source(tiny_llama(intermediate_size=80))
+    with pytest.raises(AmqError, match="does not take experts, of which this model has 24 linears: .* use --method"):
+        source(mixture("qwen3_moe"))
     with pytest.raises(AmqError, match="--autoround-iterations 0 is too small"):
         source(tiny_llama(), iterations=0)

@@ -187,7 +187,7 @@ def test_losses_of_nothing_stay_off_the_logarithmic_axes(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("run.json", '"amq/run/2"', '"amq/run/9"', r"run\.json: expected schema 'amq/run/2'"),
+        ("run.json", '"amq/run/3"', '"amq/run/9"', r"run\.json: expected schema 'amq/run/3'"),
         ("front.json", '"int2"', '"int9"', r"front\.json: the configuration has .* expected one of"),
         ("front.json", '"front": [', '"front": [5, ', r"front\.json at \$\.front\[0\]: expected `object`"),
         ("configuration.json", '"layers.0.attn.q_proj"', '"x"', r"the configuration names 'x'"),

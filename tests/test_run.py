@@ -431,13 +431,14 @@ def test_non_finite_weights_name_the_linear(tmp_path, capsys):
 def test_nan_losses_are_infeasible_and_the_search_goes_on(folder, tmp_path, monkeypatch):
     from amq.proxy.evaluator import Evaluator
 
-    real = Evaluator.evaluate
+    real = Evaluator.evaluate_many
 
-    def sometimes_nan(self, formats, windows="search"):
-        loss = real(self, formats, windows)
-        return float("nan") if formats["model.layers.0.mlp.up_proj"] == "int2" else loss
+    def sometimes_nan(self, configurations, windows="search"):
+        left = iter(configurations)
+        for losses in real(self, configurations, windows):
+            yield [float("nan") if next(left)["model.layers.0.mlp.up_proj"] == "int2" else loss for loss in losses]
 
-    monkeypatch.setattr(Evaluator, "evaluate", sometimes_nan)
+    monkeypatch.setattr(Evaluator, "evaluate_many", sometimes_nan)
     result = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=4.45)
     assert any(r["loss"] is None for r in archive(tmp_path / "run"))
     assert result.configuration.formats["model.layers.0.mlp.up_proj"] != "int2"

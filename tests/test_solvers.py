@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.analytic import AnalyticLosses, linears, settings, solve, space
+from helpers.analytic import AnalyticLosses, linears, lines, settings, solve, space
 from helpers.analytic import problem as make
 
 from amq.configuration import parse_pins
@@ -214,3 +214,31 @@ def test_pareto_hypervolume_and_spread_by_hand():
     assert hypervolume(points, (2.0, 4.0)) == pytest.approx(0.25, abs=1e-6)
     assert hypervolume(np.empty((0, 2)), (2.0, 4.0)) == 0.0
     assert spread(np.array([0.0, 0.1, 5.0, 9.0, 10.0]), [0.0], 2) == [4, 2]
+
+
+def test_many_at_once_leave_the_lines_of_one_by_one(tmp_path):
+    """Archived ones are not measured again, equal ones once; what the time cuts off is there up to the last chunk."""
+    of = space()
+    wanted = [(of.uniform(f), "uniform") for f in of.formats] + [(of.uniform(of.formats[0]), "front")]
+    wanted += [(of.decode(p), "front") for p in np.random.default_rng(0).integers(0, 3, (6, len(of.variables)))]
+    one = make(tmp_path / "one.jsonl", settings())
+    records = [one.evaluate(formats, phase) for formats, phase in wanted]
+    (tmp_path / "again.jsonl").write_bytes((tmp_path / "one.jsonl").read_bytes())
+    again = make(tmp_path / "again.jsonl", settings())
+    assert [r.loss for r in again.evaluate_many(wanted)] == [r.loss for r in records] and again.losses.calls == 0
+    fresh, shown = make(tmp_path / "fresh.jsonl", settings()), []
+    assert [r.index for r in fresh.evaluate_many(wanted, seen=shown.append)] == [r.index for r in records]
+    assert lines(tmp_path / "fresh.jsonl") == lines(tmp_path / "one.jsonl")
+    assert fresh.losses.calls == len(wanted) - 1 and len(shown) == len(wanted)
+    stopped = make(tmp_path / "stopped.jsonl", settings())
+    ticks = iter([None, 0.0])
+
+    def measure(configurations, windows="search", real=stopped.losses.evaluate_many):
+        for losses in real(configurations, windows):
+            stopped.deadline = next(ticks)
+            yield losses
+
+    stopped.losses.evaluate_many = measure
+    with pytest.raises(TimeIsUp):
+        stopped.evaluate_many(wanted)
+    assert lines(tmp_path / "stopped.jsonl") == lines(tmp_path / "one.jsonl")[: 2 * stopped.losses.together]

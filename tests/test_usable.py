@@ -17,6 +17,7 @@ from torch import nn
 from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
 from amq.errors import AmqError
+from amq.model.experts import unfuse
 from amq.model.inventory import take_inventory
 from amq.model.usable import find_usable
 from amq.packing import dequantize
@@ -71,6 +72,7 @@ def test_a_checkpoint_computes_what_its_weights_say(
     assert checkpoint.record.formats and not checkpoint.record.formats.keys() & reasons.keys()
 
     plain = build(family)
+    unfuse(plain)
     dtype = checkpoint.tensor(checkpoint.other_names[0]).dtype
     for name, parameter in plain.named_parameters():
         parameter.data = parameter.data.to(dtype).float()

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from amq.checkpoint.compact import (
+    compact_groups,
+    compact_shapes,
+    compact_values,
+    expand_groups,
+    expand_shapes,
+    expand_values,
+    rows_of_experts,
+    split_expert,
+)
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat, check_group_size, get_format
@@ -17,8 +27,10 @@ from amq.util.records import MOST, parse_record, to_json
 
 METHOD = "amq"
 """`quant_method` in config.json."""
-VERSIONS = (1, 2)
-"""1: only linears are packed. 2: an embedding is, too, which a reader of version 1 would look for in vain."""
+VERSIONS = (1, 2, 3)
+"""1: only linears are packed. 2: an embedding is read from the packed head, which a reader of version 1 would look for
+in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own.
+A file has the lowest that says what is in it."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +43,12 @@ class QuantizationRecord:
     shared_inputs: groups of linears that read one tensor (q, k, v), which a runtime may multiply in one call.
     head: the linear behind the blocks (`lm_head`), where it is one of `formats`; else empty.
     embedding: {embedding: linear} where an embedding's row i is row i of that packed linear: tied weights. Such an
-        embedding has no tensor of its own.
-    kept: {linear: (out_features, in_features)} of the blocks' linears that were left in 16 bits by choice: plain
-        tensors under their own names, counted in bits per weight.
+        embedding has no tensor of its own. One that is packed by itself is named for itself, and is in `formats`.
+    kept: {linear: (out_features, in_features)} of the linears that were left in 16 bits by choice: plain tensors under
+        their own names, counted in bits per weight.
+
+    An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
+    agree once (`amq.checkpoint.compact`).
     """
 
     formats: Mapping[str, str]
@@ -52,30 +67,55 @@ class QuantizationRecord:
 
     @property
     def configuration(self) -> Configuration:
-        """Of the linears in the blocks, as a search makes it: without the head, with what is kept."""
-        formats = {name: self.formats[name] for name in self.block_shapes}
-        return Configuration({**formats, **dict.fromkeys(self.kept, KEPT.name)}, self.group_size)
+        """Of everything that has a format, head and embeddings included, and of what is kept."""
+        return Configuration({**self.formats, **dict.fromkeys(self.kept, KEPT.name)}, self.group_size)
 
     @property
     def bits_per_weight(self) -> float:
-        """Of the linears in the blocks, kept ones at their 16 bits."""
-        shapes = {**self.block_shapes, **self.kept}
+        """Of everything that has a format, kept linears at their 16 bits; a tied pair counts once."""
+        shapes = {**self.shapes, **self.kept}
         return self.configuration.bits_per_weight([LinearSpec(n, 0, n, *shape) for n, shape in shapes.items()])
 
     @property
+    def own_embeddings(self) -> tuple[str, ...]:
+        """Embeddings with a packed weight of their own."""
+        return tuple(name for name, linear in self.embedding.items() if name == linear)
+
+    @property
+    def multiplied(self) -> tuple[str, ...]:
+        """The formats, each once, of linears: what a backend has to run. An embedding's rows are looked up."""
+        return tuple(sorted({fmt for name, fmt in self.formats.items() if self.embedding.get(name) != name}))
+
+    @property
+    def has_experts(self) -> bool:
+        return any(split_expert(name) for name in (*self.formats, *self.kept))
+
+    @property
     def block_shapes(self) -> dict[str, tuple[int, int]]:
-        """`shapes` without the head's: the quantized linears of the blocks."""
-        return {name: shape for name, shape in self.shapes.items() if name != self.head}
+        """`shapes` of the blocks' linears: without head and embeddings."""
+        outer = {self.head, *self.own_embeddings}
+        return {name: shape for name, shape in self.shapes.items() if name not in outer}
+
+    @property
+    def version(self) -> int:
+        if self.own_embeddings or self.has_experts:
+            return 3
+        return 2 if self.embedding else 1
 
     def json(self) -> dict[str, Any]:
         records = {name: asdict(get_format(name)) for name in sorted(set(self.formats.values()))}
         head = {
             "quant_method": METHOD,
-            "version": VERSIONS[bool(self.embedding)],
+            "version": self.version,
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
         }
+        rows, kept = rows_of_experts(self.shapes, self.kept), rows_of_experts(self.kept, self.shapes)
+        file = _File(
+            compact_values(self.formats, rows), compact_shapes(self.shapes, rows), self.group_size, self.quantizer,
+            compact_groups(self.shared_inputs, rows), self.head, self.embedding, compact_shapes(self.kept, kept),
+        )  # fmt: skip
         optional = ("head", "embedding", "kept")
-        return head | {name: value for name, value in to_json(self).items() if value or name not in optional}
+        return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 
     @staticmethod
     def parse(data: Any, source: str) -> QuantizationRecord:
@@ -85,12 +125,16 @@ class QuantizationRecord:
             raise AmqError(f"{source}: expected quantization_config.quant_method {METHOD!r}, found {found!r}")
         version = data.get("version")
         if type(version) is not int or version not in VERSIONS:
+            *earlier, last = VERSIONS
             raise AmqError(
                 f"{source}: checkpoint version {version!r} is not known to this amq, which reads "
-                f"{' and '.join(map(str, VERSIONS))}: upgrade amq"
+                f"{', '.join(map(str, earlier))} and {last}: upgrade amq"
             )
         where = f"{source}: quantization_config"
-        record = parse_record(data, QuantizationRecord, where)
+        record = parse_record(data, _File, where).record(where)
+        if record.version > version:
+            what = "experts" if record.has_experts else "packed embeddings like these"
+            raise AmqError(f"{source}: version {version} has no {what}; the file is damaged or was edited")
         record._check(parse_record(data, _Records, where).records, source)
         return record
 
@@ -114,8 +158,35 @@ class QuantizationRecord:
         for key, name in (*head.items(), *(("embedding", n) for n in self.embedding.values())):
             if name not in self.formats:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
+        if self.head in self.own_embeddings:
+            raise AmqError(f"{source}: {self.head!r} is the head and an embedding; the file is damaged")
         if both := sorted(self.formats.keys() & self.kept.keys()):
             raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A `QuantizationRecord` as the file has it: experts that agree are one entry (`amq.checkpoint.compact`)."""
+
+    formats: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    group_size: int
+    quantizer: str = ""
+    shared_inputs: Sequence[Sequence[str]] = ()
+    head: str = ""
+    embedding: Mapping[str, str] = field(default_factory=dict)
+    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def record(self, source: str) -> QuantizationRecord:
+        shapes, kept = expand_shapes(self.shapes, source), expand_shapes(self.kept, source)
+        formats = expand_values(self.formats, self.shapes, source)
+        groups = expand_groups(self.shared_inputs, self.shapes, source)
+        try:
+            return QuantizationRecord(
+                formats, shapes, self.group_size, self.quantizer, groups, self.head, self.embedding, kept
+            )
+        except ValueError as error:
+            raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from amq.util.tensors import hashes_metadata, open_file, open_files, save_file, 
 SHARD_SIZE = 4 << 30
 
 AUTO_CLASS = "AutoModelForCausalLM"
+AUTO_CLASSES = (AUTO_CLASS, "AutoModelForImageTextToText")
+"""Of transformers, that load a checkpoint: the second one models that read images, too."""
 REMOTE_MODULE = "modeling_amq"
 REMOTE_CODE = '''"""Lets transformers load this folder with trust_remote_code=True; `import amq` does so without it."""
 
@@ -228,7 +230,8 @@ def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]
         return dict(config)
     code = REMOTE_CODE.format(architecture=architecture, install=install_hint())
     (folder / f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
-    return {**config, "auto_map": {AUTO_CLASS: f"{REMOTE_MODULE}.Amq{architecture}"}}
+    classes = AUTO_CLASSES if architecture.endswith("ForConditionalGeneration") else (AUTO_CLASS,)
+    return {**config, "auto_map": dict.fromkeys(classes, f"{REMOTE_MODULE}.Amq{architecture}")}
 
 
 def write_tensors(

@@ -59,15 +59,29 @@ def open_export_once(folder: Path) -> None:
 
 def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrainedModel, Any]:
     """The model of the folder's config.json on the meta device, and that config."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code raises for a config that does not fit it
         raise AmqError(f"transformers cannot build a model from {folder / 'config.json'}: {_line(error)}") from error
     return model.eval(), config
+
+
+def auto_class(config: Any) -> Any:
+    """The class of transformers that builds the model which `config`, as it is in a folder, names: of causal LMs, or
+    where it names none of these, of models that read images beside the text."""
+    import transformers
+
+    named = set(getattr(config, "architectures", None) or ())
+    classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    for auto in classes:
+        known: Any = auto._model_mapping.get(type(config), ())
+        if named & {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))}:
+            return auto
+    return classes[0]
 
 
 def _initialize(model: PreTrainedModel, folder: Path) -> None:

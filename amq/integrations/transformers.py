@@ -1,6 +1,7 @@
 """transformers loads, runs and saves amq checkpoints: AutoModelForCausalLM.from_pretrained(DIR) after `import amq`.
 
-transformers calls `AmqQuantizer` around its own loading. Before it, the checkpoint's files are verified, and the
+transformers calls `AmqQuantizer` around its own loading. Before it, the checkpoint's files are verified, fused experts
+become linears (`amq.model.experts`), and the
 quantized linears of the still empty model become `StoredLinear`s; transformers then loads every other tensor, places it
 and casts it as it always does; afterwards each quantized linear takes its tensors, memory-mapped and as they are. So no
 dtype or device argument touches them. Saving writes them back with their hashes.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -29,12 +30,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from amq.checkpoint.record import METHOD, QuantizationRecord, check_parts
-from amq.checkpoint.store import AUTO_CLASS, check_complete, check_tensors
+from amq.checkpoint.store import AUTO_CLASSES, check_complete, check_tensors
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.cpu import dequantized
-from amq.kernels.embedding import StoredEmbedding
+from amq.kernels.embedding import OwnEmbedding, StoredEmbedding
 from amq.kernels.modules import Execution, StoredLinear
+from amq.model.experts import unfuse
 from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.util.tensors import HASHES, hashes_metadata, open_files, verify_file
@@ -78,7 +80,7 @@ class AmqConfig(QuantizationConfigMixin):
 
     def store(self, record: QuantizationRecord) -> None:
         """Makes `record`, by the names of the loaded model, what is saved; keys that this amq does not know stay."""
-        known = QuantizationRecord({}, {}, record.group_size, head="-", embedding={"-": "-"}, kept={"-": (1, 1)}).json()
+        known = QuantizationRecord({}, {}, record.group_size, head="-", embedding={"": "-"}, kept={"-": (1, 1)}).json()
         self.stored = {**{k: v for k, v in self.stored.items() if k not in known}, **record.json()}
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,6 +99,7 @@ class AmqQuantizer(HfQuantizer):
             raise AmqError("this model is not quantized: run `python -m amq.quantize` and load the folder it writes")
         self._packed: dict[str, PackedWeight] = {}
         self._new: frozenset[str] = frozenset()
+        self._names: _LocalNames | None = None
         self._record = QuantizationRecord.parse(quantization_config.stored, "config.json")
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -121,17 +124,19 @@ class AmqQuantizer(HfQuantizer):
             verify_file(file)
         tensors = open_files(files)
         check_complete(files[0].parent, (n for linear in self._record.formats for n in part_names(linear)), tensors)
-        names = _LocalNames(model)
+        if self._record.has_experts:
+            unfuse(model)
+        names = self._names = _LocalNames(model, self._record)
         for linear, local in names.linears(self._record).items():
             parts = (tensors[name].get_tensor(name) for name in part_names(linear))
             self._packed[local] = check_parts(linear, self._record, *parts)  # memory-mapped, nothing is read yet
         self._record = record = names.record(self._record)
         self._put_stored_modules(model)
-        self._new = _new_names(model)
         found = {names.tensor(name) for name in tensors}
+        self._new = _new_names(model) - found
         check_complete(files[0].parent, (n for n in _expected_names(model, found) if n not in self._new), found)
         check_tensors(tensors, model.state_dict(), names.tensor)
-        if record.head:
+        if record.head or record.embedding:
             model.__dict__["resize_token_embeddings"] = _refuse_resizing
         ignored: set[str] = set(model._keys_to_ignore_on_load_unexpected or ())
         model._keys_to_ignore_on_load_unexpected = {*ignored, rf"\.({'|'.join(PARTS)})$"}
@@ -139,25 +144,39 @@ class AmqQuantizer(HfQuantizer):
     def _put_stored_modules(self, model: PreTrainedModel) -> None:
         """Replaces what is quantized by modules without a weight yet."""
         record, config = self._record, self.quantization_config
-        execution = Execution(config.activations, config.backend, tuple(sorted(set(record.formats.values()))))
-        for name in record.formats:
+        execution = Execution(config.activations, config.backend, record.multiplied)
+        for name in (n for n in record.formats if n not in record.own_embeddings):
             _replace(model, name, _stored_linear(model, name, record, execution))
-        for name, linear in record.embedding.items():
-            _replace(model, name, _stored_embedding(model, name, linear))
+        for name in record.embedding:
+            _replace(model, name, _stored_embedding(model, name, record))
             _untie(model, name)
 
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
+        """Without those that make other tensors of the file's, such as fused experts: ours are the model's own."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming  # versions too old lack them
+
+        kept = [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+        theirs, ours = self._names.text if self._names else ("", "")
+        return [*kept, WeightRenaming(f"^{re.escape(theirs)}", ours)] if theirs != ours else kept
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        linears = {name: cast(StoredLinear, model.get_submodule(name)) for name in self._packed}
-        for name, module in linears.items():
+        place = cache(partial(_device_in, model))
+        for name in list(self._packed):
+            module = cast("StoredLinear | OwnEmbedding", model.get_submodule(name))
             module.store(self._packed.pop(name))
-            module.place = _device_around(model, name)
+            if isinstance(module, StoredLinear):
+                module.place = place(name.rpartition(".")[0])
+        for name, module in model.named_modules():
+            if isinstance(module, StoredEmbedding):
+                module.initialize(_owner(model, name))
         for name, parameter in model.named_parameters():  # what was quantized stays as it is: adapters are trained
             parameter.requires_grad_(name in self._new)
         self.quantization_config.store(self._record)
         model.__dict__["num_parameters"] = partial(_num_parameters, model)
         model.__dict__["_weight_conversions"] = []  # tensors are saved by the names of this model's modules
         if type(model).__module__.startswith("transformers.") and hasattr(model.config, "auto_map"):
-            model.config.auto_map.pop(AUTO_CLASS, None)  # save_pretrained does not copy the file that it names
+            for name in AUTO_CLASSES:  # save_pretrained does not copy the file that it names
+                model.config.auto_map.pop(name, None)
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *_: Any, **__: Any
@@ -169,12 +188,16 @@ class AmqQuantizer(HfQuantizer):
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # a saved config has it as text
         embeddings = {n: m for n, m in model.named_modules() if isinstance(m, StoredEmbedding)}
-        dense = {}
+        device, dtype = model.device, dtype or torch.float32
+        dense: dict[StoredLinear, nn.Linear] = {}
         for name, module in list(_stored_linears(model)):
-            dense[module] = _dense(module, model.device, dtype or torch.float32)
+            dense[module] = _dense(module, device, dtype)
             _replace(model, name, dense[module])
         for name, embedding in embeddings.items():
-            _replace(model, name, _dense_embedding(embedding, dense[embedding.head].weight))
+            head = embedding.head
+            weight = _plain(embedding.source(), device, dtype) if head is None else dense[head].weight
+            _replace(model, name, embedding.restored(cast(nn.Parameter, weight)))
+        if any(embedding.head is not None for embedding in embeddings.values()):
             _tie_again(model)
         for name in ("resize_token_embeddings", "num_parameters"):
             model.__dict__.pop(name, None)
@@ -196,12 +219,19 @@ class _LocalNames:
     """What a checkpoint's tensors and modules are called in `model`, which may be, or lack, the model around its base.
 
     transformers finds tensors in the same way: it takes the base model's prefix away, or adds it, where that fits.
+
+    text: (prefix in the file, prefix in the model) of a text model's modules where the checkpoint is of a model that
+    has images or sound beside it, and `model` is the text model alone, or the other way round; else equal.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, record: QuantizationRecord) -> None:
         self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         self._modules = {name for name, _ in model.named_modules()}
         self._tensors = set(model.state_dict())
+        self.text = ("", "")
+        inner = next((name for name in record.block_shapes if self.module(name) not in self._modules), None)
+        if inner is not None:
+            self.text = _prefixes(inner, self._modules)
 
     def module(self, name: str) -> str:
         return self._find(name, self._modules)
@@ -210,8 +240,10 @@ class _LocalNames:
         return self._find(name, self._tensors)
 
     def _find(self, name: str, known: Container[str]) -> str:
+        theirs, ours = self.text
+        swapped = ours + name.removeprefix(theirs) if theirs != ours and name.startswith(theirs) else name
         bare = name.removeprefix(self._prefix)
-        return next((n for n in (bare, f"{self._prefix}{name}") if n != name and n in known), name)
+        return next((n for n in (bare, f"{self._prefix}{name}", swapped) if n != name and n in known), name)
 
     def linears(self, record: QuantizationRecord) -> dict[str, str]:
         """{name in the file: name in the model} of the quantized linears, without a head that nothing needs.
@@ -221,7 +253,7 @@ class _LocalNames:
         linears = {linear: self.module(linear) for linear in record.formats}
         if record.head and linears[record.head] not in self._modules:
             linears[record.head] = record.head.rpartition(".")[2]
-            if not record.embedding:
+            if record.head not in record.embedding.values():
                 del linears[record.head]
         return linears
 
@@ -237,6 +269,18 @@ class _LocalNames:
             embedding={self.module(name): linears[head] for name, head in record.embedding.items()},
             kept={self.module(linear): shape for linear, shape in record.kept.items()},
         )
+
+
+def _prefixes(name: str, known: set[str]) -> tuple[str, str]:
+    """(prefix of `name`, prefix of the module in `known`) for the one module that ends like `name` at its longest;
+    both empty where there are several or none."""
+    parts = name.split(".")
+    for start in range(1, len(parts)):
+        rest = ".".join(parts[start:])
+        found = [module for module in known if module == rest or module.endswith(f".{rest}")]
+        if found:
+            return (name.removesuffix(rest), found[0].removesuffix(rest)) if len(found) == 1 else ("", "")
+    return "", ""
 
 
 def _new_names(model: PreTrainedModel) -> frozenset[str]:
@@ -256,9 +300,11 @@ def _num_parameters(model: PreTrainedModel, only_trainable: bool = False, exclud
     count = type(model).num_parameters(model, only_trainable, exclude_embeddings)
     if only_trainable:
         return count
-    embeddings = [m.head for m in model.modules() if isinstance(m, StoredEmbedding)] if exclude_embeddings else []
-    linears = [module for _, module in _stored_linears(model) if module not in embeddings]
-    return count + sum(module.in_features * module.out_features for module in linears)
+    embeddings = [m for m in model.modules() if isinstance(m, StoredEmbedding)]
+    heads = [m.head for m in embeddings] if exclude_embeddings else []
+    own = [] if exclude_embeddings else [m.num_embeddings * m.embedding_dim for m in embeddings if m.head is None]
+    linears = [module for _, module in _stored_linears(model) if module not in heads]
+    return count + sum(own) + sum(module.in_features * module.out_features for module in linears)
 
 
 def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord, execution: Execution) -> StoredLinear:
@@ -276,17 +322,19 @@ def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord
     return StoredLinear(fmt, shape, record.group_size, execution, linear.bias, name)
 
 
-def _stored_embedding(model: nn.Module, name: str, linear: str) -> StoredEmbedding:
-    """In place of the nn.Embedding `name`, whose rows the packed weight of `linear` has."""
-    head, embedding = model.get_submodule(linear), _get_embedding(model, name)
-    assert isinstance(head, StoredLinear)  # it was put there before
-    shape = (embedding.num_embeddings, embedding.embedding_dim)
-    if shape != (head.out_features, head.in_features):
+def _stored_embedding(model: nn.Module, name: str, record: QuantizationRecord) -> StoredEmbedding:
+    """In place of the nn.Embedding `name`, whose rows a packed weight has: a linear's, put there before, or its own."""
+    embedding, source = _get_embedding(model, name), record.embedding[name]
+    shape, expected = (embedding.num_embeddings, embedding.embedding_dim), record.shapes[source]
+    if shape != expected:
+        which = "the checkpoint has" if source == name else f"it is tied to {source} of"
         raise AmqError(
-            f"{name}: the model's config.json makes it {list(shape)}, but it is tied to {linear} of "
-            f"{[head.out_features, head.in_features]}: config.json was altered, or belongs to another model"
+            f"{name}: the model's config.json makes it {list(shape)}, but {which} {list(expected)}: config.json was "
+            "altered, or belongs to another model"
         )
-    return StoredEmbedding(head, embedding.weight.dtype, embedding.padding_idx)
+    if source == name:
+        return OwnEmbedding(embedding, get_format(record.formats[name]), record.group_size, name)
+    return StoredEmbedding(embedding, cast(StoredLinear, model.get_submodule(source)))
 
 
 def _get_embedding(model: nn.Module, name: str) -> nn.Embedding:
@@ -294,9 +342,19 @@ def _get_embedding(model: nn.Module, name: str) -> nn.Embedding:
         module = model.get_submodule(name)
     except AttributeError:
         raise AmqError(f"embedding {name!r} is not in this {type(model).__name__}") from None
-    if type(module) is not nn.Embedding:
+    if not isinstance(module, nn.Embedding):
         raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Embedding")
     return module
+
+
+def _owner(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """The innermost of transformers' models that holds the module `name`: it knows how to initialise it."""
+    while name:
+        name = name.rpartition(".")[0]
+        module = model.get_submodule(name)
+        if isinstance(module, transformers.PreTrainedModel):
+            return module
+    return model
 
 
 def _untie(model: PreTrainedModel, embedding: str) -> None:
@@ -322,13 +380,13 @@ def _tie_again(model: PreTrainedModel) -> None:
     model.tie_weights()
 
 
-def _device_around(model: PreTrainedModel, name: str) -> torch.device:
-    """Where the parameters nearest to the module `name` are."""
+def _device_in(model: PreTrainedModel, name: str) -> torch.device:
+    """Where the parameters nearest to the module `name` are, inside it or around."""
     while name:
-        name = name.rpartition(".")[0]
         parameter = next(model.get_submodule(name).parameters(), None)
         if parameter is not None:
             return parameter.device
+        name = name.rpartition(".")[0]
     return model.device
 
 
@@ -354,17 +412,14 @@ def _dense(module: StoredLinear, device: torch.device, dtype: torch.dtype) -> nn
     if module.packed is None:
         raise AmqError(f"{module.name} has no weight yet: nothing to dequantize")
     linear = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-    linear.weight = nn.Parameter(dequantized(module.packed).to(device, dtype), requires_grad=False)
+    linear.weight = _plain(module.packed, device, dtype)
     if module.bias is not None:
         linear.bias = nn.Parameter(module.bias.to(device, dtype), requires_grad=False)
     return linear.eval()
 
 
-def _dense_embedding(module: StoredEmbedding, weight: Tensor) -> nn.Embedding:
-    """The nn.Embedding that `module` stands for, around the very weight of the head."""
-    embedding = nn.Embedding(module.num_embeddings, module.embedding_dim, module.padding_idx, device="meta")
-    embedding.weight = weight
-    return embedding.eval()
+def _plain(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> nn.Parameter:
+    return nn.Parameter(dequantized(packed).to(device, dtype), requires_grad=False)
 
 
 class _TooOld(QuantizationConfigMixin):

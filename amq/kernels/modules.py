@@ -10,7 +10,7 @@ backward multiplies with the dequantized weight. The packed weight itself is a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels.backends import check_activations, choose_backend, default_activations, prepare
 from amq.kernels.cpu import dequantized
-from amq.kernels.ops import linear
+from amq.kernels.ops import grouped_linear, linear
 from amq.packing import PARTS, PackedWeight, PreparedWeight, dequantize
 
 
@@ -71,6 +71,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, (self.weight,), self.bias, self.activations, self.name)
+
+    @staticmethod
+    def grouped(linears: Sequence[QuantizedLinear], x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """[rows, out_features]: linear i times its `sizes[i]` rows of x, in one call (`amq.model.experts`)."""
+        first, last = linears[0], linears[-1]
+        name = first.name if first is last else f"{first.name} … {last.name}"
+        weights, biases = [module.weight for module in linears], [module.bias for module in linears]
+        return grouped_linear(x, weights, sizes, biases, first.activations, name)
 
     def extra_repr(self) -> str:
         weight = self._weight
@@ -125,16 +133,53 @@ class NoPlainWeight(AmqError, AttributeError):
     """Someone asked a quantized weight for what only a plain one has."""
 
 
-class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bias may be None
+class PackedState(nn.Module):
+    """What saves and loads a packed weight as three tensors of the state dict: `qweight`, `scale` and `zero_point`.
+
+    packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
+    layout: its format, in_features and group size.
+    """
+
+    packed: PackedWeight | None
+    layout: tuple[BitFormat, int, int]
+
+    def store(self, packed: PackedWeight) -> None:
+        """Takes the weight, which has the format and shape that this module was made for."""
+        raise NotImplementedError
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        if self.packed is not None:
+            destination.update({prefix + part: tensor for part, tensor in self.packed.parts.items()})
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Tensor],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        names = [prefix + part for part in PARTS]
+        missing = [name for name in names if name not in state_dict]
+        if missing:
+            missing_keys.extend(missing if strict else [])
+        else:
+            fmt, in_features, group_size = self.layout
+            self.store(PackedWeight(fmt, in_features, group_size, *(state_dict[name].cpu() for name in names)))
+        rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
+
+
+class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bias may be None
     """A QuantizedLinear of a checkpoint; state dict: `qweight`, `scale`, `zero_point` and `bias`.
 
     It is an nn.Linear to those who look for linears by type, as PEFT does for the places of its adapters.
 
-    packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
     place: the device that the rest of the model is on, as far as is known before an input comes.
     """
 
-    packed: PackedWeight | None
     place: torch.device
 
     def __init__(
@@ -146,9 +191,9 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
         bias: Tensor | None = None,
         name: str = "linear",
     ) -> None:
-        stored = PreparedWeight("", fmt, *shape, group_size, _unprepared(fmt, shape, group_size))
-        super().__init__(stored, bias, execution.activations, name)
-        self.execution, self.packed = execution, None
+        stored = PreparedWeight("", fmt, *shape, group_size, unprepared(fmt, shape, group_size))
+        QuantizedLinear.__init__(self, stored, bias, execution.activations, name)
+        self.execution, self.packed, self.layout = execution, None, (fmt, shape[1], group_size)
         self.place = torch.device("cpu")
 
     def store(self, packed: PackedWeight) -> None:
@@ -158,7 +203,7 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
 
     def _forget(self) -> None:
         shape, group_size = (self.out_features, self.in_features), self._weight.group_size
-        self.data = _unprepared(self._weight.format, shape, group_size)
+        self.data = unprepared(self._weight.format, shape, group_size)
         self._weight = replace(self._weight, backend="", data=self.data)
 
     def prepared(self, device: torch.device) -> PreparedWeight:
@@ -187,6 +232,17 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
             return _differentiable(x, self)
         return self.product(x)
 
+    @staticmethod
+    def grouped(linears: Sequence[StoredLinear], x: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """As `QuantizedLinear.grouped`; one after another where there are gradients to keep."""
+        wanted = x.requires_grad or any(m.bias is not None and m.bias.requires_grad for m in linears)
+        if wanted and torch.is_grad_enabled():
+            return torch.cat([m(rows) for m, rows in zip(linears, x.split(list(sizes)), strict=True)])
+        first, last = linears[0], linears[-1]
+        name = first.name if first is last else f"{first.name} … {last.name}"
+        weights, biases = [module.prepared(x.device) for module in linears], [module.bias for module in linears]
+        return grouped_linear(x, weights, sizes, biases, first.activations, name)
+
     def product(self, x: Tensor) -> Tensor:
         return linear(x, (self.prepared(x.device),), self.bias, self.activations, self.name)
 
@@ -203,32 +259,8 @@ class StoredLinear(QuantizedLinear, nn.Linear):  # type: ignore[misc]  # its bia
             self._forget()  # the layout of one device's backend is of no use on another
         return self
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        if self.packed is not None:
-            destination.update({prefix + part: tensor for part, tensor in self.packed.parts.items()})
-        super()._save_to_state_dict(destination, prefix, keep_vars)
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Tensor],
-        prefix: str,
-        local_metadata: Mapping[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        *args: Any,
-    ) -> None:
-        names = [prefix + part for part in PARTS]
-        missing = [name for name in names if name not in state_dict]
-        if missing:
-            missing_keys.extend(missing if strict else [])
-        else:
-            parts = (state_dict[name].cpu() for name in names)
-            self.store(PackedWeight(self._weight.format, self.in_features, self._weight.group_size, *parts))
-        rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
-
-
-def _unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tensor:
+def unprepared(fmt: BitFormat, shape: tuple[int, int], group_size: int) -> Tensor:
     """An empty buffer of the packed weight's size, until it is prepared: device maps and footprints count buffers."""
     return torch.empty(fmt.stored_bytes(*shape, group_size), dtype=torch.uint8, device="meta")
 

@@ -1,10 +1,11 @@
 """Finds what a causal LM is made of by walking its module tree: no model names, no role lists, no per-model tables.
 
 The decoder blocks are the `nn.ModuleList` that holds the most linear weights; every `nn.Linear` inside it is a
-`LinearSpec`, named by its module path. Every other parameter is listed too, as an `OtherWeight` with a kind, so that a
-memory figure can be itemised and nothing is left out silently: embeddings, lm_head, norms and biases, and weights that
-stay as they are because no format applies to them (experts held as one 3-D parameter, convolutions, linears outside the
-blocks). A parameter that two modules share is counted once.
+`LinearSpec`, named by its module path, those of experts included (`amq.model.experts`). So is what stands outside the
+blocks and can be quantized: the head and embeddings (`outer`). Every other parameter is listed too, as an `OtherWeight`
+with a kind, so that a memory figure can be itemised and nothing is left out silently: norms and biases, and weights
+that stay as they are because no format applies to them (routers, convolutions, linears outside the blocks). A parameter
+that two modules share is counted once.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
+from amq.model.experts import Layer, Routing, layers_of_experts, top_k_of
+from amq.model.shape import size, text_config
 from amq.util.records import shorten
 
 if TYPE_CHECKING:
@@ -31,19 +34,43 @@ MATCH_SECONDS = 5.0
 """For one pattern on all linears, which takes microseconds unless it backtracks without end."""
 
 
+LINEAR, EXPERT, HEAD, EMBEDDING = "linear", "expert", "head", "embedding"
+SCORES = "scores experts, which in few bits sends tokens to others"
+BEFORE = -1
+"""The `block` of what is read before the first one; what follows the last has the number of blocks."""
+
+
 @dataclass(frozen=True)
 class LinearSpec:
-    """One quantizable linear: `name` is its module path, `role` that path inside its block."""
+    """One quantizable weight [out_features, in_features]: `name` is its module's path, `role` that path inside its
+    block, without the number of an expert.
+
+    kind: LINEAR, EXPERT (of `Experts`, or of a list of experts), HEAD, or EMBEDDING, whose rows are looked up.
+    expert: its number. experts, top_k: how many there are in its layer, and to how many of them a token is routed.
+    tied: of a head, the name of the embedding that has the same weight: one item with the costs of both.
+    """
 
     name: str
     block: int
     role: str
     out_features: int
     in_features: int
+    kind: str = LINEAR
+    expert: int | None = None
+    experts: int = 1
+    top_k: int = 1
+    tied: str = ""
 
     @property
     def numel(self) -> int:
         return self.out_features * self.in_features
+
+    @property
+    def read(self) -> float:
+        """The share of its bytes that one token reads, on average."""
+        if self.kind == EMBEDDING:
+            return 1 / self.out_features
+        return self.top_k / self.experts
 
 
 @dataclass(frozen=True)
@@ -59,24 +86,35 @@ class OtherWeight:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every parameter of a model, each exactly once."""
+    """Every parameter of a model, each exactly once.
+
+    linears: of the blocks. outer: head and embeddings that can be quantized; while they are not, they are among the
+        `others` as well, so that a stage which leaves them alone need not know of them.
+    """
 
     blocks_path: str
     n_blocks: int
     linears: tuple[LinearSpec, ...]
     others: tuple[OtherWeight, ...]
     head_is_tied: bool
+    outer: tuple[LinearSpec, ...] = ()
 
     @property
     def numel(self) -> int:
         return sum(s.numel for s in self.linears) + sum(o.numel for o in self.others)
 
+    @property
+    def weights(self) -> tuple[LinearSpec, ...]:
+        """Everything that a search can give a format: the blocks' linears, then what is outside of them."""
+        return (*self.linears, *self.outer)
+
     def in_block(self, block: int) -> list[LinearSpec]:
         return [s for s in self.linears if s.block == block]
 
     def only(self, names: Container[str]) -> Inventory:
-        """The same model, of whose linears a stage sees those called `names`: the ones that are quantized."""
-        return replace(self, linears=tuple(s for s in self.linears if s.name in names))
+        """The same model, of whose weights a stage sees those called `names`: the ones that are quantized."""
+        linears, outer = (tuple(s for s in some if s.name in names) for some in (self.linears, self.outer))
+        return replace(self, linears=linears, outer=outer)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -118,7 +156,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 def take_inventory(model: PreTrainedModel) -> Inventory:
     """Walks `model` (a Hugging Face causal LM, on any device, meta included) into an `Inventory`."""
     blocks_path, blocks = find_blocks(model)
-    linears = tuple(_block_linears(blocks_path, blocks))
+    linears = tuple(_block_linears(model, blocks_path, blocks))
     if not linears:
         raise AmqError(f"no nn.Linear found in the blocks at {blocks_path!r}: nothing to quantize")
     taken = {f"{s.name}.weight" for s in linears}
@@ -126,11 +164,14 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
     head = model.get_output_embeddings()
     embedding_weight = getattr(embedding, "weight", None)
     head_weight = getattr(head, "weight", None)
+    tied = head_weight is not None and head_weight is embedding_weight
+    outer = tuple(_outer(model, blocks_path, len(blocks), tied))
+    embeddings = {f"{s.name}.weight" for s in outer if s.kind == EMBEDDING}
     others = []
     for name, parameter in model.named_parameters():  # yields a shared parameter once, under its first name
         if name in taken:
             continue
-        if parameter is embedding_weight:
+        if parameter is embedding_weight or name in embeddings:
             kind, reason = "embedding", ""
         elif parameter is head_weight:
             kind, reason = "lm_head", ""
@@ -139,26 +180,88 @@ def take_inventory(model: PreTrainedModel) -> Inventory:
         else:
             kind, reason = "not quantized", _reason_of(model, name, parameter, blocks_path)
         others.append(OtherWeight(name, kind, parameter.numel(), tuple(parameter.shape), reason))
-    tied = head_weight is not None and head_weight is embedding_weight
-    return Inventory(blocks_path, len(blocks), linears, tuple(others), tied)
+    return Inventory(blocks_path, len(blocks), linears, tuple(others), tied, outer)
 
 
-def _block_linears(blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSpec]:
+def _block_linears(model: PreTrainedModel, blocks_path: str, blocks: nn.ModuleList) -> Iterator[LinearSpec]:
     seen: set[int] = set()
     for index, block in enumerate(blocks):
-        for role, module in block.named_modules():
-            if _is_plain(module) and id(module.weight) not in seen:
-                seen.add(id(module.weight))
-                yield LinearSpec(f"{blocks_path}.{index}.{role}", index, role, module.out_features, module.in_features)
+        layers = layers_of_experts(block, model.config)
+        routing = Routing.of(layers)
+        for path, module in block.named_modules():
+            if not _is_plain(module) or id(module.weight) in seen:
+                continue
+            layer, role, number = _as_expert(path, layers)
+            if layer is None and routing.scores(path, module.out_features):
+                continue
+            seen.add(id(module.weight))
+            spec = LinearSpec(f"{blocks_path}.{index}.{path}", index, role, module.out_features, module.in_features)
+            if layer is not None:
+                top_k = top_k_of(model.config, layer)
+                spec = replace(spec, kind=EXPERT, expert=number, experts=layer.experts, top_k=top_k)
+            yield spec
 
 
-def _reason_of(model: nn.Module, name: str, parameter: Tensor, blocks_path: str) -> str:
-    owner = model.get_submodule(name.rpartition(".")[0])
+def _as_expert(path: str, layers: Mapping[str, Layer]) -> tuple[Layer | None, str, int | None]:
+    """(layer of experts, role without the number, number) of the module at `path`; (None, path, None) of no expert."""
+    parts = path.split(".")
+    for i, part in enumerate(parts):
+        if not part.isdigit():
+            continue
+        own = layers.get(".".join(parts[:i]))  # a list of experts: mlp.experts.3.gate_proj
+        of_linears = layers.get(".".join(parts[: i - 1])) if i == len(parts) - 1 else None  # mlp.experts.gate_proj.3
+        for layer in (own, of_linears):
+            if layer is not None and (layer.fused is None) == (layer is own):
+                return layer, ".".join(parts[:i] + parts[i + 1 :]), int(part)
+    return None, path, None
+
+
+def _outer(model: PreTrainedModel, blocks_path: str, n_blocks: int, tied: bool) -> Iterator[LinearSpec]:
+    """Head and embeddings outside the blocks: the head after the last block, embeddings before the first.
+
+    An embedding beside that of the tokens counts where it is of the same class and about as long, as Gemma's per layer
+    are, which are looked up by tokens too; one of positions is neither.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    positions = size(text_config(model.config), "max_position_embeddings", "n_positions")
+    for name, module in model.named_modules():
+        if type(module) is not type(embedding) or not isinstance(module, nn.Embedding):
+            continue
+        if name.startswith(f"{blocks_path}.") or "weight" not in module._parameters or (tied and module is embedding):
+            continue
+        rows, tokens = module.num_embeddings, int(cast(Any, embedding).num_embeddings)
+        if module is embedding or (rows != positions and 2 * rows >= tokens):
+            yield LinearSpec(name, BEFORE, name, rows, module.embedding_dim, EMBEDDING)
+    if _is_plain(head):
+        name = names[id(head)]
+        shared = names[id(embedding)] if tied else ""
+        yield LinearSpec(name, n_blocks, name, head.out_features, head.in_features, HEAD, tied=shared)
+
+
+def _reason_of(model: PreTrainedModel, name: str, parameter: Tensor, blocks_path: str) -> str:
+    owner_name = name.rpartition(".")[0]
+    owner = model.get_submodule(owner_name)
     if not name.startswith(blocks_path + "."):
         return f"{type(owner).__name__} outside the decoder blocks"
+    number, _, path = owner_name.removeprefix(blocks_path + ".").partition(".")
+    layers = layers_of_experts(model.get_submodule(f"{blocks_path}.{number}"), model.config)
+    if parameter.ndim == 2 and Routing.of(layers).scores(path, parameter.shape[0]):
+        return SCORES
+    if parameter.ndim > 2 and path in layers:
+        return f"{parameter.ndim}-D parameter of {type(owner).__name__}, experts in a layout that is not known"
     if parameter.ndim > 2:
         return f"{parameter.ndim}-D parameter of {type(owner).__name__}, not an nn.Linear"
     return f"{type(owner).__name__} is not an nn.Linear"
+
+
+def get_weight(model: nn.Module, name: str) -> nn.Parameter:
+    """The weight [out_features, in_features] of the linear or embedding `name`."""
+    module = model.get_submodule(name) if name else model
+    weight = module._parameters.get("weight")
+    if not isinstance(module, nn.Linear | nn.Embedding) or weight is None:
+        raise AmqError(f"{name!r} is a {type(module).__name__}, expected an nn.Linear or an nn.Embedding")
+    return weight
 
 
 def get_linear(model: nn.Module, name: str) -> nn.Linear:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.model.experts import unfuse
 from amq.model.gguf.convert import gguf_folder
 from amq.model.inventory import embedding_weight
 from amq.model.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
@@ -105,6 +106,7 @@ def load_folder(
         raise _load_error(name, folder, error, trust_remote_code) from error
     model, info = loaded
     _check_complete(folder, info)
+    unfuse(model)
     model.to(device).eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, name)
 

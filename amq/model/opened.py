@@ -62,5 +62,5 @@ def open_model(name: str, dtype: str = "auto", device: str = "cpu", trust_remote
     folder = resolve(name, trust_remote_code)
     loaded = load_folder(name, folder, dtype, device, trust_remote_code)
     opened = OpenModel(folder, loaded, find_usable(loaded.model))
-    check_weights(loaded.model, opened.inventory.linears)
+    check_weights(loaded.model, opened.inventory.weights)
     return opened

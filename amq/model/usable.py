@@ -6,6 +6,9 @@ lets several blocks share a weight. Which models do so is written down nowhere, 
 multiply like the linears, and note whoever asks them for their weight, take their places while the model reads a few
 tokens and writes one more. An expert that sees none of these tokens is not asked for anything, and stays quantizable.
 
+What scores experts is left alone as well: by its shape, which the inventory goes by, or by what it feeds
+(`amq.model.routers`).
+
 What cannot be quantized moves from the inventory's linears to its other weights, with the reason: every stage leaves it
 in 16 bits, and no configuration names it.
 """
@@ -22,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.model.inventory import Inventory, OtherWeight, embedding_weight, get_linear, take_inventory
+from amq.model.inventory import SCORES, Inventory, OtherWeight, embedding_weight, get_linear, take_inventory
+from amq.model.routers import scoring_linears
 
 if TYPE_CHECKING:
     from transformers import GenerationMixin, PreTrainedModel
@@ -64,14 +68,27 @@ def find_usable(model: PreTrainedModel) -> Usable:
             reasons.setdefault(spec.name, REDEFINED.format(type(linear).__name__))
     uses = _weights_used(model, [s.name for s in inventory.linears if s.name not in reasons])
     reasons |= dict.fromkeys(sorted(uses), USED)
-    if len(reasons) == len(inventory.linears):
+    scoring = _scoring(model, inventory)
+    reasons |= dict.fromkeys(scoring, SCORES)
+    if reasons.keys() >= {s.name for s in inventory.linears}:
         name, reason = next(iter(reasons.items()))
         raise AmqError(f"no linear of this {type(model).__name__} can be quantized: {name}: {reason}")
     for name, reason in reasons.items():
-        log.warning("%s stays in 16 bits: %s", name, reason)
+        if reason != SCORES:
+            log.warning("%s stays in 16 bits: %s", name, reason)
+    if scoring:
+        log.info("%d linears that score experts stay in 16 bits, such as %s", len(scoring), scoring[0])
     loaded = {f"{name}.weight": weight for name, weight in uses.items()}
     loaded = {name: weight for name, weight in loaded.items() if not torch.equal(weight, model.get_parameter(name))}
     return Usable(_without(inventory, reasons), reasons, loaded)
+
+
+def _scoring(model: PreTrainedModel, inventory: Inventory) -> list[str]:
+    """Linears that score experts: those that the inventory has left out by their shape, and those found by a run."""
+    left_out = [o.name.removesuffix(".weight") for o in inventory.others if o.reason == SCORES]
+    by_shape = [name for name in left_out if isinstance(model.get_submodule(name), nn.Linear)]
+    tokens = _tokens(model)
+    return by_shape + scoring_linears(model, inventory, tokens)
 
 
 def _without(inventory: Inventory, reasons: Mapping[str, str]) -> Inventory:
@@ -154,8 +171,13 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 def _run(model: PreTrainedModel) -> Any:
     """Reads some tokens and writes two, so that the code for a single token with a cache runs too."""
-    embedding = embedding_weight(model)
-    tokens = torch.arange(TOKENS, device=embedding.device) % embedding.shape[0]
+    tokens = _tokens(model)[0]
     how: dict[str, Any] = {"max_new_tokens": 2, "min_new_tokens": 2, "do_sample": False, "pad_token_id": 0}
     how |= {"eos_token_id": None, "attention_mask": torch.ones_like(tokens).unsqueeze(0)}
     return cast("GenerationMixin", model).generate(tokens.unsqueeze(0), **how)
+
+
+def _tokens(model: PreTrainedModel) -> Tensor:
+    """int64 [1, TOKENS]."""
+    embedding = embedding_weight(model)
+    return (torch.arange(TOKENS, device=embedding.device) % embedding.shape[0]).unsqueeze(0)

@@ -1,12 +1,13 @@
-"""Evaluator: configuration → loss, the mean divergence per token from the full-precision model.
+"""Evaluator: configurations → losses, the mean divergence per token from the full-precision model.
 
-One resident model, into which `LinearSwap` puts the linears whose format changes: dequantized, or as they are for the
-kernels of a backend. The loss is streamed: final hidden states of
-both models (a few MB) are kept, logits exist for `TOKENS` tokens at a time, and the reference log-probabilities are
-cached only as far as `cache_memory` reaches and recomputed from the cached hidden states beyond that.
+Many configurations are measured together: they go through the blocks side by side (`amq.proxy.walk`), in a resident
+model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes. The
+loss is streamed: final hidden states of the models (a few MB each) are kept, logits exist for `TOKENS` tokens at a
+time, and the reference log-probabilities are cached only as far as `cache_memory` reaches and recomputed from the
+full-precision model's hidden states and head beyond that, once for all configurations that are measured together.
 
-A linear's sensitivity (this linear in another format, all others as they are) reruns only the blocks from its own on,
-from hidden states kept at that block's input; walking the linears in block order needs those of one block at a time.
+A linear's sensitivity (this linear in another format, all others as they are) is the loss of such a configuration;
+in the order of blocks, each shares with the others all that comes before its own block.
 """
 
 from __future__ import annotations
@@ -19,28 +20,40 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from amq.errors import AmqError
+from amq.formats import KEPT
 from amq.kernels.cpu import jensen_shannon
 from amq.model.blocks import TOKENS, BlockRunner
-from amq.model.inventory import Inventory, embedding_weight
+from amq.model.inventory import HEAD, Inventory, embedding_weight
 from amq.model.losses import LOSSES
 from amq.model.open import LoadedModel
+from amq.model.paging import pager_of
+from amq.model.states import StateStore
 from amq.proxy.swap import LinearSwap
+from amq.proxy.walk import Formats, Walk
 from amq.quantize.bank import WeightBank
 
 ROWS = 16
 """Tokens whose loss torch computes at once, so that its temporaries stay in the CPU's cache."""
 BATCH_TOKENS = 1024
 """Tokens run through the blocks at once."""
+TOGETHER, TOGETHER_PAGED = 16, 64
+"""Configurations that advance together at most: what a killed search measures again, and a `--time` overruns. More
+where every walk reads the model from disk; their hidden states may go there too."""
 
 
 class Evaluator:
     """Losses of configurations on fixed sets of token windows.
 
+    A configuration names every linear of the inventory's blocks; head and embeddings (`outer`) that it does not name
+    are in full precision.
+
     windows: {name: int64 [windows, length]}, such as `search` and `confirm`.
     loss: `jsd`, `kl` or `ce` (see `amq.model.losses`).
-    cache_memory: bytes that cached reference log-probabilities may take, over all window sets.
-    backend, activations: what multiplies the candidates' linears; see `amq.proxy.swap`. The full-precision model,
-        embedding and head are torch's.
+    cache_memory: bytes that cached reference log-probabilities may take, over all window sets; and, each for itself,
+        hidden states in memory (those of one configuration always are), and weights that are ready and not in use.
+    backend, activations: what multiplies the candidates' linears; see `amq.proxy.swap`. The full-precision model is
+        torch's, and so is what a configuration leaves in full precision.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
 
     `seconds` is the time spent on losses since construction and `seconds_in_model` that part of it in the model's own
@@ -60,56 +73,74 @@ class Evaluator:
         unscored: int = 0,
     ) -> None:
         LOSSES[loss]  # noqa: B018 - raises on an unknown name
-        self._bank, self._unscored = bank, unscored
+        self._bank, self._inventory, self._unscored, self._memory = bank, inventory, unscored, cache_memory
         self._runner = BlockRunner(loaded.model)
-        self._swap = LinearSwap(loaded.model, (s.name for s in inventory.linears), backend, activations)
-        self._blocks = {s.name: s.block for s in inventory.linears}
+        self._paged = pager_of(loaded.model) is not None
+        linears, outer = (s.name for s in inventory.linears), [s.name for s in inventory.outer]
+        self._swap = LinearSwap(loaded.model, linears, backend, activations, outer, cache_memory)
+        self._head = next((s.name for s in inventory.outer if s.kind == HEAD), None)
+        self._blocks = {s.name: s.block for s in inventory.weights}
         device = embedding_weight(loaded.model).device
         self._token_losses = token_losses(loss, device)
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self.seconds = self.seconds_in_model = 0.0
         with torch.no_grad():
-            self._runner.check(next(iter(self._windows.values()))[:1, :32])
-            self._reference = {name: self._final_hidden(w) for name, w in self._windows.items()}
+            if not self._paged:  # whoever opened it for a search has done so: it reads the whole model twice
+                self._runner.check(next(iter(self._windows.values()))[:1, :32])
+            self._reference = self._reference_hidden()
             self._cache = self._cache_reference(cache_memory)
         self.seconds = self.seconds_in_model = 0.0  # without the reference's forwards above
 
-    def evaluate(self, formats: Mapping[str, str], windows: str = "search") -> float:
+    def evaluate(self, formats: Formats, windows: str = "search") -> float:
         """Mean loss per scored token (nats) of a configuration {linear: format}.
 
         NaN or infinity where the model overflows.
         """
-        start = time.perf_counter()
-        with torch.no_grad():
-            self.apply(formats)
-            loss = self._mean_loss(self._final_hidden(self._windows[windows]), windows)
-        self.seconds += time.perf_counter() - start
-        return loss
+        return next(self.evaluate_many([formats], windows))[0]
 
     @torch.no_grad()  # as a decorator it is off between the steps of this generator
+    def evaluate_many(self, configurations: Sequence[Formats], windows: str = "search") -> Iterator[list[float]]:
+        """The losses that `evaluate` gives, in order, those of several configurations at a time.
+
+        Neighbours that agree in their first blocks share these. The caller may do anything between two steps.
+        """
+        for formats in configurations:
+            self._swap.check(formats)
+        start = time.perf_counter()
+        batches = self._batches(self._windows[windows])
+        size = self._windows[windows].numel() * self._reference[windows][0].nbytes
+        count = TOGETHER_PAGED if self._paged else max(1, min(TOGETHER, self._memory // size))
+        with StateStore(max(self._memory, 2 * size)) as store:
+            walk = Walk(self._runner, self._swap, self._inventory, self._bank, batches, store)
+            ways = [walk.way(formats) for formats in configurations]
+            junction = None
+            for first in range(0, len(ways), count):
+                part, following = slice(first, first + count), ways[first + count : first + 2 * count]
+                keys, junction = walk.advance(ways[part], junction, following)
+                losses = self._losses(walk, keys, configurations[part], windows)
+                for key in set(keys) - {junction.key if junction else None}:
+                    walk.drop(key)
+                self._swap.trim(s.name for s in self._inventory.outer)
+                self.seconds_in_model += walk.seconds
+                walk.seconds = 0.0
+                self.seconds += time.perf_counter() - start
+                yield losses
+                start = time.perf_counter()
+
     def sensitivities(
-        self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
+        self, base: Formats, changes: Iterable[tuple[str, str]], windows: str = "search"
     ) -> Iterator[tuple[str, str, float]]:
-        """(linear, format, loss) for each (linear, format) in `changes`: that linear so, all others as in `base`."""
-        tokens = self._batches(self._windows[windows])
-        hidden: list[Tensor | None] = [None] * len(tokens)
-        boundary = 0
-        for name, fmt in sorted(changes, key=lambda change: self._blocks[change[0]]):
-            start = time.perf_counter()
-            self.apply(base)  # the caller may have applied something else since the last step
-            block = self._blocks[name]
-            if block > boundary:
-                hidden = [self._run(t, block, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
-                boundary = block
-            self.apply({**base, name: fmt})
-            last = self._runner.n_blocks
-            final = [self._run(t, last, boundary, h) for t, h in zip(tokens, hidden, strict=True)]
-            loss = self._mean_loss(self._scored(final), windows)
-            self.seconds += time.perf_counter() - start
+        """(weight, format, loss) for each (weight, format) in `changes`, in the order of blocks: that weight so, all
+        others as in `base`."""
+        ordered = sorted(changes, key=lambda change: self._blocks[change[0]])
+        losses = self.evaluate_many([{**base, name: fmt} for name, fmt in ordered], windows)
+        for (name, fmt), loss in zip(ordered, (loss for some in losses for loss in some), strict=True):
             yield name, fmt, loss
 
-    def apply(self, formats: Mapping[str, str]) -> None:
-        """Puts the configuration's weights into the model, touching only linears whose format changes."""
+    def apply(self, formats: Formats) -> None:
+        """Puts the configuration's weights into a resident model, touching only those whose format changes."""
+        if self._paged:
+            raise AmqError("a model that is larger than memory holds one block at a time: it can only be evaluated")
         self._swap.apply(formats, self._bank)
 
     def restore(self) -> None:
@@ -117,28 +148,30 @@ class Evaluator:
         self._swap.restore()
 
     def full_precision(self) -> AbstractContextManager[None]:
-        """The full-precision model inside, the configuration that was applied afterwards."""
+        """The full-precision model inside, what was in it before afterwards."""
         return self._swap.full_precision()
 
     def _batches(self, windows: Tensor) -> Sequence[Tensor]:
         return windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
 
-    def _run(self, tokens: Tensor, stop: int, start: int = 0, hidden: Tensor | None = None) -> Tensor:
-        begin = time.perf_counter()
-        result = self._runner.hidden(tokens, stop, start, hidden)
-        self.seconds_in_model += time.perf_counter() - begin
-        return result
-
-    def _final_hidden(self, windows: Tensor) -> Tensor:
-        """[scored tokens, hidden_size] at the last block boundary."""
-        return self._scored([self._run(t, self._runner.n_blocks) for t in self._batches(windows)])
+    def _reference_hidden(self) -> dict[str, Tensor]:
+        """{windows: final hidden states of the full-precision model [scored tokens, hidden_size]}, from one walk."""
+        batches = {name: self._batches(w) for name, w in self._windows.items()}
+        with StateStore(self._memory) as store:
+            flat = [tokens for some in batches.values() for tokens in some]
+            walk = Walk(self._runner, self._swap, self._inventory, self._bank, flat, store)
+            keys, _ = walk.advance([walk.way({})])
+            states = iter(walk.take(keys[0]))
+            return {name: self._scored([next(states) for _ in some]) for name, some in batches.items()}
 
     def _scored(self, batches: Sequence[Tensor]) -> Tensor:
         """Of hidden states [windows, length, hidden_size] those that have a loss, [tokens, hidden_size]."""
         return torch.cat([batch[:, self._unscored :].flatten(0, 1) for batch in batches])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """float32 [tokens, vocabulary], contiguous."""
+    def _logits(self, hidden: Tensor, head: str = KEPT.name) -> Tensor:
+        """float32 [tokens, vocabulary], contiguous, by the head in that format."""
+        if self._head is not None:
+            self._swap.put({self._head: head}, self._bank)
         begin = time.perf_counter()
         logits = self._runner.logits(hidden)
         self.seconds_in_model += time.perf_counter() - begin
@@ -157,17 +190,34 @@ class Evaluator:
                 cache[name].append(self._logits(chunk).log_softmax(-1))
         return cache
 
-    def _mean_loss(self, hidden: Tensor, windows: str) -> float:
-        """hidden: the candidate's final hidden states [scored tokens, hidden_size]."""
-        total = 0.0
-        cached = self._cache[windows]
-        chunks = zip(self._reference[windows].split(TOKENS), hidden.split(TOKENS), strict=True)
-        for index, (reference, candidate) in enumerate(chunks):
-            p = cached[index] if index < len(cached) else self._logits(reference).log_softmax(-1)
-            total += float(self._token_losses(p, self._logits(candidate)).sum(dtype=torch.float64))
-            if not math.isfinite(total):
-                return total
-        return total / len(hidden)
+    def _losses(self, walk: Walk, keys: Sequence[int], configurations: Sequence[Formats], windows: str) -> list[float]:
+        """Of configurations whose final states are in the walk's store under `keys`."""
+        heads = [formats.get(self._head, KEPT.name) if self._head else KEPT.name for formats in configurations]
+        losses = [0.0] * len(keys)
+        for head in sorted(set(heads)):
+            chosen = [index for index, own in enumerate(heads) if own == head]
+            together = max(1, self._memory // self._reference[windows].nbytes)
+            for first in range(0, len(chosen), together):
+                part = chosen[first : first + together]
+                found = self._mean_losses([self._scored(walk.take(keys[i])) for i in part], head, windows)
+                for index, loss in zip(part, found, strict=True):
+                    losses[index] = loss
+        return losses
+
+    def _mean_losses(self, candidates: Sequence[Tensor], head: str, windows: str) -> list[float]:
+        """candidates: final hidden states of one configuration each, [scored tokens, hidden_size]; head: its format."""
+        totals = [0.0] * len(candidates)
+        cached, reference = self._cache[windows], self._reference[windows]
+        for index, chunk in enumerate(reference.split(TOKENS)):
+            wanted = [i for i, total in enumerate(totals) if math.isfinite(total)]
+            if not wanted:
+                break
+            p = cached[index] if index < len(cached) else self._logits(chunk).log_softmax(-1)
+            rows = slice(index * TOKENS, (index + 1) * TOKENS)
+            for i in wanted:
+                losses = self._token_losses(p, self._logits(candidates[i][rows], head))
+                totals[i] += float(losses.sum(dtype=torch.float64))
+        return [total / len(reference) if math.isfinite(total) else total for total in totals]
 
 
 def token_losses(loss: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

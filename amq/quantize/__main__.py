@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def summary(result: QuantizeResult) -> str:
     """What was made, in a few lines."""
     log = result.log
-    head = f"{log.head.name} {log.head.format}, " if log.head else ""
+    outer = ([log.head] if log.head else []) + list(log.embeddings)
+    head = "".join(f"{found.name} {found.format}, " for found in outer)
     peak = "" if log.peak_memory_bytes is None else f", peak memory {log.peak_memory_bytes / 2**30:.2f} GiB"
     lines = [
         f"{len(log.linears)} linears at {log.bits_per_weight:.4f} bits per weight, {head}"

@@ -4,7 +4,8 @@ The bank is the search's proxy: a configuration is assembled from it without qua
 activation-aware quantizer (gptq) it is deployable as it stands. It lives under the cache directory in a folder named
 by a hash of the model's weights and the settings, one safetensors file per (block, format): formats are built and
 added independently, an interrupted build goes on at the first missing file, and a second search opens the files at
-once.
+once. Head and embeddings, where they are wanted, have formats and files of their own in the same folder: one per
+format, rounded to the grid of least squared error (`amq.quantize.head`) whatever the quantizer of the blocks is.
 
 Building streams block by block through the full-precision model: hidden states at one block boundary are held for the
 calibration windows, the block runs once to collect the second moments of its linears' inputs (shared by linears that
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,14 +30,16 @@ from torch import Tensor, nn
 from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, get_format
-from amq.kernels.cpu import dequantized
-from amq.model.calibration import CalibrationStream
-from amq.model.inventory import Inventory, LinearSpec, get_linear
+from amq.model.calibration import CalibrationStream, in_parts
+from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
+from amq.model.paging import holding
 from amq.model.text import WindowSampler, load_corpus
-from amq.packing import PackedWeight, part_names
-from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
+from amq.packing import PARTS, PackedWeight, part_names
+from amq.quantize.head import check_grid, round_to_grid
+from amq.quantize.pieces import Room, square_error, stacks
+from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS, Quantizer
 from amq.quantize.quantizers.grid import check_scales
 from amq.util.files import cache_dir, make_folder
 from amq.util.progress import Progress
@@ -84,7 +87,7 @@ class BankSettings:
 class BankIndex(JsonFile):
     """bank.json, for people: what a bank is of. Programs find a bank by its key, and its content by its files' names.
 
-    model: the class; linears: how many.
+    model: the class; linears: how many; outer: head and embeddings in it, as far as it was built for them.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bank/1",)
@@ -94,6 +97,7 @@ class BankIndex(JsonFile):
     group_size: int
     model: str
     linears: int
+    outer: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,34 +119,68 @@ class BankRecipe:
         return BankRecipe(group_size=configuration.group_size, **given)
 
     def open(
-        self, loaded: LoadedModel, inventory: Inventory, formats: set[str], progress: Progress, fingerprint: str
+        self,
+        loaded: LoadedModel,
+        inventory: Inventory,
+        formats: set[str],
+        progress: Progress,
+        fingerprint: str,
+        outer: Mapping[str, Iterable[str]] | None = None,
     ) -> WeightBank:
-        """Opens or builds it, for a model that holds its full-precision weights."""
+        """Opens or builds it, for a model that holds its full-precision weights.
+
+        formats: of the linears. outer: {head or embedding: its formats}.
+        """
         corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
         windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
-        records = sorted((get_format(n) for n in formats), key=lambda f: f.code_bits)
         settings = BankSettings(self.proxy, self.group_size, windows)
-        return open_bank(loaded.model, inventory, records, settings, progress, fingerprint=fingerprint)
+        others = {name: _records(names) for name, names in (outer or {}).items()}
+        return open_bank(
+            loaded.model, inventory, _records(formats), settings, progress, fingerprint=fingerprint, outer=others
+        )
+
+
+def _records(names: Iterable[str]) -> list[BitFormat]:
+    return sorted((get_format(n) for n in set(names)), key=lambda f: f.code_bits)
 
 
 class WeightBank:
-    """Read access to a built bank. `get` returns memory-mapped tensors and costs microseconds."""
+    """Read access to a built bank. `get` returns memory-mapped tensors and costs microseconds.
+
+    formats: of every linear of the blocks. outer: {head or embedding: its formats}.
+    """
 
     def __init__(
-        self, folder: Path, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], group_size: int
+        self,
+        folder: Path,
+        linears: Sequence[LinearSpec],
+        formats: Sequence[BitFormat],
+        group_size: int,
+        outer: Mapping[LinearSpec, Sequence[BitFormat]] | None = None,
     ) -> None:
         self.folder, self.formats, self.group_size = folder, tuple(formats), group_size
-        self._specs = {s.name: s for s in linears}
+        self._specs = {s.name: s for s in (*linears, *(outer or {}))}
+        self._outer = {s.name: tuple(fs) for s, fs in (outer or {}).items()}
         self._open = lru_cache(maxsize=None)(_open_file)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that it holds."""
+        return tuple(self._specs)
+
+    def formats_of(self, name: str) -> tuple[BitFormat, ...]:
+        """What it holds that linear, head or embedding in."""
+        return self._outer.get(name, self.formats)
+
     def get(self, linear: str, fmt: str) -> PackedWeight:
-        """One linear in one format."""
+        """One linear, head or embedding in one format."""
         if linear not in self._specs:
             raise AmqError(f"linear {linear!r} is not in the bank at {self.folder}")
-        if fmt not in {f.name for f in self.formats}:
-            raise AmqError(f"format {fmt!r} is not in this bank (it has {', '.join(f.name for f in self.formats)})")
+        if fmt not in {f.name for f in self.formats_of(linear)}:
+            has, whose = self.formats_of(linear), f" for {linear}" if linear in self._outer else ""
+            raise AmqError(f"format {fmt!r} is not in this bank{whose} (it has {', '.join(f.name for f in has)})")
         spec = self._specs[linear]
-        path = _file(self.folder, spec.block, get_format(fmt))
+        path = self._path(spec, get_format(fmt))
         file = self._open(path)
         try:
             packed = PackedWeight(
@@ -155,20 +193,29 @@ class WeightBank:
         return packed
 
     def weight_errors(self) -> dict[str, dict[str, float]]:
-        """‖W − Ŵ‖² (sum of squares) of every linear and format, as measured when the bank was built."""
+        """‖W − Ŵ‖² (sum of squares) of everything in each of its formats, as measured when the bank was built."""
         errors: dict[str, dict[str, float]] = {name: {} for name in self._specs}
         for name, spec in self._specs.items():
-            for fmt in self.formats:
-                path = _file(self.folder, spec.block, fmt)
+            for fmt in self.formats_of(name):
+                path = self._path(spec, fmt)
                 try:
                     errors[name][fmt.name] = float(self._open(path).get_tensor(f"{name}.{ERROR}"))
                 except (SafetensorError, RuntimeError) as error:  # of a tensor with several elements
                     raise _damaged(path, error) from error
         return errors
 
+    def _path(self, spec: LinearSpec, fmt: BitFormat) -> Path:
+        if spec.name in self._outer:
+            return _outer_file(self.folder, spec, fmt)
+        return _file(self.folder, spec.block, fmt)
+
 
 def _file(folder: Path, block: int, fmt: BitFormat) -> Path:
     return folder / f"block-{block:03d}.{fmt.name}.safetensors"
+
+
+def _outer_file(folder: Path, spec: LinearSpec, fmt: BitFormat) -> Path:
+    return folder / f"{spec.name}.{fmt.name}.safetensors"
 
 
 def _open_file(path: Path) -> Any:
@@ -186,6 +233,11 @@ def _damaged(path: Path, error: Exception | str) -> AmqError:
     return AmqError(f"{path} is damaged ({error}): delete it and run the same command again")
 
 
+Missing = dict[int, list[BitFormat]]
+"""{block: formats whose files are not there}."""
+MissingOuter = dict[LinearSpec, list[BitFormat]]
+
+
 def open_bank(
     model: PreTrainedModel,
     inventory: Inventory,
@@ -194,34 +246,61 @@ def open_bank(
     progress: Progress | None = None,
     cache: Path | None = None,
     fingerprint: str | None = None,
+    outer: Mapping[str, Sequence[BitFormat]] | None = None,
 ) -> WeightBank:
     """The bank of `model` (a full-precision causal LM), from the cache; what is missing is built first.
 
+    formats: of all of the inventory's linears. outer: {name in `inventory.outer`: its formats}; those that it does not
+    name are not in the bank.
     fingerprint: `model_fingerprint(model)` where the caller has it already.
     """
     QUANTIZERS[settings.proxy]  # noqa: B018 - raises on an unknown name
     check_group_size(settings.group_size)
+    progress = progress or Progress()
     folder = (cache or cache_dir() / "banks") / settings.key(
         fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
     )
     remove_stale_below(folder)
+    wanted = _find_outer(inventory, outer or {})
     blocks = sorted({s.block for s in inventory.linears})
     missing = {b: [f for f in formats if not _file(folder, b, f).is_file()] for b in blocks}
     missing = {b: fs for b, fs in missing.items() if fs}
-    if missing:
-        _check_disk(folder, inventory, missing, settings.group_size)
+    missing_outer = {s: [f for f in fs if not _outer_file(folder, s, f).is_file()] for s, fs in wanted.items()}
+    missing_outer = {s: fs for s, fs in missing_outer.items() if fs}
+    if missing or missing_outer:
+        _check_disk(folder, _bytes(inventory, missing, missing_outer, settings.group_size), progress)
         make_folder(folder, "point AMQ_CACHE at a folder that can be written")
         index = BankIndex(
             proxy=settings.proxy, group_size=settings.group_size, model=type(model).__name__,
-            linears=len(inventory.linears),
+            linears=len(inventory.linears), outer=tuple(s.name for s in wanted),
         )  # fmt: skip
         index.write(folder / INDEX)
-        _build(model, inventory, folder, missing, settings, progress or Progress())
-    return WeightBank(folder, inventory.linears, formats, settings.group_size)
+        _build_outer(model, folder, missing_outer, settings.group_size, progress)
+        if missing:
+            _build(model, inventory, folder, missing, settings, progress)
+    return WeightBank(folder, inventory.linears, formats, settings.group_size, wanted)
 
 
-def _check_disk(folder: Path, inventory: Inventory, missing: dict[int, list[BitFormat]], group_size: int) -> None:
-    needed = sum(linear_bytes(s, f, group_size) for b, fs in missing.items() for s in inventory.in_block(b) for f in fs)
+def _find_outer(
+    inventory: Inventory, outer: Mapping[str, Sequence[BitFormat]]
+) -> dict[LinearSpec, Sequence[BitFormat]]:
+    specs = {s.name: s for s in inventory.outer}
+    for name in outer:
+        if name not in specs:
+            found = ", ".join(specs) or "none"
+            raise AmqError(f"{name!r} is no head or embedding of this model that can be quantized: it has {found}")
+    return {specs[name]: formats for name, formats in outer.items()}
+
+
+def _bytes(inventory: Inventory, missing: Missing, outer: MissingOuter, group_size: int) -> int:
+    linears = sum(
+        linear_bytes(s, f, group_size) for b, fs in missing.items() for s in inventory.in_block(b) for f in fs
+    )
+    return linears + sum(linear_bytes(s, f, group_size) for s, fs in outer.items() for f in fs)
+
+
+def _check_disk(folder: Path, needed: int, progress: Progress) -> None:
+    """Says what the bank takes before it is built; raises AmqError where the disk has not so much."""
     parent = next(p for p in (folder, *folder.parents) if p.exists())
     free = shutil.disk_usage(parent).free
     if needed > free:
@@ -229,69 +308,111 @@ def _check_disk(folder: Path, inventory: Inventory, missing: dict[int, list[BitF
             f"the bank needs {needed / 2**30:.2f} GiB under {folder}, {free / 2**30:.2f} GiB are free: "
             "free some space, or point AMQ_CACHE at a larger disk"
         )
+    progress.say(f"bank: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free at {parent}")
+
+
+def _build_outer(model: nn.Module, folder: Path, missing: MissingOuter, group_size: int, progress: Progress) -> None:
+    if not missing:
+        return
+    with progress.stage("head and embeddings", sum(map(len, missing.values()))) as step, torch.no_grad():
+        for spec, formats in missing.items():
+            weight = get_weight(model, spec.name).detach().cpu()
+            for fmt in formats:
+                check_grid(spec, weight, fmt, group_size)
+                packed = round_to_grid(weight, fmt, group_size, "fractional")
+                error = square_error(weight, packed)
+                energy = square_error(weight, None) or 1.0
+                content = {**{f"{spec.name}.{part}": t for part, t in packed.parts.items()}, **_error(spec.name, error)}
+                save_tensors(_outer_file(folder, spec, fmt), content, hashes_metadata(content))
+                step(f"{spec.name} {fmt.name}: relative error {(error / energy) ** 0.5:.3f}")
+
+
+def _error(name: str, error: float) -> dict[str, Tensor]:
+    return {f"{name}.{ERROR}": torch.tensor(error, dtype=torch.float64)}
 
 
 def _build(
     model: PreTrainedModel,
     inventory: Inventory,
     folder: Path,
-    missing: dict[int, list[BitFormat]],
+    missing: Missing,
     settings: BankSettings,
     progress: Progress,
 ) -> None:
-    quantize = QUANTIZERS[settings.proxy]
     stream = None if settings.windows is None else CalibrationStream(model, settings.windows)
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():
         for block in range(max(missing) + 1):
-            linears = inventory.in_block(block)
             wanted = missing.get(block)
-            groups: list[tuple[Sequence[LinearSpec], Tensor | None]] = []
-            if stream is None:
-                groups = [(tuple(linears), None)]
-            elif wanted:
-                groups = [(group.linears, group.gram) for group in stream.measure(linears, advance=True)]
-            else:
-                stream.advance()
             if not wanted:
+                if stream is not None:
+                    stream.advance()
                 step(f"block {block} is there")
                 continue
             start = time.monotonic()
-            errors = _quantize_block(model, groups, wanted, settings.group_size, quantize, folder, block)
-            step(f"block {block} {names}: relative error {errors}, {time.monotonic() - start:.1f} s")
+            linears, notes = inventory.in_block(block), list[str]()
+            made = _Block(model, linears, wanted, settings)
+            with holding(model, block):
+                for group in _groups(stream, linears, notes):
+                    made.add(*group)
+            made.save(folder, block)
+            said = "".join(f"; {note}" for note in notes)
+            step(f"block {block} {names}: relative error {made.errors()}, {time.monotonic() - start:.1f} s{said}")
 
 
-def _quantize_block(
-    model: nn.Module,
-    groups: Sequence[tuple[Sequence[LinearSpec], Tensor | None]],
-    formats: Sequence[BitFormat],
-    group_size: int,
-    quantize: Callable[..., list[dict[str, PackedWeight]]],
-    folder: Path,
-    block: int,
-) -> str:
-    """Writes one file per format; returns the relative weight errors as text."""
-    tensors: dict[str, dict[str, Tensor]] = {f.name: {} for f in formats}
-    errors = dict.fromkeys(tensors, 0.0)
-    energy = 0.0
-    for specs, gram in groups:
-        weights = [get_linear(model, s.name).weight.detach().cpu() for s in specs]
-        for spec, weight in zip(specs, weights, strict=True):
-            for fmt in formats:
-                check_scales(spec.name, weight, fmt, group_size)
-        results = quantize(weights, formats, group_size, gram)
-        for spec, weight, result in zip(specs, weights, results, strict=True):
-            energy += float(weight.double().square().sum())
-            for name, packed in result.items():
-                error = _square_error(weight, packed)
-                errors[name] += error
-                tensors[name][f"{spec.name}.{ERROR}"] = torch.tensor(error, dtype=torch.float64)
-                tensors[name] |= {f"{spec.name}.{part}": tensor.clone() for part, tensor in packed.parts.items()}
-    for fmt in formats:
-        content = tensors[fmt.name]
-        save_tensors(_file(folder, block, fmt), content, hashes_metadata(content))
-    return " ".join(f"{name} {(e / (energy or 1.0)) ** 0.5:.3f}" for name, e in errors.items())
+def _groups(
+    stream: CalibrationStream | None, linears: Sequence[LinearSpec], notes: list[str]
+) -> Iterator[tuple[Sequence[LinearSpec], Tensor | None]]:
+    """The linears of the next block by their inputs, with these inputs' second moments; nothing is measured without a
+    stream, which goes on behind the block. notes: what there is to say of them is added."""
+    if stream is None:
+        yield linears, None
+        return
+    parts = in_parts(linears)
+    for number, part in enumerate(parts, 1):
+        groups = stream.measure(part, advance=number == len(parts))
+        notes += stream.notes
+        while groups:  # a group's matrix goes when it has been used
+            group = groups.pop(0)
+            yield group.linears, group.gram
 
 
-def _square_error(weight: Tensor, packed: PackedWeight) -> float:
-    return float(dequantized(packed).sub_(weight.float()).square_().sum(dtype=torch.float64))
+class _Block:
+    """The files of one block, one per format, as they fill."""
+
+    def __init__(
+        self, model: nn.Module, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], settings: BankSettings
+    ) -> None:
+        self._model, self._formats, self._group_size = model, formats, settings.group_size
+        self._quantize: Quantizer = QUANTIZERS[settings.proxy]
+        self._tensors: dict[str, dict[str, Tensor]] = {f.name: {} for f in formats}
+        sizes = {f.name: sum(linear_bytes(s, f, settings.group_size) for s in linears) for f in formats}
+        self._rooms = {n: Room(Room.needed(size, len(PARTS) * len(linears))) for n, size in sizes.items()}
+        self._errors, self._energy = dict.fromkeys(self._tensors, 0.0), 0.0
+
+    def add(self, specs: Sequence[LinearSpec], gram: Tensor | None) -> None:
+        """Quantizes linears that share an input, as many at once as memory is set aside for."""
+        for stack in stacks(specs):
+            weights = [get_linear(self._model, s.name).weight.detach().cpu() for s in stack]
+            for spec, weight in zip(stack, weights, strict=True):
+                for fmt in self._formats:
+                    check_scales(spec.name, weight, fmt, self._group_size)
+            results = self._quantize(weights, self._formats, self._group_size, gram)
+            for spec, weight, result in zip(stack, weights, results, strict=True):
+                self._energy += square_error(weight, None)
+                for name, packed in result.items():
+                    error = square_error(weight, packed)
+                    self._errors[name] += error
+                    room, content = self._rooms[name], self._tensors[name]
+                    content |= {f"{spec.name}.{part}": room.keep(tensor) for part, tensor in packed.parts.items()}
+                    content |= _error(spec.name, error)
+
+    def save(self, folder: Path, block: int) -> None:
+        for fmt in self._formats:
+            content = self._tensors.pop(fmt.name)
+            save_tensors(_file(folder, block, fmt), content, hashes_metadata(content))
+            del content, self._rooms[fmt.name]  # what is written need not be held
+
+    def errors(self) -> str:
+        """Relative weight errors of the formats."""
+        return " ".join(f"{name} {(e / (self._energy or 1.0)) ** 0.5:.3f}" for name, e in self._errors.items())

@@ -19,19 +19,25 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.cpu import dequantized
-from amq.model.calibration import CalibrationStream, InputGroup
+from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear
+from amq.model.paging import holding
 from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
 from amq.quantize.methods import Method
+from amq.quantize.pieces import put, stacks
 from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.grid import check_scales
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+SCALED = 16
+"""Weights of a group that its scales are searched on, evenly spread: experts by the hundred agree."""
 
 
 @dataclass
@@ -91,20 +97,27 @@ class BlockQuantizer:
     @torch.no_grad()
     def make(self, block: int) -> BlockResult:
         """Quantizes the next block, whose number is `block`."""
-        linears = self._inventory.in_block(block)
         result = BlockResult()
+        with holding(self._model, block):
+            self._make(block, result)
+        return result
+
+    def _make(self, block: int, result: BlockResult) -> None:
+        linears = self._inventory.in_block(block)
         if small_or_large := unfit(self._model, self._quantized(linears), self._formats, self._group_size):
             self._move_exponents(block, small_or_large, result)
         if self._stream is None:
             self._round(linears, None, result)
-            return result
-        groups = self._stream.measure(linears if self._method.scales else self._quantized(linears))
-        groups = [group for group in groups if self._quantized(group.linears)]
-        if self._method.scales:
-            groups = self._scale(block, groups, self._stream.sample, result)
-        for group in groups:
-            self._round(group.linears, group.gram, result)
-        return result
+            return
+        # Scales are searched on the block as it was, so all inputs are measured before the first is moved.
+        for part in [linears] if self._method.scales else in_parts(self._quantized(linears)):
+            groups = [group for group in self._stream.measure(part) if self._quantized(group.linears)]
+            result.notes += self._stream.notes
+            if self._method.scales:
+                groups = self._scale(block, groups, self._stream.sample, result)
+            while groups:  # a group's matrix goes when it has been used
+                group = groups.pop(0)
+                self._round(group.linears, group.gram, result)
 
     def _move_exponents(self, block: int, names: set[str], result: BlockResult) -> None:
         """Makes the linears `names` of the next block fit, or raises AmqError; rare, so it may take its time."""
@@ -137,16 +150,20 @@ class BlockQuantizer:
             self._stream.advance()
 
     def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
+        """Rounds linears that share an input: those of one format together, as many as memory is set aside for."""
         quantize = QUANTIZERS[self._method.rounding]
+        by_format: dict[str, list[LinearSpec]] = {}
         for spec in self._quantized(specs):
-            fmt = self._formats[spec.name]
-            weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
+            by_format.setdefault(self._formats[spec.name].name, []).append(spec)
+        for name, stack in ((name, stack) for name, alike in by_format.items() for stack in stacks(alike)):
+            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in stack]
             try:
-                packed = quantize([weight], [fmt], self._group_size, gram, self._zero_points)[0][fmt.name]
+                made = quantize(weights, [get_format(name)], self._group_size, gram, self._zero_points)
             except AmqError as error:
-                raise AmqError(f"{spec.name}: {error}") from None
-            result.packed[spec.name] = packed
-            result.errors[spec.name] = relative_error(weight, packed, gram)
+                raise AmqError(f"{stack[0].name}: {error}") from None
+            for spec, weight, packed in zip(stack, weights, made, strict=True):
+                result.packed[spec.name] = packed[name]
+                result.errors[spec.name] = relative_error(weight, packed[name], gram)
 
     def _scale(
         self, block: int, groups: Sequence[InputGroup], run: Callable[[], Tensor], result: BlockResult
@@ -160,10 +177,12 @@ class BlockQuantizer:
         for group in groups:
             fold = find_fold(self._model, path, group.linears, head_dim, run)
             if fold is None:
-                result.notes.append(f"{group.linears[0].role}: nothing in the block can take its scales")
+                note = f"{group.linears[0].role}: nothing in the block can take its scales"
+                result.notes += [note] if note not in result.notes else []
                 scaled.append(group)
                 continue
             rounded = self._quantized(group.linears)
+            rounded = rounded[:: max(1, len(rounded) // SCALED)]
             weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in rounded]
             formats = [self._formats[s.name] for s in rounded]
             scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
@@ -186,11 +205,11 @@ class BlockQuantizer:
 
 
 def install(model: nn.Module, result: BlockResult) -> None:
-    """Puts a block's dequantized weights and changed parameters into `model`."""
+    """Puts a block's dequantized weights and changed parameters into `model`, which holds that block."""
     for name, value in result.changed.items():
         model.get_parameter(name).data.copy_(value)
     for name, packed in result.packed.items():
-        get_linear(model, name).weight.data.copy_(dequantized(packed))
+        put(get_linear(model, name).weight.data, packed)
 
 
 def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:

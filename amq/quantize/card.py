@@ -7,7 +7,7 @@ from pathlib import Path
 
 import amq
 from amq.checkpoint.record import QuantizationRecord
-from amq.quantize.log import HeadOutcome, PerplexityFigures, QuantizationLog
+from amq.quantize.log import ExpertsOutcome, OuterOutcome, PerplexityFigures, QuantizationLog
 from amq.util.extras import DISTRIBUTION, install_hint
 from amq.util.files import write_text
 
@@ -18,13 +18,13 @@ tags: [amq, quantized, mixed-bit]
 ---
 # {name}
 
-{model}, its {count} linears quantized by [amq](https://pypi.org/project/{distribution}/) {version} (method `{method}`,
+{model}, {count} quantized by [amq](https://pypi.org/project/{distribution}/) {version} (method `{method}`,
 group size {group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
-{head}{unusable}
+{outer}{unusable}
 | format | linears |
 |---|---|
 {formats}
-
+{experts}
 | in memory | MiB |
 |---|---|
 {memory}
@@ -56,22 +56,23 @@ Without `import amq` transformers fills the linears with random numbers and only
 def write_card(folder: Path, name: str, record: QuantizationRecord, log: QuantizationLog) -> None:
     """Writes README.md; log: its quantization.json."""
     settings = log.settings
-    counts = Counter(record.configuration.formats.values())
+    counts = Counter(linear.format for linear in log.linears.values())
     memory = [(i.name, i.bytes) for i in log.memory.items if i.bytes]
     memory.append(("**total**", log.memory.total))
     text = TEMPLATE.format(
         name=name,
         model=settings.model,
-        count=len(record.configuration.formats),
+        count=_count(log),
         version=amq.__version__,
         method=settings.method,
         distribution=DISTRIBUTION,
         install=install_hint("models,serve"),
         group_size=record.group_size,
         bits=log.bits_per_weight,
-        head=_head(log.head),
+        outer=_outer(log),
         unusable=_unusable(log.not_quantized),
         formats="\n".join(f"| {fmt} | {counts[fmt]} |" for fmt in sorted(counts)),
+        experts=_experts(log.experts),
         memory="\n".join(f"| {item} | {size / 2**20:.1f} |" for item, size in memory),
         perplexity=_perplexity(log.perplexity),
         windows=settings.windows,
@@ -82,11 +83,42 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: Quantiz
     write_text(folder / "README.md", text)
 
 
-def _head(head: HeadOutcome | None) -> str:
-    if head is None:
+def _count(log: QuantizationLog) -> str:
+    """`its 14 linears`, experts and what is outside the blocks besides."""
+    experts = sum(sum(layer.formats.values()) for layer in log.experts.values())
+    parts = [f"its {len(log.linears)} linears" + (f" ({experts} of them of experts)" if experts else "")]
+    if log.head:
+        parts.append("its head")
+    if log.embeddings or (log.head and log.head.embedding):
+        parts.append("its embeddings" if len(log.embeddings) > 1 else "its embedding")
+    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def _outer(log: QuantizationLog) -> str:
+    return "".join(_outer_line(found) for found in ([log.head] if log.head else []) + list(log.embeddings))
+
+
+def _outer_line(found: OuterOutcome) -> str:
+    what = f"`{found.name}` and the embedding tied to it are one" if found.embedding else f"`{found.name}` is an"
+    return f"Counted in that, {what} {found.format} weight of {found.bytes / 2**20:.1f} MiB.\n"
+
+
+def _experts(layers: dict[str, ExpertsOutcome]) -> str:
+    """layers: {layer and role: its experts}."""
+    known = [(e.least_error, e.most_error) for e in layers.values() if e.least_error is not None]
+    if not known:
         return ""
-    what = "lm_head and the embedding tied to it are one" if head.embedding else "lm_head is an"
-    return f"Besides them, the {what} {head.format} weight of {head.bytes / 2**20:.1f} MiB.\n"
+    roles = "\n".join(
+        f"| `{name}` | {', '.join(f'{count} {fmt}' for fmt, count in e.formats.items())} | {_range(e)} |"
+        for name, e in layers.items()
+    )
+    return f"\n| experts | formats | relative error |\n|---|---|---|\n{roles}\n"
+
+
+def _range(experts: ExpertsOutcome) -> str:
+    if experts.least_error is None or experts.most_error is None:
+        return "kept"
+    return f"{experts.least_error:.3f} to {experts.most_error:.3f}"
 
 
 def _unusable(reasons: dict[str, str]) -> str:

@@ -6,7 +6,8 @@ grouped-query attention one channel of v feeds several of o), differs between ar
 anywhere. So it is tried out: a candidate's channels are multiplied by random powers of two, the linears' input
 features are divided by them, and where the block's output stays as it was, the candidate is the producer. Powers of two
 change no rounding, so the output stays equal to the last bit or moves a lot. A norm that multiplies by 1 + weight
-(Gemma) is tried as such.
+(Gemma) is tried as such. What feeds the experts' gate and up often feeds a router too, which the trial finds: then
+nothing is folded. An expert's down is tried by itself, on random inputs, because few tokens reach it.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from amq.model.inventory import LinearSpec, get_linear
+from amq.model.experts import DOWN, UP, Experts, expert_of
+from amq.model.inventory import EXPERT, LinearSpec, get_linear
 
 TOLERANCE = 1e-3
 """Largest change of an output, relative to its largest value: rounding of 1 + weight, nothing else."""
+TRIED, WIDE = 32, 8.0
+"""Random inputs of an expert, and their size: large, so that an activation that clips shows itself."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,10 @@ def find_fold(
     head_dim: features per attention head, for v → o with fewer key-value heads.
     run: the block's output on some tokens, with the weights that the model has at that moment.
     """
+    run = _expert_alone(model, group) or run
     before = _outputs(model, group, run)
+    if len(before) == 1:  # experts that no token of the sample reached: any candidate would pass
+        return None
     generator = torch.Generator().manual_seed(0)
     for fold in _candidates(model, block, group, head_dim):
         channels = int(fold.index.max()) + 1
@@ -64,6 +71,25 @@ def find_fold(
         if len(after) == len(before) and all(map(_alike, after, before)):
             return fold
     return None
+
+
+def _down_of(model: nn.Module, group: Sequence[LinearSpec]) -> tuple[str, int] | None:
+    """(name of the `Experts`, number of the expert) where `group` is the down_proj of one; else None."""
+    if group[0].kind != EXPERT or group[0].role.rpartition(".")[2] != DOWN:
+        return None
+    return expert_of(model, group[0].name)
+
+
+def _expert_alone(model: nn.Module, group: Sequence[LinearSpec]) -> Callable[[], Tensor] | None:
+    """What an expert makes of random inputs, where `group` is its down_proj; else None."""
+    if (owner := _down_of(model, group)) is None:
+        return None
+    layer = model.get_submodule(owner[0])
+    assert isinstance(layer, Experts)
+    weight = get_linear(model, f"{owner[0]}.{UP}.{owner[1]}").weight
+    x = WIDE * torch.randn(TRIED, weight.shape[1], generator=torch.Generator().manual_seed(1))
+    x = x.to(weight.device, weight.dtype)
+    return lambda: layer.run(x, [len(x) * (i == owner[1]) for i in range(layer.experts)])
 
 
 def _outputs(model: nn.Module, group: Sequence[LinearSpec], run: Callable[[], Tensor]) -> list[Tensor]:
@@ -120,7 +146,9 @@ def _candidates(model: nn.Module, block: str, group: Sequence[LinearSpec], head_
     features = group[0].in_features
     members = {spec.name for spec in group}
     straight = torch.arange(features)
-    modules = [(f"{block}.{n}", m) for n, m in model.get_submodule(block).named_modules() if n]
+    owner = _down_of(model, group)
+    named = ((f"{block}.{n}", m) for n, m in model.get_submodule(block).named_modules() if n)
+    modules = [(n, m) for n, m in named if expert_of(model, n) == owner]  # an expert makes its own down's input alone
     for name, module in modules:
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter) and tuple(weight.shape) == (features,):

@@ -1,96 +1,84 @@
-"""`--head FORMAT`: the lm_head packed like any linear, and with it the embedding where the two are tied.
+"""Head and embeddings, packed like any linear: `--head FORMAT`, `--embeddings FORMAT`, or as a configuration says.
 
 The head of a small model is a large part of what it stores and of what every token reads, and in 8 bits it loses next
 to nothing. It is rounded to nearest, without calibration: each group takes the grid of least squared error. Tied
-embeddings are then read from the packed head (`amq.kernels.embedding`), so that one copy is left of both. A quantizer
-that sees calibration inputs sees those of the embedding as it will be.
+embeddings are then read from the packed head (`amq.kernels.embedding`), so that one copy is left of both; one that is
+not tied is packed by itself. A quantizer that sees calibration inputs sees those of the embedding as it will be.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
-from amq.configuration import MemoryItem
 from amq.errors import AmqError
-from amq.formats import BitFormat, get_format
-from amq.kernels.cpu import dequantized
-from amq.model.inventory import get_linear
+from amq.formats import BitFormat
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.packing import PackedWeight
-from amq.quantize.blocks import relative_error
+from amq.quantize.pieces import put, square_error
 from amq.quantize.quantizers.grid import out_of_range
 from amq.quantize.quantizers.rtn import quantize_fitted
 from amq.quantize.settings import NO_HEAD
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+FLAGS = {HEAD: "--head", EMBEDDING: "--embeddings"}
+"""Which flag says what becomes of that kind of weight."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """A head that is to be quantized.
+def with_outer(
+    formats: Mapping[str, str], inventory: Inventory, reasons: Mapping[str, str], given: Mapping[str, str]
+) -> dict[str, str]:
+    """`formats` of a configuration with what the command line says of head and embeddings.
 
-    name: its dotted name. embedding: that of the embedding which shares its weight; empty where none does.
+    given: {kind: format name, `none` for 16 bits, or empty for what the configuration says}. reasons: {weight: why it
+    has to stay as it is}. Raises AmqError where there is no such head or embedding.
     """
+    result = dict(formats)
+    for kind, value in given.items():
+        names = [s.name for s in inventory.outer if s.kind == kind]
+        if value == NO_HEAD:
+            result = {name: fmt for name, fmt in result.items() if name not in names}
+        elif value and not names:
+            raise AmqError(f"{FLAGS[kind]} {value}: {_why_none(kind, inventory, reasons)}; use {FLAGS[kind]} {NO_HEAD}")
+        elif value:
+            result |= dict.fromkeys(names, value)
+    return result
 
-    name: str
-    embedding: str
-    format: BitFormat
-    shape: tuple[int, int]
 
-    def stored_bytes(self, group_size: int) -> int:
-        return self.format.stored_bytes(*self.shape, group_size)
+def _why_none(kind: str, inventory: Inventory, reasons: Mapping[str, str]) -> str:
+    others = {o.name.removesuffix(".weight") for o in inventory.others if o.kind in ("embedding", "lm_head")}
+    for name, reason in reasons.items():
+        if name in others:
+            return f"{name} stays in 16 bits: {reason}"
+    if kind == EMBEDDING and inventory.head_is_tied:
+        return f"the embedding is tied to the head, which {FLAGS[HEAD]} quantizes"
+    return f"this model has no {'nn.Linear as its head' if kind == HEAD else 'nn.Embedding'} that can be packed"
 
 
-def find_head(model: PreTrainedModel, fmt: str) -> Head | None:
-    """The head of `model` for the format called `fmt`; None for `none`. Raises AmqError where there is no such head."""
-    if fmt == NO_HEAD:
-        return None
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if not isinstance(head, nn.Linear):
-        found = "none" if head is None else f"a {type(head).__name__}"
-        raise AmqError(f"--head {fmt}: the head must be an nn.Linear, this model has {found}; use --head {NO_HEAD}")
-    names = {id(module): name for name, module in model.named_modules()}
-    if not bool(torch.isfinite(head.weight).all()):
-        raise AmqError(f"{names[id(head)]} holds non-finite weights: the model is damaged, load it again")
-    tied = getattr(embedding, "weight", None) is head.weight
-    if tied and type(embedding) is not nn.Embedding:
+def check_grid(spec: LinearSpec, weight: Tensor, fmt: BitFormat, group_size: int) -> None:
+    """Raises AmqError where the scales that `weight` [rows, in_features] needs are beyond fp16."""
+    if out_of_range(weight, fmt, group_size):
+        flag = FLAGS[spec.kind]
         raise AmqError(
-            f"--head {fmt}: the embedding is tied to the head and is a {type(embedding).__name__}, which does more "
-            f"than to look up rows; only an nn.Embedding can read a packed head: use --head {NO_HEAD}"
+            f"{spec.name}: its weights reach {float(weight.abs().max()):.1e}, for which {fmt.name} needs scales beyond "
+            f"fp16's range: use {flag} {NO_HEAD} (in a search {flag} 16bit), which leaves it in 16 bits"
         )
-    shape = (head.out_features, head.in_features)
-    return Head(names[id(head)], names[id(embedding)] if tied else "", get_format(fmt), shape)
 
 
-def quantize_head(model: nn.Module, head: Head, group_size: int, zero_points: str) -> tuple[PackedWeight, float]:
-    """Rounds the head and leaves the result in `model`, and so in a tied embedding; with it ‖W − Ŵ‖/‖W‖."""
-    parameter = get_linear(model, head.name).weight
-    weight = parameter.detach().float().cpu()
-    if out_of_range(weight, head.format, group_size):
-        raise AmqError(
-            f"{head.name}: its weights reach {float(weight.abs().max()):.1e}, for which {head.format.name} needs "
-            f"scales beyond fp16's range: use --head {NO_HEAD}"
-        )
-    result = round_to_grid(weight, head.format, group_size, zero_points)
-    error = relative_error(weight, result, None)
-    parameter.data.copy_(dequantized(result))
+def quantize_outer(
+    model: nn.Module, spec: LinearSpec, fmt: BitFormat, group_size: int, zero_points: str
+) -> tuple[PackedWeight, float]:
+    """Rounds a head or embedding, which `check_grid` has let pass, and leaves the result in `model`, what is tied to it
+    included; with it ‖W − Ŵ‖/‖W‖."""
+    parameter = get_weight(model, spec.name)
+    weight = parameter.detach().cpu()
+    result = round_to_grid(weight, fmt, group_size, zero_points)
+    error = math.sqrt(square_error(weight, result) / max(square_error(weight, None), 1e-30))
+    put(parameter.data, result)
     return result, error
 
 
 def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str) -> PackedWeight:
     """[rows, in_features] to nearest on the grid of least squared error, which is fitted to every group."""
     return quantize_fitted([weight], [fmt], group_size, zero_points)[0][fmt.name]
-
-
-def with_head(items: tuple[MemoryItem, ...], head: Head | None, group_size: int) -> tuple[MemoryItem, ...]:
-    """`amq.configuration.memory_items` with the head as it is quantized, in place of its 16 bits."""
-    if head is None:
-        return items
-    changed = {"lm_head": MemoryItem("lm_head", head.stored_bytes(group_size), head.format.name)}
-    if head.embedding:
-        changed["embeddings"] = MemoryItem("embeddings", 0, "tied to the lm_head: the same bytes")
-    return tuple(changed.get(item.name, item) for item in items)

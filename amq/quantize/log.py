@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from amq.configuration import Memory
@@ -30,8 +30,20 @@ class LinearOutcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadOutcome:
-    """The head where it is quantized; embedding: the one that shares its weight."""
+class ExpertsOutcome:
+    """Experts of one layer and role: {format: how many}, and the least and most of their relative errors.
+
+    None where nothing is known of these: before the end, or where all are kept.
+    """
+
+    formats: dict[str, int]
+    least_error: float | None = None
+    most_error: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterOutcome:
+    """A head or an embedding that is quantized; embedding: of a head, the one that shares its weight."""
 
     name: str
     format: str
@@ -56,7 +68,9 @@ class PerplexityFigures:
 class QuantizationLog(JsonFile):
     """not_quantized: {linear: why it could not be}; window_prefix: tokens that every calibration window begins with.
 
-    head, perplexity: None where there is none. seconds, peak_memory_bytes: 0 until the end.
+    bits_per_weight: of linears, head and embeddings that have a format. experts: {layer and role: what `linears` says
+    of each of them}. embeddings: those that are quantized and not tied to the head. head, perplexity: None where there
+    is none. seconds, peak_memory_bytes: 0 until the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/quantization/1",)
@@ -71,7 +85,9 @@ class QuantizationLog(JsonFile):
     perplexity: PerplexityFigures | None = None
     linears: dict[str, LinearOutcome]
     not_quantized: dict[str, str]
-    head: HeadOutcome | None = None
+    experts: dict[str, ExpertsOutcome] = field(default_factory=dict)
+    head: OuterOutcome | None = None
+    embeddings: tuple[OuterOutcome, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     peak_memory_bytes: int = 0

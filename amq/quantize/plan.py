@@ -3,49 +3,65 @@
 from __future__ import annotations
 
 import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
-from amq.model.inventory import Inventory, embedding_weight, get_linear
+from amq.formats import get_stored
+from amq.model.calibration import FLOAT, STATE_BYTES, gram_bytes, in_parts
+from amq.model.inventory import EXPERT, Inventory, embedding_weight, get_linear
+from amq.quantize.pieces import STACK
+from amq.quantize.shown import counts_text
 from amq.util.folders import real_folder
 from amq.util.limits import check_memory, free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-FLOAT = 4
-"""Bytes of the numbers that blocks are quantized in."""
 WEIGHT_COPIES = 4
-"""Of the largest linear, in float32, while it is rounded: itself, its codes, its errors, its result."""
+"""Of what is rounded at once, in float32: itself, its codes, its errors, its result."""
 GRAM_COPIES = 2
-"""The sums of a block's second moments, and their means."""
+"""The second moments of a block's inputs, and what is made of those that are worked with."""
 HEADERS = 1 << 20
 """Bytes allowed for what files of tensors hold besides them, and for a log that grows."""
 
 
 def working_bytes(
-    model: PreTrainedModel, inventory: Inventory, sharing: Sequence[Sequence[str]], windows: Tensor, calibrated: bool
+    model: PreTrainedModel,
+    inventory: Inventory,
+    configuration: Configuration,
+    sharing: Sequence[Sequence[str]],
+    windows: Tensor,
+    calibrated: bool,
+    scales: bool = False,
 ) -> int:
-    """Bytes needed besides the loaded model: hidden states, one block's second moments, the largest linear's copies.
+    """Bytes needed besides the loaded model: hidden states, one block's second moments, copies of what is rounded, and
+    packed head and embeddings.
 
-    sharing: groups of linears that read one tensor. windows: int64 [windows, length].
+    sharing: groups of linears that read one tensor. windows: int64 [windows, length]. scales: whether AWQ's are
+    searched, for which a block is measured as a whole and a layer of experts kept twice.
     """
     largest = max(s.numel for s in inventory.linears)
+    experts = [sum(s.numel for s in inventory.in_block(b) if s.kind == EXPERT) for b in range(inventory.n_blocks)]
+    stacked = max(largest, min(STACK, max(experts)))
+    outer = sum(
+        linear_bytes(s, get_stored(configuration.formats[s.name]), configuration.group_size)
+        for s in configuration.of(inventory.outer)
+    )
+    needed = WEIGHT_COPIES * FLOAT * stacked + outer
     if not calibrated:
-        return WEIGHT_COPIES * FLOAT * largest
+        return needed
     followers = {name for group in sharing for name in group[1:]}
-    grams = [0] * inventory.n_blocks
-    for spec in inventory.linears:
-        grams[spec.block] += spec.in_features**2 * (spec.name not in followers)
+    blocks = [inventory.in_block(block) for block in range(inventory.n_blocks)]
+    grams = max(gram_bytes(p, followers) for b in blocks for p in ([b] if scales else in_parts(b)))
     embedding = embedding_weight(model)
     states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
-    return states + GRAM_COPIES * FLOAT * max(grams) + WEIGHT_COPIES * FLOAT * largest
+    states *= 1 + any(experts)  # what enters a layer of experts is kept, for those that few tokens reach
+    return needed + min(states, STATE_BYTES) + GRAM_COPIES * grams + FLOAT * max(experts) * scales
 
 
 def model_width(model: PreTrainedModel, inventory: Inventory) -> int:
@@ -84,12 +100,12 @@ def plan_text(
     import psutil
 
     check_memory(memory, f"quantizing by {method}", device)
-    counts = Counter(configuration.formats.values())
-    formats = ", ".join(f"{count} {name}" for name, count in sorted(counts.items()))
+    formats = counts_text(inventory.linears, configuration.formats)
+    formats += "".join(f"; {s.name} {configuration.formats[s.name]}" for s in configuration.of(inventory.outer))
     resident, free = psutil.Process().memory_info().rss, free_memory()
     return (
         f"plan: {len(inventory.linears)} linears in {inventory.n_blocks} blocks by {method} ({formats}): "
-        f"{configuration.bits_per_weight(inventory.linears):.4f} bits per weight, {checkpoint / 2**20:.1f} MiB in all\n"
+        f"{configuration.bits_per_weight(inventory.weights):.4f} bits per weight, {checkpoint / 2**20:.1f} MiB in all\n"
         f"plan: memory: {resident / 2**30:.2f} GiB in use with the model, about {memory / 2**30:.2f} GiB more, "
         f"{free / 2**30:.2f} GiB free; disk: {disk[0] / 2**20:.0f} MiB needed, {disk[1] / 2**20:.0f} MiB free"
     )

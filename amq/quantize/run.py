@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
 from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import BitFormat, get_format
 from amq.model.calibration import shared_inputs
-from amq.model.inventory import Inventory
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
+from amq.model.paging import holding
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, WindowSampler, fixed_windows
 from amq.model.usable import Usable
@@ -25,23 +27,20 @@ from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
-from amq.quantize.head import Head, find_head, quantize_head, with_head
-from amq.quantize.log import HeadOutcome, LinearOutcome, PerplexityFigures, QuantizationLog, SourceEntry
+from amq.quantize.head import check_grid, quantize_outer, with_outer
+from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.methods import METHODS
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.resume import Identity, WorkFolder
 from amq.quantize.settings import QuantizeSettings
+from amq.quantize.shown import errors_text, experts_outcomes, warn_of
 from amq.quantize.sources import BankSource
 from amq.util.folders import check_new_folder
 from amq.util.machine import peak_memory_bytes
 from amq.util.progress import Progress
 
-logger = logging.getLogger(__name__)
-
 SHARING_TOKENS = 16
-MOST_ERROR = 0.5
-"""Relative error of a linear above which a warning names it."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,13 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         source = _source(settings, job, progress)
         work.begin(_identity(settings, job, source), job.record)
         perplexities.measure("full")
-        packed: dict[str, PackedWeight] = {}
-        if job.head is not None:
-            group_size = job.record.group_size
-            weight, error = quantize_head(job.opened.model, job.head, group_size, settings.zero_points)
-            packed[job.head.name] = weight
-            log = replace(log, head=_head(job, error))
-        results = _blocks(source, work, job.inventory.n_blocks, progress)
+        packed, errors = _outer(job, settings.zero_points)
+        results = _blocks(source, work, job, progress)
         perplexities.measure(settings.method)
+        for result in results:
+            errors |= result.errors
         log = replace(
-            log, perplexity=perplexities.figures, linears=_linears(job.inventory, job.configuration, results),
+            log, perplexity=perplexities.figures, **_outcomes(job, errors),
             notes=tuple(sorted({note for result in results for note in result.notes})),
             seconds=round(time.monotonic() - started, 1),
             peak_memory_bytes=peak_memory_bytes(),
@@ -92,20 +88,35 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
 class _Job:
     """A loaded model with all that is decided about it before the first block.
 
-    sharing: groups of linears that read one tensor. windows: int64 [windows, length], of the calibration text.
+    windows: int64 [windows, length], of the calibration text.
     """
 
     opened: OpenModel
     configuration: Configuration
     corpus: Corpus
     windows: Tensor
-    head: Head | None
     record: QuantizationRecord
     output: CheckpointOutput
 
     @property
     def inventory(self) -> Inventory:
         return self.opened.inventory
+
+    @property
+    def outer(self) -> dict[LinearSpec, BitFormat]:
+        """Head and embeddings that are quantized."""
+        return _outer_formats(self.configuration, self.inventory)
+
+    @property
+    def linear_formats(self) -> dict[str, str]:
+        """{linear of the blocks: format} of those that are quantized."""
+        formats = self.configuration.quantized
+        return {s.name: formats[s.name] for s in self.inventory.linears if s.name in formats}
+
+
+def _outer_formats(configuration: Configuration, inventory: Inventory) -> dict[LinearSpec, BitFormat]:
+    formats = configuration.quantized
+    return {s: get_format(formats[s.name]) for s in inventory.outer if s.name in formats}
 
 
 def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
@@ -116,10 +127,11 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
     _check_provenance(configuration, opened.fingerprint, settings.model)
     corpus = opened.corpus(settings.calibration)
     windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
-    head = find_head(model, settings.head)
+    for spec, fmt in _outer_formats(configuration, inventory).items():
+        check_grid(spec, get_weight(model, spec.name).detach(), fmt, configuration.group_size)
     quantized = inventory.only(configuration.quantized)
     sharing = shared_inputs(model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
-    record = _record(configuration, inventory, settings.method, sharing, head)
+    record = _record(configuration, inventory, settings.method, sharing)
     dtype = stored_dtype(opened.folder, model)
     files = CheckpointOutput(
         output,
@@ -132,7 +144,7 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
         opened.usable.loaded,
         settings.trust_remote_code,
     )
-    return _Job(opened, configuration, corpus, windows, head, record, files)
+    return _Job(opened, configuration, corpus, windows, record, files)
 
 
 def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Identity:
@@ -160,7 +172,10 @@ def _say_plan(
     """
     method = METHODS.get(settings.method)
     calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
-    memory = working_bytes(job.opened.model, job.inventory, job.record.shared_inputs, job.windows, calibrated)
+    scales = method is not None and method.scales
+    memory = working_bytes(
+        job.opened.model, job.inventory, job.configuration, job.record.shared_inputs, job.windows, calibrated, scales
+    )
     checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
@@ -179,18 +194,39 @@ def _say_plan(
 
 def _memory(job: _Job) -> Memory:
     """The checkpoint's size, itemised."""
-    return Memory.of(with_head(memory_items(job.inventory, job.configuration), job.head, job.record.group_size))
+    return Memory.of(memory_items(job.inventory, job.configuration))
 
 
-def _head(job: _Job, error: float | None = None) -> HeadOutcome | None:
-    """error: None before it is known."""
-    if job.head is None:
-        return None
-    head, size = job.head, job.head.stored_bytes(job.record.group_size)
-    return HeadOutcome(
-        name=head.name, format=head.format.name, shape=head.shape, bytes=size, relative_error=error,
-        embedding=head.embedding or None,
-    )  # fmt: skip
+def _outer(job: _Job, zero_points: str) -> tuple[dict[str, PackedWeight], dict[str, float]]:
+    """Rounds head and embeddings in place: {name: weight} and {name: relative error}."""
+    made = {
+        spec.name: quantize_outer(job.opened.model, spec, fmt, job.record.group_size, zero_points)
+        for spec, fmt in job.outer.items()
+    }
+    return {name: packed for name, (packed, _) in made.items()}, {name: error for name, (_, error) in made.items()}
+
+
+def _outcomes(job: _Job, errors: Mapping[str, float]) -> dict[str, Any]:
+    """What quantization.json says of every weight. errors: relative ones of linears, head and embeddings, as far as
+    they are known."""
+    formats, linears = job.configuration.formats, job.inventory.linears
+
+    def outer(spec: LinearSpec, fmt: BitFormat) -> OuterOutcome:
+        size = fmt.stored_bytes(spec.out_features, spec.in_features, job.record.group_size)
+        return OuterOutcome(
+            name=spec.name, format=fmt.name, shape=(spec.out_features, spec.in_features), bytes=size,
+            relative_error=errors.get(spec.name), embedding=spec.tied or None,
+        )  # fmt: skip
+
+    head = [outer(spec, fmt) for spec, fmt in job.outer.items() if spec.kind == HEAD]
+    return {
+        "linears": {
+            s.name: LinearOutcome(formats[s.name], (s.out_features, s.in_features), errors.get(s.name)) for s in linears
+        },
+        "experts": experts_outcomes(linears, formats, errors),
+        "head": head[0] if head else None,
+        "embeddings": tuple(outer(spec, fmt) for spec, fmt in job.outer.items() if spec.kind == EMBEDDING),
+    }
 
 
 def _log(settings: QuantizeSettings, job: _Job, perplexities: _Perplexities) -> QuantizationLog:
@@ -200,51 +236,40 @@ def _log(settings: QuantizeSettings, job: _Job, perplexities: _Perplexities) -> 
         model=SourceEntry(settings.model, job.opened.fingerprint),
         calibration_sha256=job.corpus.sha256,
         window_prefix=tuple(job.corpus.prefix_names),
-        bits_per_weight=round(job.configuration.bits_per_weight(job.inventory.linears), 4),
+        bits_per_weight=round(job.configuration.bits_per_weight(job.inventory.weights), 4),
         memory=_memory(job),
         perplexity=perplexities.figures,
-        linears=_linears(job.inventory, job.configuration, []),
         not_quantized=job.opened.usable.reasons,
-        head=_head(job),
+        **_outcomes(job, {}),
     )
 
 
 def _record(
-    configuration: Configuration,
-    inventory: Inventory,
-    method: str,
-    sharing: tuple[tuple[str, ...], ...],
-    head: Head | None,
+    configuration: Configuration, inventory: Inventory, method: str, sharing: tuple[tuple[str, ...], ...]
 ) -> QuantizationRecord:
-    formats = configuration.quantized
-    shapes = {s.name: (s.out_features, s.in_features) for s in inventory.linears}
+    formats, outer = configuration.quantized, _outer_formats(configuration, inventory)
+    shapes = {s.name: (s.out_features, s.in_features) for s in (*inventory.linears, *outer)}
     kept = {name: shapes.pop(name) for name in list(shapes) if name not in formats}
-    if head is None:
-        return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing, kept=kept)
-    embedding = {head.embedding: head.name} if head.embedding else {}
-    return QuantizationRecord(
-        {**formats, head.name: head.format.name},
-        {**shapes, head.name: head.shape},
-        configuration.group_size,
-        method,
-        sharing,
-        head.name,
-        embedding,
-        kept,
-    )
+    heads = [s.name for s in outer if s.kind == HEAD]
+    tied = {s.tied: s.name for s in outer if s.tied}
+    embedding = tied | {s.name: s.name for s in outer if s.kind == EMBEDDING}
+    head = heads[0] if heads else ""
+    return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing, head, embedding, kept)
 
 
 def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
-    """What is asked for, pins included; names exactly the linears that can be quantized."""
+    """What is asked for, pins, head and embeddings included; names exactly the linears that can be quantized."""
     inventory = usable.inventory
     if settings.uniform:
         configuration = Configuration.uniform(inventory.linears, get_format(settings.uniform), settings.group_size)
     else:
         configuration = Configuration.load(Path(settings.configuration))
-        configuration.check(inventory.linears, usable.reasons)
+        configuration.check(inventory.linears, usable.reasons, inventory.outer)
     pins = {name: fmt.name for name, fmt in parse_pins(settings.pin, inventory.linears).items()}
-    configuration = replace(configuration, formats={**configuration.formats, **pins})
-    if not configuration.quantized:
+    given = {HEAD: settings.head, EMBEDDING: settings.embeddings}
+    formats = with_outer({**configuration.formats, **pins}, inventory, usable.reasons, given)
+    configuration = replace(configuration, formats=formats)
+    if not inventory.only(configuration.quantized).linears:
         raise AmqError("every linear is kept in 16 bits: nothing is left to quantize")
     return configuration
 
@@ -260,7 +285,7 @@ def _check_provenance(configuration: Configuration, fingerprint: str, model: str
 
 def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockSource:
     """What makes block after block."""
-    loaded, windows, formats = job.opened.loaded, job.windows, job.configuration.quantized
+    loaded, windows, formats = job.opened.loaded, job.windows, job.linear_formats
     model, group_size, zero_points = loaded.model, job.configuration.group_size, settings.zero_points
     quantized = job.inventory.only(formats)
     if settings.method in METHODS:
@@ -277,21 +302,23 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
     return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
 
 
-def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progress) -> list[BlockResult]:
+def _blocks(source: BlockSource, work: WorkFolder, job: _Job, progress: Progress) -> list[BlockResult]:
     """Every block's result, from the work folder where it is there."""
+    count, specs = job.inventory.n_blocks, {s.name: s for s in job.inventory.linears}
     results: list[BlockResult] = []
     measured = False
     with progress.stage("quantize", count) as step:
         for block in range(count):
             start = time.monotonic()
             note, made = "is there", not work.has(block)
+            with holding(job.opened.model, block):
+                if made:
+                    work.save(block, source.make(block))
+                result = work.load(block)  # mapped, so that finished blocks take no memory
+                source.finish(result)
             if made:
-                work.save(block, source.make(block))
-            result = work.load(block)  # mapped, so that finished blocks take no memory
-            if made:
-                note = _errors(result)
-                _warn_of(result)
-            source.finish(result)
+                note = errors_text(result, specs)
+                warn_of(result, specs)
             results.append(result)
             seconds = time.monotonic() - start
             step(f"block {block}: {note}, {seconds:.1f} s")
@@ -299,33 +326,6 @@ def _blocks(source: BlockSource, work: WorkFolder, count: int, progress: Progres
                 measured, left = True, count - block - 1
                 progress.say(f"plan: {left} blocks more at {seconds:.1f} s take about {time_text(left * seconds)}")
     return results
-
-
-def _errors(result: BlockResult) -> str:
-    """`relative error q_proj int3 0.12 …`, linears by the last part of their names."""
-    shown = [
-        f"{name.rpartition('.')[2]} {result.packed[name].format.name} {error:.3f}"
-        for name, error in result.errors.items()
-    ]
-    return "relative error " + " ".join(shown)
-
-
-def _warn_of(result: BlockResult) -> None:
-    """Names the linears of a block that lost more than half of what they compute."""
-    for name, error in result.errors.items():
-        if not error <= MOST_ERROR:
-            fmt = result.packed[name].format.name
-            logger.warning("%s in %s has a relative error of %.2f: give it a wider format", name, fmt, error)
-
-
-def _linears(
-    inventory: Inventory, configuration: Configuration, results: list[BlockResult]
-) -> dict[str, LinearOutcome]:
-    errors = {name: error for result in results for name, error in result.errors.items()}
-    return {
-        s.name: LinearOutcome(configuration.formats[s.name], (s.out_features, s.in_features), errors.get(s.name))
-        for s in inventory.linears
-    }
 
 
 class _Perplexities:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from amq.errors import AmqError
-from amq.formats import check_group_size, get_format
+from amq.formats import check_group_size, get_format, get_stored
 from amq.model.settings import MODEL, ModelSettings
 from amq.quantize.methods import METHODS, OTHER_METHODS
 from amq.quantize.quantizers import ZERO_POINTS
@@ -14,7 +14,7 @@ from amq.util.settings import REACH, REQUIRED, flag
 
 ROUND, CARD = "how to round", "what the model card says"
 NO_HEAD = "none"
-"""`--head none`: lm_head and embedding keep their dtype."""
+"""`--head none`: lm_head and embedding keep their dtype; `--embeddings none` likewise."""
 HELP = {name: METHODS[name].help for name in METHODS} | OTHER_METHODS
 
 
@@ -37,7 +37,11 @@ class QuantizeSettings(ModelSettings):
     )  # fmt: skip
     group_size: int = flag(128, "input features per scale, with --uniform", REACH, metavar="G")
     head: str = flag(
-        NO_HEAD, f"format of the lm_head and of an embedding tied to it; {NO_HEAD} leaves both", REACH, metavar="FORMAT"
+        "", f"format of the lm_head and of an embedding tied to it, {NO_HEAD} for 16 bits; without it as the "
+        "configuration says", REACH, metavar="FORMAT",
+    )  # fmt: skip
+    embeddings: str = flag(
+        "", f"the same of embeddings that are not tied to the lm_head, {NO_HEAD} for 16 bits", REACH, metavar="FORMAT"
     )
     method: str = flag("gptq", "; ".join(f"{name}: {text}" for name, text in HELP.items()), ROUND, choices=HELP)
     zero_points: str = flag(
@@ -64,8 +68,9 @@ class QuantizeSettings(ModelSettings):
         if self.uniform:
             get_format(self.uniform)
             check_group_size(self.group_size)
-        if self.head != NO_HEAD:
-            get_format(self.head)
+        for given in (self.head, self.embeddings):
+            if given not in ("", NO_HEAD):
+                get_stored(given)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from amq.model.inventory import Inventory, get_linear
+from amq.model.paging import holding
 from amq.quantize.bank import WeightBank
 from amq.quantize.blocks import BlockResult, install, relative_error
 
@@ -24,11 +25,12 @@ class BankSource:
 
     def make(self, block: int) -> BlockResult:
         result = BlockResult()
-        for spec in self._inventory.in_block(block):
-            packed = self._bank.get(spec.name, self._formats[spec.name])
-            weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
-            result.packed[spec.name] = packed
-            result.errors[spec.name] = relative_error(weight, packed, None)
+        with holding(self._model, block):
+            for spec in self._inventory.in_block(block):
+                packed = self._bank.get(spec.name, self._formats[spec.name])
+                weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
+                result.packed[spec.name] = packed
+                result.errors[spec.name] = relative_error(weight, packed, None)
         return result
 
     def finish(self, result: BlockResult) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import altair as alt
 
-from amq.report.data import Point, Shown, count_formats, show_loss, sort_formats
+from amq.report.data import Point, Shown, count_formats, is_of_linears
 from amq.report.look import (
     BLUE,
     GREEN,
@@ -20,13 +20,13 @@ from amq.report.look import (
     MAGENTA,
     ORANGE,
     PARTS,
-    RAMP,
     Chart,
     Missing,
     finish,
     log_scale,
     table,
 )
+from amq.report.maps import bits_chart, cost_chart
 
 LOSSES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
 KINDS = {
@@ -37,7 +37,6 @@ KINDS = {
     "chosen": (ORANGE, "diamond", 200),
 }
 """Kinds of point in scatter charts: colour, shape and area in pixels; later ones are drawn over earlier ones."""
-MOST_HEIGHT = 900
 DASHED: dict[str, Any] = {"color": GREY, "strokeDash": [5, 4], "strokeWidth": 1.3, "clip": True}
 BAND: dict[str, Any] = {"color": GREEN, "opacity": 0.2, "clip": True}
 
@@ -53,14 +52,17 @@ def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> al
 
 
 def memory_chart(run: Shown) -> Chart:
-    """Everything that must be resident, now and with the linears in 16 bits."""
+    """Everything that must be resident, now and with everything in 16 bits."""
     if not run.memory or run.chosen is None:
         return Missing("nothing was chosen yet, or configuration.json itemises no memory")
-    full = 2 * run.numel
-    unit, size = ("GiB", 2**30) if run.size(16) >= 2**30 else ("MiB", 2**20)
+    whole = run.items(run.widest)
+    full = sum(item.bytes for item in whole if is_of_linears(item))
+    unit, size = ("GiB", 2**30) if run.size(run.widest) >= 2**30 else ("MiB", 2**20)
     now, parts = f"{run.chosen.bits:.2f} bits", [item.name for item in run.memory if item.bytes]
     bars = [(now, item.name, item.bytes) for item in run.memory]
-    bars += [("16 bits", parts[0], full), *(("16 bits", item.name, item.bytes) for item in run.others)]
+    bars += [("16 bits", parts[0], full)]
+    bars += [("16 bits", item.name, item.bytes) for item in whole if item.bytes and not is_of_linears(item)]
+    parts += [name for _, name, _ in bars if name not in parts]
     rows = ({"bar": bar, "part": part, unit: n / size, "at": parts.index(part)} for bar, part, n in bars if n)
     chart = table(rows).mark_bar(height=26).encode(
         alt.X(f"{unit}:Q").axis(tickCount=6),
@@ -70,68 +72,6 @@ def memory_chart(run: Shown) -> Chart:
         tooltip=["part:N", f"{unit}:Q"],
     )  # fmt: skip
     return finish([chart], "Memory", f"Stacked bars: memory by part in {unit}, now and in 16 bits", 84)
-
-
-def bits_chart(run: Shown) -> Chart:
-    """The format of each linear by block and role, of one configuration of the front at a time."""
-    if not run.choices:
-        return Missing("the run has neither a front nor a chosen configuration yet")
-    formats = sort_formats(name for point in run.choices for name in point.formats.values())
-    last = len(run.choices) - 1
-    start = next((i for i, p in enumerate(run.choices) if run.is_chosen(p)), last // 2)
-    slider = alt.binding_range(min=0, max=last, step=1, name="point of the front ") if last else alt.Undefined
-    figures = [f"{p.bits:.2f} bits, loss {show_loss(p.lost)}" + " (chosen)" * run.is_chosen(p) for p in run.choices]
-    labels = [[line, count_formats(p.formats.values())] for line, p in zip(figures, run.choices, strict=True)]
-    codes = {s.name: [formats.index(p.formats[s.name]) for p in run.choices] for s in run.folder.run.linears}
-    colors = [RAMP[round(i * (len(RAMP) - 1) / max(1, len(formats) - 1))] for i in range(len(formats))]
-    color = alt.Color("format:N").title(None).scale(domain=formats, range=colors)
-    chart = _heat_map(run, "format", codes, "names[datum.value[at]]", color, alt.expr("labels[at]"))
-    names, texts = alt.param(name="names", value=formats), alt.param(name="labels", value=labels)
-    return chart.add_params(names, texts, alt.param(name="at", value=start, bind=slider))
-
-
-def _heat_map(
-    run: Shown, field: str, values: dict[str, Any], formula: str, color: alt.Color, title: Any
-) -> alt.LayerChart:
-    """Role by block, and a frame around each pinned linear. formula: of `field`, from `datum.value`, the linear's."""
-    x = alt.X("block:O").title("block").axis(labelAngle=0, grid=False, labelOverlap="parity")
-    x = x.scale(paddingInner=min(0.06, run.folder.run.model.blocks / 400))
-    y = alt.Y("role:N").title(None).axis(labelLimit=150, grid=False).scale(paddingInner=0.08)
-    y = y.sort(list(run.roles.values()))
-    pinned = run.folder.run.pinned
-    cells = [
-        {"linear": s.name, "role": run.roles[s.role], "block": s.block, "value": values[s.name]}
-        | {"pinned": pinned.get(s.name, "no")}
-        for s in run.folder.run.linears
-        if s.name in values
-    ]
-    map_ = table(cells).transform_calculate(**{field: formula}).mark_rect()
-    layers = [map_.encode(x, y, color, tooltip=["linear:N", color["shorthand"], "pinned:N"])]
-    if pinned:
-        frames = table(cell for cell in cells if cell["linear"] in pinned)
-        layers.append(frames.mark_rect(filled=False, stroke=ORANGE, strokeWidth=2).encode(x, y))
-    row = max(2, min(26, MOST_HEIGHT // len(run.roles)))  # a model of experts has hundreds of roles
-    return finish(layers, title, f"Heat map: the {field} of each linear by role and block", row * len(run.roles))
-
-
-def cost_chart(run: Shown) -> Chart:
-    """Measured sensitivities, or where the run has none the solver's cost at the lowest format."""
-    if run.folder.sensitivity is not None:
-        title, unit = f"Sensitivity of each linear at {run.folder.sensitivity.lowest}", "nats/token"
-        found: dict[str, float | None] = {**run.folder.sensitivity.loss}
-    elif run.folder.cost is not None:
-        lowest = next(iter(sort_formats(name for row in run.folder.cost.cost.values() for name in row)), "")
-        title, unit = f"Cost ({run.folder.cost.kind}) of each linear at {lowest}", run.folder.cost.unit
-        found = {linear: row.get(lowest) for linear, row in run.folder.cost.cost.items()}
-    else:
-        return Missing("the run has no sensitivity.json and no cost.json")
-    values = {linear: value for linear, value in found.items() if value is not None and math.isfinite(value)}
-    if not values:
-        return Missing("no linear has a finite cost")
-    scale = alt.Scale(type="log" if min(values.values()) > 0 else "linear", scheme="viridis")
-    legend = alt.Legend(gradientLength=220, format=".2~g", tickCount=3)
-    color = alt.Color("cost:Q", title=unit, scale=scale, legend=legend)
-    return _heat_map(run, "cost", values, "datum.value", color, title)
 
 
 def front_chart(run: Shown) -> Chart:

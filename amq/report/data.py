@@ -12,11 +12,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from amq.configuration import MemoryItem
+from amq.configuration import CACHE, Configuration, MemoryItem, bytes_read, compact, memory_items
 from amq.errors import AmqError
-from amq.formats import STORED, get_format
+from amq.formats import KEPT, STORED, get_format
+from amq.model.inventory import EXPERT
 from amq.search.archive import Record
 from amq.search.run_folder import RunFolder
+from amq.search.space import is_outer
 
 EPSILON = 1e-6
 """Two bits per weight closer than this are the same cost."""
@@ -40,14 +42,42 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Cell:
+    """A weight on the maps, or the experts of a layer and role. block: None outside of blocks, where `role` is its
+    name."""
+
+    name: str
+    role: str
+    block: int | None
+    members: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Shown:
     """A run folder as the page and its charts see it. Its files are read, and damage to them named, when asked for."""
 
     folder: RunFolder
 
     @cached_property
-    def numel(self) -> int:
-        return sum(spec.numel for spec in self.folder.run.linears)
+    def cells(self) -> list[Cell]:
+        """In the model's order; head and embeddings, where they were searched, in the end."""
+        groups: dict[tuple[str, int | None], list[str]] = {}
+        for spec in self.folder.space.weights:
+            key = (spec.name, None) if is_outer(spec) else (self.roles[spec.role], spec.block)
+            groups.setdefault(key, []).append(spec.name)
+        return [
+            Cell(", ".join(compact(dict.fromkeys(names))), role, block, tuple(names))
+            for (role, block), names in groups.items()
+        ]
+
+    @property
+    def has_experts(self) -> bool:
+        return any(spec.kind == EXPERT for spec in self.folder.inventory.linears)
+
+    @cached_property
+    def widest(self) -> dict[str, str]:
+        """Everything that was searched in 16 bits."""
+        return dict.fromkeys((spec.name for spec in self.folder.space.weights), KEPT.name)
 
     @cached_property
     def evaluated(self) -> list[Record]:
@@ -79,8 +109,8 @@ class Shown:
         of = self.folder.configuration
         if of is None:
             return None
-        of.check(self.folder.run.linears)
-        bits = of.bits_per_weight(self.folder.run.linears)
+        of.check(self.folder.inventory.linears, outer=self.folder.inventory.outer)
+        bits = of.bits_per_weight(self.folder.inventory.weights)
         return Point(bits, of.details.loss, of.details.loss_confirm, of.details.predicted_loss, of.formats)
 
     @cached_property
@@ -102,21 +132,35 @@ class Shown:
         details = self.folder.configuration.details if self.folder.configuration else None
         return details.memory.items if details and details.memory else ()
 
-    @property
-    def others(self) -> list[MemoryItem]:
-        """`memory` without the linears: what every configuration needs."""
-        return [item for item in self.memory if not item.name.startswith("linears")]
+    def items(self, formats: Mapping[str, str]) -> list[MemoryItem]:
+        """`memory` of another configuration, with the same KV cache."""
+        cache = [item for item in self.memory if item.name == CACHE]
+        return [*memory_items(self.folder.inventory, self._with(formats)), *cache]
 
-    def size(self, bits: float) -> int:
-        """Bytes of all that `memory` lists, with the linears at `bits` per weight; of those alone without a list."""
-        return sum(item.bytes for item in self.others) + round(bits * self.numel / 8)
+    def size(self, formats: Mapping[str, str]) -> int:
+        """Bytes of all that `items` lists; of what has a format alone, where nothing says what else there is."""
+        if not self.memory:
+            return self._with(formats).bytes(self.folder.inventory.weights)
+        return sum(item.bytes for item in self.items(formats))
+
+    def read(self, formats: Mapping[str, str]) -> float:
+        """Bytes of weights that one token reads."""
+        return bytes_read(self.folder.inventory, self._with(formats))
+
+    def _with(self, formats: Mapping[str, str]) -> Configuration:
+        return Configuration(formats, self.folder.settings.group_size)
 
     @cached_property
     def roles(self) -> dict[str, str]:
         """{role: label} in the model's order: the role's last part where that stays unambiguous."""
-        roles = list(dict.fromkeys(spec.role for spec in self.folder.run.linears))
+        roles = list(dict.fromkeys(spec.role for spec in self.folder.inventory.linears))
         tails = [role.rsplit(".", 1)[-1] for role in roles]
         return dict(zip(roles, tails if len(set(tails)) == len(tails) else roles, strict=True))
+
+
+def is_of_linears(item: MemoryItem) -> bool:
+    """Whether it is one of what `memory_items` says of linears in blocks."""
+    return item.name.startswith("linears")
 
 
 def sort_formats(names: Iterable[str]) -> list[str]:

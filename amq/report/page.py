@@ -36,6 +36,7 @@ def _values(run: Shown) -> dict[str, Any]:
         "sensitivity": run.folder.sensitivity, "loss_name": charts.LOSSES.get(run.folder.settings.loss, "loss"),
         "tiles": _tiles(run), "uniform": _uniform_rows(run), "memory": _memory_rows(run),
         "steps": [] if chosen is None else _step_rows(run, chosen), "points": _point_rows(run), "chosen": chosen,
+        "reads": _reads(run),
         "infeasible": sum(record.loss is None for record in run.evaluated), "details": _details(run),
     }  # fmt: skip
 
@@ -47,8 +48,8 @@ def _tiles(run: Shown) -> list[tuple[str, str, str]]:
         return [("chosen", "nothing yet", f"{len(run.evaluated)} evaluations so far")]
     aims = (("target", settings.target_bits), ("memory", settings.memory), ("loss at most", settings.max_loss))
     aim = next((f"asked for: {name} {value}" for name, value in aims if value is not None), "no budget was given")
-    size, full = run.size(chosen.bits), run.size(16)
-    share = f"{100 * size / full:.0f} % of {show_bytes(full)} with the linears in 16 bits"
+    size, full = run.size(chosen.formats), run.size(run.widest)
+    share = f"{100 * size / full:.0f} % of {show_bytes(full)} in 16 bits"
     heldout = "not measured" if chosen.heldout is None else "on unseen windows"
     found = [
         ("bits per weight", f"{chosen.bits:.2f}", aim),
@@ -74,7 +75,7 @@ def _paired(ours: Point, theirs: Point) -> tuple[float, float]:
 
 def _cells(run: Shown, name: str, point: Point) -> list[str]:
     losses = (show_loss(point.loss), show_loss(point.heldout))
-    return [name, f"{point.bits:.2f}", show_bytes(run.size(point.bits)), *losses]
+    return [name, f"{point.bits:.2f}", show_bytes(run.size(point.formats)), *losses]
 
 
 def _uniform_rows(run: Shown) -> list[list[str]]:
@@ -92,12 +93,23 @@ def _memory_rows(run: Shown) -> list[list[str]]:
     return [*rows, ["in all", show_bytes(total), "", ""]] if rows else []
 
 
+def _reads(run: Shown) -> str:
+    """What one token reads of the chosen configuration, as a sentence."""
+    if run.chosen is None or not run.memory:
+        return ""
+    read, full = run.read(run.chosen.formats), run.read(run.widest)
+    return (
+        f"For each token {show_bytes(read)} of weights are read, {100 * read / full:.0f} % of what 16 bits take: "
+        "this and the machine's bandwidth bound the speed."
+    )
+
+
 def _step_rows(run: Shown, chosen: int) -> list[list[str]]:
     """The chosen point between its neighbours on the front; in the end the changes of memory and loss."""
     first, base, rows = max(0, chosen - NEIGHBOURS), run.choices[chosen], []
     for i, point in enumerate(run.choices[first : chosen + NEIGHBOURS + 1], first):
         name = f"{abs(i - chosen)} {'smaller' if i < chosen else 'larger'}" if i != chosen else "chosen"
-        changes = show_bytes(run.size(point.bits) - run.size(base.bits), "+"), show_change(point.lost, base.lost)
+        changes = show_bytes(run.size(point.formats) - run.size(base.formats), "+"), show_change(point.lost, base.lost)
         rows.append([*_cells(run, name, point), *changes])
     return rows
 

@@ -90,7 +90,7 @@ def _default_activations(checkpoint: Checkpoint, device: str, backend: str | Non
     """Those of `backend`, or of the one that the formats of the checkpoint get on `device`."""
     if backend is None and device != "cpu":
         return default_activations("cuda")  # like those of every other backend of a GPU
-    return default_activations(backend or choose_backend(sorted(set(checkpoint.record.formats.values()))))
+    return default_activations(backend or choose_backend(checkpoint.record.multiplied))
 
 
 def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSettings, why: str) -> Runtime:

@@ -51,6 +51,8 @@ def summary(configuration: Configuration) -> str:
         if item.bytes or item.note:
             lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))
     lines.append(f"  {details.memory.total / 2**20:10.2f} MiB  total")
+    if details.bytes_read is not None:
+        lines.append(f"  {details.bytes_read / 2**20:10.2f} MiB  of weights are read per token")
     return "\n".join(lines)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from sys import intern
 
-from amq.configuration import configuration_key
+from amq.configuration import compact, configuration_key, expand
 from amq.errors import AmqError
 from amq.search.space import SearchSpace
 from amq.util.files import check_path, is_disk_full, make_folder, reason
@@ -82,6 +82,7 @@ def read_archive(path: Path, space: SearchSpace | None = None) -> Iterator[Recor
 def _record(line: bytes, index: int, path: Path, space: SearchSpace | None) -> Record:
     try:
         record = parse_record(json.loads(line), Record, "the record")
+        record = replace(record, configuration=expand(record.configuration))
         if record.index != index:
             raise ValueError(f"expected record {index}, got {record.index}")
         if space is not None:
@@ -176,7 +177,8 @@ class Archive:
             seconds=round(seconds, 3), seed=seed, iteration=iteration, configuration=dict(configuration),
         )  # fmt: skip
         try:
-            self._write(json.dumps(to_json(record), separators=(",", ":")).encode() + b"\n")
+            short = replace(record, configuration=compact(record.configuration))
+            self._write(json.dumps(to_json(short), separators=(",", ":")).encode() + b"\n")
         except OSError as error:
             if is_disk_full(error):
                 raise AmqError(

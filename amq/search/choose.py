@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from amq.configuration import Configuration, Details, Memory, memory_items
+from amq.configuration import Configuration, Details, Memory, bytes_read, linear_bytes, memory_items
 from amq.errors import AmqError
-from amq.model.inventory import Inventory
+from amq.formats import KEPT
+from amq.model.inventory import Inventory, LinearSpec
 from amq.model.shape import LayerCache
 from amq.search.archive import Record
 from amq.search.knapsack import select
@@ -31,20 +32,36 @@ class Budget:
 def budget_from_memory(
     memory: int, context: int, inventory: Inventory, caches: Sequence[LayerCache], space: SearchSpace
 ) -> float:
-    """Bits per weight that the linears may take when everything must fit in `memory` bytes."""
-    smallest = Configuration(space.decode(space.sizes.argmin(axis=1)), space.group_size)
+    """Bits per weight that all that is searched may take when everything must fit in `memory` bytes."""
+    smallest = Configuration(space.decode(space.smallest), space.group_size)
     items = memory_items(inventory, smallest, caches, context)
-    rest = sum(i.bytes for i in items) - smallest.bytes(space.linears)
-    bits = 8 * (memory - rest) / space.numel
-    low, high = space.bits_range
-    if bits < low:
+    needed = sum(i.bytes for i in items)
+    if memory < needed:
         listing = ", ".join(f"{i.name} {i.bytes / 2**20:.1f} MiB" for i in items if i.bytes)
         raise AmqError(
             f"--memory {memory / 2**30:.3f} GiB is below the smallest configuration, which needs "
-            f"{sum(i.bytes for i in items) / 2**30:.3f} GiB ({listing}); "
-            "give more memory, a smaller --context or cheaper --formats"
+            f"{needed / 2**30:.3f} GiB ({listing}); " + _remedy(memory, needed, inventory, space)
         )
-    return min(bits, high)
+    return min(8 * (memory - needed + smallest.bytes(space.weights)) / space.numel, space.bits_range[1])
+
+
+def _remedy(memory: int, needed: int, inventory: Inventory, space: SearchSpace) -> str:
+    """What to do where even the smallest configuration, of `needed` bytes, is too large."""
+    free = {s.name for v in space.variables for s in v}
+    fixed = [s for s in inventory.outer if s.name not in free]
+    saved = sum(_now(s, space) - linear_bytes(s, space.formats[0], space.group_size) for s in fixed)
+    otherwise = "give more memory, a smaller --context or cheaper --formats"
+    if saved <= 0:
+        return otherwise
+    names, least = " and ".join(s.name for s in fixed), f"{(needed - saved) / 2**30:.3f} GiB"
+    if memory >= needed - saved:
+        return f"it only fits with {names} quantized too, which takes {least} or more: search with --head auto"
+    return f"with {names} quantized too (--head auto) it would still take {least}: {otherwise}"
+
+
+def _now(spec: LinearSpec, space: SearchSpace) -> int:
+    """Bytes of a head or embedding that is no variable."""
+    return linear_bytes(spec, space.pinned.get(spec.name, KEPT), space.group_size)
 
 
 def check_bits(bits: float, space: SearchSpace) -> float:
@@ -52,10 +69,11 @@ def check_bits(bits: float, space: SearchSpace) -> float:
     low, high = space.bits_range
     if not low - 1e-9 <= bits <= high + 1e-9:
         side = "below the smallest" if bits < low else "above the largest"
+        outer = f" and {', '.join(s.name for s in space.outer)} among them" if space.outer else ""
         raise AmqError(
             f"a budget of {bits:g} bits per weight is {side} configuration: with "
-            f"formats {','.join(space.format_names)} at "
-            f"group {space.group_size} the reachable range is {low:.4f} to {high:.4f}"
+            f"formats {','.join(space.format_names)} at group {space.group_size}{outer} the reachable range is "
+            f"{low:.4f} to {high:.4f}"
         )
     return min(max(bits, low), high)
 
@@ -130,7 +148,8 @@ def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuratio
     details = Details(
         model=model,
         bits_per_weight=round(chosen.bits_per_weight, 6),
-        bytes=bare.bytes(inventory.linears),
+        bytes=bare.bytes(inventory.weights),
+        bytes_read=round(bytes_read(inventory, bare)),
         loss=chosen.loss,
         loss_confirm=chosen.loss_confirm,
         predicted_loss=chosen.predicted,

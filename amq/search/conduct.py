@@ -6,7 +6,7 @@ It sees losses, not weights: `run.py` brings those of a model, tests those of a 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from amq.configuration import Configuration
+from amq.formats import BitFormat, Kept
+from amq.model.inventory import EXPERT
 from amq.search.archive import Record
 from amq.search.choose import Budget, choose, to_configuration
 from amq.search.front import pareto_indices
@@ -79,9 +81,9 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     folder.write(front)
     seconds = {k: round(v, 3) for k, v in (*timings.seconds.items(), ("total", time.monotonic() - started))}
     pins = {name: fmt.name for name, fmt in problem.space.pinned.items()}
-    pruned = solution.sensitivity.pinned if solution.sensitivity else ()
+    pruned = problem.space.widest(solution.sensitivity.pinned if solution.sensitivity else ())
     folder.write(replace(
-        run, status=status, pinned={**pins, **dict.fromkeys(pruned, problem.space.format_names[-1])}, timings=seconds,
+        run, status=status, pinned={**pins, **pruned}, timings=seconds,
         evaluations=_count_evaluations(problem, timings),
     ))  # fmt: skip
     return SearchResult(folder.path, configuration, front.front, front.uniform, front.hypervolume, status, seconds)
@@ -110,12 +112,11 @@ def _solve(
 
 
 def _planned_evaluations(settings: SearchSettings, space: SearchSpace) -> int:
-    linears = sum(len(v) for v in space.variables)
     uniform = len(space.formats)
     if settings.solver == "additive":
-        sensitivities = linears * (uniform - 1) if settings.cost == "sensitivity" else 0
+        sensitivities = int((space.counts - 1).sum()) if settings.cost == "sensitivity" else 0
         return uniform + 1 + settings.points + settings.refine + sensitivities
-    return uniform + linears + settings.initial + settings.iterations * settings.per_iteration
+    return uniform + len(space.variables) + settings.initial + settings.iterations * settings.per_iteration
 
 
 def _plan(problem: Problem, planned: int, seconds: float) -> str:
@@ -123,16 +124,35 @@ def _plan(problem: Problem, planned: int, seconds: float) -> str:
 
     space = problem.space
     low, high = space.bits_range
-    pinned = f", {len(space.pinned)} pinned" if space.pinned else ""
     resident = psutil.Process().memory_info().rss / 2**30
     target = f"loss ≤ {problem.max_loss}" if problem.max_loss is not None else f"{problem.budget:.4f} bits per weight"
-    formats = ",".join(space.format_names)
     return (
-        f"plan: {len(space.linears)} linears{pinned}, {len(space.variables)} variables, formats {formats}, "
+        f"plan: {describe(space)}, "
         f"10^{space.log10_size:.0f} configurations of {low:.3f} to {high:.3f} bits per weight; budget {target}\n"
         f"plan: about {planned} evaluations of {seconds:.2f} s (measured) = {planned * seconds / 60:.1f} min, "
         f"and the confirmation of the front; {resident:.2f} GiB resident"
     )
+
+
+def describe(space: SearchSpace) -> str:
+    """What is searched, in a line: items, what is tied, what head and embeddings choose among."""
+    experts = [s for s in space.weights if s.kind == EXPERT]
+    counts = [f"{len(space.weights) - len(experts) - len(space.outer)} linears"]
+    if experts:
+        groups = sum(v[0].kind == EXPERT for v in space.variables)
+        how = "each with its own format" if groups == len(experts) else "tied by layer and role"
+        counts.append(f"{len(experts)} linears of experts ({how})")
+    for spec in space.outer:
+        pinned = space.pinned.get(spec.name)
+        among = [pinned] if pinned else space.formats_of(spec)
+        tied = f" with {spec.tied}" if spec.tied else ""
+        counts.append(f"{spec.name}{tied} ({spec.numel / space.numel:.0%} of the weights: {_names(among)})")
+    pins = f", {len(space.pinned)} pinned" if space.pinned else ""
+    return f"{', '.join(counts)}{pins}, {len(space.variables)} variables, formats {_names(space.formats)}"
+
+
+def _names(formats: Iterable[BitFormat | Kept]) -> str:
+    return ",".join(fmt.name for fmt in formats)
 
 
 def _write_tables(folder: RunWriter, solution: Solution, problem: Problem) -> None:
@@ -165,10 +185,12 @@ def _confirm(problem: Problem, chosen: dict[str, str], status: str) -> list[Reco
     if problem.archive.find(chosen) is None:
         problem.evaluate(chosen, "budget")
     with problem.progress.stage("confirm", len(wanted)) as step:
-        for formats in wanted:
-            record = problem.evaluate(formats, "confirm", windows="confirm")
-            step("" if record.loss is None else f"{record.bits_per_weight:.3f} bits: {record.loss:.5f}")
+        problem.evaluate_many([(formats, "confirm") for formats in wanted], "confirm", seen=lambda r: step(_note(r)))
     return front
+
+
+def _note(record: Record) -> str:
+    return "" if record.loss is None else f"{record.bits_per_weight:.3f} bits: {record.loss:.5f}"
 
 
 def _count_evaluations(problem: Problem, timings: Timings) -> Evaluations:

@@ -5,17 +5,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
+from amq.configuration import compact, expand
 from amq.search.archive import Record
 from amq.search.front import hypervolume
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Problem, Table
 from amq.search.space import SearchSpace
-from amq.util.records import JsonFile, check_range
+from amq.util.files import write_json
+from amq.util.records import JsonFile, check_range, to_json
 
 CURVE_POINTS = 120
 LEAST_BAND = 4
@@ -43,6 +46,9 @@ class FrontPoint:
     predicted: float | None
     archive_index: int
     configuration: dict[str, str]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "configuration", expand(self.configuration))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +95,12 @@ class Front(JsonFile):
     band: Band | None = None
     band_missing: str = ""
 
+    def write(self, path: Path) -> None:
+        data = to_json(self)
+        for point in data["front"]:
+            point["configuration"] = compact(point["configuration"])
+        write_json(path, data)
+
 
 def make_front(problem: Problem, front: Sequence[Record], table: Table | None, fit: LossFit | None) -> Front:
     """front: the archive's records on the Pareto front, by rising bits."""
@@ -113,7 +125,7 @@ def make_front(problem: Problem, front: Sequence[Record], table: Table | None, f
     band = make_band(points)
     return Front(
         bits_range=space.bits_range,
-        hypervolume=hypervolume(pairs, space.bits_range),
+        hypervolume=hypervolume(pairs, space.front_range),
         uniform=tuple(
             UniformPoint(
                 name=name, bits_per_weight=r.bits_per_weight, loss=r.loss, loss_confirm=confirmed(r.configuration)
@@ -148,10 +160,11 @@ def make_band(points: Sequence[FrontPoint]) -> Band | str:
 
 def _curve(space: SearchSpace, table: Table, fit: LossFit) -> tuple[CurvePoint, ...]:
     """Predicted loss of the knapsack optimum at evenly spaced budgets."""
-    costs = space.variable_costs(table)
+    costs, pinned = space.variable_costs(table), space.pinned_cost(table)
+    rows = np.arange(len(costs))
     curve = []
-    for bits in np.linspace(*space.bits_range, CURVE_POINTS):
-        formats = space.decode(select(costs, space.sizes, space.capacity(float(bits) + 1e-9)))
-        loss = float(fit.predict(table_cost(table, formats)))
-        curve.append(CurvePoint(bits_per_weight=space.bits_of(formats), loss=loss))
+    for bits in np.linspace(*space.front_range, CURVE_POINTS):
+        point = select(costs, space.sizes, space.capacity(float(bits) + 1e-9))
+        loss = float(fit.predict(float(costs[rows, point].sum()) + pinned))
+        curve.append(CurvePoint(bits_per_weight=float(space.bits(point)), loss=loss))
     return tuple(curve)

@@ -12,42 +12,54 @@ import numpy as np
 
 from amq.errors import AmqError
 
+MOST_PAIRS = 1 << 22
+"""Pairs of changes that are looked through. With more variables than have as many, the greedy choice is closer to the
+optimum than a pair could bring it: what it leaves of the budget is less than one change of thousands."""
+
 
 def select(costs: np.ndarray, sizes: np.ndarray, capacity: float, *, pairs: bool = True) -> np.ndarray:
     """Indices [n_variables] of the chosen formats.
 
-    costs: float64 [n_variables, n_formats]. sizes: int64, same shape, bytes, rising along the formats.
+    costs: float64 [n_variables, n_formats]; infinite where a variable has no such choice.
+    sizes: int64, same shape, bytes, rising along the formats.
     capacity: bytes. pairs: look for pairs of changes in the end, too, whose number grows with the square of the
         variables; where costs are convex in size and sizes alike they gain next to nothing.
     Raises AmqError when even the smallest choice does not fit.
     """
-    smallest = sizes.argmin(axis=1)
     rows = np.arange(len(sizes))
-    if sizes[rows, smallest].sum() > capacity:
+    start = _smallest(costs, sizes)
+    used = int(sizes[rows, start].sum())
+    if used > capacity:
         raise AmqError("the budget is below the smallest configuration")
-    point = smallest.copy()
-    used = sizes[rows, point].sum()
-    for _, variable, target in _upgrades(costs, sizes):
-        extra = sizes[variable, target] - sizes[variable, point[variable]]
+    point, table = start.tolist(), sizes.tolist()
+    for variable, target in _upgrades(costs, sizes, start):
+        row = table[variable]
+        extra = row[target] - row[point[variable]]
         if used + extra <= capacity:
             point[variable] = target
             used += extra
-    return _fill(costs, sizes, point, capacity - used, pairs)
+    return _fill(costs, sizes, np.array(point), capacity - used, pairs)
 
 
-def _upgrades(costs: np.ndarray, sizes: np.ndarray) -> list[tuple[float, int, int]]:
-    """(−saving per byte, variable, format) along each variable's lower hull, best first."""
-    steps = []
-    for variable, (cost, size) in enumerate(zip(costs, sizes, strict=True)):
-        at = int(size.argmin())
-        while True:
-            larger = np.flatnonzero((size > size[at]) & (cost < cost[at]))
-            if not len(larger):
-                break
-            rate = (cost[at] - cost[larger]) / (size[larger] - size[at])
-            at = int(larger[rate.argmax()])
-            steps.append((-float(rate.max()), variable, at))
-    return sorted(steps)
+def _smallest(costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """The smallest choice of every variable, int64 [n_variables]."""
+    return np.where(np.isinf(costs), np.iinfo(sizes.dtype).max, sizes).argmin(axis=1)
+
+
+def _upgrades(costs: np.ndarray, sizes: np.ndarray, start: np.ndarray) -> list[tuple[int, int]]:
+    """(variable, format) along each variable's lower hull from `start` on, the most cost saved per byte first."""
+    rows, at = np.arange(len(sizes)), start
+    steps: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    while len(rows):
+        saved, more = costs[rows, at][:, None] - costs[rows], sizes[rows] - sizes[rows, at][:, None]
+        better = (more > 0) & (saved > 0)
+        rate = np.where(better, saved, -np.inf) / np.where(better, more, 1)
+        on = better.any(axis=1)
+        rows, at, rate = rows[on], rate[on].argmax(axis=1), rate[on].max(axis=1)
+        steps.append((-rate, rows, at))
+    negated, variable, target = (np.concatenate(column) for column in zip(*steps, strict=True))
+    order = np.lexsort((target, variable, negated))
+    return list(zip(variable[order].tolist(), target[order].tolist(), strict=True))
 
 
 def _fill(costs: np.ndarray, sizes: np.ndarray, point: np.ndarray, spare: float, pairs: bool) -> np.ndarray:
@@ -72,10 +84,11 @@ def _fill(costs: np.ndarray, sizes: np.ndarray, point: np.ndarray, spare: float,
 
 
 def _best_pair(gain: np.ndarray, extra: np.ndarray, spare: float) -> list[tuple[int, int]] | None:
-    """The two changes, of different variables, that save most together within `spare` bytes; None if none saves."""
+    """The two changes, of different variables, that save most together within `spare` bytes; None if none saves, or
+    where there are more than `MOST_PAIRS`."""
     up = np.argwhere((gain > 0) & (extra > spare))
     down = np.argwhere((extra < 0) & (gain <= 0))
-    if not len(up) or not len(down):
+    if not 0 < len(up) * len(down) <= MOST_PAIRS:
         return None
     up_gain, up_extra = gain[up[:, 0], up[:, 1]], extra[up[:, 0], up[:, 1]]
     down_gain, down_extra = gain[down[:, 0], down[:, 1]], extra[down[:, 0], down[:, 1]]
@@ -97,12 +110,14 @@ def select_exact(costs: np.ndarray, sizes: np.ndarray, capacity: float) -> np.nd
     capacity = np.floor(capacity + 1e-6)  # sizes are whole bytes; the solver's tolerance must not buy the next one
     choose_one = csr_array((np.ones(n * m), (np.repeat(np.arange(n), m), np.arange(n * m))), shape=(n, n * m))
     unit = float(sizes.max())
+    allowed = np.isfinite(costs)
+    costs = np.where(allowed, costs, 0.0)
     # HiGHS stops at an absolute gap of 1e-6, which scipy cannot set: costs are scaled up until that is nothing
     scale = 1e-4 * float(np.abs(costs).max()) or 1.0
     result = milp(
         costs.ravel() / scale,
         integrality=np.ones(n * m),
-        bounds=Bounds(0, 1),
+        bounds=Bounds(0, allowed.ravel().astype(float)),
         constraints=[
             LinearConstraint(choose_one, 1, 1),
             LinearConstraint(sizes.reshape(1, -1) / unit, ub=capacity / unit),

@@ -6,12 +6,13 @@ No weights, no model, no files: the losses may come from an `amq.proxy.evaluator
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
+from amq.configuration import compact, configuration_key
 from amq.errors import AmqError
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices
@@ -21,6 +22,8 @@ from amq.util.progress import Progress, Step
 
 Formats = Mapping[str, str]
 Table = dict[str, dict[str, float]]
+Change = tuple[tuple[str, ...], str]
+"""Weights of one block that change together, and the format that they get."""
 
 
 class Losses(Protocol):
@@ -34,9 +37,10 @@ class Losses(Protocol):
 
     def evaluate(self, formats: Formats, windows: str = "search") -> float: ...
 
-    def sensitivities(
-        self, base: Formats, changes: Iterable[tuple[str, str]], windows: str = "search"
-    ) -> Iterator[tuple[str, str, float]]: ...
+    def evaluate_many(self, configurations: Sequence[Formats], windows: str = "search") -> Iterator[list[float]]:
+        """The losses of all, in order, those of several at a time; neighbours that agree in their first blocks
+        share what these take."""
+        ...
 
 
 class TimeIsUp(Exception):
@@ -71,37 +75,72 @@ class Problem:
 
     def evaluate(self, formats: Formats, phase: str, windows: str = "search", iteration: int | None = None) -> Record:
         """The record of a configuration: from the archive if it is there, else evaluated and appended."""
-        record = self.archive.find(formats, windows)
-        if record is None:
-            self.check_time()
-            start = time.perf_counter()
-            loss = self.losses.evaluate(formats, windows)
-            record = self._append(formats, loss, time.perf_counter() - start, phase, windows, iteration)
+        return self.evaluate_many([(formats, phase)], windows, iteration)[0]
+
+    def evaluate_many(
+        self,
+        wanted: Iterable[tuple[Formats, str]],
+        windows: str = "search",
+        iteration: int | None = None,
+        seen: Callable[[Record], None] | None = None,
+    ) -> list[Record]:
+        """One record per (configuration, phase), measured together where the archive lacks them.
+
+        The archive gets the lines, in their order, that asking for one after the other would give it. Raises TimeIsUp
+        between what is measured at once; the archive holds what was. seen: called with each record once it is there.
+        """
+        wanted, seen = list(wanted), seen or self._show_status
+        missing: dict[str, tuple[Formats, str]] = {}
+        for formats, phase in wanted:
+            if self.archive.find(formats, windows) is None:
+                missing.setdefault(configuration_key(formats), (formats, phase))
+        for formats, phase, loss, seconds in self._measure(list(missing.values()), windows):
+            seen(self._append(formats, loss, seconds, phase, windows, iteration))
+        records = [self._found(formats, windows) for formats, _ in wanted]
+        for record in records:
+            if missing.pop(record.key, None) is None:
+                seen(record)
+        return records
+
+    def _show_status(self, record: Record) -> None:
         if self.step:
             self.step(self.status())
+
+    def _found(self, formats: Formats, windows: str) -> Record:
+        record = self.archive.find(formats, windows)
+        assert record is not None, "what was measured is in the archive"
         return record
 
-    def sensitivities(
-        self, base: Formats, changes: list[tuple[str, str]], phase: str = "sensitivity"
-    ) -> dict[tuple[str, str], Record]:
-        """One record per (linear, format): that linear so, all others as in `base`."""
-        records = {}
-        missing = []
-        for name, fmt in changes:
-            record = self.archive.find({**base, name: fmt})
-            if record is None:
-                missing.append((name, fmt))
-            else:
-                records[name, fmt] = record
-        with self.progress.stage(phase, max(1, len(missing))) as step:
+    def _measure(
+        self, wanted: Sequence[tuple[Formats, str]], windows: str
+    ) -> Iterator[tuple[Formats, str, float, float]]:
+        """(configuration, phase, loss, seconds) for each of `wanted`, the seconds of those that were measured at once
+        in equal parts."""
+        left = iter(wanted)
+        chunks = self.losses.evaluate_many([formats for formats, _ in wanted], windows)
+        done = 0
+        while done < len(wanted):
+            self.check_time()
             start = time.perf_counter()
-            for name, fmt, loss in self.losses.sensitivities(base, missing):
-                record = self._append({**base, name: fmt}, loss, time.perf_counter() - start, phase, "search")
-                records[name, fmt] = record
-                step(f"{name} {fmt}: {loss:.5f}")
-                self.check_time()
-                start = time.perf_counter()
-        return records
+            losses = next(chunks)
+            seconds = (time.perf_counter() - start) / len(losses)
+            done += len(losses)
+            for loss in losses:
+                yield *next(left), loss, seconds
+
+    def sensitivities(self, base: Formats, changes: list[Change], phase: str = "sensitivity") -> dict[Change, Record]:
+        """One record per change: these weights in that format, all others as in `base`."""
+        configurations = {change: {**base, **dict.fromkeys(*change)} for change in changes}
+        missing = [change for change in changes if self.archive.find(configurations[change]) is None]
+        blocks = {spec.name: spec.block for spec in self.space.weights}
+        missing.sort(key=lambda change: blocks[change[0][0]])  # each shares what comes before its block with the others
+        with self.progress.stage(phase, max(1, len(missing))) as step:
+            wanted = [(configurations[change], phase) for change in missing]
+            for (names, fmt), found in zip(missing, self._measure(wanted, "search"), strict=True):
+                formats, _, loss, seconds = found
+                self._append(formats, loss, seconds, phase, "search")
+                step(f"{', '.join(compact(dict.fromkeys(names)))} {fmt}: {loss:.5f}")
+        return {change: self._found(formats, "search") for change, formats in configurations.items()}
 
     def _append(
         self, formats: Formats, loss: float, seconds: float, phase: str, windows: str, iteration: int | None = None
@@ -135,7 +174,7 @@ class Problem:
 
     def hypervolume(self) -> float:
         points = self.points()
-        return hypervolume(points[pareto_indices(points)], self.space.bits_range)
+        return hypervolume(points[pareto_indices(points)], self.space.front_range)
 
     def status(self) -> str:
         best = self.best_at(self.budget)

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
 import amq
-from amq.configuration import Provenance
+from amq.configuration import Provenance, compact, expand_name
 from amq.errors import AmqError
 from amq.formats import KEPT
-from amq.model.inventory import Inventory, LinearSpec, OtherWeight
+from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
@@ -69,11 +70,28 @@ class MachineEntry:
 
 @dataclass(frozen=True)
 class LinearEntry(LinearSpec):
-    """A `LinearSpec` whose numbers were looked at."""
+    """A `LinearSpec` whose numbers were looked at; or, with the name of all of them, the experts of a layer and role
+    that are alike but for their number."""
 
     def __post_init__(self) -> None:
-        check_range(self, "block", least=0, most=MOST_LAYERS)
-        check_range(self, "out_features", "in_features")
+        check_range(self, "block", least=BEFORE, most=MOST_LAYERS)
+        check_range(self, "out_features", "in_features", "experts", "top_k")
+        if self.kind not in (LINEAR, EXPERT, HEAD, EMBEDDING):
+            raise ValueError(f"expected a kind of weight, got {shorten(self.kind)}")
+
+    @property
+    def expanded(self) -> list[LinearSpec]:
+        """The specs that it stands for."""
+        if self.kind != EXPERT:
+            return [self]
+        of = {n: v for n, v in vars(self).items() if n not in ("name", "expert")}
+        return [LinearSpec(name, expert=int(name.rpartition(".")[2]), **of) for name in expand_name(self.name)]
+
+    @staticmethod
+    def of(specs: Iterable[LinearSpec]) -> tuple[LinearEntry, ...]:
+        """Of all of them, in their order."""
+        alike = {s.name: replace(s, name="", expert=None) if s.kind == EXPERT else s for s in specs}
+        return tuple(LinearEntry(**{**vars(spec), "name": name}) for name, spec in compact(alike).items())
 
 
 @dataclass(frozen=True)
@@ -163,12 +181,14 @@ class Evaluations:
 class RunFile(JsonFile):
     """run.json: what was searched, how, and how far it came.
 
-    status: running, stopped (by `--time`) or finished; pinned: {linear: format} by the user and by pruning; timings:
-    {stage: seconds} and `evaluations` are known at the end.
+    status: running, stopped (by `--time`) or finished; linears: of the blocks, the experts of a layer and role in
+    one entry. outer: head and embeddings, which `--head 16bit` leaves out of the search. pinned: {linear: format} by
+    the user and by pruning. timings: {stage: seconds} and `evaluations` are known at the end.
     """
 
-    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/2", "amq/run/1")
-    """Windows of schema 1 began without the tokenizer's BOS: it is chosen from and reported, but not resumed."""
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/3", "amq/run/2", "amq/run/1")
+    """Runs of schema 2 know of no head or embedding, and windows of schema 1 began without the tokenizer's BOS: they
+    are chosen from and reported, but not resumed."""
     REMEDY: ClassVar[str] = AGAIN
 
     schema: str = SCHEMAS[0]
@@ -180,6 +200,7 @@ class RunFile(JsonFile):
     machine: MachineEntry
     bank: str = ""
     linears: tuple[LinearEntry, ...]
+    outer: tuple[LinearEntry, ...] = ()
     others: tuple[OtherEntry, ...]
     head_is_tied: bool
     kv_cache: KvEntry
@@ -188,8 +209,8 @@ class RunFile(JsonFile):
     evaluations: Evaluations | None = None
 
     def __post_init__(self) -> None:
-        names = [s.name for s in self.linears]
-        if not names or len(set(names)) != len(names):
+        names = [s.name for entry in (*self.linears, *self.outer) for s in entry.expanded]
+        if not self.linears or len(set(names)) != len(names):
             raise ValueError("expected linears with distinct names")
 
     @classmethod
@@ -205,7 +226,8 @@ class RunFile(JsonFile):
     def inventory(self) -> Inventory:
         """The model's parts; only the path of its blocks and the shapes of other weights are unknown."""
         others = tuple(OtherWeight(o.name, KIND_NAMES.get(o.kind, o.kind), o.numel, (), o.reason) for o in self.others)
-        return Inventory("", self.model.blocks, self.linears, others, self.head_is_tied)
+        linears = tuple(linear for entry in self.linears for linear in entry.expanded)
+        return Inventory("", self.model.blocks, linears, others, self.head_is_tied, self.outer)
 
     @property
     def provenance(self) -> Provenance:
@@ -242,7 +264,7 @@ class Cost(JsonFile):
         """Raises AmqError unless each linear of `space` has a cost in each format but 16 bits, which costs nothing."""
         remedy = "it is damaged or was edited; delete it and run the search with --resume"
         kept = {name for name, fmt in space.pinned.items() if fmt is KEPT}
-        wanted = {name: sizes.keys() - {KEPT.name} for name, sizes in space.linear_sizes.items() if name not in kept}
+        wanted = {name: sizes.keys() - {KEPT.name} for name, sizes in space.weight_sizes.items() if name not in kept}
         for name in self.cost.keys() ^ wanted.keys():
             what = "has a linear {} that the run does not" if name in self.cost else "lacks the linear {}"
             raise AmqError(f"{path}: the table {what.format(shorten(name))}: {remedy}")

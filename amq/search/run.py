@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from amq.configuration import parse_pins
 from amq.errors import AmqError
-from amq.formats import Kept
+from amq.formats import BitFormat
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import Inventory, embedding_weight
+from amq.model.inventory import Inventory, LinearSpec, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.text import Corpus, WindowSampler
@@ -44,7 +44,7 @@ from amq.search.records import (
 from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, SearchSettings, differences
-from amq.search.space import SearchSpace
+from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
 from amq.util.limits import check_memory
 from amq.util.machine import cpu_name
@@ -56,7 +56,7 @@ from amq.util.settings import parse_size
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: its linears without those that are kept in 16 bits.
+    quantized: its weights without those that are kept in 16 bits.
     """
 
     opened: OpenModel
@@ -104,7 +104,8 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
     if previous.schema != RunFile.SCHEMAS[0]:
         raise AmqError(
             f"--resume: {output} holds a run of schema {previous.schema!r}, this amq writes {RunFile.SCHEMAS[0]!r}, "
-            "and losses of the two do not compare (windows begin with the tokenizer's BOS now): use another --output"
+            "and configurations of the two do not compare (windows begin with the tokenizer's BOS now, and head and "
+            "embeddings are searched): use another --output"
         )
     changed = differences(previous.settings.json(), settings.json())
     if changed:
@@ -138,13 +139,12 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
         inventory = opened.inventory
         embedding = embedding_weight(opened.model)
+        space = SearchSpace.of(inventory, settings)
         check_memory(
-            sum(s.numel for s in inventory.linears) * embedding.dtype.itemsize + parse_size(settings.cache_memory),
-            "the working copy of the linears and --cache-memory", settings.device,
+            sum(s.numel for s in space.weights) * embedding.dtype.itemsize + parse_size(settings.cache_memory),
+            "the working copy of what is searched and --cache-memory", settings.device,
         )  # fmt: skip
-        pinned = parse_pins(settings.pin, inventory.linears)
-        space = SearchSpace.build(inventory.linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
-        quantized = inventory.only({s.name for s in space.quantized})
+        quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
         corpus = opened.corpus(settings.calibration)
         sampler = WindowSampler(corpus, settings.window_length, settings.seed)
@@ -154,12 +154,11 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         BlockRunner(opened.model).check(windows["search"][:1, :32].to(embedding.device))  # not after hours of banking
         fingerprint = opened.fingerprint
         windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
-    pins = {fmt for fmt in pinned.values() if not isinstance(fmt, Kept)}
-    formats = sorted({*settings.bit_formats, *pins}, key=lambda f: f.code_bits)
+    formats, outer = bank_formats(space)
     with timings.measure("bank"):
         bank = open_bank(
             opened.model, quantized, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
-            fingerprint=fingerprint,
+            fingerprint=fingerprint, outer=outer,
         )  # fmt: skip
     with timings.measure("reference"):
         evaluator = Evaluator(
@@ -167,6 +166,22 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             settings.activations, corpus.unscored,
         )  # fmt: skip
     return _Stage(opened, quantized, space, bank, evaluator, cost_windows, corpus, windows_key, budget)
+
+
+def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
+    """The model, of whose weights a stage sees those that some configuration quantizes."""
+    return inventory.only({s.name for s in space.quantized})
+
+
+def bank_formats(space: SearchSpace) -> tuple[list[BitFormat], dict[str, list[BitFormat]]]:
+    """What a bank must hold: formats of all linears, and {name: formats} of head and embeddings; cheapest first."""
+
+    def of(specs: Iterable[LinearSpec]) -> list[BitFormat]:
+        found = {fmt for s in specs for fmt in space.formats_of(s) if isinstance(fmt, BitFormat)}
+        return sorted(found, key=lambda f: f.code_bits)
+
+    linears = of(s for s in space.quantized if not is_outer(s))
+    return linears, {s.name: of([s]) for s in space.quantized if is_outer(s)}
 
 
 def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> Budget:
@@ -206,7 +221,7 @@ def _cost_tables(
 
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
-    formats = [f.name for f in stage.bank.formats]
+    formats = sorted({f.name for name in stage.bank.names for f in stage.bank.formats_of(name)})
     done = 0
     total: Table = {}
     saved = read_cost(folder.path, stage.space)
@@ -223,7 +238,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     ):
         passes = fisher_passes(
             stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
-            stage.corpus.unscored,
+            stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:
             total = table if not done else {
@@ -255,7 +270,8 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
             cpu=cpu_name(), system=platform.platform(), threads=torch.get_num_threads(), device=settings.device
         ),
         bank=str(stage.bank.folder),
-        linears=tuple(LinearEntry(**vars(s)) for s in parts.linears),
+        linears=LinearEntry.of(parts.linears),
+        outer=LinearEntry.of(parts.outer),
         others=tuple(OtherEntry(o.name, o.kind, o.numel, o.reason) for o in parts.others),
         head_is_tied=parts.head_is_tied,
         kv_cache=KvEntry.of(stage.opened.shape),

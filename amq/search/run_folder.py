@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
-from amq.configuration import Configuration, parse_pins
+from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.model.inventory import Inventory
 from amq.search.archive import Archive, Record, read_archive
@@ -63,9 +63,7 @@ class RunFolder:
 
     @cached_property
     def space(self) -> SearchSpace:
-        settings, linears = self.settings, self.inventory.linears
-        pinned = parse_pins(settings.pin, linears)
-        return SearchSpace.build(linears, settings.bit_formats, settings.group_size, pinned, settings.ties)
+        return SearchSpace.of(self.inventory, self.settings)
 
     @cached_property
     def archive(self) -> tuple[Record, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, check_group_size, parse_formats
+from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import LOSSES
 from amq.model.settings import MODEL, ModelSettings
@@ -18,12 +18,14 @@ from amq.util.settings import CHOOSE, MEASURE, REACH, REQUIRED, RUN, Settings, f
 SEARCH = "how to search"
 COSTS = ("fisher", "sensitivity", "weight")
 """Kinds of cost table; `amq.search.run` makes them."""
+AUTO = "auto"
+EXPERTS = "experts"
 
 PAPER: dict[str, Any] = {
     "solver": "paper", "proxy": "hqq", "surrogate": "rbf", "initial": 250, "population": 200, "generations": 20,
     "crossover": 0.9, "mutation": 0.1, "per_iteration": 50, "iterations": 200, "prune": 2.0,
     "formats": "int2,int3,int4",
-    "group_size": 128, "loss": "jsd",
+    "group_size": 128, "loss": "jsd", "head": KEPT.name,
 }  # fmt: skip
 """The setting of AMQ (arXiv 2509.12019), §4.1 and appendix."""
 PRESETS: dict[str, dict[str, Any]] = {"paper": PAPER}
@@ -34,10 +36,14 @@ class BudgetSettings(Settings):
     """What to reach; `search` takes one budget or none, `select` exactly one."""
 
     target_bits: float | None = flag(
-        None, "budget: average bits per weight of the linears, scales and zero points counted", REACH, metavar="B"
+        None,
+        "budget: average bits per weight of all that is searched (linears, and head and embeddings unless --head "
+        "16bit), scales and zero points counted",
+        REACH,
+        metavar="B",
     )
     memory: str | int | None = flag(
-        None, "budget: everything that must be resident, such as 6GiB", REACH, parse=parse_size, metavar="SIZE"
+        None, "budget: every byte that must be resident, such as 6GiB", REACH, parse=parse_size, metavar="SIZE"
     )
     context: int = flag(
         0, "tokens of KV cache that --memory must hold besides the weights", REACH, least=0, metavar="N"
@@ -77,7 +83,23 @@ class SearchSettings(ModelSettings, BudgetSettings):
     pin: list[str] = flag(
         [], "REGEX=FORMAT: linears that keep a format, or their 16 bits (16bit); may be repeated", CHOOSE, metavar="PIN"
     )
-    tie: str = flag("", "groups whose members share a format per block, such as qkv,gate_up", CHOOSE, metavar="GROUPS")
+    head: str = flag(
+        AUTO,
+        "format of head and embeddings: auto searches them too, among the candidates, int6, int8 and 16 bits; 16bit "
+        "leaves them out of the search and of --target-bits",
+        CHOOSE,
+        choices=(AUTO, *FORMATS, KEPT.name),
+    )
+    tie: str = flag(
+        "",
+        "groups whose members share a format per block, such as qkv,gate_up; the experts of a layer and role do in "
+        "any case, unless --untie experts",
+        CHOOSE,
+        metavar="GROUPS",
+    )
+    untie: str = flag(
+        "", "experts: each expert has its own format, which llama.cpp cannot run", CHOOSE, metavar="GROUPS"
+    )
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", MEASURE, choices=QUANTIZERS)
     calibration: str = flag(
@@ -126,6 +148,10 @@ class SearchSettings(ModelSettings, BudgetSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_group_size(self.group_size)
+        if self.untie not in ("", EXPERTS):
+            raise AmqError(f"--untie {self.untie}: expected {EXPERTS}; nothing else is tied unless --tie says so")
+        if self.untied and EXPERTS in self.tie.split(","):
+            raise AmqError("experts are either tied or not: give --tie experts or --untie experts")
         if len(self.bit_formats) < 2:
             raise AmqError(f"--formats {self.formats}: a search needs at least two formats to choose from")
         if self.activations != "fp32":
@@ -139,7 +165,12 @@ class SearchSettings(ModelSettings, BudgetSettings):
 
     @property
     def ties(self) -> list[str]:
-        return [t for t in self.tie.split(",") if t]
+        """What `--tie` names besides experts, which are tied unless they are `untied`."""
+        return [t for t in self.tie.split(",") if t not in ("", EXPERTS)]
+
+    @property
+    def untied(self) -> bool:
+        return self.untie == EXPERTS
 
     @classmethod
     def preset(cls, name: str | None, **given: Any) -> SearchSettings:

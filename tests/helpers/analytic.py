@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from amq.formats import parse_formats, quantized_formats
-from amq.model.inventory import LinearSpec
+from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LinearSpec
 from amq.model.losses import LN2
 from amq.search.archive import Archive
 from amq.search.problem import Problem
@@ -31,8 +31,37 @@ def linears(blocks: int = 4) -> tuple[LinearSpec, ...]:
     )
 
 
-def space(formats: str = "int2,int3,int4", blocks: int = 4, **options) -> SearchSpace:
-    return SearchSpace.build(linears(blocks), parse_formats(formats), 64, **options)
+def expert_linears(blocks: int = 2, experts: int = 4) -> tuple[LinearSpec, ...]:
+    """Linears of experts, which have attention beside them; 2 of them see a token."""
+    return tuple(
+        spec
+        for b in range(blocks)
+        for spec in (
+            LinearSpec(f"layers.{b}.attn.q_proj", b, "attn.q_proj", 64, 64),
+            *(
+                LinearSpec(
+                    f"layers.{b}.mlp.experts.{role}.{e}", b, f"mlp.experts.{role}", 64, 64, EXPERT, e, experts, 2
+                )
+                for role in ("gate_proj", "up_proj", "down_proj")
+                for e in range(experts)
+            ),
+        )
+    )
+
+
+def tied_head(blocks: int = 4) -> tuple[LinearSpec, ...]:
+    return (LinearSpec("lm_head", blocks, "lm_head", 256, 64, HEAD, tied="embed"),)
+
+
+def untied_head(blocks: int = 4) -> tuple[LinearSpec, ...]:
+    embedding = LinearSpec("embed", BEFORE, "embed", 256, 64, EMBEDDING)
+    return (embedding, LinearSpec("lm_head", blocks, "lm_head", 256, 64, HEAD))
+
+
+def space(
+    formats: str = "int2,int3,int4", blocks: int = 4, outer: tuple[LinearSpec, ...] = (), **options
+) -> SearchSpace:
+    return SearchSpace.build((*linears(blocks), *outer), parse_formats(formats), 64, **options)
 
 
 class AnalyticLosses:
@@ -40,13 +69,13 @@ class AnalyticLosses:
 
     def __init__(self, of: SearchSpace, seed: int = 0, nan_when: str | None = None) -> None:
         rng = np.random.default_rng(seed)
-        weights = rng.lognormal(-4.5, 1.0, len(of.linears))
+        weights = rng.lognormal(-4.5, 1.0, len(of.weights))
         names = ("int2", "int3", "int4", "int5", "int6", "int8")
         self.table = {
             s.name: {f: float(w * 4.0**-(i)) for i, f in enumerate(names)}
-            for s, w in zip(of.linears, weights, strict=True)
+            for s, w in zip(of.weights, weights, strict=True)
         }
-        self.calls = 0
+        self.calls, self.together = 0, 3
         self.seconds = self.seconds_in_model = 0.0
         self.nan_when = nan_when
 
@@ -57,11 +86,11 @@ class AnalyticLosses:
         total = sum(self.table[n][f] for n, f in quantized_formats(formats).items())
         return LN2 * -math.expm1(-total * (1.0 if windows == "search" else 1.1))
 
-    def sensitivities(
-        self, base: Mapping[str, str], changes: Iterable[tuple[str, str]], windows: str = "search"
-    ) -> Iterator[tuple[str, str, float]]:
-        for name, fmt in changes:
-            yield name, fmt, self.evaluate({**base, name: fmt}, windows)
+    def evaluate_many(
+        self, configurations: Sequence[Mapping[str, str]], windows: str = "search"
+    ) -> Iterator[list[float]]:
+        for start in range(0, len(configurations), self.together):
+            yield [self.evaluate(formats, windows) for formats in configurations[start : start + self.together]]
 
 
 def settings(**given) -> SearchSettings:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
@@ -10,35 +13,52 @@ from torch import nn
 from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import write_checkpoint
 from amq.formats import FORMATS
-from amq.model.inventory import get_linear, take_inventory
+from amq.model.inventory import EMBEDDING, HEAD, get_weight, take_inventory
 from amq.quantize.quantizers import rtn
 from helpers.tiny_models import byte_tokenizer
 
 SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def tiny_checkpoint(model: nn.Module, folder: Path, group_size: int = 32, head: str = "", **options: Any) -> Path:
-    """Writes `model` quantized into `folder`, the head as the format `head`; `options` go to `write_checkpoint`."""
+def tiny_checkpoint(
+    model: nn.Module,
+    folder: Path,
+    group_size: int = 32,
+    head: str = "",
+    embeddings: str = "",
+    kept: str = "",
+    formats: Mapping[str, str] = MappingProxyType({}),
+    **options: Any,
+) -> Path:
+    """Writes `model` quantized into `folder`.
+
+    head: the head's format. embeddings: that of embeddings which are tied to no head. kept: linears whose names match
+    this pattern stay in 16 bits. formats: {linear: format}, where not every linear takes its turn.
+    options: of `write_checkpoint`.
+    """
     packed, shapes, names = {}, {}, list(FORMATS)
-    linears = take_inventory(model).linears
-    for i, spec in enumerate(linears):
-        fmt = FORMATS[names[i % len(names)]]
-        packed[spec.name] = rtn.quantize([get_linear(model, spec.name).weight], [fmt], group_size)[0][fmt.name]
+    inventory = take_inventory(model)
+    linears = [s for s in inventory.linears if not (kept and re.search(kept, s.name))]
+    chosen = {s.name: names[i % len(names)] for i, s in enumerate(linears)} | dict(formats)
+    chosen |= {s.name: embeddings if s.kind == EMBEDDING else head for s in inventory.outer}
+    weights = [s for s in (*linears, *inventory.outer) if chosen[s.name]]
+    for spec in weights:
+        fmt = FORMATS[chosen[spec.name]]
+        packed[spec.name] = rtn.quantize([get_weight(model, spec.name)], [fmt], group_size)[0][fmt.name]
         shapes[spec.name] = (spec.out_features, spec.in_features)
     groups = [
-        tuple(s.name for s in linears if s.block == block and s.name.rpartition(".")[2] in roles)
+        tuple(s.name for s in linears if s.block == block and s.role.rpartition(".")[2] in roles and s.expert == expert)
         for block in range(linears[-1].block + 1)
         for roles in SHARED
+        for expert in sorted({s.expert for s in linears}, key=str)
     ]
-    embedding = {}
-    if head:
-        weight = model.get_output_embeddings().weight
-        packed["lm_head"] = rtn.quantize([weight], [FORMATS[head]], group_size)[0][head]
-        shapes["lm_head"] = tuple(weight.shape)
-        embedding = {name.removesuffix(".weight"): "lm_head" for name in model.all_tied_weights_keys.values()}
+    heads = {s.name: s.tied for s in weights if s.kind == HEAD}
+    embedding = {tied: name for name, tied in heads.items() if tied}
+    embedding |= {s.name: s.name for s in weights if s.kind == EMBEDDING}
     record = QuantizationRecord(
         {name: weight.format.name for name, weight in packed.items()}, shapes, group_size, "rtn",
-        tuple(group for group in groups if len(group) > 1), "lm_head" if head else "", embedding,
+        tuple(group for group in groups if len(group) > 1), next(iter(heads), ""), embedding,
+        {s.name: (s.out_features, s.in_features) for s in inventory.linears if s not in linears},
     )  # fmt: skip
     left_out = {f"{name}.weight" for name in (*packed, *embedding)} | set(model.all_tied_weights_keys)
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}

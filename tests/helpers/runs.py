@@ -10,8 +10,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from amq.configuration import parse_pins
-from amq.model.inventory import LinearSpec
+from amq.model.inventory import HEAD, LinearSpec
 from amq.search.choose import Budget, check_bits
 from amq.search.conduct import Timings, conduct
 from amq.search.problem import Problem, Table
@@ -19,27 +18,29 @@ from amq.search.records import Cost, KvEntry, LinearEntry, MachineEntry, ModelEn
 from amq.search.run_folder import RunFolder, RunWriter
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import SearchSettings
-from amq.search.space import SearchSpace
-from helpers.analytic import AnalyticLosses, settings, space
+from amq.search.space import SearchSpace, is_outer
+from helpers.analytic import AnalyticLosses, linears, settings
 
 
 def make_run(
     path: Path,
     *,
-    blocks: int = 4,
+    weights: tuple[LinearSpec, ...] | None = None,
     losses: AnalyticLosses | None = None,
     stop_after: int | None = None,
     **given: object,
 ) -> RunFolder:
     """A finished run in the folder `path`, or one that was stopped after `stop_after` evaluations of its solver.
 
+    weights: of its model, those of `linears()` unless given.
+
     given: settings of the search; without a budget, 3.3 bits per weight.
     """
     if not given.keys() & {"target_bits", "max_loss", "memory"}:
         given["target_bits"] = 3.3
     options = settings(**{"output": str(path), **given})
-    of = make_space(options, blocks)
-    run = describe(options, of)
+    run = describe(options, weights or linears())
+    of = SearchSpace.of(run.inventory, options)
     with RunFolder.create(path, of) as folder:
         stand_in = losses or AnalyticLosses(of)
         problem = Problem(of, folder.archive, stand_in, options.solver, options.seed)
@@ -57,40 +58,40 @@ def make_run(
     return RunFolder.open(path)
 
 
-def make_space(options: SearchSettings, blocks: int) -> SearchSpace:
-    pinned = parse_pins(options.pin, space(blocks=blocks).linears)
-    return space(options.formats, blocks, pinned=pinned, ties=options.ties)
-
-
-def describe(options: SearchSettings, of: SearchSpace) -> RunFile:
-    """run.json of a model with the linears of `of`, an embedding and its tied head, and norms."""
+def describe(options: SearchSettings, weights: tuple[LinearSpec, ...]) -> RunFile:
+    """run.json of a model with these weights, an embedding that is its head as well unless they say otherwise, and
+    norms."""
+    blocks = [s for s in weights if not is_outer(s)]
+    outer = [s for s in weights if is_outer(s)]
+    tied = not any(s.kind == HEAD and not s.tied for s in outer)
+    others = (OtherEntry("embed.weight", "embedding", 256 * 64), OtherEntry("norm.weight", "norm_or_bias", 64))
+    if not tied:
+        others = (*others, OtherEntry("lm_head.weight", "lm_head", 256 * 64))
     return RunFile(
         status="running",
         model=ModelEntry(
-            name=options.model, fingerprint="f" * 32, parameters=of.numel + 256 * 64 + 64,
-            blocks=1 + max(s.block for s in of.linears), architecture="AnalyticForCausalLM",
+            name=options.model, fingerprint="f" * 32,
+            parameters=sum(s.numel for s in blocks) + sum(o.numel for o in others),
+            blocks=1 + max(s.block for s in blocks), architecture="AnalyticForCausalLM",
         ),
         settings=options,
         calibration=TextEntry(name="pydoc", sha256="0" * 64, tokens=4096, windows="1" * 32, window_prefix=("<s>",)),
         versions={"amq": "0", "python": "3"},
         machine=MachineEntry(cpu="a CPU", system="Linux", threads=2, device="cpu"),
         bank="/nowhere",
-        linears=tuple(_entry(s) for s in of.linears),
-        others=(OtherEntry("embed.weight", "embedding", 256 * 64), OtherEntry("norm.weight", "norm_or_bias", 64)),
-        head_is_tied=True,
+        linears=LinearEntry.of(blocks),
+        outer=LinearEntry.of(outer),
+        others=others,
+        head_is_tied=tied,
         kv_cache=KvEntry(
             num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64
         ),
-        pinned={name: fmt.name for name, fmt in of.pinned.items()},
+        pinned={},
     )  # fmt: skip
 
 
-def _entry(spec: LinearSpec) -> LinearEntry:
-    return LinearEntry(**vars(spec))
-
-
 def _table(of: SearchSpace, losses: AnalyticLosses) -> Table:
-    wanted = {s.name: of.linear_sizes[s.name].keys() & losses.table[s.name].keys() for s in of.quantized}
+    wanted = {s.name: of.weight_sizes[s.name].keys() & losses.table[s.name].keys() for s in of.quantized}
     return {name: {fmt: losses.table[name][fmt] for fmt in sorted(formats)} for name, formats in wanted.items()}
 
 

@@ -24,6 +24,8 @@ LARGEST = 65504.0
 """The largest number of fp16."""
 SHRINKS, REFITS = (1.0, 0.85, 0.7), 3
 """What `fitted_grid` tries a group's range at, and how often it refits each."""
+ROWS = 4096
+"""Rows of a weight whose scales are looked at together: an embedding is not copied as a whole."""
 NEGLIGIBLE = 1e-4
 """Share of a linear's energy, in squared scales of groups, whose scales may be lost: a hundredth of its size."""
 
@@ -43,8 +45,12 @@ def storable(scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor]:
 
 def group_scales(weight: Tensor, fmt: BitFormat, group_size: int) -> Tensor:
     """The scales that the ranges of `weight` [rows, in_features] ask for, float32 [rows, n_groups], before fp16."""
-    groups = to_groups(weight.detach().cpu(), group_size)
-    return (groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)) / fmt.max_code
+
+    def ranges(rows: Tensor) -> Tensor:
+        groups = to_groups(rows, group_size)
+        return groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)
+
+    return torch.cat([ranges(rows) for rows in weight.detach().cpu().split(ROWS)]) / fmt.max_code
 
 
 def out_of_range(weight: Tensor, fmt: BitFormat, group_size: int) -> bool:

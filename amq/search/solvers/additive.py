@@ -19,7 +19,7 @@ from amq.search.knapsack import select, select_exact
 from amq.search.problem import Problem
 from amq.search.refine import refine
 from amq.search.sensitivity import measure
-from amq.search.solvers.base import Solution, evaluate_uniform
+from amq.search.solvers.base import Solution, uniform_configurations
 from amq.search.space import SearchSpace
 
 if TYPE_CHECKING:
@@ -32,18 +32,18 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     space = problem.space
     problem.evaluate(space.uniform(space.formats[-1]), "uniform")
     table = problem.cost_table(options.cost)
-    evaluate_uniform(problem)
     costs = space.variable_costs(table)
     choose = select_exact if options.exact else select
 
     def configuration(bits: float) -> dict[str, str]:
         return space.decode(choose(costs, space.sizes, space.capacity(bits)))
 
+    wanted = [(formats, "uniform") for formats in uniform_configurations(space)]
     if problem.budget is not None:
-        problem.evaluate(configuration(problem.budget), "budget")
-    low, high = space.bits_range
-    for bits in front_budgets(space, options.points):
-        problem.evaluate(configuration(bits), "front")
+        wanted.append((configuration(problem.budget), "budget"))
+    low, high = space.front_range
+    wanted += [(configuration(bits), "front") for bits in front_budgets(space, options.points)]
+    problem.evaluate_many(wanted)
     if problem.max_loss is not None:
         _bisect(problem, problem.max_loss, configuration)
     if options.refine:
@@ -60,7 +60,7 @@ def front_budgets(space: SearchSpace, points: int) -> list[float]:
 
     So the front has a point at the cost of every uniform configuration, and whether it beats it is measured.
     """
-    low, high = space.bits_range
+    low, high = space.front_range
     budgets = np.linspace(low, high, points + 2)[1:-1]
     for fmt in space.formats[1:-1] if points else ():
         cost = space.bits_of(space.uniform(fmt))

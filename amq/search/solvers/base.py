@@ -19,28 +19,37 @@ class Solution:
     sensitivity: Sensitivity | None = None
 
 
-def evaluate_uniform(problem: Problem) -> None:
+def uniform_configurations(space: SearchSpace) -> list[dict[str, str]]:
     """The baselines, highest format first: it is the trial evaluation and the base of sensitivities."""
-    for fmt in reversed(problem.space.formats):
-        problem.evaluate(problem.space.uniform(fmt), "uniform")
+    return [space.uniform(fmt) for fmt in reversed(space.formats)]
+
+
+def evaluate_uniform(problem: Problem) -> None:
+    problem.evaluate_many([(formats, "uniform") for formats in uniform_configurations(problem.space)])
 
 
 def pruned(problem: Problem, threshold: float) -> tuple[SearchSpace, Sensitivity]:
-    """The space with over-sensitive linears pinned to the highest format (the paper's pruning).
+    """The space with over-sensitive weights pinned to their last choice (the paper's pruning).
 
-    Variables that hold a pinned linear (a tie) are pinned whole.
+    What is tied was measured together, and is pinned together.
     """
     found = measure(problem, threshold)
-    space = problem.space
-    highest = space.formats[-1]
-    out = {s.name for v in space.variables if any(s.name in found.pinned for s in v) for s in v}
+    space, pins = problem.space, set(found.pinned)
+    out = {s.name: c[-1] for v, c in zip(space.variables, space.choices, strict=True) for s in v if s.name in pins}
     if len(out) == sum(len(v) for v in space.variables):
         return space, found
     variables = tuple(v for v in space.variables if v[0].name not in out)
-    return replace(space, pinned={**space.pinned, **dict.fromkeys(sorted(out), highest)}, variables=variables), found
+    return replace(space, pinned={**space.pinned, **dict(sorted(out.items()))}, variables=variables), found
 
 
 def random_points(space: SearchSpace, count: int, rng: np.random.Generator) -> np.ndarray:
-    """[count, n_variables]; each point draws its own mix of formats first: sizes spread over the whole range."""
-    mixes = rng.dirichlet(np.ones(len(space.formats)), size=count)
-    return np.stack([rng.choice(len(space.formats), size=len(space.variables), p=mix) for mix in mixes])
+    """[count, n_variables]; each point draws its own mix of formats first: sizes spread over the whole range.
+
+    Variables that have as many choices share a mix.
+    """
+    points = np.empty((count, len(space.variables)), dtype=int)
+    for choices in sorted(set(space.counts.tolist())):
+        mine = np.flatnonzero(space.counts == choices)
+        mixes = rng.dirichlet(np.ones(choices), size=count)
+        points[:, mine] = [rng.choice(choices, size=len(mine), p=mix) for mix in mixes]
+    return points

@@ -27,11 +27,14 @@ if TYPE_CHECKING:
 def solve(problem: Problem, options: SearchSettings) -> Solution:
     evaluate_uniform(problem)
     space, sensitivity = pruned(problem, options.prune)
-    uniform = np.repeat(np.arange(len(space.formats))[:, None], len(space.variables), axis=1)
+    uniform = np.stack([space.encode(space.uniform(fmt)) for fmt in space.formats])
     draws = random_points(space, max(0, options.initial - len(uniform)), problem.rng(1))
     data = _Data(space)
-    for point in np.concatenate([uniform, draws]):
-        data.add(point, problem.evaluate(space.decode(point), "initial"))
+    points = np.concatenate([uniform, draws])
+    for point, record in zip(
+        points, problem.evaluate_many([(space.decode(p), "initial") for p in points]), strict=True
+    ):
+        data.add(point, record)
     for iteration in range(options.iterations):
         surrogate = SURROGATES[options.surrogate](problem.seed)
         surrogate.fit(data.x, data.y)
@@ -40,7 +43,8 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
             problem.progress.say(f"iteration {iteration}: the surrogate proposes nothing new; the search has converged")
             break
         predicted = surrogate.predict(chosen)
-        losses = [data.add(p, problem.evaluate(space.decode(p), "iteration", iteration=iteration)) for p in chosen]
+        records = problem.evaluate_many([(space.decode(p), "iteration") for p in chosen], iteration=iteration)
+        losses = [data.add(point, record) for point, record in zip(chosen, records, strict=True)]
         _log_quality(problem, options.surrogate, iteration, len(data.y), np.array(losses, dtype=float), predicted)
     return Solution(sensitivity=sensitivity)
 
@@ -97,7 +101,7 @@ def _evolve(
     from pymoo.optimize import minimize
 
     rng = problem.rng(3, iteration)
-    top = len(space.formats) - 1
+    top = space.largest
 
     class Surrogated(PymooProblem):
         def __init__(self) -> None:
@@ -111,7 +115,7 @@ def _evolve(
         """Each variable takes a random format with the mutation probability."""
 
         def _do(self, problem: PymooProblem, x: np.ndarray, **kwargs: object) -> np.ndarray:
-            redrawn = rng.integers(0, top + 1, size=x.shape)
+            redrawn = rng.integers(0, space.counts, size=x.shape)
             return np.where(rng.random(x.shape) < options.mutation, redrawn, x)
 
     front = data.x[pareto_indices(np.column_stack([space.bits(data.x), data.y]))][: options.population]

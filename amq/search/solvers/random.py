@@ -15,6 +15,6 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     evaluate_uniform(problem)
     space, sensitivity = pruned(problem, options.prune)
     count = options.initial + options.iterations * options.per_iteration
-    for point in random_points(space, count, problem.rng(1)):
-        problem.evaluate(space.decode(point), "initial")
+    points = random_points(space, count, problem.rng(1))
+    problem.evaluate_many([(space.decode(point), "initial") for point in points])
     return Solution(sensitivity=sensitivity)

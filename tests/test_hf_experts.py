@@ -1,0 +1,183 @@
+"""transformers and checkpoints with experts, and with embeddings that are packed: load, run, save, reload."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.checkpoints import tiny_checkpoint
+from helpers.tiny_models import COMMON, random_tokens, randomized
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM
+
+from amq.checkpoint.store import open_checkpoint
+from amq.errors import AmqError
+from amq.integrations.opening import open_checkpoint_once
+from amq.kernels.embedding import OwnEmbedding, StoredEmbedding
+from amq.kernels.modules import StoredLinear
+from amq.model.experts import Experts, unfuse
+from amq.model.inventory import take_inventory
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOKENS = random_tokens(2, 20)
+MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "tie_word_embeddings": False}
+GEMMA = {
+    "head_dim": 16, "global_head_dim": 16, "hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 256,
+    "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+def build(kind: str, **options: Any) -> nn.Module:
+    """A tiny random model whose experts are linears."""
+    import transformers
+
+    options = {**COMMON, **FAMILIES[kind][1], **options}
+    torch.manual_seed(0)
+    name = FAMILIES[kind][0]
+    config = getattr(transformers, f"{name}Config")(**options)
+    model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    unfuse(randomized(model.float(), 0))
+    return model
+
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen3_moe": ("Qwen3Moe", MOE),
+    "gpt_oss": ("GptOss", {**MOE, "num_local_experts": 6, "head_dim": 16}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "tie_word_embeddings": True}),
+    "gemma4_text": ("Gemma4Text", GEMMA),
+    "gemma3_text": ("Gemma3Text", {"head_dim": 16, "tie_word_embeddings": True}),
+}
+CASES = {
+    "experts": ("qwen3_moe", {}),
+    "experts with biases, transposed and interleaved": ("gpt_oss", {}),
+    "experts, some kept": ("qwen3_moe", {"kept": r"layers\.1\..*gate_proj\.[02]$"}),
+    "experts, all of a layer kept": ("mixtral", {"kept": r"layers\.1\..*experts"}),
+    "experts, head and embedding": ("qwen3_moe", {"head": "int6", "embeddings": "int4"}),
+    "embedding alone": ("qwen3_moe", {"embeddings": "int3"}),
+    "tied head and embedding": ("mixtral", {"head": "int8"}),
+    "tied head, embedding that scales": ("gemma3_text", {"head": "int8"}),
+    "embeddings per layer": ("gemma4_text", {"embeddings": "int4"}),
+    "embeddings per layer, tied head": ("gemma4_text", {"head": "int5", "embeddings": "int4"}),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def folder(case: str) -> Path:
+        kind, how = CASES[case]
+        return root / case if (root / case).exists() else tiny_checkpoint(build(kind), root / case, **how)
+
+    return folder
+
+
+def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> nn.Module:
+    return kind.from_pretrained(folder, **{"dtype": torch.float32, **options})
+
+
+def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max() / b.abs().max())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_load_run_save_reload(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whole, in shards, and dequantized; logits are those of the plain model with the same rounded weights."""
+    folder, original = folders(case), build(CASES[case][0])
+    open_checkpoint_once(folder)
+    checkpoint = open_checkpoint(folder)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    stored = {n for n, m in model.named_modules() if isinstance(m, (StoredLinear, OwnEmbedding))}
+    assert stored == checkpoint.record.formats.keys()
+    assert model.num_parameters() == original.num_parameters()
+    assert model.num_parameters(exclude_embeddings=True) == original.num_parameters(exclude_embeddings=True)
+    logits = model(TOKENS).logits
+    for path, size in ((tmp_path / "one", "1GB"), (tmp_path / "shards", "40KB")):
+        model.save_pretrained(path, max_shard_size=size)
+        again = load(path)
+        assert_same_tensors(model, again)
+        assert torch.equal(again(TOKENS).logits, logits)
+        assert open_checkpoint(path).record == checkpoint.record
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(TOKENS).logits, logits)
+    ids = model.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0)
+    plain = copied.dequantize()
+    assert not any(isinstance(m, (StoredLinear, StoredEmbedding)) for m in plain.modules())
+    assert distance(plain(TOKENS).logits, logits) < 1e-5
+    assert distance(plain(TOKENS).logits, original(TOKENS).logits) > 1e-4
+    assert plain.num_parameters() == original.num_parameters()
+    assert torch.equal(plain.generate(TOKENS[:1, :4], max_new_tokens=4, do_sample=False, pad_token_id=0), ids)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_packed_is_the_rounded_weight(case: str, folders: Callable[[str], Path]) -> None:
+    """The plain model with every weight replaced by its dequantized one has the loaded model's logits."""
+    from amq.model.inventory import get_weight
+    from amq.packing import dequantize
+
+    checkpoint, plain = open_checkpoint(folders(case)), build(CASES[case][0])
+    with torch.no_grad():
+        for name in checkpoint.record.formats:
+            get_weight(plain, name).copy_(dequantize(checkpoint.packed(name)))
+        assert distance(load(folders(case))(TOKENS).logits, plain(TOKENS).logits) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_base_model(case: str, folders: Callable[[str], Path], tmp_path: Path) -> None:
+    causal, base = load(folders(case)), load(folders(case), AutoModel)
+    states = causal.base_model(TOKENS).last_hidden_state
+    assert torch.equal(base(TOKENS).last_hidden_state, states)
+    base.save_pretrained(tmp_path / "base")
+    assert torch.equal(load(tmp_path / "base", AutoModel)(TOKENS).last_hidden_state, states)
+
+
+def test_a_missing_tensor_is_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file
+
+    from amq.util.tensors import hashes_metadata, save_file
+
+    folder = Path(shutil.copytree(folders("experts, some kept"), tmp_path / "damaged"))
+    whole = load_file(folder / "model.safetensors")
+    for name in ("model.layers.2.mlp.experts.up_proj.5.scale", "model.layers.1.mlp.experts.gate_proj.2.weight"):
+        tensors = {n: t for n, t in whole.items() if n != name}
+        (folder / "model.safetensors").unlink()
+        save_file(tensors, folder / "model.safetensors", metadata=hashes_metadata(tensors))
+        with pytest.raises(AmqError, match=f"lacks 1 tensors, such as {name}"):
+            open_checkpoint(folder)
+        with pytest.raises(AmqError, match=f"lacks 1 tensors, such as {name}"):
+            load(folder)
+
+
+def test_resizing_is_refused(folders: Callable[[str], Path]) -> None:
+    with pytest.raises(AmqError, match=r"call model.dequantize\(\) first"):
+        load(folders("embedding alone")).resize_token_embeddings(300)
+
+
+def test_experts_stay_linears_after_dequantize(folders: Callable[[str], Path]) -> None:
+    plain = load(folders("experts")).dequantize()
+    experts = [m for m in plain.modules() if isinstance(m, Experts)]
+    assert len(experts) == 3 and all(type(linear) is nn.Linear for e in experts for linear in e.gate_proj)
+    assert [s.role for s in take_inventory(plain).linears] == [
+        s.role for s in take_inventory(build("qwen3_moe")).linears
+    ]
+
+
+def test_the_record_of_many_experts_is_small(folders: Callable[[str], Path]) -> None:
+    stored = json.loads((folders("experts") / "config.json").read_text())["quantization_config"]
+    assert stored["version"] == 3
