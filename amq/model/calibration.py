@@ -238,6 +238,7 @@ class _Sum:
                 "load the model in a wider --dtype"
             )
         mean, self._total = self._total.div_(self.count).cpu(), None
+        mirror(mean)
         return mean
 
 
