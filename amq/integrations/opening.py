@@ -18,6 +18,7 @@ from torch import nn
 
 from amq.checkpoint.record import QuantizationRecord
 from amq.errors import AmqError
+from amq.kernels.modules import StoredLinear
 from amq.model.weight_files import weight_files
 from amq.packing import PARTS
 from amq.util.tensors import open_files
@@ -87,8 +88,8 @@ def named_class(config: Any) -> Any:
 def _initialize(model: PreTrainedModel, folder: Path) -> None:
     """What transformers does once all tensors are there: it offers every module to the model's own initialization,
     which may want the weight of a linear that has none any more."""
-    for module in model.modules():
-        module.__dict__["_is_hf_initialized"] = False  # as it is in a model that from_pretrained builds
+    for module in model.modules():  # as it is in a model that from_pretrained builds
+        module.__dict__["_is_hf_initialized"] = isinstance(module, StoredLinear)
     try:
         model.initialize_weights()
     except Exception as error:  # of the model's own code

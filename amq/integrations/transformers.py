@@ -147,7 +147,9 @@ class AmqQuantizer(HfQuantizer):
         record, config = self._record, self.quantization_config
         execution = Execution(config.activations, config.backend, record.multiplied)
         for name in (n for n in record.formats if n not in record.own_embeddings):
-            _replace(model, name, _stored_linear(model, name, record, execution))
+            linear = _stored_linear(model, name, record, execution)
+            linear.__dict__["_is_hf_initialized"] = True  # else each is filled with random numbers, in vain
+            _replace(model, name, linear)
         for name in record.embedding:
             _replace(model, name, _stored_embedding(model, name, record))
             _untie(model, name)

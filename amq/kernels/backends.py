@@ -80,7 +80,9 @@ def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
     chosen = get_backend(backend)
     reason = chosen.unsupported_reason(packed.format)
     if reason is not None:
-        raise AmqError(f"backend {backend} cannot run {packed.format.name}: {reason}")
+        raise AmqError(
+            f"backend {backend} cannot run {packed.format.name}: {reason}; take backend reference, or another format"
+        )
     return PreparedWeight.of(packed, backend, chosen.prepare(packed))
 
 

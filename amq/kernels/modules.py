@@ -213,7 +213,10 @@ class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[mis
             return weight
         if self.packed is None:
             raise AmqError(f"{self.name} has no weight yet: load it with from_pretrained, or give it one with store()")
-        weight = prepare(self.packed.to(device), self.execution.backend_on(device))
+        try:
+            weight = prepare(self.packed.to(device), self.execution.backend_on(device))
+        except AmqError as error:
+            raise AmqError(f"{self.name}: {error}") from None
         self._weight, self.data, self.place = weight, weight.data, device
         return weight
 
