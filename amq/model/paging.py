@@ -159,8 +159,8 @@ def memory_text(model: nn.Module) -> str:
     prefixes = tuple(f"{path}." for path in pager.paths)
     always = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith(prefixes))
     return (
-        f"plan: weights are read block by block: {always / 2**30:.2f} GiB outside of the blocks stay in memory (embedding, "
-        f"head), and one of {pager.n_blocks} blocks at a time, at most {max(pager.sizes) / 2**30:.2f} GiB; all blocks "
+        f"plan: weights are read block by block: {always / 2**30:.2f} GiB outside of the blocks stay in memory "
+        f"(embedding, head), and one of {pager.n_blocks} blocks at a time, at most {max(pager.sizes) / 2**30:.2f} GiB; all blocks "
         f"would take {sum(pager.sizes[: pager.n_blocks]) / 2**30:.2f} GiB"
     )
 
