@@ -65,13 +65,13 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrain
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            model = named_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code raises for a config that does not fit it
         raise AmqError(f"transformers cannot build a model from {folder / 'config.json'}: {_line(error)}") from error
     return model.eval(), config
 
 
-def auto_class(config: Any) -> Any:
+def named_class(config: Any) -> Any:
     """The class of transformers that builds the model which `config`, as it is in a folder, names: of causal LMs, or
     where it names none of these, of models that read images beside the text."""
     import transformers
@@ -126,7 +126,8 @@ def _compare(folder: Path, model: nn.Module, shapes: Mapping[str, tuple[int, ...
         and not _matches(name, optional)
     ]
     parents = tuple(f"{name}." for name in packed)
-    odd = [name for name in shapes if name not in state and not name.startswith(parents)]
+    ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    odd = [n for n in shapes if n not in state and not n.startswith(parents) and not _matches(n, ignored)]
     wrong = [
         f"{name} {list(shape)} instead of {list(state[name].shape)}"
         for name, shape in shapes.items()

@@ -30,12 +30,13 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from amq.checkpoint.record import METHOD, QuantizationRecord, check_parts
-from amq.checkpoint.store import AUTO_CLASSES, check_complete, check_tensors
+from amq.checkpoint.store import check_complete, check_tensors
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.cpu import dequantized
 from amq.kernels.embedding import OwnEmbedding, StoredEmbedding
 from amq.kernels.modules import Execution, StoredLinear
+from amq.model.auto import CAUSAL, IMAGES
 from amq.model.experts import unfuse
 from amq.model.inventory import get_linear
 from amq.packing import PARTS, PackedWeight, part_names
@@ -177,8 +178,8 @@ class AmqQuantizer(HfQuantizer):
         model.__dict__["num_parameters"] = partial(_num_parameters, model)
         model.__dict__["_weight_conversions"] = []  # tensors are saved by the names of this model's modules
         if type(model).__module__.startswith("transformers.") and hasattr(model.config, "auto_map"):
-            for name in AUTO_CLASSES:  # save_pretrained does not copy the file that it names
-                model.config.auto_map.pop(name, None)
+            for auto in (CAUSAL, IMAGES):
+                model.config.auto_map.pop(auto, None)  # save_pretrained does not copy the file that it names
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *_: Any, **__: Any
