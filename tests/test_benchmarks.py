@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bank
 import compare_solvers
 import pytest
 import quality
@@ -54,6 +55,18 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "| additive, Fisher | 10 |" in result.stdout
     assert json.loads((tmp_path / "c.json").read_text())["provenance"]["commit"] == checkout(ROOT)[0]
+
+
+def test_bank_smoke(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One block by both, the others by the kernels, and a whole bank."""
+    folder, results = tmp_path / "model", tmp_path / "bank.json"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    flags = ["--blocks", "1", "--bank-windows", "1", "--window-length", "32", "--group-size", "32", "--total"]
+    assert bank.main([str(folder), *flags, "--json", str(results)]) == 0
+    written = json.loads(results.read_text())
+    assert written["provenance"]["commit"] == checkout(ROOT)[0] and written["total"]["wall"] > 0
+    assert sum("torch" in row for row in written["blocks"]) == 1 and "| ratio |" in capsys.readouterr().out
 
 
 def test_split_smoke(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from amq.model.experts import DOWN, Experts, expert_of
 from amq.model.inventory import EXPERT, LinearSpec, embedding_weight, get_linear
 from amq.model.paging import holding
 from amq.model.states import StateStore
+from amq.util.symmetric import add_gram, mirror
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -220,18 +221,24 @@ class _Sum:
         rows = x.reshape(-1, x.shape[-1]).float()
         if self._total is None:
             self._total = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
-        self._total.addmm_(rows.t(), rows)
+        if x.device.type == "cpu":
+            add_gram(self._total, rows.contiguous())
+        else:
+            self._total.addmm_(rows.t(), rows)
         self.count += len(rows)
 
     def mean(self, linear: str) -> Tensor:
         """On the CPU, once. linear: whose inputs these were, for the error."""
         assert self._total is not None
-        if not bool(torch.isfinite(self._total).all()):
+        total, self._total = self._total.div_(self.count), None
+        mean = total.cpu()
+        if total.device.type == "cpu":
+            mirror(mean)
+        if not bool(torch.isfinite(mean).all()):
             raise AmqError(
                 f"the inputs of {linear} are not finite (NaN or infinity) on the calibration text: "
                 "load the model in a wider --dtype"
             )
-        mean, self._total = self._total.div_(self.count).cpu(), None
         return mean
 
 

@@ -50,7 +50,7 @@ from amq.util.tensors import hashes_metadata, save_tensors, verify_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 3
+VERSION = 4
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 INDEX = "bank.json"
 ERROR = "weight_error"
