@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.families import FAMILIES
 from helpers.tiny_models import ARCHITECTURES, Architecture, random_tokens, randomized
 from torch import Tensor, nn
 
@@ -158,3 +159,38 @@ def test_block_that_never_runs_is_named(tiny_llama: nn.Module) -> None:
     tiny_llama.forward = lambda **kwargs: None
     with pytest.raises(AmqError, match="never ran block 1 at model.layers.1"):
         runner.hidden(random_tokens(1, 4), 2)
+
+
+def test_keys_and_values_that_later_blocks_read_are_carried() -> None:
+    """Gemma 4: the last two of four blocks have none of their own."""
+    model = FAMILIES["gemma4"].build()
+    runner, tokens = BlockRunner(model), random_tokens(2, LENGTH)
+    runner.check(tokens[:1])
+    with torch.no_grad():
+        states = runner.boundaries(tokens)
+        width = states[-1].shape[-1]
+        assert [state.shape[-1] > width for state in states] == [True, True, True, False]
+        final = runner.hidden(tokens, 4)
+        for boundary, state in enumerate(states[:-1], start=1):
+            assert torch.equal(final, runner.hidden(tokens, 4, boundary, state))
+            halves = [runner.hidden(t, 4, boundary, s) for t, s in zip(tokens.split(1), state.split(1), strict=True)]
+            torch.testing.assert_close(torch.cat(halves), final, rtol=1e-5, atol=1e-5)
+        first = runner.hidden(tokens[:, :9], 4, 2, states[1][:, :9])  # what a token reads lies before it
+        torch.testing.assert_close(first, final[:, :9], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_flow_through_what_is_carried() -> None:
+    model = FAMILIES["gemma4"].build()
+    runner, tokens = BlockRunner(model), random_tokens(1, LENGTH)
+    with torch.no_grad():
+        entry = runner.hidden(tokens, 1)
+        later = runner.hidden(tokens, 2, 1, entry)
+    whole = entry.clone().requires_grad_()
+    runner.hidden(tokens, 4, 1, whole).square().sum().backward()
+    middle = later.clone().requires_grad_()
+    runner.hidden(tokens, 4, 2, middle).square().sum().backward()
+    first = entry.clone().requires_grad_()
+    runner.hidden(tokens, 2, 1, first).backward(middle.grad)
+    torch.testing.assert_close(first.grad, whole.grad, rtol=1e-4, atol=1e-6 * float(whole.grad.abs().max()))
+    width = model.config.hidden_size
+    assert float(middle.grad[..., width:].abs().max()) > 0

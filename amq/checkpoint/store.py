@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from amq.util.tensors import hashes_metadata, open_file, open_files, save_file, 
 
 SHARD_SIZE = 4 << 30
 
+UNUSED = "amq_unused_tensors"
+"""Key of config.json: names of tensors that are kept for other programs, as they were, and belong to no module."""
 AUTO_CLASS = "AutoModelForCausalLM"
 REMOTE_MODULE = "modeling_amq"
 REMOTE_CODE = '''"""Lets transformers load this folder with trust_remote_code=True; `import amq` does so without it."""
@@ -69,6 +72,8 @@ class Checkpoint:
     def other_names(self) -> list[str]:
         """Tensors that are not part of a packed weight: norms, biases, an embedding that no head is tied to."""
         packed = {name for linear in self.record.formats for name in part_names(linear)}
+        unused = self.config.get(UNUSED)
+        packed |= set(unused) if isinstance(unused, list) else set()
         return [name for name in self._files if name not in packed]
 
     def verify(self) -> None:
@@ -184,51 +189,57 @@ def write_checkpoint(
     config: Mapping[str, Any],
     record: QuantizationRecord,
     packed: Mapping[str, PackedWeight],
-    others: Mapping[str, Tensor],
+    others: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
     extras: Callable[[Path], None] | None = None,
     shard_size: int = SHARD_SIZE,
+    auto_class: str = AUTO_CLASS,
 ) -> None:
     """Writes a whole checkpoint folder, or nothing.
 
     output: must not exist, or be empty.
     config: the model's config.json without `quantization_config`; infinity is allowed.
-    packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once.
+    packed: {linear: weight}, as in `record`. others: every other tensor of the model by its name, shared ones once;
+        pairs are taken one after the other, so that they need not be in memory together.
     extras: called with the folder before it gets its name: tokenizer, model card, logs, and a last look at it.
     shard_size: bytes per safetensors file.
+    auto_class: of transformers, which loads the model.
 
     Where config names the model's class, the folder also gets a `modeling_amq.py`, for people who load it with
     trust_remote_code=True and without `import amq`: see `REMOTE_CODE`.
     """
     if odd := sorted(packed.keys() ^ record.formats.keys()):
         raise AmqError(f"linear {odd[0]!r} has a weight or a format, but not both: nothing was written")
-    tensors = {f"{n}.{part}": t for n, weight in packed.items() for part, t in weight.parts.items()} | dict(others)
+    parts = ((f"{n}.{part}", t) for n, weight in packed.items() for part, t in weight.parts.items())
 
     def write(folder: Path) -> None:
-        write_tensors(folder, tensors.items(), shard_size, hashes_metadata)
-        write_config(folder, config, record)
+        rest = others.items() if isinstance(others, Mapping) else others
+        write_tensors(folder, chain(parts, rest), shard_size, hashes_metadata)
+        write_config(folder, config, record, auto_class)
         if extras:
             extras(folder)
 
     write_folder(output, write)
 
 
-def write_config(folder: Path, config: Mapping[str, Any], record: QuantizationRecord) -> None:
+def write_config(
+    folder: Path, config: Mapping[str, Any], record: QuantizationRecord, auto_class: str = AUTO_CLASS
+) -> None:
     """Writes config.json and the module that it names; numbers that JSON lacks as transformers writes them."""
-    data = {**_with_remote_code(config, folder), "quantization_config": record.json()}
+    data = {**_with_remote_code(config, folder, auto_class), "quantization_config": record.json()}
     write_json(folder / "config.json", json_floats(data))
 
 
-def _with_remote_code(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def _with_remote_code(config: Mapping[str, Any], folder: Path, auto_class: str) -> dict[str, Any]:
     """Writes modeling_amq.py; returns `config` with the key by which transformers finds it, which a model with code of
     its own keeps."""
-    if AUTO_CLASS in (config.get("auto_map") or {}):
+    if auto_class in (config.get("auto_map") or {}):
         return dict(config)
     architecture = next(iter(config.get("architectures") or ()), "")
     if not architecture:
         return dict(config)
     code = REMOTE_CODE.format(architecture=architecture, install=install_hint())
     (folder / f"{REMOTE_MODULE}.py").write_text(code, encoding="utf-8")
-    return {**config, "auto_map": {AUTO_CLASS: f"{REMOTE_MODULE}.Amq{architecture}"}}
+    return {**config, "auto_map": {auto_class: f"{REMOTE_MODULE}.Amq{architecture}"}}
 
 
 def write_tensors(

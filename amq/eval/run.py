@@ -89,7 +89,7 @@ class _Run:
     ) -> None:
         """A model in full precision, then uniform formats and configurations from their banks."""
         how = self.settings
-        opened = open_model(name, how.dtype, how.device, how.trust_remote_code)
+        opened = open_model(name, how.dtype, how.device, how.trust_remote_code, how.load)
         inventory = opened.inventory
         for _, configuration in configurations:
             configuration.check(inventory.linears, opened.usable.reasons)

@@ -153,6 +153,35 @@ def linear(
     return y
 
 
+def grouped_linear(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    sizes: Sequence[int],
+    biases: Sequence[Tensor | None],
+    activations: str,
+    isa: str = "",
+) -> Tensor:
+    """y [M, N]: weight i times its `sizes[i]` rows of x [M, K], one after another, in one call; float32 on CPU.
+
+    weights, of one shape, N × K, and group size, each in its own format, as `linear` takes them. biases: [N] each,
+    float32 and contiguous. Raises AmqError where a weight has not the bytes of its shape.
+    """
+    rows, in_features = x.shape
+    columns = weights[0].out_features
+    parts = [(w.format.name, *memory(w.data), w.out_features) for w in weights]
+    given = any(bias is not None for bias in biases)
+    vectors = [NO_MEMORY if bias is None else memory(bias) for bias in biases] if given else []
+    y = torch.empty(rows, columns)
+    try:
+        cpu_module().linear_grouped(
+            parts, list(sizes), memory(x), vectors, memory(y), in_features, weights[0].group_size,
+            activations == "int8", torch.get_num_threads(), isa,
+        )  # fmt: skip
+    except ValueError as error:
+        raise AmqError(f"linears of {in_features} features in {columns} columns: {error}") from error
+    return y
+
+
 def linear_each(x: Tensor, weights: Sequence[PreparedWeight], activations: str, isa: str = "") -> Tensor:
     """One native call per weight without Python in between; y [M, N] of the last. All weights have one shape.
 

@@ -6,14 +6,17 @@ rebuilding each architecture's masks, rotary tables, norms and logit scaling, th
 that need not run are replaced for the call by a `_Replay`, which hands on a hidden state, and a forward hook stops the
 call after the last block that must run. So the model prepares every block's arguments itself.
 
-This holds where blocks run in order and pass on nothing but one hidden-state tensor. `BlockRunner.check` proves it on
-real tokens before anything relies on it.
+This holds where blocks run in order and pass on one hidden-state tensor, and besides it at most keys and values per
+token that later blocks read again (Gemma 4): those travel in the state, behind the hidden state of their token
+(`Carried`), so that whoever keeps, cuts, joins or differentiates states need not know of them. `BlockRunner.check`
+proves it on real tokens before anything relies on it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +24,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.inventory import find_blocks
+from amq.model.paging import holding, pager_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -29,13 +33,53 @@ TOKENS = 128
 """Tokens whose logits exist at once, wherever logits are computed from final hidden states: a vocabulary is large."""
 
 
+@dataclass(frozen=True)
+class Carried:
+    """What blocks put into a mapping that the model hands to all of them: keys and values that later blocks read.
+
+    width: of the hidden state itself. entries: (argument of the blocks, key in it, (heads, head size) of each tensor
+    there, which is [batch, heads, length, head size]), in the order in which they lie in a state.
+    """
+
+    width: int
+    entries: tuple[tuple[str, Hashable, tuple[tuple[int, int], ...]], ...]
+
+    @staticmethod
+    def pack(hidden: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Carried | None]:
+        """([batch, length, width + what is carried], its layout) of what a block was given and returned; None where
+        it was handed nothing to be carried."""
+        entries, parts = [], [hidden]
+        for name, mapping in kwargs.items():
+            for key, tensors in mapping.items() if isinstance(mapping, MutableMapping) else ():
+                if _per_token(tensors, hidden):
+                    entries.append((name, key, tuple((t.shape[1], t.shape[3]) for t in tensors)))
+                    parts += [t.transpose(1, 2).flatten(2).to(hidden.dtype) for t in tensors]
+        return (torch.cat(parts, -1), Carried(hidden.shape[-1], tuple(entries))) if entries else (hidden, None)
+
+    def unpack(self, state: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+        """Puts what `state` carries into the mappings among `kwargs`; returns the hidden state."""
+        sizes = [heads * size for _, _, shapes in self.entries for heads, size in shapes]
+        hidden, *parts = state.split([self.width, *sizes], -1)
+        left = iter(parts)
+        for name, key, shapes in self.entries:
+            kwargs[name][key] = tuple(next(left).unflatten(-1, shape).transpose(1, 2) for shape in shapes)
+        return hidden
+
+
+def _per_token(tensors: Any, hidden: Tensor) -> bool:
+    """Whether it is a tuple of tensors [batch, heads, length, size] of the tokens of `hidden`."""
+    return isinstance(tensors, tuple) and all(
+        isinstance(t, Tensor) and t.ndim == 4 and (t.shape[0], t.shape[2]) == tuple(hidden.shape[:2]) for t in tensors
+    )
+
+
 class _Replay(nn.Module):
     """Stands in for a block that need not run: returns `hidden`, or its own input when `hidden` is None."""
 
-    def __init__(self, block: nn.Module, hidden: Tensor | None, as_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, hidden: Tensor | None, carried: Carried | None, as_tuple: bool) -> None:
         super().__init__()
         object.__setattr__(self, "_block", block)  # not a submodule: it is only asked for attributes
-        self._hidden, self._as_tuple = hidden, as_tuple
+        self._hidden, self._carried, self._as_tuple = hidden, carried, as_tuple
 
     def __getattr__(self, name: str) -> Any:  # models read attributes of their blocks, such as the attention type
         try:
@@ -47,6 +91,8 @@ class _Replay(nn.Module):
         hidden = self._hidden
         if hidden is None:
             hidden = args[0] if args else kwargs["hidden_states"]
+        elif self._carried is not None:
+            hidden = self._carried.unpack(hidden, kwargs)
         return (hidden,) if self._as_tuple else hidden
 
 
@@ -66,13 +112,14 @@ class BlockRunner:
         self.blocks_path, self.blocks = find_blocks(model)
         self.n_blocks = len(self.blocks)
         self._as_tuple = False
+        self._carried: dict[int, Carried] = {}  # by boundary, as states there were made
 
     def hidden(self, tokens: Tensor, stop: int, start: int = 0, hidden: Tensor | None = None) -> Tensor:
-        """Hidden state at boundary `stop` (≥ start).
+        """Hidden state at boundary `stop` (≥ start); wider than hidden_size where keys and values are carried with it.
 
         tokens: int64 [batch, length].
-        start, hidden: boundary to start from and the hidden state there, [batch, length, hidden_size]; block 0 starts
-            from the tokens.
+        start, hidden: boundary to start from and the hidden state there, [batch, length, hidden_size], of this runner;
+            block 0 starts from the tokens.
         """
         if stop == start and hidden is not None:
             return hidden
@@ -83,14 +130,29 @@ class BlockRunner:
                 return stopped.hidden
         raise AmqError(f"{type(self.model).__name__} never ran block {stop - 1} at {self.blocks_path}.{stop - 1}")
 
+    def final(self, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Hidden states behind the last block, of each of `batches` (int64 [batch, length]), in order.
+
+        Of a model that is larger than memory every block is read once: all batches go through it, and only then on.
+        """
+        if pager_of(self.model) is None:
+            yield from (self.hidden(tokens, self.n_blocks) for tokens in batches)
+            return
+        states: list[Tensor | None] = [None] * len(batches)
+        for block in range(self.n_blocks):
+            with holding(self.model, block):
+                for index, tokens in enumerate(batches):
+                    states[index] = self.hidden(tokens, block + 1, block, states[index])
+        yield from (state for state in states if state is not None)
+
     def boundaries(self, tokens: Tensor) -> list[Tensor]:
         """Hidden states after every block, n_blocks of [batch, length, hidden_size], from one forward."""
         states: list[Tensor] = []
 
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            states.append(output[0] if isinstance(output, tuple) else output)
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            states.append(self._state(len(states) + 1, kwargs, output))
 
-        handles = [block.register_forward_hook(keep) for block in self.blocks[:-1]]
+        handles = [block.register_forward_hook(keep, with_kwargs=True) for block in self.blocks[:-1]]
         try:
             last = self.hidden(tokens, self.n_blocks)
             return [*states, last]
@@ -131,13 +193,23 @@ class BlockRunner:
         if not difference <= 1e-3:
             raise AmqError(refused.format(f"logits differ by {difference:.1e} relative"))
 
+    def _state(self, boundary: int, kwargs: Mapping[str, Any], output: Any) -> Tensor:
+        """What goes on from the block before `boundary`; behind the last block that is the hidden state alone."""
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        if boundary == self.n_blocks:
+            return hidden
+        state, carried = Carried.pack(hidden, kwargs)
+        if carried is not None:
+            self._carried[boundary] = carried
+        return state
+
     @contextmanager
     def _replaying(self, start: int, hidden: Tensor | None) -> Iterator[None]:
         originals = list(self.blocks[:start])
         try:
             for index, block in enumerate(originals):
                 state = hidden if index == start - 1 else None
-                self.blocks[index] = _Replay(block, state, self._as_tuple)
+                self.blocks[index] = _Replay(block, state, self._carried.get(start), self._as_tuple)
             yield
         finally:
             for index, block in enumerate(originals):
@@ -145,11 +217,11 @@ class BlockRunner:
 
     @contextmanager
     def _stopping(self, stop: int) -> Iterator[None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             self._as_tuple = isinstance(output, tuple)
-            raise _Stop(output[0] if self._as_tuple else output)
+            raise _Stop(self._state(stop, kwargs, output))
 
-        handle = self.blocks[stop - 1].register_forward_hook(hook)
+        handle = self.blocks[stop - 1].register_forward_hook(hook, with_kwargs=True)
         try:
             yield
         finally:

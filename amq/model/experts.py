@@ -118,20 +118,28 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 def _weights(fused: nn.Module) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """(role, weight [experts, out, in], bias [experts, out]) of the module's parameters, as views, in order of use."""
-    transposed, interleaved = bool(fused.is_transposed), not fused.is_concatenated
     for name in (FUSED, UP, DOWN):
         if name not in fused._parameters:
             continue
-        weight = cast(Tensor, getattr(fused, name)).detach()
+        weights = views_of(fused, name, cast(Tensor, getattr(fused, name)).detach())
         bias = getattr(fused, f"{name}_bias", None)
-        weight, bias = weight.mT if transposed else weight, None if bias is None else bias.detach()
-        if name != FUSED:
-            yield name, weight, bias
-            continue
-        for start, role in enumerate((GATE, UP)):
-            half = weight.shape[1] // 2
-            part = slice(start, None, 2) if interleaved else slice(start * half, (start + 1) * half)
-            yield role, weight[:, part], None if bias is None else bias[:, part]
+        biases = {} if bias is None else dict(views_of(fused, f"{name}_bias", bias.detach()))
+        for role, weight in weights:
+            yield role, weight, biases.get(role)
+
+
+def views_of(fused: nn.Module, name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    """(role, part) of `tensor`, which lies as the parameter `name` of `fused` does: weights, [experts, out, in] or
+    transposed, become views [experts, out, in], biases [experts, out]."""
+    role = name.removesuffix("_bias")
+    if tensor.ndim == 3 and fused.is_transposed:
+        tensor = tensor.mT
+    if role != FUSED:
+        return [(role, tensor)]
+    half = tensor.shape[1] // 2
+    if fused.is_concatenated:
+        return [(GATE, tensor[:, :half]), (UP, tensor[:, half:])]
+    return [(GATE, tensor[:, 0::2]), (UP, tensor[:, 1::2])]
 
 
 def is_fused(module: nn.Module) -> bool:

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
+from amq.model.auto import other_parts, text_part
 from amq.model.experts import Layer, Routing, layers_of_experts, top_k_of
+from amq.model.paging import named_weights
 from amq.model.shape import size, text_config
 from amq.util.records import shorten
 
@@ -36,6 +38,7 @@ MATCH_SECONDS = 5.0
 
 LINEAR, EXPERT, HEAD, EMBEDDING = "linear", "expert", "head", "embedding"
 SCORES = "scores experts, which in few bits sends tokens to others"
+KEPT_PART = "not part of the text model"
 BEFORE = -1
 """The `block` of what is read before the first one; what follows the last has the number of blocks."""
 
@@ -112,15 +115,18 @@ class Inventory:
         return [s for s in self.linears if s.block == block]
 
     def only(self, names: Container[str]) -> Inventory:
-        """The same model, of whose linears a stage sees those called `names`: the ones that are quantized."""
-        return replace(self, linears=tuple(s for s in self.linears if s.name in names))
+        """The same model, of whose weights a stage sees those called `names`: the ones that are quantized."""
+        linears, outer = (tuple(s for s in some if s.name in names) for some in (self.linears, self.outer))
+        return replace(self, linears=linears, outer=outer)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears."""
+    """Path and module of the decoder blocks: the outermost ModuleList with the most weights in linears; that of the
+    text model where there is one."""
     best: tuple[int, str, nn.ModuleList] | None = None
+    ours = set(text_part(model).modules())
     for path, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList):
+        if not isinstance(module, nn.ModuleList) or module not in ours:
             continue
         weights = sum(_numel(m) for m in module.modules())
         if weights and (best is None or weights > best[0]):  # ties go to the outer list, which is walked first
@@ -241,6 +247,8 @@ def _outer(model: PreTrainedModel, blocks_path: str, n_blocks: int, tied: bool) 
 def _reason_of(model: PreTrainedModel, name: str, parameter: Tensor, blocks_path: str) -> str:
     owner_name = name.rpartition(".")[0]
     owner = model.get_submodule(owner_name)
+    if any(name.startswith(f"{path}.") for path in other_parts(model)):
+        return KEPT_PART
     if not name.startswith(blocks_path + "."):
         return f"{type(owner).__name__} outside the decoder blocks"
     number, _, path = owner_name.removeprefix(blocks_path + ".").partition(".")
@@ -285,13 +293,14 @@ def check_weights(model: nn.Module, linears: tuple[LinearSpec, ...]) -> None:
                 f"linear {spec.name} is empty ({spec.out_features} x {spec.in_features}): cannot be quantized"
             )
     names = {f"{spec.name}.weight": f"linear {spec.name}" for spec in linears}
-    for name, tensor in model.named_parameters():
-        if not tensor.is_floating_point() or tensor.is_meta or is_finite(tensor):
-            continue
-        raise AmqError(
-            f"{names.get(name, name)} holds {int((~torch.isfinite(tensor)).sum())} non-finite weights: "
-            "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
-        )
+    for part in named_weights(model):
+        for name, tensor in part:
+            if not tensor.is_floating_point() or tensor.is_meta or is_finite(tensor):
+                continue
+            raise AmqError(
+                f"{names.get(name, name)} holds {int((~torch.isfinite(tensor)).sum())} non-finite weights: "
+                "the checkpoint is damaged or was cast to too narrow a dtype; load it again or with another --dtype"
+            )
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -24,13 +24,17 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.model.auto import auto_class
 from amq.model.experts import unfuse
 from amq.model.gguf.convert import gguf_folder
 from amq.model.inventory import embedding_weight
+from amq.model.paged import open_paged
+from amq.model.paging import named_weights
+from amq.model.settings import AUTO, DISK, MEMORY
 from amq.model.weight_files import INDEX, SINGLE, HeaderEntry, check_config, indexed, read_header, weight_files
 from amq.util.extras import needs
 from amq.util.files import read_json
-from amq.util.limits import check_memory
+from amq.util.limits import check_memory, fits
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,27 +83,35 @@ def load_model(
 
 
 def load_folder(
-    name: str, folder: Path, dtype: str, device: str, trust_remote_code: bool, **options: Any
+    name: str, folder: Path, dtype: str, device: str, trust_remote_code: bool, load: str = MEMORY, **options: Any
 ) -> LoadedModel:
-    """`load_model`, once the folder is known."""
+    """`load_model`, once the folder is known.
+
+    load: MEMORY, DISK (blocks stay in the files until they run, `amq.model.paging`), or AUTO: DISK where the model does
+        not fit the free memory.
+    """
     with needs("models", f"opening {name} through transformers"):
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
     config = read_json(folder / "config.json", floats=True)
     target = _target_dtype(config, dtype, device)
     headers = [read_header(path) for path in weight_files(folder)]
     check_config(config, sum(map(len, headers)), str(folder / "config.json"))
-    check_memory(
-        _loaded_bytes(headers, target.itemsize), f"loading {name} in {str(target).removeprefix('torch.')}", device
-    )
+    needed = _loaded_bytes(headers, target.itemsize, config)
+    paged = load == DISK or (load == AUTO and not fits(needed, device))
+    if not paged:
+        check_memory(needed, f"loading {name} in {str(target).removeprefix('torch.')}", device)
     trust = {"trust_remote_code": trust_remote_code}
     loaded: Any  # with output_loading_info from_pretrained returns a pair, which its annotation does not say
     try:
         with _quietly():
-            loaded = AutoModelForCausalLM.from_pretrained(
+            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
+            if paged:
+                return LoadedModel(open_paged(folder, target, device, trust_remote_code, name), tokenizer, name)
+            auto = auto_class(AutoConfig.from_pretrained(folder, **trust))
+            loaded = auto.from_pretrained(
                 folder, dtype=target, output_loading_info=True, use_safetensors=True, **trust, **options
             )
-            tokenizer = AutoTokenizer.from_pretrained(folder, **trust)
     except AmqError:  # of a folder that amq quantized
         raise
     except Exception as error:  # a damaged or edited folder makes transformers raise errors of any type
@@ -251,28 +263,40 @@ def _target_dtype(config: Any, dtype: str, device: str) -> torch.dtype:
     return DTYPES.get(stored, torch.bfloat16) if isinstance(stored, str) else torch.bfloat16
 
 
-def _loaded_bytes(headers: Iterable[Mapping[str, HeaderEntry]], itemsize: int) -> int:
-    """Bytes of all weights with `itemsize` bytes per element; packed ones (U8) stay as they are."""
-    return sum(e.numel * (1 if e.dtype == "U8" else itemsize) for header in headers for e in header.values())
+def _loaded_bytes(headers: Iterable[Mapping[str, HeaderEntry]], itemsize: int, config: Any) -> int:
+    """Bytes of all weights with `itemsize` bytes per element; packed ones (U8) stay as they are, but for MXFP4's, two
+    weights in a byte, which transformers unpacks."""
+    quantization = config.get("quantization_config") if isinstance(config, dict) else None
+    mxfp4 = isinstance(quantization, dict) and quantization.get("quant_method") == "mxfp4"
+    packed = 2 * itemsize if mxfp4 else 1
+    return sum(e.numel * (packed if e.dtype == "U8" else itemsize) for header in headers for e in header.values())
 
 
 def fingerprint(tensors: Sequence[tuple[str, Tensor]]) -> str:
-    """A content hash of named tensors (names, dtypes, shapes, bytes), in threads: hashlib releases the GIL."""
+    """A content hash of named tensors (names, dtypes, shapes, bytes)."""
+    return _of_digests(_digests(tensors))
 
-    def digest(item: tuple[str, Tensor]) -> bytes:
+
+def _of_digests(digests: Mapping[str, bytes]) -> str:
+    return hashlib.blake2b(b"".join(digests[name] for name in sorted(digests)), digest_size=16).hexdigest()
+
+
+def _digests(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, bytes]:
+    """{name: hash of the tensor}, in threads: hashlib releases the GIL."""
+
+    def digest(item: tuple[str, Tensor]) -> tuple[str, bytes]:
         name, tensor = item
         flat = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)
         head = f"{name} {tensor.dtype} {list(tensor.shape)}".encode()
-        return hashlib.blake2b(flat.numpy().data, key=hashlib.blake2b(head).digest()).digest()
+        return name, hashlib.blake2b(flat.numpy().data, key=hashlib.blake2b(head).digest()).digest()
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        parts = list(pool.map(digest, sorted(tensors, key=lambda item: item[0])))
-    return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+        return dict(pool.map(digest, tensors))
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
     """Content hash of what the model computes: its parameters, each once, and its config but for names and versions."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in NOT_CONTENT}
     text = json.dumps(config, sort_keys=True, default=str).encode()
-    weights = fingerprint(list(model.named_parameters()))
+    weights = _of_digests({name: digest for part in named_weights(model) for name, digest in _digests(part).items()})
     return hashlib.blake2b(text + weights.encode(), digest_size=16).hexdigest()

@@ -45,9 +45,10 @@ def negative_log_likelihood(model: PreTrainedModel, windows: Tensor, unscored: i
     device = embedding_weight(model).device
     total = 0.0
     with torch.no_grad():
-        for window in windows.to(device).split(1):
-            hidden = runner.hidden(window, runner.n_blocks)[0, unscored:-1]
-            for states, labels in zip(hidden.split(TOKENS), window[0, unscored + 1 :].split(TOKENS), strict=True):
+        batches = windows.to(device).split(1)
+        for window, final in zip(batches, runner.final(batches), strict=True):
+            scored, wanted = final[0, unscored:-1], window[0, unscored + 1 :]
+            for states, labels in zip(scored.split(TOKENS), wanted.split(TOKENS), strict=True):
                 logits = runner.logits(states).float()
                 total += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
     return total / (len(windows) * (windows.shape[1] - 1 - unscored))

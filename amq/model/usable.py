@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.model.inventory import SCORES, Inventory, OtherWeight, embedding_weight, get_linear, take_inventory
+from amq.model.paging import holding
 from amq.model.routers import scoring_linears
 
 if TYPE_CHECKING:
@@ -78,9 +79,15 @@ def find_usable(model: PreTrainedModel) -> Usable:
             log.warning("%s stays in 16 bits: %s", name, reason)
     if scoring:
         log.info("%d linears that score experts stay in 16 bits, such as %s", len(scoring), scoring[0])
-    loaded = {f"{name}.weight": weight for name, weight in uses.items()}
-    loaded = {name: weight for name, weight in loaded.items() if not torch.equal(weight, model.get_parameter(name))}
+    blocks = {spec.name: spec.block for spec in inventory.linears}
+    loaded = {f"{name}.weight": weight for name, weight in uses.items() if _changed(model, blocks[name], name, weight)}
     return Usable(_without(inventory, reasons), reasons, loaded)
+
+
+def _changed(model: nn.Module, block: int, linear: str, before: Tensor) -> bool:
+    """Whether running has changed the weight of `linear`."""
+    with holding(model, block):
+        return not torch.equal(before, model.get_parameter(f"{linear}.weight"))
 
 
 def _scoring(model: PreTrainedModel, inventory: Inventory) -> list[str]:

@@ -34,8 +34,8 @@ from amq.model.calibration import CalibrationStream, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
+from amq.model.own_text import open_sampler
 from amq.model.paging import holding
-from amq.model.text import WindowSampler, load_corpus
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
 from amq.quantize.pieces import Room, square_error, stacks
@@ -131,8 +131,9 @@ class BankRecipe:
 
         formats: of the linears. outer: {head or embedding: its formats}.
         """
-        corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
-        windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
+        count = self.bank_windows
+        sampler = open_sampler(loaded, self.calibration, self.window_length, self.seed, count, fingerprint, progress)
+        windows = sampler.take(count)
         settings = BankSettings(self.proxy, self.group_size, windows)
         others = {name: _records(names) for name, names in (outer or {}).items()}
         return open_bank(

@@ -11,24 +11,28 @@ import json
 import logging
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.checkpoint.store import write_checkpoint, write_config
+from amq.checkpoint.store import UNUSED, write_checkpoint, write_config
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.formats import get_format, n_groups
 from amq.integrations.opening import open_checkpoint_once
+from amq.model.auto import auto_name
 from amq.model.companions import copy_model_files
 from amq.model.inventory import Inventory, narrowed
 from amq.model.open import DTYPES, LoadedModel
+from amq.model.paging import in_turn, named_weights
+from amq.model.weight_source import TensorFiles
 from amq.packing import PackedWeight, part_names
 from amq.quantize.card import write_card
 from amq.quantize.log import LOG, QuantizationLog
@@ -45,7 +49,8 @@ HOLLOW = "model.safetensors"
 class CheckpointOutput:
     """folder: as the user gave it. source: the model folder that `loaded` came from; only read.
     dtype: the 16 bits that unquantized weights are stored in. originals: {name: tensor} in place of those of the model,
-    which changed them as it ran. trust_remote_code: that the user said so."""
+    which changed them as it ran. trust_remote_code: that the user said so. unused: tensors of the source's files that
+    go into the checkpoint as they are, for other programs (`amq.model.unused`)."""
 
     folder: Path
     source: Path
@@ -56,12 +61,14 @@ class CheckpointOutput:
     dtype: torch.dtype
     originals: Mapping[str, Tensor] = field(default_factory=dict)
     trust_remote_code: bool = False
+    unused: tuple[str, ...] = ()
 
     @property
     def config(self) -> dict[str, Any]:
         """The model's config.json, with what the model is rather than what its own file says."""
         config = {**self.loaded.config.to_dict(), "dtype": str(self.dtype).removeprefix("torch.")}
-        return config_as_found(config, self.inventory.head_is_tied)
+        unused = {UNUSED: list(self.unused)} if self.unused else {}
+        return {**config_as_found(config, self.inventory.head_is_tied), **unused}
 
     def try_out(self, log: QuantizationLog) -> int:
         """Raises AmqError where this checkpoint could not be written or loaded; returns the bytes of all but weights.
@@ -82,9 +89,10 @@ class CheckpointOutput:
             name: shape for linear in self.record.formats for name, shape in packed_shapes(self.record, linear).items()
         }
         shapes |= {name: tuple(tensor.shape) for name, tensor in self._others().items()}
+        shapes |= {name: tuple(self._files.shape(name)) for name in self.unused}
         try:
             write_hollow(folder / HOLLOW, shapes)
-            write_config(folder, self.config, self.record)
+            write_config(folder, self.config, self.record, auto_name(self.loaded.config))
             self._describe(folder, log)
             open_checkpoint_once(folder, self.trust_remote_code)
         except AmqError as error:
@@ -96,16 +104,20 @@ class CheckpointOutput:
 
     def write(self, packed: Mapping[str, PackedWeight], log: QuantizationLog) -> None:
         """Writes the folder, whole or not at all, and opens it once."""
-        others = {
-            name: narrowed(name, tensor.detach().cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
-            for name, tensor in self._others().items()
-        }
 
         def extras(folder: Path) -> None:
             self._describe(folder, log)
             open_checkpoint_once(folder, self.trust_remote_code)
 
-        write_checkpoint(self.folder, self.config, self.record, packed, others, extras)
+        write_checkpoint(
+            self.folder,
+            self.config,
+            self.record,
+            packed,
+            self._stored(),
+            extras,
+            auto_class=auto_name(self.loaded.config),
+        )
 
     def _describe(self, folder: Path, log: QuantizationLog) -> None:
         """Everything that is neither weights nor config.json."""
@@ -117,7 +129,25 @@ class CheckpointOutput:
         log.write(folder / LOG)
         write_card(folder, real_folder(self.folder).name, self.record, log)
 
+    def _stored(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of what stays unquantized, as it is stored; one after the other, since of a model that is
+        larger than memory one block is there at a time."""
+        model = self.loaded.model
+        for name in in_turn(model, self._others()):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            tensor = self.originals.get(name)
+            if tensor is None:
+                tensor = cast(Tensor, getattr(owner, name.rpartition(".")[2])).detach()
+            yield name, narrowed(name, tensor.cpu(), self.dtype if tensor.dtype == torch.float32 else tensor.dtype)
+        for name in self.unused:
+            yield name, self._files.read(name)
+
+    @cached_property
+    def _files(self) -> TensorFiles:
+        return TensorFiles(self.source)
+
     def _others(self) -> dict[str, Tensor]:
+        """Of a model that is larger than memory, empty ones of the same shapes."""
         return other_tensors(self.loaded.model, (*self.record.formats, *self.record.embedding), self.originals)
 
 
@@ -173,7 +203,7 @@ def stored_dtype(source: Path, module: nn.Module) -> torch.dtype:
     """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it reaches."""
     config = read_json(source / "config.json", floats=True)
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
-    sizes = [float(p.abs().max()) for p in module.parameters() if p.numel()]
+    sizes = [float(p.abs().max()) for part in named_weights(module) for _, p in part if p.numel()]
     if own is not None and own.itemsize == 2:
         if max(sizes) <= torch.finfo(own).max:
             return own

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,14 @@ from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.paging import holding
+from amq.model.paging import after_reading, holding, memory_text
 from amq.model.perplexity import perplexity
-from amq.model.text import Corpus, WindowSampler, fixed_windows
+from amq.model.text import Corpus, fixed_windows
 from amq.model.usable import Usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
-from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource
+from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.methods import METHODS
@@ -58,7 +59,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     output = Path(settings.output)
     check_new_folder(output)
     with WorkFolder(output, Identity.of(settings), resume) as work:
-        job = _prepare(settings, output)
+        job = _prepare(settings, output, progress)
         perplexities = _Perplexities(settings, job.opened, progress)
         log = _log(settings, job, perplexities)
         small = job.output.try_out(log)
@@ -119,14 +120,15 @@ def _outer_formats(configuration: Configuration, inventory: Inventory) -> dict[L
     return {s: get_format(formats[s.name]) for s in inventory.outer if s.name in formats}
 
 
-def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
+def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _Job:
     """Loads the model and refuses what does not fit it."""
-    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code)
+    opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, settings.load)
     model, inventory = opened.model, opened.inventory
     configuration = _configuration(settings, opened.usable)
     _check_provenance(configuration, opened.fingerprint, settings.model)
-    corpus = opened.corpus(settings.calibration)
-    windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
+    count = settings.windows
+    sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
+    windows = sampler.take(count)
     for spec, fmt in _outer_formats(configuration, inventory).items():
         check_grid(spec, get_weight(model, spec.name).detach(), fmt, configuration.group_size)
     quantized = inventory.only(configuration.quantized)
@@ -143,8 +145,9 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
         dtype,
         opened.usable.loaded,
         settings.trust_remote_code,
+        opened.unused.kept,
     )
-    return _Job(opened, configuration, corpus, windows, record, files)
+    return _Job(opened, configuration, sampler.corpus, windows, record, files)
 
 
 def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Identity:
@@ -182,6 +185,8 @@ def _say_plan(
     progress.say(
         plan_text(job.inventory, job.configuration, settings.method, checkpoint, memory, disk, settings.device)
     )
+    if text := memory_text(job.opened.model):
+        progress.say(text)
     progress.say(perplexities.plan())
     done = work.finished(job.inventory.n_blocks)
     there = (
@@ -316,6 +321,7 @@ def _blocks(source: BlockSource, work: WorkFolder, job: _Job, progress: Progress
                     work.save(block, source.make(block))
                 result = work.load(block)  # mapped, so that finished blocks take no memory
                 source.finish(result)
+            after_reading(job.opened.model, block, partial(install, job.opened.model, result))
             if made:
                 note = errors_text(result, specs)
                 warn_of(result, specs)

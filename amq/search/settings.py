@@ -9,7 +9,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import LOSSES
-from amq.model.settings import MODEL, ModelSettings
+from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.quantizers import QUANTIZERS
 from amq.search.solvers import SOLVERS
 from amq.search.surrogates import SURROGATES
@@ -67,7 +67,7 @@ class BudgetSettings(Settings):
 
 
 @dataclass(frozen=True)
-class SearchSettings(ModelSettings, BudgetSettings):
+class SearchSettings(LoadSettings, BudgetSettings):
     VERB: ClassVar[str] = "search"
     ABOUT: ClassVar[str] = "finds which linear of a model should hold which format, within a budget"
     EXAMPLES: ClassVar[tuple[str, ...]] = (
@@ -102,9 +102,7 @@ class SearchSettings(ModelSettings, BudgetSettings):
     )
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", MEASURE, choices=QUANTIZERS)
-    calibration: str = flag(
-        "pydoc", "text: a file, wikitext2, c4, or pydoc or docstrings (built in, no network)", MEASURE, metavar="TEXT"
-    )
+    calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", MEASURE, metavar="TEXT")
     window_length: int = flag(
         512, "tokens per window, BOS included where the tokenizer puts one", MEASURE, least=2, metavar="N"
     )
@@ -206,7 +204,7 @@ class SelectSettings(BudgetSettings):
             raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
 
 
-FREE_ON_RESUME = frozenset({"output", "time", "cache_memory", "refine", "iterations", "trust_remote_code"})
+FREE_ON_RESUME = frozenset({"output", "time", "cache_memory", "refine", "iterations", "trust_remote_code", "load"})
 """What may change between an interrupted run and its resumption: it alters no evaluation, only how many there are."""
 
 

@@ -53,13 +53,18 @@ def fit_threads() -> int:
     return torch.get_num_threads()
 
 
+def fits(needed: int, device: str = "cpu") -> bool:
+    """Whether so many bytes are free on `device`."""
+    return needed <= _free_on(device)
+
+
+def _free_on(device: str) -> int:
+    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else free_memory()
+
+
 def check_memory(needed: int, what: str, device: str = "cpu") -> None:
     """Raises AmqError when `needed` bytes are more than what is free on `device`."""
-    if torch.device(device).type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = free_memory()
-    if needed > free:
+    if needed > (free := _free_on(device)):
         raise AmqError(
             f"not enough memory for {what}: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free on {device}; "
             "close other programs, use --dtype bfloat16, or use a larger machine"
