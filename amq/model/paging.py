@@ -160,8 +160,8 @@ def memory_text(model: nn.Module) -> str:
     always = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith(prefixes))
     return (
         f"plan: weights are read block by block: {always / 2**30:.2f} GiB outside of the blocks stay in memory "
-        f"(embedding, head), and one of {pager.n_blocks} blocks at a time, at most {max(pager.sizes) / 2**30:.2f} GiB; all blocks "
-        f"would take {sum(pager.sizes[: pager.n_blocks]) / 2**30:.2f} GiB"
+        f"(embedding, head), and one of {pager.n_blocks} blocks at a time, at most {max(pager.sizes) / 2**30:.2f} GiB; "
+        f"all blocks would take {sum(pager.sizes[: pager.n_blocks]) / 2**30:.2f} GiB"
     )
 
 
