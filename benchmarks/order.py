@@ -32,7 +32,6 @@ from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.calibration import CalibrationStream, InputGroup
 from amq.model.inventory import LinearSpec, get_linear
 from amq.model.opened import open_model
-from amq.model.text import WindowSampler
 from amq.packing import dequantize
 from amq.proxy.evaluator import token_losses
 from amq.quantize.fold import find_fold
@@ -94,8 +93,10 @@ def order_equivalence(settings: OrderSettings, progress: Progress | None = None)
         raise AmqError(f"--samples {settings.samples} is too small: expected at least {2 * BANDS}")
     check_place(Path(settings.output), "--output")
     opened = open_model(settings.model, settings.dtype, trust_remote_code=settings.trust_remote_code)
-    model, inventory, corpus = opened.model, opened.inventory, opened.corpus(settings.calibration)
-    sampler = WindowSampler(corpus, settings.window_length, settings.seed)
+    model, inventory = opened.model, opened.inventory
+    count = settings.calibration_windows + settings.windows
+    sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
+    corpus = sampler.corpus
     calibration, windows = sampler.take(settings.calibration_windows), sampler.take(settings.windows)
     configurations = spread_configurations(
         inventory.linears, parse_formats(settings.formats), settings.group_size, settings.samples, settings.seed

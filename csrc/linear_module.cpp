@@ -127,6 +127,39 @@ void linear_each(const std::vector<Part>& parts, const Memory& x, const Memory& 
         if (!call.parts.empty()) amq::linear(call, isa, threads);
 }
 
+// One weight for each of `sizes`, which multiplies so many rows of x, one after another; `biases` is empty or has one for
+// each, (0, 0) where there is none.
+void linear_grouped(const std::vector<Part>& parts, const std::vector<int64_t>& sizes, const Memory& x,
+                    const std::vector<Memory>& biases, const Memory& y, int64_t in_features, int64_t group_size, bool int8,
+                    int threads, const std::string& isa_name) {
+    const amq::Isa& isa = find_isa(isa_name);
+    const int64_t n = static_cast<int64_t>(parts.size());
+    require(static_cast<int64_t>(sizes.size()) == n && n > 0, "sizes", "one for each weight", sizes.size());
+    require(biases.empty() || static_cast<int64_t>(biases.size()) == n, "biases", "one for each weight", biases.size());
+    const int64_t columns = require_size(std::get<3>(parts[0]), "columns of y", 0);
+    int64_t rows = 0;
+    for (int64_t size : sizes) rows = require_size(rows + require_size(size, "rows of a weight", 0), "rows", 0);
+    check_sizes(in_features, group_size, threads);
+    if (rows > 0 && columns > 0) {
+        address_of<float>(x, "x", amq::product({rows, in_features, 4}, "x"));
+        address_of<float>(y, "y", amq::product({rows, columns, 4}, "y"));
+    }
+    std::vector<amq::LinearCall> calls;
+    int64_t first = 0;
+    for (int64_t i = 0; i < n; first += sizes[i++]) {
+        require(std::get<3>(parts[i]) == columns, "rows of a weight in a group", std::to_string(columns), std::get<3>(parts[i]));
+        const auto at = [&](const Memory& whole, int64_t width) {
+            if (std::get<0>(whole) == 0) return whole;
+            return Memory{std::get<0>(whole) + first * width * 4, sizes[i] * width * 4};
+        };
+        amq::LinearCall call = make_call({parts[i]}, at(x, in_features), biases.empty() ? Memory{0, 0} : biases[i],
+                                         at(y, columns), sizes[i], in_features, group_size, in_features, columns, int8, threads);
+        if (!call.parts.empty()) calls.push_back(std::move(call));
+    }
+    py::gil_scoped_release release;
+    amq::linear_grouped(calls, isa, threads);
+}
+
 uint64_t read_bytes(const Memory& data, int threads) {
     const int64_t bytes = std::get<1>(data);
     require(bytes >= 0, "bytes", "at least 0", bytes);
@@ -159,6 +192,9 @@ void bind_linear(py::module_& m) {
     m.def("linear", &linear, py::arg("parts"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("x_stride"), py::arg("y_stride"), py::arg("int8"),
           py::arg("threads"), py::arg("isa") = "", "Linears that share x; see csrc/cpu/linear.h");
+    m.def("linear_grouped", &linear_grouped, py::arg("parts"), py::arg("sizes"), py::arg("x"), py::arg("biases"),
+          py::arg("y"), py::arg("in_features"), py::arg("group_size"), py::arg("int8"), py::arg("threads"),
+          py::arg("isa") = "", "Linears with rows of x of their own; see csrc/cpu/linear.h");
     m.def("linear_each", &linear_each, py::arg("parts"), py::arg("x"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("y_stride"), py::arg("int8"), py::arg("threads"),
           py::arg("isa") = "", "One call of linear per part, into the same y: what benchmarks time");

@@ -115,4 +115,5 @@ PYBIND11_MODULE(_cpu, m) {
     bind_linear(m);
     bind_decoder(m);
     bind_coder(m);
+    bind_quantize(m);
 }

@@ -13,6 +13,7 @@
 void bind_linear(pybind11::module_& m);
 void bind_decoder(pybind11::module_& m);
 void bind_coder(pybind11::module_& m);
+void bind_quantize(pybind11::module_& m);
 
 // A prepared weight as Python names it: (format, address, bytes, out_features).
 using Part = std::tuple<std::string, uintptr_t, int64_t, int64_t>;

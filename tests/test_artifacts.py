@@ -23,6 +23,7 @@ from amq.eval.result import Row as EvaluationRow
 from amq.eval.tasks import TaskRow
 from amq.kernels.launch_table import Entry, LaunchTable
 from amq.model.gguf.convert import Manifest
+from amq.model.own_text import OwnTextIndex
 from amq.quantize.bank import BankIndex, BankRecipe
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.resume import Facts, Identity
@@ -163,6 +164,7 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "identity": lambda _: Artifact(IDENTITY, Identity),
     "facts of a block": lambda _: Artifact(Facts(["b"], {"b": 0.125}, ["a note"]), Facts),
     "bank": lambda _: Artifact(BankIndex(proxy="gptq", group_size=64, model="LlamaForCausalLM", linears=7), BankIndex),
+    "own text": lambda _: Artifact(OwnTextIndex(model="M", length=512, seed=0, kinds=("plain", "chat")), OwnTextIndex),
     "bench": lambda _: Artifact(BENCH, BenchResult, frozenset({"configuration", "tg24"})),
     "evaluation": lambda _: Artifact(EVALUATION, Evaluation, frozenset({"lm_eval"})),
     "launch table": lambda _: Artifact(TABLE, LaunchTable, frozenset({"parameters", "warps 8"})),

@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import bank
+import calibration
 import compare_solvers
+import large
 import pytest
 import quality
 import serve_schemas
@@ -54,6 +57,18 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert "| additive, Fisher | 10 |" in result.stdout
     assert json.loads((tmp_path / "c.json").read_text())["provenance"]["commit"] == checkout(ROOT)[0]
+
+
+def test_bank_smoke(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One block by both, the others by the kernels, and a whole bank."""
+    folder, results = tmp_path / "model", tmp_path / "bank.json"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    flags = ["--blocks", "1", "--bank-windows", "1", "--window-length", "32", "--group-size", "32", "--total"]
+    assert bank.main([str(folder), *flags, "--json", str(results)]) == 0
+    written = json.loads(results.read_text())
+    assert written["provenance"]["commit"] == checkout(ROOT)[0] and written["total"]["wall"] > 0
+    assert sum("torch" in row for row in written["blocks"]) == 1 and "| ratio |" in capsys.readouterr().out
 
 
 def test_split_smoke(tmp_path: Path) -> None:
@@ -137,6 +152,29 @@ def test_quality_table_goes_on_with_what_is_missing(
     rows = json.loads(results.read_text())["rows"]
     assert rows[:3] == first and rows[3]["method"] == "bank" and {"commit", "dirty", "date"} <= rows[3].keys()
     assert "| 32 | 4.000 | uniform int3 |" in shown
+
+
+def test_calibration_texts_are_compared_and_a_second_call_adds_what_is_missing(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every pair of texts of the bank and of the costs, on a tiny model."""
+    folder, results, text = tmp_path / "model", tmp_path / "calibration.json", tmp_path / "text.txt"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(5_000)))
+    arguments = f"--model {folder} --text {text} --max-tokens 256 --bits 3.5 --group-size 32 --bank-windows 2 "
+    arguments += f"--passes 2 --window-length 32 --json {results} --calibration {text},self"
+    calibration.main(arguments.split())
+    first = json.loads(results.read_text())["rows"]
+    assert [(row["bank"], row["fisher"]) for row in first] == [
+        (None, None), (str(text), None), (str(text), str(text)), (str(text), "self"),
+        ("self", None), ("self", str(text)), ("self", "self"),
+    ]  # fmt: skip
+    assert len({row["perplexity"]["text.txt"] for row in first}) > 4
+    calibration.main([*arguments.split(), "--seeds", "0,1"])
+    rows = json.loads(results.read_text())["rows"]
+    assert rows[:7] == first and [row["seed"] for row in rows[7:]] == [1] * 6
+    assert "| self | self |  | " in capsys.readouterr().out
 
 
 def run_smoke(script: str, tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:
@@ -236,3 +274,58 @@ def test_table_of_families(tmp_path: Path) -> None:
     llama, mixtral = json.loads(results.read_text())["rows"]
     assert llama["before"] < llama["after"] < 1 and mixtral["before"] < 0.05 and mixtral["experts"] > 0.9
     assert "| mixtral | 46.7 | 2.87 % | 99.99 % |" in result.stdout
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_on(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    """What a benchmark wrote to --json, and what it printed."""
+    results = tmp_path / "results.json"
+    command = [sys.executable, f"benchmarks/{script}.py", *arguments, "--json", str(results)]
+    environment = {**os.environ, "AMQ_CACHE": str(tmp_path / "cache")}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return json.loads(results.read_text()), result.stdout
+
+
+def test_mixtures_of_a_dense_model(tmp_path: Path, tiny: Path) -> None:
+    """Three experts of 32 features: groups hold the same weights as in the dense model."""
+    search = {"formats": "int2,int4", "group_size": 32, "window_length": 64, "windows": 1, "confirm_windows": 1,
+              "bank_windows": 2, "cost": "weight", "proxy": "rtn", "points": 2}  # fmt: skip
+    arguments = (
+        "--model",
+        str(tiny),
+        "--experts",
+        "3",
+        "--only",
+        "mixtral,qwen2_moe,qwen3_moe",
+        "--max-tokens",
+        "1100",
+    )
+    written, shown = run_on(
+        tmp_path, "mixture", str(tmp_path / "made"), *arguments, "--only", "mixtral,qwen2_moe,qwen3_moe",
+        "--target-bits", "4.2", "--search", json.dumps(search),
+    )  # fmt: skip
+    for row in written["rows"]:
+        dense, mixture = row["of_dense"], row["of_mixture"]
+        assert row["same_function"] and abs(mixture["perplexity"] / dense["perplexity"] - 1) < 1e-5, row
+        assert mixture["formats"] and 0 <= row["same"] <= 1 and dense["loss"] > 0, row
+    assert "| qwen3_moe | qwen3 |" in shown
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
+def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny: Path) -> None:
+    for shape in ("tiny", "tiny-moe"):
+        arguments = ("--shape", shape, "--layers", "2", "--tokenizer", str(tiny), "--memory", "3GiB")
+        written, shown = run_on(tmp_path, "large", str(tmp_path / "large"), *arguments)
+        run = written["runs"]["quantize"]
+        assert written["layers"] == 2 and 0 < run["own_gib"] < 3 and run["resident_gib"] >= run["own_gib"]
+        assert "plan: memory: " in run["said"] and "| quantize, extrapolated, at most | 4 |" in shown
+    with pytest.raises(AmqError, match=r"took 0\.\d\d GiB, more than 0\.0078125: "):
+        large.run_within([sys.executable, "-c", "x = bytearray(b'1') * (1 << 28)"], 8 << 20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -133,9 +134,22 @@ def test_matrices_of_experts_are_measured_in_parts() -> None:
         assert torch.equal(group.gram, expected[group.linears])
 
 
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+def test_states_that_do_not_fit_in_memory_go_to_disk(kind: str, cache: Path) -> None:
+    model = mixture(kind)
+    inventory = take_inventory(model)
+    streams = [CalibrationStream(model, WINDOWS), CalibrationStream(model, WINDOWS, memory=0)]
+    with torch.no_grad():
+        for block in range(2):
+            resident, spilled = (stream.measure(inventory.in_block(block), advance=True) for stream in streams)
+            assert [g.linears for g in resident] == [g.linears for g in spilled]
+            assert all(torch.equal(a.gram, b.gram) for a, b in zip(resident, spilled, strict=True))
+    assert streams[0]._states.spilled == 0 and streams[1]._states.spilled == WINDOWS.numel() * 64 * FLOAT
+
+
 def test_bytes_of_matrices() -> None:
     def spec(role: str, features: int, expert: int | None = None) -> LinearSpec:
-        name, kind = (role, "linear") if expert is None else (f"{role}.{expert}", EXPERT)
+        name, kind = (role, "linear") if expert is None else (f"model.layers.0.{role}.{expert}", EXPERT)
         return LinearSpec(name, 0, role, 8, features, kind, expert)
 
     linears = [spec("q", 10), spec("k", 10), *(spec("mlp.experts.gate_proj", 20, i) for i in range(3))]

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.fake_bank import FakeBank
+from helpers.mixtures import MIXTURES
+from helpers.paging import PoisonPager, assert_only_held
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 
-from amq.formats import FORMATS
-from amq.model.inventory import get_linear, take_inventory
+from amq.model.experts import unfuse
+from amq.model.inventory import EMBEDDING, EXPERT, HEAD, get_linear, get_weight, take_inventory
 from amq.model.open import LoadedModel
 from amq.packing import dequantize
 from amq.proxy import fisher
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
-from amq.quantize.bank import BankSettings, WeightBank, open_bank
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,33 +28,36 @@ NAMES = ("int2", "int8")
 WINDOWS = random_tokens(2, fisher.TOKENS + 22, seed=5)  # two chunks of head gradients per window
 
 
-def rtn_bank(model: nn.Module, cache: Path) -> WeightBank:
-    return open_bank(model, take_inventory(model), [FORMATS[n] for n in NAMES], BankSettings("rtn", 32), cache=cache)
+def build(name: str, **options: Any) -> nn.Module:
+    model = (ARCHITECTURES | MIXTURES)[name].build(**options)
+    unfuse(model)
+    return model
 
 
-def passes(model: nn.Module, bank: WeightBank, windows: Tensor = WINDOWS, seed: int = 3, start: int = 0) -> list[Any]:
-    return list(fisher_passes(model, take_inventory(model), bank, windows, NAMES, seed, start))
+def passes(model: nn.Module, bank: Any, windows: Tensor = WINDOWS, seed: int = 3, start: int = 0, **more: Any) -> Any:
+    return list(fisher_passes(model, take_inventory(model), bank, windows, NAMES, seed, start, **more))
 
 
 def brute_force(
-    model: nn.Module, bank: WeightBank, window: Tensor, generator: torch.Generator, unscored: int = 0
+    model: nn.Module, bank: FakeBank, window: Tensor, generator: torch.Generator, unscored: int = 0
 ) -> dict[str, dict[str, float]]:
     """One graph through the whole model, every linear's input and output gradient kept, scores in float64.
 
     unscored: leading positions without a label; the mean is over the others.
     """
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+    ran: list[tuple[str, Tensor, Tensor]] = []
 
     def keep(name: str, x: Tensor, output: Tensor) -> None:
-        inputs[name], outputs[name] = x.detach(), output
         output.retain_grad()
+        ran.append((name, x.detach(), output))
 
     model.requires_grad_(True)
-    names = [s.name for s in take_inventory(model).linears]
+    inventory = take_inventory(model)
+    names = {s.name: s.name for s in inventory.linears}
+    names |= {s.tied or s.name: s.name for s in inventory.outer if s.tied or s.kind == EMBEDDING}
     handles = [
-        get_linear(model, n).register_forward_hook(lambda module, args, output, n=n: keep(n, args[0], output))
-        for n in names
+        model.get_submodule(m).register_forward_hook(lambda module, args, output, n=n: keep(n, args[0], output))
+        for m, n in names.items()
     ]
     log_probabilities = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, unscored:].log_softmax(-1)
     chunks = log_probabilities.detach().exp().split(fisher.TOKENS)
@@ -61,41 +67,144 @@ def brute_force(
         handle.remove()
     model.requires_grad_(False)
     model.zero_grad(set_to_none=True)
-    table: dict[str, dict[str, float]] = {}
-    for n in names:
-        x, g = inputs[n].flatten(0, -2).double(), outputs[n].grad.flatten(0, -2).double()
-        table[n] = {}
-        for fmt in NAMES:
-            change = x @ (get_linear(model, n).weight.double() - dequantize(bank.get(n, fmt)).double()).T
-            table[n][fmt] = float((g * change).sum(-1).square().sum()) / (len(window) - unscored) / 8
+    table = {s.name: dict.fromkeys(NAMES, 0.0) for s in inventory.weights}
+    (head,) = (s for s in inventory.outer if s.kind == HEAD)
+    for fmt in NAMES:
+        table[head.name][fmt] = head_by_differences(model, head.name, bank.error(head.name, fmt), window, unscored)
+        for n, x, output in ran:
+            error = bank.error(n, fmt)
+            if x.is_floating_point():
+                change = x.flatten(0, -2).double() @ error.T
+            else:  # ids; the scale of the embedding is what its output is of its row
+                weight = get_weight(model, n).double()
+                change = error[x.flatten()] * (output.detach().flatten(0, -2) / weight[x.flatten()]).median()
+            g = output.grad.flatten(0, -2).double()
+            table[n][fmt] += float((g * change).sum(-1).square().sum()) / (len(window) - unscored) / 8
     return table
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "phi3", "opt", "mixtral"])
-def test_scores_are_the_whole_model_s(name: str, tmp_path: Path) -> None:
-    model = ARCHITECTURES[name].build()
-    bank = rtn_bank(model, tmp_path)
+def head_by_differences(model: nn.Module, name: str, error: Tensor, window: Tensor, unscored: int) -> float:
+    """⅛ of the variance of the logits' error under the model's probabilities, by central differences in float64."""
+    wide = copy.deepcopy(model).double()
+    weight = get_weight(wide, name).detach().clone()
+    logits = []
+    for step in (0.0, 1e-4, -1e-4):
+        wide.get_submodule(name).weight = nn.Parameter(weight + step * error, requires_grad=False)
+        logits.append(wide(input_ids=window.unsqueeze(0), use_cache=False).logits[0, unscored:])
+    p, change = logits[0].softmax(-1), (logits[1] - logits[2]) / 2e-4
+    return float(((p * change.square()).sum(-1) - (p * change).sum(-1).square()).mean()) / 8
+
+
+def assert_close(found: dict[str, dict[str, float]], expected: dict[str, dict[str, float]]) -> None:
+    assert found.keys() == expected.keys()
+    for linear, scores in found.items():
+        assert scores == pytest.approx(expected[linear], rel=2e-3), linear  # float32 against float64 sums
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "phi3", "opt", *MIXTURES])
+def test_scores_are_the_whole_model_s(name: str) -> None:
+    """Of linears, experts, head and embeddings."""
+    model = build(name)
+    bank = FakeBank(model, NAMES)
     found = passes(model, bank)
     for index, table in enumerate(found):
-        expected = brute_force(model, bank, WINDOWS[index], torch.Generator().manual_seed(3 * 1_000_003 + index))
-        assert table.keys() == expected.keys()
-        for linear, scores in table.items():
-            assert scores == pytest.approx(expected[linear], rel=2e-3), linear  # float32 against float64 sums
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + index)
+        assert_close(table, brute_force(model, bank, WINDOWS[index], generator))
+        assert all(score > 0 for s in take_inventory(model).outer for score in table[s.name].values())
+
+
+def test_an_expert_that_no_token_reaches_costs_nothing() -> None:
+    model = build("mixtral", num_local_experts=8, num_experts_per_tok=1)
+    bank = FakeBank(model, NAMES)
+    (table,) = passes(model, bank, random_tokens(1, 4, seed=1))
+    experts = [s for s in take_inventory(model).linears if s.kind == EXPERT]
+    quiet = {(s.block, s.expert) for s in experts if not any(table[s.name].values())}
+    assert quiet and len(quiet) < 8 * 3
+    assert all((s.block, s.expert) in quiet or all(table[s.name].values()) for s in experts)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "qwen3_moe"])
+@pytest.mark.parametrize("memory", [0, 256 << 20])
+def test_grouping_and_paging_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, name: str, memory: int
+) -> None:
+    """To the bit, whatever is held together, and no block is touched that is not held."""
+    model = build(name)
+    bank, windows = FakeBank(model, NAMES), random_tokens(3, 40, seed=5)
+    monkeypatch.setattr(fisher, "TOGETHER", 1)
+    alone = passes(model, bank, windows)
+    monkeypatch.setattr(fisher, "TOGETHER", 2)
+    assert passes(model, bank, windows, memory=memory) == alone
+    inventory = take_inventory(model)
+    pager = PoisonPager(model)
+    found = assert_only_held(
+        pager, lambda: list(fisher_passes(model, inventory, bank, windows, NAMES, 3, memory=memory))
+    )
+    assert found == alone
+    blocks = list(range(inventory.n_blocks))
+    assert pager.held == blocks + blocks[::-1], "every block is brought in twice for all passes"
+
+
+def test_errors_are_dequantized_once_for_a_group() -> None:
+    model = build("mixtral", num_hidden_layers=2)
+    bank = FakeBank(model, NAMES)
+    passes(model, bank, random_tokens(3, 60, seed=5))
+    linears = {s.name for s in take_inventory(model).linears}
+    asked = [a for a in bank.asked if a[0] in linears]
+    assert len(asked) == len(set(asked)) == len(linears) * len(NAMES)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_the_head_s_score_is_its_loss(name: str) -> None:
+    """No label is sampled for it, and no token acts on another: what is left is the third order. Untied: a tied head's
+    includes what the embedding costs."""
+    model = build(name, tie_word_embeddings=False)
+    inventory, bank, windows = take_inventory(model), FakeBank(model, NAMES), random_tokens(4, 64, seed=8)
+    tables = passes(model, bank, windows)
+    evaluator = Evaluator(LoadedModel(model, None, "tiny"), inventory, bank, {"search": windows})
+    kept = dict.fromkeys((s.name for s in inventory.linears), "16bit")
+    predicted = sum(t["lm_head"]["int8"] for t in tables) / len(tables)
+    assert predicted == pytest.approx(evaluator.evaluate({**kept, "lm_head": "int8"}), rel=0.05)
+
+
+def test_an_expert_s_score_is_its_loss() -> None:
+    """In the last block, where no token acts on another any more: only label sampling is between the two."""
+    model = build("qwen3_moe", num_hidden_layers=2, num_experts=4)
+    inventory, bank, windows = take_inventory(model), FakeBank(model, NAMES), random_tokens(16, 128, seed=8)
+    tables = passes(model, bank, windows)
+    evaluator = Evaluator(LoadedModel(model, None, "tiny"), inventory, bank, {"search": windows})
+    kept = dict.fromkeys((s.name for s in inventory.linears), "16bit")
+    for role in ("gate_proj", "up_proj", "down_proj"):
+        chosen = f"model.layers.1.mlp.experts.{role}.1"
+        predicted = sum(t[chosen]["int8"] for t in tables) / len(tables)
+        assert predicted == pytest.approx(evaluator.evaluate({**kept, chosen: "int8"}), rel=0.2), role
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_an_embedding_s_score_is_near_its_loss(name: str) -> None:
+    """What its errors at one token do to others is left out."""
+    model = build(name, tie_word_embeddings=False)
+    inventory, bank, windows = take_inventory(model), FakeBank(model, NAMES), random_tokens(8, 128, seed=8)
+    (embedding,) = (s.name for s in inventory.outer if s.kind == EMBEDDING)
+    tables = passes(model, bank, windows)
+    evaluator = Evaluator(LoadedModel(model, None, "tiny"), inventory, bank, {"search": windows})
+    kept = dict.fromkeys((s.name for s in inventory.linears), "16bit")
+    predicted = sum(t[embedding]["int8"] for t in tables) / len(tables)
+    assert 0.4 < predicted / evaluator.evaluate({**kept, embedding: "int8"}) < 2
 
 
 @pytest.mark.parametrize("unscored", [1, 3])
-def test_leading_positions_without_a_loss(tiny_llama: nn.Module, tmp_path: Path, unscored: int) -> None:
+def test_leading_positions_without_a_loss(tiny_llama: nn.Module, unscored: int) -> None:
     """They have no label; what later tokens read there still counts."""
-    bank = rtn_bank(tiny_llama, tmp_path)
+    bank = FakeBank(tiny_llama, NAMES)
     found = list(fisher_passes(tiny_llama, take_inventory(tiny_llama), bank, WINDOWS[:1], NAMES, 3, unscored=unscored))
     expected = brute_force(tiny_llama, bank, WINDOWS[0], torch.Generator().manual_seed(3 * 1_000_003), unscored)
-    for linear, scores in found[0].items():
-        assert scores == pytest.approx(expected[linear], rel=2e-3), linear
+    assert_close(found[0], expected)
     assert found[0] != passes(tiny_llama, bank, WINDOWS[:1])[0]
 
 
-def test_passes_depend_on_seed_and_index_only(tiny_llama: nn.Module, tmp_path: Path) -> None:
-    bank = rtn_bank(tiny_llama, tmp_path)
+def test_passes_depend_on_seed_and_index_only(tiny_llama: nn.Module) -> None:
+    bank = FakeBank(tiny_llama, NAMES)
     whole = passes(tiny_llama, bank)
     assert whole == passes(tiny_llama, bank)
     assert whole[1:] == passes(tiny_llama, bank, start=1)
@@ -106,8 +215,9 @@ def test_passes_depend_on_seed_and_index_only(tiny_llama: nn.Module, tmp_path: P
     assert same_window[0] == whole[0] and same_window[1] != whole[0], "labels must be drawn anew for each pass"
 
 
-def test_model_is_left_as_it_was(tiny_llama: nn.Module, tmp_path: Path) -> None:
-    bank = rtn_bank(tiny_llama, tmp_path)
+def test_model_is_left_as_it_was(tiny_llama: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fisher, "TOGETHER", 1)
+    bank = FakeBank(tiny_llama, NAMES)
     before = {n: p.clone() for n, p in tiny_llama.named_parameters()}
     blocks = list(tiny_llama.model.layers)
     iterator = fisher_passes(tiny_llama, take_inventory(tiny_llama), bank, WINDOWS, NAMES, 0)
@@ -128,20 +238,20 @@ def stop_under_grad(*args: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "opt"])
-def test_small_errors_are_predicted_by_the_sum(name: str, tmp_path: Path) -> None:
+def test_small_errors_are_predicted_by_the_sum(name: str) -> None:
     """All linears at int8. Left out are terms between linears and, where attention mixes tokens, between tokens."""
-    model = ARCHITECTURES[name].build()
-    bank = rtn_bank(model, tmp_path)
+    model = build(name)
+    bank = FakeBank(model, NAMES)
     windows = random_tokens(8, 128, seed=7)
     tables = passes(model, bank, windows)
-    predicted = sum(t[linear]["int8"] for t in tables for linear in t) / len(tables)
+    predicted = sum(t[s.name]["int8"] for t in tables for s in take_inventory(model).linears) / len(tables)
     evaluator = Evaluator(LoadedModel(model, None, name), take_inventory(model), bank, {"search": windows})
     assert 0.4 < predicted / evaluator.evaluate({s.name: "int8" for s in take_inventory(model).linears}) < 2
 
 
-def test_one_linear_s_score_is_its_loss(tiny_llama: nn.Module, tmp_path: Path) -> None:
+def test_one_linear_s_score_is_its_loss(tiny_llama: nn.Module) -> None:
     """One linear at int8 behind the last mixing of tokens, all others exact: only label sampling is between the two."""
-    bank = rtn_bank(tiny_llama, tmp_path)
+    bank = FakeBank(tiny_llama, NAMES)
     windows = random_tokens(16, 128, seed=8)
     tables = passes(tiny_llama, bank, windows)
     linears = take_inventory(tiny_llama).linears

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from transformers import AutoModel, AutoModelForCausalLM
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.integrations.opening import open_checkpoint_once
+from amq.integrations.transformers import AmqConfig
+from amq.kernels.backends import BACKENDS
 from amq.kernels.embedding import OwnEmbedding, StoredEmbedding
 from amq.kernels.modules import StoredLinear
 from amq.model.experts import Experts, unfuse
@@ -146,8 +150,6 @@ def test_the_base_model(case: str, folders: Callable[[str], Path], tmp_path: Pat
 
 
 def test_a_missing_tensor_is_named(folders: Callable[[str], Path], tmp_path: Path) -> None:
-    import shutil
-
     from safetensors.torch import load_file
 
     from amq.util.tensors import hashes_metadata, save_file
@@ -162,6 +164,37 @@ def test_a_missing_tensor_is_named(folders: Callable[[str], Path], tmp_path: Pat
             open_checkpoint(folder)
         with pytest.raises(AmqError, match=f"lacks 1 tensors, such as {name}"):
             load(folder)
+
+
+def test_experts_of_another_shape_than_the_model_makes_them_are_named(
+    folders: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In config.json alone, and in the file as well."""
+    folder = Path(shutil.copytree(folders("experts"), tmp_path / "damaged"))
+    config = json.loads((folder / "config.json").read_text())
+    row = "model.layers.1.mlp.experts.down_proj"
+    config["quantization_config"]["shapes"][f"{row}.*"] = [6, 64, 44]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(AmqError, match=f"{row}.0.qweight must be"):
+        open_checkpoint(folder)
+    config["quantization_config"]["shapes"][f"{row}.*"] = [6, 64, 40]
+    (folder / "config.json").write_text(json.dumps({**config, "moe_intermediate_size": 44}))
+    with pytest.raises(AmqError, match=r"gate_proj.0: the model's config.json makes it \[44, 64\], .* has \[40, 64\]"):
+        load(folder)
+    (folder / "config.json").write_text(json.dumps({**config, "num_experts": 5, "num_local_experts": 5}))
+    with pytest.raises(AmqError, match=r"linear '.*gate_proj.5' is not in this Qwen3MoeForCausalLM"):
+        load(folder)
+
+
+def test_a_format_that_a_backend_lacks_is_named(
+    folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = BACKENDS["cpu"]
+    lacking = replace(cpu, unsupported_reason=lambda fmt: "no kernel" if fmt.name == "int5" else None)
+    monkeypatch.setitem(BACKENDS, "cpu", lacking)
+    model = load(folders("experts"), quantization_config=AmqConfig(backend="cpu"))
+    with pytest.raises(AmqError, match=r"gate_proj.\d: backend cpu cannot run int5: no kernel; take backend reference"):
+        model(TOKENS)
 
 
 def test_resizing_is_refused(folders: Callable[[str], Path]) -> None:

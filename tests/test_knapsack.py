@@ -68,3 +68,27 @@ def test_a_wider_format_that_costs_more_is_never_bought():
     sizes = np.array([[10, 20, 30]])
     assert select(costs, sizes, 25)[0] == 0
     assert select(costs, sizes, 30)[0] == 2
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_choice_that_is_not_there_is_never_taken(seed):
+    costs, sizes = instance(seed, 6, 4)
+    costs[:5, 3] = np.inf  # only the last variable has a fourth choice
+    allowed = [range(3)] * 5 + [range(4)]
+    low, high = sizes.min(1).sum(), np.append(sizes[:5, 2], sizes[5, 3]).sum()
+    capacity = int(low + 0.6 * (high - low))
+    fits = [p for p in itertools.product(*allowed) if total(sizes, np.array(p)) <= capacity]
+    best = min(total(costs, np.array(p)) for p in fits)
+    for point in (select(costs, sizes, capacity), select_exact(costs, sizes, capacity)):
+        assert np.isfinite(total(costs, point)) and total(sizes, point) <= capacity
+    assert total(costs, point) == pytest.approx(best, rel=1e-6)
+    assert (select(costs, sizes, sizes.max(1).sum()) == costs.argmin(1)).all()
+    costs[0, 0], sizes[0, 0] = np.inf, 0  # nor where it would be the smallest
+    assert select(costs, sizes, sizes.max(1).sum())[0] > 0
+
+
+def test_thousands_of_variables_take_a_moment():
+    costs, sizes = instance(0, 18_000)
+    capacity = (sizes.min(1).sum() + sizes.max(1).sum()) / 2
+    point = select(costs, sizes, capacity)
+    assert 0.9999 * capacity < total(sizes, point) <= capacity

@@ -10,15 +10,22 @@ from typing import Any
 import pytest
 import torch
 from helpers.mixtures import EXPERTS, MIXTURES, mixture
-from helpers.tiny_models import random_tokens
+from helpers.paging import PoisonPager, assert_only_held
+from helpers.tiny_models import random_tokens, tiny_llama
 
 from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration
+from amq.formats import FORMATS
 from amq.model.inventory import take_inventory
+from amq.model.paging import holding
 from amq.packing import dequantize
 from amq.quantize import quantize
+from amq.quantize.bank import BankSettings, open_bank
+from amq.quantize.blocks import BlockQuantizer
 from amq.quantize.log import QuantizationLog
+from amq.quantize.methods import METHODS
 from amq.quantize.shown import counts_text
+from amq.quantize.sources import BankSource
 from amq.util.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -108,3 +115,43 @@ def test_what_is_said_of_experts(source: Callable[[str], Path], tmp_path: Path) 
     assert len(log["notes"]) == 2 and "experts saw fewer than 4 of 4 calibration tokens" in log["notes"][0]
     formats = dict.fromkeys(log["linears"], "int4")
     assert counts_text(take_inventory(mixture("qwen3_moe")).linears, formats) == "8 int4, 24 int4 of experts"
+
+
+@pytest.mark.parametrize("build", [lambda: mixture("qwen3_moe"), tiny_llama], ids=["qwen3_moe", "llama"])
+def test_bank_and_quantizers_hold_the_blocks_that_they_touch(build: Callable[[], Any], tmp_path: Path) -> None:
+    """Weights that nobody holds are NaN; results are those of a model that is in memory."""
+    windows = random_tokens(2, 24)
+
+    def results(paged: bool) -> list[dict[str, Any]]:
+        def make() -> tuple[Any, Any]:
+            model = build()
+            return model, PoisonPager(model) if paged else None
+
+        model, pager = make()
+        inventory = take_inventory(model)
+        formats = {s.name: "int4" for s in inventory.linears}
+        outer = {s.name: [FORMATS["int8"]] for s in inventory.outer}
+        settings, cache = BankSettings("gptq", 32, windows), tmp_path / str(paged)
+        bank = open_bank(model, inventory, [FORMATS["int4"]], settings, cache=cache, fingerprint="same", outer=outer)
+        found: list[dict[str, Any]] = [bank.weight_errors()]
+        source = BankSource(model, inventory, formats, bank)
+        if pager is not None:
+            made = assert_only_held(pager, lambda: [source.make(block).errors for block in range(2)])
+        else:
+            made = [source.make(block).errors for block in range(2)]
+        found += made
+        for method in ("rtn", "gptq", "awq+gptq"):
+            model, pager = make()
+            quantizer = BlockQuantizer(model, inventory, formats, 32, METHODS[method], windows)
+            for block in range(2):
+                with holding(model, block):
+                    result = quantizer.make(block)
+                    quantizer.finish(result)
+                found += [result.errors, {n: w.qweight for n, w in result.packed.items()}, result.changed]
+            assert pager is None or pager.held == [0, 1]
+        return found
+
+    for resident, paged in zip(results(False), results(True), strict=True):
+        assert resident.keys() == paged.keys()
+        for name, value in resident.items():
+            assert torch.equal(value, paged[name]) if isinstance(value, torch.Tensor) else value == paged[name], name

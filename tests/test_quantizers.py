@@ -179,7 +179,7 @@ def test_stacked_linears_are_quantized_as_if_alone(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "rows"), [("gptq", 40), ("gptq", 1100), ("hqq", 40), ("rtn", 1100)])
 def test_threads_do_not_matter(name: str, rows: int) -> None:
-    """The same count gives the same bytes. LAPACK's Cholesky rounds by thread count, which may flip a gptq code."""
+    """Nor does their order: the same bytes every time."""
     weight, gram = random_weight(rows, 160), random_gram(160)
     formats = (FORMATS["int3"], FORMATS["int8"])
     results = {}
@@ -189,9 +189,7 @@ def test_threads_do_not_matter(name: str, rows: int) -> None:
             assert torch.get_num_threads() == count
         for fmt in formats:
             codes = unpack_codes(found[fmt.name].qweight, fmt, 160)
-            assert torch.equal(codes, results.setdefault((fmt, count), codes))
-            share = float((codes != results[fmt, 1]).float().mean())
-            assert share <= (0.01 if name == "gptq" else 0.0)
+            assert torch.equal(codes, results.setdefault(fmt, codes))
 
 
 def test_parallel_map_keeps_order_errors_and_threads() -> None:

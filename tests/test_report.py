@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import vl_convert
 from helpers import chromium
-from helpers.analytic import AnalyticLosses, space
+from helpers.analytic import AnalyticLosses, expert_linears, space, untied_head
 from helpers.report_pages import Page, browse, pixels, rows
 from helpers.runs import make_run
 
@@ -23,6 +23,7 @@ from amq.report.data import Shown, count_formats, show_bytes, show_change, show_
 from amq.report.look import VEGA_LITE, Missing
 from amq.report.page import NEIGHBOURS
 from amq.search.run_folder import RunFolder
+from amq.search.select import select_from_run
 
 MARKUP = "</script><img src=x onerror=alert(1)> & $x$"
 
@@ -240,3 +241,59 @@ def test_a_browser_draws_it_wide_and_narrow_without_a_network(additive: Path, tm
         first = page.run("document.querySelector('#chart-bits .role-title').textContent")
         page.run(f"(() => {{ {slide} }})()")
         page.wait(f"document.querySelector('#chart-bits .role-title').textContent != {json.dumps(first)}")
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def experts(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """A run over experts, tied or not, with an untied head and embedding; its page written."""
+    untie = "experts" if request.param == "untied" else ""
+    weights = (*expert_linears(), *untied_head(2))
+    folder = make_run(tmp_path_factory.mktemp(request.param), weights=weights, untie=untie, pin=("embed=int8",)).path
+    write_report(folder)
+    return folder
+
+
+def test_experts_are_one_cell_and_head_and_embeddings_bars(experts: Path) -> None:
+    run, untied = Shown(RunFolder.open(experts)), "untied" in str(experts)
+    spec = charts.bits_chart(run).to_dict()
+    cells = [row for layer in spec["layer"] for row in rows(layer) if "value" in row]
+    assert {cell["role"] for cell in cells if cell["block"] is None} == {"embed", "lm_head"}
+    within = [cell for cell in cells if cell["block"] is not None]
+    assert len(within) == 2 * 4 and "layers.1.mlp.experts.up_proj.0-3" in {cell["linear"] for cell in within}
+    assert any("spread" in cell for cell in within) == untied
+    spread = [texts for cell in within for texts in cell.get("spread", ())]
+    assert not untied or any(re.fullmatch(r"\d × int2, \d × int3.*", text) for text in spread)
+    bars = [layer["encoding"] for layer in spec["layer"] if "x" not in layer["encoding"]]
+    assert len(bars) == 2 and {layer["y"]["field"] for layer in bars} == {"role"}, (
+        "the bars, and the pinned one's frame"
+    )
+    costs = {row["linear"]: row for layer in charts.cost_chart(run).to_dict()["layer"] for row in rows(layer)}
+    table = run.folder.cost.cost if run.folder.cost else {}
+    whole = costs["layers.0.mlp.experts.up_proj.0-3"]
+    assert whole["value"] == pytest.approx(sum(table[f"layers.0.mlp.experts.up_proj.{e}"]["int2"] for e in range(4)))
+    assert re.fullmatch(r"\S+ to \S+ each", whole["spread"])
+    assert "The experts of a layer and role are one cell." in Page(experts).words
+
+
+def test_sizes_count_the_head_and_say_what_a_token_reads(experts: Path) -> None:
+    run, words = Shown(RunFolder.open(experts)), Page(experts).words
+    assert run.chosen is not None and run.chosen.formats["embed"] == "int8"
+    assert run.size(run.chosen.formats) == sum(item.bytes for item in run.memory)
+    assert run.size(run.widest) == 2 * run.folder.run.model.parameters
+    read = run.read(run.chosen.formats)
+    assert read < run.size(run.chosen.formats) - 256 * 64, "one row of the embedding, half of the experts"
+    assert f"For each token {show_bytes(read)} of weights are read" in words
+    assert json.loads((experts / "configuration.json").read_text())["bytes_read"] == round(read)
+    chosen = select_from_run(experts, memory=str(run.size(run.chosen.formats)))
+    assert chosen.details.memory is not None and chosen.details.memory.total <= run.size(run.chosen.formats)
+    assert chosen.formats["embed"] == "int8"
+
+
+def test_a_run_over_experts_is_written_short_and_read_whole(experts: Path) -> None:
+    folder, weights = RunFolder.open(experts), (*expert_linears(), *untied_head(2))
+    assert folder.inventory.weights == folder.space.weights == weights
+    assert len(json.loads((experts / "run.json").read_text())["linears"]) == 2 * 4
+    assert all(record.configuration.keys() == {s.name for s in weights} for record in folder.archive)
+    if "untied" not in str(experts):
+        line = json.loads((experts / "archive.jsonl").read_text().splitlines()[0])
+        assert len(line["configuration"]) == 2 * 4 + 2

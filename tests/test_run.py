@@ -113,7 +113,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(folder, tmp_path, options)
     assert resumed.configuration.formats == whole.configuration.formats
     if options.get("cost") == "sensitivity":
         measured = json.loads((part / "sensitivity.json").read_text())
-        assert len(measured["loss"]) == 14 and measured["pinned"] == []
+        assert len(measured["loss"]) == 14 + 1 and measured["pinned"] == []
 
 
 def test_fisher_passes_resume_where_they_stopped(folder, tmp_path):
@@ -340,8 +340,15 @@ def test_memory_budget_counts_everything(folder, tmp_path):
     small = amq.search(str(folder), tmp_path / "a", **QUICK, memory="64KiB", context=32)
     items = {i.name: i.bytes for i in small.configuration.details.memory.items}
     assert items["KV cache"] == 2 * 2 * 2 * 2 * 16 * 32  # K and V, 2 bytes, 2 blocks, 2 heads of 16, 32 tokens
-    assert items["lm_head"] == 0 and items["embeddings"] == 2 * 256 * 64
+    assert items["embeddings"] == 0 and items["lm_head"] == 256 * (64 + 4), "the tied head in int8"
+    assert small.configuration.formats["lm_head"] == "int8"
     assert small.configuration.details.memory.total <= 64 * 1024
+    kept = amq.search(str(folder), tmp_path / "b", **QUICK, memory="64KiB", context=32, head="16bit")
+    items = {i.name: i.bytes for i in kept.configuration.details.memory.items}
+    assert items["lm_head"] == 0 and items["embeddings"] == 2 * 256 * 64
+    assert kept.configuration.details.memory.total <= 64 * 1024 and "lm_head" not in kept.configuration.formats
+    with pytest.raises(AmqError, match="it only fits with lm_head quantized too, which takes"):
+        amq.search(str(folder), tmp_path / "c", **QUICK, memory="48KiB", context=32, head="16bit")
 
 
 def test_time_bound_stops_and_resume_goes_on(folder, tmp_path):
@@ -431,13 +438,15 @@ def test_non_finite_weights_name_the_linear(tmp_path, capsys):
 def test_nan_losses_are_infeasible_and_the_search_goes_on(folder, tmp_path, monkeypatch):
     from amq.proxy.evaluator import Evaluator
 
-    real = Evaluator.evaluate
+    real = Evaluator.evaluate_many
 
-    def sometimes_nan(self, formats, windows="search"):
-        loss = real(self, formats, windows)
-        return float("nan") if formats["model.layers.0.mlp.up_proj"] == "int2" else loss
+    def sometimes_nan(self, configurations, windows="search"):
+        left = iter(configurations)
+        for losses in real(self, configurations, windows):
+            broken = [next(left)["model.layers.0.mlp.up_proj"] == "int2" for _ in losses]
+            yield [float("nan") if nan else loss for nan, loss in zip(broken, losses, strict=True)]
 
-    monkeypatch.setattr(Evaluator, "evaluate", sometimes_nan)
+    monkeypatch.setattr(Evaluator, "evaluate_many", sometimes_nan)
     result = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=4.45)
     assert any(r["loss"] is None for r in archive(tmp_path / "run"))
     assert result.configuration.formats["model.layers.0.mlp.up_proj"] != "int2"

@@ -28,6 +28,7 @@ from amq.kernels import cpu as native
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     *("test_linear.py", "test_linear_faults.py", "test_native.py", "test_split_coder.py"),
+    *("test_quantize_gptq.py", "test_symmetric.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
 )
 LEFT_OUT = "environment or gil or non_finite or nan_and_infinity or huge_activations or tiny_activations"
@@ -45,6 +46,10 @@ RUN = (
     "amq/runtime/native_config.py",
     "amq/model/shape.py",
     "amq/split/coder.py",
+    "amq/kernels/rounding.py",
+    "amq/quantize/quantizers/*.py",
+    "amq/util/native.py",
+    "amq/util/symmetric.py",
     "tests/*.py",
     "tests/helpers/*.py",
 )

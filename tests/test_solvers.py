@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.analytic import AnalyticLosses, linears, settings, solve, space
+from helpers.analytic import AnalyticLosses, expert_linears, linears, lines, settings, solve, space, untied_head
 from helpers.analytic import problem as make
 
 from amq.configuration import parse_pins
 from amq.errors import AmqError
+from amq.model.inventory import Inventory
 from amq.search.archive import Archive
 from amq.search.choose import Budget, choose
 from amq.search.front import hypervolume, pareto_indices, spread
@@ -22,9 +23,10 @@ from amq.search.loss_curve import fit_records
 from amq.search.problem import Problem, TimeIsUp
 from amq.search.refine import refine
 from amq.search.scores import quality
-from amq.search.sensitivity import prune, sensitivity_costs
+from amq.search.sensitivity import Sensitivity, measure, prune, sensitivity_costs
 from amq.search.settings import PAPER
 from amq.search.solvers import SOLVERS
+from amq.search.space import SearchSpace
 from amq.search.surrogates import SURROGATES
 
 
@@ -214,3 +216,92 @@ def test_pareto_hypervolume_and_spread_by_hand():
     assert hypervolume(points, (2.0, 4.0)) == pytest.approx(0.25, abs=1e-6)
     assert hypervolume(np.empty((0, 2)), (2.0, 4.0)) == 0.0
     assert spread(np.array([0.0, 0.1, 5.0, 9.0, 10.0]), [0.0], 2) == [4, 2]
+
+
+def test_many_at_once_leave_the_lines_of_one_by_one(tmp_path):
+    """Archived ones are not measured again, equal ones once; what the time cuts off is there up to the last chunk."""
+    of = space()
+    wanted = [(of.uniform(f), "uniform") for f in of.formats] + [(of.uniform(of.formats[0]), "front")]
+    wanted += [(of.decode(p), "front") for p in np.random.default_rng(0).integers(0, 3, (6, len(of.variables)))]
+    one = make(tmp_path / "one.jsonl", settings())
+    records = [one.evaluate(formats, phase) for formats, phase in wanted]
+    (tmp_path / "again.jsonl").write_bytes((tmp_path / "one.jsonl").read_bytes())
+    again = make(tmp_path / "again.jsonl", settings())
+    assert [r.loss for r in again.evaluate_many(wanted)] == [r.loss for r in records] and again.losses.calls == 0
+    fresh, shown = make(tmp_path / "fresh.jsonl", settings()), []
+    assert [r.index for r in fresh.evaluate_many(wanted, seen=shown.append)] == [r.index for r in records]
+    assert lines(tmp_path / "fresh.jsonl") == lines(tmp_path / "one.jsonl")
+    assert fresh.losses.calls == len(wanted) - 1 and len(shown) == len(wanted)
+    stopped = make(tmp_path / "stopped.jsonl", settings())
+    ticks = iter([None, 0.0])
+
+    def measure(configurations, windows="search", real=stopped.losses.evaluate_many):
+        for losses in real(configurations, windows):
+            stopped.deadline = next(ticks)
+            yield losses
+
+    stopped.losses.evaluate_many = measure
+    with pytest.raises(TimeIsUp):
+        stopped.evaluate_many(wanted)
+    assert lines(tmp_path / "stopped.jsonl") == lines(tmp_path / "one.jsonl")[: 2 * stopped.losses.together]
+
+
+@pytest.mark.parametrize("options", [{}, {"exact": True, "refine": 4}, {"cost": "sensitivity"}], ids=str)
+def test_the_additive_solver_searches_the_head_and_tied_experts(tmp_path, options):
+    problem = mixed(tmp_path / "a.jsonl", settings(points=6, **options))
+    problem.budget = 3.6
+    SOLVERS["additive"](problem, settings(points=6, **options))
+    check_choices(problem)
+    within = [r for r in problem.archive.evaluated() if r.bits_per_weight <= 3.6 + 1e-6]
+    best = min(within, key=lambda r: r.loss)
+    assert best.phase in ("budget", "front", "refine") and best.configuration["lm_head"] != "int2"
+    assert all(r.bits_per_weight <= problem.space.front_range[1] + 1e-6 for r in within)
+
+
+@pytest.mark.parametrize("solver", ["paper", "random"])
+def test_evolution_and_chance_stay_within_each_variables_choices(tmp_path, solver):
+    options = settings(solver=solver, initial=30, iterations=3, per_iteration=6, population=30, generations=6)
+    problem = mixed(tmp_path / "a.jsonl", options)
+    SOLVERS[solver](problem, options)
+    check_choices(problem)
+    drawn = [r for r in problem.archive.records if r.phase in ("initial", "iteration")]
+    assert {"int6", "int8", "16bit"} & {r.configuration["lm_head"] for r in drawn}
+
+
+def test_what_is_tied_has_one_sensitivity(tmp_path):
+    problem = mixed(tmp_path / "s.jsonl", settings())
+    of, true = problem.space, problem.losses.table
+    table = sensitivity_costs(problem)
+    measured = [r for r in problem.archive.records if r.phase == "sensitivity"]
+    assert len(measured) == 1 + (of.counts - 1).sum(), "one for each variable and format, and the base"
+    tied = [f"layers.0.mlp.experts.up_proj.{e}" for e in range(4)]
+    found = sum(table[n]["int2"] - table[n]["int4"] for n in tied)
+    assert found == pytest.approx(sum(true[n]["int2"] - true[n]["int4"] for n in tied), rel=1e-6)
+    assert len({table[n]["int2"] - table[n]["int4"] for n in tied}) == 1, "in equal parts: they are of equal size"
+    assert table["lm_head"]["int8"] == pytest.approx(true["lm_head"]["int8"], rel=1e-6), "its base has 16 bits"
+    whole = measure(problem, 2.0)
+    assert len({whole.loss[n] for n in tied}) == 1 and whole.loss.keys() == {s.name for s in of.weights}
+    whole.write(tmp_path / "sensitivity.json")
+    assert Sensitivity.read(tmp_path / "sensitivity.json") == whole
+    assert "up_proj.0-3" in (tmp_path / "sensitivity.json").read_text()
+
+
+def mixed(path: Path, options) -> Problem:
+    """Experts and an untied head, which is what costs most."""
+    weights = (*expert_linears(), *untied_head(2))
+    of = SearchSpace.of(Inventory("layers", 2, weights[:-2], (), False, weights[-2:]), options)
+    losses = AnalyticLosses(of)
+    losses.table["lm_head"] = {fmt: 0.2 * 4.0**-i for i, fmt in enumerate(losses.table["lm_head"])}
+    problem = Problem(of, Archive(path, of), losses, options.solver, options.seed)
+    problem.cost_tables = {"fisher": lambda: losses.table, "sensitivity": lambda: sensitivity_costs(problem)}
+    return problem
+
+
+def check_choices(problem: Problem) -> None:
+    of = problem.space
+    problem.archive.close()
+    again = Archive(problem.archive._path, of)  # checks every line against the space
+    again.close()
+    for record in again.records:
+        if record.phase != "uniform":
+            assert of.decode(of.encode(record.configuration)) == record.configuration

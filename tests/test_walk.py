@@ -10,21 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fake_bank import FakeBank
+from helpers.mixtures import MIXTURES
 from helpers.paging import PoisonPager, assert_only_held
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
 
 from amq.configuration import Configuration
 from amq.errors import AmqError
-from amq.formats import FORMATS
 from amq.model.experts import unfuse
 from amq.model.inventory import EMBEDDING, HEAD, get_weight, take_inventory
 from amq.model.open import LoadedModel
-from amq.packing import PackedWeight, dequantize
+from amq.packing import dequantize
 from amq.proxy import evaluator as evaluators
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.walk import Walk
-from amq.quantize.quantizers import QUANTIZERS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -33,26 +33,12 @@ WINDOWS = {"search": random_tokens(6, 50, seed=1), "confirm": random_tokens(2, 5
 UP = "model.layers.0.mlp.up_proj"
 
 
-class FakeBank:
-    """Every weight of a model, head and embeddings included, rounded to nearest when it is asked for."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.formats = tuple(FORMATS[n] for n in NAMES)
-        self.weights = {s.name: get_weight(model, s.name).detach().clone() for s in take_inventory(model).weights}
-        self.asked: list[tuple[str, str]] = []
-
-    def get(self, name: str, fmt: str) -> PackedWeight:
-        self.asked.append((name, fmt))
-        (found,) = QUANTIZERS["rtn"]([self.weights[name]], [FORMATS[fmt]], 32, None)
-        return found[fmt]
-
-
 class Setup:
     def __init__(self, name: str, **options: Any) -> None:
-        model = ARCHITECTURES[name].build(**options)
+        model = (ARCHITECTURES | MIXTURES)[name].build(**options)
         unfuse(model)
         model(input_ids=random_tokens(1, 8))
-        self.model, self.inventory, self.bank = model, take_inventory(model), FakeBank(model)
+        self.model, self.inventory, self.bank = model, take_inventory(model), FakeBank(model, NAMES)
         self.names = [s.name for s in self.inventory.linears]
         self.outer = [s.name for s in self.inventory.outer]
 
@@ -81,7 +67,7 @@ class Setup:
         return model
 
 
-FAMILIES = ("llama", "mistral", "gemma3", "mixtral")
+FAMILIES = ("llama", "mistral", "gemma3", "qwen3_moe", "gpt_oss")
 
 
 @pytest.fixture(params=FAMILIES)

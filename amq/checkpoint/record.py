@@ -132,6 +132,9 @@ class QuantizationRecord:
             )
         where = f"{source}: quantization_config"
         record = parse_record(data, _File, where).record(where)
+        if record.version > version:
+            what = "experts" if record.has_experts else "packed embeddings like these"
+            raise AmqError(f"{source}: version {version} has no {what}; the file is damaged or was edited")
         record._check(parse_record(data, _Records, where).records, source)
         return record
 
@@ -155,6 +158,8 @@ class QuantizationRecord:
         for key, name in (*head.items(), *(("embedding", n) for n in self.embedding.values())):
             if name not in self.formats:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
+        if self.head in self.own_embeddings:
+            raise AmqError(f"{source}: {self.head!r} is the head and an embedding; the file is damaged")
         if both := sorted(self.formats.keys() & self.kept.keys()):
             raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
 
@@ -173,8 +178,8 @@ class _File:
     kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def record(self, source: str) -> QuantizationRecord:
-        formats = expand_values(self.formats, self.shapes, source)
         shapes, kept = expand_shapes(self.shapes, source), expand_shapes(self.kept, source)
+        formats = expand_values(self.formats, self.shapes, source)
         groups = expand_groups(self.shared_inputs, self.shapes, source)
         try:
             return QuantizationRecord(

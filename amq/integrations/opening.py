@@ -18,7 +18,7 @@ from torch import nn
 
 from amq.checkpoint.record import QuantizationRecord
 from amq.errors import AmqError
-from amq.model.auto import auto_class
+from amq.kernels.modules import StoredLinear
 from amq.model.weight_files import weight_files
 from amq.packing import PARTS
 from amq.util.tensors import open_files
@@ -65,17 +65,31 @@ def empty_model(folder: Path, trust_remote_code: bool = False) -> tuple[PreTrain
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
-            model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
+            model = named_class(config).from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model's own code raises for a config that does not fit it
         raise AmqError(f"transformers cannot build a model from {folder / 'config.json'}: {_line(error)}") from error
     return model.eval(), config
 
 
+def named_class(config: Any) -> Any:
+    """The class of transformers that builds the model which `config`, as it is in a folder, names: of causal LMs, or
+    where it names none of these, of models that read images beside the text."""
+    import transformers
+
+    named = set(getattr(config, "architectures", None) or ())
+    classes = (transformers.AutoModelForCausalLM, transformers.AutoModelForImageTextToText)
+    for auto in classes:
+        known: Any = auto._model_mapping.get(type(config), ())
+        if named & {cls.__name__ for cls in (known if isinstance(known, tuple) else (known,))}:
+            return auto
+    return classes[0]
+
+
 def _initialize(model: PreTrainedModel, folder: Path) -> None:
     """What transformers does once all tensors are there: it offers every module to the model's own initialization,
     which may want the weight of a linear that has none any more."""
-    for module in model.modules():
-        module.__dict__["_is_hf_initialized"] = False  # as it is in a model that from_pretrained builds
+    for module in model.modules():  # as it is in a model that from_pretrained builds
+        module.__dict__["_is_hf_initialized"] = isinstance(module, StoredLinear)
     try:
         model.initialize_weights()
     except Exception as error:  # of the model's own code

@@ -100,6 +100,7 @@ class AmqQuantizer(HfQuantizer):
             raise AmqError("this model is not quantized: run `python -m amq.quantize` and load the folder it writes")
         self._packed: dict[str, PackedWeight] = {}
         self._new: frozenset[str] = frozenset()
+        self._names: _LocalNames | None = None
         self._record = QuantizationRecord.parse(quantization_config.stored, "config.json")
 
     def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:
@@ -126,14 +127,14 @@ class AmqQuantizer(HfQuantizer):
         check_complete(files[0].parent, (n for linear in self._record.formats for n in part_names(linear)), tensors)
         if self._record.has_experts:
             unfuse(model)
-        names = _LocalNames(model)
+        names = self._names = _LocalNames(model, self._record)
         for linear, local in names.linears(self._record).items():
             parts = (tensors[name].get_tensor(name) for name in part_names(linear))
             self._packed[local] = check_parts(linear, self._record, *parts)  # memory-mapped, nothing is read yet
         self._record = record = names.record(self._record)
         self._put_stored_modules(model)
-        self._new = _new_names(model)
         found = {names.tensor(name) for name in tensors}
+        self._new = _new_names(model) - found
         check_complete(files[0].parent, (n for n in _expected_names(model, found) if n not in self._new), found)
         check_tensors(tensors, model.state_dict(), names.tensor)
         if record.head or record.embedding:
@@ -146,16 +147,20 @@ class AmqQuantizer(HfQuantizer):
         record, config = self._record, self.quantization_config
         execution = Execution(config.activations, config.backend, record.multiplied)
         for name in (n for n in record.formats if n not in record.own_embeddings):
-            _replace(model, name, _stored_linear(model, name, record, execution))
+            linear = _stored_linear(model, name, record, execution)
+            linear.__dict__["_is_hf_initialized"] = True  # else each is filled with random numbers, in vain
+            _replace(model, name, linear)
         for name in record.embedding:
             _replace(model, name, _stored_embedding(model, name, record))
             _untie(model, name)
 
     def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """Without those that make other tensors of the file's, such as fused experts: ours are the model's own."""
-        from transformers.core_model_loading import WeightConverter  # versions that are too old lack it
+        from transformers.core_model_loading import WeightConverter, WeightRenaming  # versions too old lack them
 
-        return [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+        kept = [conversion for conversion in weight_conversions if not isinstance(conversion, WeightConverter)]
+        theirs, ours = self._names.text if self._names else ("", "")
+        return [*kept, WeightRenaming(f"^{re.escape(theirs)}", ours)] if theirs != ours else kept
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         place = cache(partial(_device_in, model))
@@ -217,12 +222,19 @@ class _LocalNames:
     """What a checkpoint's tensors and modules are called in `model`, which may be, or lack, the model around its base.
 
     transformers finds tensors in the same way: it takes the base model's prefix away, or adds it, where that fits.
+
+    text: (prefix in the file, prefix in the model) of a text model's modules where the checkpoint is of a model that
+    has images or sound beside it, and `model` is the text model alone, or the other way round; else equal.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, record: QuantizationRecord) -> None:
         self._prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
         self._modules = {name for name, _ in model.named_modules()}
         self._tensors = set(model.state_dict())
+        self.text = ("", "")
+        inner = next((name for name in record.block_shapes if self.module(name) not in self._modules), None)
+        if inner is not None:
+            self.text = _prefixes(inner, self._modules)
 
     def module(self, name: str) -> str:
         return self._find(name, self._modules)
@@ -231,8 +243,10 @@ class _LocalNames:
         return self._find(name, self._tensors)
 
     def _find(self, name: str, known: Container[str]) -> str:
+        theirs, ours = self.text
+        swapped = ours + name.removeprefix(theirs) if theirs != ours and name.startswith(theirs) else name
         bare = name.removeprefix(self._prefix)
-        return next((n for n in (bare, f"{self._prefix}{name}") if n != name and n in known), name)
+        return next((n for n in (bare, f"{self._prefix}{name}", swapped) if n != name and n in known), name)
 
     def linears(self, record: QuantizationRecord) -> dict[str, str]:
         """{name in the file: name in the model} of the quantized linears, without a head that nothing needs.
@@ -258,6 +272,18 @@ class _LocalNames:
             embedding={self.module(name): linears[head] for name, head in record.embedding.items()},
             kept={self.module(linear): shape for linear, shape in record.kept.items()},
         )
+
+
+def _prefixes(name: str, known: set[str]) -> tuple[str, str]:
+    """(prefix of `name`, prefix of the module in `known`) for the one module that ends like `name` at its longest;
+    both empty where there are several or none."""
+    parts = name.split(".")
+    for start in range(1, len(parts)):
+        rest = ".".join(parts[start:])
+        found = [module for module in known if module == rest or module.endswith(f".{rest}")]
+        if found:
+            return (name.removesuffix(rest), found[0].removesuffix(rest)) if len(found) == 1 else ("", "")
+    return "", ""
 
 
 def _new_names(model: PreTrainedModel) -> frozenset[str]:

@@ -40,6 +40,8 @@ class Backend:
     prepare: packed weight → uint8 data on its device.
     linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x and bias contiguous, y of x's dtype, the
         bias of any in DTYPES, all on one device.
+    grouped: (x [M, K], weights, sizes, biases, activations) → y [M, N] for weights of one shape, weight i times its
+        sizes[i] rows of x, in one call; None where `group` makes a call for each weight: on GPUs, and `reference`.
     dtypes, activations: what x may be, and what may be done to it.
     device: the type of device that it multiplies on, None for any.
     """
@@ -51,6 +53,21 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] = DTYPES
     activations: tuple[str, ...] = ACTIVATIONS
     device: str | None = None
+    grouped: Callable[..., Tensor] | None = None
+
+    def group(
+        self,
+        x: Tensor,
+        weights: Sequence[PreparedWeight],
+        sizes: Sequence[int],
+        biases: Sequence[Tensor | None],
+        activations: str,
+    ) -> Tensor:
+        """See `grouped`."""
+        if self.grouped is not None:
+            return self.grouped(x, weights, sizes, biases, activations)
+        each = zip(x.split(list(sizes)), weights, biases, strict=True)
+        return torch.cat([self.linear(rows, [weight], bias, activations) for rows, weight, bias in each])
 
 
 def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
@@ -63,7 +80,9 @@ def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
     chosen = get_backend(backend)
     reason = chosen.unsupported_reason(packed.format)
     if reason is not None:
-        raise AmqError(f"backend {backend} cannot run {packed.format.name}: {reason}")
+        raise AmqError(
+            f"backend {backend} cannot run {packed.format.name}: {reason}; take backend reference, or another format"
+        )
     return PreparedWeight.of(packed, backend, chosen.prepare(packed))
 
 
@@ -157,6 +176,17 @@ def _cpu_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | Non
     return cpu.linear(x.float(), weights, None if bias is None else bias.float(), activations).to(x.dtype)
 
 
+def _cpu_grouped(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    sizes: Sequence[int],
+    biases: Sequence[Tensor | None],
+    activations: str,
+) -> Tensor:
+    floats = [None if bias is None else bias.float() for bias in biases]
+    return cpu.grouped_linear(x.float(), weights, sizes, floats, activations).to(x.dtype)
+
+
 def _triton_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
     return triton.linear(x, weights, bias)
 
@@ -184,7 +214,7 @@ def _cuda_unsupported_reason(fmt: BitFormat) -> str | None:
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", _cpu_unsupported_reason, cpu.prepare, _cpu_linear, device="cpu"),
+        Backend("cpu", _cpu_unsupported_reason, cpu.prepare, _cpu_linear, device="cpu", grouped=_cpu_grouped),
         Backend("cuda", _cuda_unsupported_reason, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
         Backend(
             "triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"

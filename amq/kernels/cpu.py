@@ -14,8 +14,6 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import lru_cache
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,35 +22,9 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.packing import PackedWeight, PreparedWeight, dequantize
-
-
-@lru_cache(maxsize=1)
-def cpu_module() -> ModuleType:
-    """`amq._cpu`, or an error that says how to build it. torch is imported first: both then share OpenMP threads.
-
-    Raises AmqError too where AMQ_CPU_ISA names an instruction set that this machine cannot run.
-    """
-    try:
-        import amq._cpu as _cpu
-    except ImportError as error:
-        raise AmqError(
-            f"the native module amq._cpu cannot be imported ({error}); build it with `pip install -e .` in a checkout "
-            "of amq (running Python inside a checkout uses that checkout, not an installed amq)"
-        ) from error
-    try:
-        _cpu.isa()
-    except ValueError as error:
-        raise AmqError(str(error)) from None
-    return _cpu
-
-
-def memory(tensor: Tensor) -> tuple[int, int]:
-    """(address, bytes) of a contiguous tensor: how `amq._cpu` takes it, to compare with what it would read or write."""
-    return tensor.data_ptr(), tensor.numel() * tensor.element_size()  # not nbytes, which torch.compile cannot trace
-
-
-NO_MEMORY = (0, 0)
-"""In place of a tensor that may be left out."""
+from amq.util.native import NO_MEMORY as NO_MEMORY
+from amq.util.native import cpu_module as cpu_module
+from amq.util.native import memory as memory
 
 
 def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
@@ -178,6 +150,35 @@ def linear(
         )  # fmt: skip
     except ValueError as error:
         raise AmqError(f"linear of {in_features} features in {columns} columns: {error}") from error
+    return y
+
+
+def grouped_linear(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    sizes: Sequence[int],
+    biases: Sequence[Tensor | None],
+    activations: str,
+    isa: str = "",
+) -> Tensor:
+    """y [M, N]: weight i times its `sizes[i]` rows of x [M, K], one after another, in one call; float32 on CPU.
+
+    weights, of one shape, N × K, and group size, each in its own format, as `linear` takes them. biases: [N] each,
+    float32 and contiguous. Raises AmqError where a weight has not the bytes of its shape.
+    """
+    rows, in_features = x.shape
+    columns = weights[0].out_features
+    parts = [(w.format.name, *memory(w.data), w.out_features) for w in weights]
+    given = any(bias is not None for bias in biases)
+    vectors = [NO_MEMORY if bias is None else memory(bias) for bias in biases] if given else []
+    y = torch.empty(rows, columns)
+    try:
+        cpu_module().linear_grouped(
+            parts, list(sizes), memory(x), vectors, memory(y), in_features, weights[0].group_size,
+            activations == "int8", torch.get_num_threads(), isa,
+        )  # fmt: skip
+    except ValueError as error:
+        raise AmqError(f"linears of {in_features} features in {columns} columns: {error}") from error
     return y
 
 

@@ -21,6 +21,23 @@ from amq.kernels.modules import PackedState, StoredLinear, unprepared
 from amq.packing import PackedWeight, dequantize
 
 
+class PackedRows(Tensor):
+    """What a StoredEmbedding has for a `weight`: an empty tensor of the model's device and dtype, for those who ask for
+    these, whose rows can be read one by one, as multimodal models read that of padding."""
+
+    owner: StoredEmbedding
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # as torch documents it
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """weight[i] and weight[i, columns] for an integer i."""
+        row, *columns = index if isinstance(index, tuple) else (index,)
+        if not isinstance(row, int):
+            raise AmqError(f"an embedding is packed: its weight has rows by number, got {index!r}")
+        like = self.owner.like
+        found = self.owner.rows(torch.tensor([row % self.owner.num_embeddings], device=like.device))[0]
+        return found[tuple(columns)] if columns else found
+
+
 class StoredEmbedding(nn.Module):
     """ids, integers [...] → [..., embedding_dim] in the model's dtype: row i is row i of `head`'s packed weight.
 
@@ -31,7 +48,7 @@ class StoredEmbedding(nn.Module):
     Raises AmqError while there is no weight, IndexError for an id that is no row.
     """
 
-    weight: Tensor
+    like: Tensor
 
     def __init__(self, original: nn.Embedding, head: StoredLinear | None) -> None:
         super().__init__()
@@ -42,7 +59,7 @@ class StoredEmbedding(nn.Module):
         self._copy: tuple[PackedWeight, PackedWeight] | None = None
         # No rows: it is what callers ask for a device and a dtype, and what .to() acts on.
         empty = torch.empty(0, self.embedding_dim, dtype=original.weight.dtype, device="meta")
-        self.register_buffer("weight", empty, persistent=False)
+        self.register_buffer("like", empty, persistent=False)
         original._parameters["weight"] = None
         self._adopt(original)
         # In tuples, else they would be children, and tensors in the state dict twice.
@@ -69,15 +86,24 @@ class StoredEmbedding(nn.Module):
     @property
     def extras(self) -> dict[str, Tensor]:
         """What was adopted, by name: everything that the rows are changed with."""
-        own = {"weight", "data"}
+        own = {"like", "data"}
         tensors = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return {name: tensor for name, tensor in tensors.items() if name not in own}
 
-    def forward(self, ids: Tensor) -> Tensor:
-        packed = self.packed_on(ids.device)
-        rows = packed.map(lambda part: part.index_select(0, ids.reshape(-1)))
+    @property
+    def weight(self) -> PackedRows:
+        rows = self.like.as_subclass(PackedRows)
+        rows.owner = self
+        return rows
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """Rows of the weight [ids, embedding_dim], as the model's dtype has them."""
+        packed = self.packed_on(ids.device).map(lambda part: part.index_select(0, ids))
         native = ids.device.type == "cpu" and not torch.compiler.is_compiling()
-        weight = (dequantized(rows) if native else dequantize(rows)).to(self.weight.dtype)
+        return (dequantized(packed) if native else dequantize(packed)).to(self.like.dtype)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weight = self.rows(ids.reshape(-1))
         if type(self.original) is not nn.Embedding:
             places = torch.arange(len(weight), device=ids.device).view(ids.shape)
             state = {**self.extras, "weight": weight}
@@ -134,7 +160,7 @@ class StoredEmbedding(nn.Module):
 
     def extra_repr(self) -> str:
         rows = "of its own" if self.head is None else f"of {self.head.name}"
-        return f"{self.num_embeddings}, {self.embedding_dim}, packed rows {rows}, {self.weight.dtype}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, packed rows {rows}, {self.like.dtype}"
 
 
 class OwnEmbedding(PackedState, StoredEmbedding):

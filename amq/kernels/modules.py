@@ -10,7 +10,7 @@ backward multiplies with the dequantized weight. The packed weight itself is a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -22,7 +22,7 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels.backends import check_activations, choose_backend, default_activations, prepare
 from amq.kernels.cpu import dequantized
-from amq.kernels.ops import linear
+from amq.kernels.ops import grouped_linear, linear
 from amq.packing import PARTS, PackedWeight, PreparedWeight, dequantize
 
 
@@ -71,6 +71,14 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, (self.weight,), self.bias, self.activations, self.name)
+
+    @staticmethod
+    def grouped(linears: Sequence[QuantizedLinear], x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """[rows, out_features]: linear i times its `sizes[i]` rows of x, in one call (`amq.model.experts`)."""
+        first, last = linears[0], linears[-1]
+        name = first.name if first is last else f"{first.name} … {last.name}"
+        weights, biases = [module.weight for module in linears], [module.bias for module in linears]
+        return grouped_linear(x, weights, sizes, biases, first.activations, name)
 
     def extra_repr(self) -> str:
         weight = self._weight
@@ -205,7 +213,10 @@ class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[mis
             return weight
         if self.packed is None:
             raise AmqError(f"{self.name} has no weight yet: load it with from_pretrained, or give it one with store()")
-        weight = prepare(self.packed.to(device), self.execution.backend_on(device))
+        try:
+            weight = prepare(self.packed.to(device), self.execution.backend_on(device))
+        except AmqError as error:
+            raise AmqError(f"{self.name}: {error}") from None
         self._weight, self.data, self.place = weight, weight.data, device
         return weight
 
@@ -223,6 +234,17 @@ class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[mis
         if wanted and torch.is_grad_enabled():
             return _differentiable(x, self)
         return self.product(x)
+
+    @staticmethod
+    def grouped(linears: Sequence[StoredLinear], x: Tensor, sizes: Sequence[int]) -> Tensor:  # type: ignore[override]
+        """As `QuantizedLinear.grouped`; one after another where there are gradients to keep."""
+        wanted = x.requires_grad or any(m.bias is not None and m.bias.requires_grad for m in linears)
+        if wanted and torch.is_grad_enabled():
+            return torch.cat([m(rows) for m, rows in zip(linears, x.split(list(sizes)), strict=True)])
+        first, last = linears[0], linears[-1]
+        name = first.name if first is last else f"{first.name} … {last.name}"
+        weights, biases = [module.prepared(x.device) for module in linears], [module.bias for module in linears]
+        return grouped_linear(x, weights, sizes, biases, first.activations, name)
 
     def product(self, x: Tensor) -> Tensor:
         return linear(x, (self.prepared(x.device),), self.bias, self.activations, self.name)

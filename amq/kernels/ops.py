@@ -1,7 +1,8 @@
 """The linear op: y = x · Wᵀ (+ bias) for prepared weights, and its fused form for several linears that share x.
 
-`linear` checks and calls `torch.ops.amq.linear`, which dispatches to the backend that the weights were prepared for.
-The op has a fake kernel, so torch.compile takes it as one node. Gradients do not flow through it; they do through the
+`linear` checks and calls `torch.ops.amq.linear`, which dispatches to the backend that the weights were prepared for;
+`grouped_linear` likewise, for weights that have rows of x of their own: experts. The ops have fake kernels, so
+torch.compile takes each as one node. Gradients do not flow through it; they do through the
 linears of a loaded checkpoint (`amq.kernels.modules.StoredLinear`), which hold what a backward needs.
 """
 
@@ -22,7 +23,12 @@ _LIBRARY.define(
     "linear(Tensor x, Tensor[] weights, str[] formats, int[] out_features, int group_size, Tensor? bias, "
     "str activations, str backend) -> Tensor"
 )
+_LIBRARY.define(
+    "grouped_linear(Tensor x, Tensor[] weights, str[] formats, int[] sizes, int out_features, int group_size, "
+    "Tensor?[] biases, str activations, str backend) -> Tensor"
+)
 OP = "torch.ops.amq.linear"
+GROUPED = "torch.ops.amq.grouped_linear"
 
 
 def linear(
@@ -62,6 +68,55 @@ def linear(
         activations,
         weights[0].backend,
     )
+
+
+def grouped_linear(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    sizes: Sequence[int],
+    biases: Sequence[Tensor | None] | None = None,
+    activations: str | None = None,
+    name: str = "linears",
+) -> Tensor:
+    """y[M, N]: weight i times its `sizes[i]` rows of x[M, K], which lie one after another in the order of `weights`.
+
+    weights: as those of `linear`, of one shape; each in its own format. On the CPU all go in one call, which reads few
+        rows' weights as fast as one weight of all these bytes; other backends multiply one after another.
+    sizes: rows of each weight, 0 too; they make up all rows of x.
+    biases: [N] each, or None.
+    x, activations, name and errors: as `linear` has them.
+    """
+    check_fused(weights, ("backend", "in_features", "out_features", "group_size"), name)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    activations = activations or default_activations(weights[0].backend)
+    _check_groups(x, weights, sizes, biases, name)
+    for bias in biases:
+        _check_bias(bias, weights[0].out_features, weights[0].data.device, name)
+    _check_input(x, weights, None, activations, name)
+    if type(x) is Tensor and not torch.compiler.is_compiling():
+        return _run_grouped(x, weights, sizes, biases, activations, name)
+    return torch.ops.amq.grouped_linear(
+        x,
+        [w.data for w in weights],
+        [w.format.name for w in weights],
+        list(sizes),
+        weights[0].out_features,
+        weights[0].group_size,
+        biases,
+        activations,
+        weights[0].backend,
+    )
+
+
+def _check_groups(
+    x: Tensor, weights: Sequence[PreparedWeight], sizes: Sequence[int], biases: Sequence[Tensor | None], name: str
+) -> None:
+    if x.ndim != 2 or not len(sizes) == len(weights) == len(biases) or min(sizes) < 0 or sum(sizes) != x.shape[0]:
+        raise AmqError(
+            f"{name}: expected x [rows, {weights[0].in_features}], and for each of {len(weights)} weights a bias or "
+            f"None and a number of rows, which make up those of x; got x {list(x.shape)}, {len(biases)} biases and "
+            f"{list(sizes)} rows"
+        )
 
 
 def _check_input(
@@ -107,13 +162,16 @@ def _check_input(
             f"{name}: a prepared weight has no gradient: call it under torch.no_grad(), or load a checkpoint with "
             "transformers, whose linears have one"
         )
-    if bias is not None:
-        out_features = sum(w.out_features for w in weights)
-        if tuple(bias.shape) != (out_features,) or bias.dtype not in DTYPES or bias.device != device:
-            raise AmqError(
-                f"{name}: bias must be float32, bfloat16 or float16 [{out_features}] on {device}, "
-                f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
-            )
+    _check_bias(bias, sum(w.out_features for w in weights), device, name)
+
+
+def _check_bias(bias: Tensor | None, out_features: int, device: torch.device, name: str) -> None:
+    if bias is None or (tuple(bias.shape) == (out_features,) and bias.dtype in DTYPES and bias.device == device):
+        return
+    raise AmqError(
+        f"{name}: bias must be float32, bfloat16 or float16 [{out_features}] on {device}, "
+        f"got {bias.dtype} {list(bias.shape)} on {bias.device}"
+    )
 
 
 def _linear(
@@ -140,6 +198,50 @@ def _linear(
     return _run(x, prepared, bias, activations, OP)
 
 
+def _grouped_linear(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    formats: Sequence[str],
+    sizes: Sequence[int],
+    out_features: int,
+    group_size: int,
+    biases: Sequence[Tensor | None],
+    activations: str,
+    backend: str,
+) -> Tensor:
+    if not len(weights) == len(formats) == len(sizes) > 0 or x.ndim != 2:
+        raise AmqError(
+            f"{GROUPED}: expected at least one weight, a format and a number of rows for each, and x [rows, "
+            f"in_features], got {len(weights)} weights, {len(formats)} formats, {len(sizes)} numbers and x "
+            f"{list(x.shape)}"
+        )
+    group_size = check_group_size(group_size)
+    prepared = [
+        PreparedWeight(backend, get_format(fmt), out_features, x.shape[1], group_size, data)
+        for data, fmt in zip(weights, formats, strict=True)
+    ]
+    _check_groups(x, prepared, sizes, biases, GROUPED)
+    for bias in biases:
+        _check_bias(bias, out_features, weights[0].device, GROUPED)
+    _check_input(x, prepared, None, activations, GROUPED)
+    return _run_grouped(x, prepared, sizes, biases, activations, GROUPED)
+
+
+def _run_grouped(
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    sizes: Sequence[int],
+    biases: Sequence[Tensor | None],
+    activations: str,
+    name: str,
+) -> Tensor:
+    flat = [None if bias is None else bias.contiguous() for bias in biases]
+    try:
+        return get_backend(weights[0].backend).group(x.contiguous(), weights, sizes, flat, activations)
+    except AmqError as error:
+        raise AmqError(f"{name}: {error}") from error
+
+
 def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -159,5 +261,16 @@ def _fake_linear(
     return x.new_empty(*x.shape[:-1], sum(out_features))
 
 
+def _fake_grouped(
+    x: Tensor, weights: Sequence[Tensor], formats: Sequence[str], sizes: Sequence[int], out_features: int, *_: object
+) -> Tensor:
+    for weight in weights:
+        if weight.device != x.device:
+            raise AmqError(f"{GROUPED}: x is on {x.device}, its weight on {weight.device}; move one of them")
+    return x.new_empty(x.shape[0], out_features)
+
+
 _LIBRARY.impl("linear", _linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("grouped_linear", _grouped_linear, "CompositeExplicitAutograd")
+torch.library.register_fake("amq::grouped_linear", _fake_grouped, lib=_LIBRARY)
 torch.library.register_fake("amq::linear", _fake_linear, lib=_LIBRARY)

@@ -8,6 +8,7 @@ has quantized so far and advances with the finished block.
 Experts read the tokens that are routed to them. Gate and up of a layer's experts are measured together, on all tokens
 that enter the layer: so they share one matrix and its factor, and no expert is calibrated on a handful of tokens. What
 down reads is its own expert's, so it is measured on the routed tokens, and on all of the layer's where these are few.
+(Experts that a model holds as a list of modules of its own are measured like other linears, on their tokens alone.)
 
 Positions that hold a window's prefix (BOS) are counted like any other: their predictions have no loss, but what a
 linear makes of them is read by all tokens after them.
@@ -29,6 +30,8 @@ from amq.model.blocks import BlockRunner
 from amq.model.experts import DOWN, Experts, expert_of
 from amq.model.inventory import EXPERT, LinearSpec, embedding_weight, get_linear
 from amq.model.paging import holding
+from amq.model.states import StateStore
+from amq.util.symmetric import add_gram, mirror
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -45,6 +48,8 @@ ENOUGH = 4
 divided by this; else on all tokens of its layer: few tokens give a matrix that knows only the directions of these."""
 GRAM_BYTES = 2 << 30
 """Most bytes of E[x xᵀ] held at once for the experts of a block, besides those of other linears: `in_parts`."""
+STATE_BYTES = 1 << 30
+"""Bytes of hidden states, and of what enters a layer of experts, that are held in memory; more goes to disk."""
 FLOAT = 4
 
 
@@ -60,13 +65,17 @@ class InputGroup:
 
 
 class CalibrationStream:
-    """Hidden states of `windows` (int64 [windows, length]) at the boundary before block `boundary`."""
+    """Hidden states of `windows` (int64 [windows, length]) at the boundary before block `boundary`.
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor) -> None:
+    memory: bytes of them that stay in memory.
+    notes: of the last `measure`: which experts saw few tokens.
+    """
+
+    def __init__(self, model: PreTrainedModel, windows: Tensor, memory: int = STATE_BYTES) -> None:
         self._model, self.runner = model, BlockRunner(model)
         device = embedding_weight(model).device
         self._windows = [w.unsqueeze(0).to(device) for w in windows]
-        self._hidden: list[Tensor | None] = [None] * len(windows)
+        self._states = StateStore(memory)
         self.boundary = 0
         self.notes: tuple[str, ...] = ()
         self.runner.check(self._windows[0][:, :SAMPLE])
@@ -75,10 +84,9 @@ class CalibrationStream:
         """Runs the next block on every window and returns `linears`, all of that block, grouped by input.
 
         advance: keep the block's outputs as the new hidden states, as `advance` does.
-        `notes` says afterwards which experts saw too few tokens.
         """
-        grams = _Grams(self._model, [s for s in linears if s.kind != EXPERT])
-        layers = [_ExpertGrams(self._model, *layer) for layer in _layers(self._model, linears)]
+        grams = _Grams(self._model, [s for s in linears if not _of_experts(s)])
+        layers = [_ExpertGrams(self._model, *layer, self._states) for layer in _layers(self._model, linears)]
         with holding(self._model, self.boundary):
             with _hooked(grams, *layers):
                 self._run(grams.end_of_window, advance)
@@ -95,7 +103,7 @@ class CalibrationStream:
 
     def sample(self) -> Tensor:
         """The next block's output on the first tokens of the first window, with the weights of this moment."""
-        start, hidden = self.boundary, self._hidden[0]
+        start, hidden = self.boundary, self._hidden(0)
         hidden = None if hidden is None else hidden[:, :SAMPLE]
         with holding(self._model, start):
             return self.runner.hidden(self._windows[0][:, :SAMPLE], start + 1, start, hidden)
@@ -103,11 +111,15 @@ class CalibrationStream:
     def _run(self, after_window: Callable[[], None], advance: bool) -> None:
         start = self.boundary
         for i, tokens in enumerate(self._windows):
-            hidden = self.runner.hidden(tokens, start + 1, start, self._hidden[i])
+            hidden = self.runner.hidden(tokens, start + 1, start, self._hidden(i))
             if advance:
-                self._hidden[i] = hidden
+                self._states.put(i, hidden)
             after_window()
         self.boundary += advance
+
+    def _hidden(self, window: int) -> Tensor | None:
+        """None before the first block."""
+        return self._states.get(window) if window in self._states else None
 
 
 def in_parts(linears: Sequence[LinearSpec], limit: int = GRAM_BYTES) -> list[list[LinearSpec]]:
@@ -132,7 +144,7 @@ def gram_bytes(linears: Sequence[LinearSpec], followers: Container[str]) -> int:
     """Bytes of the matrices of `linears`, all of one block. followers: names of those that read another one's input."""
     total, shared = 0, set()
     for spec in linears:
-        if spec.kind == EXPERT and not _is_down(spec):
+        if _of_experts(spec) and not _is_down(spec):
             layer = spec.role.rpartition(".")[0]
             total += FLOAT * spec.in_features**2 * (layer not in shared)
             shared.add(layer)
@@ -167,17 +179,23 @@ def shared_inputs(model: PreTrainedModel, linears: Sequence[LinearSpec], tokens:
     return tuple(tuple(names) for names in readers.values() if len(names) > 1)
 
 
+def _of_experts(spec: LinearSpec) -> bool:
+    """Whether it is one of an `Experts`, whose names end in the expert's number."""
+    return spec.kind == EXPERT and spec.name.endswith(f".{spec.role}.{spec.expert}")
+
+
 def _is_down(spec: LinearSpec) -> bool:
-    """Of an expert, whose input nobody else reads."""
-    return spec.kind == EXPERT and spec.role.rpartition(".")[2] == DOWN
+    """Of an `Experts`, reading what nobody else does."""
+    return _of_experts(spec) and spec.role.rpartition(".")[2] == DOWN
 
 
 def _layers(model: nn.Module, linears: Sequence[LinearSpec]) -> Iterator[tuple[str, list[LinearSpec]]]:
     """(name of the `Experts`, those of its linears) of every layer of experts."""
     layers: dict[str, list[LinearSpec]] = {}
-    for spec in linears:
-        if spec.kind == EXPERT and (owner := expert_of(model, spec.name)) is not None:
-            layers.setdefault(owner[0], []).append(spec)
+    for spec in (s for s in linears if _of_experts(s)):
+        owner = expert_of(model, spec.name)
+        assert owner is not None
+        layers.setdefault(owner[0], []).append(spec)
     yield from layers.items()
 
 
@@ -203,18 +221,24 @@ class _Sum:
         rows = x.reshape(-1, x.shape[-1]).float()
         if self._total is None:
             self._total = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
-        self._total.addmm_(rows.t(), rows)
+        if x.device.type == "cpu":
+            add_gram(self._total, rows.contiguous())
+        else:
+            self._total.addmm_(rows.t(), rows)
         self.count += len(rows)
 
     def mean(self, linear: str) -> Tensor:
         """On the CPU, once. linear: whose inputs these were, for the error."""
         assert self._total is not None
+        if self._total.device.type == "cpu":
+            mirror(self._total)
         if not bool(torch.isfinite(self._total).all()):
             raise AmqError(
                 f"the inputs of {linear} are not finite (NaN or infinity) on the calibration text: "
                 "load the model in a wider --dtype"
             )
         mean, self._total = self._total.div_(self.count).cpu(), None
+        mirror(mean)
         return mean
 
 
@@ -248,26 +272,30 @@ class _Grams:
         for leader, found in self._sums.items():
             members = tuple(s for s in self._leaders if self._leaders[s] == leader)
             result.append(InputGroup(members, found.mean(leader.name)))
-        for spec in (s for s in self._modules if s not in self._leaders):
-            log.warning("%s saw no calibration token: rounded as if its inputs were white noise", spec.name)
-            result.append(InputGroup((spec,), torch.eye(spec.in_features)))
-        return result
+        unseen = [s for s in self._modules if s not in self._leaders]
+        if unseen:
+            more = f" and {len(unseen) - 1} more linears" if len(unseen) > 1 else ""
+            log.warning(
+                "%s%s saw no calibration token: rounded as if their inputs were white noise", unseen[0].name, more
+            )
+        return [*result, *(InputGroup((spec,), torch.eye(spec.in_features)) for spec in unseen)]
 
 
 class _ExpertGrams:
     """The same for linears of one layer of experts, `name`: see the head of this file.
 
-    The layer's inputs of all windows are kept until `groups`, for experts that too few of them were routed to.
+    The layer's inputs of all windows are kept in `states` until `groups`, for experts that too few of them were routed
+    to.
     """
 
-    def __init__(self, model: nn.Module, name: str, linears: Sequence[LinearSpec]) -> None:
+    def __init__(self, model: nn.Module, name: str, linears: Sequence[LinearSpec], states: StateStore) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, Experts)
         self._layer, self._name = layer, name
         self._readers = tuple(s for s in linears if not _is_down(s))
         self._downs = {s: get_linear(model, s.name) for s in linears if _is_down(s)}
         self._shared, self._own = _Sum(), {s: _Sum() for s in self._downs}
-        self._inputs: list[Tensor] = []
+        self._states, self._calls, self._tokens = states, 0, 0
         self.notes: list[str] = []
 
     def hooks(self) -> list[RemovableHandle]:
@@ -284,7 +312,9 @@ class _ExpertGrams:
         if self._readers:
             self._shared.add(x)
         if self._downs:
-            self._inputs.append(x.reshape(-1, x.shape[-1]))
+            rows = x.reshape(-1, x.shape[-1])
+            self._states.put((self._name, self._calls), rows)
+            self._calls, self._tokens = self._calls + 1, self._tokens + len(rows)
 
     def groups(self) -> list[InputGroup]:
         result = []
@@ -295,21 +325,23 @@ class _ExpertGrams:
 
     def _measure_again(self) -> None:
         """Experts that saw few tokens, on all of the layer's; says which."""
-        tokens = sum(map(len, self._inputs))
-        few = [s for s, own in self._own.items() if own.count < _least(s, tokens)]
+        few = [s for s, own in self._own.items() if own.count < _least(s, self._tokens)]
         if few:
-            self.notes.append(self._note(few, tokens))
+            self.notes.append(self._note(few))
         for spec in few:
             self._own[spec] = _Sum()
-            handle = self._hook(spec, self._own[spec])
-            try:
-                for x in self._inputs:
+        handles = [self._hook(spec, self._own[spec]) for spec in few]
+        try:
+            for call in range(self._calls):
+                x = self._states.pop((self._name, call))
+                for spec in few:
                     self._layer.run(x, [len(x) * (i == spec.expert) for i in range(self._layer.experts)])
-            finally:
+        finally:
+            for handle in handles:
                 handle.remove()
-        self._inputs.clear()
 
-    def _note(self, few: Sequence[LinearSpec], tokens: int) -> str:
+    def _note(self, few: Sequence[LinearSpec]) -> str:
+        tokens = self._tokens
         untouched = [s for s in few if not self._own[s].count]
         text = f"{self._name}: {len(few)} of {self._layer.experts} experts saw fewer than {_least(few[0], tokens)} of "
         text += f"{tokens} calibration tokens ({_numbers(few)}): their {DOWN} is calibrated with all of them"

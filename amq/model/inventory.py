@@ -115,8 +115,9 @@ class Inventory:
         return [s for s in self.linears if s.block == block]
 
     def only(self, names: Container[str]) -> Inventory:
-        """The same model, of whose linears a stage sees those called `names`: the ones that are quantized."""
-        return replace(self, linears=tuple(s for s in self.linears if s.name in names))
+        """The same model, of whose weights a stage sees those called `names`: the ones that are quantized."""
+        linears, outer = (tuple(s for s in some if s.name in names) for some in (self.linears, self.outer))
+        return replace(self, linears=linears, outer=outer)
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

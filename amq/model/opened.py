@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING
 
 from amq.model.inventory import Inventory, check_weights
 from amq.model.open import LoadedModel, check_device, load_folder, model_fingerprint, resolve
+from amq.model.own_text import open_sampler
 from amq.model.settings import MEMORY
 from amq.model.shape import ModelShape
-from amq.model.text import Corpus, load_corpus
+from amq.model.text import Corpus, WindowSampler, load_corpus
 from amq.model.unused import Unused, unused_tensors
 from amq.model.usable import Usable, find_usable
 from amq.util.limits import fit_threads
+from amq.util.progress import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +67,10 @@ class OpenModel:
         """The text of that name (`load_corpus`) in the model's tokens."""
         return load_corpus(text, self.loaded.tokenizer, self.loaded.embedding_rows)
 
+    def sampler(self, text: str, length: int, seed: int, count: int, progress: Progress | None = None) -> WindowSampler:
+        """Deals out `count` windows of a calibration text, which may be the model's own (`open_sampler`)."""
+        return open_sampler(self.loaded, text, length, seed, count, self.fingerprint, progress)
+
 
 def open_model(
     name: str, dtype: str = "auto", device: str = "cpu", trust_remote_code: bool = False, load: str = MEMORY
@@ -78,5 +84,5 @@ def open_model(
     folder = resolve(name, trust_remote_code)
     loaded = load_folder(name, folder, dtype, device, trust_remote_code, load)
     opened = OpenModel(folder, loaded, find_usable(loaded.model), trust_remote_code)
-    check_weights(loaded.model, opened.inventory.linears)
+    check_weights(loaded.model, opened.inventory.weights)
     return opened

@@ -9,6 +9,11 @@ from amq.util.settings import Settings, flag
 MODEL = "hub id, folder, .gguf file, or the alias smollm2"
 CHECKPOINT = "a folder that amq quantize wrote; or " + MODEL
 """What the positional argument MODEL may be."""
+CALIBRATION_TEXTS = (
+    "self (the model writes it), pydoc or docstrings (built in), wikitext2, c4, a file; a .jsonl file holds "
+    '{"messages": […]} or {"text": "…"} in each line'
+)
+"""What `--calibration` may be."""
 
 AUTO, MEMORY, DISK = "auto", "memory", "disk"
 LOADS = {

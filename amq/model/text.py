@@ -2,9 +2,10 @@
 
 Text comes from a file, from a `datasets` name, or from CPython itself, which is on every machine and needs no network:
 `pydoc` is the language reference (`pydoc_data.topics`), `docstrings` is what the standard library's modules say about
-themselves, a second text for evaluation that shares nothing with the first. A text is tokenized once and cut into
-slots of one window; a seeded permutation of the slots is dealt out in order, so that the sets a run asks for (bank,
-search, confirmation, cost) do not overlap.
+themselves, a second text for evaluation that shares nothing with the first. Conversations come from a .jsonl file
+(`amq.model.conversations`). A text is tokenized once and cut into slots of one window; a seeded permutation of the
+slots is dealt out in order, so that the sets a run asks for (bank, search, confirmation, cost) do not overlap. What a
+model writes itself (`amq.model.own_text`) is made window by window, and dealt out in the order in which it was written.
 
 Every window begins with what the tokenizer itself puts before a text, which is BOS for Llama, Mistral and Gemma and
 nothing for Qwen and SmolLM2: a model that was trained behind BOS is another, broken one without it. These tokens are
@@ -29,10 +30,13 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.model.conversations import conversations_text, is_conversations
 from amq.util.extras import needs
 
 log = logging.getLogger(__name__)
 
+SELF = "self"
+"""--calibration name of the text that a model writes itself, which takes a model: `amq.model.own_text`."""
 DOCSTRING_CHARACTERS = 400_000
 DATASETS = {
     "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
@@ -55,6 +59,7 @@ class Corpus:
 
     prefix: ids that the tokenizer puts before a text, and with which every window begins; often none, mostly BOS.
     prefix_names: the same tokens as the vocabulary spells them, for people and JSON.
+    in_order: its windows are dealt out as they stand, whatever the seed; the text is random itself.
     """
 
     tokens: Tensor
@@ -62,6 +67,7 @@ class Corpus:
     sha256: str
     prefix: tuple[int, ...] = ()
     prefix_names: tuple[str, ...] = ()
+    in_order: bool = False
 
     @property
     def unscored(self) -> int:
@@ -73,13 +79,22 @@ def load_corpus(source: str, tokenizer: Any, rows: int) -> Corpus:
     """Tokenizes a text with a tokenizer of transformers; see `tokenize`.
 
     source: `pydoc` or `docstrings` (built in), `wikitext2` or `c4` (training splits, through `datasets`), or the path
-    of a UTF-8 file.
+    of a UTF-8 file; one of conversations where it ends in .jsonl.
     """
+    encode, spell = encoder(tokenizer), tokenizer.convert_ids_to_tokens
+    if is_conversations(source):
+        begin = "".join(str(spell(i)) for i in find_prefix(encode, PROBE))
+        return tokenize(conversations_text(Path(source).expanduser(), tokenizer, begin), source, encode, spell, rows)
+    return tokenize(load_text(source), source, encode, spell, rows)
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """A tokenizer of transformers as a function."""
 
     def encode(text: str, special: bool) -> Sequence[int]:
         return tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
 
-    return tokenize(load_text(source), source, encode, tokenizer.convert_ids_to_tokens, rows)
+    return encode
 
 
 def tokenize(text: str, name: str, encode: Encode, spell: Callable[[int], str | None], rows: int) -> Corpus:
@@ -88,16 +103,16 @@ def tokenize(text: str, name: str, encode: Encode, spell: Callable[[int], str | 
     name: what to call the text. spell: id → its token. rows: of the model's embedding.
     Raises AmqError for a token that has no row there, and for a tokenizer that rewrites a text when it adds tokens.
     """
-    tokens, prefix = encode(text, False), _prefix(encode, text)
-    _check_rows(tokens, spell, rows, f"the text {name!r} holds", "take it out of the text")
-    _check_rows(prefix, spell, rows, "the tokenizer begins every text with", "use the tokenizer of this very model")
+    tokens, prefix = encode(text, False), find_prefix(encode, text)
+    check_rows(tokens, spell, rows, f"the text {name!r} holds", "take it out of the text")
+    check_rows(prefix, spell, rows, "the tokenizer begins every text with", "use the tokenizer of this very model")
     digest = hashlib.sha256(text.encode()).hexdigest()
     return Corpus(
         torch.tensor(tokens, dtype=torch.int64), name, digest, tuple(prefix), tuple(str(spell(i)) for i in prefix)
     )
 
 
-def _prefix(encode: Encode, text: str) -> list[int]:
+def find_prefix(encode: Encode, text: str) -> list[int]:
     """What a tokenizer puts before a text, found by encoding one: its configuration does not tell.
 
     (Tokenizers that were converted from GGUF say `add_bos_token: false` and add it all the same; others add it by a
@@ -116,7 +131,8 @@ def _prefix(encode: Encode, text: str) -> list[int]:
     return []  # no token in the whole text: there will be no window either
 
 
-def _check_rows(ids: Sequence[int], spell: Callable[[int], str | None], rows: int, where: str, instead: str) -> None:
+def check_rows(ids: Sequence[int], spell: Callable[[int], str | None], rows: int, where: str, instead: str) -> None:
+    """Raises AmqError for an id without a row in the model's embedding; where, instead: parts of what it says."""
     if None in ids:
         raise AmqError(f"{where} something that the tokenizer has neither a token nor an unknown token for: {instead}")
     wrong = next((i for i in ids if not 0 <= i < rows), None)
@@ -133,6 +149,11 @@ def load_text(source: str) -> str:
         return BUILTIN[source]()
     if source in DATASETS:
         return _dataset_text(source)
+    if source == SELF:
+        raise AmqError(
+            f"the text {SELF!r} is what a model writes itself, for --calibration alone: give the path of a text file, "
+            f"or one of {', '.join((*BUILTIN, *DATASETS))}"
+        )
     path = Path(source).expanduser()
     if not path.is_file():
         names = ", ".join((*BUILTIN, *DATASETS))
@@ -192,29 +213,31 @@ def _dataset_text(source: str) -> str:
 
 
 class WindowSampler:
-    """Deals out windows of one corpus whose text is disjoint, in an order fixed by a seed.
+    """Deals out windows of one corpus whose text is disjoint, in an order fixed by a seed, or in the corpus's own.
 
     All windows have `length` tokens, the corpus's prefix included; `take(n)` returns int64 [n, length]. When the corpus
     is used up, the sampler starts again with a warning, so that sets may overlap but nothing fails.
     """
 
     def __init__(self, corpus: Corpus, length: int, seed: int) -> None:
-        _check_length(corpus, length, 1)
+        check_length(corpus, length, 1)
         slots = len(corpus.tokens) // (length - corpus.unscored)
         if slots < 1:
             raise AmqError(
                 f"the text {corpus.name!r} has {len(corpus.tokens)} tokens, {_less_than_one_window(corpus, length)}"
             )
+        self.corpus = corpus
         self._windows = _windows(corpus, slots, length)
-        self._name = corpus.name
-        self._order = self._deal(np.random.default_rng(seed).permutation(slots))
+        self._order = self._deal(
+            np.arange(slots) if corpus.in_order else np.random.default_rng(seed).permutation(slots)
+        )
 
     def _deal(self, permutation: np.ndarray) -> Iterator[int]:
         while True:
             yield from permutation
             log.warning(
                 "the text %r has only %d windows of %d tokens: some windows are used for more than one purpose",
-                self._name, *self._windows.shape,
+                self.corpus.name, *self._windows.shape,
             )  # fmt: skip
 
     def take(self, count: int) -> Tensor:
@@ -226,7 +249,7 @@ def fixed_windows(corpus: Corpus, length: int, max_tokens: int) -> Tensor:
 
     length: of a window, the corpus's prefix included.
     """
-    _check_length(corpus, length, 2)
+    check_length(corpus, length, 2)
     count = min(len(corpus.tokens), max_tokens) // (length - corpus.unscored)
     if count < 1:
         raise AmqError(
@@ -245,8 +268,8 @@ def _windows(corpus: Corpus, count: int, length: int) -> Tensor:
     return torch.cat([torch.tensor([corpus.prefix], dtype=torch.int64).expand(count, -1), text], dim=1)
 
 
-def _check_length(corpus: Corpus, length: int, least: int) -> None:
-    """least: tokens of text that a window must have."""
+def check_length(corpus: Corpus, length: int, least: int) -> None:
+    """Raises AmqError where a window has no room for `least` tokens of text."""
     if length < least + corpus.unscored:
         raise AmqError(
             f"a window length of {length} is too small: expected at least {least + corpus.unscored} (--window-length)"

@@ -1,32 +1,44 @@
-"""Fisher scores: what each linear in each format will cost, from a few backward passes.
+"""Fisher scores: what each weight in each format will cost, from a few backward passes.
 
 With labels sampled from the full-precision model's own next-token distribution, g[t] the gradient of their summed
 log-likelihood at a linear's output for token t, x[t] its input and δW = W − Ŵ the bank's error, the score is
 
-    ⅛ · mean over t of (g[t] · δW x[t])²          nats per token
+    ⅛ · Σ over t of (g[t] · δW x[t])² / (tokens that have a loss)          nats per token
 
 At the positions of a window's prefix (BOS) no label is drawn, since no loss counts there. Their x stay in the sum, as
-what later tokens read there is wrong with δW too; the mean is over the tokens that have a loss.
+what later tokens read there is wrong with δW too. An expert's sum is over the tokens that are routed to it; one that no
+token of a pass reaches scores 0 there. What an embedding adds at token t is the row of its δW, scaled as its module
+scales it, in the place of δW x[t], and g[t] the gradient at its output, from every block that reads it. For the head
+the sum over labels is done instead of sampled: with p the probabilities and δz = δW h the error of the logits,
+
+    ⅛ · mean over tokens of Σ p δz² − (Σ p δz)²
+
+and a head that is tied to the embedding has the sum of both.
 For small errors the Jensen–Shannon divergence is an eighth of the Fisher quadratic form, so scores are in loss units.
 What it leaves out: terms between linears, terms between tokens (an error that attention hands on from many tokens adds
 up, in v most of all), and saturation (the loss cannot exceed ln 2); the search's fit takes in what it can.
 
-Weights need no gradients. Each pass runs the model once without a graph, keeping the hidden state after every block,
-and then walks back block by block, rebuilding one block's graph at a time: peak memory is the model, one block's
-activations and one hidden state per block.
+Weights need no gradients. The passes of a group go through the model together, block by block: once without a graph,
+keeping the hidden state after every block, and then back, rebuilding one block's graph at a time. So each block's
+weights are in memory twice per group, and each error is dequantized once for as many passes as `memory` holds the
+activations of. What a pass gives does not depend on the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amq.kernels.cpu import dequantize_into
 from amq.model.blocks import TOKENS, BlockRunner
-from amq.model.inventory import Inventory, LinearSpec, embedding_weight, get_linear
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
+from amq.model.paging import holding, pager_of
+from amq.model.states import StateStore
 from amq.quantize.bank import WeightBank
 
 if TYPE_CHECKING:
@@ -34,6 +46,9 @@ if TYPE_CHECKING:
 
 Table = dict[str, dict[str, float]]
 """{linear: {format: cost}}"""
+TOGETHER = 4
+"""Passes of a group in a model that is in memory: what a killed search computes again. All, where every group reads the
+model from disk twice."""
 
 
 def fisher_passes(
@@ -45,115 +60,263 @@ def fisher_passes(
     seed: int,
     start: int = 0,
     unscored: int = 0,
+    memory: int = 256 << 20,
 ) -> Iterator[Table]:
     """One table per window (a pass), from window `start` on; their mean is the cost table.
 
     model: full-precision causal LM. windows: int64 [passes, length]. Pass i depends on `seed` and i only.
+    inventory: what is scored is its `weights`, all of them in the bank, each in those of `formats` that it has there.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
+    memory: bytes that hidden states, the activations of one block and the head's errors may take, each for itself.
     """
-    runner = BlockRunner(model)
+    scores = _Scores(model, inventory, bank, tuple(formats), unscored, memory)
     device = embedding_weight(model).device
-    for index in range(start, len(windows)):
-        generator = torch.Generator(device).manual_seed(seed * 1_000_003 + index)
-        tokens = windows[index : index + 1].to(device)
-        yield _one_pass(model, runner, inventory, bank, tokens, formats, generator, unscored)
+    together = len(windows) if pager_of(model) is not None else TOGETHER
+    for first in range(start, len(windows), together):
+        passes = [
+            _Pass(windows[i : i + 1].to(device), torch.Generator(device).manual_seed(seed * 1_000_003 + i))
+            for i in range(first, min(first + together, len(windows)))
+        ]
+        with StateStore(memory) as store:
+            scores.run(passes, store)
+        for one in passes:
+            yield {s.name: one.table.get(s.name) or scores.zeros(s.name) for s in inventory.weights}
 
 
-def _one_pass(
-    model: PreTrainedModel,
-    runner: BlockRunner,
-    inventory: Inventory,
-    bank: WeightBank,
-    tokens: Tensor,
-    formats: Sequence[str],
-    generator: torch.Generator,
-    unscored: int,
-) -> Table:
-    table: Table = {}
-    length = tokens.shape[1]
-    per_scored = length / (length - unscored)  # mean over all tokens → sum over all tokens per token that has a loss
-    with torch.no_grad():
-        states = runner.boundaries(tokens)
-    gradient = _head_gradient(runner, states.pop(), generator, unscored)
-    for block in reversed(range(runner.n_blocks)):
-        linears = inventory.in_block(block)
-        entry = states.pop() if block else None  # block 0 starts from the tokens; nothing before it needs gradients
-        captured, gradient = _backward_block(model, runner, tokens, block, entry, gradient, linears)
-        with torch.no_grad():
-            for spec, (x, g) in captured.items():
-                scores = _scores(get_linear(model, spec.name).weight, bank, spec, formats, x, g)
-                table[spec.name] = {fmt: score * per_scored for fmt, score in scores.items()}
-    return {s.name: table.get(s.name, dict.fromkeys(formats, 0.0)) for s in inventory.linears}
+@dataclass
+class _Pass:
+    """One window and what it has given so far. gradient: at the current boundary, [1, length, hidden_size]."""
+
+    tokens: Tensor
+    generator: torch.Generator
+    table: Table = field(default_factory=dict)
+    gradient: Tensor | None = None
+    looked_up: dict[str, list[_LookedUp]] = field(default_factory=dict)
 
 
-def _head_gradient(runner: BlockRunner, final: Tensor, generator: torch.Generator, unscored: int) -> Tensor:
-    """Gradient of Σ_t ln p(y_t), y_t ~ p, at the final hidden state [1, length, hidden_size]; head in chunks.
+@dataclass
+class _LookedUp:
+    """One look into an embedding: ids int64 [1, length], and the gradient at what came out, summed over blocks."""
 
-    Zero at the first `unscored` positions, which have no term in the sum.
-    """
-    gradients = [torch.zeros_like(final[0, :unscored])]
-    for chunk in final[0, unscored:].split(TOKENS):
-        with torch.enable_grad():
+    ids: Tensor
+    gradient: Tensor
+
+
+Captured = list[tuple[LinearSpec, Tensor, Tensor]]
+"""(linear, inputs [rows, in_features], output gradients [rows, out_features]), one for each time that it ran."""
+
+
+class _Scores:
+    """Scores of groups of passes, put into their tables."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        inventory: Inventory,
+        bank: WeightBank,
+        formats: tuple[str, ...],
+        unscored: int,
+        memory: int,
+    ) -> None:
+        self._model, self._runner, self._inventory, self._bank = model, BlockRunner(model), inventory, bank
+        self._unscored, self._memory = unscored, memory
+        known = {s.name: {f.name for f in bank.formats_of(s.name)} for s in inventory.weights}
+        self._formats = {name: [fmt for fmt in formats if fmt in own] for name, own in known.items()}
+        self._head = next((s for s in inventory.outer if s.kind == HEAD), None)
+        embeddings = {s.name: s for s in inventory.outer if s.kind == EMBEDDING}
+        tied = {s.tied: s for s in inventory.outer if s.tied}
+        self._embeddings = {**embeddings, **tied}  # name of the module → the item that its score belongs to
+
+    def zeros(self, name: str) -> dict[str, float]:
+        """The scores of a weight that took no part."""
+        return dict.fromkeys(self._formats[name], 0.0)
+
+    def run(self, passes: Sequence[_Pass], store: StateStore) -> None:
+        self._forward(passes, store)
+        self._score_head(passes, store)
+        for block in reversed(range(self._runner.n_blocks)):
+            with holding(self._model, block):
+                waiting: list[tuple[_Pass, Captured]] = []
+                size = 0
+                for index, one in enumerate(passes):
+                    captured = self._back(one, block, store.pop((index, block)) if block else None)
+                    waiting.append((one, captured))
+                    size += _nbytes(captured)
+                    if index + 1 == len(passes) or size + size // len(waiting) > self._memory:
+                        self._score_block(block, waiting)
+                        waiting, size = [], 0
+        self._score_embeddings(passes)
+
+    @torch.no_grad()
+    def _forward(self, passes: Sequence[_Pass], store: StateStore) -> None:
+        """Leaves the state at boundary b ≥ 1 of pass i in the store under (i, b)."""
+        for block in range(self._runner.n_blocks):
+            with holding(self._model, block):
+                for index, one in enumerate(passes):
+                    state = store.get((index, block)) if block else None
+                    store.put((index, block + 1), self._runner.hidden(one.tokens, block + 1, block, state))
+
+    def _score_head(self, passes: Sequence[_Pass], store: StateStore) -> None:
+        """The gradients at the last boundary, and the head's own scores."""
+        errors = self._head_errors()
+        for index, one in enumerate(passes):
+            final = store.pop((index, self._runner.n_blocks))[0]
+            sums = {} if self._head is None else self.zeros(self._head.name)
+            gradients = [torch.zeros_like(final[: self._unscored])]
+            for chunk in final[self._unscored :].split(TOKENS):
+                gradients.append(self._head_chunk(chunk, one.generator, errors, sums))
+            one.gradient = torch.cat(gradients).unsqueeze(0)
+            if self._head is not None:
+                count = len(final) - self._unscored
+                one.table[self._head.name] = {fmt: total / count / 8 for fmt, total in sums.items()}
+
+    def _head_errors(self) -> _Errors | None:
+        """For one format after the other, all of them kept where `memory` holds them."""
+        if self._head is None:
+            return None
+        size = 4 * self._head.numel * len(self._formats[self._head.name])
+        weight = get_weight(self._model, self._head.name)
+        return _Errors(self._bank, self._head.name, weight, keep=size <= self._memory)
+
+    def _head_chunk(
+        self, chunk: Tensor, generator: torch.Generator, errors: _Errors | None, sums: dict[str, float]
+    ) -> Tensor:
+        """Gradient of Σ_t ln p(y_t), y_t ~ p, at final hidden states [tokens, hidden_size]; adds to the head's sums."""
+        with torch.enable_grad(), ExitStack() as hooks:
+            seen: list[tuple[Tensor, Tensor]] = []
+            if self._head is not None:
+                head = get_linear(self._model, self._head.name)
+                handle = head.register_forward_hook(lambda module, args, output: seen.append((args[0], output)))
+                hooks.callback(handle.remove)
             hidden = chunk.detach().requires_grad_()
-            log_probabilities = runner.logits(hidden).float().log_softmax(-1)
+            logits = self._runner.logits(hidden)
+            log_probabilities = logits.float().log_softmax(-1)
             labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
             likelihood = log_probabilities.gather(1, labels).sum()
-            gradients.append(torch.autograd.grad(likelihood, hidden)[0])
-    return torch.cat(gradients).unsqueeze(0)
+            (gradient,) = torch.autograd.grad(likelihood, hidden, retain_graph=bool(seen))
+            if errors is None:
+                return gradient
+            ((x, output),) = seen
+            # what follows the head (scaling, soft-capping) acts on each logit alone: its derivative is a factor
+            (factor,) = torch.autograd.grad(logits.sum(), output)
+        with torch.no_grad():
+            p, x, factor = log_probabilities.exp(), x[0].float(), factor[0].float()
+            for fmt in sums:
+                change = (x @ errors.get(fmt).t()).mul_(factor)
+                mean = (p * change).sum(-1)
+                # Σ p (δz − mean)² rather than the difference of two nearly equal sums
+                sums[fmt] += float((p * change.sub_(mean.unsqueeze(-1)).square_()).sum(dtype=torch.float64))
+        return gradient
 
+    def _back(self, one: _Pass, block: int, entry: Tensor | None) -> Captured:
+        """Reruns one block with a graph; moves the pass's gradient before it and returns what its linears saw."""
+        ran: list[tuple[LinearSpec, Tensor, Tensor]] = []
+        looks: list[tuple[str, Tensor, Tensor]] = []
 
-def _backward_block(
-    model: PreTrainedModel,
-    runner: BlockRunner,
-    tokens: Tensor,
-    block: int,
-    entry: Tensor | None,
-    gradient: Tensor,
-    linears: Sequence[LinearSpec],
-) -> tuple[dict[LinearSpec, tuple[Tensor, Tensor]], Tensor]:
-    """Reruns one block with a graph.
+        def keep(spec: LinearSpec, x: Tensor, output: Tensor) -> None:
+            # Where nothing before needs gradients (block 0), the first linears' outputs become the leaves.
+            ran.append((spec, x.detach(), output if output.requires_grad else output.requires_grad_()))
 
-    Returns {linear: (inputs [tokens, in_features], output gradients [tokens, out_features])} and the gradient at
-    `entry`.
-    """
-    inputs: dict[LinearSpec, Tensor] = {}
-    outputs: dict[LinearSpec, Tensor] = {}
+        def look(name: str, ids: Tensor, output: Tensor) -> Tensor:
+            leaf = output.detach().requires_grad_()
+            looks.append((name, ids, leaf))
+            return leaf.clone()  # models write into what an embedding gives, which a leaf forbids
 
-    def keep(spec: LinearSpec, args: Any, output: Tensor) -> None:
-        inputs[spec] = args[0].detach()
-        # In block 0 the first linears have no ancestor that needs gradients: their outputs become the leaves.
-        outputs[spec] = output if output.requires_grad else output.requires_grad_()
-
-    handles = [
-        get_linear(model, s.name).register_forward_hook(lambda module, args, output, s=s: keep(s, args, output))
-        for s in linears
-    ]
-    try:
-        with torch.enable_grad():
+        with torch.enable_grad(), ExitStack() as hooks:
+            for spec in self._inventory.in_block(block):
+                linear = get_linear(self._model, spec.name)
+                hooks.callback(linear.register_forward_hook(lambda m, args, out, s=spec: keep(s, args[0], out)).remove)
+            for name in self._embeddings:
+                module = self._model.get_submodule(name)
+                hooks.callback(module.register_forward_hook(lambda m, args, out, n=name: look(n, args[0], out)).remove)
             entry = None if entry is None else entry.detach().requires_grad_()
-            result = runner.hidden(tokens, block + 1, block, entry)
-    finally:
-        for handle in handles:
-            handle.remove()
-    wanted = list(outputs.values()) + ([] if entry is None else [entry])
-    found = torch.autograd.grad(result, wanted, gradient, allow_unused=True)
-    captured = {
-        spec: (inputs[spec].flatten(0, -2), g.flatten(0, -2))
-        for spec, g in zip(outputs, found[: len(outputs)], strict=True)
-        if g is not None
-    }
-    return captured, found[-1]
+            result = self._runner.hidden(one.tokens, block + 1, block, entry)
+            wanted = [output for *_, output in ran] + [leaf for *_, leaf in looks]
+            wanted += [] if entry is None else [entry]
+            found = torch.autograd.grad(result, wanted, one.gradient, allow_unused=True)
+        one.gradient = None if entry is None else found[-1]
+        for (name, ids, _), g in zip(looks, found[len(ran) :], strict=False):
+            if g is not None:
+                _add(one.looked_up.setdefault(name, []), ids, g)
+        return [
+            (spec, x.flatten(0, -2), g.flatten(0, -2))
+            for (spec, x, _), g in zip(ran, found, strict=False)
+            if g is not None
+        ]
+
+    @torch.no_grad()
+    def _score_block(self, block: int, waiting: Sequence[tuple[_Pass, Captured]]) -> None:
+        """Adds the scores of what the passes captured in a block; each error is dequantized once."""
+        by_linear: dict[LinearSpec, list[tuple[_Pass, Tensor, Tensor]]] = {}
+        for one, captured in waiting:
+            for spec, x, g in captured:
+                by_linear.setdefault(spec, []).append((one, x, g))
+        for spec, seen in by_linear.items():
+            errors = _Errors(self._bank, spec.name, get_weight(self._model, spec.name))
+            for fmt in self._formats[spec.name]:
+                error = errors.get(fmt)
+                for one, x, g in seen:
+                    change = x.float() @ error.t()  # [rows, out_features]
+                    self._add_score(one, spec, fmt, change.mul_(g).sum(-1))
+
+    @torch.no_grad()
+    def _score_embeddings(self, passes: Sequence[_Pass]) -> None:
+        for name, spec in self._embeddings.items():
+            module = self._model.get_submodule(name)
+            errors = _Errors(self._bank, spec.name, get_weight(self._model, name))
+            for fmt in self._formats[spec.name]:
+                error = errors.get(fmt)
+                for one in passes:
+                    for look in one.looked_up.get(name, ()):
+                        change = _rows(module, error, look.ids)
+                        self._add_score(one, spec, fmt, (change * look.gradient).flatten(0, -2).sum(-1))
+
+    def _add_score(self, one: _Pass, spec: LinearSpec, fmt: str, change: Tensor) -> None:
+        """change: that of the log-likelihood, to first order, by each token's error, [rows]."""
+        scored = one.tokens.shape[1] - self._unscored
+        row = one.table.setdefault(spec.name, self.zeros(spec.name))
+        row[fmt] += float(change.float().square_().sum()) / scored / 8
 
 
-def _scores(
-    weight: Tensor, bank: WeightBank, spec: LinearSpec, formats: Sequence[str], x: Tensor, g: Tensor
-) -> dict[str, float]:
-    """x: [tokens, in_features], g: [tokens, out_features]."""
-    scores = {}
-    error = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
-    for fmt in formats:
-        dequantize_into(bank.get(spec.name, fmt), error)
-        error.sub_(weight)
-        change = x.float() @ error.t()  # [tokens, out_features]
-        scores[fmt] = float((change.mul_(g).sum(-1)).square_().mean()) / 8
-    return scores
+class _Errors:
+    """W − Ŵ of one weight, float32 [out_features, in_features], in one format after the other.
+
+    keep: all formats stay; else each is written over the one before.
+    """
+
+    def __init__(self, bank: WeightBank, name: str, weight: Tensor, keep: bool = False) -> None:
+        self._bank, self._name, self._weight, self._keep = bank, name, weight, keep
+        self._made: dict[str, Tensor] = {}
+
+    def get(self, fmt: str) -> Tensor:
+        found = self._made.get(fmt)
+        if found is None:
+            if self._keep or not self._made:
+                found = torch.empty(self._weight.shape, dtype=torch.float32, device=self._weight.device)
+            else:
+                _, found = self._made.popitem()
+            dequantize_into(self._bank.get(self._name, fmt), found)
+            self._made[fmt] = found.sub_(self._weight)  # of the other sign: only squares are used
+        return found
+
+
+def _nbytes(captured: Captured) -> int:
+    """Of gradients, and of inputs, which linears share."""
+    inputs = {(x.data_ptr(), x.nbytes) for _, x, _ in captured}
+    return sum(size for _, size in inputs) + sum(g.nbytes for *_, g in captured)
+
+
+def _add(looks: list[_LookedUp], ids: Tensor, gradient: Tensor) -> None:
+    """Adds a gradient to that of an earlier block at the same look, or notes a new one."""
+    for look in looks:
+        if look.ids.shape == ids.shape and look.gradient.shape == gradient.shape and torch.equal(look.ids, ids):
+            look.gradient = look.gradient + gradient
+            return
+    looks.append(_LookedUp(ids, gradient))
+
+
+def _rows(module: nn.Module, error: Tensor, ids: Tensor) -> Tensor:
+    """What the embedding `module` would give for `ids` with `error` as its weight, scaled as it scales: float32
+    [..., embedding_dim]."""
+    rows: Tensor = torch.func.functional_call(module, {"weight": error}, (ids,))
+    return rows

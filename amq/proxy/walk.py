@@ -118,7 +118,9 @@ class Walk:
     def _through(self, ways: Sequence[Way], keys: Sequence[int], block: int, stop: int, keep: set[int]) -> list[int]:
         """One step of `advance`, from boundary `block` to `stop`; states of `keep` stay in the store."""
         parts = [(way[0], way[block + 1 : stop + 1], key) for way, key in zip(ways, keys, strict=True)]
-        reached = {part: self._new_key() for part in sorted(set(parts))}
+        # forwards and backwards in turn: the first way of a block has what the last one of the block before it had
+        order = sorted(set(parts), reverse=block % 2 == 1)
+        reached = {part: self._new_key() for part in order}
         left = Counter(key for _, _, key in reached)
         names = [name for i in range(block, stop) for name in self._names[i + 1]]
         with holding(self.runner.model, block):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.formats import BitFormat, get_format
-from amq.model.inventory import EXPERT, Inventory, LinearSpec, get_linear
+from amq.model.experts import expert_of
+from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.model.open import LoadedModel
 from amq.packing import PackedWeight
 from amq.quantize.blocks import BlockResult, install, relative_error
@@ -69,7 +70,7 @@ class AutoRoundSource:
         whole = "autoround makes whole zero points: --zero-points fractional was taken as integer"
         self._notes = [whole] if zero_points == "fractional" else []
         self._tuned: dict[str, PackedWeight] = {}
-        if experts := sum(spec.kind == EXPERT for spec in inventory.linears):
+        if experts := sum(expert_of(loaded.model, spec.name) is not None for spec in inventory.linears):
             raise AmqError(
                 f"--method autoround does not take experts, of which this model has {experts} linears: auto-round "
                 "would have to route tokens to them as the model does; use --method gptq or awq+gptq"

@@ -34,11 +34,11 @@ from amq.model.calibration import CalibrationStream, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
+from amq.model.own_text import open_sampler
 from amq.model.paging import holding
-from amq.model.text import WindowSampler, load_corpus
-from amq.packing import PackedWeight, part_names
+from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
-from amq.quantize.pieces import square_error, stacks
+from amq.quantize.pieces import Room, square_error, stacks
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS, Quantizer
 from amq.quantize.quantizers.grid import check_scales
 from amq.util.files import cache_dir, make_folder
@@ -50,7 +50,7 @@ from amq.util.tensors import hashes_metadata, save_tensors, verify_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 3
+VERSION = 4
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 INDEX = "bank.json"
 ERROR = "weight_error"
@@ -131,8 +131,9 @@ class BankRecipe:
 
         formats: of the linears. outer: {head or embedding: its formats}.
         """
-        corpus = load_corpus(self.calibration, loaded.tokenizer, loaded.embedding_rows)
-        windows = WindowSampler(corpus, self.window_length, self.seed).take(self.bank_windows)
+        count = self.bank_windows
+        sampler = open_sampler(loaded, self.calibration, self.window_length, self.seed, count, fingerprint, progress)
+        windows = sampler.take(count)
         settings = BankSettings(self.proxy, self.group_size, windows)
         others = {name: _records(names) for name, names in (outer or {}).items()}
         return open_bank(
@@ -322,15 +323,13 @@ def _build_outer(model: nn.Module, folder: Path, missing: MissingOuter, group_si
                 packed = round_to_grid(weight, fmt, group_size, "fractional")
                 error = square_error(weight, packed)
                 energy = square_error(weight, None) or 1.0
-                content = _content(spec.name, packed, error)
+                content = {**{f"{spec.name}.{part}": t for part, t in packed.parts.items()}, **_error(spec.name, error)}
                 save_tensors(_outer_file(folder, spec, fmt), content, hashes_metadata(content))
                 step(f"{spec.name} {fmt.name}: relative error {(error / energy) ** 0.5:.3f}")
 
 
-def _content(name: str, packed: PackedWeight, error: float) -> dict[str, Tensor]:
-    """What a bank's file holds of one weight; parts that are views of something larger are copied out of it."""
-    parts = {f"{name}.{part}": tensor.clone() for part, tensor in packed.parts.items()}
-    return {**parts, f"{name}.{ERROR}": torch.tensor(error, dtype=torch.float64)}
+def _error(name: str, error: float) -> dict[str, Tensor]:
+    return {f"{name}.{ERROR}": torch.tensor(error, dtype=torch.float64)}
 
 
 def _build(
@@ -352,10 +351,10 @@ def _build(
                 step(f"block {block} is there")
                 continue
             start = time.monotonic()
-            made = _Block(model, wanted, settings)
-            notes: list[str] = []
+            linears, notes = inventory.in_block(block), list[str]()
+            made = _Block(model, linears, wanted, settings)
             with holding(model, block):
-                for group in _groups(stream, inventory.in_block(block), notes):
+                for group in _groups(stream, linears, notes):
                     made.add(*group)
             made.save(folder, block)
             said = "".join(f"; {note}" for note in notes)
@@ -382,10 +381,14 @@ def _groups(
 class _Block:
     """The files of one block, one per format, as they fill."""
 
-    def __init__(self, model: nn.Module, formats: Sequence[BitFormat], settings: BankSettings) -> None:
+    def __init__(
+        self, model: nn.Module, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], settings: BankSettings
+    ) -> None:
         self._model, self._formats, self._group_size = model, formats, settings.group_size
         self._quantize: Quantizer = QUANTIZERS[settings.proxy]
         self._tensors: dict[str, dict[str, Tensor]] = {f.name: {} for f in formats}
+        sizes = {f.name: sum(linear_bytes(s, f, settings.group_size) for s in linears) for f in formats}
+        self._rooms = {n: Room(Room.needed(size, len(PARTS) * len(linears))) for n, size in sizes.items()}
         self._errors, self._energy = dict.fromkeys(self._tensors, 0.0), 0.0
 
     def add(self, specs: Sequence[LinearSpec], gram: Tensor | None) -> None:
@@ -401,12 +404,15 @@ class _Block:
                 for name, packed in result.items():
                     error = square_error(weight, packed)
                     self._errors[name] += error
-                    self._tensors[name] |= _content(spec.name, packed, error)
+                    room, content = self._rooms[name], self._tensors[name]
+                    content |= {f"{spec.name}.{part}": room.keep(tensor) for part, tensor in packed.parts.items()}
+                    content |= _error(spec.name, error)
 
     def save(self, folder: Path, block: int) -> None:
         for fmt in self._formats:
-            content = self._tensors.pop(fmt.name)  # what is written need not be held
+            content = self._tensors.pop(fmt.name)
             save_tensors(_file(folder, block, fmt), content, hashes_metadata(content))
+            del content, self._rooms[fmt.name]  # what is written need not be held
 
     def errors(self) -> str:
         """Relative weight errors of the formats."""

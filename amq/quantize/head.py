@@ -11,20 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from amq.errors import AmqError
-from amq.formats import BitFormat, check_group_size
+from amq.formats import BitFormat
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
-from amq.packing import PARTS, PackedWeight
+from amq.packing import PackedWeight
 from amq.quantize.pieces import put, square_error
-from amq.quantize.quantizers.grid import encode, fitted_grid, out_of_range, packed, to_groups
+from amq.quantize.quantizers.grid import out_of_range
+from amq.quantize.quantizers.rtn import quantize_fitted
 from amq.quantize.settings import NO_HEAD
-from amq.util.threads import parallel_map
 
-ROWS = 512
-"""Rows rounded at once, by one thread."""
 FLAGS = {HEAD: "--head", EMBEDDING: "--embeddings"}
 """Which flag says what becomes of that kind of weight."""
 
@@ -72,10 +69,10 @@ def check_grid(spec: LinearSpec, weight: Tensor, fmt: BitFormat, group_size: int
 def quantize_outer(
     model: nn.Module, spec: LinearSpec, fmt: BitFormat, group_size: int, zero_points: str
 ) -> tuple[PackedWeight, float]:
-    """Rounds a head or embedding and leaves the result in `model`, what is tied to it included; with it ‖W − Ŵ‖/‖W‖."""
+    """Rounds a head or embedding, which `check_grid` has let pass, and leaves the result in `model`, what is tied to it
+    included; with it ‖W − Ŵ‖/‖W‖."""
     parameter = get_weight(model, spec.name)
     weight = parameter.detach().cpu()
-    check_grid(spec, weight, fmt, group_size)
     result = round_to_grid(weight, fmt, group_size, zero_points)
     error = math.sqrt(square_error(weight, result) / max(square_error(weight, None), 1e-30))
     put(parameter.data, result)
@@ -84,14 +81,4 @@ def quantize_outer(
 
 def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str) -> PackedWeight:
     """[rows, in_features] to nearest on the grid of least squared error, which is fitted to every group."""
-    importance = to_groups(torch.ones(1, weight.shape[1]), check_group_size(group_size))[0]
-
-    def solve(rows: Tensor) -> PackedWeight:  # packed here: codes take 8 bytes each meanwhile, and a head has many rows
-        groups = to_groups(rows, group_size)
-        scale, zero_point = fitted_grid(groups, importance, fmt, zero_points)
-        codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]]
-        return packed(codes, scale, zero_point, fmt, group_size)
-
-    parts = parallel_map(solve, weight.split(ROWS))
-    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in PARTS)
-    return PackedWeight(fmt, weight.shape[1], group_size, *tensors)
+    return quantize_fitted([weight], [fmt], group_size, zero_points)[0][fmt.name]

@@ -19,6 +19,29 @@ STACK = 1 << 26
 """Most weights that are given to a quantizer at once, unless one linear has more."""
 PIECE = 1 << 24
 """Weights that are dequantized at once."""
+ALIGNMENT = 16
+
+
+class Room:
+    """One allocation of `nbytes` that tensors are copied into.
+
+    Results of hundreds of linears that stay, allocated between what each of them takes for a moment, leave the heap
+    full of holes: a bank of 384 linears of 0.4 M weights took 1130 MiB for 183 MiB of results, and 693 MiB so.
+    """
+
+    def __init__(self, nbytes: int) -> None:
+        self._memory, self._used = torch.empty(nbytes, dtype=torch.uint8), 0
+
+    @staticmethod
+    def needed(nbytes: int, tensors: int) -> int:
+        """For so many tensors of `nbytes` together."""
+        return nbytes + ALIGNMENT * tensors
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of `tensor` in here."""
+        start, self._used = self._used, self._used + -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        view = self._memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        return view.copy_(tensor)
 
 
 def stacks(specs: Sequence[LinearSpec], most: int = STACK) -> Iterator[list[LinearSpec]]:

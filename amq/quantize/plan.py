@@ -12,7 +12,7 @@ from torch import Tensor
 from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
 from amq.formats import get_stored
-from amq.model.calibration import FLOAT, gram_bytes, in_parts
+from amq.model.calibration import FLOAT, STATE_BYTES, gram_bytes, in_parts
 from amq.model.inventory import EXPERT, Inventory, embedding_weight, get_linear
 from amq.quantize.pieces import STACK
 from amq.quantize.shown import counts_text
@@ -61,7 +61,7 @@ def working_bytes(
     embedding = embedding_weight(model)
     states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
     states *= 1 + any(experts)  # what enters a layer of experts is kept, for those that few tokens reach
-    return needed + states + GRAM_COPIES * grams + FLOAT * max(experts) * scales
+    return needed + min(states, STATE_BYTES) + GRAM_COPIES * grams + FLOAT * max(experts) * scales
 
 
 def model_width(model: PreTrainedModel, inventory: Inventory) -> int:

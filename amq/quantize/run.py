@@ -17,18 +17,18 @@ from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.formats import BitFormat, get_format
 from amq.model.calibration import shared_inputs
-from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec
+from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import after_reading, holding, memory_text
 from amq.model.perplexity import perplexity
-from amq.model.text import Corpus, WindowSampler, fixed_windows
+from amq.model.text import Corpus, fixed_windows
 from amq.model.usable import Usable
 from amq.packing import PackedWeight
 from amq.quantize.autoround import AutoRoundSource
 from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
-from amq.quantize.head import quantize_outer, with_outer
+from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
 from amq.quantize.methods import METHODS
 from amq.quantize.output import CheckpointOutput, stored_dtype
@@ -59,7 +59,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
     output = Path(settings.output)
     check_new_folder(output)
     with WorkFolder(output, Identity.of(settings), resume) as work:
-        job = _prepare(settings, output)
+        job = _prepare(settings, output, progress)
         perplexities = _Perplexities(settings, job.opened, progress)
         log = _log(settings, job, perplexities)
         small = job.output.try_out(log)
@@ -120,14 +120,17 @@ def _outer_formats(configuration: Configuration, inventory: Inventory) -> dict[L
     return {s: get_format(formats[s.name]) for s in inventory.outer if s.name in formats}
 
 
-def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
+def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _Job:
     """Loads the model and refuses what does not fit it."""
     opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, settings.load)
     model, inventory = opened.model, opened.inventory
     configuration = _configuration(settings, opened.usable)
     _check_provenance(configuration, opened.fingerprint, settings.model)
-    corpus = opened.corpus(settings.calibration)
-    windows = WindowSampler(corpus, settings.window_length, settings.seed).take(settings.windows)
+    count = settings.windows
+    sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
+    windows = sampler.take(count)
+    for spec, fmt in _outer_formats(configuration, inventory).items():
+        check_grid(spec, get_weight(model, spec.name).detach(), fmt, configuration.group_size)
     quantized = inventory.only(configuration.quantized)
     sharing = shared_inputs(model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, inventory, settings.method, sharing)
@@ -144,7 +147,7 @@ def _prepare(settings: QuantizeSettings, output: Path) -> _Job:
         settings.trust_remote_code,
         opened.unused.kept,
     )
-    return _Job(opened, configuration, corpus, windows, record, files)
+    return _Job(opened, configuration, sampler.corpus, windows, record, files)
 
 
 def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Identity:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format, get_stored
-from amq.model.settings import MODEL, LoadSettings
+from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.methods import METHODS, OTHER_METHODS
 from amq.quantize.quantizers import ZERO_POINTS
 from amq.util.settings import REACH, REQUIRED, flag
@@ -50,7 +50,7 @@ class QuantizeSettings(LoadSettings):
     autoround_iterations: int = flag(
         50, "tuning steps per block of autoround, whose own default is 200", ROUND, least=1, metavar="N"
     )
-    calibration: str = flag("pydoc", "text: a file, pydoc, docstrings, wikitext2 or c4", ROUND, metavar="TEXT")
+    calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", ROUND, metavar="TEXT")
     windows: int = flag(64, "calibration windows", ROUND, least=1, metavar="N")
     window_length: int = flag(
         512, "tokens per window, BOS included where the tokenizer puts one", ROUND, least=2, metavar="N"

@@ -21,7 +21,8 @@ MOST_ERROR = 0.5
 
 def layer_role(spec: LinearSpec) -> str:
     """The name of an expert's linear without its number: what the experts of a layer and role have in common."""
-    return spec.name.rpartition(".")[0]
+    block = spec.name[: -len(f"{spec.role}.{spec.expert}")]  # wherever in the rest the number stands
+    return block + spec.role
 
 
 def counts_text(specs: Iterable[LinearSpec], formats: Mapping[str, str]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import altair as alt
 
+from amq.configuration import MemoryItem
 from amq.report.data import Point, Shown, count_formats, is_of_linears
 from amq.report.look import (
     BLUE,
@@ -58,11 +59,11 @@ def memory_chart(run: Shown) -> Chart:
     whole = run.items(run.widest)
     full = sum(item.bytes for item in whole if is_of_linears(item))
     unit, size = ("GiB", 2**30) if run.size(run.widest) >= 2**30 else ("MiB", 2**20)
-    now, parts = f"{run.chosen.bits:.2f} bits", [item.name for item in run.memory if item.bytes]
-    bars = [(now, item.name, item.bytes) for item in run.memory]
-    bars += [("16 bits", parts[0], full)]
-    bars += [("16 bits", item.name, item.bytes) for item in whole if item.bytes and not is_of_linears(item)]
-    parts += [name for _, name, _ in bars if name not in parts]
+    now = f"{run.chosen.bits:.2f} bits"
+    bars = [(now, _part(run, item), item.bytes) for item in run.memory if item.bytes]
+    bars += [("16 bits", bars[0][1], full)]
+    bars += [("16 bits", _part(run, item), item.bytes) for item in whole if item.bytes and not is_of_linears(item)]
+    parts = list(dict.fromkeys(part for _, part, _ in bars))
     rows = ({"bar": bar, "part": part, unit: n / size, "at": parts.index(part)} for bar, part, n in bars if n)
     chart = table(rows).mark_bar(height=26).encode(
         alt.X(f"{unit}:Q").axis(tickCount=6),
@@ -72,6 +73,12 @@ def memory_chart(run: Shown) -> Chart:
         tooltip=["part:N", f"{unit}:Q"],
     )  # fmt: skip
     return finish([chart], "Memory", f"Stacked bars: memory by part in {unit}, now and in 16 bits", 84)
+
+
+def _part(run: Shown, item: MemoryItem) -> str:
+    """Its name in the chart: a tied head and its embedding are the same bytes, in 16 bits and in fewer."""
+    tied = run.folder.run.head_is_tied and item.name in ("embeddings", "lm_head")
+    return "embeddings and lm_head" if tied else item.name
 
 
 def front_chart(run: Shown) -> Chart:

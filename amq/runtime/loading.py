@@ -68,7 +68,7 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         why = ""
     elif how.device != "cpu" or how.backend not in (None, "cpu") or how.dtype not in ("auto", "float32"):
         why = "the native engine is for device cpu, backend cpu and float32"
-    elif choose_backend(checkpoint.record.multiplied) != "cpu":
+    elif choose_backend(sorted(set(checkpoint.record.formats.values()))) != "cpu":
         why = "backend cpu does not run its formats here"  # what it lacks has been logged
     else:
         from amq.runtime.native_engine import Unsupported, open_native

@@ -282,6 +282,8 @@ def open_native(
     check_activations("cpu", activations)
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder, verify=False)
     config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
+    if checkpoint.record.has_experts:
+        raise Unsupported("the native engine has no experts")
     sizes = read_sizes(config, checkpoint.record.group_size, context)
     threads = threads or torch.get_num_threads()
     cache = cache or ("float32" if activations == "fp32" else "float16")
@@ -378,7 +380,8 @@ class _Weights:
         weight = PreparedWeight.of(packed, "cpu", cpu.prepare(packed, self._memory[:size]))
         self._memory = self._memory[-(-size // ALIGNMENT) * ALIGNMENT :]
         self.keep.append(weight.data)
-        self.bytes += weight.data.numel()
+        if name not in self.checkpoint.record.own_embeddings:  # of which a token reads one row
+            self.bytes += weight.data.numel()
         self._prepared[name] = weight
         return weight
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.kernels.modules import QuantizedLinear, StoredLinear
+from amq.model.experts import Layer, experts_of, top_k_of
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
 from amq.runtime.trial import REFUSALS, try_cache
@@ -144,7 +145,7 @@ class TorchEngine:
     why: the reason that this engine runs the model, for the banner.
     capture: makes a decode step into one that runs without Python; None takes a CUDA graph on CUDA, else nothing.
     weight_bytes: that one decoded token reads: all linears and norms, the embedding only where it is the head too; of
-        mixtures of experts, all experts.
+        experts, as many as a token is routed to.
     Raises AmqError for a context that the model does not have, and for a model that takes no KV cache.
     """
 
@@ -263,6 +264,8 @@ class TorchEngine:
         """Makes the places for sequences with their decode steps; returns what the banner says of it."""
         if self._use.recurrent:
             return self._uncaptured("its cache keeps other state than keys and values")
+        if any(experts_of(self._model)):
+            return self._uncaptured("tokens are sorted to experts on the host")
         places = range(self.max_sequences)
         try:
             with torch.inference_mode():
@@ -349,20 +352,28 @@ def _empty_cache(device: torch.device) -> None:
 
 def weight_bytes(model: PreTrainedModel) -> int:
     """See `TorchEngine`."""
-    head = model.get_output_embeddings()
+    head = getattr(model.get_output_embeddings(), "weight", None)
+    share = {  # of a linear's bytes, which a token reads
+        linear: top_k_of(model.config, Layer(layer.experts, layer)) / layer.experts
+        for _, layer in experts_of(model)
+        for role in layer.roles
+        for linear in layer.linears(role)
+    }
     seen: set[int] = set()
-    total = 0
+    total = 0.0
     for module in model.modules():
+        size = 0
         if isinstance(module, StoredLinear):
-            total += module.packed.nbytes if module.packed is not None else 0
+            size = module.packed.nbytes if module.packed is not None else 0
         elif isinstance(module, QuantizedLinear):
-            total += module.weight.nbytes
+            size = module.weight.nbytes
         for parameter in module.parameters(recurse=False):
-            looked_up = isinstance(module, nn.Embedding) and parameter is not getattr(head, "weight", None)
+            looked_up = isinstance(module, nn.Embedding) and parameter is not head
             if not looked_up and id(parameter) not in seen:
                 seen.add(id(parameter))
-                total += parameter.nbytes
-    return total
+                size += parameter.nbytes
+        total += size * share.get(module, 1.0)
+    return round(total)
 
 
 def _linears(model: nn.Module) -> str:

@@ -78,14 +78,17 @@ class LinearEntry(LinearSpec):
         check_range(self, "out_features", "in_features", "experts", "top_k")
         if self.kind not in (LINEAR, EXPERT, HEAD, EMBEDDING):
             raise ValueError(f"expected a kind of weight, got {shorten(self.kind)}")
+        if self.kind == EXPERT and not all(n.rpartition(".")[2].isdecimal() for n in expand_name(self.name)):
+            raise ValueError(f"expected a name of experts that ends in their numbers, got {shorten(self.name)}")
 
     @property
     def expanded(self) -> list[LinearSpec]:
         """The specs that it stands for."""
+        of = vars(self)
         if self.kind != EXPERT:
-            return [self]
-        of = {n: v for n, v in vars(self).items() if n not in ("name", "expert")}
-        return [LinearSpec(name, expert=int(name.rpartition(".")[2]), **of) for name in expand_name(self.name)]
+            return [LinearSpec(**of)]
+        numbers = ((name, int(name.rpartition(".")[2])) for name in expand_name(self.name))
+        return [LinearSpec(**{**of, "name": name, "expert": number}) for name, number in numbers]
 
     @staticmethod
     def of(specs: Iterable[LinearSpec]) -> tuple[LinearEntry, ...]:
@@ -215,8 +218,12 @@ class RunFile(JsonFile):
 
     @classmethod
     def parse(cls, data: Any, source: str) -> RunFile:
-        """As for every file; a setting that this version does not know is an error too, not ignored."""
+        """As for every file; a setting that this version does not know is an error too, not ignored. Runs before schema
+        3 searched without the head."""
         settings = data.get("settings") if isinstance(data, dict) else None
+        if isinstance(settings, dict) and data.get("schema") in cls.SCHEMAS[1:]:
+            settings = {"head": KEPT.name, **settings}
+            data = {**data, "settings": settings}
         known = {f.name for f in fields(SearchSettings)}
         if isinstance(settings, dict) and (unknown := sorted(settings.keys() - known)):
             raise AmqError(f"{source}: settings has {unknown[0]!r}, unknown to this version: use the one that wrote it")
@@ -226,8 +233,8 @@ class RunFile(JsonFile):
     def inventory(self) -> Inventory:
         """The model's parts; only the path of its blocks and the shapes of other weights are unknown."""
         others = tuple(OtherWeight(o.name, KIND_NAMES.get(o.kind, o.kind), o.numel, (), o.reason) for o in self.others)
-        linears = tuple(linear for entry in self.linears for linear in entry.expanded)
-        return Inventory("", self.model.blocks, linears, others, self.head_is_tied, self.outer)
+        linears, outer = (tuple(s for e in some for s in e.expanded) for some in (self.linears, self.outer))
+        return Inventory("", self.model.blocks, linears, others, self.head_is_tied, outer)
 
     @property
     def provenance(self) -> Provenance:

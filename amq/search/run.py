@@ -10,7 +10,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from amq.model.blocks import BlockRunner
 from amq.model.inventory import Inventory, LinearSpec, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.text import Corpus, WindowSampler
+from amq.model.text import Corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
@@ -146,8 +146,10 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         )  # fmt: skip
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
-        corpus = opened.corpus(settings.calibration)
-        sampler = WindowSampler(corpus, settings.window_length, settings.seed)
+    with timings.measure("text"):
+        count = settings.bank_windows + settings.windows + settings.confirm_windows + settings.cost_passes
+        sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
+        corpus = sampler.corpus
         bank_windows = sampler.take(settings.bank_windows)
         windows = {"search": sampler.take(settings.windows), "confirm": sampler.take(settings.confirm_windows)}
         cost_windows = sampler.take(settings.cost_passes)
@@ -170,8 +172,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
 
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
     """The model, of whose weights a stage sees those that some configuration quantizes."""
-    names = {s.name for s in space.quantized}
-    return replace(inventory.only(names), outer=tuple(s for s in inventory.outer if s.name in names))
+    return inventory.only({s.name for s in space.quantized})
 
 
 def bank_formats(space: SearchSpace) -> tuple[list[BitFormat], dict[str, list[BitFormat]]]:
@@ -222,7 +223,7 @@ def _cost_tables(
 
 def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
-    formats = [f.name for f in stage.bank.formats]
+    formats = sorted({f.name for name in stage.bank.names for f in stage.bank.formats_of(name)})
     done = 0
     total: Table = {}
     saved = read_cost(folder.path, stage.space)
@@ -239,7 +240,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     ):
         passes = fisher_passes(
             stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
-            stage.corpus.unscored,
+            stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:
             total = table if not done else {

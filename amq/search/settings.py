@@ -9,7 +9,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import LOSSES
-from amq.model.settings import MODEL, LoadSettings
+from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.quantizers import QUANTIZERS
 from amq.search.solvers import SOLVERS
 from amq.search.surrogates import SURROGATES
@@ -102,9 +102,7 @@ class SearchSettings(LoadSettings, BudgetSettings):
     )
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", MEASURE, choices=QUANTIZERS)
-    calibration: str = flag(
-        "pydoc", "text: a file, wikitext2, c4, or pydoc or docstrings (built in, no network)", MEASURE, metavar="TEXT"
-    )
+    calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", MEASURE, metavar="TEXT")
     window_length: int = flag(
         512, "tokens per window, BOS included where the tokenizer puts one", MEASURE, least=2, metavar="N"
     )

@@ -12,9 +12,10 @@
 
 namespace amq {
 
-// Defined in linear_NAME.cpp and vector_NAME.cpp.
+// Defined in linear_NAME.cpp, vector_NAME.cpp and quantize_NAME.cpp.
 const LinearKernels* linear_kernels_portable();
 const VectorKernels* vector_kernels_portable();
+const QuantizeKernels* quantize_kernels_portable();
 #if defined(__x86_64__)
 const LinearKernels* linear_kernels_avx2();
 const LinearKernels* linear_kernels_avx512();
@@ -22,6 +23,8 @@ const LinearKernels* linear_kernels_avx512vnni();
 const LinearKernels* linear_kernels_amx();
 const VectorKernels* vector_kernels_avx2();
 const VectorKernels* vector_kernels_avx512();
+const QuantizeKernels* quantize_kernels_avx2();
+const QuantizeKernels* quantize_kernels_avx512();
 #endif
 
 namespace {
@@ -103,12 +106,12 @@ const Isa& forced_or_best() {
 const std::vector<Isa>& isas() {
     // `avx2` includes FMA and F16C, which hardly a processor with AVX2 lacks; `avx512` is F, BW, DQ and VL.
     static const std::vector<Isa> rows = {
-        {"portable", detect_portable, linear_kernels_portable, vector_kernels_portable, false},
+        {"portable", detect_portable, linear_kernels_portable, vector_kernels_portable, quantize_kernels_portable, false},
 #if defined(__x86_64__)
-        {"avx2", detect_avx2, linear_kernels_avx2, vector_kernels_avx2, true},
-        {"avx512", detect_avx512, linear_kernels_avx512, vector_kernels_avx512, true},
-        {"avx512vnni", detect_avx512vnni, linear_kernels_avx512vnni, vector_kernels_avx512, true},
-        {"amx", detect_amx, linear_kernels_amx, vector_kernels_avx512, true},
+        {"avx2", detect_avx2, linear_kernels_avx2, vector_kernels_avx2, quantize_kernels_avx2, true},
+        {"avx512", detect_avx512, linear_kernels_avx512, vector_kernels_avx512, quantize_kernels_avx512, true},
+        {"avx512vnni", detect_avx512vnni, linear_kernels_avx512vnni, vector_kernels_avx512, quantize_kernels_avx512, true},
+        {"amx", detect_amx, linear_kernels_amx, vector_kernels_avx512, quantize_kernels_avx512, true},
 #endif
     };
     return rows;

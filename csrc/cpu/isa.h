@@ -3,7 +3,7 @@
 //
 // Two ways to compile for one. Plain loops that the compiler vectorises (dequantize, divergence, prepare) are templates
 // inlined into one wrapper per instruction set that carries the compiler's `target` attribute: one translation unit,
-// one set of flags. Kernels written in intrinsics (linear, vector) have one file per instruction set with flags of its own
+// one set of flags. Kernels written in intrinsics (linear, vector, quantize) have one file per instruction set with flags of its own
 // in CMakeLists.txt, because intrinsics cannot be inlined into a template that does not carry their target.
 //
 // The plain loops know portable code, which is what the architecture's baseline has, and AVX2. Built for AVX-512,
@@ -29,6 +29,7 @@
 namespace amq {
 
 struct LinearKernels;
+struct QuantizeKernels;
 struct VectorKernels;
 
 struct Isa {
@@ -36,6 +37,7 @@ struct Isa {
     const char* (*detect)();           // what this machine lacks for it, nullptr if nothing
     const LinearKernels* (*linear)();  // linear.h: for each compiled format, in the order of amq_formats.h
     const VectorKernels* (*vector)();  // vector.h
+    const QuantizeKernels* (*quantize)();  // quantize.h
     bool avx2_loops;                   // which variant of the plain loops
 };
 

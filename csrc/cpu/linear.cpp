@@ -153,31 +153,105 @@ void LinearJob::fetch(int64_t begin, int64_t end) const {
 
 namespace {
 
+// What one thread handles, and reads, while another one wakes up.
+constexpr int64_t kElementsPerThread = 1 << 15, kBytesPerThread = 1 << 14;
+
 // Up to kCallRows rows.
 void run_rows(const LinearCall& call, const Isa& isa, int threads) {
     LinearJob job(call, isa);
     job.place(Workspace::get(job.memory_bytes()));
-    constexpr int64_t kElementsPerThread = 1 << 15;  // what one thread handles while another one wakes up
     const int64_t unit = job.row_unit(), units = job.padded_rows() / unit;
     parallel_rows(units, static_cast<int>(std::min<int64_t>(threads, 1 + call.rows * call.in_features / kElementsPerThread)),
                   [&](int64_t begin, int64_t end) { job.make_input(begin * unit, end * unit); });
-    constexpr int64_t kBytesPerThread = 1 << 14;  // what one thread reads while another one wakes up
     const int64_t total = job.cost(), useful = call.rows <= kGemvRows ? 1 + total / kBytesPerThread : total;
     parallel_rows(total, static_cast<int>(std::min<int64_t>(threads, useful)),
                   [&](int64_t begin, int64_t end) { job.run(begin, end); });
 }
 
-}  // namespace
-
-void linear(const LinearCall& call, const Isa& isa, int threads) {
-    if (call.rows <= kCallRows) return run_rows(call, isa, threads);
+// `call` in parts of at most kCallRows rows.
+template <class Visit>
+void each_chunk(const LinearCall& call, const Visit& visit) {
     LinearCall some = call;
     for (int64_t first = 0; first < call.rows; first += kCallRows) {
         some.x = call.x + first * call.x_stride;
         some.y = call.y + first * call.y_stride;
         some.rows = std::min<int64_t>(kCallRows, call.rows - first);
-        run_rows(some, isa, threads);
+        visit(some);
     }
+}
+
+// Places begin … end − 1 of lists of `sizes[i]` places that lie end to end, list by list: visit(i, first, last).
+template <class Visit>
+void each_list(const std::vector<int64_t>& sizes, int64_t begin, int64_t end, const Visit& visit) {
+    for (size_t i = 0; i < sizes.size() && end > 0; ++i) {
+        const int64_t first = std::max<int64_t>(begin, 0), last = std::min(end, sizes[i]);
+        if (first < last) visit(i, first, last);
+        begin -= sizes[i];
+        end -= sizes[i];
+    }
+}
+
+// What a tile of a call costs beside those of others: its bytes, and its rows, of which some ten take as long as to read
+// it from memory.
+int64_t grouped_tile_cost(const LinearCall& call) {
+    return tile_bytes(kBits[call.parts[0].format], call.in_features, call.group_size, kLanes) * (8 + call.rows) / 8;
+}
+
+// Calls of one part each, of at most kCallRows rows.
+void run_group(const std::vector<LinearCall>& calls, const Isa& isa, int threads) {
+    std::vector<LinearJob> jobs;
+    std::vector<size_t> places;
+    std::vector<int64_t> units, costs;
+    size_t bytes = 0;
+    int64_t elements = 0, all_units = 0, total = 0;
+    for (const LinearCall& call : calls) {
+        const LinearJob& job = jobs.emplace_back(call, isa);
+        places.push_back(bytes);
+        bytes += ceil_div(job.memory_bytes(), kCacheLine) * kCacheLine;
+        elements += call.rows * call.in_features;
+        all_units += units.emplace_back(job.padded_rows() / job.row_unit());
+        total += costs.emplace_back(job.n_tiles(0) * grouped_tile_cost(call));
+    }
+    char* memory = Workspace::get(bytes);
+    for (size_t i = 0; i < jobs.size(); ++i) jobs[i].place(memory + places[i]);
+    const auto useful = [&](int64_t work, int64_t per_thread) {
+        return static_cast<int>(std::min<int64_t>(threads, 1 + work / per_thread));
+    };
+    parallel_rows(all_units, useful(elements, kElementsPerThread), [&](int64_t begin, int64_t end) {
+        each_list(units, begin, end, [&](size_t i, int64_t first, int64_t last) {
+            jobs[i].make_input(first * jobs[i].row_unit(), last * jobs[i].row_unit());
+        });
+    });
+    parallel_rows(total, useful(total, kBytesPerThread), [&](int64_t begin, int64_t end) {
+        each_list(costs, begin, end, [&](size_t i, int64_t first, int64_t last) {
+            const int64_t cost = grouped_tile_cost(calls[i]);  // a tile belongs to the range that it begins in
+            jobs[i].run_tiles(0, ceil_div(first, cost), ceil_div(last, cost));
+        });
+    });
+}
+
+}  // namespace
+
+void linear(const LinearCall& call, const Isa& isa, int threads) {
+    each_chunk(call, [&](const LinearCall& some) { run_rows(some, isa, threads); });
+}
+
+void linear_grouped(const std::vector<LinearCall>& calls, const Isa& isa, int threads) {
+    constexpr int64_t kGroupRows = 2048;  // of x, laid out at once
+    std::vector<LinearCall> some;
+    int64_t rows = 0;
+    const auto run = [&] {
+        if (!some.empty()) run_group(some, isa, threads);
+        some.clear();
+        rows = 0;
+    };
+    for (const LinearCall& call : calls)
+        each_chunk(call, [&](const LinearCall& chunk) {
+            if (rows + chunk.rows > kGroupRows) run();
+            some.push_back(chunk);
+            rows += chunk.rows;
+        });
+    run();
 }
 
 }  // namespace amq

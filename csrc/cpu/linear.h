@@ -138,4 +138,8 @@ private:
 // Runs the call on at most `threads` threads. The result does not depend on their number.
 void linear(const LinearCall& call, const Isa& isa, int threads);
 
+// Several calls of one weight each at once, as of experts: every weight has rows of its own, of one x and one y, and all
+// have one in_features, group size and mode. Few rows are read as fast as one call of all these bytes, by all threads.
+void linear_grouped(const std::vector<LinearCall>& calls, const Isa& isa, int threads);
+
 }  // namespace amq

@@ -21,8 +21,20 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat, n_groups
+from amq.kernels.rounding import Compensation, GridSearch, quantize_rows
 from amq.packing import PackedWeight
-from amq.quantize.quantizers.grid import TINY, expand, fitted_grid, packed, storable, to_groups
+from amq.quantize.quantizers.grid import (
+    REFITS,
+    SHRINKS,
+    TINY,
+    check_zero_points,
+    expand,
+    fitted_grid,
+    packed,
+    storable,
+    to_groups,
+)
+from amq.util.symmetric import cholesky, mirror
 from amq.util.threads import parallel_map
 
 Grid = tuple[Tensor, Tensor]
@@ -48,11 +60,32 @@ def quantize(
     gram: Tensor | None,
     zero_points: str = "fractional",
 ) -> list[dict[str, PackedWeight]]:
-    """See `amq.quantize.quantizers.Quantizer`. gram: float32 [in_features, in_features], the mean of x xᵀ; required."""
+    """See `amq.quantize.quantizers.Quantizer`. gram: float32 [in_features, in_features], the mean of x xᵀ; required.
+
+    On the CPU by csrc/cpu/quantize.h, in all modes of `zero_points`; on other devices by `quantize_in_torch`.
+    """
     if gram is None:
         raise AmqError("the gptq quantizer needs calibration inputs (gram); rtn and hqq do not")
-    hessian = damped(gram)
-    order = hessian.diagonal().argsort(descending=True, stable=True)
+    if gram.device.type != "cpu":
+        return quantize_in_torch(weights, formats, group_size, gram, zero_points)
+    compensation = compensation_of(gram)
+    search = GridSearch(compensation.hessian.diagonal(), check_zero_points(zero_points), SHRINKS, REFITS)
+    return quantize_rows(weights, formats, group_size, search, compensation)
+
+
+def quantize_in_torch(
+    weights: Sequence[Tensor],
+    formats: Sequence[BitFormat],
+    group_size: int,
+    gram: Tensor,
+    zero_points: str = "fractional",
+) -> list[dict[str, PackedWeight]]:
+    """`quantize` in plain torch: the specification of the kernels, and what runs where they do not.
+
+    Codes may differ where rounding in float32 breaks a tie the other way, which changes what follows in that row;
+    output errors agree as tests/test_quantize_gptq.py says.
+    """
+    hessian, order, _ = _factorized(gram)
     # Upper Cholesky factor of H⁻¹ in that order: row k tells how later features make up for an error at k.
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
     problem = _Problem(
@@ -73,16 +106,39 @@ def quantize(
 
 def damped(gram: Tensor) -> Tensor:
     """gram with its diagonal raised until it is safely positive definite. Features that never fire get the mean."""
+    return _factorized(gram)[0]
+
+
+def compensation_of(gram: Tensor) -> Compensation:
+    """What the kernels need of H: it, damped, and H = M D Mᵀ for its features in order of falling H[k, k].
+
+    M D Mᵀ is U⁻¹ U⁻ᵀ with the factor of the reference, H⁻¹ = Uᵀ U, so that one Cholesky factor does for three and an
+    inverse.
+    """
+    hessian, order, upper = _factorized(gram)
+    pivots = upper.diagonal().clone()
+    upper /= pivots.unsqueeze(1)
+    mirror(upper)
+    return Compensation(hessian, upper.flip(0, 1), pivots.flip(0).square(), order)
+
+
+def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """gram, damped; its features in order of falling diagonal; and R, Rᵀ R = gram in the reverse order (above its
+    diagonal; on the CPU)."""
     if not bool(torch.isfinite(gram).all()):
         raise AmqError("the calibration inputs are not finite (NaN or infinity): load the model in a wider --dtype")
     mean = gram.diagonal().mean().clamp(min=1e-12)
     share = DAMPING
     while share < 1e3:
-        hessian = gram + torch.eye(len(gram)) * (share * mean)
-        if int(torch.linalg.cholesky_ex(hessian).info) == 0:
+        hessian = gram.clone()
+        hessian.diagonal().add_(share * mean)
+        order = hessian.diagonal().argsort(descending=True, stable=True)
+        backwards = order.flip(0)
+        upper = hessian[backwards][:, backwards].cpu().contiguous()
+        if cholesky(upper):
             if share > DAMPING:
                 log.warning("the calibration inputs give a singular matrix: damping raised to %g of its mean", share)
-            return hessian
+            return hessian, order, upper
         share *= 10
     raise AmqError("the calibration inputs give a singular matrix even with heavy damping: use more calibration text")
 

@@ -24,6 +24,8 @@ LARGEST = 65504.0
 """The largest number of fp16."""
 ROWS = 4096
 """Rows of a weight whose scales are looked at together: an embedding is not copied as a whole."""
+SHRINKS, REFITS = (1.0, 0.85, 0.7), 3
+"""What `fitted_grid` tries a group's range at, and how often it refits each."""
 NEGLIGIBLE = 1e-4
 """Share of a linear's energy, in squared scales of groups, whose scales may be lost: a hundredth of its size."""
 
@@ -119,15 +121,15 @@ def fitted_grid(
     importance: Tensor,
     fmt: BitFormat,
     zero_points: str = "fractional",
-    shrinks: tuple[float, ...] = (1.0, 0.85, 0.7),
-    refits: int = 3,
+    shrinks: tuple[float, ...] = SHRINKS,
+    refits: int = REFITS,
 ) -> tuple[Tensor, Tensor]:
     """The clipped asymmetric grid with the least error Σ importance·(w − ŵ)², per group.
 
     From each of several shrunken ranges, rounding and a weighted least-squares refit of (scale, offset) alternate; the
     best grid seen is kept. importance: float32 [n_groups, group_size], ≥ 0, the mean square of each input feature.
     """
-    best_error = torch.full(groups.shape[:2], torch.inf)
+    best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     best = minmax_grid(groups, fmt, zero_points=zero_points)
     for shrink in shrinks:
         scale, zero_point = minmax_grid(groups, fmt, shrink, zero_points)

@@ -1,0 +1,13 @@
+// AVX2 with FMA and F16C.
+
+#include "simd_avx2.h"
+
+#include "quantize_body.h"
+
+namespace amq {
+namespace {
+using S = Avx2;
+}
+}  // namespace amq
+
+AMQ_DEFINE_QUANTIZE_KERNELS(avx2)

@@ -1,0 +1,182 @@
+// The kernels of quantize.h, once for all instruction sets: `S` is a vector of 16 lanes, a tile is two of them.
+
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "quantize.h"
+#include "quantize_grid.h"
+#include "quantize_panel.h"
+#include "quantize_refit.h"
+#include "symmetric_body.h"
+
+namespace amq {
+namespace {
+
+AMQ_INLINE void clear_sums(const Slab& slab) {
+    std::memset(slab.sums, 0, sizeof(float) * kColumns * kTile * slab.tiles);
+}
+
+// Adds to every tile's sums the product of the features `from` … `to` − 1 of x [tiles][in_features][kTile] with `columns`
+// columns of `matrix` from `first` on.
+template <class S>
+AMQ_INLINE void add_products(const Slab& slab, int64_t in_features, const float* matrix, int64_t stride, int64_t first,
+                             int64_t columns, const float* x, int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j += kDepth) {
+        const int64_t rows = to - j < kDepth ? to - j : kDepth;
+        pack_panel<S>(matrix + j * stride + first, stride, rows, columns, false, slab.panel);
+        for (int t = 0; t < slab.tiles; ++t)
+            multiply_panel<S>(slab.panel, rows, 0, rows, 0, strips<S>(columns), x + (t * in_features + j) * kTile,
+                              slab.sums + t * kColumns * kTile);
+    }
+}
+
+// Rounds the k-th feature of one tile; sum: Σ_{j<k} (w[j] − ŵ[j]) · M[j, k], [kTile].
+template <class S>
+AMQ_INLINE void round_feature(const RoundingProblem& p, const Slab& slab, int tile, int64_t k, const float* sum) {
+    const int64_t feature = p.order[k], at = (tile * p.in_features + feature) * kTile;
+    const int64_t ordered = (tile * p.in_features + k) * kTile;
+    const int64_t group = (tile * p.n_groups + feature / p.group_size) * kTile;
+    const auto pivot = S::splat(p.pivots[k]);
+    for (int v = 0; v < kTile; v += 16) {
+        const auto weight = S::load_float(slab.values + at + v), aim = S::add(weight, S::load_float(sum + v));
+        const auto scale = S::load_float(slab.scale + group + v), zero = S::load_float(slab.zero + group + v);
+        const auto code = nearest_code<S>(aim, scale, zero, S::load_float(slab.top + tile * kTile + v));
+        const auto rounded = S::mul(S::sub(code, zero), scale);
+        S::store(slab.errors + ordered + v, S::sub(weight, rounded));
+        S::store(slab.spread + ordered + v, S::mul(pivot, S::sub(aim, rounded)));
+        S::store(slab.values + at + v, rounded);
+        store_codes<S>(slab.codes + at + v, code);
+    }
+}
+
+// The features `start` … `start` + `count` − 1 of one tile, whose sums over the features before `start` are there; panel: the
+// square of the factor on its diagonal.
+template <class S>
+AMQ_INLINE void round_block(const RoundingProblem& p, const Slab& slab, int tile, int64_t start, int64_t count) {
+    constexpr int kStrip = S::kGemmRows;
+    float* sums = slab.sums + tile * kColumns * kTile;
+    for (int64_t begin = 0; begin < count; begin += kStrip) {
+        const int64_t width = count - begin < kStrip ? count - begin : kStrip;
+        const float* errors = slab.errors + (tile * p.in_features + start + begin) * kTile;
+        for (int64_t k = 0; k < width; ++k) {
+            round_feature<S>(p, slab, tile, start + begin + k, sums + (begin + k) * kTile);
+            const float* row = p.factor + (start + begin + k) * p.in_features + start + begin;
+            for (int64_t later = k + 1; later < width; ++later)
+                for (int v = 0; v < kTile; v += 16) {
+                    float* to = sums + (begin + later) * kTile + v;
+                    S::store(to, S::fma(S::splat(row[later]), S::load_float(errors + k * kTile + v), S::load_float(to)));
+                }
+        }
+        multiply_panel<S>(slab.panel, count, begin, width, begin / kStrip + 1, strips<S>(count), errors, sums);
+    }
+}
+
+template <class S>
+AMQ_INLINE void round_all(const RoundingProblem& p, const Slab& slab) {
+    for (int64_t start = 0; start < p.in_features; start += kColumns) {
+        const int64_t count = p.in_features - start < kColumns ? p.in_features - start : kColumns;
+        clear_sums(slab);
+        add_products<S>(slab, p.in_features, p.factor, p.in_features, start, count, slab.errors, 0, start);
+        pack_panel<S>(p.factor + start * p.in_features + start, p.in_features, count, count, false, slab.panel);
+        for (int t = 0; t < slab.tiles; ++t) round_block<S>(p, slab, t, start, count);
+    }
+}
+
+// to += a · b, [kTile] each; b null: to += a.
+template <class S>
+AMQ_INLINE void add_lanes(float* to, const float* a, const float* b) {
+    for (int v = 0; v < kTile; v += 16) {
+        const auto sum = S::load_float(to + v), x = S::load_float(a + v);
+        S::store(to + v, b ? S::fma(x, S::load_float(b + v), sum) : S::add(x, sum));
+    }
+}
+
+// → push, from H (w − ŵ) = M · spread.
+template <class S>
+AMQ_INLINE void collect_push(const RoundingProblem& p, const Slab& slab) {
+    std::memset(slab.push, 0, sizeof(float) * 2 * p.n_groups * kTile * slab.tiles);
+    for (int64_t start = 0; start < p.in_features; start += kColumns) {
+        const int64_t stop = p.in_features - start < kColumns ? p.in_features : start + kColumns, count = stop - start;
+        clear_sums(slab);
+        pack_panel<S>(p.factor + start * p.in_features + start, p.in_features, count, count, true, slab.panel);
+        for (int t = 0; t < slab.tiles; ++t)
+            multiply_panel<S>(slab.panel, count, 0, count, 0, strips<S>(count),
+                              slab.spread + (t * p.in_features + start) * kTile, slab.sums + t * kColumns * kTile);
+        add_products<S>(slab, p.in_features, p.factor, p.in_features, start, count, slab.spread, stop, p.in_features);
+        for (int t = 0; t < slab.tiles; ++t)
+            for (int64_t c = 0; c < count; ++c) {
+                const int64_t feature = p.order[start + c];
+                const float* sum = slab.sums + (t * kColumns + c) * kTile;
+                float* push = slab.push + (t * p.n_groups + feature / p.group_size) * 2 * kTile;
+                add_lanes<S>(push, sum, slab.values + (t * p.in_features + feature) * kTile);
+                add_lanes<S>(push + kTile, sum, nullptr);
+            }
+    }
+}
+
+// → inner: products of every two groups' rounded weights through H.
+template <class S>
+AMQ_INLINE void collect_inner(const RoundingProblem& p, const Slab& slab) {
+    const int64_t width = p.group_size < kColumns ? p.group_size : kColumns;  // a divisor of group_size
+    std::memset(slab.inner, 0, sizeof(float) * p.n_groups * p.n_groups * kTile * slab.tiles);
+    for (int64_t first = 0; first < p.in_features; first += width) {
+        const int64_t columns = p.in_features - first < width ? p.in_features - first : width, h = first / p.group_size;
+        for (int64_t g = 0; g <= h; ++g) {
+            const int64_t from = g * p.group_size;
+            const int64_t to = p.in_features - from < p.group_size ? p.in_features : from + p.group_size;
+            clear_sums(slab);
+            add_products<S>(slab, p.in_features, p.hessian, p.in_features, first, columns, slab.values, from, to);
+            for (int t = 0; t < slab.tiles; ++t)
+                for (int64_t c = 0; c < columns; ++c)
+                    add_lanes<S>(slab.inner + ((t * p.n_groups + g) * p.n_groups + h) * kTile,
+                                 slab.sums + (t * kColumns + c) * kTile,
+                                 slab.values + (t * p.in_features + first + c) * kTile);
+        }
+    }
+}
+
+// → mixed: products of every group's rounded weights with every group's ones.
+template <class S>
+AMQ_INLINE void collect_mixed(const RoundingProblem& p, const Slab& slab) {
+    for (int64_t g = 0; g < p.n_groups; ++g) {
+        const int64_t from = g * p.group_size;
+        const int64_t to = p.in_features - from < p.group_size ? p.in_features : from + p.group_size;
+        for (int64_t first = 0; first < p.n_groups; first += kColumns) {
+            const int64_t columns = p.n_groups - first < kColumns ? p.n_groups - first : kColumns;
+            clear_sums(slab);
+            add_products<S>(slab, p.in_features, p.sums, p.n_groups, first, columns, slab.values, from, to);
+            for (int t = 0; t < slab.tiles; ++t)
+                std::memcpy(slab.mixed + ((t * p.n_groups + g) * p.n_groups + first) * kTile,
+                            slab.sums + t * kColumns * kTile, sizeof(float) * columns * kTile);
+        }
+    }
+}
+
+template <class S>
+void compensated(const RoundingProblem& p, const Slab& slab) {
+    round_all<S>(p, slab);
+    collect_push<S>(p, slab);
+    collect_inner<S>(p, slab);
+    if (p.zero_points == ZeroPoints::fractional) collect_mixed<S>(p, slab);
+    for (int t = 0; t < slab.tiles; ++t)
+        for (int v = 0; v < kTile; v += 16) refit_rows<S>(p, slab, t, v);
+}
+
+template <class S>
+constexpr QuantizeKernels make_quantize_kernels() {
+    return {fit_grids<S>, nearest<S>, compensated<S>, multiply_columns<S>, finish_rows<S>};
+}
+
+}  // namespace
+}  // namespace amq
+
+// Defines quantize_kernels_<isa>() from the vector type S.
+#define AMQ_DEFINE_QUANTIZE_KERNELS(isa)                                       \
+    namespace amq {                                                            \
+    const QuantizeKernels* quantize_kernels_##isa() {                          \
+        static constexpr QuantizeKernels kernels = make_quantize_kernels<S>(); \
+        return &kernels;                                                       \
+    }                                                                          \
+    }

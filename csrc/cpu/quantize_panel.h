@@ -1,0 +1,72 @@
+// Part of quantize_body.h: the product that everything is made of. 32 lanes are multiplied by packed columns of a matrix.
+
+#pragma once
+
+#include <cstring>
+
+#include "quantize.h"
+#include "unroll.h"
+
+namespace amq {
+namespace {
+
+// Panels: `rows` rows of a matrix and `columns` columns, as strips of kGemmRows columns, zeros after the last.
+// Where `lower` is set, zeros stand above the diagonal of this square too.
+template <class S>
+AMQ_INLINE void pack_panel(const float* matrix, int64_t stride, int64_t rows, int64_t columns, bool lower, float* panel) {
+    constexpr int kStrip = S::kGemmRows;
+    for (int64_t c = 0; c < columns; c += kStrip, panel += rows * kStrip) {
+        const int64_t width = columns - c < kStrip ? columns - c : kStrip;
+        for (int64_t j = 0; j < rows; ++j) {
+            const float* from = matrix + j * stride + c;
+            float* to = panel + j * kStrip;
+            if (width == kStrip)
+                std::memcpy(to, from, sizeof(float) * kStrip);
+            else
+                for (int i = 0; i < kStrip; ++i) to[i] = i < width ? from[i] : 0.0f;
+            if (lower)
+                for (int i = 0; i < kStrip; ++i) to[i] = j >= c + i ? to[i] : 0.0f;
+        }
+    }
+}
+
+// sums[c] += Σ_j panel[j, c] · x[j] for the columns of the strips `begin` … `end` − 1, `panel_rows` rows in each of which
+// `rows` from `skip` on are taken; sums, x: [.., kTile].
+template <class S>
+AMQ_INLINE void multiply_panel(const float* panel, int64_t panel_rows, int64_t skip, int64_t rows, int64_t begin,
+                               int64_t end, const float* x, float* sums) {
+    constexpr int kStrip = S::kGemmRows, kVectors = S::kGemmTiles;
+    for (int64_t strip = begin; strip < end; ++strip) {
+        const float* from = panel + (strip * panel_rows + skip) * kStrip;
+        for (int v = 0; v < kTile / 16; v += kVectors) {
+            float* to = sums + strip * kStrip * kTile + v * 16;
+            typename S::F32 sum[kStrip][kVectors] = {};  // added at the end: long sums of short sums round less
+            const float* value = x + v * 16;
+            const float* factor = from;
+            for (int64_t j = 0; j < rows; ++j, value += kTile, factor += kStrip) {
+                typename S::F32 line[kVectors];
+                unroll<kVectors>([&](auto t) __attribute__((always_inline)) { line[t] = S::load_float(value + t * 16); });
+                unroll<kStrip>([&](auto c) __attribute__((always_inline)) {
+                    const auto wide = S::splat(factor[c]);
+                    unroll<kVectors>([&](auto t) __attribute__((always_inline)) {
+                        sum[c][t] = S::fma(wide, line[t], sum[c][t]);
+                    });
+                });
+            }
+            unroll<kStrip>([&](auto c) __attribute__((always_inline)) {
+                unroll<kVectors>([&](auto t) __attribute__((always_inline)) {
+                    float* place = to + c * kTile + t * 16;
+                    S::store(place, S::add(S::load_float(place), sum[c][t]));
+                });
+            });
+        }
+    }
+}
+
+template <class S>
+AMQ_INLINE int64_t strips(int64_t columns) {
+    return (columns + S::kGemmRows - 1) / S::kGemmRows;
+}
+
+}  // namespace
+}  // namespace amq
