@@ -132,10 +132,10 @@ class QuantizationRecord:
             )
         where = f"{source}: quantization_config"
         record = parse_record(data, _File, where).record(where)
+        record._check(parse_record(data, _Records, where).records, source)
         if record.version > version:
             what = "experts" if record.has_experts else "packed embeddings like these"
             raise AmqError(f"{source}: version {version} has no {what}; the file is damaged or was edited")
-        record._check(parse_record(data, _Records, where).records, source)
         return record
 
     def _check(self, records: Mapping[str, Any], source: str) -> None:
