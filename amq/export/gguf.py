@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
-from amq.export.common import plain_config
+from amq.export.common import is_expert, plain_config
 from amq.export.gguf_families import Family, find_family
 from amq.export.gguf_plans import Plan, make_plans
 from amq.export.gguf_rope import rope_keys, rope_of, rope_tensors
@@ -153,12 +155,10 @@ def _add_metadata(writer: Any, config: Mapping[str, Any], family: Family, name: 
 def _data(checkpoint: Checkpoint, plan: Plan, tallies: dict[tuple[str, str, bool], Tally]) -> np.ndarray:
     """The bytes of a tensor, uint8; matrices are counted in `tallies` {(format, type, codes kept): …}."""
     parts = [_part(checkpoint, plan, source, tallies) for source in plan.sources]
-    return parts[0] if len(parts) == 1 else np.stack(parts)
+    return np.stack(parts) if is_expert(plan.source) else parts[0]
 
 
-def _part(
-    checkpoint: Checkpoint, plan: Plan, source: str, tallies: dict[tuple[str, str, bool], Tally]
-) -> np.ndarray:
+def _part(checkpoint: Checkpoint, plan: Plan, source: str, tallies: dict[tuple[str, str, bool], Tally]) -> np.ndarray:
     """Those of one source."""
     import gguf
 
@@ -173,9 +173,16 @@ def _part(
         exact, own_bytes = tensor.float().numpy(), tensor.numel() * tensor.element_size()
         data = gguf.quantize(exact, gguf.GGMLQuantizationType[plan.type]).view(np.uint8)
         key = (str(tensor.dtype).removeprefix("torch."), plan.type, True)
+    if plan.blocks is not None:
+        exact, data = (_moved(array, plan.blocks) for array in (exact, data))
     if exact.ndim > 1:
         tallies.setdefault(key, Tally()).add(plan, exact, data, own_bytes)
     return np.ascontiguousarray(data)
+
+
+def _moved(rows: np.ndarray, order: Tensor) -> np.ndarray:
+    """Blocks of every row, of numbers or of bytes, in another order."""
+    return np.ascontiguousarray(rows.reshape(len(rows), len(order), -1)[:, order.numpy()].reshape(rows.shape))
 
 
 def _facts(
@@ -193,5 +200,7 @@ def _facts(
     if not family.windows and (window := ModelShape.of(config).window):
         facts["context"] = f"{window} positions, the model's sliding window, which llama.cpp's {family.arch} has not"
     if rope_of(config).parameters.get("truncate") is False:
-        facts["rotary positions"] = "yarn with whole bounds in llama.cpp, which this model has not: slightly other angles"
+        facts["rotary positions"] = (
+            "yarn with whole bounds in llama.cpp, which this model has not: slightly other angles"
+        )
     return facts
