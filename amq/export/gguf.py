@@ -19,6 +19,7 @@ from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.common import is_expert, plain_config
 from amq.export.gguf_families import Family, find_family
+from amq.export.gguf_keys import n_layers
 from amq.export.gguf_plans import Plan, make_plans
 from amq.export.gguf_rope import rope_keys, rope_of, rope_tensors
 from amq.export.gguf_tokenizer import read_tokenizer
@@ -124,7 +125,7 @@ def common_keys(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     window = None if family.windows else ModelShape.of(config).window
     context = need(config, "max_position_embeddings")
     keys: dict[str, Any] = {
-        "block_count": need(config, "num_hidden_layers"),
+        "block_count": n_layers(config),
         "context_length": min(context, window) if window else context,
         "embedding_length": need(config, "hidden_size"),
         "attention.head_count": need(config, "num_attention_heads"),

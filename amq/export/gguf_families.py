@@ -8,7 +8,7 @@ and is refused. tests/test_export_gguf_families.py exports each; all of them ran
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,8 @@ from amq.errors import AmqError
 from amq.export import gguf_keys as keys
 from amq.export.gguf_keys import Config, Keys
 from amq.export.gguf_rope import rope_of
-from amq.model.shape import said
+from amq.model.experts import COUNTS
+from amq.model.shape import said, size
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Change:
 class Family:
     """Models of one `model_type`.
 
-    arch: llama.cpp's name.
+    arch: llama.cpp's name, which `arch_of` may say better.
     activation: the one in its code. fixed: {key of config.json: values that its code computes; None where unsaid}.
     keys: those below the architecture's name that it needs besides the common ones.
     check: raises AmqError for what `fixed` cannot say. windows: whether it knows sliding windows; else the context ends
@@ -55,6 +56,7 @@ class Family:
     keys: Callable[[Config], Keys] = lambda config: {}
     check: Callable[[Config], None] = lambda config: None
     changes: tuple[Change, ...] = ()
+    arch_of: Callable[[Config], str] | None = None
     windows: bool = False
     ropes: tuple[str, ...] = ("default", "linear", "yarn")
 
@@ -62,7 +64,8 @@ class Family:
 def find_family(config: Config) -> Family:
     """Of a model that llama.cpp computes as transformers does; raises AmqError for any other."""
     kind = config.get("model_type")
-    family = FAMILIES.get(str(kind))
+    dense = FAMILIES.get(f"{kind}{DENSE}") if not size(config, *COUNTS) else None
+    family = dense or FAMILIES.get(str(kind))
     if family is None:
         reason = f": {REFUSED[str(kind)]}" if str(kind) in REFUSED else ""
         raise AmqError(f"the gguf export knows the model types {', '.join(FAMILIES)}; this model is {kind!r}{reason}")
@@ -77,7 +80,7 @@ def find_family(config: Config) -> Family:
             expected = " or ".join(map(repr, values))
             raise AmqError(f"llama.cpp computes {kind} with {key} {expected}; this model has {value!r}")
     family.check(config)
-    return family
+    return replace(family, arch=family.arch_of(config)) if family.arch_of else family
 
 
 ACTIVATIONS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
@@ -106,13 +109,15 @@ MAMBA = (
     Change(r"\.conv1d\.weight$", keys.flat_kernel),
     Change(r"\.(mamba|mixer)\.norm\.weight$", keys.grouped_norm),
 )
-FUSED = Change(
-    r"\.shared_mlp\.input_linear\.",
-    split=(
-        ("shared_mlp.input_linear", "mlp.shared_expert.gate_proj"),
-        ("shared_mlp.input_linear", "mlp.shared_expert.up_proj"),
-    ),
-)
+SHARED_MLP = r"shared_mlp.input_linear"
+FUSED = Change(SHARED_MLP, split=tuple((SHARED_MLP, f"mlp.shared_expert.{role}_proj") for role in ("gate", "up")))
+FUSED_ALONE = Change(SHARED_MLP, split=tuple((SHARED_MLP, f"mlp.{role}_proj") for role in ("gate", "up")))
+DOWN_ALONE = Change(r"shared_mlp\.output_linear", rename=("shared_mlp.output_linear", "mlp.down_proj"))
+DENSE = ", dense"
+"""Behind the model_type of a family without experts, where that differs in more than keys."""
+EXPERTS_OF_MIXER = r"\.mixer\.(experts|gate|shared_experts)\."
+MIXER = Change(EXPERTS_OF_MIXER, rename=(".mixer.", ".mlp."))
+BACKBONE = Change(rf"^model\.layers\.(?!.*{EXPERTS_OF_MIXER})", rename=("model.layers", "backbone.layers"))
 LLAMA = Family("llama", ropes=("default", "linear", "llama3", "yarn"), keys=keys.mixtral, changes=TURNED)
 ONE_GROUP = {"n_group": (1, None), "topk_group": (1, None)}
 GELU = "gelu_pytorch_tanh"
@@ -146,10 +151,13 @@ FAMILIES: dict[str, Family] = {
                                ropes=PLAIN_ROPE),
     "deepseek_v3": Family("deepseek2", keys=keys.deepseek, changes=(SCORES,), ropes=PLAIN_ROPE,
                           fixed={**ONE_GROUP, "rope_interleave": (True, None)}),
-    "granitemoehybrid": Family("granitehybrid", keys=keys.granite_hybrid,
+    f"granitemoehybrid{DENSE}": Family("granitehybrid", keys=keys.granite_hybrid, check=keys.granite_check,
+                                       changes=(*TURNED, FUSED_ALONE, DOWN_ALONE, *MAMBA)),
+    "granitemoehybrid": Family("granitehybrid", keys=keys.granite_hybrid, check=keys.granite_check,
                                changes=(*TURNED, ROUTER, MOE_NAMES, FUSED, *MAMBA)),
-    "nemotron_h": Family("nemotron_h_moe", activation="relu2", keys=keys.nemotron,
-                         changes=(Change(r"^model\.layers\.", rename=("model.layers", "backbone.layers")), SCORES, *MAMBA)),
+    "nemotron_h": Family("nemotron_h", activation="relu2", keys=keys.nemotron, check=keys.nemotron_check,
+                         arch_of=keys.nemotron_arch,
+                         changes=(BACKBONE, MIXER, SCORES, *MAMBA)),
     "lfm2": Family("lfm2", keys=keys.lfm2, changes=(Change(r"\.conv\.conv\.weight$", keys.flat_kernel),)),
 }  # fmt: skip
 """{model_type: family}."""

@@ -18,6 +18,10 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 BLOCK = 32
 
 
+def n_layers(config: Config) -> int:
+    return size(config, "num_hidden_layers") or len(ModelShape.of(config).layers)
+
+
 def experts(config: Config, width: str = "moe_intermediate_size") -> Keys:
     return {
         "expert_count": need(config, *COUNTS),
@@ -254,9 +258,8 @@ def period_of_full(config: Config) -> int:
 def delta_check(config: Config) -> None:
     period_of_full(config)
     if need(config, "linear_value_head_dim") % BLOCK:
-        raise AmqError(
-            f"heads of {config['linear_value_head_dim']} values cannot be put in llama.cpp's order: no multiple of {BLOCK}"
-        )
+        width = config["linear_value_head_dim"]
+        raise AmqError(f"heads of {width} values, no multiple of {BLOCK}, cannot be put in llama.cpp's order")
 
 
 def mamba(config: Config) -> Keys:
@@ -289,6 +292,11 @@ def granite_hybrid(config: Config) -> Keys:
     return found
 
 
+def granite_check(config: Config) -> None:
+    if all(layer.kind == FULL for layer in ModelShape.of(config).layers):
+        raise AmqError("llama.cpp's granitehybrid needs a layer of Mamba; this model has none")
+
+
 def deepseek(config: Config) -> Keys:
     """Without the keys of absorbed latent attention, llama.cpp takes kv_b as it is."""
     nope, rope = need(config, "qk_nope_head_dim"), need(config, "qk_rope_head_dim")
@@ -307,10 +315,26 @@ def deepseek(config: Config) -> Keys:
 
 
 def nemotron(config: Config) -> Keys:
-    kinds = list(config.get("layers_block_type") or config.get("layer_types") or ())
-    wide, moe = need(config, "intermediate_size"), size(config, "moe_intermediate_size")
-    widths = {"mlp": wide, "moe": moe}
-    shape = {"feed_forward_length": [int(widths.get(kind) or 0) for kind in kinds]}
-    shared_width = size(config, "moe_shared_expert_intermediate_size")
-    extra = {"expert_shared_feed_forward_length": shared_width} if shared_width else {}
-    return mamba(config) | shared(config) | shape | extra
+    kinds = _nemotron_kinds(config)
+    widths = {"mlp": size(config, "intermediate_size"), "moe": size(config, "moe_intermediate_size")}
+    found = mamba(config) | {
+        "feed_forward_length": [int(widths.get(kind) or 0) for kind in kinds],
+        "attention.layer_norm_epsilon": float(config["layer_norm_epsilon"]),
+    }
+    if "moe" not in kinds:
+        return found
+    shared_width = need(config, "moe_shared_expert_intermediate_size")
+    return found | shared(config) | {"expert_shared_feed_forward_length": shared_width}
+
+
+def _nemotron_kinds(config: Config) -> list[str]:
+    return list(config.get("layers_block_type") or config.get("layer_types") or ())
+
+
+def nemotron_check(config: Config) -> None:
+    if {"mlp", "moe"} <= set(_nemotron_kinds(config)):
+        raise AmqError("llama.cpp has no nemotron_h with experts in some layers and a plain MLP in others")
+
+
+def nemotron_arch(config: Config) -> str:
+    return "nemotron_h_moe" if "moe" in _nemotron_kinds(config) else "nemotron_h"

@@ -14,7 +14,7 @@ from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.common import is_expert, rows_of
 from amq.export.gguf_families import Change, Family
-from amq.export.gguf_keys import Config
+from amq.export.gguf_keys import Config, n_layers
 from amq.export.gguf_types import BLOCK, REQUANTIZED, BlockType, find_type
 
 F32_ALWAYS = ("ffn_gate_inp", "conv1d", "shortconv.conv", ".ssm_a", ".ssm_d", ".ssm_norm")
@@ -54,7 +54,7 @@ def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any], family: Family
     import gguf
 
     arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
-    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    names = gguf.get_tensor_name_map(arch, n_layers(config))
     record = checkpoint.record
     plans = []
     for name, sources in rows_of(checkpoint).items():
@@ -132,7 +132,7 @@ def _packed(checkpoint: Checkpoint, name: str, sources: tuple[str, ...], form: _
         raise AmqError(f"llama.cpp changes the numbers of {sources[0]}, which codes cannot take: keep it in 16 bits")
     kind = find_type([checkpoint.packed(source) for source in sources])
     order = form.rows(rows) if form.rows else None
-    shape = (rows if order is None else len(order), columns)
+    shape: tuple[int, ...] = (rows if order is None else len(order), columns)
     if is_expert(sources[0]):
         shape = (len(sources), *shape)
     return Plan(name, sources, shape, kind.name if kind else REQUANTIZED, True, kind, order, form.blocks)

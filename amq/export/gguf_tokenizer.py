@@ -19,11 +19,25 @@ GPT2 = "<gpt-2>"
 DIGITS = "<one digit>"
 _TAIL = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _HEAD = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_MARKS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SLASH = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _by_case(ending: str, digits: str) -> str:
+    """Words end where small letters are followed by large ones."""
+    start = r"[^\r\n\p{L}\p{N}]?"
+    return f"{start}{_UPPER}*{_LOWER}+{ending}|{start}{_UPPER}+{_LOWER}*{ending}|{digits}{_SLASH}"
+
+
 RULES = {
     (GPT2,): "gpt-2",
     (DIGITS, GPT2): "smollm",
     (_HEAD + r"\p{N}{1,3}" + _TAIL,): "llama-bpe",
     (_HEAD + r"\p{N}" + _TAIL,): "qwen2",
+    (_MARKS + _TAIL.replace(r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"),): "qwen35",
+    (_by_case(r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?", r"\p{N}{1,3}"),): "gpt-4o",
+    (_by_case("", r"\p{N}"),): "tekken",
 }
 """How words are cut, as a tokenizer.json says it → llama.cpp's name for it."""
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.errors import AmqError
-from amq.export.architecture import with_flat_rope
+from amq.export.architecture import rotary, with_flat_rope
 from amq.export.common import check_formats, formats_of, is_expert, outer_weights, plain_config, rows_of, stored_name
 from amq.formats import FORMATS, n_groups
-from amq.model.shape import ModelShape
+from amq.model.experts import COUNTS
+from amq.model.shape import ModelShape, size
 from amq.packing import PackedWeight
 from amq.util.files import write_json
 
@@ -67,11 +68,18 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         if sources[0] in formats
     }
     usual = Counter((m["group_size"], m["bits"]) for m in modules.values()).most_common(1)[0][0]
-    config = with_flat_rope(plain_config(checkpoint))
+    config = _with_old_keys(with_flat_rope(plain_config(checkpoint)))
     config["quantization"] = {"group_size": usual[0], "bits": usual[1], **modules}
     write_tensors(folder, _tensors(checkpoint, stacks, sizes))
     write_json(folder / "config.json", config)
     return _facts(checkpoint, sizes, config)
+
+
+def _with_old_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """mlx-lm's classes read two settings where they stood before transformers 5."""
+    count, share = size(config, *COUNTS), rotary(config).parameters.get("partial_rotary_factor")
+    found = ({"num_experts": count} if count else {}) | ({"partial_rotary_factor": share} if share else {})
+    return {**found, **config}
 
 
 def _stacks(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
