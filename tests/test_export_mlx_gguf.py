@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small_tokenizers import with_merges
 from helpers.tiny_models import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import Tensor
@@ -31,23 +32,6 @@ from amq.packing import PackedWeight, dequantize, pack_codes
 from amq.quantize.quantizers import rtn
 
 ALL = tuple(FORMATS)
-
-
-def tokenizer() -> object:
-    """Byte-level BPE with two merges over 254 bytes and a special token, which is put before every text."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:253]
-    vocab = {piece: i for i, piece in enumerate([*alphabet, "he", "hel"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e"), ("he", "l")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 255)]
-    )
-    return fast
 
 
 def make_checkpoint(
@@ -75,7 +59,7 @@ def make_checkpoint(
     stored = packed.keys() | embedding.keys()
     others = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n.removesuffix(".weight") not in stored}
     record = QuantizationRecord(formats, shapes, group_size, head="lm_head" if head else "", embedding=embedding)
-    write_checkpoint(folder, model.config.to_dict(), record, packed, others, extras=tokenizer().save_pretrained)
+    write_checkpoint(folder, model.config.to_dict(), record, packed, others, extras=with_merges().save_pretrained)
     return open_checkpoint(folder)
 
 
