@@ -21,10 +21,7 @@ def record(experts: int = 4, layers: int = 2, **changes: Any) -> QuantizationRec
     names = [linear(i, role, e) for i in range(layers) for role in ROLES for e in range(experts)]
     formats = dict.fromkeys(["model.layers.0.self_attn.q_proj", *names], "int3")
     shapes = {name: (16, 32) if "down" in name else (32, 64) for name in formats}
-    groups = tuple((linear(i, "gate_proj", e), linear(i, "up_proj", e)) for i in range(layers) for e in range(experts))
-    return QuantizationRecord(
-        **{"formats": formats, "shapes": shapes, "group_size": 32, "shared_inputs": groups} | changes
-    )
+    return QuantizationRecord(**{"formats": formats, "shapes": shapes, "group_size": 32} | changes)
 
 
 def reread(written: QuantizationRecord) -> QuantizationRecord:
@@ -33,12 +30,9 @@ def reread(written: QuantizationRecord) -> QuantizationRecord:
 
 def test_experts_that_agree_are_one_entry() -> None:
     written = record().json()
-    gate = "model.layers.1.mlp.experts.gate_proj.*"
+    gate = "model.layers.1.mlp.experts.gate_proj.0-3"
     assert written["version"] == 3 and len(written["formats"]) == len(written["shapes"]) == 1 + 2 * 3
-    assert written["formats"][gate] == "int3" and written["shapes"][gate] == [4, 32, 64]
-    assert written["shared_inputs"] == [
-        [f"model.layers.{i}.mlp.experts.{r}_proj.*" for r in ("gate", "up")] for i in (0, 1)
-    ]
+    assert written["formats"][gate] == "int3" and written["shapes"][gate] == [32, 64]
     assert reread(record()) == record() and list(reread(record()).formats) == list(record().formats)
 
 
@@ -46,8 +40,9 @@ def test_experts_that_differ_are_listed() -> None:
     one = linear(0, "up_proj", 2)
     mixed = record(formats={**record().formats, one: "int8"})
     written = mixed.json()
-    assert written["formats"][one] == "int8" and "model.layers.0.mlp.experts.up_proj.*" not in written["formats"]
-    assert written["shapes"]["model.layers.0.mlp.experts.up_proj.*"] == [4, 32, 64]
+    assert written["formats"][one] == "int8"
+    assert written["formats"]["model.layers.0.mlp.experts.up_proj.0-1,3"] == "int3"
+    assert written["shapes"]["model.layers.0.mlp.experts.up_proj.0-3"] == [32, 64]
     assert reread(mixed) == mixed
 
 
@@ -58,11 +53,14 @@ def test_kept_experts() -> None:
     left = [name for name in whole.formats if name not in {*some, *every}]
     kept = record(
         formats={n: whole.formats[n] for n in left}, shapes={n: whole.shapes[n] for n in left},
-        shared_inputs=whole.shared_inputs[2:], kept={n: whole.shapes[n] for n in (*some, *every)},
+        kept={n: whole.shapes[n] for n in (*some, *every)},
     )  # fmt: skip
     written = kept.json()
-    assert written["kept"] == {**dict.fromkeys(some, [32, 64]), "model.layers.1.mlp.experts.down_proj.*": [4, 16, 32]}
-    assert linear(0, "up_proj", 2) in written["shapes"] and reread(kept) == kept
+    experts = "model.layers.{}.mlp.experts.{}"
+    assert written["kept"] == {
+        experts.format(0, "up_proj.0-1"): [32, 64], experts.format(1, "down_proj.0-3"): [16, 32]
+    }  # fmt: skip
+    assert experts.format(0, "up_proj.2-3") in written["shapes"] and reread(kept) == kept
     assert kept.configuration.formats[some[0]] == "16bit"
 
 
@@ -93,16 +91,12 @@ def test_versions_and_what_is_packed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shapes": {"e.up_proj.*": [2, 3]}}, r"shape of 'e.up_proj.\*' must be \[experts up to"),
-        ({"shapes": {"e.up_proj.*": [1 << 20, 3, 3]}}, r"shape of 'e.up_proj.\*' must be \[experts up to"),
-        ({"shapes": {"e.up_proj.0": [2, 3, 4]}}, r"must be \[out_features, in_features\], got \[2, 3, 4\]"),
-        ({"shapes": {"e.up_proj.*": [2, 3, 3], "e.up_proj.1": [3, 3]}}, "'e.up_proj.1' has two shapes"),
-        ({"shapes": {"e.up_proj.*": [2, 0, 3]}}, "expected a shape of e.up_proj.0 from 1 to"),
-        ({"formats": {"e.down_proj.*": "int3"}}, "stands for experts, but has no shape"),
-        ({"formats": {"e.up_proj.*": "int3", "e.up_proj.1": "int4"}}, "'e.up_proj.1' has two formats"),
+        ({"shapes": {"e.up_proj.0-1": [2, 3, 4]}}, r"shapes.*expected `array` of length 2"),
+        ({"shapes": {"e.up_proj.0-99999999": [2, 3]}}, "expected rising numbers below"),
+        ({"shapes": {"e.up_proj.0-1": [3, 3], "e.up_proj.1": [3, 3]}}, "named twice"),
+        ({"shapes": {"e.up_proj.0-1": [0, 3]}}, "expected a shape of e.up_proj.0-1 from 1 to"),
+        ({"formats": {"e.up_proj.0-1": "int3", "e.up_proj.1": "int4"}}, "named twice"),
         ({"formats": {"e.up_proj.0": "int3"}}, "'e.up_proj.1' has a format or a shape, but not both"),
-        ({"shared_inputs": [["e.up_proj.*", "e.gate_proj.*"]]}, r"'e.gate_proj.\*' stands for experts"),
-        ({"shared_inputs": [["e.up_proj.*", "e.up_proj.0"]]}, "of unequally many experts"),
         ({"version": 2}, "version 2 has no experts"),
         ({"embedding": {"x": "y"}}, "embedding names 'y', which has no format"),
         ({"head": "e.up_proj.1", "embedding": {"e.up_proj.1": "e.up_proj.1"}}, "is the head and an embedding"),
@@ -112,6 +106,6 @@ def test_damage_is_named(changes: dict[str, Any], message: str) -> None:
     names = ("e.up_proj.0", "e.up_proj.1")
     good = QuantizationRecord(dict.fromkeys(names, "int3"), dict.fromkeys(names, (3, 32)), 32)
     data = json.loads(json.dumps(good.json()))
-    assert data["shapes"] == {"e.up_proj.*": [2, 3, 32]}
+    assert data["shapes"] == {"e.up_proj.0-1": [3, 32]}
     with pytest.raises(AmqError, match=f"config.json.*{message}"):
         QuantizationRecord.parse({**data, **changes}, "config.json")

@@ -89,6 +89,23 @@ def test_what_can_be_quantized_is_found_block_by_block(name: str, family_folder:
     BlockRunner(paged.model).check(random_tokens(1, 16))
 
 
+def test_mxfp4_is_unpacked_block_by_block(family_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """As gpt-oss is published: codes of 4 bits, and a power of two for 32 of them."""
+    folder = in_half(family_folder("gpt_oss"), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        shape, options = (experts, outputs, inputs // 32), {"dtype": torch.uint8, "generator": generator}
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), **options)
+        tensors[f"{name}_scales"] = torch.randint(120, 124, shape, **options)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "mxfp4"}}))
+    whole, paged = both(folder)
+    assert model_fingerprint(whole.model) == model_fingerprint(paged.model)
+
+
 @pytest.fixture
 def llama(family_folder: Callable[[str], Path]) -> LoadedModel:
     return load_folder("tiny", family_folder("llama"), "float32", "cpu", False, DISK)

@@ -39,7 +39,7 @@ LENGTH = 24
 TEXT = "".join(f"Window {i} says {i * i}; " for i in range(120))
 QUICK: dict[str, Any] = {
     "group_size": 32, "window_length": LENGTH, "windows": 2, "confirm_windows": 2, "bank_windows": 3, "cost_passes": 2,
-    "points": 2, "proxy": "rtn",
+    "points": 2, "proxy": "rtn", "head": "16bit",
 }  # fmt: skip
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
+from helpers.packed_models import CASES, build
 from helpers.tiny_models import ARCHITECTURES, random_tokens
-from test_hf_experts import CASES, build
 from transformers import AutoModelForCausalLM
 
 from amq.checkpoint.store import open_checkpoint

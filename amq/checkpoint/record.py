@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from amq.checkpoint.compact import (
-    compact_groups,
-    compact_shapes,
-    compact_values,
-    expand_groups,
-    expand_shapes,
-    expand_values,
-    rows_of_experts,
-    split_expert,
-)
-from amq.configuration import Configuration
+from amq.configuration import Configuration, compact, expand
 from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat, check_group_size, get_format
+from amq.model.experts import split_expert
 from amq.model.inventory import LinearSpec
 from amq.packing import PackedWeight
 from amq.util.records import MOST, parse_record, to_json
@@ -48,7 +39,7 @@ class QuantizationRecord:
         their own names, counted in bits per weight.
 
     An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
-    agree once (`amq.checkpoint.compact`).
+    agree once (`amq.configuration.compact`).
     """
 
     formats: Mapping[str, str]
@@ -109,11 +100,7 @@ class QuantizationRecord:
             "version": self.version,
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
         }
-        rows, kept = rows_of_experts(self.shapes, self.kept), rows_of_experts(self.kept, self.shapes)
-        file = _File(
-            compact_values(self.formats, rows), compact_shapes(self.shapes, rows), self.group_size, self.quantizer,
-            compact_groups(self.shared_inputs, rows), self.head, self.embedding, compact_shapes(self.kept, kept),
-        )  # fmt: skip
+        file = replace(self, formats=compact(self.formats), shapes=compact(self.shapes), kept=compact(self.kept))
         optional = ("head", "embedding", "kept")
         return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 
@@ -131,12 +118,20 @@ class QuantizationRecord:
                 f"{', '.join(map(str, earlier))} and {last}: upgrade amq"
             )
         where = f"{source}: quantization_config"
-        record = parse_record(data, _File, where).record(where)
+        record = parse_record(data, QuantizationRecord, where)._expanded(where)
+        record._check(parse_record(data, _Records, where).records, source)
         if record.version > version:
             what = "experts" if record.has_experts else "packed embeddings like these"
             raise AmqError(f"{source}: version {version} has no {what}; the file is damaged or was edited")
-        record._check(parse_record(data, _Records, where).records, source)
         return record
+
+    def _expanded(self, source: str) -> QuantizationRecord:
+        """This record, read from the file `source`, with a name for each expert."""
+        try:
+            formats, shapes, kept = expand(self.formats), expand(self.shapes), expand(self.kept)
+        except ValueError as error:
+            raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
+        return replace(self, formats=formats, shapes=shapes, kept=kept)
 
     def _check(self, records: Mapping[str, Any], source: str) -> None:
         """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats.
@@ -162,31 +157,6 @@ class QuantizationRecord:
             raise AmqError(f"{source}: {self.head!r} is the head and an embedding; the file is damaged")
         if both := sorted(self.formats.keys() & self.kept.keys()):
             raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
-
-
-@dataclass(frozen=True)
-class _File:
-    """A `QuantizationRecord` as the file has it: experts that agree are one entry (`amq.checkpoint.compact`)."""
-
-    formats: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]
-    group_size: int
-    quantizer: str = ""
-    shared_inputs: Sequence[Sequence[str]] = ()
-    head: str = ""
-    embedding: Mapping[str, str] = field(default_factory=dict)
-    kept: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def record(self, source: str) -> QuantizationRecord:
-        shapes, kept = expand_shapes(self.shapes, source), expand_shapes(self.kept, source)
-        formats = expand_values(self.formats, self.shapes, source)
-        groups = expand_groups(self.shared_inputs, self.shapes, source)
-        try:
-            return QuantizationRecord(
-                formats, shapes, self.group_size, self.quantizer, groups, self.head, self.embedding, kept
-            )
-        except ValueError as error:
-            raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
 
 
 @dataclass(frozen=True)

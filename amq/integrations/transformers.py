@@ -275,10 +275,11 @@ class _LocalNames:
 
 
 def _prefixes(name: str, known: set[str]) -> tuple[str, str]:
-    """(prefix of `name`, prefix of the module in `known`) for the one module that ends like `name` at its longest;
-    both empty where there are several or none."""
+    """(prefix of `name`, prefix of the module in `known`) for the one module that ends like `name` at its longest, from
+    the list of blocks on; both empty where there are several or none."""
     parts = name.split(".")
-    for start in range(1, len(parts)):
+    before = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    for start in range(1, before):
         rest = ".".join(parts[start:])
         found = [module for module in known if module == rest or module.endswith(f".{rest}")]
         if found:

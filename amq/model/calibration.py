@@ -230,15 +230,15 @@ class _Sum:
     def mean(self, linear: str) -> Tensor:
         """On the CPU, once. linear: whose inputs these were, for the error."""
         assert self._total is not None
-        if self._total.device.type == "cpu":
-            mirror(self._total)
-        if not bool(torch.isfinite(self._total).all()):
+        total, self._total = self._total.div_(self.count), None
+        mean = total.cpu()
+        if total.device.type == "cpu":
+            mirror(mean)
+        if not bool(torch.isfinite(mean).all()):
             raise AmqError(
                 f"the inputs of {linear} are not finite (NaN or infinity) on the calibration text: "
                 "load the model in a wider --dtype"
             )
-        mean, self._total = self._total.div_(self.count).cpu(), None
-        mirror(mean)
         return mean
 
 

@@ -10,6 +10,7 @@ through it. (The index comes last, so that these names are none that transformer
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 FUSED = "gate_up_proj"
+_EXPERT = re.compile(rf"(.+\.(?:{'|'.join((GATE, UP, DOWN))}))\.(0|[1-9][0-9]*)")
 COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "num_routed_experts", "moe_num_experts")
 TOP_K = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k", "moe_top_k")
 """Keys of config.json."""
@@ -225,6 +227,13 @@ def top_k_of(config: Any, layer: Layer) -> int:
         return layer.fused.top_k
     found = size(text_config(config), *TOP_K)
     return min(found or layer.experts, layer.experts)
+
+
+def split_expert(linear: str) -> tuple[str, int] | None:
+    """(name of the experts of one role, number of the expert) of the linear of that name; None where it is no
+    expert's."""
+    found = _EXPERT.fullmatch(linear)
+    return None if found is None else (found[1], int(found[2]))
 
 
 def expert_of(model: Any, linear: str) -> tuple[str, int] | None:

@@ -323,13 +323,13 @@ def _build_outer(model: nn.Module, folder: Path, missing: MissingOuter, group_si
                 packed = round_to_grid(weight, fmt, group_size, "fractional")
                 error = square_error(weight, packed)
                 energy = square_error(weight, None) or 1.0
-                content = {**{f"{spec.name}.{part}": t for part, t in packed.parts.items()}, **_error(spec.name, error)}
+                content = {f"{spec.name}.{part}": t for part, t in {**packed.parts, **_error(error)}.items()}
                 save_tensors(_outer_file(folder, spec, fmt), content, hashes_metadata(content))
                 step(f"{spec.name} {fmt.name}: relative error {(error / energy) ** 0.5:.3f}")
 
 
-def _error(name: str, error: float) -> dict[str, Tensor]:
-    return {f"{name}.{ERROR}": torch.tensor(error, dtype=torch.float64)}
+def _error(error: float) -> dict[str, Tensor]:
+    return {ERROR: torch.tensor(error, dtype=torch.float64)}
 
 
 def _build(
@@ -386,10 +386,11 @@ class _Block:
     ) -> None:
         self._model, self._formats, self._group_size = model, formats, settings.group_size
         self._quantize: Quantizer = QUANTIZERS[settings.proxy]
-        self._tensors: dict[str, dict[str, Tensor]] = {f.name: {} for f in formats}
         sizes = {f.name: sum(linear_bytes(s, f, settings.group_size) for s in linears) for f in formats}
-        self._rooms = {n: Room(Room.needed(size, len(PARTS) * len(linears))) for n, size in sizes.items()}
-        self._errors, self._energy = dict.fromkeys(self._tensors, 0.0), 0.0
+        numbers = torch.float64.itemsize * len(linears)
+        tensors = (len(PARTS) + 1) * len(linears)
+        self._rooms = {n: Room(Room.needed(size + numbers, tensors)) for n, size in sizes.items()}
+        self._errors, self._energy = dict.fromkeys(sizes, 0.0), 0.0
 
     def add(self, specs: Sequence[LinearSpec], gram: Tensor | None) -> None:
         """Quantizes linears that share an input, as many at once as memory is set aside for."""
@@ -404,15 +405,13 @@ class _Block:
                 for name, packed in result.items():
                     error = square_error(weight, packed)
                     self._errors[name] += error
-                    room, content = self._rooms[name], self._tensors[name]
-                    content |= {f"{spec.name}.{part}": room.keep(tensor) for part, tensor in packed.parts.items()}
-                    content |= _error(spec.name, error)
+                    for part, tensor in {**packed.parts, **_error(error)}.items():
+                        self._rooms[name].keep(f"{spec.name}.{part}", tensor)
 
     def save(self, folder: Path, block: int) -> None:
         for fmt in self._formats:
-            content = self._tensors.pop(fmt.name)
+            content = self._rooms.pop(fmt.name).tensors()
             save_tensors(_file(folder, block, fmt), content, hashes_metadata(content))
-            del content, self._rooms[fmt.name]  # what is written need not be held
 
     def errors(self) -> str:
         """Relative weight errors of the formats."""
