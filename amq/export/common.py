@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amq.checkpoint.compact import split_expert
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format
 from amq.kernels.cpu import dequantized
+from amq.model.experts import split_expert
 from amq.packing import PackedWeight
 from amq.quantize.quantizers.grid import symmetric_zero
 from amq.util.files import json_floats
