@@ -54,7 +54,7 @@ SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multipli
 
 
 def family(name: str, text: str = "", **options: Any) -> Family:
-    return Family(f"{name}{text}Config", f"{name}ForCausalLM", {"tie_word_embeddings": False, **options})
+    return Family(f"{name}{text}Config", f"{name}ForCausalLM", {"tie_word_embeddings": False} | options)
 
 
 MODELS: dict[str, Family] = {
@@ -82,6 +82,9 @@ MODELS: dict[str, Family] = {
                                        shared_intermediate_size=32, layer_types=["mamba", "attention"]),
     "granitemoehybrid": FAMILIES["granitemoehybrid"],
     "nemotron_h": family("NemotronH", **NEMOTRON, layers_block_type=["mamba", "moe", "attention"]),
+    "ernie4_5": family("Ernie4_5"),
+    "lfm2_moe": family("Lfm2Moe", **EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention"],
+                       tie_word_embeddings=True),
     "lfm2": family("Lfm2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"]),
 }  # fmt: skip
 VOCABULARY = 288

@@ -88,6 +88,8 @@ MOE_NAMES = Change(r"\.block_sparse_moe\.", rename=("block_sparse_moe", "mlp"))
 ROUTER = Change(r"\.mlp\.router\.weight|\.block_sparse_moe\.router\.weight", rename=("router", "gate"))
 SCORES = Change(r"e_score_correction_bias$", rename=("e_score_correction_bias", "e_score_correction.bias"))
 SINKS = Change(r"\.sinks$", rename=("sinks", "sinks.weight"))
+SHORT_CONV = Change(r"\.conv\.conv\.weight$", keys.flat_kernel)
+EXPERT_BIAS = Change(r"\.expert_bias$", rename=("expert_bias", "expert_bias.bias"))
 SHARED_GATE = Change(r"\.shared_expert_gate\.weight$", keys.vector)
 GEMMA_NORMS = Change(r"norm\.weight$", keys.plus_one)
 TURNED = (Change(r"\.q_proj\.", rows=keys.query_rows), Change(r"\.k_proj\.", rows=keys.key_rows))
@@ -158,7 +160,11 @@ FAMILIES: dict[str, Family] = {
     "nemotron_h": Family("nemotron_h", activation="relu2", keys=keys.nemotron, check=keys.nemotron_check,
                          arch_of=keys.nemotron_arch,
                          changes=(BACKBONE, MIXER, SCORES, *MAMBA)),
-    "lfm2": Family("lfm2", keys=keys.lfm2, changes=(Change(r"\.conv\.conv\.weight$", keys.flat_kernel),)),
+    "ernie4_5": Family("ernie4_5"),
+    "lfm2": Family("lfm2", keys=keys.lfm2, changes=(SHORT_CONV,)),
+    "lfm2_moe": Family("lfm2moe", keys=keys.lfm2_moe, changes=(SHORT_CONV, EXPERT_BIAS),
+                       fixed={"norm_topk_prob": (True,), "routed_scaling_factor": (1.0, None),
+                              "tie_word_embeddings": (True,)}),
 }  # fmt: skip
 """{model_type: family}."""
 

@@ -165,6 +165,11 @@ def lfm2_width(config: Config) -> int:
     return width
 
 
+def lfm2_moe(config: Config) -> Keys:
+    dense = {"leading_dense_block_count": int(config["num_dense_layers"]), "expert_gating_func": SIGMOID}
+    return lfm2(config) | experts(config) | dense
+
+
 def plus_one(weight: Tensor, config: Config) -> Tensor:
     return weight.float() + 1
 
