@@ -13,16 +13,19 @@ from helpers.tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from amq.configuration import Configuration
 from amq.errors import AmqError
+from amq.formats import get_format
 from amq.model import open as models
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import KEPT_PART, check_weights, get_linear
+from amq.model.inventory import KEPT_PART, check_weights, get_linear, take_inventory
 from amq.model.open import LoadedModel, load_folder, load_model, model_fingerprint
 from amq.model.paging import after_reading, holding, in_turn, named_weights, pager_of
 from amq.model.perplexity import negative_log_likelihood
 from amq.model.settings import AUTO, DISK, MEMORY
 from amq.model.unused import Unused, unused_tensors
 from amq.model.usable import find_usable
+from amq.quantize.plan import working_bytes
 from amq.quantize.run import run_quantize
 from amq.quantize.settings import QuantizeSettings
 
@@ -116,6 +119,16 @@ WEIGHT = "model.layers.0.mlp.up_proj"
 
 def weight(model: nn.Module) -> Tensor:
     return get_linear(model, WEIGHT).weight
+
+
+def test_a_plan_counts_the_block_that_is_read(family_folder: Callable[[str], Path]) -> None:
+    whole, paged = both(family_folder("llama"))
+    sizes = []
+    for model in (whole.model, paged.model):
+        inventory = take_inventory(model)
+        configuration = Configuration.uniform(inventory.linears, get_format("int4"), 32)
+        sizes.append(working_bytes(model, inventory, configuration, (), random_tokens(1, 8), calibrated=False))
+    assert sizes[1] - sizes[0] == max(pager_of(paged.model).sizes) > 0
 
 
 def test_a_change_counts_until_its_block_is_let_go(llama: LoadedModel) -> None:

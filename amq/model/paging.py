@@ -151,6 +151,12 @@ def pager_of(model: nn.Module) -> Pager | None:
     return getattr(model, ATTRIBUTE, None)
 
 
+def block_bytes(model: nn.Module) -> int:
+    """Most bytes that weights of a block will take besides what is in memory: none of a model that is there."""
+    pager = pager_of(model)
+    return 0 if pager is None else max(pager.sizes)
+
+
 def memory_text(model: nn.Module) -> str:
     """A line for a plan: what a model that is read block by block has in memory; empty for any other."""
     pager = pager_of(model)
