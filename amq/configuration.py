@@ -245,9 +245,7 @@ def bytes_read(model: Inventory, configuration: Configuration) -> float:
     return configuration.bytes_read(model.weights) + OTHER_BYTES * sum(o.numel for o in rest if o.name not in gone)
 
 
-def _other_items(
-    model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept], group_size: int
-) -> list[MemoryItem]:
+def _other_items(model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept], group_size: int) -> list[MemoryItem]:
     """What is outside the blocks' linears, by kind: at 16 bits each, but for the head and embeddings in `outer`."""
     packed = {s: fmt for s, fmt in outer.items() if not isinstance(fmt, Kept)}
     gone = {f"{name}.weight" for s in packed for name in (s.name, s.tied)}
