@@ -30,7 +30,7 @@ def runtime_backend(checkpoints: Iterable[Checkpoint], backend: str | None, acti
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
-    """Of the linears in the blocks, as everywhere: a quantized head is counted in `weight_bytes` only."""
+    """Of everything that has a format, as everywhere."""
     return checkpoint.record.bits_per_weight
 
 
