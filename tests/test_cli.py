@@ -146,7 +146,9 @@ def test_runs_of_earlier_versions_keep_their_settings() -> None:
         **{"cache_memory": "256MiB", "time": None},
     }
     read = parse_record(saved, SearchSettings, "run.json")
-    assert read.json() == {**saved, "head": "auto", "untie": ""} and SearchSettings.make(**saved) == read
+    assert (
+        read.json() == {**saved, "head": "auto", "untie": "", "load": "auto"} and SearchSettings.make(**saved) == read
+    )
     with pytest.raises(AmqError, match="run.json: --windows must be at least 1, got 0"):
         parse_record({**saved, "windows": 0}, SearchSettings, "run.json")
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.small_tokenizers import with_merges
 from helpers.tiny_models import ARCHITECTURES
 from safetensors.torch import load_file
 from torch import Tensor
@@ -19,7 +20,10 @@ from amq.checkpoint.store import Checkpoint, open_checkpoint, write_checkpoint
 from amq.errors import AmqError
 from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
-from amq.export.architecture import with_flat_rope
+from amq.export.gguf_families import find_family
+from amq.export.gguf_keys import key_rows
+from amq.export.gguf_plans import make_plans
+from amq.export.gguf_rope import rope_frequencies
 from amq.export.gguf_tokenizer import pre_tokenizer_rule
 from amq.export.gguf_types import TYPES, decode, encode, find_type
 from amq.formats import FORMATS, get_format
@@ -28,23 +32,6 @@ from amq.packing import PackedWeight, dequantize, pack_codes
 from amq.quantize.quantizers import rtn
 
 ALL = tuple(FORMATS)
-
-
-def tokenizer() -> object:
-    """Byte-level BPE with two merges over 254 bytes and a special token, which is put before every text."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:253]
-    vocab = {piece: i for i, piece in enumerate([*alphabet, "he", "hel"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e"), ("he", "l")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 255)]
-    )
-    return fast
 
 
 def make_checkpoint(
@@ -72,7 +59,7 @@ def make_checkpoint(
     stored = packed.keys() | embedding.keys()
     others = {n: p.detach().to(dtype) for n, p in model.named_parameters() if n.removesuffix(".weight") not in stored}
     record = QuantizationRecord(formats, shapes, group_size, head="lm_head" if head else "", embedding=embedding)
-    write_checkpoint(folder, model.config.to_dict(), record, packed, others, extras=tokenizer().save_pretrained)
+    write_checkpoint(folder, model.config.to_dict(), record, packed, others, extras=with_merges().save_pretrained)
     return open_checkpoint(folder)
 
 
@@ -157,7 +144,7 @@ def test_mlx_refuses_rows_that_no_group_fits():
 @pytest.mark.parametrize("group_size", [32, 64])
 def test_gguf_types_with_a_minimum_hold_codes_up_to_the_rounding_of_the_minimum(fmt, group_size):
     packed = random_packed(fmt, lambda z: z, group_size)
-    kind = find_type(packed)
+    kind = find_type([packed])
     if packed.format.levels > max(t.levels for t in TYPES if t.offset is None):
         assert kind is None
         step = dequantize(packed).abs().amax() / 127
@@ -178,14 +165,14 @@ def test_gguf_types_with_a_minimum_hold_codes_up_to_the_rounding_of_the_minimum(
 )
 def test_gguf_holds_whole_zero_points_exactly_where_a_type_has_the_levels(fmt, zero_point, name):
     packed = random_packed(fmt, lambda z: torch.full_like(z, zero_point))
-    kind = find_type(packed)
+    kind = find_type([packed])
     assert kind.name == name
     if kind.offset is not None:
         assert np.array_equal(decode(encode(packed, kind), name), dequantize(packed).numpy())
 
 
 def test_gguf_int8_with_another_whole_zero_point_is_quantized_again():
-    assert find_type(random_packed("int8", lambda z: torch.full_like(z, 100))) is None
+    assert find_type([random_packed("int8", lambda z: torch.full_like(z, 100))]) is None
 
 
 def rotated(weight: Tensor, x: Tensor, angle: float, heads: int, neighbours: bool) -> Tensor:
@@ -200,10 +187,9 @@ def rotated(weight: Tensor, x: Tensor, angle: float, heads: int, neighbours: boo
 def test_gguf_row_order_turns_halves_into_neighbours():
     config = {"num_attention_heads": 4, "num_key_value_heads": 2}
     weight, x = torch.randn(32, 8), torch.randn(8)
-    order = gguf_export.row_order("model.layers.0.self_attn.k_proj.weight", 32, config)
+    order = key_rows(config, 32)
     theirs, ours = rotated(weight[order], x, 0.3, 2, True), rotated(weight, x, 0.3, 2, False)
     assert torch.allclose(theirs, ours)
-    assert gguf_export.row_order("model.layers.0.self_attn.v_proj.weight", 32, config) is None
 
 
 def test_gguf_file(checkpoint, tmp_path):
@@ -212,7 +198,7 @@ def test_gguf_file(checkpoint, tmp_path):
     reader = gguf.GGUFReader(tmp_path / gguf_export.FILE)
     tensors = {t.name: t for t in reader.tensors}
     values = {name: field.contents() for name, field in reader.fields.items()}
-    plans = gguf_export.make_plans(checkpoint, checkpoint.config)
+    plans = make_plans(checkpoint, checkpoint.config, find_family(checkpoint.config))
     assert {p.name for p in plans} == set(tensors) and len(plans) == len(tensors)
     for plan in plans:
         tensor = tensors[plan.name]
@@ -258,9 +244,8 @@ def test_a_packed_head_stays_packed(tied, tmp_path):
 def test_gguf_families_map_every_tensor(family, moved, tmp_path):
     pytest.importorskip("gguf")
     checkpoint = make_checkpoint(tmp_path / "m", family)
-    config = with_flat_rope(checkpoint.config)
-    gguf_export.check_family(config)
-    plans = gguf_export.make_plans(checkpoint, config)
+    config = checkpoint.config
+    plans = make_plans(checkpoint, config, find_family(config))
     assert sum(p.order is not None for p in plans) == moved
     assert ("output.weight" in {p.name for p in plans}) == (not config["tie_word_embeddings"])
 
@@ -270,7 +255,7 @@ def test_gguf_families_map_every_tensor(family, moved, tmp_path):
     [
         ({"model_type": "opt"}, "this model is 'opt'"),
         ({"hidden_act": "gelu"}, "this model has 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}}, "'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "'dynamic'"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention"),
     ],
 )
@@ -303,7 +288,7 @@ def test_gguf_rope_frequencies_are_those_of_transformers():
     }  # fmt: skip
     config = LlamaConfig(hidden_size=512, num_attention_heads=8, rope_parameters=rope, max_position_embeddings=4096)
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
-    factors = gguf_export.rope_frequencies(with_flat_rope(config.to_dict()))
+    factors = rope_frequencies(config.to_dict())
     plain = 5e5 ** -(np.arange(0, 64, 2) / 64)
     assert factors.dtype == np.float32 and len(set(factors.tolist())) > 3
     np.testing.assert_allclose(plain / factors, expected.numpy(), rtol=1e-5)

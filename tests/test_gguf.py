@@ -22,7 +22,8 @@ from torch import nn
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.export.gguf import rope_frequencies, with_flat_rope
+from amq.export.gguf_rope import rope_frequencies
+from amq.model.experts import unfuse
 from amq.model.gguf import convert as gguf_convert
 from amq.model.gguf.convert import check_conversion, dequantized, gguf_folder
 from amq.model.gguf.file import read_gguf
@@ -84,6 +85,7 @@ def test_family(family: str, tmp_path: Path) -> None:
     model = build(family)
     path = write(tmp_path, model, family.partition("-")[0])
     found = assert_same(path, model)
+    unfuse(model)
     for (name, ours), (expected_name, expected) in zip(found.named_parameters(), model.named_parameters(), strict=True):
         assert name == expected_name
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6, msg=name)  # norms: ± 1 in float32
@@ -128,7 +130,7 @@ def changed(model: nn.Module, plain: nn.Module, length: int) -> float:
 def test_llama3_factors(original: int, tmp_path: Path) -> None:
     model = build("llama", **FAR, rope_parameters={**LLAMA3, "original_max_position_embeddings": original})
     assert changed(model, build("llama", **FAR), 200) > 0.01
-    factors = rope_frequencies(with_flat_rope(model.config.to_dict()))
+    factors = rope_frequencies(model.config.to_dict())
     found = assert_same(write(tmp_path, model, weights={FREQUENCIES: factors}), model, 200)
     assert found.config.rope_parameters["rope_type"] == "llama3"
 
@@ -136,7 +138,7 @@ def test_llama3_factors(original: int, tmp_path: Path) -> None:
 def test_published_llama3_factors_come_back_as_published(tmp_path: Path) -> None:
     rope = {**LLAMA3, "rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 8192}
     model = build("llama", head_dim=64, max_position_embeddings=131072, rope_parameters=rope)
-    factors = rope_frequencies(with_flat_rope(model.config.to_dict()))
+    factors = rope_frequencies(model.config.to_dict())
     found = load_model(str(write(tmp_path, model, weights={FREQUENCIES: factors}))).config.rope_parameters
     assert {n: found[n] for n in rope} == rope
 
@@ -483,7 +485,7 @@ def test_quantized_gguf_keeps_its_rotary_scaling(tmp_path: Path) -> None:
     from amq.quantize.settings import QuantizeSettings
 
     model = build("llama", head_dim=64, rope_parameters={**LLAMA3, "original_max_position_embeddings": 64})
-    factors = rope_frequencies(with_flat_rope(model.config.to_dict()))
+    factors = rope_frequencies(model.config.to_dict())
     path = write(tmp_path, model, weights={FREQUENCIES: factors})
     output = tmp_path / "out"
     given = {"uniform": "int8", "group_size": 32, "method": "rtn", "perplexity": "none", "windows": 1}

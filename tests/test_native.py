@@ -183,7 +183,7 @@ SHIM = """
 extern "C" void shim(int format, bool avx2_loops, const uint8_t* qweight, const uint16_t* scale,
                      const uint16_t* zero_point, float* out, int64_t row_bytes, int64_t groups, int64_t rows,
                      int64_t columns, int64_t group_size) {
-    const amq::Isa isa{"", nullptr, nullptr, nullptr, avx2_loops};
+    const amq::Isa isa{"", nullptr, nullptr, nullptr, nullptr, avx2_loops};
     amq::dequantize(amq::compiled_formats()[format], isa,
                     {qweight, scale, zero_point, out, row_bytes, groups, columns, rows, columns, group_size}, 2);
 }

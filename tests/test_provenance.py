@@ -22,6 +22,7 @@ ITS_OWN = {
     "serve_lm_eval.py": "the task that lm-eval reads",
     "export_matrix.py": "the tokens that its loaders read",
     "random_llama.py": "makes a model",
+    "large.py": "makes a model",
     "split.py": "what a run was asked for, beside it",
 }
 """Files that may write by other means than `write_results`, and why."""

@@ -13,13 +13,14 @@ from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format
 from amq.kernels.cpu import dequantized
+from amq.model.experts import split_expert
 from amq.packing import PackedWeight
 from amq.quantize.quantizers.grid import symmetric_zero
 from amq.util.files import json_floats
 
 
-class DenseHead(Checkpoint):
-    """`checkpoint` with its quantized head as a plain tensor, under the embedding's name where the two are tied."""
+class DenseOuter(Checkpoint):
+    """`checkpoint` with its packed head and embeddings as plain tensors, of a tied pair under the embedding's name."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         record = checkpoint.record
@@ -27,21 +28,47 @@ class DenseHead(Checkpoint):
         self.folder, self.config, self._packed = checkpoint.folder, checkpoint.config, checkpoint
         self.record = replace(record, formats=formats, shapes=record.block_shapes, head="", embedding={})
         self.dtype = checkpoint.tensor(checkpoint.other_names[0]).dtype
-        self._head = f"{stored_name(checkpoint, record.head)}.weight"
+        self.outer = outer_weights(checkpoint)
+        self._plain = {f"{stored_name(checkpoint, name)}.weight": name for name in self.outer}
 
     @property
     def other_names(self) -> list[str]:
-        return [self._head, *self._packed.other_names]
+        return [*self._plain, *self._packed.other_names]
 
     def tensor(self, name: str) -> Tensor:
-        if name == self._head:
-            return dequantized(self._packed.packed(self._packed.record.head)).to(self.dtype)
+        if name in self._plain:
+            return dequantized(self._packed.packed(self._plain[name])).to(self.dtype)
         return self._packed.tensor(name)
+
+
+def outer_weights(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The packed weights outside the blocks: the head, and embeddings of their own."""
+    record = checkpoint.record
+    return (*([record.head] if record.head else []), *record.own_embeddings)
 
 
 def stored_name(checkpoint: Checkpoint, linear: str) -> str:
     """What other tools call the module of a packed weight: of a tied head and embedding, the embedding."""
     return next((name for name, head in checkpoint.record.embedding.items() if head == linear), linear)
+
+
+def rows_of(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """{tensor name as transformers has it, experts without their number: its sources, by number}."""
+    rows: dict[str, dict[int, str]] = {}
+    linears = {f"{stored_name(checkpoint, linear)}.weight": linear for linear in checkpoint.record.formats}
+    for full, source in (*linears.items(), *((name, name) for name in checkpoint.other_names)):
+        module, _, leaf = full.rpartition(".")
+        row, number = split_expert(module) or (module, 0)
+        rows.setdefault(f"{row}.{leaf}" if row else leaf, {})[number] = source
+    for name, sources in rows.items():
+        if sorted(sources) != list(range(len(sources))):
+            raise AmqError(f"{checkpoint.folder}: experts of {name} are missing: the checkpoint is incomplete")
+    return {name: tuple(sources[i] for i in range(len(sources))) for name, sources in rows.items()}
+
+
+def is_expert(source: str) -> bool:
+    """Whether a linear, or a tensor of a linear, is an expert's."""
+    return bool(split_expert(source) or split_expert(source.rpartition(".")[0]))
 
 
 def check_formats(checkpoint: Checkpoint, names: Iterable[str], target: str) -> None:

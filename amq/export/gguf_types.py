@@ -10,7 +10,7 @@ which hold none of our formats exactly, and need rows of 256.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,18 +67,18 @@ REQUANTIZED = "Q8_0"
 """For what no type of `TYPES` holds: 6 and 8 bits with fractional zero points."""
 
 
-def find_type(packed: PackedWeight) -> BlockType | None:
-    """The smallest type that takes the codes of `packed` as they are, or None."""
+def find_type(weights: Sequence[PackedWeight]) -> BlockType | None:
+    """The smallest type that takes the codes of all `weights` as they are, or None."""
+    return next((kind for kind in TYPES if all(_holds(kind, packed) for packed in weights)), None)
+
+
+def _holds(kind: BlockType, packed: PackedWeight) -> bool:
+    if kind.offset is None:
+        return packed.format.levels <= kind.levels
     zero_point = packed.zero_point.float()
-    whole = bool((zero_point == zero_point.round()).all())
     low, high = (float(end) for end in zero_point.aminmax()) if zero_point.numel() else (0.0, 0.0)
-    for kind in TYPES:
-        if kind.offset is None:
-            if packed.format.levels <= kind.levels:
-                return kind
-        elif whole and kind.offset - high >= 0 and packed.format.max_code - low + kind.offset < kind.levels:
-            return kind
-    return None
+    fits = kind.offset - high >= 0 and packed.format.max_code - low + kind.offset < kind.levels
+    return fits and bool((zero_point == zero_point.round()).all())
 
 
 def encode(packed: PackedWeight, kind: BlockType | None) -> np.ndarray:

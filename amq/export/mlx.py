@@ -18,10 +18,11 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint, write_tensors
 from amq.errors import AmqError
-from amq.export.architecture import with_flat_rope
-from amq.export.common import check_formats, formats_of, other_tensors, packed_linears, plain_config, stored_name
+from amq.export.architecture import rotary, with_flat_rope
+from amq.export.common import check_formats, formats_of, is_expert, outer_weights, plain_config, rows_of, stored_name
 from amq.formats import FORMATS, n_groups
-from amq.model.shape import ModelShape
+from amq.model.experts import COUNTS
+from amq.model.shape import ModelShape, size
 from amq.packing import PackedWeight
 from amq.util.files import write_json
 
@@ -30,6 +31,12 @@ BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 GROUP_BYTES = 8
 """Per group of MLX: scale and bias in float32."""
+EXPERTS: dict[str, tuple[tuple[str, str], ...]] = {
+    "gpt_oss": (),
+    "mixtral": ((".mlp.experts.", ".block_sparse_moe.switch_mlp."), (".mlp.gate.", ".block_sparse_moe.gate.")),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe", "olmoe", "glm4_moe"), ((".mlp.experts.", ".mlp.switch_mlp."),)),
+}
+"""{model_type: (what, by what) in names}: of mixtures whose experts mlx-lm has in stacks of these names."""
 CHECKED = ("gemma2", "llama", "mistral", "phi3", "qwen2", "qwen3")
 """Model types whose export was loaded with mlx-lm and compared (benchmarks/export_matrix.py)."""
 
@@ -49,17 +56,55 @@ Scales and biases are float32, which makes the weights exact, and activations fl
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """See `amq.export`. Refused: formats that MLX lacks, input features that are not a multiple of 32."""
+    """See `amq.export`. Refused: formats that MLX lacks, input features that are not a multiple of 32, experts of a
+    layer and role with several formats or of a class that mlx-lm has otherwise."""
     check_formats(checkpoint, [f.name for f in FORMATS.values() if f.is_dense and f.code_bits in BITS], "MLX")
     record, formats = checkpoint.record, formats_of(checkpoint)
     sizes = {linear: group_size(linear, shape[1], record.group_size) for linear, shape in record.shapes.items()}
-    modules = {stored_name(checkpoint, n): {"group_size": sizes[n], "bits": fmt.bits} for n, fmt in formats.items()}
+    stacks = _stacks(checkpoint)
+    modules = {
+        name.removesuffix(".weight"): {"group_size": sizes[sources[0]], "bits": formats[sources[0]].bits}
+        for name, sources in stacks.items()
+        if sources[0] in formats
+    }
     usual = Counter((m["group_size"], m["bits"]) for m in modules.values()).most_common(1)[0][0]
-    config = with_flat_rope(plain_config(checkpoint))
+    config = _with_old_keys(with_flat_rope(plain_config(checkpoint)))
     config["quantization"] = {"group_size": usual[0], "bits": usual[1], **modules}
-    write_tensors(folder, _tensors(checkpoint, sizes))
+    write_tensors(folder, _tensors(checkpoint, stacks, sizes))
     write_json(folder / "config.json", config)
     return _facts(checkpoint, sizes, config)
+
+
+def _with_old_keys(config: dict[str, Any]) -> dict[str, Any]:
+    """mlx-lm's classes read two settings where they stood before transformers 5."""
+    count, share = size(config, *COUNTS), rotary(config).parameters.get("partial_rotary_factor")
+    found = ({"num_experts": count} if count else {}) | ({"partial_rotary_factor": share} if share else {})
+    return {**found, **config}
+
+
+def _stacks(checkpoint: Checkpoint) -> dict[str, tuple[str, ...]]:
+    """{tensor as mlx-lm has it, experts without their number: its sources}: `amq.export.common.rows_of`."""
+    record, rows, kind = checkpoint.record, rows_of(checkpoint), checkpoint.config.get("model_type")
+    mixed = any(len(sources) > 1 for sources in rows.values())
+    if mixed and kind not in EXPERTS:
+        raise AmqError(
+            f"the mlx export knows the experts of {', '.join(EXPERTS)}; of model type {kind!r} mlx-lm's names were not "
+            "compared: use --to gguf"
+        )
+    for row, sources in rows.items():
+        found = {record.formats.get(source, "16 bits") for source in sources}
+        if len(found) > 1:
+            raise AmqError(
+                f"MLX has one tensor for all experts of {row.removesuffix('.weight')}, which have "
+                f"{' and '.join(sorted(found))}: search and quantize again with `--tie experts`"
+            )
+    return {_renamed(row, EXPERTS.get(str(kind), ())): sources for row, sources in rows.items()}
+
+
+def _renamed(name: str, changes: tuple[tuple[str, str], ...]) -> str:
+    for what, by in changes:
+        name = name.replace(what, by)
+    return name
 
 
 def group_size(linear: str, in_features: int, ours: int) -> int:
@@ -84,12 +129,21 @@ def mlx_weight(packed: PackedWeight, size: int) -> dict[str, Tensor]:
     return {"weight": words, "scales": scale, "biases": -zero_point * scale}
 
 
-def _tensors(checkpoint: Checkpoint, sizes: dict[str, int]) -> Iterator[tuple[str, Tensor]]:
-    for linear, packed in packed_linears(checkpoint):
-        for part, tensor in mlx_weight(packed, sizes[linear]).items():
-            yield f"{stored_name(checkpoint, linear)}.{part}", tensor
-    for name, tensor in other_tensors(checkpoint):  # a norm with 16-bit weights would round what it returns to them
-        yield name, tensor.float() if tensor.ndim == 1 else tensor
+def _tensors(
+    checkpoint: Checkpoint, stacks: dict[str, tuple[str, ...]], sizes: dict[str, int]
+) -> Iterator[tuple[str, Tensor]]:
+    for name, sources in stacks.items():
+        expert = is_expert(sources[0])
+        if sources[0] in checkpoint.record.formats:
+            weights = [mlx_weight(checkpoint.packed(source), sizes[source]) for source in sources]
+            for part in weights[0]:
+                tensors = [weight[part] for weight in weights]
+                yield f"{name.removesuffix('.weight')}.{part}", torch.stack(tensors) if expert else tensors[0]
+            continue
+        plain = [checkpoint.tensor(source) for source in sources]
+        # a norm with 16-bit weights would round what it returns to them
+        plain = [tensor.float() if tensor.ndim == 1 else tensor for tensor in plain]
+        yield name, torch.stack(plain) if expert else plain[0]
 
 
 def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]) -> dict[str, Any]:
@@ -103,10 +157,8 @@ def _facts(checkpoint: Checkpoint, sizes: dict[str, int], config: dict[str, Any]
         "weights": "the checkpoint's own, exact: codes copied, bias = −zero_point·scale in float32",
         "bits per weight": f"{8 * theirs / numel:.3f} ({8 * ours / numel:.3f} in the checkpoint, with fp16 scales)",
     }
-    if record.head:
-        facts[record.head] = (
-            f"{record.formats[record.head]}, exact like the others, as `{stored_name(checkpoint, record.head)}`"
-        )
+    for name in outer_weights(checkpoint):
+        facts[name] = f"{record.formats[name]}, exact like the others, as `{stored_name(checkpoint, name)}`"
     if cut := [linear for linear, size in sizes.items() if size != record.group_size]:
         facts["ragged groups"] = f"{len(cut)} linears, such as {cut[0]}, have groups of {sizes[cut[0]]} instead"
     if (kind := config.get("model_type")) not in CHECKED:

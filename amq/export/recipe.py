@@ -12,6 +12,8 @@ from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.auto_round import LEFT_ALONE
+from amq.export.common import outer_weights
+from amq.export.gguf_families import FAMILIES
 from amq.export.gptq import bits, commonest, dynamic_rules
 from amq.util.files import write_json
 
@@ -26,8 +28,6 @@ TYPES = {
     "int8": ("q8_0", "q8_0", "Q8_0"),
 }
 """Format → llama.cpp's type, the type for rows that are not whole super-blocks, and the preset of the whole file."""
-ARCHITECTURES = {"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"}
-"""model_type → llama.cpp's name of the architecture, where the two differ."""
 
 TYPES_FILE, LAYER_CONFIG, DYNAMIC = "llama-tensor-types.txt", "autoround-layer-config.json", "gptqmodel-dynamic.json"
 
@@ -52,6 +52,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     formats = {name: record.formats[name] for name in record.block_shapes}
     base = commonest(formats)
     head = f"--output-tensor-type {llama_type(record, record.head)} " if record.head else ""
+    head += "".join(f"--token-embedding-type {llama_type(record, name)} " for name in record.own_embeddings)
     (folder / TYPES_FILE).write_text("".join(f"{name}={type_}\n" for name, type_ in lines.items()), encoding="utf-8")
     (folder / "llama-quantize.sh").write_text(
         f"llama-quantize --tensor-type-file {TYPES_FILE} {head}model-f16.gguf model-mixed.gguf {TYPES[base][2]}\n",
@@ -64,10 +65,8 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
     write_json(folder / DYNAMIC, {**scheme, "dynamic": dynamic_rules(record.configuration.formats, base)})
     narrow = sum(shape[1] % SUPER_BLOCK > 0 for shape in record.block_shapes.values())
     facts = {f"{fmt} in llama.cpp": TYPES[fmt][0] for fmt in sorted(set(formats.values()))}
-    if record.head:
-        facts[record.head] = (
-            f"{llama_type(record, record.head)} in llama.cpp; AutoRound and GPTQModel leave it in 16 bits"
-        )
+    for name in outer_weights(checkpoint):
+        facts[name] = f"{llama_type(record, name)} in llama.cpp; AutoRound and GPTQModel leave it in 16 bits"
     if narrow:
         facts["rows that are not a multiple of 256"] = (
             f"{narrow} linears take q4_0, q5_0 or q8_0 instead, which cost more bits than the configuration counts"
@@ -82,7 +81,7 @@ def tensor_types(checkpoint: Checkpoint) -> dict[str, str]:
     config, record = checkpoint.config, checkpoint.record
     kind = str(config.get("model_type"))
     known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
-    arch = known.get(ARCHITECTURES.get(kind, kind))
+    arch = known.get(FAMILIES[kind].arch if kind in FAMILIES else kind)
     if arch is None:
         raise AmqError(f"llama.cpp has no architecture for model type {kind!r}: there is no recipe for this model")
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from amq.checkpoint.store import Checkpoint, open_checkpoint
-from amq.export.common import DenseHead, plain_config
-from amq.export.settings import EXPORTS, ExportSettings
+from amq.errors import AmqError
+from amq.export.common import DenseOuter, outer_weights, plain_config
+from amq.export.settings import EXPORTS, HOLD_EXPERTS, ExportSettings
 from amq.integrations.opening import open_export_once
 from amq.model.companions import copy_model_files
 from amq.util.extras import needs
@@ -28,10 +29,14 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
     record = stored.record
     facts: dict[str, Any] = {}
-    if record.head and not target.head:
-        checkpoint = DenseHead(stored)
+    if record.has_experts and not target.experts:
+        raise AmqError(
+            f"the {to} export holds no experts: {target.experts_reason}; use --to {' or '.join(HOLD_EXPERTS)}"
+        )
+    if outer_weights(stored) and not target.head:
+        checkpoint = DenseOuter(stored)
         kept = str(checkpoint.dtype).removeprefix("torch.")
-        facts[record.head] = f"{record.formats[record.head]} in the checkpoint, dequantized to {kept} here"
+        facts |= {n: f"{record.formats[n]} in the checkpoint, dequantized to {kept} here" for n in checkpoint.outer}
 
     own_code = "auto_map" in plain_config(stored)
     if own_code:
@@ -52,9 +57,10 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
 
 def _readme(checkpoint: Checkpoint, to: str, loading: str, facts: dict[str, Any]) -> str:
     record = checkpoint.record
-    counts = Counter(record.configuration.formats.values())
+    outer = outer_weights(checkpoint)
+    counts = Counter(fmt for name, fmt in record.configuration.formats.items() if name not in outer)
     formats = ", ".join(f"{count} linears {name}" for name, count in sorted(counts.items()))
-    formats += f", {record.head} {record.formats[record.head]}" if record.head else ""
+    formats += "".join(f", {name} {record.formats[name]}" for name in outer)
     lines = [
         f"# {checkpoint.folder.resolve().name}, exported as {to}",
         "",

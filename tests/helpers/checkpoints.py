@@ -28,13 +28,14 @@ def tiny_checkpoint(
     embeddings: str = "",
     kept: str = "",
     formats: Mapping[str, str] = MappingProxyType({}),
+    zero_points: str = "fractional",
     **options: Any,
 ) -> Path:
     """Writes `model` quantized into `folder`.
 
     head: the head's format. embeddings: that of embeddings which are tied to no head. kept: linears whose names match
     this pattern stay in 16 bits. formats: {linear: format}, where not every linear takes its turn.
-    options: of `write_checkpoint`.
+    zero_points: see `rtn.quantize`. options: of `write_checkpoint`.
     """
     packed, shapes, names = {}, {}, list(FORMATS)
     inventory = take_inventory(model)
@@ -44,7 +45,9 @@ def tiny_checkpoint(
     weights = [s for s in (*linears, *inventory.outer) if chosen[s.name]]
     for spec in weights:
         fmt = FORMATS[chosen[spec.name]]
-        packed[spec.name] = rtn.quantize([get_weight(model, spec.name)], [fmt], group_size)[0][fmt.name]
+        packed[spec.name] = rtn.quantize([get_weight(model, spec.name)], [fmt], group_size, None, zero_points)[0][
+            fmt.name
+        ]
         shapes[spec.name] = (spec.out_features, spec.in_features)
     groups = [
         tuple(s.name for s in linears if s.block == block and s.role.rpartition(".")[2] in roles and s.expert == expert)

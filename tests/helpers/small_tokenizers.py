@@ -94,6 +94,23 @@ def bpe_with_ends() -> Tokenizer:
     return inner
 
 
+def with_merges() -> Any:
+    """Byte-level BPE with two merges over 254 bytes and a special token, which is put before every text."""
+    import transformers
+    from tokenizers import processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:253]
+    vocab = {piece: i for i, piece in enumerate([*alphabet, "he", "hel"])}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[("h", "e"), ("he", "l")]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<s>")
+    fast.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 255)]
+    )
+    return fast
+
+
 KINDS: dict[str, Callable[[], Tokenizer]] = {
     "llama": llama,
     "gemma": gemma,
