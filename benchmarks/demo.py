@@ -40,9 +40,10 @@ def main() -> int:
     args = parser.parse_args()
     progress = terminal_progress()
     start = time.monotonic()
-    result = amq.search(
-        args.model, args.output, formats=FORMATS, target_bits=4.0, resume=args.output.exists(), progress=progress
-    )
+    result = amq.search(  # linears alone, as the uniform rows beside them have it; the checkpoint's head is int8
+        args.model, args.output, formats=FORMATS, target_bits=4.0, head="16bit", resume=args.output.exists(),
+        progress=progress,
+    )  # fmt: skip
     searched = time.monotonic() - start
     print(summary(result.configuration))
     uniform_int3 = next(u.bits_per_weight for u in result.uniform if u.name == "int3")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from amq.model.perplexity import perplexity
 from amq.model.text import WindowSampler, fixed_windows, load_corpus
 from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockSource
+from amq.quantize.head import quantize_outer
 from amq.quantize.methods import METHODS
 from amq.quantize.sources import BankSource
 from amq.util.files import read_json
@@ -33,7 +34,7 @@ from amq.util.progress import Progress
 SCHEMA = "amq/quality/1"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--configuration", action="append", default=[], type=Path, metavar="FILE")
@@ -46,7 +47,7 @@ def main() -> None:
     parser.add_argument("--calibration", default="pydoc")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "rows": []}
     measure(args, content)
     print(table(content["rows"]))
@@ -89,25 +90,27 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
                 continue
             with untouched(loaded.model):
                 start = time.perf_counter()
+                for spec in parts.only(configuration.quantized).outer:
+                    fmt = get_format(configuration.formats[spec.name])
+                    quantize_outer(loaded.model, spec, fmt, configuration.group_size, "fractional")
                 source = block_source(method, loaded, parts, configuration, calibration, args, fingerprint)
                 for block in range(parts.n_blocks):
                     source.finish(source.make(block))
                 seconds = round(time.perf_counter() - start, 1)
-                add(**key, bits=round(configuration.bits_per_weight(parts.linears), 3), seconds=seconds)
+                add(**key, bits=round(configuration.bits_per_weight(parts.weights), 3), seconds=seconds)
 
 
 def block_source(
     method: str, loaded: Any, parts: Any, configuration: Configuration, calibration: torch.Tensor,
     args: argparse.Namespace, fingerprint: str,
 ) -> BlockSource:  # fmt: skip
-    formats, group_size = configuration.formats, configuration.group_size
+    quantized, group_size = parts.only(configuration.quantized), configuration.group_size
+    formats = {spec.name: configuration.formats[spec.name] for spec in quantized.linears}
     if method == "bank":
         recipe = BankRecipe("gptq", group_size, args.calibration, 24, 512, args.seed).of(configuration)
-        bank = recipe.open(loaded, parts, set(formats.values()), Progress(), fingerprint)
-        return BankSource(loaded.model, parts, formats, bank)
-    chosen = METHODS[method]
-    windows = calibration if chosen.calibrated else None
-    return BlockQuantizer(loaded.model, parts, formats, group_size, chosen, windows)
+        bank = recipe.open(loaded, quantized, set(formats.values()), Progress(), fingerprint)
+        return BankSource(loaded.model, quantized, formats, bank)
+    return BlockQuantizer(loaded.model, parts, formats, group_size, METHODS[method], calibration)
 
 
 @contextmanager

@@ -24,7 +24,9 @@ from helpers.split_runs import make_split_run
 from helpers.tiny_models import byte_tokenizer, tiny_llama
 from provenance import checkout
 
+from amq.configuration import Configuration
 from amq.errors import AmqError
+from amq.model.inventory import take_inventory
 from amq.split.figures import read_runs
 
 ROOT = Path(__file__).parents[1]
@@ -152,6 +154,26 @@ def test_quality_table_goes_on_with_what_is_missing(
     rows = json.loads(results.read_text())["rows"]
     assert rows[:3] == first and rows[3]["method"] == "bank" and {"commit", "dirty", "date"} <= rows[3].keys()
     assert "| 32 | 4.000 | uniform int3 |" in shown
+
+
+def test_quality_of_a_configuration_that_names_the_head(tmp_path: Path, cache: Path) -> None:
+    """The head is rounded and counted, and what the configuration keeps stays."""
+    folder, results = tmp_path / "model", tmp_path / "quality.json"
+    tiny_llama().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    parts = take_inventory(tiny_llama())
+    formats = {spec.name: "int4" for spec in parts.linears} | {parts.linears[0].name: "16bit"}
+    text = tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(15_000)))
+    arguments = f"--model {folder} --method rtn,bank --text {text} --calibration {text} --windows 2 --max-tokens 1024"
+    for name, head in (("plain", {}), ("head", {parts.outer[-1].name: "int2"})):
+        Configuration(formats | head, 32).save(tmp_path / f"{name}.json")
+        arguments += f" --configuration {tmp_path / name}.json"
+    quality.main([*arguments.split(), "--json", str(results)])
+    _, *rows = json.loads(results.read_text())["rows"]
+    for method in ("rtn", "bank"):
+        plain, head = (row for row in rows if row["method"] == method)
+        assert head["bits"] < plain["bits"] and head["perplexity"] != plain["perplexity"]
 
 
 def test_calibration_texts_are_compared_and_a_second_call_adds_what_is_missing(

@@ -88,6 +88,15 @@ def test_versions_and_what_is_packed() -> None:
     assert plain.version == 1 and not plain.has_experts
 
 
+def test_names_of_earlier_versions_are_not_compacted() -> None:
+    """A reader of version 1 or 2 looks for every linear by its own name: here two of an nn.Sequential."""
+    shapes = {"h.0.mlp.0": (8, 32), "h.0.mlp.1": (8, 32)}
+    sequential = QuantizationRecord(dict.fromkeys(shapes, "int3"), shapes, 32)
+    written = sequential.json()
+    assert written["version"] == 1 and set(written["formats"]) == set(written["shapes"]) == set(shapes)
+    assert reread(sequential) == sequential
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

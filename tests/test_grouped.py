@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,22 @@ def test_the_op_is_single_calls_on_every_backend(backend: str, dtype: torch.dtyp
     fake = torch.ops.amq.grouped_linear(x.to("meta"), [p.to("meta") for p in parts[0]], parts[1], sizes, 33, 32,
                                         [None] * 4, mode, backend)  # fmt: skip
     assert fake.shape == y.shape and fake.dtype == dtype
+
+
+def test_a_backend_of_single_calls_is_not_asked_for_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CUDA library refuses an empty x."""
+    reference = BACKENDS["reference"]
+
+    def linear(x: torch.Tensor, *rest: object) -> torch.Tensor:
+        assert len(x)
+        return reference.linear(x, *rest)
+
+    monkeypatch.setitem(BACKENDS, "reference", replace(reference, linear=linear))
+    weights = [backends.prepare(w.packed, "reference") for w in group("int3", 3, (33, 100), 32)]
+    x = random_x(3, 100)
+    y = ops.grouped_linear(x, weights, (0, 3, 0))
+    assert torch.equal(y, ops.linear(x, [weights[1]]))
+    assert ops.grouped_linear(x[:0], weights, (0, 0, 0)).shape == (0, 33)
 
 
 def test_the_op_says_what_does_not_fit() -> None:

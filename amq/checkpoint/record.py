@@ -100,7 +100,9 @@ class QuantizationRecord:
             "version": self.version,
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
         }
-        file = replace(self, formats=compact(self.formats), shapes=compact(self.shapes), kept=compact(self.kept))
+        file = self  # readers of earlier versions know each linear by its own name alone
+        if self.version == 3:
+            file = replace(self, formats=compact(self.formats), shapes=compact(self.shapes), kept=compact(self.kept))
         optional = ("head", "embedding", "kept")
         return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 

@@ -23,14 +23,14 @@ def open_all(folders: Iterable[str]) -> dict[str, Checkpoint]:
 
 def runtime_backend(checkpoints: Iterable[Checkpoint], backend: str | None, activations: str, device: str) -> str:
     """`backend`, or the fastest one on `device` that runs the formats of all `checkpoints`: a table compares like."""
-    formats = {fmt for checkpoint in checkpoints for fmt in checkpoint.record.formats.values()}
+    formats = {fmt for checkpoint in checkpoints for fmt in checkpoint.record.multiplied}
     chosen = backend or choose_backend(sorted(formats), torch.device(device).type)
     check_activations(chosen, activations)
     return chosen
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
-    """Of everything that has a format, as everywhere."""
+    """Of everything that has a format, as everywhere: head and embeddings where they are quantized."""
     return checkpoint.record.bits_per_weight
 
 

@@ -67,7 +67,8 @@ class Backend:
         if self.grouped is not None:
             return self.grouped(x, weights, sizes, biases, activations)
         each = zip(x.split(list(sizes)), weights, biases, strict=True)
-        return torch.cat([self.linear(rows, [weight], bias, activations) for rows, weight, bias in each])
+        parts = [self.linear(rows, [weight], bias, activations) for rows, weight, bias in each if len(rows)]
+        return torch.cat(parts) if parts else x.new_empty(0, weights[0].out_features)
 
 
 def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
