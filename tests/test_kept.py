@@ -62,7 +62,11 @@ def test_a_head_that_a_configuration_keeps_is_counted(
     formats = {s.name: KEPT.name if s.kind in ("head", "embedding") else "int3" for s in weights}
     Configuration(formats, 32).save(tmp_path / "found.json")
     log = quantize(
-        str(make_folder(model)), str(tmp_path / "out"), configuration=str(tmp_path / "found.json"), method="rtn", **SMALL
+        str(make_folder(model)),
+        str(tmp_path / "out"),
+        configuration=str(tmp_path / "found.json"),
+        method="rtn",
+        **SMALL,
     ).log
     record = open_checkpoint(tmp_path / "out").record
     assert record.kept.keys() == ({"model.embed_tokens"} if tied else {"lm_head", "model.embed_tokens"})
