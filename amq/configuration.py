@@ -223,7 +223,7 @@ def memory_items(
         MemoryItem("linears: codes", codes),
         MemoryItem("linears: scales and zero points", configuration.bytes(model.linears) - codes - kept),
         *([MemoryItem("linears: kept", kept, "16 bits, by choice")] if kept else ()),
-        *other_items(model, outer, configuration.group_size),
+        *_other_items(model, outer, configuration.group_size),
     ]
     if context:
         size = sum(cache.bytes(context) for cache in caches)
@@ -245,11 +245,9 @@ def bytes_read(model: Inventory, configuration: Configuration) -> float:
     return configuration.bytes_read(model.weights) + OTHER_BYTES * sum(o.numel for o in rest if o.name not in gone)
 
 
-def other_items(
-    model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept] | None = None, group_size: int = 128
-) -> list[MemoryItem]:
+def _other_items(model: Inventory, outer: Mapping[LinearSpec, BitFormat | Kept], group_size: int) -> list[MemoryItem]:
     """What is outside the blocks' linears, by kind: at 16 bits each, but for the head and embeddings in `outer`."""
-    packed = {s: fmt for s, fmt in (outer or {}).items() if not isinstance(fmt, Kept)}
+    packed = {s: fmt for s, fmt in outer.items() if not isinstance(fmt, Kept)}
     gone = {f"{name}.weight" for s in packed for name in (s.name, s.tied)}
 
     def total(kind: str) -> int:

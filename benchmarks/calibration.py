@@ -78,6 +78,7 @@ class Benchmark:
         self._args, self._content, self._progress = args, content, progress
         self._opened = opened = open_model(args.model)
         self._formats = parse_formats(args.formats)
+        self._linears = opened.inventory.only({s.name for s in opened.inventory.linears})  # the head stays as it is
         self._space = SearchSpace.build(opened.inventory.linears, self._formats, args.group_size, {}, [])
         self._fingerprint = opened.fingerprint
         self._swap = LinearSwap(opened.model, [s.name for s in opened.inventory.linears])
@@ -153,7 +154,7 @@ class Benchmark:
     def _bank(self, windows: Tensor) -> WeightBank:
         settings = BankSettings("gptq", self._args.group_size, windows)
         return open_bank(
-            self._opened.model, self._opened.inventory, self._formats, settings, self._progress,
+            self._opened.model, self._linears, self._formats, settings, self._progress,
             fingerprint=self._fingerprint,
         )  # fmt: skip
 
@@ -163,7 +164,7 @@ class Benchmark:
         passes = []
         with self._progress.stage("fisher", len(windows.fisher)) as step:
             for one in fisher_passes(
-                opened.model, opened.inventory, bank, windows.fisher, [f.name for f in self._formats], seed,
+                opened.model, self._linears, bank, windows.fisher, [f.name for f in self._formats], seed,
                 unscored=windows.unscored,
             ):  # fmt: skip
                 passes.append(one)

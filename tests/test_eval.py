@@ -125,6 +125,27 @@ def test_configuration_brings_its_own_bank(tiny_folder: Path, configuration: Pat
     assert result.settings.bank == BankRecipe(**provenance, group_size=32)
 
 
+def test_configuration_with_the_head(tiny_folder: Path, configuration: Path, text: str, tmp_path: Path) -> None:
+    """As a search finds them: the head is swapped too, and counted."""
+    linears, path = Configuration.load(configuration).formats, tmp_path / "head.json"
+    model = make_tiny_llama()
+    (head,) = (s for s in take_inventory(model).outer if s.kind == "head")
+    rows = []
+    for fmt in ("16bit", "int2"):
+        mixed = Configuration({**linears, head.name: fmt}, 32)
+        mixed.save(path)
+        result = evaluate(str(tiny_folder), [path], text=text, calibration=text, proxy="rtn", full=False, **OPTIONS)
+        rows += result.rows
+        assert rows[-1].bits_per_weight == round(mixed.bits_per_weight(take_inventory(model).weights), 4)
+    assert rows[0].weight_bytes - rows[1].weight_bytes == 2 * head.numel - head.numel * 3 // 8
+    assert rows[1].negative_log_likelihood != rows[0].negative_log_likelihood
+
+
+def test_a_model_on_disk_takes_no_configuration(tiny_folder: Path, configuration: Path, text: str) -> None:
+    with pytest.raises(AmqError, match="want a model in memory.*use --load memory"):
+        evaluate(str(tiny_folder), [configuration], text=text, load="disk", **OPTIONS)
+
+
 def test_repeatable_and_cached(tiny_folder: Path, text: str, cache: Path) -> None:
     first = evaluate(str(tiny_folder), uniform="int3", text=text, calibration=text, **OPTIONS)
     stamps = {p: p.stat().st_mtime_ns for p in cache.rglob("*.safetensors")}

@@ -201,6 +201,21 @@ def test_weight_files_are_split_and_indexed(tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_no_two_large_tensors_are_held_for_a_file(tmp_path):
+    """Each of two is written before the next is made; what is small shares a file, and none is empty."""
+    files = []
+
+    def made():
+        for i, size in enumerate((1, 12, 12, 1, 1)):
+            files.append(len(list(tmp_path.iterdir())))
+            yield f"t{i}", torch.full((size,), i, dtype=torch.int32)
+
+    write_tensors(tmp_path, made(), shard_size=80)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert [index["weight_map"][f"t{i}"][6:11] for i in range(5)] == ["00001", "00001", "00002", "00003", "00003"]
+    assert files == [0, 0, 1, 2, 2]
+
+
 def test_recipe_names_gguf_tensors_and_gives_each_tool_its_settings(tmp_path):
     gguf = pytest.importorskip("gguf", reason="the recipe takes names from it")
     checkpoint = make(tmp_path / "in", tuple(FORMATS), "fractional", hidden_size=256, head_dim=64)

@@ -52,6 +52,25 @@ def dequantized_model(folder: Path) -> nn.Module:
     return plain
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_a_configuration_keeps_is_counted(
+    tied: bool, make_folder: Callable[[nn.Module], Path], tmp_path: Path
+) -> None:
+    """As a search finds it: the checkpoint says the bits per weight that the configuration has."""
+    model = tiny_llama(tie_word_embeddings=tied)
+    weights = take_inventory(model).weights
+    formats = {s.name: KEPT.name if s.kind in ("head", "embedding") else "int3" for s in weights}
+    Configuration(formats, 32).save(tmp_path / "found.json")
+    found, out = str(tmp_path / "found.json"), tmp_path / "out"
+    log = quantize(str(make_folder(model)), str(out), configuration=found, method="rtn", **SMALL).log
+    record = open_checkpoint(tmp_path / "out").record
+    assert record.kept.keys() == ({"model.embed_tokens"} if tied else {"lm_head", "model.embed_tokens"})
+    assert round(record.bits_per_weight, 4) == log.bits_per_weight > 3.5
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    loaded.save_pretrained(tmp_path / "again")
+    assert open_checkpoint(tmp_path / "again").record.kept == record.kept
+
+
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq+gptq", "bank"])
 def test_quantize(method: str, tiny_folder: Path, tmp_path: Path) -> None:
     """Kept linears are stored as they were, up to scales that AWQ folds into what they share an input with."""

@@ -35,8 +35,8 @@ class QuantizationRecord:
     head: the linear behind the blocks (`lm_head`), where it is one of `formats`; else empty.
     embedding: {embedding: linear} where an embedding's row i is row i of that packed linear: tied weights. Such an
         embedding has no tensor of its own. One that is packed by itself is named for itself, and is in `formats`.
-    kept: {linear: (out_features, in_features)} of the linears that were left in 16 bits by choice: plain tensors under
-        their own names, counted in bits per weight.
+    kept: {linear: (out_features, in_features)} of the linears, head and embeddings that were left in 16 bits by choice:
+        plain tensors under their own names, counted in bits per weight.
 
     An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
     agree once (`amq.configuration.compact`).

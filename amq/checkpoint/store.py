@@ -27,7 +27,8 @@ from amq.util.folders import write_folder
 from amq.util.records import read_record
 from amq.util.tensors import hashes_metadata, open_file, open_files, save_file, stored_hashes, verify_file
 
-SHARD_SIZE = 4 << 30
+SHARD_SIZE = 1 << 30
+"""Also what is held for a file at once, besides the tensor that no longer fits it."""
 
 UNUSED = "amq_unused_tensors"
 """Key of config.json: names of tensors that are kept for other programs, as they were, and belong to no module."""
@@ -248,7 +249,9 @@ def write_tensors(
     shard_size: int = SHARD_SIZE,
     metadata: Callable[[Mapping[str, Tensor]], dict[str, str]] = lambda shard: {"format": "pt"},
 ) -> None:
-    """Writes model.safetensors, or shards and their index, holding at most one shard in memory.
+    """Writes model.safetensors, or shards and their index, holding at most one shard and the next tensor in memory.
+
+    A tensor of more than half a shard, an embedding, is the last of its own: two of them are never held.
 
     metadata: what a shard's header says, from its tensors.
     """
@@ -257,18 +260,22 @@ def write_tensors(
     size = total = 0
 
     def flush() -> None:
+        nonlocal size
         save_file(shards[0], folder / f"{len(files)}.part", metadata=metadata(shards[0]))
         files.append(list(shards[0]))
-        shards[0] = {}
+        shards[0], size = {}, 0
 
     for name, tensor in tensors:
         bytes_ = tensor.numel() * tensor.element_size()
         if shards[0] and size + bytes_ > shard_size:
             flush()
-            size = 0
         shards[0][name] = tensor.contiguous()
         size, total = size + bytes_, total + bytes_
-    flush()
+        del tensor
+        if 2 * bytes_ > shard_size:
+            flush()
+    if shards[0] or not files:
+        flush()
     if len(files) == 1:
         (folder / "0.part").rename(folder / "model.safetensors")
         return

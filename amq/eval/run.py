@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint
-from amq.configuration import Configuration, other_items
+from amq.configuration import Configuration, memory_items
 from amq.errors import AmqError
 from amq.eval import checkpoints
 from amq.eval.banks import Banks
@@ -18,6 +18,7 @@ from amq.eval.settings import EvalSettings
 from amq.eval.tasks import TaskRunner
 from amq.formats import BitFormat, parse_formats
 from amq.model.opened import open_model
+from amq.model.paging import pager_of
 from amq.proxy.swap import LinearSwap
 from amq.quantize.bank import BankRecipe
 from amq.util.progress import Progress
@@ -92,17 +93,23 @@ class _Run:
         opened = open_model(name, how.dtype, how.device, how.trust_remote_code, how.load)
         inventory = opened.inventory
         for _, configuration in configurations:
-            configuration.check(inventory.linears, opened.usable.reasons)
+            configuration.check(inventory.linears, opened.usable.reasons, inventory.outer)
+        if (formats or configurations) and pager_of(opened.model) is not None:
+            raise AmqError(
+                f"--configuration and --uniform want a model in memory, {name} is read block by block: use --load "
+                "memory, or quantize it (amq quantize) and evaluate the checkpoint"
+            )
         self.measure.prepare(opened.loaded)
-        swap = LinearSwap(opened.model, (s.name for s in inventory.linears), self.backend, how.activations)
+        linears, outer = (s.name for s in inventory.linears), (s.name for s in inventory.outer)
+        swap = LinearSwap(opened.model, linears, self.backend, how.activations, outer)
         banks = Banks(opened, swap, self.measure.progress)
         jobs = [(f.name, Configuration.uniform(inventory.linears, f, recipe.group_size), recipe) for f in formats]
         jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
         forms = [Form(label, 16.0, 2 * inventory.numel)] if how.full else []
         for title, configuration, of in jobs:
             banks.open(of, configuration)
-            size = configuration.bytes(inventory.linears) + sum(item.bytes for item in other_items(inventory))
-            bits = configuration.bits_per_weight(inventory.linears)
+            size = sum(item.bytes for item in memory_items(inventory, configuration))
+            bits = configuration.bits_per_weight(inventory.weights)
             forms.append(Form(title, bits, size, partial(banks.apply, configuration, of)))
         self.measure.run(opened.loaded, forms)
 

@@ -173,9 +173,11 @@ class BlockRunner:
     def check(self, tokens: Tensor) -> None:
         """Raises AmqError unless the model cut at every boundary gives the very logits of an uncut forward.
 
-        tokens: int64 [1, n].
+        tokens: int64 [1, n]. A model that is larger than memory is checked once: this reads every block twice.
         """
-        name = type(self.model).__name__
+        name, pager = type(self.model).__name__, pager_of(self.model)
+        if pager is not None and pager.checked:
+            return
         with torch.no_grad():
             whole = self.model(input_ids=tokens, use_cache=False).logits[0]
             if not bool(torch.isfinite(whole).all()):
@@ -192,6 +194,8 @@ class BlockRunner:
         difference = float((cut - whole).abs().max() / whole.abs().max())
         if not difference <= 1e-3:
             raise AmqError(refused.format(f"logits differ by {difference:.1e} relative"))
+        if pager is not None:
+            pager.checked = True
 
     def _state(self, boundary: int, kwargs: Mapping[str, Any], output: Any) -> Tensor:
         """What goes on from the block before `boundary`; behind the last block that is the hidden state alone."""

@@ -35,15 +35,12 @@ class Experts(nn.Module):
     """The experts of one layer, `experts` of them; a child of linears per role, in the order of use.
 
     top_k: experts that a token is routed to, None before a token came.
-    observed: experts that run on every token besides, their results dropped: for hooks on linears of experts that few
-        tokens reach (calibration).
     """
 
     def __init__(self, fused: nn.Module) -> None:
         super().__init__()
         self.num_experts = self.experts = int(cast(int, fused.num_experts))
         self.top_k: int | None = None
-        self.observed: frozenset[int] = frozenset()
         self.interleaved = not getattr(fused, "is_concatenated", True)
         self._with_norm = bool(getattr(fused, "has_post_expert_norm", False))
         for name, child in fused.named_children():
@@ -72,8 +69,6 @@ class Experts(nn.Module):
         if len(order):
             result = self.run(hidden_states[token], counts) * top_k_weights.flatten()[order].unsqueeze(-1)
             out = out.index_add(0, token, result.to(hidden_states.dtype))
-        for index in sorted(self.observed):
-            self.run(hidden_states, [len(hidden_states) * (i == index) for i in range(self.experts)])
         return out
 
     def run(self, x: Tensor, counts: Sequence[int]) -> Tensor:
@@ -208,16 +203,23 @@ class Routing:
     """Where in a block something that scores experts can stand, by shape.
 
     places: (path of the module that a layer of experts stands in, how many experts).
+    read: (path of a module, in_features of a linear directly in it): a shared expert may be as wide as there are
+        experts (Qwen3-Next: 512), but what its gate gives is read beside it, and scores are not.
     """
 
     places: tuple[tuple[str, int], ...]
+    read: frozenset[tuple[str, int]]
 
     @staticmethod
-    def of(layers: Mapping[str, Layer]) -> Routing:
-        return Routing(tuple((path.rpartition(".")[0], layer.experts) for path, layer in layers.items()))
+    def of(layers: Mapping[str, Layer], block: nn.Module) -> Routing:
+        places = tuple((path.rpartition(".")[0], layer.experts) for path, layer in layers.items())
+        linears = ((path, module) for path, module in block.named_modules() if isinstance(module, nn.Linear))
+        return Routing(places, frozenset((path.rpartition(".")[0], linear.in_features) for path, linear in linears))
 
-    def scores(self, path: str, rows: int) -> bool:
-        """Whether the weight of the module at `path`, of `rows` rows, scores experts, or the shared ones (one row)."""
+    def scores(self, path: str, rows: int, columns: int) -> bool:
+        """Whether the weight [rows, columns] of the module at `path` scores experts, or the shared ones (one row)."""
+        if rows != columns and (path.rpartition(".")[0], rows) in self.read:
+            return False
         return any(rows in (1, experts) and path.startswith(place and f"{place}.") for place, experts in self.places)
 
 

@@ -192,12 +192,12 @@ def _block_linears(model: PreTrainedModel, blocks_path: str, blocks: nn.ModuleLi
     seen: set[int] = set()
     for index, block in enumerate(blocks):
         layers = layers_of_experts(block, model.config)
-        routing = Routing.of(layers)
+        routing = Routing.of(layers, block)
         for path, module in block.named_modules():
             if not _is_plain(module) or id(module.weight) in seen:
                 continue
             layer, role, number = _as_expert(path, layers)
-            if layer is None and routing.scores(path, module.out_features):
+            if layer is None and routing.scores(path, module.out_features, module.in_features):
                 continue
             seen.add(id(module.weight))
             spec = LinearSpec(f"{blocks_path}.{index}.{path}", index, role, module.out_features, module.in_features)
@@ -252,8 +252,9 @@ def _reason_of(model: PreTrainedModel, name: str, parameter: Tensor, blocks_path
     if not name.startswith(blocks_path + "."):
         return f"{type(owner).__name__} outside the decoder blocks"
     number, _, path = owner_name.removeprefix(blocks_path + ".").partition(".")
-    layers = layers_of_experts(model.get_submodule(f"{blocks_path}.{number}"), model.config)
-    if parameter.ndim == 2 and Routing.of(layers).scores(path, parameter.shape[0]):
+    block = model.get_submodule(f"{blocks_path}.{number}")
+    layers = layers_of_experts(block, model.config)
+    if parameter.ndim == 2 and Routing.of(layers, block).scores(path, *parameter.shape):
         return SCORES
     if parameter.ndim > 2 and path in layers:
         return f"{parameter.ndim}-D parameter of {type(owner).__name__}, experts in a layout that is not known"

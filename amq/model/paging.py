@@ -61,21 +61,19 @@ class Pager:
 
     parts: the first `n_blocks` are the decoder blocks; the others, which text does not pass through, are never there
         unless they are held or run.
-    room: bytes that parts may take besides the one that runs or is held, so that a model which nearly fits is not read
-        again and again; what ran longest ago goes first.
+    checked: whether it was shown that the model can be run block by block.
     """
 
-    def __init__(
-        self, parts: Mapping[str, nn.Module], n_blocks: int, read: Callable[[str], None], room: int = 0
-    ) -> None:
+    def __init__(self, parts: Mapping[str, nn.Module], n_blocks: int, read: Callable[[str], None]) -> None:
         self.paths, self.parts, self.n_blocks = tuple(parts), tuple(parts.values()), n_blocks
-        self._read, self.room = read, room
+        self._read = read
         self._slots = [_slots(path, part) for path, part in parts.items()]
         self.sizes = [sum(empty.numel() * empty.element_size() for _, _, empty in slots) for slots in self._slots]
         self._held: Counter[int] = Counter()
-        self._there: dict[int, None] = {}  # in the order of their last use
+        self._there: set[int] = set()
         self._changes: dict[int, list[Callable[[], object]]] = {}
         self.reads = 0
+        self.checked = False
         for index, part in enumerate(self.parts):
             self._empty(index, True)
             part.register_forward_pre_hook(lambda module, args, index=index: self._visit(index))
@@ -111,13 +109,10 @@ class Pager:
     def _visit(self, block: int) -> None:
         """Makes sure that the block's weights are in memory."""
         if block in self._there:
-            self._there[block] = self._there.pop(block)
             return
         for other in [b for b in self._there if not self._held[b]]:
-            if sum(self.sizes[b] for b in self._there if not self._held[b]) <= self.room:
-                break
             self._empty(other)
-        self._there[block] = None
+        self._there.add(block)
         try:
             self._read(self.paths[block])
             self.reads += 1
@@ -128,7 +123,8 @@ class Pager:
             raise
 
     def _empty(self, block: int, always: bool = False) -> None:
-        if self._there.pop(block, 0) is None or always:
+        if block in self._there or always:
+            self._there.discard(block)
             for module, name, empty in self._slots[block]:
                 (module._parameters if name in module._parameters else module._buffers)[name] = empty
 
@@ -149,6 +145,12 @@ def _slots(path: str, block: nn.Module) -> list[Slot]:
 def pager_of(model: nn.Module) -> Pager | None:
     """None of a model whose weights are all in memory."""
     return getattr(model, ATTRIBUTE, None)
+
+
+def block_bytes(model: nn.Module) -> int:
+    """Most bytes that weights of a block will take besides what is in memory: none of a model that is there."""
+    pager = pager_of(model)
+    return 0 if pager is None else max(pager.sizes)
 
 
 def memory_text(model: nn.Module) -> str:

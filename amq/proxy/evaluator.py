@@ -85,8 +85,7 @@ class Evaluator:
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self.seconds = self.seconds_in_model = 0.0
         with torch.no_grad():
-            if not self._paged:  # whoever opened it for a search has done so: it reads the whole model twice
-                self._runner.check(next(iter(self._windows.values()))[:1, :32])
+            self._runner.check(next(iter(self._windows.values()))[:1, :32])
             self._reference = self._reference_hidden()
             self._cache = self._cache_reference(cache_memory)
         self.seconds = self.seconds_in_model = 0.0  # without the reference's forwards above

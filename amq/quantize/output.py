@@ -203,7 +203,7 @@ def stored_dtype(source: Path, module: nn.Module) -> torch.dtype:
     """The 16 bits that unquantized weights are stored in: the source's own, else float16 where it reaches."""
     config = read_json(source / "config.json", floats=True)
     own = DTYPES.get(config.get("dtype") or config.get("torch_dtype"))
-    sizes = [float(p.abs().max()) for part in named_weights(module) for _, p in part if p.numel()]
+    sizes = [_reach(p) for part in named_weights(module) for _, p in part if p.numel()]
     if own is not None and own.itemsize == 2:
         if max(sizes) <= torch.finfo(own).max:
             return own
@@ -215,3 +215,8 @@ def stored_dtype(source: Path, module: nn.Module) -> torch.dtype:
     limits = torch.finfo(torch.float16)
     fits = max(sizes) < limits.max / 4 and all(size >= limits.tiny for size in sizes if size)
     return torch.float16 if fits else torch.bfloat16
+
+
+def _reach(tensor: Tensor) -> float:
+    """The largest size of its numbers; without a copy of it, which an embedding may have no room for."""
+    return max(abs(float(extreme)) for extreme in tensor.aminmax())

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from amq.configuration import Configuration, linear_bytes
+from amq.checkpoint.store import SHARD_SIZE
+from amq.configuration import OTHER_BYTES, Configuration
 from amq.errors import AmqError
-from amq.formats import get_stored
 from amq.model.calibration import FLOAT, STATE_BYTES, gram_bytes, in_parts
 from amq.model.inventory import EXPERT, Inventory, embedding_weight, get_linear
+from amq.model.paging import block_bytes
 from amq.quantize.pieces import STACK
 from amq.quantize.shown import counts_text
 from amq.util.folders import real_folder
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 WEIGHT_COPIES = 4
 """Of what is rounded at once, in float32: itself, its codes, its errors, its result."""
+RESULT_COPIES = 2
+"""Of a block's packed weights: as they are made, and as its file is written."""
 GRAM_COPIES = 2
 """The second moments of a block's inputs, and what is made of those that are worked with."""
 HEADERS = 1 << 20
@@ -39,8 +42,9 @@ def working_bytes(
     calibrated: bool,
     scales: bool = False,
 ) -> int:
-    """Bytes needed besides the loaded model: hidden states, one block's second moments, copies of what is rounded, and
-    packed head and embeddings.
+    """Bytes needed besides the loaded model: hidden states, one block's second moments, copies of what is rounded, one
+    block's results, packed head and embeddings, and of a model that is read block by block that block; or what is held
+    in 16 bits for a file, where that is more.
 
     sharing: groups of linears that read one tensor. windows: int64 [windows, length]. scales: whether AWQ's are
     searched, for which a block is measured as a whole and a layer of experts kept twice.
@@ -48,20 +52,29 @@ def working_bytes(
     largest = max(s.numel for s in inventory.linears)
     experts = [sum(s.numel for s in inventory.in_block(b) if s.kind == EXPERT) for b in range(inventory.n_blocks)]
     stacked = max(largest, min(STACK, max(experts)))
-    outer = sum(
-        linear_bytes(s, get_stored(configuration.formats[s.name]), configuration.group_size)
-        for s in configuration.of(inventory.outer)
-    )
-    needed = WEIGHT_COPIES * FLOAT * stacked + outer
+    results = RESULT_COPIES * max(configuration.bytes(inventory.in_block(b)) for b in range(inventory.n_blocks))
+    always = configuration.bytes(inventory.outer) + block_bytes(model)
+    written = _written_bytes(inventory, configuration)
+    needed = WEIGHT_COPIES * FLOAT * stacked + results
     if not calibrated:
-        return needed
+        return always + max(needed, written)
     followers = {name for group in sharing for name in group[1:]}
     blocks = [inventory.in_block(block) for block in range(inventory.n_blocks)]
     grams = max(gram_bytes(p, followers) for b in blocks for p in ([b] if scales else in_parts(b)))
     embedding = embedding_weight(model)
     states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
     states *= 1 + any(experts)  # what enters a layer of experts is kept, for those that few tokens reach
-    return needed + min(states, STATE_BYTES) + GRAM_COPIES * grams + FLOAT * max(experts) * scales
+    needed += min(states, STATE_BYTES) + GRAM_COPIES * grams + FLOAT * max(experts) * scales
+    return always + max(needed, written)
+
+
+def _written_bytes(inventory: Inventory, configuration: Configuration) -> int:
+    """Most bytes of weights in 16 bits that are made for a file at once, `write_tensors`."""
+    packed = [s for s in inventory.outer if s.name in configuration.quantized]
+    names = {f"{name}.weight" for s in packed for name in (s.name, s.tied)}
+    sizes = [OTHER_BYTES * o.numel for o in inventory.others if o.name not in names]
+    small = sum(size for size in sizes if 2 * size <= SHARD_SIZE)
+    return min(small, SHARD_SIZE) + max((size for size in sizes if 2 * size > SHARD_SIZE), default=0)
 
 
 def model_width(model: PreTrainedModel, inventory: Inventory) -> int:

@@ -255,6 +255,13 @@ def _record(
     formats, outer = configuration.quantized, _outer_formats(configuration, inventory)
     shapes = {s.name: (s.out_features, s.in_features) for s in (*inventory.linears, *outer)}
     kept = {name: shapes.pop(name) for name in list(shapes) if name not in formats}
+    stored = {other.name for other in inventory.others}  # a tied pair under one of its names
+    kept |= {
+        name: (s.out_features, s.in_features)
+        for s in configuration.of(inventory.outer)
+        for name in (s.name, s.tied)
+        if s.name not in formats and f"{name}.weight" in stored
+    }
     heads = [s.name for s in outer if s.kind == HEAD]
     tied = {s.tied: s.name for s in outer if s.tied}
     embedding = tied | {s.name: s.name for s in outer if s.kind == EMBEDDING}

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,6 +23,7 @@ from amq.model.blocks import BlockRunner
 from amq.model.inventory import Inventory, LinearSpec, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
+from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.text import Corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
@@ -50,6 +52,12 @@ from amq.util.limits import check_memory
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CACHES = 3
+"""What `--cache-memory` bounds, each for itself: reference distributions, hidden states, weights that are ready."""
 
 
 @dataclass
@@ -140,10 +148,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         inventory = opened.inventory
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
-        check_memory(
-            sum(s.numel for s in space.weights) * embedding.dtype.itemsize + parse_size(settings.cache_memory),
-            "the working copy of what is searched and --cache-memory", settings.device,
-        )  # fmt: skip
+        _say_memory(settings, opened, space, progress)
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
     with timings.measure("text"):
@@ -168,6 +173,29 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             settings.activations, corpus.unscored,
         )  # fmt: skip
     return _Stage(opened, quantized, space, bank, evaluator, cost_windows, corpus, windows_key, budget)
+
+
+def _say_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> None:
+    """Says what a search takes besides the loaded model; raises AmqError where that is not free."""
+    import psutil
+
+    needed = working_bytes(opened.model, space, parse_size(settings.cache_memory))
+    check_memory(needed, "the working copy of what is searched and --cache-memory", settings.device)
+    resident = psutil.Process().memory_info().rss / 2**30
+    progress.say(f"plan: memory: {resident:.2f} GiB in use with the model, about {needed / 2**30:.2f} GiB more")
+    if text := memory_text(opened.model):
+        progress.say(text)
+
+
+def working_bytes(model: PreTrainedModel, space: SearchSpace, cache_memory: int) -> int:
+    """A working copy of all weights that are in the model at once, what `cache_memory` bounds, and of a model that is
+    read block by block that block."""
+    blocks: Counter[int] = Counter()
+    for spec in space.weights:
+        blocks[spec.block] += 0 if is_outer(spec) else spec.numel
+    at_once = sum(blocks.values()) if pager_of(model) is None else max(blocks.values())
+    copies = (at_once + sum(spec.numel for spec in space.outer)) * embedding_weight(model).element_size()
+    return copies + CACHES * cache_memory + block_bytes(model)
 
 
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:

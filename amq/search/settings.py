@@ -137,7 +137,11 @@ class SearchSettings(LoadSettings, BudgetSettings):
     backend: str = flag("reference", "what multiplies the candidates' linears", choices=BACKENDS)
     activations: str = flag("fp32", "int8 rounds activations as deployed; needs --backend cpu", choices=ACTIVATIONS)
     cache_memory: str | int = flag(
-        "256MiB", "memory for cached reference distributions", parse=parse_size, metavar="SIZE"
+        "256MiB",
+        "memory for each of three: reference distributions, hidden states (more of these goes to disk), and weights "
+        "that are ready for their next turn",
+        parse=parse_size,
+        metavar="SIZE",
     )
     time: str | float | None = flag(
         None, "stop evaluating after this long, such as 10min", parse=parse_time, metavar="T"

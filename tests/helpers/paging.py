@@ -27,7 +27,7 @@ class PoisonPager:
         self._parameters = [list(block.parameters()) for block in blocks]
         self._real: list[list[Tensor]] = [[p.data for p in some] for some in self._parameters]
         self._holders: Counter[int] = Counter()
-        self.strays, self.held = 0, []
+        self.strays, self.held, self.checked = 0, [], False
         for index, block in enumerate(blocks):
             self._poison(index)
             block.register_forward_pre_hook(lambda *args, index=index: self._before(index))
