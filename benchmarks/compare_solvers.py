@@ -59,7 +59,7 @@ def main() -> int:
     rows = []
     for seed in (int(s) for s in args.seeds.split(",")):
         base = {"model": args.model, "output": "-", "group_size": 64, "proxy": args.proxy, "windows": 2,
-                "window_length": 256, "points": len(BUDGETS), "seed": seed}  # fmt: skip
+                "window_length": 256, "points": len(BUDGETS), "seed": seed, "head": "16bit"}  # fmt: skip
         timings = Timings()
         stage = _prepare(SearchSettings.make(**base), LineProgress(), timings)
         losses = MemoLosses(stage.evaluator)

@@ -28,7 +28,7 @@ from amq.kernels import cpu as native
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     *("test_linear.py", "test_linear_faults.py", "test_native.py", "test_split_coder.py"),
-    *("test_quantize_gptq.py", "test_symmetric.py"),
+    *("test_grouped.py", "test_quantize_gptq.py", "test_symmetric.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
 )
 LEFT_OUT = "environment or gil or non_finite or nan_and_infinity or huge_activations or tiny_activations"
@@ -39,6 +39,7 @@ SOURCES = ("csrc/**/*", "CMakeLists.txt", "amq/formats.py", "tests/test_sanitize
 """Of the module; what runs it, beside TESTS:"""
 RUN = (
     "amq/kernels/cpu.py",
+    "amq/kernels/modules.py",
     "amq/kernels/ops.py",
     "amq/packing.py",
     "amq/kernels/backends.py",

@@ -77,7 +77,8 @@ class Side:
     def __init__(self, stage: Stage, dtype: torch.dtype, where: torch.device, backend: str = "reference") -> None:
         self.stage, self.dtype = stage, dtype
         self.model = random_llama(stage.sizes, dtype, where)
-        self.inventory: Inventory = take_inventory(self.model)
+        everything = take_inventory(self.model)
+        self.inventory: Inventory = everything.only({s.name for s in everything.linears})  # the head stays as it is
         self._backend = backend
 
     def evaluator(self, bank: WeightBank) -> Evaluator:
