@@ -201,6 +201,12 @@ def test_names_come_while_their_block_is_held(llama: LoadedModel) -> None:
     assert [name for name in in_turn(llama.model, names) if not llama.model.get_parameter(name).is_meta] == names
 
 
+def test_who_goes_through_all_weights_has_one_block_of_them(llama: LoadedModel) -> None:
+    """A list that the caller still has would keep a block there while the next is read."""
+    outside, *blocks = (part for part in named_weights(llama.model))
+    assert outside and not any(blocks)
+
+
 @pytest.mark.parametrize(
     ("name", "tensor", "missing"),
     [

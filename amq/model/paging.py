@@ -191,7 +191,9 @@ def named_weights(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     yield [(name, value) for name, value in names.items() if not name.startswith(prefixes)]
     for index, (path, part) in enumerate(zip(pager.paths, pager.parts, strict=True)):
         with pager.holding(index):
-            yield [(f"{path}.{name}", value) for name, value in part.named_parameters()]
+            listed: list[tuple[str, Tensor]] = [(f"{path}.{n}", value) for n, value in part.named_parameters()]
+            yield listed
+            listed.clear()  # the caller still has the list while the next block is read: two would be there
 
 
 def in_turn(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
