@@ -23,7 +23,7 @@ from amq.model.inventory import EMBEDDING, HEAD, get_weight, take_inventory
 from amq.model.open import LoadedModel
 from amq.packing import dequantize
 from amq.proxy import evaluator as evaluators
-from amq.proxy.evaluator import Evaluator
+from amq.proxy.evaluator import TOGETHER, Evaluator
 from amq.proxy.walk import Walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,7 +171,7 @@ def test_sensitivities_share_what_comes_before(monkeypatch: pytest.MonkeyPatch) 
 def test_a_weight_is_dequantized_once_per_block_for_all() -> None:
     setup = Setup("llama")
     evaluator = setup.evaluator(setup.model)
-    configurations = [setup.mixed(seed) for seed in range(8)]
+    configurations = [setup.mixed(seed) for seed in range(TOGETHER)]
     setup.bank.asked.clear()
     flat(evaluator.evaluate_many(configurations))
     assert len(setup.bank.asked) == len(set(setup.bank.asked))

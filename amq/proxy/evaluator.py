@@ -37,7 +37,7 @@ ROWS = 16
 """Tokens whose loss torch computes at once, so that its temporaries stay in the CPU's cache."""
 BATCH_TOKENS = 1024
 """Tokens run through the blocks at once."""
-TOGETHER, TOGETHER_PAGED = 16, 64
+TOGETHER, TOGETHER_PAGED = 4, 64
 """Configurations that advance together at most: what a killed search measures again, and a `--time` overruns. More
 where every walk reads the model from disk; their hidden states may go there too."""
 
