@@ -49,10 +49,9 @@ def open_paged(folder: Path, dtype: torch.dtype, device: str, trust_remote_code:
     reader = _Reader(model, twin, source)
     parts = {f"{path}.{index}": block for index, block in enumerate(blocks)} | other_parts(model)
     pager = Pager(parts, len(blocks), reader.read_part)
-    prefixes = tuple(f"{part}." for part in parts)
-    outside = sum(v.numel() * v.element_size() for n, v in model.named_parameters() if not n.startswith(prefixes))
+    outside = sum(value.numel() * value.element_size() for _, value in pager.outside(model))
     check_memory(outside + max(pager.sizes), f"{name} block by block (what is outside of its blocks, and one)", device)
-    reader.read(lambda target: not target.startswith(prefixes))
+    reader.read(lambda target: pager.part_of(target) is None)
     model.tie_weights(missing_keys=set(source.missing), recompute_mapping=False)
     if quantizer is not None:
         quantizer.postprocess_model(model)

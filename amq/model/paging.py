@@ -82,6 +82,11 @@ class Pager:
         """The part that the parameter `name` lies in; None outside of all."""
         return next((index for index, path in enumerate(self.paths) if name.startswith(f"{path}.")), None)
 
+    def outside(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+        """The parameters of `model` that lie in none of the parts, each once: they are always in memory."""
+        prefixes = tuple(f"{path}." for path in self.paths)
+        return [(name, value) for name, value in model.named_parameters() if not name.startswith(prefixes)]
+
     @contextmanager
     def holding(self, block: int) -> Iterator[None]:
         self._visit(block)
@@ -158,8 +163,7 @@ def memory_text(model: nn.Module) -> str:
     pager = pager_of(model)
     if pager is None:
         return ""
-    prefixes = tuple(f"{path}." for path in pager.paths)
-    always = sum(p.numel() * p.element_size() for n, p in model.named_parameters() if not n.startswith(prefixes))
+    always = sum(value.numel() * value.element_size() for _, value in pager.outside(model))
     return (
         f"plan: weights are read block by block: {always / 2**30:.2f} GiB outside of the blocks stay in memory "
         f"(embedding, head), and one of {pager.n_blocks} blocks at a time, at most {max(pager.sizes) / 2**30:.2f} GiB; "
@@ -182,13 +186,11 @@ def after_reading(model: nn.Module, block: int, change: Callable[[], object]) ->
 def named_weights(model: nn.Module) -> Iterator[list[tuple[str, Tensor]]]:
     """All parameters, each once and under its first name, as named_parameters gives them, in parts: all at once of a
     model that is in memory, else what is outside of the blocks and then block after block, held meanwhile."""
-    names = dict(model.named_parameters())
     pager = pager_of(model)
     if pager is None:
-        yield list(names.items())
+        yield list(model.named_parameters())
         return
-    prefixes = tuple(f"{path}." for path in pager.paths)
-    yield [(name, value) for name, value in names.items() if not name.startswith(prefixes)]
+    yield list(pager.outside(model))
     for index, (path, part) in enumerate(zip(pager.paths, pager.parts, strict=True)):
         with pager.holding(index):
             listed: list[tuple[str, Tensor]] = [(f"{path}.{n}", value) for n, value in part.named_parameters()]

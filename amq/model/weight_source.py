@@ -168,18 +168,6 @@ class WeightSource:
                 "config.json belongs to another model"
             )
 
-    def sources(self, name: str) -> list[str]:
-        """Tensors of the files that the weight `name` comes from: one that is the same, or those that a rule takes."""
-        for weight in self._weights.values():
-            if name in weight.targets:
-                return [part for part, _ in weight.parts]
-        return []
-
-    def as_stored(self, name: str) -> Tensor | None:
-        """The weight `name` in the files' own dtype where one tensor of the files is it; None where a rule makes it."""
-        weight = self._weights.get(name)
-        return self.files.read(weight.parts[0][0]) if weight is not None and weight.rule is None else None
-
     def _make(self, name: str, plan: Any, parts: list[tuple[str, str]]) -> dict[str, Any]:
         """{weight: tensor, or a list with it} that the rule `plan` makes of `parts`."""
         if plan is None:
