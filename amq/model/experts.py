@@ -240,8 +240,7 @@ def split_expert(linear: str) -> tuple[str, int] | None:
 
 def expert_of(model: Any, linear: str) -> tuple[str, int] | None:
     """(name of the `Experts`, index) of the linear of that name; None where it is no expert's."""
-    parent, _, index = linear.rpartition(".")
-    owner = parent.rpartition(".")[0]
-    if not index.isdigit() or not owner:
+    if (found := split_expert(linear)) is None:
         return None
-    return (owner, int(index)) if isinstance(model.get_submodule(owner), Experts) else None
+    owner = found[0].rpartition(".")[0]
+    return (owner, found[1]) if isinstance(model.get_submodule(owner), Experts) else None
