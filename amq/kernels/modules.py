@@ -69,6 +69,10 @@ class QuantizedLinear(nn.Module):
             self._weight = replace(self._weight, data=self.data)
         return self._weight
 
+    def prepared(self, device: torch.device) -> PreparedWeight:
+        """The weight for an input on `device`, where it has to be already."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, (self.weight,), self.bias, self.activations, self.name)
 
@@ -77,7 +81,7 @@ class QuantizedLinear(nn.Module):
         """[rows, out_features]: linear i times its `sizes[i]` rows of x, in one call (`amq.model.experts`)."""
         first, last = linears[0], linears[-1]
         name = first.name if first is last else f"{first.name} … {last.name}"
-        weights, biases = [module.weight for module in linears], [module.bias for module in linears]
+        weights, biases = [module.prepared(x.device) for module in linears], [module.bias for module in linears]
         return grouped_linear(x, weights, sizes, biases, first.activations, name)
 
     def extra_repr(self) -> str:
@@ -241,10 +245,7 @@ class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[mis
         wanted = x.requires_grad or any(m.bias is not None and m.bias.requires_grad for m in linears)
         if wanted and torch.is_grad_enabled():
             return torch.cat([m(rows) for m, rows in zip(linears, x.split(list(sizes)), strict=True)])
-        first, last = linears[0], linears[-1]
-        name = first.name if first is last else f"{first.name} … {last.name}"
-        weights, biases = [module.prepared(x.device) for module in linears], [module.bias for module in linears]
-        return grouped_linear(x, weights, sizes, biases, first.activations, name)
+        return QuantizedLinear.grouped(linears, x, sizes)
 
     def product(self, x: Tensor) -> Tensor:
         return linear(x, (self.prepared(x.device),), self.bias, self.activations, self.name)
