@@ -318,11 +318,11 @@ def _build_outer(model: nn.Module, folder: Path, missing: MissingOuter, group_si
     with progress.stage("head and embeddings", sum(map(len, missing.values()))) as step, torch.no_grad():
         for spec, formats in missing.items():
             weight = get_weight(model, spec.name).detach().cpu()
+            energy = square_error(weight, None) or 1.0
             for fmt in formats:
                 check_grid(spec, weight, fmt, group_size)
                 packed = round_to_grid(weight, fmt, group_size, "fractional")
                 error = square_error(weight, packed)
-                energy = square_error(weight, None) or 1.0
                 content = {f"{spec.name}.{part}": t for part, t in {**packed.parts, **_error(error)}.items()}
                 save_tensors(_outer_file(folder, spec, fmt), content, hashes_metadata(content))
                 step(f"{spec.name} {fmt.name}: relative error {(error / energy) ** 0.5:.3f}")

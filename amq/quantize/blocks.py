@@ -27,7 +27,7 @@ from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
 from amq.quantize.methods import Method
-from amq.quantize.pieces import put, stacks
+from amq.quantize.pieces import put, square_error, stacks
 from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.grid import check_scales
@@ -214,9 +214,10 @@ def install(model: nn.Module, result: BlockResult) -> None:
 
 def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) -> float:
     """‖(W − Ŵ)x‖/‖Wx‖, root mean square over tokens and rows; without `gram` ‖W − Ŵ‖/‖W‖."""
-    error = dequantized(packed).sub_(weight)
+    if gram is None:
+        return math.sqrt(square_error(weight, packed) / max(square_error(weight, None), 1e-30))
 
     def energy(rows: Tensor) -> float:
-        return float((rows if gram is None else rows @ gram).mul_(rows).sum(dtype=torch.float64))
+        return float((rows @ gram).mul_(rows).sum(dtype=torch.float64))
 
-    return math.sqrt(max(energy(error), 0.0) / max(energy(weight.clone()), 1e-30))
+    return math.sqrt(max(energy(dequantized(packed).sub_(weight)), 0.0) / max(energy(weight), 1e-30))

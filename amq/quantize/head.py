@@ -8,7 +8,6 @@ not tied is packed by itself. A quantizer that sees calibration inputs sees thos
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -17,7 +16,8 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.packing import PackedWeight
-from amq.quantize.pieces import put, square_error
+from amq.quantize.blocks import relative_error
+from amq.quantize.pieces import put
 from amq.quantize.quantizers.grid import out_of_range
 from amq.quantize.quantizers.rtn import quantize_fitted
 from amq.quantize.settings import NO_HEAD
@@ -74,7 +74,7 @@ def quantize_outer(
     parameter = get_weight(model, spec.name)
     weight = parameter.detach().cpu()
     result = round_to_grid(weight, fmt, group_size, zero_points)
-    error = math.sqrt(square_error(weight, result) / max(square_error(weight, None), 1e-30))
+    error = relative_error(weight, result, None)
     put(parameter.data, result)
     return result, error
 
