@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.export.gguf_types import BLOCK
 from amq.model.experts import COUNTS, TOP_K
-from amq.model.shape import ModelShape, head_dim, kv_heads, need, size
+from amq.model.shape import FULL, SLIDING, ModelShape, head_dim, kv_heads, need, size
 
 Config = Mapping[str, Any]
 Keys = dict[str, Any]
-FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
-BLOCK = 32
+LINEAR = "linear_attention"
 
 
 def n_layers(config: Config) -> int:
@@ -57,11 +57,20 @@ def gpt_oss(config: Config) -> Keys:
     return experts(config, "intermediate_size") | window(config)
 
 
-def period_of(config: Config) -> int:
-    """Every so many layers look back on all tokens; 0 where layers do not alternate like that."""
-    kinds = [layer.kind for layer in ModelShape.of(config).layers]
+def kinds_of(config: Config) -> list[str]:
+    """Of all layers."""
+    return [layer.kind for layer in ModelShape.of(config).layers]
+
+
+def kv_heads_by_layer(config: Config) -> list[int | None]:
+    return [kv_heads(config) if kind == FULL else 0 for kind in kinds_of(config)]
+
+
+def period_of(config: Config, others: str = SLIDING) -> int:
+    """Every so many layers look back on all tokens; 0 where they do not alternate like that with `others`."""
+    kinds = kinds_of(config)
     period = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
-    even = [FULL if (i + 1) % period == 0 else SLIDING for i in range(len(kinds))]
+    even = [FULL if (i + 1) % period == 0 else others for i in range(len(kinds))]
     return period if kinds == even else 0
 
 
@@ -144,11 +153,9 @@ SIGMOID = 2
 
 
 def lfm2(config: Config) -> Keys:
-    kinds = [layer.kind for layer in ModelShape.of(config).layers]
-    heads = kv_heads(config)
     return {
         "shortconv.l_cache": need(config, "conv_L_cache"),
-        "attention.head_count_kv": [heads if kind == FULL else 0 for kind in kinds],
+        "attention.head_count_kv": kv_heads_by_layer(config),
         "feed_forward_length": lfm2_width(config),
     }
 
@@ -253,9 +260,8 @@ def delta_moe(config: Config) -> Keys:
 
 
 def period_of_full(config: Config) -> int:
-    kinds = [layer.kind for layer in ModelShape.of(config).layers]
-    period = kinds.index(FULL) + 1 if FULL in kinds else len(kinds) + 1
-    if kinds != [FULL if (i + 1) % period == 0 else LINEAR for i in range(len(kinds))]:
+    period = period_of(config, LINEAR)
+    if not period:
         raise AmqError("in llama.cpp every so many layers of this model are full attention; not so in this model")
     return period
 
@@ -270,14 +276,13 @@ def delta_check(config: Config) -> None:
 def mamba(config: Config) -> Keys:
     """Of Mamba 2 in GraniteMoeHybrid and NemotronH, with the heads of every layer."""
     heads = need(config, "mamba_n_heads", "mamba_num_heads")
-    kinds = [layer.kind for layer in ModelShape.of(config).layers]
     return {
         "ssm.conv_kernel": need(config, "mamba_d_conv", "conv_kernel"),
         "ssm.state_size": need(config, "mamba_d_state", "ssm_state_size"),
         "ssm.group_count": need(config, "mamba_n_groups", "n_groups"),
         "ssm.time_step_rank": heads,
         "ssm.inner_size": heads * need(config, "mamba_d_head", "mamba_head_dim"),
-        "attention.head_count_kv": [kv_heads(config) if kind == FULL else 0 for kind in kinds],
+        "attention.head_count_kv": kv_heads_by_layer(config),
     }
 
 
@@ -298,7 +303,7 @@ def granite_hybrid(config: Config) -> Keys:
 
 
 def granite_check(config: Config) -> None:
-    if all(layer.kind == FULL for layer in ModelShape.of(config).layers):
+    if all(kind == FULL for kind in kinds_of(config)):
         raise AmqError("llama.cpp's granitehybrid needs a layer of Mamba; this model has none")
 
 

@@ -10,18 +10,15 @@ import numpy as np
 
 from amq.errors import AmqError
 from amq.export.architecture import ROPE_THETA, rotary
-from amq.model.shape import ModelShape, Rotary, head_dim, said
-
-FREQUENCIES = "rope_freqs.weight"
-SHORT, LONG = "rope_factors_short.weight", "rope_factors_long.weight"
-BY_TENSOR = {"llama3", "longrope"}
+from amq.model.gguf.rope import FREQUENCIES, LONG, SHORT, llama3_factors
+from amq.model.shape import FULL, SLIDING, ModelShape, Rotary, head_dim, said
 
 
 def rope_of(config: Mapping[str, Any]) -> Rotary:
     """Of all layers; of those that look back on all tokens where layers with a window have their own (gemma3)."""
     found = ModelShape.of(config).rotary
-    if found.keys() == {"full_attention", "sliding_attention"} and config.get("model_type") == "gemma3_text":
-        return found["full_attention"]
+    if found.keys() == {FULL, SLIDING} and config.get("model_type") == "gemma3_text":
+        return found[FULL]
     return rotary(config)
 
 
@@ -105,8 +102,7 @@ def rope_frequencies(config: Mapping[str, Any]) -> np.ndarray | None:
     if rope.kind != "llama3":
         return None
     dim, scaling = dims_of(config), rope.parameters
-    wavelength = 2 * np.pi * theta_of(config) ** (np.arange(0, dim, 2) / dim)
+    plain = 1 / theta_of(config) ** (np.arange(0, dim, 2) / dim)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] / wavelength
-    kept = ((turns - low) / (high - low)).clip(0, 1)
-    return (1 / ((1 - kept) / scaling["factor"] + kept)).astype(np.float32)
+    factors = llama3_factors(plain, scaling["factor"], low, high, scaling["original_max_position_embeddings"])
+    return factors.astype(np.float32)

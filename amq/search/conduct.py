@@ -80,10 +80,10 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     front = make_front(problem, on_front, solution.table, fit)
     folder.write(front)
     seconds = {k: round(v, 3) for k, v in (*timings.seconds.items(), ("total", time.monotonic() - started))}
-    pins = {name: fmt.name for name, fmt in problem.space.pinned.items()}
     pruned = problem.space.widest(solution.sensitivity.pinned if solution.sensitivity else ())
+    pins = {name: fmt.name for name, fmt in {**problem.space.pinned, **pruned}.items()}
     folder.write(replace(
-        run, status=status, pinned={**pins, **pruned}, timings=seconds,
+        run, status=status, pinned=pins, timings=seconds,
         evaluations=_count_evaluations(problem, timings),
     ))  # fmt: skip
     return SearchResult(folder.path, configuration, front.front, front.uniform, front.hypervolume, status, seconds)

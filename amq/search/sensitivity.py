@@ -93,8 +93,9 @@ def sensitivity_costs(problem: Problem) -> Table:
     numel = {s.name: s.numel for s in space.quantized}
     for (names, fmt), record in records.items():
         cost = max(0.0, float(saturation(np.array(record.ranked))) - zero)
+        size = sum(numel[name] for name in names)
         for name in names:
-            table[name][fmt] += cost * numel[name] / sum(numel[n] for n in names)
+            table[name][fmt] += cost * numel[name] / size
     # a constant for the base makes sums comparable with losses: T(base) is spread by size over what is quantized in it
     quantized = [s for s in space.quantized if base[s.name] != KEPT.name]
     whole = sum(spec.numel for spec in quantized)

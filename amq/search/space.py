@@ -139,7 +139,8 @@ class SearchSpace:
             [sum(linear_bytes(s, f, self.group_size) for s in v) for f in choices]
             for v, choices in zip(self.variables, self.choices, strict=True)
         ]
-        return np.array([[*row, *[row[-1]] * (int(self.counts.max()) - len(row))] for row in rows])
+        most = int(self.counts.max())
+        return np.array([[*row, *[row[-1]] * (most - len(row))] for row in rows])
 
     @cached_property
     def pinned_bytes(self) -> int:
@@ -149,11 +150,11 @@ class SearchSpace:
     def log10_size(self) -> float:
         return float(np.log10(self.counts).sum())
 
-    def widest(self, names: Iterable[str]) -> dict[str, str]:
+    def widest(self, names: Iterable[str]) -> dict[str, Choice]:
         """{weight: its last choice} of those called `names` that are no pinned ones."""
         wanted = set(names)
         pairs = zip(self.variables, self.choices, strict=True)
-        return {s.name: choices[-1].name for v, choices in pairs for s in v if s.name in wanted}
+        return {s.name: choices[-1] for v, choices in pairs for s in v if s.name in wanted}
 
     @property
     def smallest(self) -> np.ndarray:

@@ -152,7 +152,7 @@ def _from_factors(rope: Rope, factors: np.ndarray) -> dict[str, Any]:
 
 
 def llama3_factors(plain: np.ndarray, scaling: float, low: float, high: float, original: float) -> np.ndarray:
-    """float64: what Llama 3 divides the frequencies `plain` by; see `amq.export.gguf_rope.rope_frequencies`."""
+    """float64: what Llama 3 divides the frequencies `plain` by."""
     turns = original * plain / (2 * np.pi)
     kept = ((turns - low) / (high - low)).clip(0, 1)
     return 1 / ((1 - kept) / scaling + kept)

@@ -34,8 +34,8 @@ def pruned(problem: Problem, threshold: float) -> tuple[SearchSpace, Sensitivity
     What is tied was measured together, and is pinned together.
     """
     found = measure(problem, threshold)
-    space, pins = problem.space, set(found.pinned)
-    out = {s.name: c[-1] for v, c in zip(space.variables, space.choices, strict=True) for s in v if s.name in pins}
+    space = problem.space
+    out = space.widest(found.pinned)
     if len(out) == sum(len(v) for v in space.variables):
         return space, found
     variables = tuple(v for v in space.variables if v[0].name not in out)
