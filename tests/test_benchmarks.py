@@ -328,4 +328,5 @@ def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny_folder: Path) -> 
         assert written["layers"] == 2 and 0 < run["own_gib"] < 3 and run["resident_gib"] >= run["own_gib"]
         assert "plan: memory: " in run["said"] and "| quantize, extrapolated, at most | 4 |" in shown
     with pytest.raises(AmqError, match=r"took 0\.\d\d GiB, more than 0\.0078125: "):
-        large.run_within([sys.executable, "-c", "x = bytearray(b'1') * (1 << 28)"], 8 << 20)
+        code = "import time; x = bytearray(b'1') * (1 << 28); time.sleep(60)"  # it ends when it is seen, however late
+        large.run_within([sys.executable, "-c", code], 8 << 20)
