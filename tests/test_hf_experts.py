@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import tiny_checkpoint
-from helpers.packed_models import CASES, build
+from helpers.packed_models import CASES, build, checkpoint_in
 from helpers.tiny_models import random_tokens
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -34,13 +34,7 @@ TOKENS = random_tokens(2, 20)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def folder(case: str) -> Path:
-        kind, how = CASES[case]
-        return root / case if (root / case).exists() else tiny_checkpoint(build(kind), root / case, **how)
-
-    return folder
+    return functools.partial(checkpoint_in, tmp_path_factory.mktemp("checkpoints"))
 
 
 def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> nn.Module:
