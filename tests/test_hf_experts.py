@@ -9,10 +9,10 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.in_transformers import assert_same_tensors, distance, load
 from helpers.packed_models import CASES, build, checkpoint_in
 from helpers.tiny_models import random_tokens
 from torch import nn
@@ -35,21 +35,6 @@ TOKENS = random_tokens(2, 20)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return functools.partial(checkpoint_in, tmp_path_factory.mktemp("checkpoints"))
-
-
-def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> nn.Module:
-    return kind.from_pretrained(folder, **{"dtype": torch.float32, **options})
-
-
-def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("case", CASES)
