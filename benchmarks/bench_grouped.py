@@ -27,6 +27,7 @@ from amq.formats import FORMATS, BitFormat
 from amq.kernels.ops import grouped_linear, linear
 from amq.packing import PreparedWeight
 
+pytestmark = pytest.mark.usefixtures("threads")
 ROUNDS = 30
 
 
@@ -63,22 +64,9 @@ def grid(smoke: bool) -> list[Case]:
     return [*one, Case(FORMATS["int4"], UP, 2, 4), Case(FORMATS["int4"], UP, 2, 512)]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", grid(metafunc.config.getoption("--smoke")), ids=str)
-
-
 @pytest.fixture(scope="module")
 def stage(smoke: bool) -> Stage:
     return Stage(smoke)
-
-
-@pytest.fixture(autouse=True)
-def threads(case: Case) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
-    yield
-    torch.set_num_threads(before)
 
 
 def hits(case: Case, weights: list[PreparedWeight]) -> Iterator[list[PreparedWeight]]:
