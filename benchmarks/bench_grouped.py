@@ -78,10 +78,6 @@ def hits(case: Case, weights: list[PreparedWeight]) -> Iterator[list[PreparedWei
         start = (start + count) % len(weights)
 
 
-def grouped(x: torch.Tensor, weights: list[PreparedWeight], sizes: list[int]) -> torch.Tensor:
-    return grouped_linear(x, weights, sizes)
-
-
 def loop(x: torch.Tensor, weights: list[PreparedWeight], sizes: list[int]) -> torch.Tensor:
     return torch.cat([linear(rows, [weight]) for rows, weight in zip(x.split(sizes), weights, strict=True)])
 
@@ -92,11 +88,11 @@ def test_grouped(case: Case, stage: Stage, smoke: bool, benchmark) -> None:
     weights = (weights * math.ceil(len(case.sizes) / len(weights))) if len(weights) < len(case.sizes) else weights
     x = torch.randn(sum(case.sizes), case.shape.in_features, generator=torch.Generator().manual_seed(0))
     chosen = hits(case, weights)
-    assert torch.equal(grouped(x, first := next(chosen), case.sizes), loop(x, first, case.sizes))
+    assert torch.equal(grouped_linear(x, first := next(chosen), case.sizes), loop(x, first, case.sizes))
     seconds: dict[str, list[float]] = {"grouped": [], "loop": []}
 
     def run() -> None:
-        for name, multiply in (("grouped", grouped), ("loop", loop)):  # by turns: the machine may be shared
+        for name, multiply in (("grouped", grouped_linear), ("loop", loop)):  # by turns: the machine may be shared
             some = next(chosen)
             start = time.perf_counter()
             multiply(x, some, case.sizes)
