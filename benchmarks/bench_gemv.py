@@ -26,7 +26,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,6 +42,7 @@ from amq.kernels.backends import BACKENDS, prepare
 from amq.kernels.ops import linear
 from amq.packing import PackedWeight, PreparedWeight
 
+pytestmark = pytest.mark.usefixtures("threads")
 GROUP_SIZE = 128
 
 
@@ -117,11 +117,6 @@ def grid(smoke: bool) -> list[Case]:
     cases += [Case(widest, first, threads[-1], 512, isa=isa, cold=False) for isa in isas if isa != "portable"]
     order = list(FORMATS)
     return sorted(cases, key=lambda c: (shapes.index(c.shape), order.index(c.format.name), c.tokens, c.threads))
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", grid(metafunc.config.getoption("--smoke")), ids=str)
 
 
 def cache_bytes() -> int:
@@ -258,14 +253,6 @@ def stage(request: pytest.FixtureRequest, smoke: bool) -> Stage:
     stage = Stage(smoke)
     request.config.pluginmanager.register(Summary(stage), "amq-gemv-summary")
     return stage
-
-
-@pytest.fixture(autouse=True)
-def threads(case: Case) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
-    yield
-    torch.set_num_threads(before)
 
 
 def seconds_through_op(case: Case, x: torch.Tensor, weights: list[PreparedWeight]) -> float:

@@ -27,6 +27,7 @@ from amq.formats import FORMATS, BitFormat
 from amq.kernels.ops import grouped_linear, linear
 from amq.packing import PreparedWeight
 
+pytestmark = pytest.mark.usefixtures("threads")
 ROUNDS = 30
 
 
@@ -63,22 +64,9 @@ def grid(smoke: bool) -> list[Case]:
     return [*one, Case(FORMATS["int4"], UP, 2, 4), Case(FORMATS["int4"], UP, 2, 512)]
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "case" in metafunc.fixturenames:
-        metafunc.parametrize("case", grid(metafunc.config.getoption("--smoke")), ids=str)
-
-
 @pytest.fixture(scope="module")
 def stage(smoke: bool) -> Stage:
     return Stage(smoke)
-
-
-@pytest.fixture(autouse=True)
-def threads(case: Case) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(case.threads)
-    yield
-    torch.set_num_threads(before)
 
 
 def hits(case: Case, weights: list[PreparedWeight]) -> Iterator[list[PreparedWeight]]:
@@ -88,10 +76,6 @@ def hits(case: Case, weights: list[PreparedWeight]) -> Iterator[list[PreparedWei
     while True:
         yield [weights[(start + i) % len(weights)] for i in range(count)]
         start = (start + count) % len(weights)
-
-
-def grouped(x: torch.Tensor, weights: list[PreparedWeight], sizes: list[int]) -> torch.Tensor:
-    return grouped_linear(x, weights, sizes)
 
 
 def loop(x: torch.Tensor, weights: list[PreparedWeight], sizes: list[int]) -> torch.Tensor:
@@ -104,11 +88,11 @@ def test_grouped(case: Case, stage: Stage, smoke: bool, benchmark) -> None:
     weights = (weights * math.ceil(len(case.sizes) / len(weights))) if len(weights) < len(case.sizes) else weights
     x = torch.randn(sum(case.sizes), case.shape.in_features, generator=torch.Generator().manual_seed(0))
     chosen = hits(case, weights)
-    assert torch.equal(grouped(x, first := next(chosen), case.sizes), loop(x, first, case.sizes))
+    assert torch.equal(grouped_linear(x, first := next(chosen), case.sizes), loop(x, first, case.sizes))
     seconds: dict[str, list[float]] = {"grouped": [], "loop": []}
 
     def run() -> None:
-        for name, multiply in (("grouped", grouped), ("loop", loop)):  # by turns: the machine may be shared
+        for name, multiply in (("grouped", grouped_linear), ("loop", loop)):  # by turns: the machine may be shared
             some = next(chosen)
             start = time.perf_counter()
             multiply(x, some, case.sizes)

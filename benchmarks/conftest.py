@@ -7,6 +7,7 @@ the figures mean nothing. `tests/test_benchmarks.py` runs it.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,23 @@ def model_name(request: pytest.FixtureRequest, smoke: bool, tmp_path_factory: py
     tiny_llama().save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A benchmark of cases has them in a function `grid` of its file, which takes whether they are to be small."""
+    if "case" in metafunc.fixturenames:
+        metafunc.parametrize("case", metafunc.module.grid(metafunc.config.getoption("--smoke")), ids=str)
+
+
+@pytest.fixture
+def threads(case: Any) -> Iterator[None]:
+    """torch on as many threads as the case says."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    yield
+    torch.set_num_threads(before)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: list[Any], output_json: dict[str, Any]) -> None:

@@ -145,12 +145,11 @@ def write_model(folder: Path, shape: Shape, layers: int, tokenizer: Path, seed: 
     """A folder with one file per block, and one for the rest."""
     folder.mkdir(parents=True)
     pool, where = Pool(seed), {}
-    parts = [("model.safetensors", list(shape.outside()))]
+    parts = [("model-rest.safetensors", list(shape.outside()))]
     for layer in range(layers):
         tensors = [(f"model.layers.{layer}.{name}", size) for name, size in shape.block()]
         parts.append((f"model-{layer:03}.safetensors", tensors))
     for file, tensors in parts:
-        file = "model-rest.safetensors" if file == "model.safetensors" else file
         save_file({name: pool.tensor(size) for name, size in tensors}, folder / file, {"format": "pt"})
         where |= {name: file for name, _ in tensors}
     total = bytes_of(shape.outside()) + layers * bytes_of(shape.block())

@@ -61,13 +61,11 @@ def test_compare_solvers_runs_from_its_own_table(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "c.json").read_text())["provenance"]["commit"] == checkout(ROOT)[0]
 
 
-def test_bank_smoke(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bank_smoke(tiny_folder: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One block by both, the others by the kernels, and a whole bank."""
-    folder, results = tmp_path / "model", tmp_path / "bank.json"
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    results = tmp_path / "bank.json"
     flags = ["--blocks", "1", "--bank-windows", "1", "--window-length", "32", "--group-size", "32", "--total"]
-    assert bank.main([str(folder), *flags, "--json", str(results)]) == 0
+    assert bank.main([str(tiny_folder), *flags, "--json", str(results)]) == 0
     written = json.loads(results.read_text())
     assert written["provenance"]["commit"] == checkout(ROOT)[0] and written["total"]["wall"] > 0
     assert sum("torch" in row for row in written["blocks"]) == 1 and "| ratio |" in capsys.readouterr().out
@@ -156,16 +154,15 @@ def test_quality_table_goes_on_with_what_is_missing(
     assert "| 32 | 4.000 | uniform int3 |" in shown
 
 
-def test_quality_of_a_configuration_that_names_the_head(tmp_path: Path, cache: Path) -> None:
+def test_quality_of_a_configuration_that_names_the_head(tiny_folder: Path, tmp_path: Path, cache: Path) -> None:
     """The head is rounded and counted, and what the configuration keeps stays."""
-    folder, results = tmp_path / "model", tmp_path / "quality.json"
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    results = tmp_path / "quality.json"
     parts = take_inventory(tiny_llama())
     formats = {spec.name: "int4" for spec in parts.linears} | {parts.linears[0].name: "16bit"}
     text = tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(15_000)))
-    arguments = f"--model {folder} --method rtn,bank --text {text} --calibration {text} --windows 2 --max-tokens 1024"
+    arguments = f"--model {tiny_folder} --method rtn,bank --text {text} --calibration {text} --windows 2 "
+    arguments += "--max-tokens 1024"
     for name, head in (("plain", {}), ("head", {parts.outer[-1].name: "int2"})):
         Configuration(formats | head, 32).save(tmp_path / f"{name}.json")
         arguments += f" --configuration {tmp_path / name}.json"
@@ -177,14 +174,12 @@ def test_quality_of_a_configuration_that_names_the_head(tmp_path: Path, cache: P
 
 
 def test_calibration_texts_are_compared_and_a_second_call_adds_what_is_missing(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every pair of texts of the bank and of the costs, on a tiny model."""
-    folder, results, text = tmp_path / "model", tmp_path / "calibration.json", tmp_path / "text.txt"
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    results, text = tmp_path / "calibration.json", tmp_path / "text.txt"
     text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(5_000)))
-    arguments = f"--model {folder} --text {text} --max-tokens 256 --bits 3.5 --group-size 32 --bank-windows 2 "
+    arguments = f"--model {tiny_folder} --text {text} --max-tokens 256 --bits 3.5 --group-size 32 --bank-windows 2 "
     arguments += f"--passes 2 --window-length 32 --json {results} --calibration {text},self"
     calibration.main(arguments.split())
     first = json.loads(results.read_text())["rows"]
@@ -298,14 +293,6 @@ def test_table_of_families(tmp_path: Path) -> None:
     assert "| mixtral | 46.7 | 2.87 % | 99.99 % |" in result.stdout
 
 
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def run_on(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any], str]:
     """What a benchmark wrote to --json, and what it printed."""
     results = tmp_path / "results.json"
@@ -316,23 +303,14 @@ def run_on(tmp_path: Path, script: str, *arguments: str) -> tuple[dict[str, Any]
     return json.loads(results.read_text()), result.stdout
 
 
-def test_mixtures_of_a_dense_model(tmp_path: Path, tiny: Path) -> None:
+def test_mixtures_of_a_dense_model(tmp_path: Path, tiny_folder: Path) -> None:
     """Three experts of 32 features: groups hold the same weights as in the dense model."""
     search = {"formats": "int2,int4", "group_size": 32, "window_length": 64, "windows": 1, "confirm_windows": 1,
               "bank_windows": 2, "cost": "weight", "proxy": "rtn", "points": 2}  # fmt: skip
-    arguments = (
-        "--model",
-        str(tiny),
-        "--experts",
-        "3",
-        "--only",
-        "mixtral,qwen2_moe,qwen3_moe",
-        "--max-tokens",
-        "1100",
-    )
     written, shown = run_on(
-        tmp_path, "mixture", str(tmp_path / "made"), *arguments, "--only", "mixtral,qwen2_moe,qwen3_moe",
-        "--target-bits", "4.2", "--search", json.dumps(search),
+        tmp_path, "mixture", str(tmp_path / "made"), "--model", str(tiny_folder), "--experts", "3",
+        "--only", "mixtral,qwen2_moe,qwen3_moe", "--max-tokens", "1100", "--target-bits", "4.2",
+        "--search", json.dumps(search),
     )  # fmt: skip
     for row in written["rows"]:
         dense, mixture = row["of_dense"], row["of_mixture"]
@@ -342,12 +320,13 @@ def test_mixtures_of_a_dense_model(tmp_path: Path, tiny: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")
-def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny: Path) -> None:
+def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny_folder: Path) -> None:
     for shape in ("tiny", "tiny-moe"):
-        arguments = ("--shape", shape, "--layers", "2", "--tokenizer", str(tiny), "--memory", "3GiB")
+        arguments = ("--shape", shape, "--layers", "2", "--tokenizer", str(tiny_folder), "--memory", "3GiB")
         written, shown = run_on(tmp_path, "large", str(tmp_path / "large"), *arguments)
         run = written["runs"]["quantize"]
         assert written["layers"] == 2 and 0 < run["own_gib"] < 3 and run["resident_gib"] >= run["own_gib"]
         assert "plan: memory: " in run["said"] and "| quantize, extrapolated, at most | 4 |" in shown
     with pytest.raises(AmqError, match=r"took 0\.\d\d GiB, more than 0\.0078125: "):
-        large.run_within([sys.executable, "-c", "x = bytearray(b'1') * (1 << 28)"], 8 << 20)
+        code = "import time; x = bytearray(b'1') * (1 << 28); time.sleep(60)"  # it ends when it is seen, however late
+        large.run_within([sys.executable, "-c", code], 8 << 20)

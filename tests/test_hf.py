@@ -16,6 +16,7 @@ import pytest
 import torch
 import transformers
 from helpers.checkpoints import tiny_checkpoint
+from helpers.in_transformers import assert_same_tensors
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -68,13 +69,6 @@ def damaged(folders: Callable[[str], Path], tmp_path: Path) -> Path:
 
 def load(folder: Path, how: AmqConfig | None = None, **options: Any) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, **options, **({"quantization_config": how} if how else {}))
-
-
-def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("name", MAKERS)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from helpers.checkpoints import tiny_checkpoint
-from helpers.packed_models import CASES, build
+from helpers.in_transformers import assert_same_tensors, distance, load
+from helpers.packed_models import CASES, build, checkpoint_in
 from helpers.tiny_models import random_tokens
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
@@ -34,28 +34,7 @@ TOKENS = random_tokens(2, 20)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def folder(case: str) -> Path:
-        kind, how = CASES[case]
-        return root / case if (root / case).exists() else tiny_checkpoint(build(kind), root / case, **how)
-
-    return folder
-
-
-def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> nn.Module:
-    return kind.from_pretrained(folder, **{"dtype": torch.float32, **options})
-
-
-def assert_same_tensors(one: nn.Module, other: nn.Module) -> None:
-    a, b = one.state_dict(), other.state_dict()
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return functools.partial(checkpoint_in, tmp_path_factory.mktemp("checkpoints"))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -6,14 +6,14 @@ import copy
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
+from helpers.in_transformers import load
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -39,10 +39,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return parent / kind
 
     return folder
-
-
-def load(folder: Path, kind: Any = AutoModelForCausalLM, **options: Any) -> nn.Module:
-    return kind.from_pretrained(folder, **{"dtype": torch.float32, **options})
 
 
 def hidden(model: nn.Module) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.checkpoints import tiny_checkpoint
+from helpers.in_transformers import distance
 from helpers.tiny_models import COMMON, random_tokens, randomized
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
@@ -81,10 +82,6 @@ def load(folder: Path, kind: Any) -> nn.Module:
     model, info = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"] and not info["mismatched_keys"]
     return model
-
-
-def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers.fake_bank import FakeBank
 from helpers.families import FAMILIES
-from helpers.tiny_models import byte_tokenizer, random_tokens
+from helpers.tiny_models import random_tokens
+from torch import nn
 
 from amq.model.losses import LN2
 from amq.model.open import load_folder
@@ -23,10 +25,9 @@ NAMES = ("int3", "int8")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_losses_and_scores(name: str, tmp_path: Path, cache: Path) -> None:
-    FAMILIES[name].build().save_pretrained(tmp_path / "model")
-    byte_tokenizer().save_pretrained(tmp_path / "model")
-    whole, paged = (load_folder("tiny", tmp_path / "model", "float32", "cpu", False, how) for how in (MEMORY, DISK))
+def test_losses_and_scores(name: str, make_folder: Callable[[nn.Module], Path], cache: Path) -> None:
+    folder = make_folder(FAMILIES[name].build())
+    whole, paged = (load_folder("tiny", folder, "float32", "cpu", False, how) for how in (MEMORY, DISK))
     inventory = find_usable(whole.model).inventory
     bank, rng = FakeBank(whole.model, NAMES), random.Random(0)
     configurations = [{s.name: rng.choice((*NAMES, "16bit")) for s in inventory.weights} for _ in range(4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.families import FAMILIES
-from helpers.tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens
+from helpers.tiny_models import ARCHITECTURES, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -36,18 +37,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="session")
-def family_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def family_folder(make_folder: Callable[[nn.Module], Path]) -> Callable[[str], Path]:
     """The tiny model of a family in a folder, made once."""
-    made: dict[str, Path] = {}
-
-    def make(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name)
-            FAMILIES[name].build().save_pretrained(made[name])
-            byte_tokenizer().save_pretrained(made[name])
-        return made[name]
-
-    return make
+    return functools.cache(lambda name: make_folder(FAMILIES[name].build()))
 
 
 def both(folder: Path, dtype: str = "float32") -> tuple[LoadedModel, LoadedModel]:
@@ -168,10 +160,9 @@ def test_weights_that_are_not_there_refuse_to_be_used(llama: LoadedModel) -> Non
             use()
 
 
-def test_one_block_is_there_at_a_time(tmp_path: Path) -> None:
-    ARCHITECTURES["llama"].build(num_hidden_layers=5).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    model = load_folder("tiny", tmp_path, "float32", "cpu", False, DISK).model
+def test_one_block_is_there_at_a_time(make_folder: Callable[[nn.Module], Path]) -> None:
+    folder = make_folder(ARCHITECTURES["llama"].build(num_hidden_layers=5))
+    model = load_folder("tiny", folder, "float32", "cpu", False, DISK).model
     pager, most = pager_of(model), 0
 
     def count(*args: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,20 +90,9 @@ def test_a_checkpoint_computes_what_its_weights_say(
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def source(make_folder: Callable[[torch.nn.Module], Path]) -> Callable[[str], Path]:
     """Folders of the mixtures, as transformers saves them."""
-    from helpers.tiny_models import byte_tokenizer
-
-    made: dict[str, Path] = {}
-
-    def folder(kind: str) -> Path:
-        if kind not in made:
-            made[kind] = tmp_path_factory.mktemp(kind)
-            MIXTURES[kind].build(num_hidden_layers=2).save_pretrained(made[kind])
-            byte_tokenizer().save_pretrained(made[kind])
-        return made[kind]
-
-    return folder
+    return functools.cache(lambda kind: make_folder(MIXTURES[kind].build(num_hidden_layers=2)))
 
 
 def test_what_is_said_of_experts(source: Callable[[str], Path], tmp_path: Path) -> None:

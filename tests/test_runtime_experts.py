@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
-from helpers.packed_models import CASES, build
+from helpers.packed_models import CASES, checkpoint_in
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from transformers import AutoModelForCausalLM
 
@@ -31,13 +32,7 @@ PARTS = [10, 1, 1, 12, 1, 5]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("checkpoints")
-
-    def folder(case: str) -> Path:
-        kind, how = CASES[case]
-        return root / case if (root / case).exists() else tiny_checkpoint(build(kind), root / case, **how)
-
-    return folder
+    return functools.partial(checkpoint_in, tmp_path_factory.mktemp("checkpoints"))
 
 
 def logits_after(engine: TorchEngine | NativeEngine, tokens: list[int]) -> torch.Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from amq.model.experts import unfuse
+from helpers.checkpoints import tiny_checkpoint
 from helpers.tiny_models import COMMON, randomized
 
 MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "tie_word_embeddings": False}
@@ -18,17 +20,22 @@ GEMMA = {
 }  # fmt: skip
 
 
-def build(kind: str, **options: Any) -> nn.Module:
+def build(kind: str) -> nn.Module:
     """A tiny random model whose experts are linears."""
     import transformers
 
-    options = {**COMMON, **FAMILIES[kind][1], **options}
+    name, options = FAMILIES[kind]
     torch.manual_seed(0)
-    name = FAMILIES[kind][0]
-    config = getattr(transformers, f"{name}Config")(**options)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **options})
     model = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")(config)
     unfuse(randomized(model.float(), 0))
     return model
+
+
+def checkpoint_in(root: Path, case: str) -> Path:
+    """The checkpoint of a case, in a folder of `root` where it is made once."""
+    kind, how = CASES[case]
+    return root / case if (root / case).exists() else tiny_checkpoint(build(kind), root / case, **how)
 
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
