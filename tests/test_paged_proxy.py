@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from helpers.fake_bank import FakeBank
 from helpers.families import FAMILIES
+from helpers.paging import realign
 from helpers.tiny_models import random_tokens
 from torch import nn
 
@@ -28,6 +29,8 @@ NAMES = ("int3", "int8")
 def test_losses_and_scores(name: str, make_folder: Callable[[nn.Module], Path], cache: Path) -> None:
     folder = make_folder(FAMILIES[name].build())
     whole, paged = (load_folder("tiny", folder, "float32", "cpu", False, how) for how in (MEMORY, DISK))
+    for loaded in (whole, paged):
+        realign(loaded.model)
     inventory = find_usable(whole.model).inventory
     bank, rng = FakeBank(whole.model, NAMES), random.Random(0)
     configurations = [{s.name: rng.choice((*NAMES, "16bit")) for s in inventory.weights} for _ in range(4)]
@@ -41,7 +44,7 @@ def test_losses_and_scores(name: str, make_folder: Callable[[nn.Module], Path], 
     for loaded, own in ((whole, resident), (paged, evaluator)):
         with own.full_precision():
             tables += fisher_passes(loaded.model, inventory, bank, random_tokens(1, 40, seed=4), NAMES, 0)
-    for weight, scores in tables[0].items():  # not to the bit: mapped weights lie at other addresses, and BLAS minds
+    for weight, scores in tables[0].items():
         assert tables[1][weight] == pytest.approx(scores, rel=1e-5), weight
     assert all(score > 0 for s in inventory.outer for score in tables[0][s.name].values())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.model.inventory import find_blocks
-from amq.model.paging import ATTRIBUTE
+from amq.model.paging import ATTRIBUTE, pager_of
 
 
 class PoisonPager:
@@ -83,3 +83,20 @@ def assert_only_held(pager: PoisonPager, call: Any) -> Any:
     result = call()
     assert pager.strays == before, f"{pager.strays - before} forwards went through blocks that nobody held"
     return result
+
+
+def realign(model: nn.Module) -> None:
+    """Gives every weight of a real model an allocation of its own, those of a model on disk each time they are read.
+
+    Products may depend in their last bits on where a weight lies and how far its rows are apart, on some processors:
+    in a mapped file, or in a parameter that many experts share.
+    """
+
+    def own(parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+    pager = pager_of(model)
+    own(model.parameters() if pager is None else (value for _, value in pager.outside(model)))
+    for block, part in enumerate(pager.parts if pager is not None else ()):
+        pager.after_reading(block, lambda part=part: own(part.parameters()))
