@@ -1,19 +1,24 @@
 // A decoder-only model as one native object: a forward pass over rows of several sequences in one parallel region, with
-// no Python and no allocation between its linears.
+// no Python between its parts.
 //
-// The model is the Llama family's block, described by data: which projections have a bias, whether queries and keys are
-// normed per head, the window of each layer. What a field leaves out (nullptr, 0) is left out of the computation:
+// A model is a list of steps on the residual stream h, each of one operator:
 //
-//     h = h + o · attention(rotate(norm(q)), rotate(norm(k)), v),   q, k, v = qkv · rms_norm(h) (+ bias)
-//     h = h + down · (silu(gate) · up),                             gate, up = gate_up · rms_norm(h) (+ bias)
+//     h = (h + scale · post_norm(op(norm(h)))) · after
+//
+// and an operator is data: what a field leaves out (nullptr, 0, no part) is left out of the computation. Families of models are
+// functions that make this data of a config (amq/runtime/families); amq/runtime/decoder_spec.py is the same record in Python, field by
+// field, with the names of tensors in the place of their addresses. All norms are RMS norms; 1 is added to weights where a
+// family says 1 + weight before they come here.
 
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <new>
+#include <variant>
 #include <vector>
 
+#include "element.h"
 #include "isa.h"
 #include "linear.h"
 #include "team.h"
@@ -21,49 +26,180 @@
 
 namespace amq {
 
-// Linears that share x, multiplied side by side.
+// Linears that share x, multiplied side by side: their outputs lie one after another in a row.
 struct Projection {
     std::vector<LinearPart> parts;
-    const float* bias = nullptr;  // [Σ out_features]
     int64_t in_features = 0;
 
     int64_t out_features() const;
 };
 
-struct Block {
-    const float *attention_norm, *mlp_norm;          // [hidden]
-    const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim]
-    Projection qkv, o, gate_up, down;
-    int64_t window = 0;  // positions that a token sees, itself included; 0: all
+// Angles of a rotary embedding; features beyond `rotary` of a head stay as they are.
+struct Rope {
+    int64_t rotary = 0;                           // features of a head that are rotated, half of them with the other half
+    const float *cos[2] = {}, *sin[2] = {};       // [context, rotary / 2]; the second for long texts, else nullptr
 };
 
-// Rows [vocabulary, hidden]: tiles of a format, or elements.
+struct Attention {
+    int64_t n_heads = 0, n_kv_heads = 0, head_dim = 0;
+    // Queries, keys, values; without values where keys are values, and without both where the cache is another step's.
+    Projection qkv, o;
+    bool gated = false;            // each head's query is followed by its gate: output · sigmoid(gate)
+    bool keys_are_values = false;  // as they are before their norm and rotation
+    int64_t cache_of = -1;         // the step whose keys and values are used; -1: its own
+    const float *q_norm = nullptr, *k_norm = nullptr, *v_norm = nullptr;  // [head_dim]
+    const float *q_norm_all = nullptr, *k_norm_all = nullptr;  // over all heads together, [n_heads · head_dim], [n_kv_heads · head_dim]
+    const float* sinks = nullptr;           // [n_heads], scores of a position that has no value
+    const float* position_scale = nullptr;  // [context], of queries
+    float scale = 1, softcap = 0;           // softcap c: scores → c · tanh(score / c)
+    int64_t rope = -1;                      // of DecoderModel::ropes; -1: none
+    int64_t window = 0;                     // positions that a token sees, itself included; 0: all
+    int64_t cache_offset = 0;               // bytes, in a page of the cache (set by the Decoder)
+
+    int64_t q_stride() const { return gated ? 2 * head_dim : head_dim; }
+    int64_t q_features() const { return n_heads * q_stride(); }
+    int64_t kv_features() const { return n_kv_heads * head_dim; }
+};
+
+// Where in a row of `in` a part of each key head begins: head h at first + h · stride.
+struct Heads {
+    int64_t first = 0, stride = 0;
+};
+
+// Gated delta rule (arXiv 2412.06464) behind a causal convolution of q, k and v with SiLU. Value head j, which belongs to key head
+// j / (n_value_heads / n_key_heads), carries S [key_dim, value_dim] on; with q and k of length 1, q then over √key_dim:
+//
+//     S ← e^(−rate · softplus(a + dt_bias)) · S;  S ← S + k ⊗ sigmoid(b) · (v − Sᵀk);  out = norm(Sᵀq) · silu(z)
+struct DeltaNet {
+    int64_t n_key_heads = 0, n_value_heads = 0, key_dim = 0, value_dim = 0, kernel = 0;
+    Projection in, out;
+    Heads q, k, v, z, b, a;  // v, z, b and a of a key head are those of its value heads, one after another
+    const float* convolution = nullptr;  // [kernel, channels], the newest position last; channels: all q, all k, all v
+    const float *rate = nullptr, *dt_bias = nullptr;  // [n_value_heads]
+    const float* norm = nullptr;         // [value_dim]
+    int64_t state_offset = 0;            // floats, in a sequence's state: [kernel − 1, channels], then S of each value head
+
+    int64_t channels() const { return 2 * n_key_heads * key_dim + n_value_heads * value_dim; }
+    int64_t values() const { return n_value_heads * value_dim; }
+    int64_t state_floats() const { return (kernel - 1) * channels() + n_value_heads * key_dim * value_dim; }
+};
+
+// LFM2's operator: b, c, x = in · h; out · (c · conv(b · x)), a causal convolution per channel.
+struct ShortConv {
+    int64_t kernel = 0;
+    Projection in, out;                  // in: b, c, x, [channels] each
+    const float* convolution = nullptr;  // [kernel, channels], the newest position last
+    const float* bias = nullptr;         // [channels]
+    int64_t state_offset = 0;            // floats: b · x of the last kernel − 1 positions, [kernel − 1, channels]
+
+    int64_t channels() const { return out.in_features; }
+    int64_t state_floats() const { return (kernel - 1) * channels(); }
+};
+
+// down · activation(gate, up); `in` is gate and up, or both in one linear, or up alone (Activation::relu2).
+struct Mlp {
+    Projection in, down;
+    Activation activation = Activation::silu;
+    float limit = 0;  // of Activation::clamped_swiglu
+
+    int64_t wide() const { return down.in_features; }
+};
+
+enum class Score { softmax, sigmoid };
+
+// Chooses `top_k` of `experts` experts for a row by scores (+ correction) and gives them weights by scores alone.
+struct Router {
+    LinearPart weight;              // [experts], not quantized
+    const float* norm = nullptr;    // the row is normed for it by itself
+    const float* correction = nullptr;  // [experts]
+    const float* expert_scale = nullptr;  // [experts], of weights
+    Score score = Score::softmax;
+    int64_t top_k = 0;
+    bool normalized = false;        // weights over (their sum + epsilon)
+    float epsilon = 0, scale = 1;
+    int64_t groups = 1, top_groups = 1;  // only the `top_groups` best of `groups` groups are chosen from, by their two best
+
+    int64_t experts() const { return weight.out_features; }
+};
+
+// Experts, and a shared one beside them whose output is added, times sigmoid(shared_gate · row) where there is a gate.
+struct Mixture {
+    Router router;
+    std::vector<Mlp> experts;   // all of one width
+    Mlp shared;                 // no parts: none
+    const float* shared_gate = nullptr;  // [hidden]
+    // Gemma 4: experts read the stream through a norm of their own, and both outputs are normed before they are added.
+    const float *routed_norm = nullptr, *shared_post_norm = nullptr, *routed_post_norm = nullptr;  // [hidden]
+
+    bool has_shared() const { return !shared.in.parts.empty(); }
+};
+
+// Gemma's per-layer input: out · (activation(in · h) · part `index` of the token's per-layer embedding).
+struct PerLayerInput {
+    Projection in, out;
+    Activation activation = Activation::gelu_tanh;
+    int64_t index = 0;
+};
+
+using Operator = std::variant<Attention, DeltaNet, ShortConv, Mlp, Mixture, PerLayerInput>;
+
+struct Step {
+    const float *norm = nullptr, *post_norm = nullptr;  // [hidden]
+    float scale = 1, after = 1;
+    Operator op;
+
+    bool plain() const { return post_norm == nullptr && after == 1; }  // features of a row are added one by one
+};
+
+// Rows [rows, columns]: tiles of a format, packed rows of a format as a checkpoint has them, or elements.
 struct Table {
     int format = -1;  // of amq_formats.h; -1: `element`
     Element element = Element::float32;
     const uint8_t* data = nullptr;
+    const uint16_t *scale = nullptr, *zero_point = nullptr;  // of packed rows
+    int64_t rows = 0, columns = 0;
+};
+
+// Of a token, for all its PerLayerInputs: sum_scale · (norm(projection_scale · projection · h) + table_scale · row of the table),
+// part by part of `width`.
+struct PerLayerEmbedding {
+    Table table;  // no columns: none
+    Projection projection;
+    const float* norm = nullptr;  // [width]
+    int64_t width = 0;
+    float table_scale = 1, projection_scale = 1, sum_scale = 1;
 };
 
 struct DecoderModel {
-    int64_t hidden, n_heads, n_kv_heads, head_dim, intermediate, vocabulary, context, group_size;
-    float epsilon, attention_scale;
-    int64_t rotary;            // features of a head that are rotated, half of them with the other half
-    const float *cos, *sin;    // [context, rotary / 2]
-    const float* final_norm;   // [hidden]
+    int64_t hidden = 0, vocabulary = 0, context = 0, group_size = 0;
+    float epsilon = 0;
+    float embedding_scale = 1, logit_scale = 1, logit_softcap = 0;
+    const float* final_norm = nullptr;  // [hidden]
     Table embedding, head;
-    std::vector<Block> blocks;
-    Mode mode;
-    Element cache;  // float32 or half
+    PerLayerEmbedding per_layer;
+    std::vector<Rope> ropes;
+    std::vector<Step> steps;
+    Mode mode = Mode::fp32;
+    Element cache = Element::float32;  // or half
 
-    // Bytes of a page of the KV cache: kPage positions of all blocks and KV heads.
-    int64_t head_bytes() const { return 2 * kPage * head_dim * (cache == Element::half ? 2 : 4); }
-    int64_t page_bytes() const { return static_cast<int64_t>(blocks.size()) * n_kv_heads * head_bytes(); }
+    int64_t page_bytes = 0;    // of the KV cache: kPage positions of all steps and KV heads (set by the Decoder)
+    int64_t state_floats = 0;  // of a sequence's recurrent state, 0 where there is none (set by the Decoder)
+
+    int64_t head_bytes(const Attention& a) const { return 2 * kPage * a.head_dim * element_bytes(cache); }
+};
+
+// After `rows` rows of a segment, the state of its sequence is copied to `state`, too.
+struct Snapshot {
+    int64_t rows, state;
 };
 
 // Consecutive tokens of one sequence: rows `first_row` … of a pass, at `position` … of the sequence.
 struct Segment {
     int64_t first_row, rows, position;
     const int32_t* pages;  // of the cache, for all its positions so far
+    bool long_text;        // which of two tables of angles
+    int64_t state;         // number of its recurrent state; not read at position 0
+    std::vector<Snapshot> snapshots;  // by rows
 };
 
 struct Pass {
@@ -73,6 +209,7 @@ struct Pass {
     std::vector<int64_t> wanted;    // rows whose logits are wanted
     float* logits;                  // [wanted, vocabulary]
     uint8_t* cache;                 // pages
+    float* states;                  // [.., state_floats]
 };
 
 // Memory that is aligned to a cache line, and touched only where it is used.
@@ -107,12 +244,16 @@ private:
     DecoderModel model_;
     int64_t max_rows_;
     int max_threads_;
-    // [max_rows, …] each: the residual stream; q, k and v; inputs of a projection; gate and up; outputs to be added.
-    Buffer<float> stream_, qkv_, input_, gate_up_, output_;
+    int64_t input_stride_ = 0, wide_stride_ = 0, mixed_stride_ = 0;
+    // [max_rows, …] each: the residual stream; what a projection reads; what the first one of an operator gives; what is added to
+    // the stream; what a convolution gives; per-layer embeddings.
+    Buffer<float> stream_, input_, wide_, output_, mixed_, per_layer_;
     Buffer<float> partials_;     // of attention that is split over positions
     Buffer<char> shared_, own_;  // inputs in the kernels' layout: of all threads, of each thread
     Buffer<float> own_input_;    // and their rows before that
-    int64_t own_bytes_;
+    int64_t own_bytes_ = 0;
+    // Of mixtures: scores [max_rows, experts]; outputs of gate and up, and of down, of every chosen expert of every row.
+    Buffer<float> scores_, routed_wide_, routed_output_;
     TeamState team_;
 };
 

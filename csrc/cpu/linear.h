@@ -21,6 +21,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "element.h"
 #include "isa.h"
 #include "tiles.h"
 
@@ -79,19 +80,21 @@ struct LinearKernels {
 };
 
 struct LinearPart {
-    int format;  // its place in amq_formats.h
-    const uint8_t* data;
-    int64_t out_features;
+    int format = -1;  // its place in amq_formats.h; -1: not quantized, rows of `element`
+    const uint8_t* data = nullptr;
+    int64_t out_features = 0;
+    const float* bias = nullptr;  // [out_features]
+    Element element = Element::float32;
 };
 
 // One call: `parts` share x and write side by side into y.
 struct LinearCall {
     std::vector<LinearPart> parts;
     const float* x;  // [rows, x_stride], the last dimension contiguous
-    const float* bias;  // [Σ out_features] or nullptr
     float* y;        // [rows, y_stride]; need not be initialised; must not overlap anything
     int64_t rows, in_features, group_size, x_stride, y_stride;
     Mode mode;
+    const int32_t* x_rows = nullptr;  // [rows]: which row of x each one is; nullptr: in order
 };
 
 // Ranges of tiles that begin at multiples of this one and have a multiple of it lose no speed by it.
