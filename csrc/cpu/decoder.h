@@ -228,6 +228,12 @@ private:
     std::unique_ptr<T[], Free> memory_;
 };
 
+// What mixtures take of memory that operators share, and how many loops that threads share.
+struct MixtureNeeds {
+    int64_t shared_bytes = 0, own_bytes = 0;
+    int loops = 0;
+};
+
 // Buffers for passes of up to `max_rows` rows on up to `max_threads` threads; one pass at a time.
 class Decoder {
 public:
@@ -240,6 +246,9 @@ public:
 
 private:
     friend class DecoderPass;
+    friend class MixturePass;
+
+    MixtureNeeds resize_mixtures();  // decoder_mixture.cpp
 
     DecoderModel model_;
     int64_t max_rows_;
@@ -252,8 +261,11 @@ private:
     Buffer<char> shared_, own_;  // inputs in the kernels' layout: of all threads, of each thread
     Buffer<float> own_input_;    // and their rows before that
     int64_t own_bytes_ = 0;
-    // Of mixtures: scores [max_rows, experts]; outputs of gate and up, and of down, of every chosen expert of every row.
-    Buffer<float> scores_, routed_wide_, routed_output_;
+    // Of mixtures (decoder_mixture.cpp): scores [max_rows, experts + 1]; experts of each row and their weights [max_rows, top_k];
+    // rows that experts or a router read through a norm of their own; outputs of gate and up, and of down, of a batch of
+    // experts' rows and of all rows of a shared one.
+    Buffer<float> scores_, choice_weights_, routed_input_, routed_own_, routed_wide_, routed_output_;
+    Buffer<int32_t> choice_;
     TeamState team_;
 };
 

@@ -23,6 +23,8 @@ public:
     void run();
 
 private:
+    friend class MixturePass;
+
     // decoder.cpp
     void embed();
     void per_layer_embeddings();
