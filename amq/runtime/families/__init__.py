@@ -24,8 +24,8 @@ FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
 ROOTS = ("model.", "model.language_model.", "language_model.model.")
 """What may precede the decoder's names in a checkpoint: of a text model, and of text models inside of others."""
 UNREAD = (
-    "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.", "multi_modal_projector.",
-    "model.audio_tower.", "model.embed_vision.", "model.embed_audio.", "mtp.",
+    "model.visual.", "visual.", "model.vision_tower.", "vision_tower.", "model.multi_modal_projector.",
+    "multi_modal_projector.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.", "mtp.",
 )  # fmt: skip
 """Beginnings of names that are not part of the text model: encoders, and heads that predict several tokens."""
 
@@ -37,7 +37,8 @@ class _Kind:
 
 
 def read_spec(config: Mapping[str, Any], source: str, names: Collection[str]) -> DecoderSpec:
-    """The spec of the model of config.json, read from the file `source`; names: of the checkpoint's tensors and linears.
+    """The spec of the model of config.json, read from the file `source`; names: of the checkpoint's tensors and
+    linears.
 
     Raises Unsupported where we lack a part of it, AmqError for a damaged file. No weight is read.
     """

@@ -1,9 +1,9 @@
 """What families of models share: config.json as a typed record, and the parts that most blocks are made of.
 
-A family is a function of an `Origin`. What it cannot say exactly as transformers computes it is `Unsupported`, with the name of
-the part, and the caller takes another path; no weight has been read by then. A key that transformers has a default for
-and a family wants is `Unsupported` too. A value of the wrong type, or one that no model has, is an AmqError that names
-the file and the key: another path would do worse with it.
+A family is a function of an `Origin`. What it cannot say exactly as transformers computes it is `Unsupported`, with the
+name of the part, and the caller takes another path; no weight has been read by then. A key that transformers has a
+default for and a family wants is `Unsupported` too. A value of the wrong type, or one that no model has, is an AmqError
+that names the file and the key: another path would do worse with it.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
 
 
 def windows(config: TextConfig, always: bool = False) -> list[int]:
-    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds where layer_types are not said."""
+    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds without layer_types."""
     if not config.layer_types:
         return [(config.sliding_window or 0) if always else 0] * config.num_hidden_layers
     found = []
@@ -233,10 +233,10 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
     rotary = shape.ModelShape.of(origin.raw).rotary.get(layers)
     if rotary is None:
         raise Unsupported(f"config.json does not say one rotary embedding of {layers or 'all'} layers")
-    theta, kind = rotary.theta, rotary.kind
+    kind = rotary.kind
     if kind not in ROPE_KINDS:
         raise Unsupported(f"the native engine has no rotary embedding of kind {kind}")
-    _check_rope(rotary, origin)
+    theta = _checked_theta(rotary, origin)
     part = shape.said(rotary.parameters, "partial_rotary_factor")
     part = config.partial_rotary_factor if part is None else part
     if kind == "default":
@@ -256,13 +256,14 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
     return Rope(2 * len(short), short, factor, long, long_factor, border)
 
 
-def _check_rope(rotary: shape.Rotary, origin: Origin) -> None:
+def _checked_theta(rotary: shape.Rotary, origin: Origin) -> float:
+    """`rope_theta`, beside which everything else that is said was bounded."""
     if rotary.theta is None:
         said = origin.raw.get("rope_parameters") or origin.raw.get("rope_scaling") or {}
         if "rope_theta" in origin.raw or "rope_theta" in said:
             raise AmqError(f"{origin.file}: rope_theta is null, expected a number; the file is damaged or was edited")
         raise Unsupported("config.json does not say rope_theta")
-    parse_record({"rope_theta": rotary.theta, **rotary.parameters}, _RopeNumbers, origin.file)
+    return parse_record({"rope_theta": rotary.theta, **rotary.parameters}, _RopeNumbers, origin.file).rope_theta
 
 
 @dataclass(frozen=True)
@@ -313,8 +314,8 @@ def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
             ) from error
         if frequencies.ndim != 1 or not bool(frequencies.isfinite().all()):
             raise AmqError(
-                f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, expected "
-                "finite ones; the file is damaged or was edited"
+                f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, "
+                "expected finite ones; the file is damaged or was edited"
             )
         return frequencies, factor
 
