@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch import nn
 
+from amq.model.experts import unfuse
 from helpers.tiny_models import COMMON, randomized
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -43,11 +44,12 @@ def _build(config: str, model: str, sizes: dict[str, Any]) -> nn.Module:
     built = randomized(getattr(transformers, model)(getattr(transformers, config)(**sizes)).float(), 0)
     for name, buffer in built.named_buffers():
         if name.endswith("layer_scalar"):
-            buffer.fill_(0.8 + 0.05 * (len(name) + int(name.split(".")[-2]) % 7))
+            buffer.fill_(0.6 + 0.1 * int(name.split(".")[-2]))
+    unfuse(built)
     return built
 
 
-def _text(family: str, options: dict[str, Any], config: str = "") -> Callable[[], nn.Module]:
+def text_model(family: str, options: dict[str, Any], config: str = "") -> Callable[[], nn.Module]:
     """A text model; config: the name of its config where that is not the family's."""
     return partial(_build, f"{config or family}Config", f"{family}ForCausalLM", {**COMMON, **options})
 
@@ -59,15 +61,15 @@ def _inside(family: str, vision: dict[str, Any], options: dict[str, Any], **oute
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
-    "gemma": _text("Gemma", {"head_dim": 32}),
-    "gemma biases": _text("Gemma", {"head_dim": 16, **BIASES, **UNTIED}),
-    "gemma2": _text("Gemma2", {**GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma2 plain": _text(
+    "gemma": text_model("Gemma", {"head_dim": 32}),
+    "gemma biases": text_model("Gemma", {"head_dim": 16, **BIASES, **UNTIED}),
+    "gemma2": text_model("Gemma2", {**GEMMA2, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma2 plain": text_model(
         "Gemma2",
         {**GEMMA2, **BIASES, **UNTIED, "attn_logit_softcapping": None, "final_logit_softcapping": None},
     ),
-    "gemma3": _text("Gemma3", {**GEMMA2, "final_logit_softcapping": 4.0}, "Gemma3Text"),
-    "gemma3 scaled": _text(
+    "gemma3": text_model("Gemma3", {**GEMMA2, "final_logit_softcapping": 4.0}, "Gemma3Text"),
+    "gemma3 scaled": text_model(
         "Gemma3",
         {
             **GEMMA2, **BIASES, **UNTIED,
@@ -79,41 +81,43 @@ CASES: dict[str, Callable[[], nn.Module]] = {
         "Gemma3Text",
     ),
     "gemma3 with images": _inside("Gemma3", SIGLIP, GEMMA2, mm_tokens_per_image=4),
-    "gemma4": _text(
+    "gemma4": text_model(
         "Gemma4",
         {**GEMMA4, "num_kv_shared_layers": 2, "use_double_wide_mlp": True, "final_logit_softcapping": 4.0},
         "Gemma4Text",
     ),
-    "gemma4 alone": _text("Gemma4", {**GEMMA4, "hidden_size_per_layer_input": 0, **BIASES, **UNTIED}, "Gemma4Text"),
-    "gemma4 keys as values": _text(
+    "gemma4 alone": text_model(
+        "Gemma4", {**GEMMA4, "hidden_size_per_layer_input": 0, **BIASES, **UNTIED}, "Gemma4Text"
+    ),
+    "gemma4 keys as values": text_model(
         "Gemma4",
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2},
         "Gemma4Text",
     ),
-    "gemma4 experts": _text("Gemma4", {**GEMMA4, **EXPERTS, "attention_k_eq_v": True}, "Gemma4Text"),
-    "phi3": _text("Phi3", {}),
-    "phi3 window": _text("Phi3", {**WINDOW, "num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "phi3 partial": _text(
+    "gemma4 experts": text_model("Gemma4", {**GEMMA4, **EXPERTS, "attention_k_eq_v": True}, "Gemma4Text"),
+    "phi3": text_model("Phi3", {}),
+    "phi3 window": text_model("Phi3", {**WINDOW, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "phi3 partial": text_model(
         "Phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}
     ),
-    "phi3 longrope": _text("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 96}),
-    "smollm3": _text("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
-    "smollm3 windows": _text(
+    "phi3 longrope": text_model("Phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 96}),
+    "smollm3": text_model("SmolLM3", {"no_rope_layer_interval": 2, "tie_word_embeddings": True}),
+    "smollm3 windows": text_model(
         "SmolLM3",
         {**WINDOW, **BIASES, **UNTIED, "mlp_bias": True, "use_sliding_window": True, "no_rope_layers": [1, 0, 1]},
     ),
-    "ministral": _text("Ministral", {**BY_TURNS, "head_dim": 32}),
-    "ministral3": _text("Ministral3", MINISTRAL3),
-    "ministral3 window": _text("Ministral3", {**MINISTRAL3, "sliding_window": 24, "tie_word_embeddings": True}),
+    "ministral": text_model("Ministral", {**BY_TURNS, "head_dim": 32}),
+    "ministral3": text_model("Ministral3", MINISTRAL3),
+    "ministral3 window": text_model("Ministral3", {**MINISTRAL3, "sliding_window": 24, "tie_word_embeddings": True}),
     "mistral3 with images": _inside(
         "Mistral3", PIXTRAL, {"model_type": "ministral3", **MINISTRAL3}, image_token_index=3, spatial_merge_size=2,
         tie_word_embeddings=False,
     ),
-    "arcee": _text("Arcee", {"head_dim": 16}),
-    "arcee biases": _text("Arcee", {"head_dim": 16, **BIASES, "mlp_bias": True, "tie_word_embeddings": True}),
-    "olmo2": _text("Olmo2", {}),
-    "olmo2 biases": _text("Olmo2", {**BIASES, "num_key_value_heads": 4, "tie_word_embeddings": True}),
-    "olmo3": _text("Olmo3", {**BY_TURNS, "rope_parameters": {
+    "arcee": text_model("Arcee", {"head_dim": 16}),
+    "arcee biases": text_model("Arcee", {"head_dim": 16, **BIASES, "mlp_bias": True, "tie_word_embeddings": True}),
+    "olmo2": text_model("Olmo2", {}),
+    "olmo2 biases": text_model("Olmo2", {**BIASES, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "olmo3": text_model("Olmo3", {**BY_TURNS, "rope_parameters": {
         FULL: YARN, SLIDING: {"rope_type": "default", "rope_theta": 10000.0}}}),
 }  # fmt: skip
 """{case: builder of a random model in float32 and evaluation mode}."""
