@@ -30,7 +30,7 @@ GEMMA4 = {
     **GEMMA, **WINDOW, "num_hidden_layers": 4, "layer_types": [SLIDING, FULL, SLIDING, FULL],
     "global_head_dim": 32, "vocab_size_per_layer_input": 256, "hidden_size_per_layer_input": 32,
 }  # fmt: skip
-EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_intermediate_size": 32,
            "hidden_size_per_layer_input": 0}  # fmt: skip
 SIGLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
