@@ -1,4 +1,4 @@
-"""What single dense families have beside tests/test_engine_families.py: angles of long texts, windows at edges of pages,
+"""What single dense families have beside tests/test_engine_families.py: angles of long texts, windows at page edges,
 keys and values of other layers, inputs per layer from a packed table, and a scale that steps far into a text."""
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def close(found: Tensor, expected: Tensor) -> bool:
     return bool((found - expected).abs().max() < 1e-4 * expected.abs().max())
 
 
-def step_by_step(engine: NativeEngine, tokens: Sequence[int], more: int, first: int) -> Tensor:
-    """Logits after each token from number `first` on, of a sequence that may have `more` tokens behind `tokens`."""
-    slot = engine.open(tokens, more)
+def step_by_step(engine: NativeEngine, tokens: Sequence[int], first: int) -> Tensor:
+    """Logits after each token from number `first` on."""
+    slot = engine.open(tokens, 0, reuse=False)
     assert slot is not None
-    rows = [engine.forward([Segment(slot, tokens[slot.length : first])])[0].clone()]
+    rows = [engine.forward([Segment(slot, tokens[:first])])[0].clone()]
     rows += [engine.forward([Segment(slot, [token])])[0].clone() for token in tokens[first:]]
     engine.close(slot)
     return torch.stack(rows)
@@ -47,29 +47,49 @@ def test_a_text_has_the_angles_of_its_length(phi3: Path, length: int) -> None:
     assert close(open_native(phi3, "fp32").all_logits(tokens), transformers_logits(phi3, tokens))
 
 
-def test_a_sequence_has_the_angles_of_the_length_that_it_may_come_to(phi3: Path) -> None:
-    """From its first token on: what is in the cache is not turned again at the border."""
-    tokens = text(2 * BORDER)
+def test_a_sequence_that_grows_long_is_turned_anew(phi3: Path) -> None:
+    """As transformers generates it: up to the border with the angles of short texts, beyond with those of long ones."""
+    tokens, start = text(2 * BORDER), BORDER - 20
     long, short = transformers_logits(phi3, tokens), transformers_logits(phi3, tokens[:BORDER])
-    engine = open_native(phi3, "fp32", max_sequences=2)
-    start = BORDER - 20
-    assert close(step_by_step(engine, tokens[:BORDER], 0, start), short[start - 1 :])
-    assert close(step_by_step(engine, tokens, 0, start), long[start - 1 :])
     assert not close(long[: BORDER - 1], short[: BORDER - 1])
+    engine = open_native(phi3, "fp32", context=512, max_sequences=2)
+    beside = engine.open(text(40, seed=1), 300)
+    assert beside is not None
+    engine.forward([Segment(beside, text(40, seed=1), logits=False)])
+    slot = engine.open(tokens[:start], 2 * BORDER)
+    assert slot is not None
+    rows = [engine.forward([Segment(slot, tokens[:start])])[0].clone()]
+    rows += [engine.forward([Segment(slot, [token])])[0].clone() for token in tokens[start:]]
+    assert close(torch.stack(rows), torch.cat([short[start - 1 :], long[BORDER:]]))
+    expected = open_native(phi3, "fp32").all_logits([*text(40, seed=1), 5])[-1]
+    assert torch.equal(engine.forward([Segment(beside, [5])])[0], expected)
+
+
+def test_a_part_may_reach_over_the_border(phi3: Path) -> None:
+    tokens = text(2 * BORDER)
+    engine = open_native(phi3, "fp32", context=512)
+    expected = engine.all_logits(tokens)[-1]
+    for cut in (1, BORDER - 1, BORDER, BORDER + 1):
+        slot = engine.open([*tokens[:cut]], 2 * BORDER, reuse=False)
+        assert slot is not None
+        engine.forward([Segment(slot, tokens[:cut], logits=False)])
+        assert torch.equal(engine.forward([Segment(slot, tokens[cut:])])[0], expected)
+        engine.close(slot)
 
 
 def test_long_and_short_texts_share_no_pages(phi3: Path) -> None:
-    tokens = text(BORDER)
+    """Of a text that may yet become long nothing is shared."""
     assert BORDER > PAGE
-    fresh = {more: step_by_step(open_native(phi3, "fp32"), tokens, more, BORDER) for more in (0, 100)}
-    engine, found = open_native(phi3, "fp32", max_sequences=2), []
-    for more, known in ((0, 0), (100, 0), (0, PAGE), (100, PAGE)):
+    short, long = text(BORDER), text(2 * BORDER)
+    engine = open_native(phi3, "fp32", context=512)
+    for tokens, more, known in (
+        (short, 0, 0), (long, 0, 0), (short, 0, PAGE), (long, 9, 2 * PAGE), (short, 99, 0), (short, 0, PAGE),
+    ):  # fmt: skip
         slot = engine.open(tokens, more)
         assert slot is not None and slot.length == known
-        found.append((more, engine.forward([Segment(slot, tokens[slot.length :])])[0].clone()))
+        row = engine.forward([Segment(slot, tokens[known:])])[0].clone()
         engine.close(slot)
-    for more, row in found:
-        assert torch.equal(row, fresh[more][0])
+        assert torch.equal(row, engine.all_logits(tokens)[-1])
 
 
 @pytest.mark.parametrize("window", [1, 2, PAGE - 1, PAGE, PAGE + 1, 150])
@@ -80,7 +100,7 @@ def test_windows_end_where_they_do(window: int, tmp_path: Path) -> None:
     tokens = text(200)
     engine, expected = open_native(folder, "fp32"), transformers_logits(folder, tokens)
     assert close(engine.all_logits(tokens), expected)
-    assert close(step_by_step(engine, tokens, 0, 126), expected[125:])
+    assert close(step_by_step(engine, tokens, 126), expected[125:])
 
 
 def gemma4(options: dict[str, Any], folder: Path, **packed: Any) -> Path:
@@ -112,4 +132,4 @@ def test_queries_are_scaled_step_by_step(tmp_path: Path) -> None:
     expected = transformers_logits(folder, tokens)
     engine = open_native(folder, "fp32")
     assert close(engine.all_logits(tokens), expected)
-    assert close(step_by_step(engine, tokens, 0, 90), expected[89:])
+    assert close(step_by_step(engine, tokens, 90), expected[89:])
