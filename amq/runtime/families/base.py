@@ -18,7 +18,18 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.model import shape
 from amq.runtime.decoder_spec import (
-    ACTIVATIONS, RELU2, Array, Attention, DecoderSpec, Linear, Mlp, Operator, Projection, Rope, Step, Table,
+    ACTIVATIONS,
+    RELU2,
+    Array,
+    Attention,
+    DecoderSpec,
+    Linear,
+    Mlp,
+    Operator,
+    Projection,
+    Rope,
+    Step,
+    Table,
 )  # fmt: skip
 from amq.util.extras import needs
 from amq.util.records import check_range, parse_record
@@ -60,6 +71,8 @@ class TextConfig:
     use_sliding_window: bool | None = None
     layer_types: list[str] | None = None
     rope_theta: float | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
     partial_rotary_factor: float | None = None
 
     def __post_init__(self) -> None:
@@ -128,14 +141,13 @@ class Origin:
     def record(self, kind: type[C], *needed: str) -> C:
         """config.json as a `kind`; Unsupported without one of the keys `needed`, or one of those of every model."""
         for key in (*SIZES, *needed):
-            if self.raw.get(key) is None:
+            if key not in self.raw or (key in needed and self.raw[key] is None):
                 raise Unsupported(f"config.json does not say {key}")
         if not any(self.raw.get(key) is not None for key in ("rms_norm_eps", "norm_eps")):
             raise Unsupported("config.json does not say rms_norm_eps")
-        known = {f.name for f in fields(kind)}
-        if self.raw.get("per_layer_config") and "per_layer_config" not in known:
+        if self.raw.get("per_layer_config") and "per_layer_config" not in {f.name for f in fields(kind)}:
             raise Unsupported("config.json says per_layer_config: layers of sizes of their own")
-        return parse_record({k: v for k, v in self.raw.items() if k in known}, kind, self.file)
+        return parse_record(self.raw, kind, self.file)
 
     def block(self, layer: int) -> str:
         return f"{self.root}layers.{layer}"

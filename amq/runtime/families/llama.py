@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from amq.runtime.decoder_spec import DecoderSpec, Step
 from amq.runtime.families.base import (
-    Origin, TextConfig, Unsupported, attention, decoder, head_norms, mlp, norm, rope, windows,
+    Origin,
+    TextConfig,
+    Unsupported,
+    attention,
+    decoder,
+    head_norms,
+    mlp,
+    norm,
+    rope,
+    windows,
 )  # fmt: skip
 
 
