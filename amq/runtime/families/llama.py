@@ -62,4 +62,4 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
                 norm(f"{block}.post_attention_layernorm", hidden),
             ),
         ]  # fmt: skip
-    return decoder(origin, config, steps, [rope(origin, config)])
+    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
