@@ -29,6 +29,7 @@ from amq.runtime.native_config import ModelConfig, Unsupported, read_config, rea
 from amq.runtime.page_keys import Key, model_root
 from amq.runtime.page_store import PageStore
 from amq.runtime.pages import PagePool, PageTable
+from amq.runtime.state_pool import FLOAT, RecurrentStates, SequenceState, Snapshots, room_for
 from amq.util.files import cache_dir, is_out_of_memory
 
 MAX_ROWS = 512
@@ -44,13 +45,14 @@ FLOATS = ("F32", "F16", "BF16")
 
 class PagedSlot(Slot):
     """table: of its pages in the cache. tokens: all that were computed, or found there. on_disk: whether its next page
-    may be in the prompt cache on disk."""
+    may be in the prompt cache on disk. state: beside its pages, where the model is recurrent."""
 
     def __init__(self, engine: NativeEngine, table: PageTable, page: int, on_disk: bool) -> None:
         length = len(table.keys) * page
         super().__init__(len(table.pages) * page, length)
         self._engine, self.table, self.on_disk = engine, table, on_disk
         self.tokens = list(table.prompt[:length])
+        self.state: SequenceState | None = None
 
     @property
     def pages(self) -> np.ndarray[Any, np.dtype[np.int32]]:
@@ -65,7 +67,8 @@ class NativeEngine:
     """See `amq.runtime.engine.Engine`; made by `open_native`.
 
     root: of `page_keys.model_root`. store: makes the pages on disk from the bytes of a page; `shutdown` ends it.
-    prompt_cache: the pages on disk, with their counters, or None.
+    prompt_cache: the pages on disk, with their counters, or None. state_cache: bytes of snapshots, where the model is
+    recurrent; None: `state_pool.room_for` says. states: of its sequences, with the snapshots, or None.
     """
 
     def __init__(
@@ -76,6 +79,7 @@ class NativeEngine:
         threads: int,
         root: Key = b"",
         store: Callable[[int], PageStore] | None = None,
+        state_cache: int | None = None,
     ) -> None:
         self._keep = model["keep"]  # everything that the decoder holds the address of
         self.banner, self.max_sequences, self._threads = banner, max_sequences, threads
@@ -92,14 +96,26 @@ class NativeEngine:
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
         self._busy = threading.Lock()
         page = cpu_module().PAGE
-        self._pool = PagePool(max_sequences * -(-self.context // page), page, root)
-        self.cache_bytes = self._pool.n_pages * self._decoder.page_bytes
+        n_pages = max_sequences * -(-self.context // page)
+        self.cache_bytes = n_pages * self._decoder.page_bytes
+        self.states = self._make_states(page, state_cache)
+        self._pool = PagePool(n_pages, page, root, None if self.states is None else self.states.pool)
         self._cache = empty_bytes(self.cache_bytes)  # a page takes memory once it is written to
         self._logits = torch.empty(max_sequences, self.vocab_size)
         self._open = 0
         self._claims: dict[Key, PagedSlot] = {}  # pages that slots compute in the next pass, since the last one
+        self._asked: dict[PagedSlot, None] = {}  # of a recurrent model: that read on in the next pass, since the last
         self.prompt_cache = store(self._decoder.page_bytes) if store else None
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
+
+    def _make_states(self, page: int, limit: int | None) -> RecurrentStates | None:
+        """None for a model without recurrent state."""
+        state_bytes = self._decoder.state_floats * FLOAT
+        if not state_bytes:
+            return None
+        n_kept = room_for(state_bytes, self.max_sequences, self.cache_bytes, limit)
+        self.banner += f", states: {state_bytes / 1e6:.3g} MB a sequence, {n_kept} kept"
+        return RecurrentStates(self._decoder.state_floats, page, self.max_sequences, n_kept)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -116,7 +132,7 @@ class NativeEngine:
             raise AmqError("a sequence must begin with at least one token")
         with self._alone():
             slot = self._open_slot(prompt, len(prompt) + new_tokens, owner, reuse)
-            if slot is not None:
+            if slot is not None and slot.state is None:
                 self._find_more(slot)
             return slot
 
@@ -132,15 +148,44 @@ class NativeEngine:
         if table is None:
             return None
         self._open += 1
-        return PagedSlot(self, table, self._pool.page, self.prompt_cache is not None)
+        slot = PagedSlot(self, table, self._pool.page, self.prompt_cache is not None)
+        if self.states is not None:
+            slot.state = self.states.begin(len(prompt), table.known, table.root is not None)
+            if table.keys:
+                self.states.restore(slot.state, table.keys[-1])
+        return slot
 
     def catch_up(self, slot: PagedSlot) -> bool:
         """See `Slot.catch_up`."""
         with self._alone():
             if not len(slot.pages):
                 raise AmqError("this slot is closed already")
+            if slot.state is not None:
+                return self._catch_up_with_state(slot, slot.state)
             coming = self._find_more(slot)
             return coming is not None and (slot.on_disk or self._claims.setdefault(coming, slot) is not slot)
+
+    def _catch_up_with_state(self, slot: PagedSlot, state: SequenceState) -> bool:
+        """As `catch_up`: on from the last snapshot there is; a slot that was asked before takes one where both prompts
+        part, and is waited for if it is ahead and not there yet."""
+        assert self.states is not None
+        if self._pool.jump(slot.table, slot.tokens):
+            self._follow(slot)
+            self.states.restore(state, slot.table.keys[-1])
+        if not self.states.pool.n_kept or self._pool.wanted(slot.table, slot.tokens) is None:
+            return False
+        for other in self._asked:
+            end = other.table.common(slot.table) * self._pool.page
+            if other is not slot and slot.length <= other.length < end and other.state is not None:
+                other.state.mark(end)
+                return True
+        self._asked[slot] = None
+        return False
+
+    def _follow(self, slot: PagedSlot) -> None:
+        """The slot has more pages than it computed."""
+        slot.length = len(slot.table.keys) * self._pool.page
+        slot.tokens = list(slot.table.prompt[: slot.length])
 
     def _find_more(self, slot: PagedSlot) -> Key | None:
         """Moves the slot on over pages of its prompt that are in memory, and over READ_BYTES of those on disk; returns
@@ -152,8 +197,8 @@ class NativeEngine:
                     break
                 pool.fill(slot.table, key)
                 read += self._decoder.page_bytes
-        if (length := len(slot.table.keys) * pool.page) > slot.length:
-            slot.length, slot.tokens = length, list(slot.table.prompt[:length])
+        if len(slot.table.keys) * pool.page > slot.length:
+            self._follow(slot)
         return key
 
     def _read_page(self, slot: PagedSlot, key: Key) -> bool:
@@ -169,14 +214,17 @@ class NativeEngine:
         size, page = self._decoder.page_bytes, int(slot.pages[place])
         return self._cache[page * size : (page + 1) * size].numpy()
 
-    def _computed(self, segments: Sequence[Segment[PagedSlot]]) -> None:
-        """After a pass: the pages that it filled are there for others."""
+    def _computed(self, segments: Sequence[Segment[PagedSlot]], plans: Sequence[Snapshots]) -> None:
+        """After a pass: the pages that it filled are there for others, and the snapshots that it took."""
         self._claims.clear()
-        for segment in segments:
-            slot = segment.slot
+        self._asked.clear()
+        for segment, plan in zip(segments, plans, strict=True):
+            slot, begin = segment.slot, segment.slot.length
             slot.tokens.extend(segment.tokens)
             slot.length += len(segment.tokens)
             self._keep_pages(slot, self._pool.computed(slot.table, slot.tokens))
+            if self.states is not None and slot.state is not None:
+                self.states.keep(slot.state, begin, plan, slot.table.keys)
 
     def _keep_pages(self, slot: PagedSlot, places: Iterable[int]) -> None:
         if self.prompt_cache is not None:
@@ -192,6 +240,9 @@ class NativeEngine:
             raise AmqError("this slot is closed already")
         self._keep_pages(slot, reversed(range(len(slot.table.keys))))  # the first page is used last: it is needed most
         self._claims = {key: claimant for key, claimant in self._claims.items() if claimant is not slot}
+        self._asked.pop(slot, None)
+        if self.states is not None and slot.state is not None:
+            self.states.end(slot.state)
         self._pool.give_back(slot.table)
         slot.capacity = 0
         self._open -= 1
@@ -238,23 +289,40 @@ class NativeEngine:
         return logits
 
     def _run(self, segments: Sequence[Segment[PagedSlot]], wanted: list[int], logits: Tensor) -> None:
-        described: list[Any] = []
         tokens: list[int] = []
         for segment in segments:
-            slot = segment.slot
-            if slot.length + len(segment.tokens) > slot.capacity:
-                raise AmqError(f"the sequence has room for {slot.capacity} positions, not for more")
+            if segment.slot.length + len(segment.tokens) > segment.slot.capacity:
+                raise AmqError(f"the sequence has room for {segment.slot.capacity} positions, not for more")
             tokens.extend(segment.tokens)
-            described.append((len(segment.tokens), slot.length, (slot.pages.ctypes.data, slot.pages.nbytes)))
+        plans = [self._plan(segment) for segment in segments]
         try:
             numbers = np.array(tokens, np.int32)
+            described = [self._describe(segment, plan) for segment, plan in zip(segments, plans, strict=True)]
             self._decoder.forward(
                 (numbers.ctypes.data, numbers.nbytes), described, wanted, memory(logits) if wanted else NO_MEMORY,
-                memory(self._cache), self._threads, self.isa,
+                memory(self._cache), NO_MEMORY if self.states is None else memory(self.states.memory), self._threads,
+                self.isa,
             )  # fmt: skip
-        except (ValueError, OverflowError) as error:
-            raise AmqError(str(error)) from error
-        self._computed(segments)
+        except BaseException as error:
+            if self.states is not None:
+                for plan in plans:
+                    self.states.release(plan)
+            if isinstance(error, (ValueError, OverflowError)):
+                raise AmqError(str(error)) from error
+            raise
+        self._computed(segments, plans)
+
+    def _plan(self, segment: Segment[PagedSlot]) -> Snapshots:
+        slot = segment.slot
+        if self.states is None or slot.state is None:
+            return []
+        return self.states.plan(slot.state, slot.length, len(segment.tokens))
+
+    def _describe(self, segment: Segment[PagedSlot], plan: Snapshots) -> tuple[Any, ...]:
+        slot = segment.slot
+        pages = (slot.pages.ctypes.data, slot.pages.nbytes)
+        state = 0 if slot.state is None else slot.state.number
+        return len(segment.tokens), slot.length, pages, False, state, plan
 
 
 def open_native(
