@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers.states import PAGE, FakeDecoder, fingerprints
+import torch
+from helpers.engines import text
+from helpers.states import ACTIONS, PAGE, Action, Checked, FakeDecoder, fingerprints
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from amq.errors import AmqError
 from amq.runtime import native_engine, state_pool
-from amq.runtime.engine import Segment
-from amq.runtime.native_engine import NativeEngine, PagedSlot
+from amq.runtime.native_engine import NativeEngine
 from amq.runtime.state_pool import LEAST_KEPT, RecurrentStates, StatePool, room_for
 
 CONTEXT, SEQUENCES = 32, 3
-OWNERS = ("a", "b")
 
 
 @contextmanager
@@ -38,78 +38,8 @@ def engines() -> Iterator[Callable[..., NativeEngine]]:
         yield make
 
 
-class Checked:
-    """An engine's sequences, beside what they have to give. computed: (owner, tokens) that were computed so far."""
-
-    def __init__(self, engine: NativeEngine) -> None:
-        self.engine, self.running = engine, dict[PagedSlot, tuple[str, list[int]]]()
-        self.computed: set[tuple[str, tuple[int, ...]]] = set()
-        self.read = 0
-
-    def open(self, tokens: list[int], new_tokens: int, owner: str = "a", reuse: bool = True) -> PagedSlot | None:
-        """tokens: of the prompt, and those that follow it."""
-        slot = self.engine.open(tokens[: len(tokens) - new_tokens], new_tokens, owner, reuse)
-        if slot is not None:
-            assert reuse or not slot.length
-            self.running[slot] = owner, tokens
-            self.found(slot)
-        return slot
-
-    def found(self, slot: PagedSlot) -> None:
-        owner, tokens = self.running[slot]
-        assert slot.tokens == tokens[: slot.length]
-        assert not slot.length or (owner, tuple(slot.tokens)) in self.computed
-
-    def catch_up(self, slot: PagedSlot) -> bool:
-        before, waits = slot.length, slot.catch_up()
-        assert slot.length >= before
-        self.found(slot)
-        return waits
-
-    def run(self, parts: Sequence[tuple[PagedSlot, int]]) -> None:
-        """A pass over the next tokens of slots: their logits are those of their tokens from the first on."""
-        segments = [Segment(slot, self.running[slot][1][slot.length :][:count]) for slot, count in parts]
-        logits = self.engine.forward(segments)
-        for segment, row in zip(segments, logits.tolist(), strict=True):
-            slot = segment.slot
-            owner, tokens = self.running[slot]
-            assert row == list(fingerprints(tokens[: slot.length])), "not what a fresh run gives"
-            self.computed |= {(owner, tuple(tokens[:n])) for n in range(slot.length + 1)}
-            self.read += len(segment.tokens)
-
-    def finish(self, slot: PagedSlot, part: int = CONTEXT) -> int:
-        """Runs all that is left of a slot and closes it; returns how many tokens that was."""
-        before = self.read
-        while slot.length < len(self.running[slot][1]):
-            self.run([(slot, part)])
-        self.close(slot)
-        return self.read - before
-
-    def close(self, slot: PagedSlot) -> None:
-        self.engine.close(slot)
-        del self.running[slot]
-
-    def check(self) -> None:
-        """Every state has one use, and every snapshot its page."""
-        states = self.engine.states
-        assert states is not None
-        pool = states.pool
-        used = [*pool._running, *pool._kept.values(), *pool._free]
-        assert sorted(used) == list(range(pool.n_running + pool.n_kept)) and not pool._reserved
-        assert len(pool._running) == len(self.running) and pool.kept <= pool.n_kept
-        assert pool._kept.keys() <= self.engine._pool._known.keys()
-
-
-Action = tuple[str, int, int, int, bool]
-ACTIONS = st.tuples(
-    st.sampled_from(["open", "open", "whole", "run", "read", "read", "decode", "fail", "close"]),
-    st.integers(0, 5), st.integers(1, 26), st.integers(0, 1), st.booleans(),
-)  # fmt: skip
-
-
-def text_of(kind: int, length: int) -> list[int]:
-    """Texts that have their beginnings in common, some of them shorter ones than others."""
-    return ([1] * 9 + [kind % 2] * 10 + [kind] * 40)[:length]
+def checked(engine: NativeEngine) -> Checked:
+    return Checked(engine, PAGE, fingerprints)
 
 
 @settings(deadline=None, max_examples=200)
@@ -117,42 +47,13 @@ def text_of(kind: int, length: int) -> list[int]:
 def test_whatever_is_found_is_what_a_fresh_run_gives(kept: int, actions: list[Action]) -> None:
     """Sequences of two owners side by side, read in parts, in a cache that evicts all the time."""
     with engines() as make:
-        checked = Checked(make(kept))
-        for what, kind, length, owner, flag in actions:
-            slots = list(checked.running)
-            if what in ("open", "whole"):
-                slot = checked.open(text_of(kind, 4 + length), min(length // 2, 8), OWNERS[owner], flag or kind > 1)
-                if slot is not None and what == "whole":
-                    checked.finish(slot, length)
-            elif slots:
-                act(checked, what, kind, length, slots)
-            checked.check()
-        for slot in list(checked.running):
-            checked.finish(slot)
-        checked.check()
-        assert checked.engine.cached_tokens()[0] == 0
-
-
-def act(checked: Checked, what: str, kind: int, length: int, slots: list[PagedSlot]) -> None:
-    left = {slot: len(checked.running[slot][1]) - slot.length for slot in slots}
-    some = [slot for i, slot in enumerate(slots) if left[slot] and (i + kind) % 3]
-    one = slots[kind % len(slots)]
-    if what == "close":
-        checked.close(one)
-    elif what == "read":  # as a scheduler does
-        for _ in range(1 + kind):
-            going = [slot for slot in slots if not checked.catch_up(slot)]
-            assert going, "everyone waits"
-            parts = [(slot, 1 + length // 2) for slot in going if slot.length < len(checked.running[slot][1])]
-            if parts:
-                checked.run(parts)
-    elif what == "decode" and some:
-        checked.run([(slot, 1) for slot in some])
-    elif what == "run" and some:
-        checked.run([(slot, length) for slot in some])
-    elif what == "fail" and left[one]:
-        with pytest.raises(AmqError, match="no tokens"):
-            checked.engine.forward([Segment(one, checked.running[one][1][one.length :]), Segment(slots[0], [])])
+        one = checked(make(kept))
+        for action in actions:
+            one.act(action)
+        for slot in list(one.running):
+            one.finish(slot)
+        one.check()
+        assert one.engine.cached_tokens()[0] == 0
 
 
 @settings(deadline=None, max_examples=100)
@@ -199,82 +100,79 @@ def test_the_snapshot_used_longest_ago_makes_room() -> None:
 def test_a_conversation_goes_on_where_it_ended(kept: int | None) -> None:
     """Ten turns: each reads what is new in it, and what stands behind the last page edge."""
     with engines() as make:
-        checked = Checked(make(kept, 1, 512))
+        one = checked(make(kept, 1, 512))
         tokens: list[int] = []
         for turn in range(10):
             prompt = tokens + [turn + 2] * 13
             tokens = prompt + [turn + 3] * 15
-            slot = checked.open(tokens, 15)
-            assert slot is not None
+            slot = one.opened(tokens, 15)
             begin = slot.length
             assert begin == max(len(prompt) - 13, 0) // PAGE * PAGE
-            assert checked.finish(slot, 5) == len(tokens) - begin
-            checked.check()
+            assert one.finish(slot, 5) == len(tokens) - begin
+            one.check()
 
 
 def test_a_turn_without_the_answer_goes_on_from_the_prompt() -> None:
     """As templates leave out what a model thought in earlier turns."""
     with engines() as make:
-        checked = Checked(make(4, context=64))
-        first = checked.open([1] * 23 + [5] * 10, 10)
-        assert first is not None
-        checked.finish(first)
-        second = checked.open([1] * 23 + [6] * 10, 2)
-        assert second is not None and second.length == 20
+        one = checked(make(4, context=64))
+        first = one.opened([1] * 23 + [5] * 10, 10)
+        one.finish(first)
+        second = one.opened([1] * 23 + [6] * 10, 2)
+        assert second.length == 20
 
 
 def test_what_conversations_have_in_common_is_read_twice() -> None:
     with engines() as make:
-        checked = Checked(make(3, 1, 64))
+        one = checked(make(3, 1, 64))
         lengths = []
         for kind in range(2, 6):
-            slot = checked.open([1] * 22 + [kind] * 20, 5)
-            assert slot is not None
+            slot = one.opened([1] * 22 + [kind] * 20, 5)
             lengths.append(slot.length)
-            checked.finish(slot, 7)
+            one.finish(slot, 7)
         assert lengths == [0, 0, 20, 20]
 
 
 def test_requests_that_come_at_once_read_a_common_beginning_once() -> None:
     """The first takes a snapshot where the others' prompts part from its own, and they wait for it."""
     with engines() as make:
-        checked = Checked(make(6, 4, 64))
+        one = checked(make(6, 4, 64))
         tokens = [[1] * 22 + [kind] * 20 for kind in (2, 2, 3)]
-        slots = [slot for one in (*tokens, [9] * 42) if (slot := checked.open(one, 5)) is not None]
-        assert [checked.catch_up(slot) for slot in slots] == [False, True, True, False]
-        assert [checked.catch_up(slot) for slot in slots] == [False, True, True, False]  # asked again before the pass
-        checked.run([(slots[0], 18), (slots[3], 5)])
-        assert [checked.catch_up(slot) for slot in slots] == [False, True, True, False]
-        checked.run([(slots[0], 10)])
-        assert [checked.catch_up(slot) for slot in slots[:3]] == [False, True, False]
+        slots = [one.opened(each, 5) for each in (*tokens, [9] * 42)]
+        assert [one.catch_up(slot) for slot in slots] == [False, True, True, False]
+        assert [one.catch_up(slot) for slot in slots] == [False, True, True, False]  # asked again before the pass
+        one.run([(slots[0], 18), (slots[3], 5)])
+        assert [one.catch_up(slot) for slot in slots] == [False, True, True, False]
+        one.run([(slots[0], 10)])
+        assert [one.catch_up(slot) for slot in slots[:3]] == [False, True, False]
         assert [slot.length for slot in slots] == [28, 20, 20, 5]
-        checked.close(slots[0])  # who was waited for is gone
-        assert [checked.catch_up(slot) for slot in slots[1:3]] == [False, False]
+        one.close(slots[0])  # who was waited for is gone
+        assert [one.catch_up(slot) for slot in slots[1:3]] == [False, False]
         for slot in slots[1:]:
-            checked.finish(slot)
-        checked.check()
+            one.finish(slot)
+        one.check()
 
 
 def test_without_room_for_snapshots_everything_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     with engines() as make:
         monkeypatch.setattr(state_pool, "total_memory", lambda: 0)
-        checked = Checked(make(None))
+        one = checked(make(None))
         for _ in range(2):
-            slots = [slot for _ in range(2) if (slot := checked.open(text_of(3, 30), 5)) is not None]
-            assert [(slot.length, checked.catch_up(slot)) for slot in slots] == [(0, False)] * 2
-            checked.run([(slot, 30) for slot in slots])
+            slots = [one.opened(text(30), 5) for _ in range(2)]
+            assert [(slot.length, one.catch_up(slot)) for slot in slots] == [(0, False)] * 2
+            one.run([(slot, 30) for slot in slots])
             for slot in slots:
-                checked.close(slot)
-            checked.check()
-        assert checked.engine.states is not None and checked.engine.states.pool.dropped == 0
+                one.close(slot)
+            one.check()
+        assert one.engine.states is not None and one.engine.states.pool.dropped == 0
 
 
 def test_text_of_nobody_takes_no_snapshots() -> None:
     with engines() as make:
         engine = make()
-        tokens = text_of(3, 32)
+        tokens = text(32)
         logits = engine.all_logits(tokens)
-        assert logits.tolist() == [list(fingerprints(tokens[: n + 1])) for n in range(32)]
+        assert torch.equal(logits, torch.stack([fingerprints(tokens[: n + 1]) for n in range(32)]))
         assert engine.states is not None and engine.states.pool.taken == 0
 
 
