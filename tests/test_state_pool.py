@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,10 +31,13 @@ def engines() -> Iterator[Callable[..., NativeEngine]]:
         patch.setattr(state_pool, "SPACING", 2)
 
         def make(kept: int | None = 4, sequences: int = SEQUENCES, context: int = CONTEXT) -> NativeEngine:
-            sizes = {"vocabulary": 2, "context": context}
-            model = {"sizes": sizes, "keep": [], "weight_bytes": 0, "arrays": {}, "blocks": [], "int8": False}
-            limit = None if kept is None else max(kept, 1) * FakeDecoder.state_floats * 4
-            return NativeEngine(model | {"half_cache": False}, "fake", sequences, 1, state_cache=limit)
+            spec = SimpleNamespace(vocabulary=2, ropes=())
+            record = SimpleNamespace(group_size=32)
+            weights: Any = SimpleNamespace(
+                keep=[], spec=spec, held={}, bytes=0, checkpoint=SimpleNamespace(record=record)
+            )
+            limit = None if kept is None else kept * FakeDecoder.state_floats * 4
+            return NativeEngine(weights, context, {}, "fake", sequences, 1, state_cache=limit)
 
         yield make
 
