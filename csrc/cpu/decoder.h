@@ -228,12 +228,6 @@ private:
     std::unique_ptr<T[], Free> memory_;
 };
 
-// What mixtures take of memory that operators share, and how many loops that threads share.
-struct MixtureNeeds {
-    int64_t shared_bytes = 0, own_bytes = 0;
-    int loops = 0;
-};
-
 // Buffers for passes of up to `max_rows` rows on up to `max_threads` threads; one pass at a time.
 class Decoder {
 public:
@@ -248,7 +242,11 @@ private:
     friend class DecoderPass;
     friend class MixturePass;
 
-    MixtureNeeds resize_mixtures();  // decoder_mixture.cpp
+    // What inputs in the kernels' layout take: of all threads, of each thread (a multiple of a cache line).
+    struct InputBytes {
+        int64_t shared = 0, own = 0;
+    };
+    InputBytes resize_mixtures();  // decoder_mixture.cpp
 
     DecoderModel model_;
     int64_t max_rows_;

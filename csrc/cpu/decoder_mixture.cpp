@@ -19,6 +19,7 @@ namespace amq {
 namespace {
 
 constexpr int64_t kEntries = 1024;
+constexpr int64_t kLine = 64;  // bytes of a cache line
 
 // Rows and experts of a block of scores: its inputs stay in the second cache.
 constexpr int64_t kScoreRows = 16, kScoreExperts = 4;
@@ -216,7 +217,7 @@ private:
             LinearJob& job = jobs.jobs[i];
             const bool same = i > 0 && rows_ == 1 && jobs.calls[i].x == jobs.calls[i - 1].x;
             job.place(same ? before : memory);
-            if (!same) before = memory, memory += ceil_div(static_cast<int64_t>(job.memory_bytes()), 64) * 64;
+            if (!same) before = memory, memory += ceil_div(static_cast<int64_t>(job.memory_bytes()), kLine) * kLine;
             total += units.emplace_back(same ? 0 : job.padded_rows() / job.row_unit());
         }
         int64_t begin = own_ ? 0 : team_.begin(total), end = own_ ? total : team_.end(total);
@@ -351,30 +352,34 @@ private:
 
 void DecoderPass::apply(const Step& step, const Mixture& op) { MixturePass(*this, step, op).run(); }
 
-MixtureNeeds Decoder::resize_mixtures() {
+int mixture_loops(const Mixture& op, int64_t max_rows) {
+    // Rows of experts are padded; two batches beside each other hold more than kEntries of them, and take two loops each.
+    const int64_t entries = max_rows * op.router.top_k;
+    const int64_t padded = entries + std::min((kGemvRows - 1) * entries, (kLanes - 1) * op.router.experts());
+    return static_cast<int>(2 * (2 * padded / kEntries + 1));
+}
+
+Decoder::InputBytes Decoder::resize_mixtures() {
     const DecoderModel& m = model_;
     const int64_t entries = batch_entries(max_rows_), element = m.mode == Mode::int8 ? 1 : sizeof(float);
     int64_t scores = 0, choices = 0, wide = 0, shared_rows = 0, normed = 0;
-    MixtureNeeds needs;
+    InputBytes bytes;
     for (const Step& step : m.steps) {
         const Mixture* op = std::get_if<Mixture>(&step.op);
         if (!op) continue;
-        const int64_t experts = op->router.experts(), top_k = op->router.top_k;
-        const int64_t shared = op->has_shared() ? max_rows_ : 0;
+        const int64_t experts = op->router.experts(), top_k = op->router.top_k, shared = op->has_shared() ? max_rows_ : 0;
         scores = std::max(scores, max_rows_ * (experts + 1));
         choices = std::max(choices, max_rows_ * top_k);
         wide = std::max(wide, entries * op->experts[0].in.out_features() + shared * op->shared.in.out_features());
         shared_rows = std::max(shared_rows, shared);
         if (op->routed_norm) normed = max_rows_;
-        // Rows lie in panels of their experts; every group of a row is padded and has a scale and a sum.
+        // Every group of a row is padded, and has a scale and a sum.
         const int64_t features = std::max({m.hidden, op->experts[0].wide(), shared ? op->shared.wide() : 0});
-        const int64_t row_bytes = ceil_div(features, m.group_size) * ((m.group_size + 2 * kBlock) * element + 2 * sizeof(float));
-        const int64_t lines = 2 * 64 * (std::min(experts, entries) + 1);  // in which the memory of each of these ends
-        needs.shared_bytes = std::max(needs.shared_bytes, (entries + padded_rows(shared)) * row_bytes + lines);
-        needs.own_bytes = std::max(needs.own_bytes, kOwnRows * (top_k + 1) * row_bytes + lines);
-        // Two batches beside each other hold more than kEntries padded rows.
-        const int64_t padded = max_rows_ * top_k + std::min(3 * max_rows_ * top_k, (kLanes - 1) * experts);
-        needs.loops += static_cast<int>(1 + 2 * (2 * padded / kEntries + 1));
+        const int64_t group_bytes = (m.group_size + 2 * kBlock) * element + 2 * static_cast<int64_t>(sizeof(float));
+        const int64_t row_bytes = ceil_div(features, m.group_size) * group_bytes;
+        const int64_t ends = 2 * kLine * (std::min(experts, entries) + 1);  // every expert's input begins at a cache line
+        bytes.shared = std::max(bytes.shared, (entries + padded_rows(shared)) * row_bytes + ends);
+        bytes.own = std::max(bytes.own, ceil_div(kOwnRows * (top_k + 1) * row_bytes + ends, kLine) * kLine);
     }
     scores_.resize(scores);
     choice_.resize(choices);
@@ -383,7 +388,7 @@ MixtureNeeds Decoder::resize_mixtures() {
     routed_output_.resize(scores ? (entries + shared_rows) * m.hidden : 0);
     routed_input_.resize(normed * m.hidden);
     routed_own_.resize(scores ? max_threads_ * 2 * kOwnRows * m.hidden : 0);
-    return needs;
+    return bytes;
 }
 
 }  // namespace amq
