@@ -1,4 +1,4 @@
-"""Tiny models with experts for the native engine's tests, every family with the options that change what it computes."""
+"""Tiny models with experts for the native engine's tests, every family with the options that change its sums."""
 
 from __future__ import annotations
 
