@@ -11,7 +11,9 @@ from typing import Any
 
 from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.families.base import Origin, Unsupported
+from amq.runtime.families.granite import granite, granitemoehybrid
 from amq.runtime.families.llama import llama, mistral, qwen2, qwen3
+from amq.runtime.families.mixtures import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from amq.util.records import parse_record
 
 FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
@@ -19,6 +21,14 @@ FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "qwen2_moe": qwen2_moe,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
+    "glm4_moe": glm4_moe,
+    "granite": granite,
+    "granitemoehybrid": granitemoehybrid,
 }
 """By the `model_type` of the text model."""
 ROOTS = ("model.", "model.language_model.", "language_model.model.")
