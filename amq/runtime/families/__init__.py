@@ -12,8 +12,10 @@ from typing import Any
 from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.families.base import Origin, Unsupported
 from amq.runtime.families.granite import granite, granitemoehybrid
+from amq.runtime.families.lfm2 import lfm2, lfm2_moe
 from amq.runtime.families.llama import llama, mistral, qwen2, qwen3
 from amq.runtime.families.mixtures import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
+from amq.runtime.families.qwen3_5 import qwen3_5, qwen3_5_moe, qwen3_next
 from amq.util.records import parse_record
 
 FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
@@ -29,6 +31,13 @@ FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
     "glm4_moe": glm4_moe,
     "granite": granite,
     "granitemoehybrid": granitemoehybrid,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_text": qwen3_5_moe,
+    "qwen3_next": qwen3_next,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2_moe,
 }
 """By the `model_type` of the text model."""
 ROOTS = ("model.", "model.language_model.", "language_model.model.")

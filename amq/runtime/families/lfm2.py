@@ -4,23 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from amq.model import shape
-from amq.runtime.decoder_spec import SILU, Array, DecoderSpec, Mixture, Mlp, ShortConv, Step
+from amq.runtime.decoder_spec import SILU, Array, Attention, DecoderSpec, Mixture, Mlp, ShortConv, Step
 from amq.runtime.families.base import (
-    Origin, TextConfig, Unsupported, attention, decoder, head_norms, linears, mlp, norm, rope,
-)  # fmt: skip
-from amq.runtime.families.mixtures import sigmoid_mixture
+    LARGEST,
+    Origin,
+    Unsupported,
+    attention,
+    decoder,
+    head_norms,
+    linears,
+    mlp,
+    norm,
+    rope,
+)
+from amq.runtime.families.mixtures import MixtureConfig, sigmoid_mixture
 from amq.runtime.families.qwen3_5 import transposed
 from amq.util.records import check_range
 
 CONV = "conv"
 MLP = ("w1", "w3", "w2")
-EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 @dataclass(frozen=True)
-class Lfm2Config(TextConfig):
+class Lfm2Config(MixtureConfig):
     """Names of older files are `block_ff_dim` and `tie_embedding`, which win."""
 
     conv_L_cache: int = 0
@@ -33,18 +42,16 @@ class Lfm2Config(TextConfig):
     block_ffn_dim_multiplier: float | None = 1.0
     block_multiple_of: int = 256
     num_dense_layers: int = 2
-    num_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    moe_intermediate_size: int | None = None
-    norm_topk_prob: bool = True
+    norm_topk_prob: bool | None = True
     use_expert_bias: bool = True
     routed_scaling_factor: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, "conv_L_cache", "block_ff_dim", "block_multiple_of", *EXPERT_SIZES)
+        check_range(self, "conv_L_cache", "block_ff_dim", "block_multiple_of")
         check_range(self, "num_dense_layers", least=0)
-        check_range(self, "block_ffn_dim_multiplier", least=0, most=1e6)
+        check_range(self, "block_ffn_dim_multiplier", least=0, most=LARGEST)
+        check_range(self, "routed_scaling_factor", least=-LARGEST, most=LARGEST)
 
     @property
     def kinds(self) -> list[str]:
@@ -71,14 +78,14 @@ def lfm2(origin: Origin) -> DecoderSpec:
 
 
 def lfm2_moe(origin: Origin) -> DecoderSpec:
-    config = _config(origin, *EXPERT_SIZES)
+    config = _config(origin, "num_experts_per_tok", "moe_intermediate_size")
 
     def feed_forward(block: str, layer: int) -> Mlp | Mixture:
         if layer < config.num_dense_layers:
             return _dense(config, block, config.intermediate_size or 0)
         return sigmoid_mixture(
             origin, config, block, prefix="feed_forward", top_k=config.num_experts_per_tok or 0,
-            experts=config.num_experts or 0, wide=config.moe_intermediate_size or 0, normalized=config.norm_topk_prob,
+            experts=config.experts, wide=config.moe_intermediate_size or 0, normalized=bool(config.norm_topk_prob),
             correction="expert_bias" if config.use_expert_bias else "", scale=config.routed_scaling_factor,
             epsilon=1e-6,
         )  # fmt: skip
@@ -107,18 +114,18 @@ def _model(origin: Origin, config: Lfm2Config, feed_forward: Callable[[str, int]
         block = origin.block(layer)
         if kind not in (CONV, shape.FULL):
             raise Unsupported(f"the native engine has no layers of type {kind}")
-        own = f"{block}.self_attn"
-        norms = head_norms(own, config.features, "q_layernorm", "k_layernorm")
-        mixer = (
-            _convolution(config, f"{block}.conv") if kind == CONV
-            else attention(own, config, output="out_proj", **norms)
-        )  # fmt: skip
+        mixer = _convolution(config, f"{block}.conv") if kind == CONV else _attention(config, f"{block}.self_attn")
         steps += [
             Step(mixer, norm(f"{block}.operator_norm", hidden)),
             Step(feed_forward(block, layer), norm(f"{block}.ffn_norm", hidden)),
         ]
     final_norm = norm(f"{origin.root}embedding_norm", hidden)
     return decoder(origin, config, steps, [rope(origin, config)], final_norm=final_norm)
+
+
+def _attention(config: Lfm2Config, prefix: str) -> Attention:
+    norms: dict[str, Any] = head_norms(prefix, config.features, "q_layernorm", "k_layernorm")
+    return attention(prefix, config, output="out_proj", **norms)
 
 
 def _convolution(config: Lfm2Config, prefix: str) -> ShortConv:

@@ -1,7 +1,7 @@
 """Qwen3.5 and Qwen3-Next: three of four layers are gated delta nets, the others attention whose output is gated.
 
-Norms multiply by 1 + weight, but the one of a delta net's output by its weight. Rotary positions of text are the same in
-all three of the image-text models' sections, which makes them plain ones.
+Norms multiply by 1 + weight, but the one of a delta net's output by its weight. An image-text model
+has three positions for each token, which are the same in text: then its rotary embedding is the plain one.
 """
 
 from __future__ import annotations
@@ -14,12 +14,28 @@ from torch import Tensor
 
 from amq.model import shape
 from amq.runtime.decoder_spec import (
-    SILU, Array, Attention, DecoderSpec, DeltaNet, Heads, Mixture, Mlp, Projection, Step, plus_one,
-)  # fmt: skip
+    SILU,
+    Array,
+    Attention,
+    DecoderSpec,
+    DeltaNet,
+    Heads,
+    Mixture,
+    Mlp,
+    Step,
+    plus_one,
+)
 from amq.runtime.families.base import (
-    Origin, TextConfig, Unsupported, attention, decoder, linears, mlp, norm, rope,
-)  # fmt: skip
-from amq.runtime.families.mixtures import softmax_mixture
+    Origin,
+    Unsupported,
+    attention,
+    decoder,
+    linears,
+    mlp,
+    norm,
+    rope,
+)
+from amq.runtime.families.mixtures import MixtureConfig, softmax_mixture
 from amq.util.records import check_range
 
 LINEAR = "linear_attention"
@@ -27,29 +43,23 @@ DELTA_SIZES = (
     "linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads",
     "linear_num_value_heads",
 )  # fmt: skip
-EXPERT_SIZES = ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+EXPERT_SIZES = ("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
 
 
 @dataclass(frozen=True)
-class DeltaConfig(TextConfig):
+class DeltaConfig(MixtureConfig):
     linear_conv_kernel_dim: int = 0
     linear_key_head_dim: int = 0
     linear_value_head_dim: int = 0
     linear_num_key_heads: int = 0
     linear_num_value_heads: int = 0
     full_attention_interval: int = 4
-    num_experts: int | None = None
-    num_experts_per_tok: int | None = None
-    moe_intermediate_size: int | None = None
     shared_expert_intermediate_size: int | None = None
-    norm_topk_prob: bool | None = None
-    decoder_sparse_step: int = 1
-    mlp_only_layers: list[int] | None = None
     partial_rotary_factor: float | None = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, *DELTA_SIZES, *EXPERT_SIZES, "full_attention_interval", "decoder_sparse_step")
+        check_range(self, *DELTA_SIZES, "full_attention_interval", "shared_expert_intermediate_size")
         if self.linear_num_value_heads % self.linear_num_key_heads:
             raise ValueError(
                 f"expected linear_num_key_heads to divide linear_num_value_heads {self.linear_num_value_heads}, "
@@ -87,7 +97,7 @@ def qwen3_next(origin: Origin) -> DecoderSpec:
     config = _config(origin, *EXPERT_SIZES, "norm_topk_prob")
 
     def feed_forward(block: str, layer: int) -> Mlp | Mixture:
-        if layer in (config.mlp_only_layers or ()) or (layer + 1) % config.decoder_sparse_step:
+        if not config.routed(layer):
             return _dense(config, block)
         return _mixture(origin, config, block, normalized=bool(config.norm_topk_prob))
 
@@ -98,7 +108,9 @@ def _config(origin: Origin, *needed: str) -> DeltaConfig:
     config = origin.record(DeltaConfig, *DELTA_SIZES, *needed)
     for key in ("linear_key_head_dim", "linear_value_head_dim"):
         if getattr(config, key) % 16:
-            raise Unsupported(f"the native engine wants a {key} of a multiple of 16, this one is {getattr(config, key)}")
+            raise Unsupported(
+                f"the native engine wants a {key} of a multiple of 16, this one is {getattr(config, key)}"
+            )
     if config.activation != SILU:
         raise Unsupported(f"the native engine has delta nets with silu alone, not {config.hidden_act}")
     return config
@@ -130,7 +142,7 @@ def _dense(config: DeltaConfig, block: str) -> Mlp:
 
 def _mixture(origin: Origin, config: DeltaConfig, block: str, normalized: bool) -> Mixture:
     return softmax_mixture(
-        origin, config, block, top_k=config.num_experts_per_tok or 0, experts=config.num_experts or 0,
+        origin, config, block, top_k=config.num_experts_per_tok or 0, experts=config.experts,
         wide=config.moe_intermediate_size or 0, normalized=normalized,
         shared_wide=config.shared_expert_intermediate_size or 0, shared_gate="shared_expert_gate",
     )  # fmt: skip
@@ -138,19 +150,23 @@ def _mixture(origin: Origin, config: DeltaConfig, block: str, normalized: bool) 
 
 def _attention(config: DeltaConfig, block: str) -> Attention:
     prefix, bias = f"{block}.self_attn", bool(config.attention_bias)
-    norms = {name: plus_one(f"{prefix}.{name}.weight", config.features) for name in ("q_norm", "k_norm")}
-    return attention(prefix, config, bias, bias, gated=True, **norms)
+    q_norm, k_norm = (plus_one(f"{prefix}.{name}.weight", config.features) for name in ("q_norm", "k_norm"))
+    return attention(prefix, config, bias, bias, gated=True, q_norm=q_norm, k_norm=k_norm)
 
 
 def _delta_net(config: DeltaConfig, prefix: str, projection: Callable[[DeltaConfig, str], dict[str, Any]]) -> DeltaNet:
-    kernel, heads, value_dim = config.linear_conv_kernel_dim, config.linear_num_value_heads, config.linear_value_head_dim
+    kernel, heads, value_dim = (
+        config.linear_conv_kernel_dim,
+        config.linear_num_value_heads,
+        config.linear_value_head_dim,
+    )
     return DeltaNet(
         config.linear_num_key_heads, heads, config.linear_key_head_dim, value_dim, kernel,
         out=linears(prefix, config.values, out_proj=config.hidden_size),
         convolution=transposed(f"{prefix}.conv1d", config.channels, kernel),
         rate=Array(f"{prefix}.A_log", (heads,), Tensor.exp),
         dt_bias=Array(f"{prefix}.dt_bias", (heads,)),
-        norm=norm(f"{prefix}.norm", value_dim),
+        norm=norm(f"{prefix}.norm", config.linear_value_head_dim),
         **projection(config, prefix),
     )  # fmt: skip
 
@@ -163,11 +179,11 @@ def transposed(name: str, channels: int, kernel: int) -> Array:
 def _apart(config: DeltaConfig, prefix: str) -> dict[str, Any]:
     """Each part in rows of its own: q, k and v of one linear, then z, b and a."""
     keys, key_dim, values = config.linear_num_key_heads, config.linear_key_head_dim, config.linear_num_value_heads
-    sizes = {"in_proj_qkv": config.channels, "in_proj_z": config.values, "in_proj_b": values, "in_proj_a": values}
     group, z = values // keys, config.channels
     width, b = group * config.linear_value_head_dim, z + config.values
     return {
-        "in_": linears(prefix, config.hidden_size, **sizes),
+        "in_": linears(prefix, config.hidden_size, in_proj_qkv=config.channels, in_proj_z=config.values,
+                       in_proj_b=values, in_proj_a=values),
         "q": Heads(0, key_dim), "k": Heads(keys * key_dim, key_dim), "v": Heads(2 * keys * key_dim, width),
         "z": Heads(z, width), "b": Heads(b, group), "a": Heads(b + values, group),
     }  # fmt: skip
