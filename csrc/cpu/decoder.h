@@ -84,6 +84,7 @@ struct DeltaNet {
 
     int64_t channels() const { return 2 * n_key_heads * key_dim + n_value_heads * value_dim; }
     int64_t values() const { return n_value_heads * value_dim; }
+    int64_t mixed() const { return channels() + 2 * n_value_heads; }  // and decay and beta of each value head
     int64_t value_channel(int64_t head) const { return 2 * n_key_heads * key_dim + head * value_dim; }
     // Where a part of a value head begins that is `width` wide.
     int64_t of_value_head(const Heads& part, int64_t head, int64_t width) const {
@@ -249,8 +250,6 @@ public:
 
 private:
     friend class DecoderPass;
-
-    void place_states();  // decoder_state.cpp: state_offset, state_floats, and strides of rows
 
     DecoderModel model_;
     int64_t max_rows_;

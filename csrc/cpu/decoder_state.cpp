@@ -32,21 +32,6 @@ void keep_inputs(const ConvolveArgs& args, int64_t rows, float* to) {
 
 }  // namespace
 
-void Decoder::place_states() {
-    const auto place = [&](auto& op, int64_t mixed) {
-        const int64_t line = 64 / sizeof(float);
-        op.state_offset = model_.state_floats;
-        model_.state_floats += ceil_div(op.state_floats(), line) * line;
-        mixed_stride_ = std::max(mixed_stride_, ceil_div(mixed, line) * line);
-        wide_stride_ = std::max(wide_stride_, op.in.out_features());
-        input_stride_ = std::max(input_stride_, op.out.in_features);
-    };
-    for (Step& step : model_.steps) {
-        if (auto* op = std::get_if<DeltaNet>(&step.op)) place(*op, op->channels() + 2 * op->n_value_heads);
-        if (auto* op = std::get_if<ShortConv>(&step.op)) place(*op, op->channels());
-    }
-}
-
 // mixed(row): q, k and v behind their convolution, then decay and beta of each value head. In the end v gives way to the output.
 void DecoderPass::apply(const Step& step, const DeltaNet& op) {
     project_stream(step, op.in);

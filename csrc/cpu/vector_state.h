@@ -9,6 +9,7 @@
 
 #include "unroll.h"
 #include "vector.h"
+#include "vector_lanes.h"
 
 namespace amq {
 namespace {
@@ -55,7 +56,7 @@ void convolve(const ConvolveArgs& args) {
                 const float* x = from < 0 ? args.state + (from + before) * args.state_stride : args.x + from * args.x_stride;
                 sum = S::fma(load_some<S>(args.weight + j * args.weight_stride + c, count), load_some<S>(x + c, count), sum);
             }
-            if (args.silu) sum = S::div(sum, S::add(S::splat(1.0f), exponential<S>(S::sub(S::splat(0.0f), sum))));
+            if (args.silu) sum = S::mul(sum, sigmoid<S>(sum));
             store_some<S>(args.out + t * args.out_stride + c, sum, count);
         }
     }
@@ -72,10 +73,13 @@ struct DeltaColumns {
     };
 
     const DeltaArgs& args;
-    float* state;  // of its first vector of columns, and the floats of each
-    const int64_t tile = args.key_dim * kWidth;
+    const int64_t column, tile;  // the first one; floats of S for each vector of columns
+    float* const state;
     Sums remembered, out;  // Sᵀk of the token to come, before its decay; Sᵀq
     F32 decay, change[tiles];
+
+    DeltaColumns(const DeltaArgs& given, int64_t first)
+        : args(given), column(first), tile(given.key_dim * kWidth), state(given.state + first * given.key_dim) {}
 
     AMQ_INLINE void remember(const float* k) {
         for (int64_t r = 0; r < args.key_dim; r += 2)
@@ -105,7 +109,7 @@ struct DeltaColumns {
             });
     }
 
-    AMQ_INLINE void run(int64_t column) {
+    AMQ_INLINE void run() {
         remember(args.k);
         for (int64_t t = 0; t < args.tokens; ++t) {
             const float *q = args.q + t * args.stride, *k = args.k + t * args.stride;
@@ -131,8 +135,8 @@ void delta(const DeltaArgs& args) {
     int64_t column = 0;
     if (args.tokens > 1)  // one token waits for memory, which comes sooner in one stream than in several
         for (; column + kTiles * kWidth <= args.columns; column += kTiles * kWidth)
-            DeltaColumns<S, kTiles>{args, args.state + column * args.key_dim}.run(column);
-    for (; column < args.columns; column += kWidth) DeltaColumns<S, 1>{args, args.state + column * args.key_dim}.run(column);
+            DeltaColumns<S, kTiles>(args, column).run();
+    for (; column < args.columns; column += kWidth) DeltaColumns<S, 1>(args, column).run();
 }
 
 }  // namespace
