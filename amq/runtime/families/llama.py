@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from amq.runtime.decoder_spec import DecoderSpec, Step
 from amq.runtime.families.base import (
-    Origin, TextConfig, Unsupported, attention, decoder, head_norms, mlp, norm, rope, windows,
+    Origin,
+    TextConfig,
+    Unsupported,
+    attention,
+    decoder,
+    head_norms,
+    mlp,
+    norm,
+    rope,
+    windows,
 )  # fmt: skip
 
 
@@ -31,12 +42,15 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
     if config.use_sliding_window and not config.layer_types:
         raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
     said = bool(config.attention_bias)
-    bias, output_bias = said if bias is None else bias, (said if bias is None else bias) if output_bias is None else output_bias
+    bias, output_bias = (
+        said if bias is None else bias,
+        (said if bias is None else bias) if output_bias is None else output_bias,
+    )
     hidden, steps = config.hidden_size, []
     for layer, window in enumerate(windows(config, always_windows)):
         block = origin.block(layer)
         own = f"{block}.self_attn"
-        norms = head_norms(own, config.features) if normed else {}
+        norms: dict[str, Any] = head_norms(own, config.features) if normed else {}
         steps += [
             Step(
                 attention(own, config, bias, output_bias, window=window, **norms),
@@ -48,4 +62,4 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
                 norm(f"{block}.post_attention_layernorm", hidden),
             ),
         ]  # fmt: skip
-    return decoder(origin, config, steps, [rope(origin, config)])
+    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
