@@ -1,9 +1,9 @@
 """What families of models share: config.json as a typed record, and the parts that most blocks are made of.
 
-A family is a function of an `Origin`. What it cannot say exactly as transformers computes it is `Unsupported`, with the name of
-the part, and the caller takes another path; no weight has been read by then. A key that transformers has a default for
-and a family wants is `Unsupported` too. A value of the wrong type, or one that no model has, is an AmqError that names
-the file and the key: another path would do worse with it.
+A family is a function of an `Origin`. What it cannot say exactly as transformers computes it is `Unsupported`, with the
+name of the part, and the caller takes another path; no weight has been read by then. A key that transformers has a
+default for and a family wants is `Unsupported` too. A value of the wrong type, or one that no model has, is an AmqError
+that names the file and the key: another path would do worse with it.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
 
 
 def windows(config: TextConfig, always: bool = False) -> list[int]:
-    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds where layer_types are not said."""
+    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds without layer_types."""
     if not config.layer_types:
         return [(config.sliding_window or 0) if always else 0] * config.num_hidden_layers
     found = []
@@ -257,15 +257,15 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
     kind = rotary.kind
     if kind not in ROPE_KINDS:
         raise Unsupported(f"the native engine has no rotary embedding of kind {kind}")
-    _check_rope(rotary, origin)
+    theta = _checked_theta(rotary, origin)
     part = shape.said(rotary.parameters, "partial_rotary_factor")
     part = config.partial_rotary_factor if part is None else part
     if kind == "proportional":
-        return _proportional(rotary, features, 1.0 if part is None else part)
+        return _proportional(rotary, theta, features, 1.0 if part is None else part)
     if not partial and part not in (None, 1.0):
         raise Unsupported(f"config.json says partial_rotary_factor, which a {config.model_type} does not have")
     if kind in ("default", "linear"):
-        frequencies = _frequencies(rotary, features if part is None else int(features * part))
+        frequencies = _frequencies(theta, features if part is None else int(features * part))
         if kind == "linear":
             frequencies /= _factor(rotary)
         return Rope(2 * len(frequencies), frequencies)
@@ -282,11 +282,10 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
     return Rope(2 * len(short), short, factor, long, long_factor, border)
 
 
-def _frequencies(rotary: shape.Rotary, rotated: int, features: int = 0) -> Tensor:
+def _frequencies(theta: float, rotated: int, features: int = 0) -> Tensor:
     """Of `rotated` features, as if they were the first ones of `features`."""
-    assert rotary.theta is not None
     exponents = torch.arange(0, rotated, 2, dtype=torch.int64).float() / (features or rotated)
-    return 1.0 / rotary.theta**exponents
+    return 1.0 / theta**exponents
 
 
 def _factor(rotary: shape.Rotary) -> float:
@@ -296,22 +295,23 @@ def _factor(rotary: shape.Rotary) -> float:
     return float(factor)
 
 
-def _proportional(rotary: shape.Rotary, features: int, part: float) -> Rope:
+def _proportional(rotary: shape.Rotary, theta: float, features: int, part: float) -> Rope:
     """Whole heads are rotated, but by no angle beyond the first `part` of their pairs."""
     turning = int(part * features // 2)
-    frequencies = torch.cat([_frequencies(rotary, 2 * turning, features), torch.zeros(features // 2 - turning)])
+    frequencies = torch.cat([_frequencies(theta, 2 * turning, features), torch.zeros(features // 2 - turning)])
     if "factor" in rotary.parameters:
         frequencies /= _factor(rotary)
     return Rope(features, frequencies)
 
 
-def _check_rope(rotary: shape.Rotary, origin: Origin) -> None:
+def _checked_theta(rotary: shape.Rotary, origin: Origin) -> float:
+    """`rope_theta`, beside which everything else that is said was bounded."""
     if rotary.theta is None:
         said = origin.raw.get("rope_parameters") or origin.raw.get("rope_scaling") or {}
         if "rope_theta" in origin.raw or "rope_theta" in said:
             raise AmqError(f"{origin.file}: rope_theta is null, expected a number; the file is damaged or was edited")
         raise Unsupported("config.json does not say rope_theta")
-    parse_record({"rope_theta": rotary.theta, **rotary.parameters}, _RopeNumbers, origin.file)
+    return parse_record({"rope_theta": rotary.theta, **rotary.parameters}, _RopeNumbers, origin.file).rope_theta
 
 
 @dataclass(frozen=True)
@@ -362,8 +362,8 @@ def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
             ) from error
         if frequencies.ndim != 1 or not bool(frequencies.isfinite().all()):
             raise AmqError(
-                f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, expected "
-                "finite ones; the file is damaged or was edited"
+                f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, "
+                "expected finite ones; the file is damaged or was edited"
             )
         return frequencies, factor
 
