@@ -240,6 +240,16 @@ def test_queries_far_into_a_text_are_scaled() -> None:
     assert scale(torch.tensor([0.0, 16383, 16384, 49152])).tolist() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "ministral3"])
+def test_windows_of_all_layers_whatever_their_types(kind: str) -> None:
+    """As transformers masks them, which reads no layer_types of these families."""
+    layers = CONFIG_MAPPING[kind]().num_hidden_layers
+    types = {"layer_types": ["full_attention"] * layers}
+    for window in (None, 24):
+        spec = read_spec(said(kind, {**types, "sliding_window": window}), "config.json", ())
+        assert [op.window for op in spec.parts(Attention)] == [window or 0] * layers
+
+
 def test_whether_a_head_is_tied_is_said_around_the_text_model() -> None:
     config = transformers.Mistral3Config().to_dict()
     names = ["model.language_model.layers.0.self_attn.q_proj", "model.language_model.embed_tokens"]
