@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from helpers import engine_cases_dense, engine_cases_mixture
+from helpers import engine_cases_delta, engine_cases_dense, engine_cases_mixture
 from helpers.tiny_models import ARCHITECTURES
 
 
@@ -26,4 +26,5 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "qwen3": _llama("qwen3"),
     **engine_cases_dense.CASES,
     **engine_cases_mixture.CASES,
+    **engine_cases_delta.CASES,
 }
