@@ -251,10 +251,11 @@ def test_state_out_of_range_is_refused() -> None:
 def test_heads_beyond_their_row_are_refused() -> None:
     op = OPERATORS["delta"]
     with pytest.raises(ValueError, match="heads within"):
-        Model(replace(op, z=Heads(op.z.first + 1, op.z.stride)))
+        Model(replace(op, a=Heads(op.a.first + 1, op.a.stride)))
 
 
-CONFIG = {**DELTA, "model_type": "qwen3_5_text", "rms_norm_eps": 1e-6, "rope_parameters": {"rope_theta": 1e4}}
+CONFIG = {**DELTA, "model_type": "qwen3_5_text", "linear_conv_kernel_dim": 4, "rms_norm_eps": 1e-6,
+          "rope_parameters": {"rope_theta": 1e4}}  # fmt: skip
 
 
 def test_sizes_of_delta_nets_that_contradict_are_refused() -> None:

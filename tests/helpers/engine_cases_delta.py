@@ -13,7 +13,7 @@ from amq.model.experts import unfuse
 from helpers.tiny_models import COMMON, randomized
 
 LINEAR, FULL = "linear_attention", "full_attention"
-COMMON_TEXT = {**COMMON, "num_hidden_layers": 4, "max_position_embeddings": 256, "tie_word_embeddings": False}
+COMMON_TEXT = {**COMMON, "num_hidden_layers": 4, "tie_word_embeddings": False}
 DELTA = {
     **COMMON_TEXT, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 32,
     "linear_value_head_dim": 16, "layer_types": [LINEAR, LINEAR, LINEAR, FULL],

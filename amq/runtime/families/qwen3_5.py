@@ -106,11 +106,9 @@ def qwen3_next(origin: Origin) -> DecoderSpec:
 
 def _config(origin: Origin, *needed: str) -> DeltaConfig:
     config = origin.record(DeltaConfig, *DELTA_SIZES, *needed)
-    for key in ("linear_key_head_dim", "linear_value_head_dim"):
-        if getattr(config, key) % 16:
-            raise Unsupported(
-                f"the native engine wants a {key} of a multiple of 16, this one is {getattr(config, key)}"
-            )
+    for features in (config.linear_key_head_dim, config.linear_value_head_dim):
+        if features % 16:
+            raise Unsupported(f"the native engine wants heads of a multiple of 16 features, delta nets' have {features}")
     if config.activation != SILU:
         raise Unsupported(f"the native engine has delta nets with silu alone, not {config.hidden_act}")
     return config
