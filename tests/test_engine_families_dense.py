@@ -126,14 +126,6 @@ def test_tables_of_embeddings_may_be_packed(formats: tuple[str, str], tmp_path: 
     assert close(open_native(folder, "fp32").all_logits(tokens), transformers_logits(folder, tokens))
 
 
-def test_a_token_reads_one_row_of_a_table(tmp_path: Path) -> None:
-    few, many = (
-        open_native(gemma4({"vocab_size_per_layer_input": rows}, tmp_path / str(rows), embeddings="int4"), "fp32")
-        for rows in (256, 4096)
-    )
-    assert few.weight_bytes == many.weight_bytes
-
-
 def test_queries_are_scaled_step_by_step(tmp_path: Path) -> None:
     folder = tiny_checkpoint(CASES["ministral3"](), tmp_path / "model")
     tokens = text(200)  # the scale steps every 48 positions
