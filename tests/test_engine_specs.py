@@ -21,6 +21,8 @@ WRAPPED = {
     "gemma3": ("Gemma3Config", {}),
     "gemma4": ("Gemma4Config", {"vision_config": {}, "audio_config": {}}),
     "mistral3": ("Mistral3Config", {}),
+    "qwen3_5": ("Qwen3_5Config", {}),
+    "qwen3_5_moe": ("Qwen3_5MoeConfig", {"text_config": {"num_hidden_layers": 4}}),
     "mistral3 of a ministral3": ("Mistral3Config", {"text_config": {"model_type": "ministral3"}}),
 }
 """{name: (config with a text model inside, options)}."""
