@@ -165,14 +165,14 @@ struct Sizes {
         project(d.in);
         read(d.out);
         input = std::max(input, d.values());
-        mixed = std::max(mixed, d.channels());
+        mixed = std::max(mixed, d.mixed());
         d.state_offset = m.state_floats;
         m.state_floats += d.state_floats();
     }
     void add(DecoderModel& m, ShortConv& s) {
         project(s.in);
         read(s.out);
-        input = std::max(input, s.channels());
+        mixed = std::max(mixed, s.channels());
         s.state_offset = m.state_floats;
         m.state_floats += s.state_floats();
     }

@@ -64,6 +64,8 @@ struct Attention {
 // Where in a row of `in` a part of each key head begins: head h at first + h · stride.
 struct Heads {
     int64_t first = 0, stride = 0;
+
+    int64_t of(int64_t head) const { return first + head * stride; }
 };
 
 // Gated delta rule (arXiv 2412.06464) behind a causal convolution of q, k and v with SiLU. Value head j, which belongs to key head
@@ -77,10 +79,18 @@ struct DeltaNet {
     const float* convolution = nullptr;  // [kernel, channels], the newest position last; channels: all q, all k, all v
     const float *rate = nullptr, *dt_bias = nullptr;  // [n_value_heads]
     const float* norm = nullptr;         // [value_dim]
-    int64_t state_offset = 0;            // floats, in a sequence's state: [kernel − 1, channels], then S of each value head
+    // Floats, in a sequence's state: [kernel − 1, channels], then S of each value head as [value_dim / 16, key_dim, 16].
+    int64_t state_offset = 0;
 
     int64_t channels() const { return 2 * n_key_heads * key_dim + n_value_heads * value_dim; }
     int64_t values() const { return n_value_heads * value_dim; }
+    int64_t mixed() const { return channels() + 2 * n_value_heads; }  // and decay and beta of each value head
+    int64_t value_channel(int64_t head) const { return 2 * n_key_heads * key_dim + head * value_dim; }
+    // Where a part of a value head begins that is `width` wide.
+    int64_t of_value_head(const Heads& part, int64_t head, int64_t width) const {
+        const int64_t group = n_value_heads / n_key_heads;
+        return part.of(head / group) + head % group * width;
+    }
     int64_t state_floats() const { return (kernel - 1) * channels() + n_value_heads * key_dim * value_dim; }
 };
 

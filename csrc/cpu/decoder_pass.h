@@ -49,6 +49,13 @@ private:
     void finish_head(const Attention& op, int64_t head, Partial& sum, float* out) const;
     void merge_row(const Attention& op, int64_t row);
 
+    // decoder_state.cpp
+    void mix_head(const DeltaNet& op, const Segment& segment, int64_t head);
+    void carry_on(const DeltaNet& op, const Segment& segment, int64_t head, int64_t column);
+    void mix_channels(const ShortConv& op, const Segment& segment, int64_t channel);
+    void convolve(ConvolveArgs args, const Segment& segment, int64_t place);
+    float* state_of(int64_t number) const { return pass_.states + number * m_.state_floats; }
+
     float* stream(int64_t row) const { return d_.stream_.data() + row * m_.hidden; }
     // Rows in the place of outputs of an operator's first projection, `wide_stride` apart; of inputs of projections.
     float* wide(int64_t row) const { return d_.wide_.data() + row * d_.wide_stride_; }

@@ -61,23 +61,24 @@ struct AttendArgs {
 // A causal convolution of each channel with itself over consecutive tokens: out[t, c] = Σ_j weight[j, c] · x[t − kernel + 1 + j, c],
 // where rows before x's first are those of `state` [kernel − 1, .], the newest last.
 struct ConvolveArgs {
-    const float* x;       // [tokens, x_stride]
-    const float* state;   // nullptr: zeros
-    const float* weight;  // [kernel, .]
-    const float* bias;    // [channels] or nullptr
-    float* out;           // [tokens, out_stride]
-    int64_t x_stride, state_stride, weight_stride, out_stride, tokens, channels, kernel;
-    bool silu;            // out ← silu(out)
+    const float* x = nullptr;       // [tokens, x_stride]
+    const float* state = nullptr;   // nullptr: zeros
+    const float* weight = nullptr;  // [kernel, weight_stride]
+    const float* bias = nullptr;    // [channels] or nullptr
+    float* out = nullptr;           // [tokens, out_stride]
+    int64_t x_stride = 0, state_stride = 0, weight_stride = 0, out_stride = 0, tokens = 0, channels = 0, kernel = 0;
+    bool silu = false;  // out ← silu(out)
 };
 
-// The gated delta rule (decoder.h) of one head, columns 0 … columns − 1 of its state, over consecutive tokens.
+// The gated delta rule (decoder.h) of one head, for some columns of its state S, over consecutive tokens. All rows of
+// tokens are `stride` apart; `out` may be `v`.
 struct DeltaArgs {
-    const float *q, *k;  // [tokens, stride of each], [key_dim], normed and scaled
-    const float* v;      // [tokens, v_stride], [columns]
-    const float *decay, *beta;  // [tokens, gate_stride]
-    float* state;        // [key_dim, state_stride]
-    float* out;          // [tokens, out_stride], [columns]
-    int64_t q_stride, k_stride, v_stride, gate_stride, state_stride, out_stride, tokens, key_dim, columns;
+    const float *q = nullptr, *k = nullptr;         // [tokens, key_dim], of their lengths; key_dim even
+    const float* v = nullptr;                       // [tokens, columns]
+    const float *decay = nullptr, *beta = nullptr;  // [tokens]
+    float* state = nullptr;                         // [columns / 16, key_dim, 16]
+    float* out = nullptr;                           // [tokens, columns]
+    int64_t stride = 0, tokens = 0, key_dim = 0, columns = 0;
 };
 
 // y[m · y_stride + n] ← x_m · w_n for the rows begin … end − 1 of w [.., in_features].
@@ -98,6 +99,8 @@ struct VectorKernels {
     void (*gate_silu)(float* x, const float* gate, int64_t count);
     // x ← c · tanh(x / c)
     void (*softcap)(float* x, float c, int64_t count);
+    // x ← x · factor / √(Σ x² + epsilon)
+    void (*unit)(float* x, float epsilon, float factor, int64_t count);
     void (*convolve)(const ConvolveArgs& args);
     void (*delta)(const DeltaArgs& args);
     // Puts one position's key and value [head_dim] into the cache, by the cache's element: float32, half.

@@ -13,10 +13,14 @@ from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.families.base import Origin, Unsupported
 from amq.runtime.families.gemma import gemma, gemma2, gemma3
 from amq.runtime.families.gemma4 import gemma4
+from amq.runtime.families.granite import granite, granitemoehybrid
+from amq.runtime.families.lfm2 import lfm2, lfm2_moe
 from amq.runtime.families.llama import llama, mistral, qwen2, qwen3
 from amq.runtime.families.llama_kin import arcee, ministral, ministral3, smollm3
+from amq.runtime.families.mixtures import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from amq.runtime.families.olmo import olmo2, olmo3
 from amq.runtime.families.phi3 import phi3
+from amq.runtime.families.qwen3_5 import qwen3_5, qwen3_5_moe, qwen3_next
 from amq.util.records import parse_record
 
 FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
@@ -24,6 +28,21 @@ FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
+    "qwen2_moe": qwen2_moe,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
+    "glm4_moe": glm4_moe,
+    "granite": granite,
+    "granitemoehybrid": granitemoehybrid,
+    "qwen3_5": qwen3_5,
+    "qwen3_5_text": qwen3_5,
+    "qwen3_5_moe": qwen3_5_moe,
+    "qwen3_5_moe_text": qwen3_5_moe,
+    "qwen3_next": qwen3_next,
+    "lfm2": lfm2,
+    "lfm2_moe": lfm2_moe,
     "gemma": gemma,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
