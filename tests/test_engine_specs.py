@@ -24,8 +24,18 @@ WRAPPED = {
     "mistral3 of a ministral3": ("Mistral3Config", {"text_config": {"model_type": "ministral3"}}),
 }
 """{name: (config with a text model inside, options)}."""
-SIZES = {"ministral": {"head_dim": 128}}
-"""{model_type: options that its default config lacks}."""
+SIZES: dict[str, dict[str, Any]] = {
+    "ministral": {"head_dim": 128},
+    "qwen3_moe": {"num_hidden_layers": 4},
+    "gpt_oss": {"num_hidden_layers": 4},
+    "glm4_moe": {"num_hidden_layers": 4, "head_dim": 128},
+    "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["attention"] * 4},
+    "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
+    "qwen3_next": {"num_hidden_layers": 4},
+    "qwen3_5_moe": {"text_config": {"num_hidden_layers": 4}},
+    "qwen3_5_moe_text": {"num_hidden_layers": 4},
+}
+"""{model_type: what its default config lacks, and fewer layers where each has hundreds of experts}."""
 OPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_text shared": {"num_kv_shared_layers": 20, "use_double_wide_mlp": True},
     "gemma4_text experts": {
@@ -54,8 +64,8 @@ def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
     return found | {f"{table.name}.weight": (table.rows, table.columns) for table in spec.parts(Table)}
 
 
-def check(config: Any) -> None:
-    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+def check(config: Any, auto: Any = AutoModelForCausalLM) -> tuple[str, ...]:
+    """Returns the names of tensors that are not of the text model. auto: the class that makes the model."""
     with torch.device("meta"):
         model = auto.from_config(config)
     unfuse(model)
@@ -65,7 +75,7 @@ def check(config: Any) -> None:
     text = {name: shape for name, shape in tensors.items() if not name.startswith(spec.unread)}
     assert expected_shapes(spec) == text
     assert (spec.head.name == spec.embedding.name) == bool(tied)
-    assert tensors.keys() - text.keys() or not hasattr(config, "vision_config")
+    return tuple(tensors.keys() - text.keys())
 
 
 def linear_name(tensor: str) -> str:
@@ -75,18 +85,18 @@ def linear_name(tensor: str) -> str:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_the_default_config_of(kind: str) -> None:
-    check(CONFIG_MAPPING[kind](**SIZES.get(kind, {})))
+    assert not check(CONFIG_MAPPING[kind](**SIZES.get(kind, {})))
 
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_other_tensors_of(kind: str) -> None:
-    check(CONFIG_MAPPING[kind.split()[0]](**OPTIONS[kind]))
+    assert not check(CONFIG_MAPPING[kind.split()[0]](**OPTIONS[kind]))
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_a_text_model_inside_of(kind: str) -> None:
     name, options = WRAPPED[kind]
-    check(getattr(transformers, name)(**options))
+    assert check(getattr(transformers, name)(**options), AutoModelForImageTextToText)
 
 
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -228,6 +238,16 @@ def test_queries_far_into_a_text_are_scaled() -> None:
     scale = next(spec.parts(Attention)).position_scale
     expected = [1, 1, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(4)]
     assert scale(torch.tensor([0.0, 16383, 16384, 49152])).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "phi3", "ministral3"])
+def test_windows_of_all_layers_whatever_their_types(kind: str) -> None:
+    """As transformers masks them, which reads no layer_types of these families."""
+    layers = CONFIG_MAPPING[kind]().num_hidden_layers
+    types = {"layer_types": ["full_attention"] * layers}
+    for window in (None, 24):
+        spec = read_spec(said(kind, {**types, "sliding_window": window}), "config.json", ())
+        assert [op.window for op in spec.parts(Attention)] == [window or 0] * layers
 
 
 def test_whether_a_head_is_tied_is_said_around_the_text_model() -> None:

@@ -230,8 +230,8 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
 
 
 def windows(config: TextConfig, always: bool = False) -> list[int]:
-    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds without layer_types."""
-    if not config.layer_types:
+    """Positions that each layer's tokens see, 0 for all. always: of all layers, whatever layer_types says."""
+    if always or not config.layer_types:
         return [(config.sliding_window or 0) if always else 0] * config.num_hidden_layers
     found = []
     for kind in config.layer_types:

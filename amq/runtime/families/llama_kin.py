@@ -81,7 +81,7 @@ def ministral3(origin: Origin) -> DecoderSpec:
         if said.get(key) is None:
             raise Unsupported(f"config.json does not say {key} in rope_parameters")
     scale = parse_record(said, _QueryScale, origin.file)
-    return _without_biases(origin, config, [config.sliding_window or 0] * config.num_hidden_layers, scale)
+    return _without_biases(origin, config, windows(config, always=True), scale)
 
 
 def _without_biases(origin: Origin, config: TextConfig, seen: list[int],

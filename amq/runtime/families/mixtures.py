@@ -1,7 +1,7 @@
 """Mixtures of experts: the parts that their families are made of, and the families that are a Llama with experts.
 
 A router scores experts by a product with the row; the weights of those it chooses are parts of a softmax over all of
-them, or sigmoids. A softmax over the chosen scores alone (gpt-oss, Granite) is the softmax over all of them, normalized.
+them, or sigmoids. A softmax over the chosen scores alone (gpt-oss, Granite) is the softmax over all, normalized.
 """
 
 from __future__ import annotations
