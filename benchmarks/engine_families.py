@@ -18,7 +18,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from amq.bench.result import OURS
 from amq.bench.run import bench
 from amq.bench.settings import BenchSettings
 from amq.errors import AmqError
+from amq.model.experts import unfuse
 from amq.model.open import resolve
 from amq.runtime.engine import Segment
 from amq.runtime.families import FAMILIES
@@ -146,9 +147,9 @@ def _same(engine: NativeEngine, model: Any, tokens: list[int], new: int, scale: 
     return new, None
 
 
-def measure_speed(folder: Path, shape: Shape, layers: int, formats: Formats, args: argparse.Namespace) -> dict[str, Any]:
-    """Decode of one sequence and of four."""
-    write_random(folder, shape.model(layers), formats, resolve(args.tokenizer))
+def measure_speed(folder: Path, model: nn.Module, formats: Formats, args: argparse.Namespace) -> dict[str, Any]:
+    """Decode of one sequence and of four; model: without weights."""
+    write_random(folder, model, formats, resolve(args.tokenizer))
     spec = spec_of(folder)  # raises Unsupported before another engine is measured in its place
     settings = BenchSettings(
         model=str(folder), prompt="0", generate=str(args.generate), batch="1,4", startup=False,
@@ -159,21 +160,20 @@ def measure_speed(folder: Path, shape: Shape, layers: int, formats: Formats, arg
     facts, bandwidth = result.engines[OURS], result.read_bandwidth["memory"].bytes_per_second
     moved = facts.weight_bytes + beside_weights(spec, args.generate // 2)
     return {
-        "source": shape.source, "layers": layers, "of_layers": shape.layers, "weight_bytes": facts.weight_bytes,
-        "bytes_per_token": moved, "read_bandwidth": bandwidth, "tokens_per_second": one.tokens_per_second,
+        "weight_bytes": facts.weight_bytes, "bytes_per_token": moved, "read_bandwidth": bandwidth,
+        "tokens_per_second": one.tokens_per_second,
         "share_of_bandwidth": moved * one.tokens_per_second / bandwidth,
         "four_users": four.tokens_per_second / one.tokens_per_second, "others": [one.others, four.others],
         "banner": facts.description, "warnings": list(result.warnings),
     }  # fmt: skip
 
 
-def tiny(shape: Shape) -> Shape:
-    """A shape of the same family for --smoke."""
-    from helpers.families import FAMILIES as TINY
-
-    family = TINY[next(name for name in TINY if f"{TINY[name].config}" == shape.config)]
-    options = {key: value for key, value in family.tiny().to_diff_dict().items() if key != "model_type"}
-    return replace(shape, options=options, patterns={}, period=options.pop("num_hidden_layers"))
+def without_weights(model: nn.Module) -> nn.Module:
+    """A model of the same config, for --smoke."""
+    with torch.device("meta"):
+        made = type(model)(model.config)
+    unfuse(made)
+    return made.eval()
 
 
 def measure_family(name: str, made: dict[str, Callable[[], nn.Module]], args: argparse.Namespace) -> dict[str, Any]:
@@ -186,22 +186,27 @@ def measure_family(name: str, made: dict[str, Callable[[], nn.Module]], args: ar
         row["exact"].append(asdict(found))
     if "speed" not in args.parts:
         return row
-    shape, formats = SPEED.get(name), Formats(group_size=32) if args.smoke else Formats()
-    if shape is None:
-        row["left_out"]["speed"] = "there is no shape for it"
-        return row
-    if args.smoke:
-        shape = tiny(shape)
     folder = args.folder / name
     try:
-        least, most = (0, 1 << 30) if args.smoke else (parse_size(args.least), parse_size(args.most))
-        layers = layers_that_read(shape, formats, least, most)
-        row["speed"] = measure_speed(folder, shape, layers, formats, args)
+        row["speed"] = _speed(name, made, folder, args)
     except AmqError as error:
         row["left_out"]["speed"] = str(error)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return row
+
+
+def _speed(
+    name: str, made: dict[str, Callable[[], nn.Module]], folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    if args.smoke and made:
+        return measure_speed(folder, without_weights(next(iter(made.values()))()), Formats(group_size=32), args)
+    if name not in SPEED or args.smoke:
+        raise AmqError("there is no shape for it")
+    shape, formats = SPEED[name], Formats()
+    layers = layers_that_read(shape, formats, parse_size(args.least), parse_size(args.most))
+    where = {"source": shape.source, "layers": layers, "of_layers": shape.layers}
+    return where | measure_speed(folder, shape.model(layers), formats, args)
 
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
@@ -215,8 +220,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
         same = f"{sum(case['margin'] is None for case in exact)} of {len(exact)}" if exact else ""
         cells = [row["family"], str(len(exact)), worst, same]
         if speed:
+            where = (
+                f"{speed['source']}, {speed['layers']} of {speed['of_layers']} layers" if "source" in speed else "tiny"
+            )
             cells += [
-                f"{speed['source']}, {speed['layers']} of {speed['of_layers']} layers",
+                where,
                 f"{speed['bytes_per_token'] / 1e6:.0f}", f"{speed['tokens_per_second']:.1f}",
                 f"{speed['share_of_bandwidth']:.0%}", f"{speed['four_users']:.2f}",
             ]  # fmt: skip

@@ -34,7 +34,6 @@ from amq.packing import PackedWeight
 from amq.util.folders import check_new_folder
 from amq.util.settings import parse_size, run_command
 
-CONTEXT = 8192
 GROUP_SIZE = 128
 KEPT_DTYPE = torch.bfloat16
 """Of matrices without a format: those that route tokens, and convolutions."""
@@ -60,7 +59,7 @@ class Shape:
         import transformers
 
         turns = {key: [turn[i % len(turn)] for i in range(layers)] for key, turn in self.patterns.items()}
-        options = {"max_position_embeddings": CONTEXT, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        options = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         config = getattr(transformers, self.config)(**{**options, **self.options, **turns, "num_hidden_layers": layers})
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -75,6 +74,12 @@ SHAPES = {
          "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True, "vocab_size": 151936},
     ),
     "qwen3.5-9B": Shape("Qwen3.5-9B (transformers' default)", "Qwen3_5TextConfig", 32, period=4),
+    "qwen3.5-0.8B": Shape(
+        "Qwen3.5-0.8B", "Qwen3_5TextConfig", 24,
+        {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8, "num_key_value_heads": 2,
+         "linear_num_value_heads": 16, "vocab_size": 65536, "tie_word_embeddings": True},
+        period=4,
+    ),
     "tiny-moe": Shape(
         "a test", "Qwen3MoeConfig", 4,
         {"hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -165,7 +170,9 @@ class _Drawn(Mapping[str, PackedWeight]):
         return len(self._specs)
 
 
-def write_random(output: Path, model: nn.Module, formats: Formats, tokenizer: Path | None = None, seed: int = 0) -> None:
+def write_random(
+    output: Path, model: nn.Module, formats: Formats, tokenizer: Path | None = None, seed: int = 0
+) -> None:
     """Writes a checkpoint of `model`, which has no weights; tokenizer: a folder whose tokenizer is copied."""
     inventory = take_inventory(model)
     packed = _Drawn(inventory.weights, formats, seed)

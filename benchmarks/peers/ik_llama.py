@@ -1,11 +1,14 @@
 """ik_llama.cpp, a fork of llama.cpp with kernels of its own, through the plain bindings of `ik-llama-cpp-python`.
 
-Its wheel is compiled for AVX2. A decoded token is `llama_decode` and waiting for it, as in `peers.llama_cpp`.
+Its wheel is compiled for AVX2. Its flash attention stops the process with GGML_ASSERT(S > 0) where several sequences
+are decoded, or longer prompts read, without AVX-VNNI (version 0.1.5, measured on a Zen 4); so the package itself leaves it
+out there, and so do we. A decoded token is `llama_decode` and waiting for it, as in `peers.llama_cpp`.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,16 +29,15 @@ COUNTED = "a decoded token of ik_llama.cpp chooses nothing"
 
 @dataclass(frozen=True)
 class Configuration:
-    """repacked: rows interleaved in memory as the file is read. flash: flash attention."""
+    """repacked: rows interleaved in memory as the file is read."""
 
     repacked: bool
-    flash: bool
 
     def __str__(self) -> str:
-        return f"{'repacked' if self.repacked else 'as stored'}, flash attention {'on' if self.flash else 'off'}"
+        return "repacked" if self.repacked else "as stored"
 
 
-CONFIGURATIONS = [Configuration(repacked, flash) for repacked in (True, False) for flash in (True, False)]
+CONFIGURATIONS = [Configuration(repacked) for repacked in (True, False)]
 
 
 def unsupported_reason() -> str | None:
@@ -52,7 +54,7 @@ class IkLlama:
         parameters = api.llama_model_default_params()
         parameters.n_gpu_layers = 0
         parameters.repack_tensors, parameters.use_mmap = configuration.repacked, not configuration.repacked
-        parameters.flash_attn = configuration.flash
+        parameters.flash_attn = False
         self._model = api.llama_model_load_from_file(path.encode(), parameters)
         if not self._model:
             raise AmqError(f"ik_llama.cpp cannot load {path}: it is damaged, or of a model that it does not know")
@@ -113,7 +115,7 @@ class IkLlama:
             parameters.n_ctx = sequences * -(-positions // PAD) * PAD
             parameters.n_batch, parameters.n_ubatch, parameters.n_seq_max = BATCH, MICRO_BATCH, sequences
             parameters.n_threads = parameters.n_threads_batch = self._threads
-            parameters.flash_attn = self._configuration.flash
+            parameters.flash_attn = False
             self._context, self._key = api.llama_init_from_model(self._model, parameters), key
             if not self._context:
                 raise AmqError(f"ik_llama.cpp made no context of {parameters.n_ctx} positions ({self._configuration})")
@@ -128,6 +130,7 @@ class IkLlama:
 
 def _library() -> Any:
     """The bindings, set up and silent."""
+    os.environ["GGML_NO_BACKTRACE"] = "1"  # see peers.llama_cpp
     import ik_llama_cpp._ctypes_api as api
 
     global _silence

@@ -76,7 +76,10 @@ class XllamaCpp:
         import numpy as np
 
         self._make_room(case.sequences, case.positions + 1)
-        random, count = np.random.default_rng((self._seed, repetition)), case.depth + (1 if case.decode else case.tokens)
+        random, count = (
+            np.random.default_rng((self._seed, repetition)),
+            case.depth + (1 if case.decode else case.tokens),
+        )
         prompts = random.integers(self._vocabulary, size=(case.sequences, count)).tolist()
         if not case.decode and case.depth:
             raise AmqError(f"{case.name}: xllamacpp's server does not time a part of a prompt")
@@ -110,6 +113,7 @@ class XllamaCpp:
         self._room = (max(sequences, self._room[0]), -(-max(positions, self._room[1]) // PAD) * PAD)
         flash = xllamacpp.llama_flash_attn_type
         parameters = xllamacpp.CommonParams()
+        parameters.verbosity = 0
         parameters.model.path, parameters.warmup, parameters.fit_params = self._path, False, False
         parameters.n_parallel, parameters.n_ctx = self._room[0], self._room[0] * self._room[1]
         parameters.n_ubatch, parameters.cache_ram_mib = MICRO_BATCH, 0
