@@ -2,8 +2,8 @@
 `python benchmarks/conversation.py DIR --json FILE`
 
 Every turn's prompt is the one before, the answer to it and a new message, as a chat client sends it. Once as one
-client, who goes on from what was computed for earlier turns, and once as another client for every turn, who reads all of
-it; the answers, chosen greedily, must be the same. The model is a random hybrid (random_models.py) in DIR, which is
+client, who goes on from what was computed for earlier turns, and once as another client for every turn, who reads all
+of it; the answers, chosen greedily, must be the same. The model is a random hybrid (random_models.py) in DIR, which is
 removed at the end, or what --model names. --smoke takes a tiny one: it checks the benchmark and measures nothing.
 """
 

@@ -1,7 +1,7 @@
 """What the native engine does with each family of models that it knows: `python benchmarks/engine_families.py DIR`.
 
-Exactness, on every tiny model of the tests' table: the largest difference of its logits from transformers' in float32 on
-the same checkpoint, as a share of the largest logit, and whether 64 tokens that are chosen greedily are the same.
+Exactness, on every tiny model of the tests' table: the largest difference of its logits from transformers' in float32
+on the same checkpoint, as a share of the largest logit, and whether 64 tokens that are chosen greedily are the same.
 Speed, on a random model of the family's usual shape with fewer layers and a vocabulary of 32,768, beyond the last-level
 cache: bytes that a token moves (weights, keys and values, state) per second over the read bandwidth that is measured
 between the cases, and tokens/s of four sequences over those of one.
@@ -211,8 +211,10 @@ def _speed(
 
 def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown."""
-    yield ("| family | tiny models | logits differ by at most | greedy texts the same | speed measured on | MB per token "
-           "| tokens/s | share of read bandwidth | four users ÷ one |")  # fmt: skip
+    yield (
+        "| family | tiny models | logits differ by at most | greedy texts the same | speed measured on "
+        "| MB per token | tokens/s | share of read bandwidth | four users ÷ one |"
+    )
     yield "|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         exact, speed = row["exact"], row["speed"]

@@ -1,8 +1,8 @@
 """ik_llama.cpp, a fork of llama.cpp with kernels of its own, through the plain bindings of `ik-llama-cpp-python`.
 
 Its wheel is compiled for AVX2. Its flash attention stops the process with GGML_ASSERT(S > 0) where several sequences
-are decoded, or longer prompts read, without AVX-VNNI (version 0.1.5, measured on a Zen 4); so the package itself leaves it
-out there, and so do we. A decoded token is `llama_decode` and waiting for it, as in `peers.llama_cpp`.
+are decoded without AVX-VNNI (version 0.1.5 on a Zen 4, 2026-11); the package itself leaves it out there, and so do we
+everywhere. A decoded token is `llama_decode` and waiting for it, as in `peers.llama_cpp`.
 """
 
 from __future__ import annotations

@@ -151,9 +151,7 @@ def mlp(prefix: str, hidden: int, wide: int, activation: str, bias: bool = False
         names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Mlp:  # fmt: skip
     gate, up, down = names
     return Mlp(
-        linears(prefix, hidden, bias, **{gate: wide, up: wide}),
-        linears(prefix, wide, bias, **{down: hidden}),
-        activation,
+        linears(prefix, hidden, bias, **{gate: wide, up: wide}), linears(prefix, wide, bias, **{down: hidden}), activation
     )
 
 
