@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from provenance import write_results
-from random_models import SHAPES, Formats, write_random
+from random_models import SHAPES, Formats, small_tokenizer, write_random
 
 from amq.bench.machine import OtherWork
 from amq.errors import AmqError
@@ -90,7 +90,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     made = args.folder / "model"
     if not args.model:
         shape, formats = SHAPES[SMOKE if args.smoke else SHAPE], Formats(group_size=32) if args.smoke else Formats()
-        write_random(made, shape.model(shape.layers), formats, resolve(args.tokenizer))
+        tokenizer = small_tokenizer(args.folder / "tokenizer") if args.smoke else resolve(args.tokenizer)
+        write_random(made, shape.model(shape.layers), formats, tokenizer)
     try:
         runtime = load(args.model or made, threads=args.threads, context=longest)
         again, answers = talk(runtime, turns, new, scale, one_client=True)

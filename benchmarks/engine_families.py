@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from decode_bytes import beside_weights, spec_of
 from provenance import provenance, write_results
-from random_models import Formats, Shape, layers_that_read, write_random
+from random_models import Formats, Shape, small_tokenizer, layers_that_read, write_random
 from torch import nn
 
 from amq.bench.result import OURS
@@ -149,7 +149,8 @@ def _same(engine: NativeEngine, model: Any, tokens: list[int], new: int, scale: 
 
 def measure_speed(folder: Path, model: nn.Module, formats: Formats, args: argparse.Namespace) -> dict[str, Any]:
     """Decode of one sequence and of four; model: without weights."""
-    write_random(folder, model, formats, resolve(args.tokenizer))
+    tokenizer = small_tokenizer(args.folder / "tokenizer") if args.smoke else resolve(args.tokenizer)
+    write_random(folder, model, formats, tokenizer)
     spec = spec_of(folder)  # raises Unsupported before another engine is measured in its place
     settings = BenchSettings(
         model=str(folder), prompt="0", generate=str(args.generate), batch="1,4", startup=False,

@@ -23,12 +23,21 @@ from peers import ik_llama, xllamacpp_server
 from peers.gguf_layers import repeat_layers
 from peers.strongest import GgufEngine, open_strongest
 from provenance import provenance, write_results
-from random_models import SHAPES, Bytes, Formats, Shape, layers_that_fit, sizes_by_layers, write_random
+from random_models import (
+    SHAPES,
+    Bytes,
+    Formats,
+    Shape,
+    small_tokenizer,
+    layers_that_fit,
+    sizes_by_layers,
+    write_random,
+)
 
 from amq.bench.result import OURS, BenchResult, Row
 from amq.bench.run import Contender, OpenPeer, PeerMissing, bench
 from amq.bench.settings import BenchSettings
-from amq.export.run import export
+from amq.export import export
 from amq.model.open import resolve
 from amq.util.progress import Progress, terminal_progress
 from amq.util.records import to_json
@@ -65,10 +74,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[SMOKE[args.shape] if args.smoke else args.shape]
     formats = Formats(group_size=32) if args.smoke else Formats()
     layers = args.layers or (2 * shape.period if args.smoke else layers_that_fit(shape, formats, parse_size(args.most)))
-    folder, tokenizer = args.folder / args.shape, resolve(args.tokenizer)
+    folder = args.folder / args.shape
     folder.mkdir(parents=True)
+    tokenizer = small_tokenizer(folder / "tokenizer") if args.smoke else resolve(args.tokenizer)
     try:
         write_random(folder / "amq", shape.model(layers), formats, tokenizer)
+        spec = spec_of(folder / "amq")  # raises Unsupported before another engine of ours is measured
         peers: dict[str, OpenPeer] = {}
         if args.peers:
             file = write_gguf(folder, shape, layers, formats, tokenizer)
@@ -79,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         result = bench(settings, terminal_progress(), peers, provenance())
         decoded = max(case.tokens for case in settings.cases)
-        beside = beside_weights(spec_of(folder / "amq"), decoded // 2)
+        beside = beside_weights(spec, decoded // 2)
     finally:
         if not args.keep:
             shutil.rmtree(folder)

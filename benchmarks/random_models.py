@@ -83,13 +83,13 @@ SHAPES = {
     "tiny-moe": Shape(
         "a test", "Qwen3MoeConfig", 4,
         {"hidden_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "vocab_size": 256},
+         "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "norm_topk_prob": True, "vocab_size": 320},
     ),
     "tiny-hybrid": Shape(
         "a test", "Qwen3_5TextConfig", 8,
         {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2,
-         "head_dim": 32, "linear_key_head_dim": 16, "linear_value_head_dim": 16, "linear_num_key_heads": 2,
-         "linear_num_value_heads": 4, "vocab_size": 256},
+         "head_dim": 32, "linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
+         "linear_num_value_heads": 4, "vocab_size": 320},
         period=4,
     ),
 }  # fmt: skip
@@ -196,6 +196,16 @@ def _other(shape: torch.Size, generator: torch.Generator) -> Tensor:
     if len(shape) < 2:
         return torch.ones(shape)
     return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(KEPT_DTYPE)
+
+
+def small_tokenizer(folder: Path) -> Path:
+    """`folder`, with a tokenizer of bytes and a few words in it: for benchmarks that run --smoke."""
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+    from helpers.small_tokenizers import byte_level
+    from transformers import PreTrainedTokenizerFast
+
+    PreTrainedTokenizerFast(tokenizer_object=byte_level()).save_pretrained(folder)
+    return folder
 
 
 def _copy_tokenizer(source: Path | None, folder: Path) -> None:
