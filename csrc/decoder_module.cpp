@@ -12,11 +12,11 @@
 
 #include "checks.h"
 #include "cpu/decoder.h"
+#include "decoder_spec.h"
 #include "modules.h"
 
 namespace py = pybind11;
 using amq::address_of;
-using amq::exact_address_of;
 using amq::Memory;
 using amq::product;
 using amq::require;
@@ -25,121 +25,65 @@ using amq::require_threads;
 
 namespace {
 
-// The float32 array of `count` elements at `given`, (address, bytes); nullptr for (0, 0) where it is optional.
-const float* floats(const py::handle& given, const char* name, int64_t count, bool optional = false) {
-    const auto memory = given.cast<Memory>();
-    if (optional && memory == Memory{0, 0}) return nullptr;
-    return exact_address_of<float>(memory, name, product({count, 4}, name));
-}
-
-amq::Projection make_projection(const py::dict& block, const char* name, int64_t in_features, int64_t group_size,
-                                std::vector<int64_t> out_features) {
-    const auto fields = block[name].cast<py::tuple>();  // (parts, bias)
-    const auto parts = fields[0].cast<std::vector<Part>>();
-    amq::Projection made;
-    made.in_features = in_features;
-    require(parts.size() == out_features.size(), name, std::to_string(out_features.size()) + " weights",
-            static_cast<int64_t>(parts.size()));
-    for (size_t i = 0; i < parts.size(); ++i) {
-        made.parts.push_back(checked_part(parts[i], in_features, group_size));
-        require(made.parts[i].out_features == out_features[i], name, std::to_string(out_features[i]) + " rows",
-                made.parts[i].out_features);
-    }
-    made.bias = floats(fields[1], name, made.out_features(), true);
-    return made;
-}
-
-amq::Block make_block(const py::dict& block, const amq::DecoderModel& m) {
-    const int64_t q = m.n_heads * m.head_dim, kv = m.n_kv_heads * m.head_dim;
-    amq::Block made;
-    made.attention_norm = floats(block["attention_norm"], "attention_norm", m.hidden);
-    made.mlp_norm = floats(block["mlp_norm"], "mlp_norm", m.hidden);
-    made.q_norm = floats(block["q_norm"], "q_norm", m.head_dim, true);
-    made.k_norm = floats(block["k_norm"], "k_norm", m.head_dim, true);
-    made.qkv = make_projection(block, "qkv", m.hidden, m.group_size, {q, kv, kv});
-    made.o = make_projection(block, "o", q, m.group_size, {m.hidden});
-    made.gate_up = make_projection(block, "gate_up", m.hidden, m.group_size, {m.intermediate, m.intermediate});
-    made.down = make_projection(block, "down", m.intermediate, m.group_size, {m.hidden});
-    made.window = require_size(block["window"].cast<int64_t>(), "window", 0);
-    return made;
-}
-
-// (format or element, address, bytes)
-amq::Table make_table(const py::handle& given, const char* name, const amq::DecoderModel& m) {
-    const auto [kind, address, bytes] = given.cast<std::tuple<std::string, uintptr_t, int64_t>>();
-    amq::Table table;
-    const char* const elements[] = {"float32", "float16", "bfloat16"};
-    for (int i = 0; i < 3; ++i) {
-        if (kind != elements[i]) continue;
-        table.element = static_cast<amq::Element>(i);
-        const int64_t expected = product({m.vocabulary, m.hidden, i == 0 ? 4 : 2}, name);
-        table.data = exact_address_of<uint8_t>({address, bytes}, name, expected);
-        return table;
-    }
-    const amq::LinearPart part = checked_part({kind, address, bytes, m.vocabulary}, m.hidden, m.group_size);
-    table.format = part.format;
-    table.data = part.data;
-    return table;
-}
-
-std::unique_ptr<amq::Decoder> make_decoder(const py::dict& sizes, const py::dict& arrays, const py::list& blocks, bool int8,
-                                           bool half_cache, int64_t max_rows, int threads) {
-    amq::DecoderModel m{};
-    const auto size = [&](const char* name, int64_t least) {
-        return require_size(sizes[name].cast<int64_t>(), name, least);
-    };
-    m.hidden = size("hidden", 1);
-    m.n_heads = size("n_heads", 1);
-    m.n_kv_heads = size("n_kv_heads", 1);
-    m.head_dim = size("head_dim", 1);
-    m.intermediate = size("intermediate", 1);
-    m.vocabulary = size("vocabulary", 1);
-    m.context = size("context", 1);
-    m.group_size = size("group_size", 1);
-    m.rotary = size("rotary", 0);
-    require(m.head_dim % 16 == 0 && m.head_dim <= amq::kMaxHeadDim, "head_dim",
-            "a multiple of 16 up to " + std::to_string(amq::kMaxHeadDim), m.head_dim);
-    require(m.n_heads % m.n_kv_heads == 0, "n_heads", "a multiple of n_kv_heads", m.n_heads);
-    require(m.rotary % 2 == 0 && m.rotary <= m.head_dim, "rotary", "even and at most head_dim", m.rotary);
+std::unique_ptr<amq::Decoder> make_decoder(const py::object& spec, const py::dict& weights, int64_t context, int64_t group_size,
+                                           bool int8, bool half_cache, int64_t max_rows, int threads) {
     require(max_rows >= 1 && max_rows <= amq::kCallRows, "max_rows", "1 to " + std::to_string(amq::kCallRows), max_rows);
     require_threads(threads);
-    m.epsilon = sizes["epsilon"].cast<float>();
-    m.attention_scale = sizes["attention_scale"].cast<float>();
-    m.cos = floats(arrays["cos"], "cos", m.context * (m.rotary / 2), m.rotary == 0);
-    m.sin = floats(arrays["sin"], "sin", m.context * (m.rotary / 2), m.rotary == 0);
-    m.final_norm = floats(arrays["final_norm"], "final_norm", m.hidden);
-    m.embedding = make_table(arrays["embedding"], "embedding", m);
-    m.head = make_table(arrays["head"], "head", m);
+    amq::DecoderModel m = amq::read_model(spec, weights, context, group_size);
     m.mode = int8 ? amq::Mode::int8 : amq::Mode::fp32;
     m.cache = half_cache ? amq::Element::half : amq::Element::float32;
-    for (const py::handle& block : blocks) m.blocks.push_back(make_block(block.cast<py::dict>(), m));
-    require(!m.blocks.empty(), "blocks", "at least 1", 0);
-    // What the decoder sizes its buffers and pages by, beside the weights whose bytes were compared above.
-    product({static_cast<int64_t>(m.blocks.size()), m.n_kv_heads, 8 * amq::kPage, m.head_dim}, "page_bytes");
-    product({m.n_heads, m.context, m.head_dim + 2, 64}, "n_heads and context");
+    // What the decoder sizes its buffers and pages by, beside the weights whose bytes were compared already.
+    int64_t cached = 0;
+    for (const amq::Step& step : m.steps)
+        if (const auto* a = std::get_if<amq::Attention>(&step.op)) {
+            cached += a->kv_features();
+            product({a->n_heads, m.context, a->head_dim + 2, 64}, "n_heads and context");
+        }
+    product({cached, 8 * amq::kPage}, "page_bytes");
     return std::make_unique<amq::Decoder>(std::move(m), max_rows, threads);
 }
 
-// (tokens, position, pages: int32)
-using SegmentTuple = std::tuple<int64_t, int64_t, Memory>;
+// (tokens, position, pages: int32, whether the text is a long one, its state, [(tokens, state)] of its snapshots)
+using SegmentTuple = std::tuple<int64_t, int64_t, Memory, bool, int64_t, std::vector<std::tuple<int64_t, int64_t>>>;
+
+amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given, int64_t first_row, int64_t cache_pages,
+                          int64_t n_states) {
+    const auto& [rows, position, pages, long_text, state, snapshots] = given;
+    require_size(rows, "tokens of a segment", 1);
+    require(position >= 0 && position <= m.context - rows, "position", "within the context of " + std::to_string(m.context),
+            position);
+    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1;
+    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", n_pages * 4);
+    for (int64_t i = 0; table && i < n_pages; ++i)
+        require(table[i] >= 0 && table[i] < cache_pages, "page", "below " + std::to_string(cache_pages), table[i]);
+    amq::Segment made{first_row, rows, position, table, long_text, state, {}};
+    if (m.state_floats == 0) return made;
+    require(state >= 0 && state < n_states, "state", "below " + std::to_string(n_states), state);
+    for (const auto& [after, number] : snapshots) {
+        const int64_t before = made.snapshots.empty() ? 0 : made.snapshots.back().rows;
+        require(after > before && after <= rows, "rows of a snapshot", "ascending up to " + std::to_string(rows), after);
+        require(number >= 0 && number < n_states && number != state, "state of a snapshot",
+                "another one below " + std::to_string(n_states), number);
+        made.snapshots.push_back({after, number});
+    }
+    return made;
+}
 
 void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<SegmentTuple>& segments,
-             std::vector<int64_t> wanted, const Memory& logits, const Memory& cache, int threads,
+             std::vector<int64_t> wanted, const Memory& logits, const Memory& cache, const Memory& states, int threads,
              const std::string& isa_name) {
     const amq::DecoderModel& m = decoder.model();
     amq::Pass pass{};
-    pass.cache = address_of<uint8_t>(cache, "cache", m.page_bytes());
-    const int64_t cache_pages = std::get<1>(cache) / m.page_bytes();
-    for (const auto& [rows, position, pages] : segments) {
-        require_size(rows, "tokens of a segment", 1);
-        require(position >= 0 && position <= m.context - rows, "position",
-                "within the context of " + std::to_string(m.context), position);
-        const int64_t n_pages = (position + rows - 1) / amq::kPage + 1;
-        const int32_t* table = address_of<int32_t>(pages, "pages", n_pages * 4);
-        for (int64_t i = 0; i < n_pages; ++i)
-            require(table[i] >= 0 && table[i] < cache_pages, "page", "below " + std::to_string(cache_pages), table[i]);
-        pass.segments.push_back({pass.rows, rows, position, table});
-        pass.rows += rows;
+    if (m.page_bytes > 0) pass.cache = address_of<uint8_t>(cache, "cache", m.page_bytes);
+    const int64_t cache_pages = m.page_bytes == 0 ? 0 : std::get<1>(cache) / m.page_bytes;
+    int64_t n_states = 0;
+    if (m.state_floats > 0) {
+        pass.states = address_of<float>(states, "states", m.state_floats * 4);
+        n_states = std::get<1>(states) / (m.state_floats * 4);
+    }
+    for (const SegmentTuple& segment : segments) {
+        pass.segments.push_back(make_segment(m, segment, pass.rows, cache_pages, n_states));
+        pass.rows += std::get<0>(segment);
     }
     require(pass.rows >= 1 && pass.rows <= decoder.max_rows(), "tokens of a pass",
             "1 to " + std::to_string(decoder.max_rows()), pass.rows);
@@ -163,10 +107,11 @@ void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<Segm
 
 void bind_decoder(py::module_& m) {
     m.attr("PAGE") = amq::kPage;
-    py::class_<amq::Decoder>(m, "Decoder", "A model of the Llama family; see csrc/cpu/decoder.h")
-        .def(py::init(&make_decoder), py::kw_only(), py::arg("sizes"), py::arg("arrays"), py::arg("blocks"),
-             py::arg("int8"), py::arg("half_cache"), py::arg("max_rows"), py::arg("threads"))
-        .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes(); })
+    py::class_<amq::Decoder>(m, "Decoder", "A model as steps; see csrc/cpu/decoder.h and csrc/decoder_spec.h")
+        .def(py::init(&make_decoder), py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("context"),
+             py::arg("group_size"), py::arg("int8"), py::arg("half_cache"), py::arg("max_rows"), py::arg("threads"))
+        .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes; })
+        .def_property_readonly("state_floats", [](const amq::Decoder& d) { return d.model().state_floats; })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),
-             py::arg("cache"), py::arg("threads"), py::arg("isa") = "", "One pass over rows of several sequences");
+             py::arg("cache"), py::arg("states"), py::arg("threads"), py::arg("isa") = "", "One pass over rows of several sequences");
 }

@@ -84,8 +84,10 @@ amq::LinearCall make_call(const std::vector<Part>& parts, const Memory& x, const
     require_size(rows, "rows", 0);
     amq::LinearCall call;
     int64_t columns = 0;
+    const auto* first_bias = reinterpret_cast<const float*>(std::get<0>(bias));
     for (const Part& weight : parts) {
-        const amq::LinearPart part = checked_part(weight, in_features, group_size);
+        amq::LinearPart part = checked_part(weight, in_features, group_size);
+        part.bias = first_bias ? first_bias + columns : nullptr;
         columns = require_size(columns + part.out_features, "columns of y", 0);
         if (part.out_features > 0 && rows > 0) call.parts.push_back(part);
     }
@@ -93,7 +95,7 @@ amq::LinearCall make_call(const std::vector<Part>& parts, const Memory& x, const
     require(rows == 1 || x_stride >= in_features, "x_stride", "at least " + std::to_string(in_features), x_stride);
     require(rows == 1 || y_stride >= columns, "y_stride", "at least " + std::to_string(columns), y_stride);
     call.x = address_of<float>(x, "x", strided_bytes(rows, in_features, x_stride, 4, "x"));
-    call.bias = bias == Memory{0, 0} ? nullptr : exact_address_of<float>(bias, "bias", columns * 4);
+    if (first_bias) exact_address_of<float>(bias, "bias", columns * 4);
     call.y = address_of<float>(y, "y", strided_bytes(rows, columns, y_stride, 4, "y"));
     call.rows = rows;
     call.in_features = in_features;
@@ -179,7 +181,11 @@ amq::LinearPart checked_part(const Part& part, int64_t in_features, int64_t grou
     const int64_t expected = amq::prepared_bytes(amq::tile_bits(index), out_features, in_features, group_size);
     require(bytes == expected, "bytes of a weight", std::to_string(expected), bytes);
     require(out_features == 0 || data != 0, "address of a weight", "not null", 0);  // an empty tensor may have none
-    return {index, reinterpret_cast<const uint8_t*>(data), out_features};
+    amq::LinearPart made;
+    made.format = index;
+    made.data = reinterpret_cast<const uint8_t*>(data);
+    made.out_features = out_features;
+    return made;
 }
 
 void bind_linear(py::module_& m) {

@@ -14,7 +14,8 @@ from helpers.tiny_models import ARCHITECTURES, VOCABULARY, byte_tokenizer
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
 from amq.runtime.engine import MAX_SCORED, Segment
-from amq.runtime.native_engine import NativeEngine, Unsupported, open_native
+from amq.runtime.families import Unsupported
+from amq.runtime.native_engine import NativeEngine, open_native
 from amq.runtime.sampling import Choice
 from amq.runtime.scheduler import Request, Scheduler
 from amq.runtime.settings import Sampling

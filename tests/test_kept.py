@@ -23,7 +23,8 @@ from amq.formats import FORMATS, KEPT
 from amq.kernels.cpu import dequantized
 from amq.model.inventory import take_inventory
 from amq.quantize import quantize
-from amq.runtime.native_engine import Unsupported, open_native
+from amq.runtime.families import Unsupported
+from amq.runtime.native_engine import open_native
 from amq.search.select import select_from_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")

@@ -19,7 +19,8 @@ from amq.kernels.modules import StoredLinear
 from amq.model.experts import experts_of
 from amq.runtime import load
 from amq.runtime.engine import Segment
-from amq.runtime.native_engine import NativeEngine, Unsupported, open_native
+from amq.runtime.families import Unsupported
+from amq.runtime.native_engine import NativeEngine, open_native
 from amq.runtime.torch_engine import TorchEngine
 
 pytestmark = [

@@ -27,23 +27,23 @@ def _itself(tensor: Tensor) -> Tensor:
 class Array:
     """A float32 array that is no linear's weight: `make` of the tensor `name`, which has `shape` in the checkpoint.
 
-    name: also that of the array; "" where it is made of nothing, by `make` of an empty tensor.
-    size: elements of what `make` returns, None for those of `shape`.
+    name: "" where it is made of nothing, by `make` of an empty tensor.
+    key: what it is known by beside the other arrays, linears and tables of a spec.
     """
 
     name: str
     shape: tuple[int, ...]
     make: Callable[[Tensor], Tensor] = _itself
-    size: int | None = None
+    own_key: str = ""
 
     @property
-    def elements(self) -> int:
-        return int(torch.Size(self.shape).numel()) if self.size is None else self.size
+    def key(self) -> str:
+        return self.own_key or self.name
 
 
 def ones(count: int) -> Array:
     """Of a norm without weights."""
-    return Array("", (0,), lambda _: torch.ones(count), count)
+    return Array("", (0,), lambda _: torch.ones(count), f"ones {count}")
 
 
 def plus_one(name: str, count: int) -> Array:

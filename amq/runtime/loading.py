@@ -71,7 +71,8 @@ def load(model: Path | str, **settings: Any) -> Runtime:
     elif choose_backend(sorted(set(checkpoint.record.formats.values()))) != "cpu":
         why = "backend cpu does not run its formats here"  # what it lacks has been logged
     else:
-        from amq.runtime.native_engine import Unsupported, open_native
+        from amq.runtime.families import Unsupported
+        from amq.runtime.native_engine import open_native
 
         try:
             engine = open_native(

@@ -1,6 +1,6 @@
-"""The engine for the Llama family on a CPU: one call of amq._cpu per pass, transformers not even imported.
+"""The engine for the families of amq.runtime.families on a CPU: one call of amq._cpu per pass.
 
-The block of csrc/cpu/decoder.h is filled from config.json and the checkpoint's tensors (`describe`). What it cannot
+The steps of csrc/cpu/decoder.h are made of config.json, and filled from the checkpoint's tensors. What they cannot
 compute exactly as transformers does is refused with `Unsupported`, and the caller takes another path.
 """
 
@@ -19,37 +19,33 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.errors import AmqError
-from amq.formats import get_format
-from amq.kernels import cpu
 from amq.kernels.backends import check_activations
-from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory, prepared_bytes
-from amq.packing import PreparedWeight
+from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory
+from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
-from amq.runtime.native_config import ModelConfig, Unsupported, read_config, read_sizes, rotary_frequencies, windows
+from amq.runtime.families import read_spec
 from amq.runtime.page_keys import Key, model_root
 from amq.runtime.page_store import PageStore
 from amq.runtime.pages import PagePool, PageTable
+from amq.runtime.weights import Weights
 from amq.util.files import cache_dir, is_out_of_memory
 
 MAX_ROWS = 512
 READ_BYTES = 8 << 20
 """Of pages that one call reads from disk at least: a few milliseconds, in which other sequences wait for their pass."""
-ALIGNMENT = 64
-"""Of weights in memory: a cache line."""
-BLOCKS = "model.layers."
-EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
-FLOATS = ("F32", "F16", "BF16")
-"""What tensors that are not packed may be, as safetensors spells it."""
+DEFAULT_CONTEXT = 8192
 
 
 class PagedSlot(Slot):
     """table: of its pages in the cache. tokens: all that were computed, or found there. on_disk: whether its next page
-    may be in the prompt cache on disk."""
+    may be in the prompt cache on disk. state: number of its recurrent state. is_long: see `Rope.border`."""
 
-    def __init__(self, engine: NativeEngine, table: PageTable, page: int, on_disk: bool) -> None:
+    def __init__(
+        self, engine: NativeEngine, table: PageTable, page: int, on_disk: bool, state: int, is_long: bool
+    ) -> None:
         length = len(table.keys) * page
         super().__init__(len(table.pages) * page, length)
-        self._engine, self.table, self.on_disk = engine, table, on_disk
+        self._engine, self.table, self.on_disk, self.state, self.is_long = engine, table, on_disk, state, is_long
         self.tokens = list(table.prompt[:length])
 
     @property
@@ -64,37 +60,43 @@ class PagedSlot(Slot):
 class NativeEngine:
     """See `amq.runtime.engine.Engine`; made by `open_native`.
 
+    how: `int8` and `half_cache` of csrc/decoder_module.cpp.
     root: of `page_keys.model_root`. store: makes the pages on disk from the bytes of a page; `shutdown` ends it.
     prompt_cache: the pages on disk, with their counters, or None.
     """
 
     def __init__(
         self,
-        model: Mapping[str, Any],
+        weights: Weights,
+        context: int,
+        how: Mapping[str, bool],
         banner: str,
         max_sequences: int,
         threads: int,
         root: Key = b"",
         store: Callable[[int], PageStore] | None = None,
     ) -> None:
-        self._keep = model["keep"]  # everything that the decoder holds the address of
+        self._keep = weights.keep  # everything that the decoder holds the address of
+        self._spec = spec = weights.spec
         self.banner, self.max_sequences, self._threads = banner, max_sequences, threads
-        self.vocab_size, self.context = model["sizes"]["vocabulary"], model["sizes"]["context"]
+        self.vocab_size, self.context = spec.vocabulary, context
         self.max_rows = MAX_ROWS
-        self.weight_bytes: int = model["weight_bytes"]
+        self.weight_bytes: int = weights.bytes
+        group_size = weights.checkpoint.record.group_size
         try:
             self._decoder = cpu_module().Decoder(
-                **{name: model[name] for name in ("sizes", "arrays", "blocks", "int8", "half_cache")},
-                max_rows=MAX_ROWS,
-                threads=threads,
+                spec=spec, weights=weights.held, context=context, group_size=group_size, **how, max_rows=MAX_ROWS, threads=threads
             )
         except (ValueError, TypeError) as error:  # TypeError: a number beyond 64 bits
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
+        self._border = max((rope.border for rope in spec.ropes), default=0)
         self._busy = threading.Lock()
         page = cpu_module().PAGE
         self._pool = PagePool(max_sequences * -(-self.context // page), page, root)
         self.cache_bytes = self._pool.n_pages * self._decoder.page_bytes
         self._cache = empty_bytes(self.cache_bytes)  # a page takes memory once it is written to
+        self._states = empty_bytes(max_sequences * self._decoder.state_floats * 4)
+        self._free_states = list(range(max_sequences))
         self._logits = torch.empty(max_sequences, self.vocab_size)
         self._open = 0
         self._claims: dict[Key, PagedSlot] = {}  # pages that slots compute in the next pass, since the last one
@@ -128,11 +130,19 @@ class NativeEngine:
             raise AmqError(f"a sequence can have 1 to {self.context} positions, this one wants {positions}")
         if self._open == self.max_sequences:
             return None
+        is_long = 0 < self._border < len(prompt)
+        if not is_long and 0 < self._border < positions:  # it may come to be long: its pages are written twice then
+            owner = None
+        if self._spec.recurrent:
+            owner = None
+        if self._border and owner is not None:
+            owner = f"{'long' if is_long else 'short'} {owner}"
         table = self._pool.take(prompt, positions, owner, reuse)
         if table is None:
             return None
         self._open += 1
-        return PagedSlot(self, table, self._pool.page, self.prompt_cache is not None)
+        on_disk = self.prompt_cache is not None and owner is not None
+        return PagedSlot(self, table, self._pool.page, on_disk, self._free_states.pop(), is_long)
 
     def catch_up(self, slot: PagedSlot) -> bool:
         """See `Slot.catch_up`."""
@@ -193,6 +203,7 @@ class NativeEngine:
         self._keep_pages(slot, reversed(range(len(slot.table.keys))))  # the first page is used last: it is needed most
         self._claims = {key: claimant for key, claimant in self._claims.items() if claimant is not slot}
         self._pool.give_back(slot.table)
+        self._free_states.append(slot.state)
         slot.capacity = 0
         self._open -= 1
 
@@ -228,6 +239,7 @@ class NativeEngine:
             slot = self._open_slot((), len(tokens))
             if slot is None:
                 raise AmqError("the engine has no room left: close a slot first")
+            slot.is_long = 0 < self._border < len(tokens)
             try:
                 logits = torch.empty(len(tokens), self.vocab_size)
                 for start in range(0, len(tokens), MAX_ROWS):
@@ -241,20 +253,29 @@ class NativeEngine:
         described: list[Any] = []
         tokens: list[int] = []
         for segment in segments:
-            slot = segment.slot
-            if slot.length + len(segment.tokens) > slot.capacity:
+            slot, length = segment.slot, segment.slot.length + len(segment.tokens)
+            if length > slot.capacity:
                 raise AmqError(f"the sequence has room for {slot.capacity} positions, not for more")
+            if not slot.is_long and 0 < self._border < length:
+                self._renew(slot)
             tokens.extend(segment.tokens)
-            described.append((len(segment.tokens), slot.length, (slot.pages.ctypes.data, slot.pages.nbytes)))
+            pages = (slot.pages.ctypes.data, slot.pages.nbytes)
+            described.append((len(segment.tokens), slot.length, pages, slot.is_long, slot.state, []))
         try:
             numbers = np.array(tokens, np.int32)
             self._decoder.forward(
                 (numbers.ctypes.data, numbers.nbytes), described, wanted, memory(logits) if wanted else NO_MEMORY,
-                memory(self._cache), self._threads, self.isa,
+                memory(self._cache), memory(self._states), self._threads, self.isa,
             )  # fmt: skip
         except (ValueError, OverflowError) as error:
             raise AmqError(str(error)) from error
         self._computed(segments)
+
+    def _renew(self, slot: PagedSlot) -> None:
+        """Computes a sequence anew that becomes a long text: its keys were turned by the angles of a short one."""
+        tokens, slot.is_long, slot.length, slot.tokens = slot.tokens, True, 0, []
+        for start in range(0, len(tokens), MAX_ROWS):
+            self._run([Segment(slot, tokens[start : start + MAX_ROWS])], [], self._logits)
 
 
 def open_native(
@@ -268,7 +289,7 @@ def open_native(
     prompt_cache: int | None = None,
     prompt_cache_folder: Path | None = None,
 ) -> NativeEngine:
-    """Opens a checkpoint of the Llama family.
+    """Opens a checkpoint of one of amq.runtime.families.
 
     folder: or what `open_checkpoint` made of it.
     activations: `int8`, or `fp32` (exact).
@@ -281,180 +302,41 @@ def open_native(
     """
     check_activations("cpu", activations)
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder, verify=False)
-    config = read_config(checkpoint.config, str(checkpoint.folder / "config.json"))
-    if checkpoint.record.has_experts:
-        raise Unsupported("the native engine has no experts")
-    sizes = read_sizes(config, checkpoint.record.group_size, context)
+    record = checkpoint.record
+    spec = read_spec(checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats})
+    context = _context(spec, context)
     threads = threads or torch.get_num_threads()
     cache = cache or ("float32" if activations == "fp32" else "float16")
     if cache not in ("float16", "float32"):
         raise AmqError(f"the KV cache must be float16 or float32, got {cache}")
     if verify:
         checkpoint.verify()
-    formats = "+".join(sorted(set(checkpoint.record.formats.values())))
+    formats = "+".join(sorted(set(record.formats.values())))
     banner = (
-        f"native engine ({config.model_type}): {formats}, {activations} activations, {cache} cache, "
-        f"{cpu_module().isa()}, {threads} threads, context {sizes['context']}"
+        f"native engine ({checkpoint.config.get('model_type')}): {formats}, {activations} activations, {cache} cache, "
+        f"{cpu_module().isa()}, {threads} threads, context {context}"
     )
+    how = {"int8": activations == "int8", "half_cache": cache == "float16"}
     try:
-        model = describe(checkpoint, config, sizes)
-        model |= {"int8": activations == "int8", "half_cache": cache == "float16"}
+        weights = Weights(checkpoint, spec, context)
         if prompt_cache is None:
-            return NativeEngine(model, banner, max_sequences, threads)
-        root = model_root(checkpoint, model["tables"], {"activations": activations, "cache": cache})
+            return NativeEngine(weights, context, how, banner, max_sequences, threads)
+        root = model_root(checkpoint, weights.tables, {"activations": activations, "cache": cache})
         store = partial(PageStore, prompt_cache_folder or cache_dir() / "prompts", prompt_cache)
-        return NativeEngine(model, banner, max_sequences, threads, root, store)
+        return NativeEngine(weights, context, how, banner, max_sequences, threads, root, store)
     except (OSError, RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         raise AmqError(
-            f"there is no memory for {checkpoint.folder} with a context of {sizes['context']} and {max_sequences} "
+            f"there is no memory for {checkpoint.folder} with a context of {context} and {max_sequences} "
             f"sequences ({error}): take fewer or shorter ones, or a larger machine"
         ) from error
 
 
-class _Weights:
-    """Arrays and prepared weights of a checkpoint, as addresses, and a reference to each of them.
-
-    Prepared weights lie one after another in one piece of memory, in the order in which they are asked for: on large
-    pages, which single weights of a small model would not fill.
-    """
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
-        self.checkpoint, self.formats = checkpoint, checkpoint.record.formats
-        self._sizes = {name: self._prepared_bytes(name) for name in self.formats}
-        self._memory = empty_bytes(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in self._sizes.values()))
-        self._prepared: dict[str, PreparedWeight] = {}
-        self.keep: list[Any] = []
-        self.bytes = 0
-        self.names = set(checkpoint.other_names)
-        self._used: set[str] = set()  # of `names`
-
-    def check_complete(self) -> None:
-        """A linear or tensor that the block has no place for means that the model is another one than it seems."""
-        for what, strange in (
-            ("linear", set(self.formats) - set(self._prepared)),
-            ("tensor", self.names - self._used),
-        ):
-            for name in sorted(strange):
-                if name.startswith(BLOCKS):
-                    raise self._edited(f"holds the {what} {name}, which the model of config.json has no place for")
-                raise Unsupported(f"the native engine has no place for the {what} {name}")
-
-    def _edited(self, what: str) -> AmqError:
-        return AmqError(f"{self.checkpoint.folder} {what}: it is damaged, or config.json was edited")
-
-    def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
-        """A tensor of the model's shape and a dtype of floats, both compared before it is read."""
-        if name not in self.names:
-            raise self._edited(f"lacks the tensor {name}")
-        dtype, found = self.checkpoint.described(name)
-        if dtype not in FLOATS or list(found) != list(shape):
-            expected = f"{' or '.join(FLOATS)} {list(shape)}"
-            raise self._edited(f"has {name} as {dtype} {list(found)}, expected {expected}")
-        self._used.add(name)
-        return self.checkpoint.tensor(name)
-
-    def vector(self, name: str, count: int) -> tuple[int, int]:
-        """A tensor [count] as float32."""
-        tensor = self._tensor(name, [count]).float().contiguous()
-        self.keep.append(tensor)
-        self.bytes += tensor.nbytes
-        return memory(tensor)
-
-    def _prepared_bytes(self, name: str) -> int:
-        record = self.checkpoint.record
-        return prepared_bytes(get_format(self.formats[name]), *record.shapes[name], record.group_size)
-
-    def prepared(self, name: str, rows: int, in_features: int) -> PreparedWeight:
-        if name not in self.formats:
-            if f"{name}.weight" in self.names:
-                raise Unsupported(f"the native engine wants all linears quantized, {name} is not")
-            raise self._edited(f"lacks the linear {name}")
-        if self.checkpoint.record.shapes[name] != (rows, in_features):
-            found = list(self.checkpoint.record.shapes[name])
-            raise self._edited(f"has {name} as {found}, expected {[rows, in_features]}")
-        if name in self._prepared:  # the head, which an embedding is tied to
-            return self._prepared[name]
-        packed, size = self.checkpoint.packed(name), self._sizes[name]
-        weight = PreparedWeight.of(packed, "cpu", cpu.prepare(packed, self._memory[:size]))
-        self._memory = self._memory[-(-size // ALIGNMENT) * ALIGNMENT :]
-        self.keep.append(weight.data)
-        if name not in self.checkpoint.record.own_embeddings:  # of which a token reads one row
-            self.bytes += weight.data.numel()
-        self._prepared[name] = weight
-        return weight
-
-    def projection(
-        self, rows: Mapping[str, int], in_features: int, biased: bool
-    ) -> tuple[list[tuple[str, int, int, int]], tuple[int, int]]:
-        """Linears that share x, {name: out_features}, and their biases side by side."""
-        weights = [self.prepared(name, count, in_features) for name, count in rows.items()]
-        bias = NO_MEMORY
-        if biased:
-            self.keep.append(torch.cat([self._tensor(f"{name}.bias", [n]).float() for name, n in rows.items()]))
-            bias = memory(self.keep[-1])
-        return [(w.format.name, *memory(w.data), w.out_features) for w in weights], bias
-
-    def table(self, name: str, rows: int, in_features: int) -> tuple[str, int, int]:
-        """An embedding or a head: packed where it is quantized, else as the file has it."""
-        linear = self.checkpoint.record.embedding.get(name, name)
-        if linear in self.formats:
-            weight = self.prepared(linear, rows, in_features)
-            return weight.format.name, *memory(weight.data)
-        tensor = self._tensor(f"{name}.weight", [rows, in_features]).contiguous()
-        self.keep.append(tensor)
-        return str(tensor.dtype).removeprefix("torch."), *memory(tensor)
-
-    def has_table(self, name: str) -> bool:
-        linear = self.checkpoint.record.embedding.get(name, name)
-        return linear in self.formats or f"{name}.weight" in self.names
-
-
-def describe(checkpoint: Checkpoint, config: ModelConfig, sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """What amq._cpu.Decoder is made from; `keep` is what it points to, `weight_bytes` what a decoded token reads."""
-    weights = _Weights(checkpoint)
-    blocks = [_describe_block(weights, config, layer, window) for layer, window in enumerate(windows(config))]
-    rows = (config.vocab_size, config.hidden_size)
-    # A tied model has one of the two, or both where they differ: then its head is its own, as in transformers.
-    tied, own = bool(config.tie_word_embeddings), weights.has_table(HEAD)
-    head = weights.table(HEAD if own or not tied else EMBEDDING, *rows)
-    embedding = weights.table(EMBEDDING if weights.has_table(EMBEDDING) or not tied else HEAD, *rows)
-    final_norm = weights.vector("model.norm.weight", config.hidden_size)
-    weights.check_complete()
-    frequencies, factor = rotary_frequencies(config, checkpoint.config, str(checkpoint.folder / "config.json"))
-    angles = torch.outer(torch.arange(sizes["context"]).float(), frequencies)
-    cos, sin = (angles.cos() * factor).contiguous(), (angles.sin() * factor).contiguous()
-    weights.keep += [cos, sin]
-    arrays = {"cos": memory(cos), "sin": memory(sin), "final_norm": final_norm, "embedding": embedding, "head": head}
-    read = weights.bytes + (head[2] if head[0] in ("float32", "float16", "bfloat16") else 0)
-    return {
-        "sizes": dict(sizes),
-        "arrays": arrays,
-        "blocks": blocks,
-        "keep": weights.keep,
-        "tables": [cos, sin],
-        "weight_bytes": read,
-    }
-
-
-def _describe_block(weights: _Weights, config: ModelConfig, layer: int, window: int) -> dict[str, Any]:
-    prefix = f"{BLOCKS}{layer}"
-    attention, mlp = f"{prefix}.self_attn", f"{prefix}.mlp"
-    hidden, wide, head = config.hidden_size, config.intermediate_size, config.head_features
-    q, kv, biases = config.num_attention_heads * head, config.kv_heads * head, config.biases
-    qkv = {f"{attention}.q_proj": q, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
-    gate_up = {f"{mlp}.gate_proj": wide, f"{mlp}.up_proj": wide}
-    norms = {
-        name: weights.vector(f"{attention}.{name}.weight", head) if config.head_norms else NO_MEMORY
-        for name in ("q_norm", "k_norm")
-    }
-    return norms | {
-        "attention_norm": weights.vector(f"{prefix}.input_layernorm.weight", hidden),
-        "mlp_norm": weights.vector(f"{prefix}.post_attention_layernorm.weight", hidden),
-        "qkv": weights.projection(qkv, hidden, biases["qkv"]),
-        "o": weights.projection({f"{attention}.o_proj": hidden}, q, biases["o"]),
-        "gate_up": weights.projection(gate_up, hidden, biases["gate_up"]),
-        "down": weights.projection({f"{mlp}.down_proj": hidden}, wide, biases["down"]),
-        "window": window,
-    }
+def _context(spec: DecoderSpec, asked: int | None) -> int:
+    """Positions of a sequence."""
+    if asked is None:
+        return min(spec.longest, DEFAULT_CONTEXT)
+    if not 1 <= asked <= spec.longest:
+        raise AmqError(f"the context must be 1 to {spec.longest}, which the model was made for, got {asked}")
+    return asked

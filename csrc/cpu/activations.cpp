@@ -60,7 +60,7 @@ AMQ_INLINE void quantize(const ActivationArgs& a, int64_t begin, int64_t end) {
             const int64_t index = panels.index(g, m / panels.rows), row = m % panels.rows;
             const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
             std::memset(q + count, 0, panels.group_stride - count);
-            const Rounded rounded = m < a.rows ? round_group(a.x + m * a.x_stride + first, count, q)
+            const Rounded rounded = m < a.rows ? round_group(a.row(m) + first, count, q)
                                                : (std::memset(q, 0, count), Rounded{0, 0});
             a.x_scale[index * panels.rows + row] = rounded.scale;
             a.x_sum[index * panels.rows + row] = static_cast<float>(rounded.sum);
@@ -94,11 +94,12 @@ void copy_panels(const ActivationArgs& a, int64_t begin, int64_t end) {
         const int64_t first_row = panel * panels.rows, rows = std::min<int64_t>(panels.rows, a.rows - first_row);
         for (int64_t g = 0; g < a.n_groups; ++g) {
             const int64_t first = g * a.group_size, count = std::min(a.group_size, a.in_features - first);
-            const float* x = a.x + first_row * a.x_stride + first;
             float* out = static_cast<float*>(a.out) + panels.index(g, panel) * panels.size();
             if (rows < panels.rows || count < panels.group_stride) std::fill(out, out + panels.size(), 0.0f);
+            const float* x[kMaxPanelRows];
+            for (int64_t m = 0; m < rows; ++m) x[m] = a.row(first_row + m) + first;
             for (int64_t k = 0; k < count; ++k)  // whole lines of `out`, though `rows` streams of x
-                for (int64_t m = 0; m < rows; ++m) out[k * panels.rows + m] = x[m * a.x_stride + k];
+                for (int64_t m = 0; m < rows; ++m) out[k * panels.rows + m] = x[m][k];
         }
     }
 }

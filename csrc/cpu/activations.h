@@ -9,13 +9,19 @@
 
 namespace amq {
 
-// Rows of x [rows, x_stride]. Rows of a panel beyond `rows`, and features of a group beyond the last one, become 0.
+constexpr int kMaxPanelRows = 64;
+
+// Rows of x [.., x_stride]: x_rows [rows] of them, or the first `rows`. Rows of a panel beyond `rows`, and features of a group beyond the last one, become 0.
 struct ActivationArgs {
     const float* x;
-    int64_t x_stride, rows, in_features, group_size, n_groups;
+    int64_t x_stride;
+    const int32_t* x_rows;
+    int64_t rows, in_features, group_size, n_groups;
     Panels panels;
     void* out;                // int8 or float
     float *x_scale, *x_sum;   // int8 only
+
+    const float* row(int64_t m) const { return x + (x_rows ? x_rows[m] : m) * x_stride; }
 };
 
 // Rows begin … end − 1 of the padded rows: a = max|x| / 127 over the group, q = x / a to the nearest integer, ties to

@@ -37,6 +37,18 @@ private:
     void apply(const Step& step, const PerLayerInput& op);  // decoder_mlp.cpp
     void apply(const Step& step, const Mixture& op);        // decoder_mixture.cpp
 
+    // decoder_attention.cpp
+    void rotate_and_store(const Attention& op);
+    void store_head(const Attention& op, const Segment& segment, int64_t position, int64_t kv_head, float* key, float* value);
+    void rotate(const Attention& op, const Segment& segment, int64_t position, float* x);
+    bool split() const { return pass_.rows <= kSplitRows; }
+    void attend(const Attention& op);
+    int64_t first_span(const Attention& op, const Segment& segment, int64_t first) const;
+    void attend_item(const Attention& op, const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end);
+    float* partial(const Attention& op, int64_t row, int64_t head, int64_t span) const;
+    void finish_head(const Attention& op, int64_t head, Partial& sum, float* out) const;
+    void merge_row(const Attention& op, int64_t row);
+
     float* stream(int64_t row) const { return d_.stream_.data() + row * m_.hidden; }
     // Rows in the place of outputs of an operator's first projection, `wide_stride` apart; of inputs of projections.
     float* wide(int64_t row) const { return d_.wide_.data() + row * d_.wide_stride_; }

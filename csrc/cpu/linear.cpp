@@ -8,6 +8,7 @@
 #include "activations.h"
 #include "amq_formats.h"
 #include "threads.h"
+#include "vector.h"
 
 namespace amq {
 namespace {
@@ -51,6 +52,17 @@ LinearKernel choose(const LinearKernels& kernels, Mode activations, int64_t rows
 
 constexpr size_t kCacheLine = 64;
 
+constexpr int any_tiled() {
+    for (int format = 0;; ++format)
+        if (kBits[format] > 0) return format;
+}
+constexpr int kAnyTiled = any_tiled();
+
+int64_t part_tile_bytes(const LinearPart& part, int64_t in_features, int64_t group_size) {
+    if (part.format < 0) return kLanes * in_features * element_bytes(part.element);
+    return tile_bytes(kBits[part.format], in_features, group_size, kLanes);
+}
+
 }  // namespace
 
 LinearJob::LinearJob(const LinearCall& call, const Isa& isa) : call_(call), isa_(isa), kernels_(isa.linear()) {
@@ -59,7 +71,8 @@ LinearJob::LinearJob(const LinearCall& call, const Isa& isa) : call_(call), isa_
     task_.group_size = call.group_size;
     task_.y_stride = call.y_stride;
     Panels& panels = task_.panels;
-    choose(kernels_[call.parts[0].format], call.mode, call.rows, panels);  // all formats want the same panels
+    choose(kernels_[kAnyTiled], call.mode, call.rows, panels);  // all formats want the same panels
+    packed_ = std::any_of(call.parts.begin(), call.parts.end(), [](const LinearPart& part) { return part.format >= 0; });
     const int64_t multiple = std::max(kBlock, panels.step);
     panels.n_panels = ceil_div(call.rows, panels.rows);
     panels.group_stride = ceil_div(call.group_size, multiple) * multiple;
@@ -78,8 +91,9 @@ void LinearJob::place(char* memory) {
 }
 
 void LinearJob::make_input(int64_t begin, int64_t end) const {
-    const ActivationArgs args = {call_.x, call_.x_stride, call_.rows, call_.in_features, call_.group_size,
-                                 task_.n_groups(), task_.panels, const_cast<void*>(task_.x),
+    if (!packed_) return;  // the rest reads x itself
+    const ActivationArgs args = {call_.x, call_.x_stride, call_.x_rows, call_.rows, call_.in_features,
+                                 call_.group_size, task_.n_groups(), task_.panels, const_cast<void*>(task_.x),
                                  const_cast<float*>(task_.x_scale), const_cast<float*>(task_.x_sum)};
     if (call_.mode == Mode::int8) return quantize_rows(isa_, args, begin, end);
     copy_panels(args, begin / task_.panels.rows, end / task_.panels.rows);
@@ -87,7 +101,7 @@ void LinearJob::make_input(int64_t begin, int64_t end) const {
 
 int64_t LinearJob::tile_cost(const LinearPart& part) const {
     if (call_.rows > kGemvRows) return 1;
-    return tile_bytes(kBits[part.format], call_.in_features, call_.group_size, kLanes);
+    return part_tile_bytes(part, call_.in_features, call_.group_size);
 }
 
 int64_t LinearJob::cost() const {
@@ -111,14 +125,30 @@ void LinearJob::run_tiles(size_t part, int64_t begin, int64_t end) const {
     int64_t column = 0;
     for (size_t before = 0; before < part; ++before) column += call_.parts[before].out_features;
     const LinearPart& weight = call_.parts[part];
+    if (weight.format < 0) return run_dense(weight, column, begin * kLanes, std::min(end * kLanes, weight.out_features));
     LinearTask task = task_;
     task.data = weight.data;
     task.tile_bytes = tile_bytes(kBits[weight.format], call_.in_features, call_.group_size, kLanes);
     task.out_features = weight.out_features;
     task.y = call_.y + column;
-    task.bias = call_.bias ? call_.bias + column : nullptr;
+    task.bias = weight.bias;
     Panels same;
     choose(kernels_[weight.format], call_.mode, call_.rows, same)(task, begin, end);
+}
+
+void LinearJob::run_dense(const LinearPart& weight, int64_t column, int64_t begin, int64_t end) const {
+    const DenseKernel kernel = isa_.vector()->dense[static_cast<int>(weight.element)];
+    float* y = call_.y + column;
+    if (call_.x_rows == nullptr) {
+        kernel(weight.data, call_.in_features, begin, end, call_.x, call_.x_stride, call_.rows, y, call_.y_stride);
+    } else {
+        for (int64_t row = 0; row < call_.rows; ++row)
+            kernel(weight.data, call_.in_features, begin, end, call_.x + call_.x_rows[row] * call_.x_stride, 0, 1,
+                   y + row * call_.y_stride, 0);
+    }
+    if (weight.bias == nullptr) return;
+    for (int64_t row = 0; row < call_.rows; ++row)
+        for (int64_t n = begin; n < end; ++n) y[row * call_.y_stride + n] += weight.bias[n];
 }
 
 int64_t LinearJob::n_tiles() const {
@@ -141,7 +171,7 @@ void LinearJob::fetch(int64_t begin, int64_t end) const {
     for (size_t part = 0; part < call_.parts.size(); ++part) {
         const LinearPart& weight = call_.parts[part];
         const int64_t tiles = n_tiles(part), first = std::max<int64_t>(begin, 0), last = std::min(end, tiles);
-        const int64_t bytes = tile_bytes(kBits[weight.format], call_.in_features, call_.group_size, kLanes);
+        const int64_t bytes = part_tile_bytes(weight, call_.in_features, call_.group_size);
         for (int64_t stream = 0; stream < kStreams && first < last; ++stream) {
             const uint8_t* p = weight.data + (first + stream * ((last - first) / kStreams)) * bytes;
             for (int64_t line = 0; line < std::min(kBytes, bytes); line += kLineBytes) __builtin_prefetch(p + line);
@@ -194,7 +224,7 @@ void each_list(const std::vector<int64_t>& sizes, int64_t begin, int64_t end, co
 // What a tile of a call costs beside those of others: its bytes, and its rows, of which some ten take as long as to read
 // it from memory.
 int64_t grouped_tile_cost(const LinearCall& call) {
-    return tile_bytes(kBits[call.parts[0].format], call.in_features, call.group_size, kLanes) * (8 + call.rows) / 8;
+    return part_tile_bytes(call.parts[0], call.in_features, call.group_size) * (8 + call.rows) / 8;
 }
 
 // Calls of one part each, of at most kCallRows rows.

@@ -131,10 +131,13 @@ public:
 
 private:
     int64_t tile_cost(const LinearPart& part) const;
+    // Rows begin … end − 1 of a weight that is not quantized.
+    void run_dense(const LinearPart& weight, int64_t column, int64_t begin, int64_t end) const;
 
     const LinearCall& call_;
     const Isa& isa_;
     const LinearKernels* kernels_;
+    bool packed_;  // whether a part is quantized
     LinearTask task_{};  // of all parts; data, out_features, y and bias differ
 };
 

@@ -80,6 +80,10 @@ struct DeltaArgs {
     int64_t q_stride, k_stride, v_stride, gate_stride, state_stride, out_stride, tokens, key_dim, columns;
 };
 
+// y[m · y_stride + n] ← x_m · w_n for the rows begin … end − 1 of w [.., in_features].
+using DenseKernel = void (*)(const void* w, int64_t in_features, int64_t begin, int64_t end, const float* x,
+                             int64_t x_stride, int64_t rows, float* y, int64_t y_stride);
+
 struct VectorKernels {
     // out ← x / rms(x) · weight
     void (*rms_norm)(const float* x, const float* weight, float epsilon, int64_t count, float* out);
@@ -104,9 +108,7 @@ struct VectorKernels {
     // Puts the parts of a softmax together, and divides by the sum in the end.
     void (*merge)(Partial& into, const Partial& part, int head_dim);
     void (*finish)(const Partial& partial, int head_dim, float* out);
-    // y[m · y_stride + n] ← x_m · w_n for the rows begin … end − 1 of w [.., in_features], by their element.
-    void (*dense[3])(const void* w, int64_t in_features, int64_t begin, int64_t end, const float* x, int64_t x_stride,
-                     int64_t rows, float* y, int64_t y_stride);
+    DenseKernel dense[3];  // by the element of w
     // One row of such a weight as float32.
     void (*widen[3])(const void* w, int64_t count, float* out);
 };

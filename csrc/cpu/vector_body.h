@@ -10,6 +10,7 @@
 #include "tiles.h"
 #include "unroll.h"
 #include "vector.h"
+#include "vector_state.h"
 
 namespace amq {
 namespace {
@@ -84,29 +85,86 @@ void rotate(float* x, const float* cos, const float* sin, int64_t half) {
     }
 }
 
-template <class S>
-AMQ_INLINE typename S::F32 gated(typename S::F32 gate, typename S::F32 up) {
-    const auto one = S::splat(1.0f);
-    return S::mul(S::div(gate, S::add(one, exponential<S>(S::sub(S::splat(0.0f), gate)))), up);
-}
-
-template <class S>
-void gate(float* x, const float* up, int64_t count) {
+// Each(values…) of 16 elements of the vectors x… at a time, into the first of them.
+template <class S, class Each, class... Rest>
+AMQ_INLINE void for_each_line(const Each& each, int64_t count, float* x, const Rest*... rest) {
     int64_t k = 0;
-    for (; k + kWidth <= count; k += kWidth) S::store(x + k, gated<S>(S::load_float(x + k), S::load_float(up + k)));
+    for (; k + kWidth <= count; k += kWidth) S::store(x + k, each(S::load_float(x + k), S::load_float(rest + k)...));
     if (k == count) return;
-    alignas(64) float rest[2][kWidth] = {};
-    std::memcpy(rest[0], x + k, (count - k) * sizeof(float));
-    std::memcpy(rest[1], up + k, (count - k) * sizeof(float));
-    S::store(rest[0], gated<S>(S::load_float(rest[0]), S::load_float(rest[1])));
-    std::memcpy(x + k, rest[0], (count - k) * sizeof(float));
+    const auto part = [&](const float* p) __attribute__((always_inline)) {
+        alignas(64) float line[kWidth] = {};
+        std::memcpy(line, p + k, (count - k) * sizeof(float));
+        return S::load_float(line);
+    };
+    alignas(64) float line[kWidth];
+    S::store(line, each(part(x), part(rest)...));
+    std::memcpy(x + k, line, (count - k) * sizeof(float));
 }
 
 template <class S>
-void add(float* x, const float* y, int64_t count) {
-    int64_t k = 0;
-    for (; k + kWidth <= count; k += kWidth) S::store(x + k, S::add(S::load_float(x + k), S::load_float(y + k)));
-    for (; k < count; ++k) x[k] += y[k];
+AMQ_INLINE typename S::F32 sigmoid(typename S::F32 x) {
+    const auto one = S::splat(1.0f);
+    return S::div(one, S::add(one, exponential<S>(S::sub(S::splat(0.0f), x))));
+}
+
+// c · tanh(x / c) = c − 2c / (e^(2x / c) + 1)
+template <class S>
+AMQ_INLINE typename S::F32 capped(typename S::F32 x, float c) {
+    const auto power = exponential<S>(S::mul(x, S::splat(2 / c)));
+    return S::sub(S::splat(c), S::div(S::splat(2 * c), S::add(power, S::splat(1.0f))));
+}
+
+template <class S, Activation activation>
+AMQ_INLINE typename S::F32 activated(typename S::F32 gate, typename S::F32 up, float limit) {
+    if constexpr (activation == Activation::silu) return S::mul(S::mul(gate, sigmoid<S>(gate)), up);
+    if constexpr (activation == Activation::gelu_tanh) {  // (1 + tanh(x)) / 2 = sigmoid(2x)
+        constexpr float kTwice = 1.5957691216f;            // 2√(2/π)
+        const auto cube = S::mul(S::mul(gate, gate), gate);
+        const auto inner = S::mul(S::splat(kTwice), S::fma(cube, S::splat(0.044715f), gate));
+        return S::mul(S::mul(gate, sigmoid<S>(inner)), up);
+    }
+    if constexpr (activation == Activation::clamped_swiglu) {
+        const auto g = S::min(S::splat(limit), gate);
+        const auto u = S::min(S::splat(limit), S::max(S::splat(-limit), up));
+        return S::mul(S::mul(g, sigmoid<S>(S::mul(S::splat(1.702f), g))), S::add(u, S::splat(1.0f)));
+    }
+    const auto positive = S::max(S::splat(0.0f), gate);
+    return S::mul(positive, positive);
+}
+
+template <class S, Activation activation>
+void activate(float* gate, const float* up, float limit, int64_t count) {
+    const auto each = [limit](typename S::F32 g, typename S::F32 u) __attribute__((always_inline)) {
+        return activated<S, activation>(g, u, limit);
+    };
+    for_each_line<S>(each, count, gate, activation == Activation::relu2 ? gate : up);
+}
+
+template <class S>
+void gate_sigmoid(float* x, const float* gate, int64_t count) {
+    const auto each = [](typename S::F32 v, typename S::F32 g) __attribute__((always_inline)) { return S::mul(v, sigmoid<S>(g)); };
+    for_each_line<S>(each, count, x, gate);
+}
+
+template <class S>
+void gate_silu(float* x, const float* gate, int64_t count) {
+    const auto each = [](typename S::F32 v, typename S::F32 g) __attribute__((always_inline)) {
+        return S::mul(v, S::mul(g, sigmoid<S>(g)));
+    };
+    for_each_line<S>(each, count, x, gate);
+}
+
+template <class S>
+void softcap(float* x, float c, int64_t count) {
+    for_each_line<S>([c](typename S::F32 v) __attribute__((always_inline)) { return capped<S>(v, c); }, count, x);
+}
+
+template <class S>
+void add(float* x, const float* y, float scale, int64_t count) {
+    const auto each = [scale](typename S::F32 a, typename S::F32 b) __attribute__((always_inline)) {
+        return S::fma(b, S::splat(scale), a);
+    };
+    for_each_line<S>(each, count, x, y);
 }
 
 // What 16 elements of a cache or a weight are as float32, and back.
@@ -206,6 +264,7 @@ struct Attention {
         const int64_t first = row.first > args.begin ? row.first - args.begin : 0;
         const int64_t stop = (row.last + 1 < args.end ? row.last + 1 : args.end) - args.begin;
         float* s = scores[m];
+        if (args.softcap > 0) softcap<S>(s, args.softcap, width);
         out.largest = -INFINITY;
         out.sum = 0;
         if (first >= stop) {
@@ -330,8 +389,14 @@ template <class S>
 constexpr VectorKernels make_vector_kernels() {
     return {rms_norm<S>,
             rotate<S>,
-            gate<S>,
+            {activate<S, Activation::silu>, activate<S, Activation::gelu_tanh>, activate<S, Activation::clamped_swiglu>,
+             activate<S, Activation::relu2>},
             add<S>,
+            gate_sigmoid<S>,
+            gate_silu<S>,
+            softcap<S>,
+            convolve<S>,
+            delta<S>,
             {store_position<S, Float32<S>>, store_position<S, Half<S>>},
             {attend<S, Float32<S>>, attend<S, Half<S>>},
             S::kGemmRows,

@@ -190,7 +190,11 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
         "head": Table(head, config.vocab_size, hidden), "final_norm": norm(f"{origin.root}norm", hidden),
         "unread": origin.unread,
     }  # fmt: skip
-    return DecoderSpec(steps=tuple(steps), ropes=tuple(ropes), **{**fields_, **more})
+    spec = DecoderSpec(steps=tuple(steps), ropes=tuple(ropes), **{**fields_, **more})
+    for op in spec.parts(Attention):
+        if op.head_dim % 16:
+            raise Unsupported(f"the native engine wants heads of a multiple of 16 features, these have {op.head_dim}")
+    return spec
 
 
 def windows(config: TextConfig, always: bool = False) -> list[int]:

@@ -1,0 +1,196 @@
+// Attention of decoder.h: queries, keys and values, their norms and rotation, the cache, and the softmax over it.
+
+#include <cmath>
+
+#include "decoder_pass.h"
+
+namespace amq {
+namespace {
+
+// What the parts of one attention share. Rows of `wide` hold q (and gates), k and v of all heads.
+struct View {
+    const Attention& op;
+    const Pass& pass;
+    const DecoderModel& m;
+
+    int64_t group() const { return op.n_heads / op.n_kv_heads; }
+    CacheView cache(const Segment& segment, int64_t kv_head) const {
+        return {pass.cache + op.cache_offset + kv_head * m.head_bytes(op), segment.pages, m.page_bytes};
+    }
+};
+
+}  // namespace
+
+// Keys and values of a row's KV head into the cache; `key` and `value` [head_dim] are changed in place.
+void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_t position, int64_t kv_head, float* key,
+                             float* value) {
+    const View view{op, pass_, m_};
+    if (op.keys_are_values) std::copy_n(key, op.head_dim, value);
+    if (op.v_norm) vector_.rms_norm(value, op.v_norm, m_.epsilon, op.head_dim, value);
+    if (op.k_norm) vector_.rms_norm(key, op.k_norm, m_.epsilon, op.head_dim, key);
+    rotate(op, segment, position, key);
+    vector_.store[m_.cache == Element::half](view.cache(segment, kv_head), position, key, value,
+                                             static_cast<int>(op.head_dim));
+}
+
+void DecoderPass::rotate(const Attention& op, const Segment& segment, int64_t position, float* x) {
+    if (op.rope < 0) return;
+    const Rope& rope = m_.ropes[op.rope];
+    const int64_t half = rope.rotary / 2;
+    const bool is_long = segment.long_text && rope.cos[1];
+    vector_.rotate(x, rope.cos[is_long] + position * half, rope.sin[is_long] + position * half, half);
+}
+
+void DecoderPass::rotate_and_store(const Attention& op) {
+    if (op.q_norm_all) {
+        for (int64_t row = team_.begin(pass_.rows); row < team_.end(pass_.rows); ++row) {
+            float *q = wide(row), *k = q + op.q_features();
+            vector_.rms_norm(q, op.q_norm_all, m_.epsilon, op.q_features(), q);
+            vector_.rms_norm(k, op.k_norm_all, m_.epsilon, op.kv_features(), k);
+        }
+        team_.wait();
+    }
+    const int64_t own_heads = op.cache_of < 0 ? op.n_kv_heads : 0;
+    const int64_t per_row = op.n_heads + own_heads, total = pass_.rows * per_row, end = team_.end(total);
+    for (int64_t item = team_.begin(total); item < end; ++item) {
+        const int64_t row = item / per_row, head = item % per_row;
+        const Segment& segment = segment_of(row);
+        const int64_t position = segment.position + row - segment.first_row;
+        if (head >= op.n_heads) {
+            const int64_t kv_head = head - op.n_heads;
+            float* key = wide(row) + op.q_features() + kv_head * op.head_dim;
+            alignas(64) float own[kMaxHeadDim];
+            store_head(op, segment, position, kv_head, key, op.keys_are_values ? own : key + op.kv_features());
+            continue;
+        }
+        float* q = wide(row) + head * op.q_stride();
+        if (op.q_norm) vector_.rms_norm(q, op.q_norm, m_.epsilon, op.head_dim, q);
+        rotate(op, segment, position, q);
+        const float scale = op.scale * (op.position_scale ? op.position_scale[position] : 1.0f);
+        for (int64_t k = 0; k < op.head_dim; ++k) q[k] *= scale;
+    }
+}
+
+void DecoderPass::apply(const Step& step, const Attention& op) {
+    project_stream(step, op.qkv);
+    rotate_and_store(op);
+    team_.wait();
+    attend(op);
+    team_.wait();
+    const LinearCall c = call(op.o, made_row(0), d_.input_stride_, output(0), m_.hidden, pass_.rows);
+    LinearJob job(c, isa_);
+    make_input(job, pass_.rows, [&](int64_t row) {
+        if (split()) merge_row(op, row);
+        if (!op.gated) return;
+        for (int64_t head = 0; head < op.n_heads; ++head)
+            vector_.gate_sigmoid(made_row(row) + head * op.head_dim, wide(row) + head * op.q_stride() + op.head_dim,
+                                 op.head_dim);
+    });
+    run_and_add(step, job);
+}
+
+// Work of attention: for every segment, KV head and tile of query rows (token by token, the head's group within) all
+// positions, or one span of them.
+void DecoderPass::attend(const Attention& op) {
+    const int64_t group = op.n_heads / op.n_kv_heads;
+    const auto each = [&](const auto& visit) {
+        for (const Segment& segment : pass_.segments)
+            for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head)
+                for (int64_t first = 0; first < segment.rows * group; first += vector_.query_rows) {
+                    const int64_t last_token = std::min<int64_t>(first + vector_.query_rows, segment.rows * group) - 1;
+                    const int64_t end = segment.position + last_token / group + 1;
+                    const int64_t step = split() ? static_cast<int64_t>(kSpan) : end;
+                    for (int64_t begin = first_span(op, segment, first) / step * step; begin < end; begin += step)
+                        visit(segment, kv_head, first, begin, std::min(begin + step, end));
+                }
+    };
+    int64_t total = 0;
+    each([&](const Segment&, int64_t, int64_t, int64_t begin, int64_t end) { total += end - begin; });
+    team_.share(total, 1, [&](int64_t mine, int64_t not_mine) {
+        int64_t before = 0;
+        each([&](const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end) {
+            if (before >= mine && before < not_mine) attend_item(op, segment, kv_head, first, begin, end);
+            before += end - begin;
+        });
+    });
+}
+
+// The first position of a span that the query row `first` of a KV head, or one after it, sees.
+int64_t DecoderPass::first_span(const Attention& op, const Segment& segment, int64_t first) const {
+    if (op.window == 0) return 0;
+    const int64_t position = segment.position + first / (op.n_heads / op.n_kv_heads);
+    return std::max<int64_t>(0, position - op.window + 1) / kSpan * kSpan;
+}
+
+void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64_t kv_head, int64_t first, int64_t begin,
+                              int64_t end) {
+    const View view{op, pass_, m_};
+    const int64_t group = view.group();
+    const int head_dim = static_cast<int>(op.head_dim);
+    const int n_rows = static_cast<int>(std::min<int64_t>(vector_.query_rows, segment.rows * group - first));
+    alignas(64) float values[2][kMaxQueryRows][kMaxHeadDim];
+    QueryRow rows[kMaxQueryRows];
+    Partial sums[kMaxQueryRows], parts[kMaxQueryRows];
+    for (int i = 0; i < n_rows; ++i) {
+        const int64_t token = (first + i) / group, head = kv_head * group + (first + i) % group;
+        const int64_t position = segment.position + token;
+        rows[i] = {wide(segment.first_row + token) + head * op.q_stride(),
+                   op.window ? std::max<int64_t>(0, position - op.window + 1) : 0, position};
+        sums[i] = {-INFINITY, 0, values[0][i]};
+        parts[i].values = values[1][i];
+        std::fill(values[0][i], values[0][i] + head_dim, 0.0f);
+    }
+    const auto kernel = vector_.attend[m_.cache == Element::half];
+    const CacheView cache = view.cache(segment, kv_head);
+    const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
+    for (int64_t p = start; p < end; p += kSpan) {
+        kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end), op.softcap}, parts);
+        for (int i = 0; i < n_rows; ++i) vector_.merge(sums[i], parts[i], head_dim);
+    }
+    for (int i = 0; i < n_rows; ++i) {
+        const int64_t row = segment.first_row + (first + i) / group, head = kv_head * group + (first + i) % group;
+        if (split()) {
+            float* out = partial(op, row, head, begin / kSpan);
+            out[0] = sums[i].largest;
+            out[1] = sums[i].sum;
+            std::copy_n(sums[i].values, head_dim, out + 2);
+        } else {
+            finish_head(op, head, sums[i], input(row) + head * head_dim);
+        }
+    }
+}
+
+float* DecoderPass::partial(const Attention& op, int64_t row, int64_t head, int64_t span) const {
+    const int64_t spans = ceil_div(m_.context, kSpan);
+    return d_.partials_.data() + ((row * op.n_heads + head) * spans + span) * (op.head_dim + 2);
+}
+
+void DecoderPass::finish_head(const Attention& op, int64_t head, Partial& sum, float* out) const {
+    const int head_dim = static_cast<int>(op.head_dim);
+    if (op.sinks) {
+        alignas(64) float nothing[kMaxHeadDim];
+        std::fill_n(nothing, head_dim, 0.0f);
+        vector_.merge(sum, {op.sinks[head], 1, nothing}, head_dim);
+    }
+    vector_.finish(sum, head_dim, out);
+}
+
+// The row of attention's output from what was computed span by span.
+void DecoderPass::merge_row(const Attention& op, int64_t row) {
+    const Segment& segment = segment_of(row);
+    const int64_t token = row - segment.first_row, spans = (segment.position + token) / kSpan + 1;
+    const int64_t group = op.n_heads / op.n_kv_heads;
+    for (int64_t head = 0; head < op.n_heads; ++head) {
+        alignas(64) float values[kMaxHeadDim];
+        Partial sum{-INFINITY, 0, values};
+        std::fill_n(values, op.head_dim, 0.0f);
+        const int64_t item = (token * group + head % group) / vector_.query_rows * vector_.query_rows;
+        for (int64_t span = first_span(op, segment, item) / kSpan; span < spans; ++span) {
+            float* part = partial(op, row, head, span);
+            vector_.merge(sum, {part[0], part[1], part + 2}, static_cast<int>(op.head_dim));
+        }
+        finish_head(op, head, sum, made_row(row) + head * op.head_dim);
+    }
+}
+
+}  // namespace amq

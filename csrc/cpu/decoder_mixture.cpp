@@ -1,0 +1,7 @@
+#include "decoder_pass.h"
+
+namespace amq {
+
+void DecoderPass::apply(const Step&, const Mixture&) {}
+
+}  // namespace amq
