@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from decode_bytes import beside_weights, spec_of
 from provenance import provenance, write_results
-from random_models import Formats, Shape, small_tokenizer, layers_that_read, write_random
+from random_models import Formats, Shape, layers_that_read, small_tokenizer, write_random
 from torch import nn
 
 from amq.bench.result import OURS
@@ -120,7 +120,7 @@ def compare(case: str, model: nn.Module, folder: Path, threads: int | None, new:
     from amq.integrations.transformers import AmqConfig
 
     tiny_checkpoint(model, folder, head="int8", embeddings="int8")
-    how = AmqConfig(activations="fp32")
+    how = AmqConfig(activations="fp32", backend="reference")
     theirs = type(model).from_pretrained(folder, dtype=torch.float32, quantization_config=how).eval()
     engine = open_native(folder, "fp32", context=PROMPT + NEW, threads=threads)
     tokens = torch.randint(engine.vocab_size, (TEXT,), generator=torch.Generator().manual_seed(1)).tolist()

@@ -28,9 +28,9 @@ from random_models import (
     Bytes,
     Formats,
     Shape,
-    small_tokenizer,
     layers_that_fit,
     sizes_by_layers,
+    small_tokenizer,
     write_random,
 )
 
