@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,10 @@ from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
 from amq.runtime.engine import Segment
+from amq.runtime.families import Unsupported, read_spec
 from amq.runtime.loading import load
-from amq.runtime.native_config import read_config, read_sizes
-from amq.runtime.native_engine import MAX_ROWS, Unsupported, describe, open_native
+from amq.runtime.native_engine import MAX_ROWS, open_native
+from amq.runtime.weights import Weights
 from amq.util.tensors import hashes_metadata, open_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,13 +91,13 @@ SIZES: dict[str, tuple[dict[str, Any], str]] = {
     "fewer rows": ({"vocab_size": 255}, r"embed_tokens.weight as F32 \[256, 64\], expected .* \[255, 64\]"),
     "wide heads": ({"head_dim": 1 << 20, "max_position_embeddings": 1 << 30}, r"expected \[4194304, 64\]"),
     "too many layers": ({"num_hidden_layers": 10**6, "layer_types": None}, "num_hidden_layers"),
-    "one more layer": ({"num_hidden_layers": 2, "layer_types": None}, "lacks the tensor model.layers.1"),
-    "text": ({"intermediate_size": "96"}, r"intermediate_size: expected `int`, got `str`"),
+    "one more layer": ({"num_hidden_layers": 2, "layer_types": None}, "lacks the linear model.layers.1"),
+    "text": ({"intermediate_size": "96"}, r"intermediate_size: expected `int \| null`, got `str`"),
     "null": ({"hidden_size": None}, "hidden_size: expected `int`, got `null`"),
     "half a size": ({"hidden_size": 64.5}, "hidden_size: expected `int`, got `float`"),
     "zero": ({"num_attention_heads": 0}, "num_attention_heads from 1"),
     "negative": ({"num_key_value_heads": -2}, "num_key_value_heads from 1"),
-    "odd groups": ({"num_key_value_heads": 3}, "k_proj"),
+    "odd groups": ({"num_key_value_heads": 3}, "num_key_value_heads to divide num_attention_heads 4, got 3"),
     "epsilon": ({"rms_norm_eps": 1e300}, "rms_norm_eps from 0"),
     "no number": ({"rms_norm_eps": float("nan")}, "rms_norm_eps from 0"),
     "short layer_types": ({"layer_types": []}, "layer_types of all 1 layers, got 0"),
@@ -208,46 +210,40 @@ def test_a_tied_model_may_have_its_head_only(copy: Callable[[str], Path]) -> Non
     assert (tied - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def described(folder: Path) -> dict[str, Any]:
+def described(folder: Path) -> Weights:
     checkpoint = open_checkpoint(folder, verify=False)
-    config = read_config(checkpoint.config, "config.json")
-    model = describe(checkpoint, config, read_sizes(config, checkpoint.record.group_size, 64))
-    return model | {"int8": False, "half_cache": False}
+    names = {*checkpoint.other_names, *checkpoint.record.formats}
+    return Weights(checkpoint, read_spec(checkpoint.config, "config.json", names), 64)
 
 
-def decoder(model: dict[str, Any]) -> Any:
-    names = ("sizes", "arrays", "blocks", "int8", "half_cache")
-    return cpu_module().Decoder(**{name: model[name] for name in names}, max_rows=MAX_ROWS, threads=1)
+def decoder(model: Weights, **changed: Any) -> Any:
+    how = {
+        "spec": model.spec,
+        "weights": model.held,
+        "context": 64,
+        "group_size": 32,
+        "int8": False,
+        "half_cache": False,
+    }
+    return cpu_module().Decoder(**how | changed, max_rows=MAX_ROWS, threads=1)
 
 
 def test_the_module_compares_every_length_with_the_model(whole: dict[str, Path]) -> None:
     model = described(whole["qwen3"])
     assert decoder(model).page_bytes > 0
-    for group, name in (
-        *(("arrays", name) for name in ("cos", "sin", "final_norm", "embedding", "head")),
-        *(("blocks", name) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm", "qkv", "o", "down")),
-    ):
-        place = model["arrays"] if group == "arrays" else model["blocks"][0]
-        good = place[name]
-        if isinstance(good[0], list):  # a projection: its bias, then its weights
-            (fmt, address, size, rows), *others = good[0]
-            bad = [(good[0], (8, 4)), ([(fmt, address, size - 1, rows), *others], good[1])]
-        else:
-            bad = [
-                (*good[:-2], good[-2], good[-1] - 4),
-                (*good[:-2], good[-2], good[-1] + 4),
-                (*good[:-2], 0, good[-1]),
-            ]
-        for wrong in bad:
-            place[name] = wrong
+    assert {"rope.0.cos", "rope.0.sin", NORM, LAST, Q, "model.embed_tokens", "lm_head"} <= model.held.keys()
+    for name, (kind, (address, size), *others) in model.held.items():
+        for wrong in ((address, size - 4), (address, size + 4), (0, size)):
             with pytest.raises(ValueError, match="expected"):
-                decoder(model)
-        place[name] = good
-    for name, value in (("n_heads", 4 + WRAP), ("vocabulary", 256 + (1 << 56)), ("context", 1 << 31), ("hidden", 0)):
-        with pytest.raises(ValueError, match=f"{name}: expected at"):
-            decoder(model | {"sizes": model["sizes"] | {name: value}})
-    with pytest.raises(ValueError, match="blocks: expected at least 1"):
-        decoder(model | {"blocks": []})
+                decoder(model, weights=model.held | {name: (kind, wrong, *others)})
+    for name in ("hidden", "vocabulary"):
+        for value in (0, 1 << 31, model.spec.vocabulary + (1 << 56)):
+            with pytest.raises(ValueError, match=f"{name}: expected at"):
+                decoder(model, spec=replace(model.spec, **{name: value}))
+    with pytest.raises(ValueError, match="context: expected at most"):
+        decoder(model, context=1 << 31)
+    with pytest.raises(ValueError, match="steps: expected at least 1"):
+        decoder(model, spec=replace(model.spec, steps=()))
 
 
 def test_the_module_compares_the_lengths_of_a_pass(whole: dict[str, Path]) -> None:
@@ -256,10 +252,11 @@ def test_the_module_compares_the_lengths_of_a_pass(whole: dict[str, Path]) -> No
     tokens, pages = torch.zeros(3, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
     cache, logits = torch.zeros(made.page_bytes, dtype=torch.uint8), torch.zeros(1, 256)
     memory = [(t.data_ptr(), t.nbytes) for t in (tokens, pages, logits, cache)]
+    nothing = (0, 0)
 
     def run(sizes: dict[int, int], rows: int = 3, position: int = 0, wanted: tuple[int, ...] = (2,)) -> None:
         at = [(address, sizes.get(i, size)) for i, (address, size) in enumerate(memory)]
-        made.forward(at[0], [(rows, position, at[1])], list(wanted), at[2], at[3], 1)
+        made.forward(at[0], [(rows, position, at[1], False, 0, [])], list(wanted), at[2], at[3], nothing, 1)
 
     run({})
     assert logits.isfinite().all() and logits.any()

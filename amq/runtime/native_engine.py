@@ -85,7 +85,13 @@ class NativeEngine:
         group_size = weights.checkpoint.record.group_size
         try:
             self._decoder = cpu_module().Decoder(
-                spec=spec, weights=weights.held, context=context, group_size=group_size, **how, max_rows=MAX_ROWS, threads=threads
+                spec=spec,
+                weights=weights.held,
+                context=context,
+                group_size=group_size,
+                **how,
+                max_rows=MAX_ROWS,
+                threads=threads,
             )
         except (ValueError, TypeError) as error:  # TypeError: a number beyond 64 bits
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
@@ -303,7 +309,9 @@ def open_native(
     check_activations("cpu", activations)
     checkpoint = folder if isinstance(folder, Checkpoint) else open_checkpoint(folder, verify=False)
     record = checkpoint.record
-    spec = read_spec(checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats})
+    spec = read_spec(
+        checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
+    )
     context = _context(spec, context)
     threads = threads or torch.get_num_threads()
     cache = cache or ("float32" if activations == "fp32" else "float16")

@@ -50,7 +50,11 @@ class Weights:
         self._memory = empty_bytes(sum(self._prepared_bytes(name) for name in self._tiled()))
         for linear in spec.parts(Linear):
             self._linear(linear)
-        for table in (spec.head, spec.embedding, *(t for t in spec.parts(Table) if t not in (spec.head, spec.embedding))):
+        for table in (
+            spec.head,
+            spec.embedding,
+            *(t for t in spec.parts(Table) if t not in (spec.head, spec.embedding)),
+        ):
             self._table(table)
         for array in spec.parts(Array):
             self._array(array)
@@ -65,11 +69,13 @@ class Weights:
         for linear in spec.parts(Linear):
             quantized = linear.name in self.formats
             if quantized and linear.name in routers:
-                raise Unsupported(f"the native engine wants routers unquantized, {linear.name} is in {self.formats[linear.name]}")
-            wanted = ([] if quantized else [f"{linear.name}.weight"]) + [f"{linear.name}.bias"] * linear.bias
-            self._want(wanted, "linear", linear.name)
-        for array in spec.parts(Array):
-            self._want([array.name] if array.name else [], "tensor", array.name)
+                raise Unsupported(
+                    f"the native engine wants routers unquantized, {linear.name} is in {self.formats[linear.name]}"
+                )
+            if not quantized and f"{linear.name}.weight" not in self._names:
+                raise self._edited(f"lacks the linear {linear.name}")
+            self._want([f"{linear.name}.weight"] * (not quantized) + [f"{linear.name}.bias"] * linear.bias)
+        self._want([array.name for array in spec.parts(Array) if array.name])
         tables = {self._source(table.name) for table in spec.parts(Table)}
         self._used |= {f"{name}.weight" for name in tables}
         linears = {linear.name for linear in spec.parts(Linear)} | tables
@@ -81,10 +87,10 @@ class Weights:
                     raise self._edited(f"holds the {what} {name}, which the model of config.json has no place for")
                 raise Unsupported(f"the native engine has no place for the {what} {name}")
 
-    def _want(self, tensors: Sequence[str], what: str, name: str) -> None:
+    def _want(self, tensors: Sequence[str]) -> None:
         for tensor in tensors:
             if tensor not in self._names:
-                raise self._edited(f"lacks the {what} {name}" + (f" ({tensor})" if tensor != name else ""))
+                raise self._edited(f"lacks the tensor {tensor}")
         self._used.update(tensors)
 
     def _edited(self, what: str) -> AmqError:

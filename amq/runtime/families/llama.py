@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from amq.runtime.decoder_spec import DecoderSpec, Step
 from amq.runtime.families.base import (
-    Origin, TextConfig, Unsupported, attention, decoder, head_norms, mlp, norm, rope, windows,
+    Origin,
+    TextConfig,
+    Unsupported,
+    attention,
+    decoder,
+    head_norms,
+    mlp,
+    norm,
+    rope,
+    windows,
 )  # fmt: skip
 
 
@@ -31,7 +40,10 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
     if config.use_sliding_window and not config.layer_types:
         raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
     said = bool(config.attention_bias)
-    bias, output_bias = said if bias is None else bias, (said if bias is None else bias) if output_bias is None else output_bias
+    bias, output_bias = (
+        said if bias is None else bias,
+        (said if bias is None else bias) if output_bias is None else output_bias,
+    )
     hidden, steps = config.hidden_size, []
     for layer, window in enumerate(windows(config, always_windows)):
         block = origin.block(layer)
