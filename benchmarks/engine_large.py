@@ -4,7 +4,8 @@
 A random model of the shape (random_models.py), with as many layers as --most holds, is written into DIR, and as a GGUF
 file with 4-bit blocks of 32 weights beside it; both are removed at the end. Engines take turns in one run, each in
 processes of its own; of every peer the fastest of its ways is measured. Peers that are not installed are left out:
-`pip install xllamacpp ik-llama-cpp-python`. --smoke takes a tiny shape: it checks the benchmark and measures nothing.
+`pip install xllamacpp ik-llama-cpp-python`, whose wheels are compiled for AVX2, and llama-cpp-python, which is compiled
+for the machine. (AMQ_CPU_ISA=avx2 keeps ours to AVX2 as well.) --smoke takes a tiny shape: it checks the benchmark and measures nothing.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from decode_bytes import beside_weights, spec_of
-from peers import ik_llama, xllamacpp_server
+from peers import ik_llama, llama_cpp, xllamacpp_server
 from peers.gguf_layers import repeat_layers
-from peers.strongest import GgufEngine, open_strongest
+from peers.strongest import LLAMA_CPP, GgufEngine, open_strongest
 from provenance import provenance, write_results
 from random_models import (
     SHAPES,
@@ -48,7 +49,7 @@ SMOKE = {"30B-A3B": "tiny-moe", "qwen3.5-9B": "tiny-hybrid"}
 PEERS: dict[str, tuple[GgufEngine, Callable[[], str | None]]] = {
     module.NAME: (GgufEngine(module.NAME, make, module.CONFIGURATIONS, module.COUNTED), module.unsupported_reason)
     for module, make in ((xllamacpp_server, xllamacpp_server.XllamaCpp), (ik_llama, ik_llama.IkLlama))
-}
+} | {LLAMA_CPP.name: (LLAMA_CPP, llama_cpp.unsupported_reason)}
 
 
 def open_file(settings: BenchSettings, progress: Progress, name: str, file: Path) -> Contender:
