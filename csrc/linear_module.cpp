@@ -95,7 +95,7 @@ amq::LinearCall make_call(const std::vector<Part>& parts, const Memory& x, const
     require(rows == 1 || x_stride >= in_features, "x_stride", "at least " + std::to_string(in_features), x_stride);
     require(rows == 1 || y_stride >= columns, "y_stride", "at least " + std::to_string(columns), y_stride);
     call.x = address_of<float>(x, "x", strided_bytes(rows, in_features, x_stride, 4, "x"));
-    if (first_bias) exact_address_of<float>(bias, "bias", columns * 4);
+    if (bias != Memory{0, 0}) exact_address_of<float>(bias, "bias", columns * 4);
     call.y = address_of<float>(y, "y", strided_bytes(rows, columns, y_stride, 4, "y"));
     call.rows = rows;
     call.in_features = in_features;

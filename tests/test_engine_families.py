@@ -1,4 +1,4 @@
-"""Every family of the native engine computes what transformers does, whatever shares a pass and wherever a prompt is cut.
+"""Every family of the native engine computes what transformers does, whatever shares a pass, however a prompt is cut.
 
 A case is a row of helpers/engine_cases*.py: a tiny random model, quantized in formats of several widths.
 """

@@ -15,6 +15,7 @@ pytest.importorskip("starlette", reason="the server needs the extra `serve`")
 from helpers.serving import fake_runtime, serving, wait_for  # noqa: E402
 
 from amq.errors import AmqError  # noqa: E402
+from amq.runtime.state_pool import StatePool  # noqa: E402
 from amq.serve import ServeSettings  # noqa: E402
 from amq.serve.door import Door, client_address  # noqa: E402
 
@@ -197,6 +198,7 @@ def test_metrics_by_the_names_of_vllm():
     """What its dashboards ask for is there, with their labels; and what is ours."""
     runtime = fake_runtime()
     runtime.engine.prompt_cache = SimpleNamespace(hits=3, misses=1, written=2, dropped=0, bytes=4096)
+    runtime.engine.states = SimpleNamespace(pool=StatePool(1, 5))
     with serving(runtime) as server:
         body = {"model": "fake", "prompt": "abcdef", "max_tokens": 5}
         assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
@@ -217,11 +219,16 @@ def test_metrics_by_the_names_of_vllm():
     for reason, value in (("length", 1), ("stop", 0), ("abort", 0), ("error", 0)):
         assert found[f'vllm:request_success_total{{engine="0",finished_reason="{reason}",model_name="fake"}}'] == value
     assert found['amq_prompt_cache_pages_total{event="hits"}'] == 3 and found["amq_prompt_cache_bytes"] == 4096
+    assert found['amq_state_snapshots_total{event="taken"}'] == found["amq_state_snapshots_kept"] == 0
+    assert found["amq_state_snapshots_room"] == 5
     assert found["amq_engine_failed"] == 0 and found["amq_connections"] >= 1
 
 
 def test_sizes_of_the_command_are_bytes_for_the_engine():
     assert ServeSettings(prompt_cache="2MiB").loading["prompt_cache"] == 2**21
-    assert ServeSettings().loading["prompt_cache"] is None
+    assert ServeSettings(state_cache="1GiB").loading["state_cache"] == 2**30
+    assert ServeSettings().loading["prompt_cache"] is ServeSettings().loading["state_cache"] is None
     with pytest.raises(AmqError, match="--prompt-cache"):
         ServeSettings(prompt_cache="big")
+    with pytest.raises(AmqError, match="--state-cache"):
+        ServeSettings(state_cache="big")

@@ -202,6 +202,8 @@ def test_a_config_may_raise_nest_say_null_and_list() -> None:
     own = ModelShape.of({**sizes, "per_layer_config": {"1": {"head_dim": 32}}})
     assert [own.head_dim(layer) for layer in range(3)] == [16, 32, None]
     assert own.caches == (LayerCache(4 * 4 * 16), LayerCache(4 * 4 * 32))
+    padded = {"num_hidden_layers": 12, "per_layer_config": {"05": {"head_dim": 32}, "11": {"head_dim": 64}}}
+    assert [ModelShape.of({**sizes, **padded}).head_dim(layer) for layer in (4, 5, 11)] == [16, 32, 64]
 
 
 def test_gemma_4_has_heads_of_two_sizes() -> None:

@@ -93,8 +93,9 @@ class _LayerConfig:
 
     def __init__(self, config: Any, layer: int, n_layers: int) -> None:
         own = said(config, "per_layer_config")
-        if isinstance(own, Mapping):  # of config.json: {number: settings}
-            own = own.get(str(layer), own.get(layer))
+        if isinstance(own, Mapping):  # of config.json: {number: settings}, all numbers of as many digits
+            written = (str(layer).zfill(digits) for digits in range(1, len(str(MOST_LAYERS)) + 1))
+            own = next((own[number] for number in (*written, layer) if number in own), None)
         elif own is not None:
             own = own[layer]
         self._configs = (config,) if own is None else (own, config)

@@ -77,7 +77,7 @@ def load(model: Path | str, **settings: Any) -> Runtime:
         try:
             engine = open_native(
                 checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads,
-                prompt_cache=how.prompt_cache, prompt_cache_folder=how.prompt_cache_folder,
+                prompt_cache=how.prompt_cache, prompt_cache_folder=how.prompt_cache_folder, state_cache=how.state_cache,
             )  # fmt: skip
         except Unsupported as reason:
             why = str(reason)
@@ -98,11 +98,11 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     from amq.model.open import load_model
     from amq.runtime.torch_engine import TorchEngine
 
-    if settings.prompt_cache is not None:
-        raise AmqError(
-            f"a prompt cache on disk is for the native engine, {model} runs in transformers "
-            f"({why or 'it is not quantized'})"
-        )
+    for given, what in ((settings.prompt_cache, "a prompt cache on disk"), (settings.state_cache, "a state cache")):
+        if given is not None:
+            raise AmqError(
+                f"{what} is for the native engine, {model} runs in transformers ({why or 'it is not quantized'})"
+            )
     device, backend = settings.device, settings.backend
     how: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if checkpoint is not None:

@@ -27,6 +27,7 @@ from amq.runtime.families import read_spec
 from amq.runtime.page_keys import Key, model_root
 from amq.runtime.page_store import PageStore
 from amq.runtime.pages import PagePool, PageTable
+from amq.runtime.state_pool import FLOAT, RecurrentStates, SequenceState, Snapshots, room_for
 from amq.runtime.weights import Weights
 from amq.util.files import cache_dir, is_out_of_memory
 
@@ -38,10 +39,17 @@ DEFAULT_CONTEXT = 8192
 
 class PagedSlot(Slot):
     """table: of its pages in the cache. tokens: all that were computed, or found there. on_disk: whether its next page
-    may be in the prompt cache on disk. state: number of its recurrent state. is_long: see `Rope.border`."""
+    may be in the prompt cache on disk. state: beside its pages, where the model is recurrent. is_long: see
+    `Rope.border`."""
 
     def __init__(
-        self, engine: NativeEngine, table: PageTable, page: int, on_disk: bool, state: int, is_long: bool
+        self,
+        engine: NativeEngine,
+        table: PageTable,
+        page: int,
+        on_disk: bool,
+        state: SequenceState | None,
+        is_long: bool,
     ) -> None:
         length = len(table.keys) * page
         super().__init__(len(table.pages) * page, length)
@@ -62,7 +70,8 @@ class NativeEngine:
 
     how: `int8` and `half_cache` of csrc/decoder_module.cpp.
     root: of `page_keys.model_root`. store: makes the pages on disk from the bytes of a page; `shutdown` ends it.
-    prompt_cache: the pages on disk, with their counters, or None.
+    prompt_cache: the pages on disk, with their counters, or None. state_cache: bytes of snapshots, where the model is
+    recurrent; None: `state_pool.room_for` says. states: of its sequences, with the snapshots, or None.
     """
 
     def __init__(
@@ -75,9 +84,10 @@ class NativeEngine:
         threads: int,
         root: Key = b"",
         store: Callable[[int], PageStore] | None = None,
+        state_cache: int | None = None,
     ) -> None:
         self._keep = weights.keep  # everything that the decoder holds the address of
-        self._spec = spec = weights.spec
+        spec = weights.spec
         self.banner, self.max_sequences, self._threads = banner, max_sequences, threads
         self.vocab_size, self.context = spec.vocabulary, context
         self.max_rows = MAX_ROWS
@@ -98,16 +108,26 @@ class NativeEngine:
         self._border = max((rope.border for rope in spec.ropes), default=0)
         self._busy = threading.Lock()
         page = cpu_module().PAGE
-        self._pool = PagePool(max_sequences * -(-self.context // page), page, root)
-        self.cache_bytes = self._pool.n_pages * self._decoder.page_bytes
+        n_pages = max_sequences * -(-self.context // page)
+        self.cache_bytes = n_pages * self._decoder.page_bytes
+        self.states = self._make_states(page, state_cache)
+        self._pool = PagePool(n_pages, page, root, None if self.states is None else self.states.pool)
         self._cache = empty_bytes(self.cache_bytes)  # a page takes memory once it is written to
-        self._states = empty_bytes(max_sequences * self._decoder.state_floats * 4)
-        self._free_states = list(range(max_sequences))
         self._logits = torch.empty(max_sequences, self.vocab_size)
         self._open = 0
         self._claims: dict[Key, PagedSlot] = {}  # pages that slots compute in the next pass, since the last one
+        self._asked: dict[PagedSlot, None] = {}  # of a recurrent model: that read on in the next pass, since the last
         self.prompt_cache = store(self._decoder.page_bytes) if store else None
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
+
+    def _make_states(self, page: int, limit: int | None) -> RecurrentStates | None:
+        """None for a model without recurrent state."""
+        state_bytes = self._decoder.state_floats * FLOAT
+        if not state_bytes:
+            return None
+        n_kept = room_for(state_bytes, self.max_sequences, self.cache_bytes, limit)
+        self.banner += f", states: {state_bytes / 1e6:.3g} MB a sequence, {n_kept} kept"
+        return RecurrentStates(self._decoder.state_floats, page, self.max_sequences, n_kept)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -124,7 +144,7 @@ class NativeEngine:
             raise AmqError("a sequence must begin with at least one token")
         with self._alone():
             slot = self._open_slot(prompt, len(prompt) + new_tokens, owner, reuse)
-            if slot is not None:
+            if slot is not None and slot.state is None:
                 self._find_more(slot)
             return slot
 
@@ -139,8 +159,6 @@ class NativeEngine:
         is_long = 0 < self._border < len(prompt)
         if not is_long and 0 < self._border < positions:  # it may come to be long: its pages are written twice then
             owner = None
-        if self._spec.recurrent:
-            owner = None
         if self._border and owner is not None:
             owner = f"{'long' if is_long else 'short'} {owner}"
         table = self._pool.take(prompt, positions, owner, reuse)
@@ -148,15 +166,44 @@ class NativeEngine:
             return None
         self._open += 1
         on_disk = self.prompt_cache is not None and owner is not None
-        return PagedSlot(self, table, self._pool.page, on_disk, self._free_states.pop(), is_long)
+        state = None
+        if self.states is not None:
+            state = self.states.begin(len(prompt), table.known, owner is not None)
+            if table.keys:
+                self.states.restore(state, table.keys[-1])
+        return PagedSlot(self, table, self._pool.page, on_disk, state, is_long)
 
     def catch_up(self, slot: PagedSlot) -> bool:
         """See `Slot.catch_up`."""
         with self._alone():
             if not len(slot.pages):
                 raise AmqError("this slot is closed already")
+            if slot.state is not None:
+                return self._catch_up_with_state(slot, slot.state)
             coming = self._find_more(slot)
             return coming is not None and (slot.on_disk or self._claims.setdefault(coming, slot) is not slot)
+
+    def _catch_up_with_state(self, slot: PagedSlot, state: SequenceState) -> bool:
+        """As `catch_up`: on from the last snapshot there is; a slot that was asked before takes one where both prompts
+        part, and is waited for if it is ahead and not there yet."""
+        assert self.states is not None
+        if self._pool.jump(slot.table, slot.tokens):
+            self._follow(slot)
+            self.states.restore(state, slot.table.keys[-1])
+        if not self.states.pool.n_kept or self._pool.wanted(slot.table, slot.tokens) is None:
+            return False
+        for other in self._asked:
+            end = other.table.common(slot.table) * self._pool.page
+            if other is not slot and slot.length <= other.length < end and other.state is not None:
+                other.state.mark(end)
+                return True
+        self._asked[slot] = None
+        return False
+
+    def _follow(self, slot: PagedSlot) -> None:
+        """The slot has more pages than it computed."""
+        slot.length = len(slot.table.keys) * self._pool.page
+        slot.tokens = list(slot.table.prompt[: slot.length])
 
     def _find_more(self, slot: PagedSlot) -> Key | None:
         """Moves the slot on over pages of its prompt that are in memory, and over READ_BYTES of those on disk; returns
@@ -168,8 +215,8 @@ class NativeEngine:
                     break
                 pool.fill(slot.table, key)
                 read += self._decoder.page_bytes
-        if (length := len(slot.table.keys) * pool.page) > slot.length:
-            slot.length, slot.tokens = length, list(slot.table.prompt[:length])
+        if len(slot.table.keys) * pool.page > slot.length:
+            self._follow(slot)
         return key
 
     def _read_page(self, slot: PagedSlot, key: Key) -> bool:
@@ -185,14 +232,17 @@ class NativeEngine:
         size, page = self._decoder.page_bytes, int(slot.pages[place])
         return self._cache[page * size : (page + 1) * size].numpy()
 
-    def _computed(self, segments: Sequence[Segment[PagedSlot]]) -> None:
-        """After a pass: the pages that it filled are there for others."""
+    def _computed(self, segments: Sequence[Segment[PagedSlot]], plans: Sequence[Snapshots]) -> None:
+        """After a pass: the pages that it filled are there for others, and the snapshots that it took."""
         self._claims.clear()
-        for segment in segments:
-            slot = segment.slot
+        self._asked.clear()
+        for segment, plan in zip(segments, plans, strict=True):
+            slot, begin = segment.slot, segment.slot.length
             slot.tokens.extend(segment.tokens)
             slot.length += len(segment.tokens)
             self._keep_pages(slot, self._pool.computed(slot.table, slot.tokens))
+            if self.states is not None and slot.state is not None:
+                self.states.keep(slot.state, begin, plan, slot.table.keys)
 
     def _keep_pages(self, slot: PagedSlot, places: Iterable[int]) -> None:
         if self.prompt_cache is not None:
@@ -208,8 +258,10 @@ class NativeEngine:
             raise AmqError("this slot is closed already")
         self._keep_pages(slot, reversed(range(len(slot.table.keys))))  # the first page is used last: it is needed most
         self._claims = {key: claimant for key, claimant in self._claims.items() if claimant is not slot}
+        self._asked.pop(slot, None)
+        if self.states is not None and slot.state is not None:
+            self.states.end(slot.state)
         self._pool.give_back(slot.table)
-        self._free_states.append(slot.state)
         slot.capacity = 0
         self._open -= 1
 
@@ -256,7 +308,6 @@ class NativeEngine:
         return logits
 
     def _run(self, segments: Sequence[Segment[PagedSlot]], wanted: list[int], logits: Tensor) -> None:
-        described: list[Any] = []
         tokens: list[int] = []
         for segment in segments:
             slot, length = segment.slot, segment.slot.length + len(segment.tokens)
@@ -265,17 +316,36 @@ class NativeEngine:
             if not slot.is_long and 0 < self._border < length:
                 self._renew(slot)
             tokens.extend(segment.tokens)
-            pages = (slot.pages.ctypes.data, slot.pages.nbytes)
-            described.append((len(segment.tokens), slot.length, pages, slot.is_long, slot.state, []))
+        plans = [self._plan(segment) for segment in segments]
         try:
             numbers = np.array(tokens, np.int32)
+            described = [self._describe(segment, plan) for segment, plan in zip(segments, plans, strict=True)]
             self._decoder.forward(
                 (numbers.ctypes.data, numbers.nbytes), described, wanted, memory(logits) if wanted else NO_MEMORY,
-                memory(self._cache), memory(self._states), self._threads, self.isa,
+                memory(self._cache), NO_MEMORY if self.states is None else memory(self.states.memory), self._threads,
+                self.isa,
             )  # fmt: skip
-        except (ValueError, OverflowError) as error:
-            raise AmqError(str(error)) from error
-        self._computed(segments)
+        except BaseException as error:
+            if self.states is not None:
+                for plan in plans:
+                    self.states.release(plan)
+            if isinstance(error, (ValueError, OverflowError)):
+                raise AmqError(str(error)) from error
+            raise
+        self._computed(segments, plans)
+
+    def _plan(self, segment: Segment[PagedSlot]) -> Snapshots:
+        slot = segment.slot
+        if self.states is None or slot.state is None:
+            return []
+        return self.states.plan(slot.state, slot.length, len(segment.tokens))
+
+    def _describe(self, segment: Segment[PagedSlot], plan: Snapshots) -> tuple[Any, ...]:
+        """As csrc/decoder_module.cpp takes a segment."""
+        slot = segment.slot
+        pages = (slot.pages.ctypes.data, slot.pages.nbytes)
+        state = 0 if slot.state is None else slot.state.number
+        return len(segment.tokens), slot.length, pages, slot.is_long, state, plan
 
     def _renew(self, slot: PagedSlot) -> None:
         """Computes a sequence anew that becomes a long text: its keys were turned by the angles of a short one."""
@@ -294,6 +364,7 @@ def open_native(
     verify: bool = True,
     prompt_cache: int | None = None,
     prompt_cache_folder: Path | None = None,
+    state_cache: int | None = None,
 ) -> NativeEngine:
     """Opens a checkpoint of one of amq.runtime.families.
 
@@ -304,6 +375,7 @@ def open_native(
     cache: `float16` or `float32` keys and values; None: float32 where activations are exact.
     verify: compare the hash of every tensor.
     prompt_cache: bytes of pages to keep on disk, in prompt_cache_folder (None: `prompts` in the user's cache).
+    state_cache: bytes of snapshots of recurrent states; None: `state_pool.room_for` says.
     Raises Unsupported where the model or a setting is not for this engine, AmqError for a damaged checkpoint.
     """
     check_activations("cpu", activations)
@@ -312,6 +384,7 @@ def open_native(
     spec = read_spec(
         checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
     )
+    _check_caches(spec, checkpoint, prompt_cache, state_cache)
     context = _context(spec, context)
     threads = threads or torch.get_num_threads()
     cache = cache or ("float32" if activations == "fp32" else "float16")
@@ -328,7 +401,7 @@ def open_native(
     try:
         weights = Weights(checkpoint, spec, context)
         if prompt_cache is None:
-            return NativeEngine(weights, context, how, banner, max_sequences, threads)
+            return NativeEngine(weights, context, how, banner, max_sequences, threads, state_cache=state_cache)
         root = model_root(checkpoint, weights.tables, {"activations": activations, "cache": cache})
         store = partial(PageStore, prompt_cache_folder or cache_dir() / "prompts", prompt_cache)
         return NativeEngine(weights, context, how, banner, max_sequences, threads, root, store)
@@ -339,6 +412,17 @@ def open_native(
             f"there is no memory for {checkpoint.folder} with a context of {context} and {max_sequences} "
             f"sequences ({error}): take fewer or shorter ones, or a larger machine"
         ) from error
+
+
+def _check_caches(spec: DecoderSpec, checkpoint: Checkpoint, prompt_cache: int | None, state_cache: int | None) -> None:
+    kind = f"{checkpoint.folder} is of the type {checkpoint.config.get('model_type')}"
+    if spec.recurrent and prompt_cache is not None:
+        raise AmqError(
+            f"a prompt cache on disk holds pages only, and {kind}, whose sequences have a recurrent state beside them: "
+            "leave --prompt-cache out"
+        )
+    if not spec.recurrent and state_cache is not None:
+        raise AmqError(f"a state cache is for models with recurrent layers, and {kind}: leave --state-cache out")
 
 
 def _context(spec: DecoderSpec, asked: int | None) -> int:

@@ -4,15 +4,20 @@ A sequence holds pages for all the positions that it may come to, from the start
 mid-text. A full page is never written again, so it is known by its key (amq.runtime.page_keys) from the moment it is
 full: another sequence of the same owner that begins with the same tokens holds it too, beside the one that computed
 it. When nobody holds it any more it stays as it is until its place is needed.
+
+A sequence with a recurrent state beside its pages can go on only behind a page whose snapshot is kept too
+(amq.runtime.state_pool), and a snapshot goes with its page.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import numpy as np
 
 from amq.runtime.page_keys import Key, owner_root, page_key, page_keys
+from amq.runtime.state_pool import StatePool
 
 
 class PageTable:
@@ -23,18 +28,29 @@ class PageTable:
     prompt: what it may find computed, without the last token, which is always left to be computed; ahead: the keys of
         the full pages of that.
     keys: of the sequence's own full pages, as far as they are computed or found.
+    known: how many pages of `ahead` were there when the sequence was begun, whether it could go on behind them or not.
     """
 
     def __init__(self, pages: Sequence[int], root: Key | None, prompt: Sequence[int], ahead: list[Key]) -> None:
         self.pages, self.root, self.prompt, self.ahead = np.array(pages, np.int32), root, prompt, ahead
         self.keys: list[Key] = []
+        self.known = 0
+
+    def common(self, other: PageTable) -> int:
+        """Full pages that the prompts of both begin with."""
+        pairs = zip(self.ahead, other.ahead, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 class PagePool:
-    """Pages 0 … n_pages − 1 of `page` positions each; root: of `page_keys.model_root`, where keys outlive this pool."""
+    """Pages 0 … n_pages − 1 of `page` positions each.
 
-    def __init__(self, n_pages: int, page: int, root: Key = b"") -> None:
-        self.n_pages, self.page, self._root = n_pages, page, root
+    root: of `page_keys.model_root`, where keys outlive this pool. snapshots: without which no sequence goes on behind a
+    page; None for a model without recurrent state.
+    """
+
+    def __init__(self, n_pages: int, page: int, root: Key = b"", snapshots: StatePool | None = None) -> None:
+        self.n_pages, self.page, self._root, self._snapshots = n_pages, page, root, snapshots
         self._free = list(range(n_pages - 1, -1, -1))  # low numbers first: memory that was touched is used again
         self._users = [0] * n_pages
         self._keys: dict[int, Key] = {}
@@ -57,19 +73,24 @@ class PagePool:
         root = None if owner is None else owner_root(self._root, owner)
         prompt = tokens[:-1] if reuse and root is not None else tokens[:0]
         ahead = [] if root is None else list(page_keys(root, prompt, self.page))
-        found: list[int] = []
-        for key in ahead:
-            if key not in self._known:
-                break
-            found.append(self._known[key])
+        known = list(takewhile(self._known.__contains__, ahead))
+        keys = self._up_to_snapshot(known)
+        found = [self._known[key] for key in keys]
         missing = -(-positions // self.page) - len(found)
         if missing > len(self._free) + len(self._idle) - sum(page in self._idle for page in found):
             return None
         for page in found:
             self._hold(page)
         table = PageTable(found + [self._new_page() for _ in range(missing)], root, prompt, ahead)
-        table.keys = ahead[: len(found)]
+        table.keys, table.known = keys, len(known)
         return table
+
+    def _up_to_snapshot(self, keys: Sequence[Key]) -> list[Key]:
+        """Those keys without the last ones that a sequence cannot go on behind."""
+        count = len(keys)
+        while count and self._snapshots is not None and keys[count - 1] not in self._snapshots:
+            count -= 1
+        return list(keys[:count])
 
     def wanted(self, table: PageTable, tokens: Sequence[int]) -> Key | None:
         """The key of the page that comes next in a sequence that has computed `tokens`, where it may be found: None
@@ -92,6 +113,17 @@ class PagePool:
             self._drop(own)
         table.keys.append(key)
         return True
+
+    def jump(self, table: PageTable, tokens: Sequence[int]) -> bool:
+        """Gives a sequence that has computed `tokens` all that is known of its prompt by now, as far as it can go on
+        from there; returns whether that is more than it had."""
+        if self.wanted(table, tokens) is None:
+            return False
+        done = len(table.keys)
+        keys = self._up_to_snapshot(list(takewhile(self._known.__contains__, table.ahead)))
+        for key in keys[done:]:
+            self.adopt(table, key)
+        return len(keys) > done
 
     def fill(self, table: PageTable, key: Key) -> None:
         """The sequence's next page has the content of `key` from now on."""
@@ -134,6 +166,9 @@ class PagePool:
             page = self._free.pop()
         else:
             page = next(iter(self._idle))
-            del self._idle[page], self._known[self._keys.pop(page)]
+            key = self._keys.pop(page)
+            del self._idle[page], self._known[key]
+            if self._snapshots is not None:
+                self._snapshots.drop(key)
         self._users[page] = 1
         return page

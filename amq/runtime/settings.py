@@ -51,12 +51,15 @@ class LoadSettings(RuntimeSettings):
     prompt_cache: bytes of what was computed for prompts that are kept on disk; None: none. The native engine alone has
         it. Whoever loads calls the engine's `shutdown` at the end.
     prompt_cache_folder: where; None: `prompts` in the user's cache.
+    state_cache: bytes of snapshots of recurrent states, from which conversations go on; None:
+        `amq.runtime.state_pool.room_for` says. For models with such a state in the native engine alone.
     """
 
     context: int | None = flag(None, "", least=1)
     max_sequences: int = flag(1, "", least=1)
     prompt_cache: int | None = flag(None, "", least=1)
     prompt_cache_folder: Path | None = None
+    state_cache: int | None = flag(None, "", least=1)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a `DecoderSpec` names of a checkpoint, as addresses that native code can read, and a reference to each of them."""
+"""What a `DecoderSpec` names of a checkpoint, as addresses for native code, and a reference to each of them."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ class Weights:
             packed = self.checkpoint.packed(source)
             parts = [part.contiguous() for part in (packed.qweight, packed.scale, packed.zero_point)]
             self.keep += parts
-            self.held[table.name] = (packed.format.name, *(memory(part) for part in parts))
+            codes, scales, zero_points = map(memory, parts)
+            self.held[table.name] = (packed.format.name, codes, scales, zero_points)
 
     def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """A tensor of the model's shape and a dtype of floats, both compared before it is read."""

@@ -72,6 +72,32 @@ class _PromptCacheCollector:
         yield GaugeMetricFamily("amq_prompt_cache_bytes", "Size of the prompt cache on disk", self._store.bytes)
 
 
+class Snapshots(Protocol):
+    """Counters of the recurrent states that an engine keeps (amq.runtime.state_pool)."""
+
+    taken: int
+    found: int
+    dropped: int
+    n_kept: int
+
+    @property
+    def kept(self) -> int: ...
+
+
+class _SnapshotCollector:
+    def __init__(self, snapshots: Snapshots) -> None:
+        self._snapshots = snapshots
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Snapshots of recurrent states from which conversations go on"
+        events = CounterMetricFamily("amq_state_snapshots", text, labels=["event"])
+        for event in ("taken", "found", "dropped"):
+            events.add_metric([event], getattr(self._snapshots, event))
+        yield events
+        yield GaugeMetricFamily("amq_state_snapshots_kept", "Those that are there", self._snapshots.kept)
+        yield GaugeMetricFamily("amq_state_snapshots_room", "Those that there is room for", self._snapshots.n_kept)
+
+
 class Metrics:
     """Written from the event loop only. model: what clients call it; vLLM's label model_name."""
 
@@ -123,6 +149,10 @@ class Metrics:
     def prompt_cache(self, store: PromptCache) -> None:
         """What is kept on disk: read when it is asked for."""
         self.registry.register(_PromptCacheCollector(store))
+
+    def snapshots(self, snapshots: Snapshots) -> None:
+        """What is kept of recurrent states: read when it is asked for."""
+        self.registry.register(_SnapshotCollector(snapshots))
 
     def begun(self, job: Job) -> None:
         """A job's prompt has been read."""

@@ -88,6 +88,10 @@ class ServeSettings(RuntimeSettings):
         None, "keep beginnings of prompts on disk, within this size, for the next start too", TAKE, parse=parse_size,
         metavar="SIZE",
     )  # fmt: skip
+    state_cache: str | None = flag(
+        None, "memory for states from which conversations go on, of models with recurrent layers (default: by the KV "
+        "cache)", TAKE, parse=parse_size, metavar="SIZE",
+    )  # fmt: skip
     log_requests: bool = flag(False, "log a line for each request: who, how many tokens; never texts or keys", ANSWER)
     parse_special: bool = flag(False, "take special tokens that are spelled in clients' texts as such", ANSWER)
     reasoning: str = flag(
@@ -109,8 +113,9 @@ class ServeSettings(RuntimeSettings):
     def loading(self) -> dict[str, Any]:
         """As RuntimeSettings.loading, sizes in bytes."""
         given = super().loading
-        if given.get("prompt_cache") is not None:
-            given["prompt_cache"] = parse_size(given["prompt_cache"])
+        for name in ("prompt_cache", "state_cache"):
+            if given.get(name) is not None:
+                given[name] = parse_size(given[name])
         return given
 
     @property

@@ -132,6 +132,8 @@ class EngineThread:
         gauge("amq_kv_positions_total", "Positions of the KV cache", lambda: self.positions[1])
         if (store := getattr(self.engine, "prompt_cache", None)) is not None:
             metrics.prompt_cache(store)
+        if (states := getattr(self.engine, "states", None)) is not None:
+            metrics.snapshots(states.pool)
         gauge("amq_engine_failed", "1 once the engine is of no more use", lambda: bool(self.failed))
 
     # on the event loop

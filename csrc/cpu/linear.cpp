@@ -203,7 +203,8 @@ template <class Visit>
 void each_chunk(const LinearCall& call, const Visit& visit) {
     LinearCall some = call;
     for (int64_t first = 0; first < call.rows; first += kCallRows) {
-        some.x = call.x + first * call.x_stride;
+        if (call.x_rows) some.x_rows = call.x_rows + first;
+        else some.x = call.x + first * call.x_stride;
         some.y = call.y + first * call.y_stride;
         some.rows = std::min<int64_t>(kCallRows, call.rows - first);
         visit(some);

@@ -126,11 +126,13 @@ def text(length: int, seed: int = 0) -> list[int]:
 
 def transformers_logits(folder: Path, tokens: list[int], activations: str = "fp32") -> Tensor:
     """float32 [tokens, vocabulary] of a checkpoint, as transformers runs it."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     from amq.integrations.transformers import AmqConfig
 
+    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if known else AutoModelForImageTextToText
     how = AmqConfig(activations=activations)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
+    model = auto.from_pretrained(folder, dtype=torch.float32, quantization_config=how)
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0]

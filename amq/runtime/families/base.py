@@ -1,9 +1,9 @@
 """What families of models share: config.json as a typed record, and the parts that most blocks are made of.
 
-A family is a function of an `Origin`. What it cannot say exactly as transformers computes it is `Unsupported`, with the name of
-the part, and the caller takes another path; no weight has been read by then. A key that transformers has a default for
-and a family wants is `Unsupported` too. A value of the wrong type, or one that no model has, is an AmqError that names
-the file and the key: another path would do worse with it.
+A family is a function of an `Origin`. What it cannot say exactly as transformers computes it is `Unsupported`, with the
+name of the part, and the caller takes another path; no weight has been read by then. A key that transformers has a
+default for and a family wants is `Unsupported` too. A value of the wrong type, or one that no model has, is an AmqError
+that names the file and the key: another path would do worse with it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from amq.errors import AmqError
 from amq.model import shape
 from amq.runtime.decoder_spec import (
     ACTIVATIONS,
+    RELU2,
     Array,
     Attention,
     DecoderSpec,
     Linear,
     Mlp,
+    Operator,
     Projection,
     Rope,
     Step,
@@ -75,6 +77,7 @@ class TextConfig:
 
     def __post_init__(self) -> None:
         check_range(self, *SIZES, "intermediate_size", "num_key_value_heads", "head_dim")
+        check_range(self, "num_hidden_layers", most=shape.MOST_LAYERS)
         check_range(self, "sliding_window", least=0)
         check_range(self, "rms_norm_eps", "norm_eps", least=0, most=1)
         check_range(self, "rope_theta", most=LARGEST)
@@ -110,10 +113,14 @@ class TextConfig:
     @property
     def activation(self) -> str:
         """Its name in decoder.h."""
-        name = self.hidden_act or self.hidden_activation or "silu"
-        if name not in ACTIVATIONS:
-            raise Unsupported(f"the native engine has no activation {name}")
-        return ACTIVATIONS[name]
+        return known_activation(self.hidden_act or self.hidden_activation or "silu")
+
+
+def known_activation(name: str) -> str:
+    """Its name in decoder.h, by that in config.json."""
+    if name not in ACTIVATIONS:
+        raise Unsupported(f"the native engine has no activation {name}")
+    return ACTIVATIONS[name]
 
 
 C = TypeVar("C", bound=TextConfig)
@@ -138,9 +145,9 @@ class Origin:
                 raise Unsupported(f"config.json does not say {key}")
         if not any(self.raw.get(key) is not None for key in ("rms_norm_eps", "norm_eps")):
             raise Unsupported("config.json does not say rms_norm_eps")
-        found = parse_record(self.raw, kind, self.file)
-        shape.ModelShape.of(self.raw)  # which bounds the number of layers
-        return found
+        if self.raw.get("per_layer_config") and "per_layer_config" not in {f.name for f in fields(kind)}:
+            raise Unsupported("config.json says per_layer_config: layers of sizes of their own")
+        return parse_record(self.raw, kind, self.file)
 
     def block(self, layer: int) -> str:
         return f"{self.root}layers.{layer}"
@@ -161,6 +168,9 @@ def linears(prefix: str, in_features: int, bias: bool = False, **sizes: int) -> 
 
 def mlp(prefix: str, hidden: int, wide: int, activation: str, bias: bool = False,
         names: Sequence[str] = ("gate_proj", "up_proj", "down_proj")) -> Mlp:  # fmt: skip
+    """With a gate; `relu2` is of models without."""
+    if activation == RELU2:
+        raise Unsupported("the native engine has no activation relu2 behind a gate")
     gate, up, down = names
     return Mlp(
         linears(prefix, hidden, bias, **{gate: wide, up: wide}),
@@ -184,9 +194,17 @@ def attention(prefix: str, config: TextConfig, bias: bool = False, output_bias: 
     return Attention(heads, kv_heads, features, **{**fields_, **more})
 
 
-def head_norms(prefix: str, features: int, q: str = "q_norm", k: str = "k_norm") -> dict[str, Array]:
+def head_norms(prefix: str, features: int, q: str = "q_norm", k: str = "k_norm") -> dict[str, Any]:
     """Fields of Attention, of norms per head."""
     return {"q_norm": norm(f"{prefix}.{q}", features), "k_norm": norm(f"{prefix}.{k}", features)}
+
+
+def prenorm(block: str, hidden: int, attention: Operator, feedforward: Operator) -> list[Step]:
+    """The steps of a layer with a norm before each of its operators, as Llama names them."""
+    return [
+        Step(attention, norm(f"{block}.input_layernorm", hidden)),
+        Step(feedforward, norm(f"{block}.post_attention_layernorm", hidden)),
+    ]
 
 
 def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Sequence[Rope] = (),
@@ -212,37 +230,45 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
 
 
 def windows(config: TextConfig, always: bool = False) -> list[int]:
-    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds where layer_types are not said."""
+    """Positions that each layer's tokens see, 0 for all. always: `sliding_window` holds without layer_types."""
     if not config.layer_types:
         return [(config.sliding_window or 0) if always else 0] * config.num_hidden_layers
     found = []
     for kind in config.layer_types:
         if kind not in (shape.FULL, shape.SLIDING):
             raise Unsupported(f"the native engine has no layers of type {kind}")
+        if kind == shape.SLIDING and not config.sliding_window:
+            raise Unsupported("config.json does not say sliding_window of its layers that have one")
         found.append((config.sliding_window or 0) if kind == shape.SLIDING else 0)
     return found
 
 
-def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = "") -> Rope:
+def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = "", partial: bool = True) -> Rope:
     """The rotary embedding of layers of the kind `layers` ("": all have one), for heads of `features`.
 
-    All but the plain kind come from transformers, whose import takes seconds.
+    partial: whether the family reads `partial_rotary_factor`.
+    The kinds with formulas of their own come from transformers, whose import takes seconds.
     Raises AmqError, naming the file, where transformers cannot use what it says.
     """
     features = features or config.features
     rotary = shape.ModelShape.of(origin.raw).rotary.get(layers)
     if rotary is None:
         raise Unsupported(f"config.json does not say one rotary embedding of {layers or 'all'} layers")
-    theta, kind = rotary.theta, rotary.kind
+    kind = rotary.kind
     if kind not in ROPE_KINDS:
         raise Unsupported(f"the native engine has no rotary embedding of kind {kind}")
-    _check_rope(rotary, origin)
+    theta = _checked_theta(rotary, origin)
     part = shape.said(rotary.parameters, "partial_rotary_factor")
     part = config.partial_rotary_factor if part is None else part
-    if kind == "default":
-        rotated = features if part is None else int(features * part)
-        exponents = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
-        return Rope(rotated, 1.0 / theta**exponents)
+    if kind == "proportional":
+        return _proportional(rotary, theta, features, 1.0 if part is None else part)
+    if not partial and part not in (None, 1.0):
+        raise Unsupported(f"config.json says partial_rotary_factor, which a {config.model_type} does not have")
+    if kind in ("default", "linear"):
+        frequencies = _frequencies(theta, features if part is None else int(features * part))
+        if kind == "linear":
+            frequencies /= _factor(rotary)
+        return Rope(2 * len(frequencies), frequencies)
     made = _rope_of_transformers(origin, kind, layers)
     if kind != "longrope":
         frequencies, factor = made(None)
@@ -256,13 +282,36 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
     return Rope(2 * len(short), short, factor, long, long_factor, border)
 
 
-def _check_rope(rotary: shape.Rotary, origin: Origin) -> None:
+def _frequencies(theta: float, rotated: int, features: int = 0) -> Tensor:
+    """Of `rotated` features, as if they were the first ones of `features`."""
+    exponents = torch.arange(0, rotated, 2, dtype=torch.int64).float() / (features or rotated)
+    return 1.0 / theta**exponents
+
+
+def _factor(rotary: shape.Rotary) -> float:
+    factor = shape.said(rotary.parameters, "factor")
+    if not factor:
+        raise Unsupported(f"config.json does not say the factor of a rotary embedding of kind {rotary.kind}")
+    return float(factor)
+
+
+def _proportional(rotary: shape.Rotary, theta: float, features: int, part: float) -> Rope:
+    """Whole heads are rotated, but by no angle beyond the first `part` of their pairs."""
+    turning = int(part * features // 2)
+    frequencies = torch.cat([_frequencies(theta, 2 * turning, features), torch.zeros(features // 2 - turning)])
+    if "factor" in rotary.parameters:
+        frequencies /= _factor(rotary)
+    return Rope(features, frequencies)
+
+
+def _checked_theta(rotary: shape.Rotary, origin: Origin) -> float:
+    """`rope_theta`, beside which everything else that is said was bounded."""
     if rotary.theta is None:
         said = origin.raw.get("rope_parameters") or origin.raw.get("rope_scaling") or {}
         if "rope_theta" in origin.raw or "rope_theta" in said:
             raise AmqError(f"{origin.file}: rope_theta is null, expected a number; the file is damaged or was edited")
         raise Unsupported("config.json does not say rope_theta")
-    parse_record({"rope_theta": rotary.theta, **rotary.parameters}, _RopeNumbers, origin.file)
+    return parse_record({"rope_theta": rotary.theta, **rotary.parameters}, _RopeNumbers, origin.file).rope_theta
 
 
 @dataclass(frozen=True)
@@ -313,8 +362,8 @@ def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
             ) from error
         if frequencies.ndim != 1 or not bool(frequencies.isfinite().all()):
             raise AmqError(
-                f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, expected "
-                "finite ones; the file is damaged or was edited"
+                f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, "
+                "expected finite ones; the file is damaged or was edited"
             )
         return frequencies, factor
 

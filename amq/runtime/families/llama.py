@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from amq.runtime.decoder_spec import DecoderSpec, Step
 from amq.runtime.families.base import (
     Origin,
@@ -48,7 +50,7 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
     for layer, window in enumerate(windows(config, always_windows)):
         block = origin.block(layer)
         own = f"{block}.self_attn"
-        norms = head_norms(own, config.features) if normed else {}
+        norms: dict[str, Any] = head_norms(own, config.features) if normed else {}
         steps += [
             Step(
                 attention(own, config, bias, output_bias, window=window, **norms),
@@ -60,4 +62,4 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
                 norm(f"{block}.post_attention_layernorm", hidden),
             ),
         ]  # fmt: skip
-    return decoder(origin, config, steps, [rope(origin, config)])
+    return decoder(origin, config, steps, [rope(origin, config, partial=False)])

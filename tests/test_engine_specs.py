@@ -1,0 +1,238 @@
+"""Every family of our engines without weights: the spec of transformers' default config has a place for every tensor of
+the model, and none for others; and what a family cannot compute it refuses by the config alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from amq.errors import AmqError
+from amq.model.experts import unfuse
+from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Mlp, Table
+from amq.runtime.families import FAMILIES, Unsupported, read_spec
+
+WRAPPED = {
+    "gemma3": ("Gemma3Config", {}),
+    "gemma4": ("Gemma4Config", {"vision_config": {}, "audio_config": {}}),
+    "mistral3": ("Mistral3Config", {}),
+    "mistral3 of a ministral3": ("Mistral3Config", {"text_config": {"model_type": "ministral3"}}),
+}
+"""{name: (config with a text model inside, options)}."""
+SIZES = {"ministral": {"head_dim": 128}}
+"""{model_type: options that its default config lacks}."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gemma4_text shared": {"num_kv_shared_layers": 20, "use_double_wide_mlp": True},
+    "gemma4_text experts": {
+        "enable_moe_block": True, "num_experts": 16, "top_k_experts": 4, "moe_intermediate_size": 704,
+        "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 2,
+    },
+    "llama biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "smollm3 biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "arcee biases": {"attention_bias": True, "mlp_bias": True},
+    "olmo2 biases": {"attention_bias": True},
+    "gemma2 biases": {"attention_bias": True, "tie_word_embeddings": False},
+    "gemma3_text biases": {"attention_bias": True},
+    "gemma4_text biases": {"attention_bias": True, "num_kv_shared_layers": 10},
+}  # fmt: skip
+"""{model_type and what is special: options over the default config}."""
+
+
+def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of everything that the spec reads."""
+    found: dict[str, tuple[int, ...]] = {}
+    for linear in spec.parts(Linear):
+        found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
+        if linear.bias:
+            found[f"{linear.name}.bias"] = (linear.out_features,)
+    found |= {array.name: array.shape for array in spec.parts(Array) if array.name}
+    return found | {f"{table.name}.weight": (table.rows, table.columns) for table in spec.parts(Table)}
+
+
+def check(config: Any) -> None:
+    auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModelForImageTextToText
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    unfuse(model)
+    tied = set(model.all_tied_weights_keys)
+    tensors = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
+    spec = read_spec(model.config.to_dict(), "config.json", [linear_name(name) for name in tensors])
+    text = {name: shape for name, shape in tensors.items() if not name.startswith(spec.unread)}
+    assert expected_shapes(spec) == text
+    assert (spec.head.name == spec.embedding.name) == bool(tied)
+    assert tensors.keys() - text.keys() or not hasattr(config, "vision_config")
+
+
+def linear_name(tensor: str) -> str:
+    """As a checkpoint's names are given: of linears, and of other tensors."""
+    return tensor.removesuffix(".weight")
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_default_config_of(kind: str) -> None:
+    check(CONFIG_MAPPING[kind](**SIZES.get(kind, {})))
+
+
+@pytest.mark.parametrize("kind", OPTIONS)
+def test_other_tensors_of(kind: str) -> None:
+    check(CONFIG_MAPPING[kind.split()[0]](**OPTIONS[kind]))
+
+
+@pytest.mark.parametrize("kind", WRAPPED)
+def test_a_text_model_inside_of(kind: str) -> None:
+    name, options = WRAPPED[kind]
+    check(getattr(transformers, name)(**options))
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another family": ("gpt2", {}, "not gpt2"),
+    "both ways, gemma": ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "both ways, gemma 2": ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "both ways, gemma 3": ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "both ways, gemma 4": ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+    "activation": ("gemma3_text", {"hidden_activation": "gelu"}, "no activation gelu"),
+    "no activation said": ("gemma2", {"hidden_activation": None}, "does not say hidden_activation"),
+    "relu² with a gate": ("llama", {"hidden_act": "relu2"}, "relu2 behind a gate"),
+    "silu without a gate": ("arcee", {"hidden_act": "silu"}, "silu without a gate"),
+    "a kind of layer": ("gemma2", {"layer_types": ["chunked_attention"] * 26}, "no layers of type chunked_attention"),
+    "no window said": ("gemma3_text", {"sliding_window": None}, "does not say sliding_window"),
+    "no scalar said": ("gemma2", {"query_pre_attn_scalar": None}, "does not say query_pre_attn_scalar"),
+    "layers of their own sizes": ("llama", {"per_layer_config": {"1": {"head_dim": 32}}}, "per_layer_config"),
+    "other keys of a layer": ("gemma4_text", {"per_layer_config": {"05": {"skip": ["mlp"]}}}, "skip of single layers"),
+    "a layer unlike its kind": ("gemma4_text", {"per_layer_config": {"05": {"head_dim": 128}}}, "of one type"),
+    "no heads of full layers": ("gemma4_text", {"per_layer_config": None}, "neither per_layer_config nor global"),
+    "a last layer with a window": (
+        "gemma4_text", {"layer_types": ["sliding_attention"] * 30}, "last layer of type sliding_attention",
+    ),
+    "fewer inputs per layer": ("gemma4_text", {"vocab_size_per_layer_input": 1000}, "vocab_size_per_layer_input"),
+    "experts without sizes": ("gemma4_text", {"enable_moe_block": True}, "num_experts"),
+    "no scale of queries": (
+        "ministral3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "llama_4_scaling_beta",
+    ),
+    "a part of heads": (
+        "olmo2",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+        "partial_rotary_factor",
+    ),
+    "one embedding for two kinds": (
+        "gemma3_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "of full_attention layers",
+    ),
+    "dynamic angles": (
+        "phi3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "kind dynamic",
+    ),
+    "no layers said to have angles": ("smollm3", {"no_rope_layers": None}, "does not say no_rope_layers"),
+}  # fmt: skip
+"""{what: (model_type, what its default config says instead, what the message names)}."""
+DAMAGED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a softcap of nothing": ("gemma2", {"attn_logit_softcapping": 0.0}, "expected attn_logit_softcapping from"),
+    "words for numbers": ("gemma3_text", {"query_pre_attn_scalar": "much"}, "query_pre_attn_scalar"),
+    "too few kinds": ("gemma2", {"layer_types": ["full_attention"]}, "expected layer_types of all 26"),
+    "too many layers": ("olmo2", {"num_hidden_layers": 2**30}, "expected num_hidden_layers from 1 to 65536"),
+    "all layers shared": ("gemma4_text", {"num_kv_shared_layers": 30}, "num_kv_shared_layers below num_hidden_layers"),
+    "nothing to share": ("gemma4_text", {"num_kv_shared_layers": 26}, "none of which is of type full_attention"),
+    "a layer that is none": ("gemma4_text", {"per_layer_config": {"30": {"head_dim": 32}}}, "expected one below 30"),
+    "a layer without number": ("gemma4_text", {"per_layer_config": {"first": {}}}, "expected one below 30"),
+    "heads that are none": ("gemma4_text", {"per_layer_config": {"05": {"head_dim": 0}}}, "expected head_dim from 1"),
+    "heads that do not fit": (
+        "gemma4_text",
+        {"per_layer_config": {f"{layer:02d}": {"num_key_value_heads": 3} for layer in range(5, 30, 6)}},
+        "expected a divisor of num_attention_heads 8",
+    ),
+    "more experts than there are": (
+        "gemma4_text", {"num_experts": 4, "top_k_experts": 5}, "expected top_k_experts of at most 4",
+    ),
+    "a scale of nothing": (
+        "ministral3",
+        {"rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 0}},
+        "expected original_max_position_embeddings from 1",
+    ),
+    "too few layers with angles": ("smollm3", {"no_rope_layers": [1]}, "expected no_rope_layers of all 36"),
+    "factors that do not fit": (
+        "phi3",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0],
+                "long_factor": [1.0], "original_max_position_embeddings": 4096,
+            }
+        },
+        "rotary embedding of kind longrope",
+    ),
+}  # fmt: skip
+"""Likewise, of values that no model has."""
+
+
+def said(kind: str, changes: dict[str, Any]) -> dict[str, Any]:
+    return {**CONFIG_MAPPING[kind](**SIZES.get(kind, {})).to_dict(), **changes}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_computed_is_refused_before_weights_are_read(what: str) -> None:
+    kind, changes, message = REFUSED[what]
+    with pytest.raises(Unsupported, match=message):
+        read_spec(said(kind, changes), "config.json", ())
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_config_is_named(what: str) -> None:
+    kind, changes, message = DAMAGED[what]
+    with pytest.raises(AmqError, match=message) as found:
+        read_spec(said(kind, changes), "some/config.json", ())
+    assert "some/config.json" in str(found.value) and not isinstance(found.value, Unsupported)
+
+
+def test_heads_of_full_layers_said_in_two_ways() -> None:
+    sizes = {"num_global_key_value_heads": 2, "attention_k_eq_v": True, "global_head_dim": 64}
+    by_layer = CONFIG_MAPPING["gemma4_text"](**sizes).to_dict()
+    for_all = {**by_layer, "per_layer_config": None, **sizes}
+    first, second = (read_spec(config, "config.json", ()) for config in (by_layer, for_all))
+    heads = [[(a.n_kv_heads, a.head_dim, a.keys_are_values) for a in spec.parts(Attention)] for spec in (first, second)]
+    assert heads[0] == heads[1] and heads[0][4:6] == [(4, 256, False), (2, 64, True)]
+
+
+def test_later_layers_use_the_last_cache_of_their_kind() -> None:
+    spec = read_spec(said("gemma4_text", {"num_kv_shared_layers": 18, "use_double_wide_mlp": True}), "config.json", ())
+    layers = [step.op for step in spec.steps if isinstance(step.op, Attention)]
+    wide = [mlp.down.in_features for mlp in spec.parts(Mlp)]
+    assert [op.cache_of for op in layers[:12]] == [None] * 12 and wide[:12] == [9216] * 12
+    assert wide[12:] == [2 * 9216] * 18
+    for op in layers[12:]:
+        assert op.cache_of == 3 * (11 if op.window == 0 else 10) and op.k_norm is op.v_norm is None
+        assert spec.steps[op.cache_of].op in layers[10:12]
+
+
+def test_angles_of_a_kind_that_turns_a_part() -> None:
+    spec = read_spec(said("gemma4_text", {}), "config.json", ())
+    full = spec.ropes[1]
+    assert full.rotary == 512 and bool((full.frequencies[64:] == 0).all()) and bool((full.frequencies[:64] > 0).all())
+
+
+def test_long_texts_have_their_own_angles() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "short_factor": [1.0] * 48,
+        "long_factor": [4.0] * 48, "original_max_position_embeddings": 4096,
+    }  # fmt: skip
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 4096, "max_position_embeddings": 131072}
+    (found,) = read_spec(said("phi3", changes), "config.json", ()).ropes
+    assert found.border == 4096 and found.rotary == 96
+    assert found.long_frequencies is not None and torch.allclose(found.long_frequencies * 4, found.frequencies)
+    assert found.factor == found.long_factor == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
+
+
+def test_queries_far_into_a_text_are_scaled() -> None:
+    spec = read_spec(said("ministral3", {}), "config.json", ())
+    scale = next(spec.parts(Attention)).position_scale
+    expected = [1, 1, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(4)]
+    assert scale(torch.tensor([0.0, 16383, 16384, 49152])).tolist() == pytest.approx(expected)
+
+
+def test_whether_a_head_is_tied_is_said_around_the_text_model() -> None:
+    config = transformers.Mistral3Config().to_dict()
+    names = ["model.language_model.layers.0.self_attn.q_proj", "model.language_model.embed_tokens"]
+    assert not config["text_config"]["tie_word_embeddings"] and config["tie_word_embeddings"]
+    tied, own = (read_spec({**config, "tie_word_embeddings": value}, "config.json", names) for value in (True, False))
+    assert tied.head.name == tied.embedding.name == "model.language_model.embed_tokens" and own.head.name == "lm_head"
