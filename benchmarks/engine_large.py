@@ -5,7 +5,8 @@ A random model of the shape (random_models.py), with as many layers as --most ho
 file with 4-bit blocks of 32 weights beside it; both are removed at the end. Engines take turns in one run, each in
 processes of its own; of every peer the fastest of its ways is measured. Peers that are not installed are left out:
 `pip install xllamacpp ik-llama-cpp-python`, whose wheels are compiled for AVX2, and llama-cpp-python, which is compiled
-for the machine. (AMQ_CPU_ISA=avx2 keeps ours to AVX2 as well.) --smoke takes a tiny shape: it checks the benchmark and measures nothing.
+for the machine. (AMQ_CPU_ISA=avx2 keeps ours to AVX2 as well.) --smoke takes a tiny shape: it checks the benchmark and
+measures nothing.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from random_models import (
 from amq.bench.result import OURS, BenchResult, Row
 from amq.bench.run import Contender, OpenPeer, PeerMissing, bench
 from amq.bench.settings import BenchSettings
+from amq.errors import AmqError
 from amq.export import export
 from amq.model.open import resolve
 from amq.util.progress import Progress, terminal_progress
@@ -165,6 +167,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny shape: checks the benchmark, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
+    if unknown := [name for name in args.peers.split(",") if args.peers and name not in PEERS]:
+        raise AmqError(f"--peers {args.peers}: expected some of {', '.join(PEERS)}, got {unknown[0]!r}")
     content = measure(args)
     if args.json:
         write_results(args.json, content)
