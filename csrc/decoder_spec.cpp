@@ -321,7 +321,7 @@ PerLayerEmbedding Reader::per_layer(const py::handle& record) const {
 }
 
 Operator Reader::op(const py::handle& record) const {
-    const std::string kind = record.get_type().attr("__name__").cast<std::string>();
+    const std::string kind = py::type::handle_of(record).attr("__name__").cast<std::string>();
     if (kind == "Attention") return attention(record);
     if (kind == "DeltaNet") return delta_net(record);
     if (kind == "ShortConv") return short_conv(record);

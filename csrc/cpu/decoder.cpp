@@ -136,7 +136,7 @@ namespace {
 
 // The largest sizes of a row's buffers over all steps, and each step's place in cache and state.
 struct Sizes {
-    int64_t input, wide = 0, mixed = 0, partial = 0, experts = 0, top_k = 0, routed_wide = 0, features;
+    int64_t input, wide = 0, mixed = 0, partial = 0, features;
 
     explicit Sizes(DecoderModel& m) : input(m.hidden), features(m.hidden) {
         wide = m.per_layer.table.columns;
@@ -184,22 +184,21 @@ struct Sizes {
         project(p.in);
         read(p.out);
     }
-    void add(DecoderModel& m, Mixture& mixture) {
-        experts = std::max(experts, mixture.router.experts());
-        top_k = std::max(top_k, mixture.router.top_k);
-        for (const Mlp& expert : mixture.experts) {
-            routed_wide = std::max(routed_wide, expert.in.out_features());
-            read(expert.down);
-        }
-        if (mixture.has_shared()) add(m, mixture.shared);
-    }
+    void add(DecoderModel&, Mixture&) {}  // has buffers of its own
 };
+
+int count_loops(const DecoderModel& m, int64_t max_rows) {
+    int loops = 3 + kLoopsPerStep * static_cast<int>(m.steps.size());
+    for (const Step& step : m.steps)
+        if (const auto* mixture = std::get_if<Mixture>(&step.op)) loops += mixture_loops(*mixture, max_rows);
+    return loops;
+}
 
 }  // namespace
 
 Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
     : model_(std::move(model)), max_rows_(max_rows), max_threads_(max_threads),
-      team_(3 + kLoopsPerStep * static_cast<int>(model_.steps.size())) {
+      team_(count_loops(model_, max_rows)) {
     DecoderModel& m = model_;
     const Sizes sizes(m);
     input_stride_ = sizes.input;
@@ -216,9 +215,10 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
     // At most a float per feature, every group padded, and two floats per group.
     const int64_t groups = ceil_div(sizes.features, m.group_size);
     const int64_t row_bytes = groups * (m.group_size + 2 * kBlock + 2) * static_cast<int64_t>(sizeof(float));
-    own_bytes_ = ceil_div(kOwnRows * row_bytes, 64) * 64 + 64;
+    const InputBytes routed = resize_mixtures();
+    own_bytes_ = std::max(ceil_div(kOwnRows * row_bytes, 64) * 64 + 64, routed.own);
     own_.resize(max_threads * own_bytes_);
-    shared_.resize((ceil_div(max_rows, kLanes) + 1) * kLanes * row_bytes + 64);
+    shared_.resize(std::max((ceil_div(max_rows, kLanes) + 1) * kLanes * row_bytes + 64, routed.shared));
 }
 
 void Decoder::forward(const Pass& pass, const Isa& isa, int threads) {

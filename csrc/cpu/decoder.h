@@ -240,6 +240,13 @@ public:
 
 private:
     friend class DecoderPass;
+    friend class MixturePass;
+
+    // What inputs in the kernels' layout take: of all threads, of each thread (a multiple of a cache line).
+    struct InputBytes {
+        int64_t shared = 0, own = 0;
+    };
+    InputBytes resize_mixtures();  // decoder_mixture.cpp
 
     DecoderModel model_;
     int64_t max_rows_;
@@ -252,8 +259,11 @@ private:
     Buffer<char> shared_, own_;  // inputs in the kernels' layout: of all threads, of each thread
     Buffer<float> own_input_;    // and their rows before that
     int64_t own_bytes_ = 0;
-    // Of mixtures: scores [max_rows, experts]; outputs of gate and up, and of down, of every chosen expert of every row.
-    Buffer<float> scores_, routed_wide_, routed_output_;
+    // Of mixtures (decoder_mixture.cpp): scores [max_rows, experts + 1]; experts of each row and their weights [max_rows, top_k];
+    // rows that experts or a router read through a norm of their own; outputs of gate and up, and of down, of a batch of
+    // experts' rows and of all rows of a shared one.
+    Buffer<float> scores_, choice_weights_, routed_input_, routed_own_, routed_wide_, routed_output_;
+    Buffer<int32_t> choice_;
     TeamState team_;
 };
 

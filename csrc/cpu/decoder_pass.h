@@ -13,7 +13,8 @@ namespace amq {
 constexpr int64_t kOwnRows = 2;
 // Up to this many rows attention is split over spans of positions too: there are few heads to share among threads.
 constexpr int64_t kSplitRows = 16;
-constexpr int kLoopsPerStep = 6;  // of Team::share, at most
+constexpr int kLoopsPerStep = 6;  // of Team::share, at most; mixtures have more
+int mixture_loops(const Mixture& op, int64_t max_rows);  // decoder_mixture.cpp
 
 class DecoderPass {
 public:
@@ -23,6 +24,8 @@ public:
     void run();
 
 private:
+    friend class MixturePass;
+
     // decoder.cpp
     void embed();
     void per_layer_embeddings();

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from helpers import engine_cases_dense
+from helpers import engine_cases_dense, engine_cases_mixture
 from helpers.tiny_models import ARCHITECTURES
 
 
@@ -25,4 +25,5 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "qwen2-windows": _llama("qwen2", use_sliding_window=True, sliding_window=24, max_window_layers=1),
     "qwen3": _llama("qwen3"),
     **engine_cases_dense.CASES,
+    **engine_cases_mixture.CASES,
 }

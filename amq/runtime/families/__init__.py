@@ -13,8 +13,10 @@ from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.families.base import Origin, Unsupported
 from amq.runtime.families.gemma import gemma, gemma2, gemma3
 from amq.runtime.families.gemma4 import gemma4
+from amq.runtime.families.granite import granite, granitemoehybrid
 from amq.runtime.families.llama import llama, mistral, qwen2, qwen3
 from amq.runtime.families.llama_kin import arcee, ministral, ministral3, smollm3
+from amq.runtime.families.mixtures import glm4_moe, gpt_oss, mixtral, olmoe, qwen2_moe, qwen3_moe
 from amq.runtime.families.olmo import olmo2, olmo3
 from amq.runtime.families.phi3 import phi3
 from amq.util.records import parse_record
@@ -35,6 +37,14 @@ FAMILIES: dict[str, Callable[[Origin], DecoderSpec]] = {
     "arcee": arcee,
     "olmo2": olmo2,
     "olmo3": olmo3,
+    "qwen3_moe": qwen3_moe,
+    "qwen2_moe": qwen2_moe,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "gpt_oss": gpt_oss,
+    "glm4_moe": glm4_moe,
+    "granite": granite,
+    "granitemoehybrid": granitemoehybrid,
 }
 """By the `model_type` of the text model."""
 ROOTS = ("model.", "model.language_model.", "language_model.model.")
