@@ -32,9 +32,9 @@ from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
 from amq.export import recipe as recipe_export
 from amq.export.common import DenseOuter
-from amq.export.gguf_families import DENSE, find_family
-from amq.export.gguf_families import FAMILIES as TABLE
-from amq.export.gguf_keys import neox_order, value_order
+from amq.model.gguf.families import DENSE, find_family
+from amq.model.gguf.families import FAMILIES as TABLE
+from amq.model.gguf.orders import neox_order, value_order
 from amq.export.gguf_plans import make_plans
 from amq.export.gguf_tokenizer import leading_space, sentencepiece_scores
 from amq.model.experts import unfuse

@@ -22,7 +22,7 @@ from torch import nn
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.export.gguf_rope import rope_frequencies
+from amq.model.gguf.rope_keys import rope_frequencies
 from amq.model.experts import unfuse
 from amq.model.gguf import convert as gguf_convert
 from amq.model.gguf.convert import check_conversion, dequantized, gguf_folder
