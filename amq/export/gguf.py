@@ -18,7 +18,7 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.common import is_expert, plain_config
-from amq.export.gguf_plans import Plan, make_plans
+from amq.export.gguf_plans import Plan, make_plans, text_config
 from amq.export.gguf_tokenizer import read_tokenizer
 from amq.export.gguf_types import TYPES, decode, encode
 from amq.model.gguf.families import Family, find_family, keys_of
@@ -75,10 +75,10 @@ class Tally:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """See `amq.export`. Refused: other families of models, rows that are not a multiple of 32, unknown tokenizers."""
+    """See `amq.export`; of a model that also reads images, the text model. Refused: other families of models, rows that are not a multiple of 32, unknown tokenizers."""
     import gguf
 
-    config = plain_config(checkpoint)
+    config = text_config(plain_config(checkpoint))
     family = find_family(config)
     plans = make_plans(checkpoint, config, family)
     tokenizer = read_tokenizer(checkpoint.folder, config["vocab_size"])
@@ -102,7 +102,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         writer.write_tensor_data(_data(checkpoint, plan, tallies))
     writer.close()
     _check_written(folder / FILE, plans, list(factors))
-    return _facts(tallies, config, family, (folder / FILE).stat().st_size)
+    facts = _facts(tallies, config, family, (folder / FILE).stat().st_size)
+    taken = {source for plan in plans for source in plan.sources}
+    if left := len({*checkpoint.record.formats, *checkpoint.other_names} - taken):
+        facts["left out"] = f"{left} tensors that are not of the text model: encoders of images, heads of later tokens"
+    return facts
 
 
 def _check_written(path: Path, plans: list[Plan], more: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,15 @@ from amq.model.gguf.places import Place, Places
 
 F32_ALWAYS = ("ffn_gate_inp", "conv1d", "shortconv.conv", ".ssm_a", ".ssm_d", ".ssm_norm")
 """Parts of the names of matrices that llama.cpp wants in 32 bits."""
+
+TEXT_PART = re.compile(r"^(model\.)?language_model\.(model\.)?")
+OTHER_PARTS = (
+    "model.visual.", "model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.",
+    "model.multi_modal_projector.", "mtp.",
+)  # fmt: skip
+"""How names begin that are not of the text model: encoders, which llama.cpp has in a file of their own, and heads that
+predict further tokens."""
+BLOCK_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -50,11 +60,30 @@ class Plan:
         return self.sources[0]
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the text model, where a model that also reads images nests that; else the config itself."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def text_name(name: str, layers: int) -> str | None:
+    """A tensor's name in the text model alone; None for one that is not of it, or of a block that predicts further
+    tokens, behind the `layers` of the decoder."""
+    inner, found = TEXT_PART.subn("model.", name)
+    if not found and name.startswith(OTHER_PARTS):
+        return None
+    block = BLOCK_NUMBER.match(inner)
+    return None if block and int(block[1]) >= layers else inner
+
+
 def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any], family: Family) -> list[Plan]:
-    """Every tensor of the file. Raises AmqError for one that GGUF cannot hold."""
-    record, places = checkpoint.record, Places(family, config, n_layers(config))
+    """Every tensor of the file; config: of the text model. Raises AmqError for one that GGUF cannot hold."""
+    layers = n_layers(config)
+    record, places = checkpoint.record, Places(family, config, layers)
     plans = []
-    for name, sources in rows_of(checkpoint).items():
+    for full, sources in rows_of(checkpoint).items():
+        if (name := text_name(full, layers)) is None:
+            continue
         packed = [source in record.formats for source in sources]
         if any(packed) != all(packed):
             kept = sources[packed.index(False)]

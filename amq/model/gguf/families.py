@@ -85,8 +85,7 @@ def find_family(config: Config) -> Family:
     dense = FAMILIES.get(f"{kind}{DENSE}") if not size(config, *COUNTS) else None
     family = dense or FAMILIES.get(str(kind))
     if family is None:
-        reason = f": {REFUSED[str(kind)]}" if str(kind) in REFUSED else ""
-        raise AmqError(f"the gguf export knows the model types {', '.join(FAMILIES)}; this model is {kind!r}{reason}")
+        raise AmqError(f"the gguf export knows the model types {', '.join(FAMILIES)}; this model is {kind!r}")
     if (rope := rope_of(config).kind) not in family.ropes:
         raise AmqError(f"GGUF cannot hold rotary positions of type {rope!r} for {kind}")
     if (activation := said(config, *ACTIVATIONS) or family.activation) != family.activation:
@@ -277,8 +276,3 @@ READ_ONLY: dict[str, Family] = {
     "nemotron": Family("nemotron", changes=(LARGER_NORMS,), epsilon="norm_eps", partial=True),
 }
 """{model_type: family} of files that are read; no export writes them."""
-
-REFUSED: dict[str, str] = {
-    "gemma3": "with its vision tower; the text model alone, gemma3_text, can be exported",
-}
-"""{model_type: why it is not in `FAMILIES`}."""

@@ -135,6 +135,7 @@ def gemma4_check(config: Config) -> None:
 
 
 def gemma4(config: Config) -> Keys:
+    """Without its key, llama.cpp caps logits at `SOFTCAP`."""
     shape, kinds = ModelShape.of(config), list(config["layer_types"])
     shared = size(config, "num_kv_shared_layers") or 0
     layers = {kind: shape.layers[kinds.index(kind)] for kind in set(kinds)}
@@ -153,13 +154,15 @@ def gemma4(config: Config) -> Keys:
         "rope.dimension_count_swa": window.head_dim,
         "rope.freq_base_swa": float(shape.rotary[SLIDING].theta or THETA),
         "embedding_length_per_layer_input": size(config, "hidden_size_per_layer_input") or 0,
+        "final_logit_softcapping": float(config.get("final_logit_softcapping") or 0.0),
     }
-    if cap := config.get("final_logit_softcapping"):
-        found["final_logit_softcapping"] = float(cap)
     if config.get("use_double_wide_mlp"):
         width, own = need(config, "intermediate_size"), len(kinds) - shared
         found["feed_forward_length"] = [width * (1 if layer < own else 2) for layer in range(len(kinds))]
     return found | (experts(config) if config.get("enable_moe_block") else {})
+
+
+SOFTCAP = 30.0
 
 
 def ministral_check(config: Config) -> None:

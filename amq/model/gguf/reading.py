@@ -7,9 +7,9 @@ and compares them with the file's: a key that is fixed for a family, or that con
 from __future__ import annotations
 
 from amq.model.gguf.file_keys import FileKeys, Read
+from amq.model.gguf.keys import LINEAR, SOFTCAP
 from amq.model.shape import FULL, SLIDING
 
-LINEAR = "linear_attention"
 WIDE_GEMMAS = {"gemma2": 46, "gemma3": 62}
 """Blocks of the models whose attention llama.cpp scales by the width per head, which no key says."""
 
@@ -130,7 +130,7 @@ def gemma4(keys: FileKeys, read: Read) -> None:
         "use_double_wide_mlp": widths[-1] == 2 * widths[0],
         "global_head_dim": values["head_dim"],
         "head_dim": keys.size("attention.key_length_swa", values["head_dim"]),
-        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
+        "final_logit_softcapping": keys.number("final_logit_softcapping", SOFTCAP) or None,
         "enable_moe_block": read.some("ffn_gate_inp.weight"),
     }
     _layer_types(keys, read, 6)
