@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 
 from amq.errors import AmqError
-from amq.model.gguf.families import READ_ONLY, Family, family_of_file, find_family, keys_of
+from amq.model.gguf.families import READ_ONLY, Family, check_family, family_of_file, keys_of
 from amq.model.gguf.file import GgufFile, Strings
 from amq.model.gguf.file_keys import FileKeys, Read, shown
 from amq.model.gguf.rope import Rope, read_rope, rope_parameters
+from amq.model.shape import FULL
 
 EPSILON_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
 NEUTRAL = {
@@ -80,6 +81,7 @@ def translate(file: GgufFile, factors: Mapping[str, np.ndarray]) -> Translation:
     for key, name in (("attention.head_count_kv", "num_key_value_heads"), ("feed_forward_length", "intermediate_size")):
         if name not in values:
             raise AmqError(f"{file.path}: {file.architecture}.{key} differs from block to block, not supported")
+    _check_rope(keys, family, values)
     agreed = set() if model_type in READ_ONLY else _check_keys(keys, model_type, family, read)
     _refuse_untaken(keys, agreed, head_dim)
     return Translation(model_type, family, values, rope if "rope_parameters" in values else None, read.layers)
@@ -151,13 +153,26 @@ def _rope_taker(keys: FileKeys) -> Callable[..., Any]:
     return take
 
 
+def _check_rope(keys: FileKeys, family: Family, values: Mapping[str, Any]) -> None:
+    """Raises AmqError for scaled rotary positions that llama.cpp has not for this family; factors it takes for any."""
+    rope = values.get("rope_parameters") or {}
+    kind = rope.get(FULL, rope).get("rope_type", "default")
+    if kind not in (*family.ropes, "longrope"):
+        raise AmqError(
+            f"{keys.file.path}: rotary positions of type {kind!r} of a {family.arch} have no equal in transformers, or "
+            f"were not compared; expected {', '.join(family.ropes)}"
+        )
+
+
 def _check_keys(keys: FileKeys, model_type: str, family: Family, read: Read) -> set[str]:
     """The names of keys that agree with those of the config that was made; raises AmqError for one that does not."""
     file, config = keys.file, {"model_type": model_type, **_complete(keys, model_type, read)}
     try:
-        made = keys_of(config, find_family(config))
+        check_family(config, family)
+        made = keys_of(config, family)
     except AmqError as error:
         raise AmqError(f"{file.path}: {error}") from None
+    del made["context_length"]  # which an export of a model with a window, unknown to llama.cpp, cuts
     made["block_count"] += int(file.keys.get(f"{file.architecture}.nextn_predict_layers", 0))
     agreed = set()
     for key, value in made.items():

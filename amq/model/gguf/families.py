@@ -87,7 +87,14 @@ def find_family(config: Config) -> Family:
     if family is None:
         raise AmqError(f"the gguf export knows the model types {', '.join(FAMILIES)}; this model is {kind!r}")
     if (rope := rope_of(config).kind) not in family.ropes:
-        raise AmqError(f"GGUF cannot hold rotary positions of type {rope!r} for {kind}")
+        raise AmqError(f"llama.cpp has no rotary positions of type {rope!r} for {kind}, or they were not compared")
+    check_family(config, family)
+    return replace(family, arch=family.arch_of(config)) if family.arch_of else family
+
+
+def check_family(config: Config, family: Family) -> None:
+    """Raises AmqError for a model that llama.cpp computes otherwise than transformers."""
+    kind = config.get("model_type")
     if (activation := said(config, *ACTIVATIONS) or family.activation) != family.activation:
         raise AmqError(
             f"llama.cpp computes {kind} with the activation {family.activation}; this model has {activation!r}"
@@ -97,7 +104,6 @@ def find_family(config: Config) -> Family:
             expected = " or ".join(map(repr, values))
             raise AmqError(f"llama.cpp computes {kind} with {key} {expected}; this model has {value!r}")
     family.check(config)
-    return replace(family, arch=family.arch_of(config)) if family.arch_of else family
 
 
 def family_of_file(arch: str, mixture: bool, has: Callable[[str], bool]) -> tuple[str, Family] | None:
