@@ -44,6 +44,7 @@ from llama_cpp import Llama
 print(Llama("{{folder}}/{FILE}")("The capital of France is", max_tokens=20)["choices"][0]["text"])
 ```"""
 
+
 @dataclass
 class Tally:
     """What became of the tensors of one format: bits per weight and the error that was added."""
@@ -75,7 +76,10 @@ class Tally:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """See `amq.export`; of a model that also reads images, the text model. Refused: other families of models, rows that are not a multiple of 32, unknown tokenizers."""
+    """See `amq.export`; of a model that also reads images, the text model.
+
+    Refused: other families of models, rows that are not a multiple of 32, unknown tokenizers.
+    """
     import gguf
 
     config = text_config(plain_config(checkpoint))

@@ -21,7 +21,6 @@ from amq.model.gguf.orders import BLOCK
 from amq.packing import PackedWeight, dequantize, unpack_codes
 
 
-
 @dataclass(frozen=True)
 class BlockType:
     """A GGUF type with blocks of `BLOCK` weights.

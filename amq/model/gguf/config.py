@@ -18,21 +18,21 @@ from typing import Any
 import numpy as np
 
 from amq.errors import AmqError
-from amq.model.gguf.families import READ_ONLY, Family, check_family, family_of_file, keys_of
+from amq.model.gguf.families import READ_ONLY, Family, check_family, family_of_file, keys_of, readable
 from amq.model.gguf.file import GgufFile, Strings
 from amq.model.gguf.file_keys import FileKeys, Read, shown
 from amq.model.gguf.rope import Rope, read_rope, rope_parameters
 from amq.model.shape import FULL
 
 EPSILON_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-NEUTRAL = {
-    "expert_count": 0, "expert_used_count": 0, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0,
-    "attention.causal": True, "pooling_type": 0, "attention.sliding_window": 0, "tensor_data_layout": None,
-    "logit_scale": 0,
-    "rope.scaling.finetuned": None, "expert_group_count": 0, "expert_shared_count": None, "residual_scale": 0,
-    "embedding_scale": 0, "nextn_predict_layers": 0,
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,), "expert_used_count": (0,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
+    "attention.causal": (True,), "pooling_type": (0,), "attention.sliding_window": (0,), "tensor_data_layout": (),
+    "logit_scale": (0,), "rope.scaling.finetuned": (), "expert_group_count": (0, 1), "expert_group_used_count": (0, 1),
+    "expert_shared_count": (), "expert_weights_scale": (0, 1), "residual_scale": (0,), "embedding_scale": (0,),
+    "nextn_predict_layers": (0,),
 }  # fmt: skip
-"""Keys that change nothing: at this value, or at any (None)."""
+"""Keys that change nothing: at these values, or at any where none is named."""
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
 STACK = re.compile(r"blk\.\d+\.(ffn_(gate|up|gate_up|down)_exps|ffn_gate_inp)\.weight")
 """Tensors whose first dimension is the number of experts."""
@@ -53,9 +53,12 @@ class Translation:
 
 
 def family_of(file: GgufFile) -> tuple[str, Family] | None:
-    """(model_type, family) of a file that is translated here; None of another."""
-    keys = FileKeys(file)
-    return family_of_file(file.architecture, keys.take("expert_count", 0, int) != 0, keys.has)
+    """(model_type, family) of a file that is translated here; None of another architecture."""
+    mixture = any(STACK.fullmatch(tensor.name) for tensor in file.tensors)
+    found = family_of_file(file.architecture, mixture, FileKeys(file).has)
+    if found is None and file.architecture in readable():
+        raise AmqError(f"{file.path} has {'' if mixture else 'no '}tensors of experts, unlike a {file.architecture}")
+    return found
 
 
 def translate(file: GgufFile, factors: Mapping[str, np.ndarray]) -> Translation:
@@ -180,7 +183,7 @@ def _check_keys(keys: FileKeys, model_type: str, family: Family, read: Read) -> 
         if name not in file.keys:
             continue
         if not _agree(file.keys[name], value):
-            raise keys.error(key, f"{value} by the other keys and the tensors of this {family.arch}", shown(file.keys[name]))
+            raise keys.error(key, f"{value} by the other keys and the tensors of this {family.arch}", file.keys[name])
         agreed.add(name)
     return agreed
 
@@ -220,7 +223,7 @@ def _refuse_untaken(keys: FileKeys, agreed: set[str], head_dim: int) -> None:
         key = name.partition(".")[2]
         if name in agreed or (key == "attention.scale" and abs(float(value) * math.sqrt(head_dim) - 1) < 1e-5):
             continue
-        if key in NEUTRAL and (NEUTRAL[key] is None or value == NEUTRAL[key]):
+        if key in NEUTRAL and (not NEUTRAL[key] or value in NEUTRAL[key]):
             continue
         if key == "attention.value_length":
             if value == head_dim:

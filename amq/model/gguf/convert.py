@@ -244,15 +244,17 @@ def _empty_model(file: GgufFile, translation: Translation) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # a config's own checks and a model's constructor raise many types
         raise unbuildable(file, error) from error
-    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
-    if not rotary and translation.family.turned and translation.rope is not None:
+    if (rope := translation.rope) is None or not translation.family.turned:
+        return model
+    rotary = {type(module) for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")}
+    if not rotary:
         raise AmqError(f"{file.path}: {type(model).__name__} has no rotary table that could be compared with the file")
-    for kind in {type(module) for module in rotary} if translation.rope is not None else ():
+    for kind in rotary:
         buffers = dict(kind(config=config).named_buffers())
         name = next((n for n in ("full_attention_inv_freq", "inv_freq") if n in buffers), "")
         if not name:
             raise AmqError(f"{file.path}: the rotary table of {kind.__name__} has no frequencies to compare")
-        check_frequencies(buffers[name].double().numpy(), translation.rope, str(file.path))
+        check_frequencies(buffers[name].double().numpy(), rope, str(file.path))
     return model
 
 

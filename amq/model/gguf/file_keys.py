@@ -70,13 +70,15 @@ class FileKeys:
             return [self.take(key, kind=kind)] * layers
         self.taken.add(name)
         if len(value) != layers:
-            raise AmqError(f"{self.file.path}: {name} has {len(value)} values, expected one for each of {layers} blocks")
+            raise AmqError(
+                f"{self.file.path}: {name} has {len(value)} values, expected one for each of {layers} blocks"
+            )
         if kind is int and not all(0 <= x <= MOST for x in value.tolist()):
             raise AmqError(f"{self.file.path}: {name} is {shorten(value.tolist())}, expected numbers from 0 to {MOST}")
         return [kind(x) for x in value.tolist()]
 
     def error(self, key: str, expected: str, found: Any) -> AmqError:
-        return AmqError(f"{self.file.path}: {self.architecture}.{key} is {shorten(found)}, expected {expected}")
+        return AmqError(f"{self.file.path}: {self.architecture}.{key} is {shown(found)}, expected {expected}")
 
     def _same(self, name: str, values: np.ndarray) -> Any:
         if not len(values) or (values != values[0]).any():

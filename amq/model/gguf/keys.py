@@ -1,4 +1,4 @@
-"""Keys that a GGUF file of a single family needs, made of its config, and checks of what llama.cpp fixes in its code."""
+"""Keys that a GGUF file of a single family needs, made of its config, and checks of what llama.cpp has fixed."""
 
 from __future__ import annotations
 
@@ -117,7 +117,11 @@ def gemma3(config: Config) -> Keys:
 def gemma4_check(config: Config) -> None:
     shape, kinds = ModelShape.of(config), list(config["layer_types"])
     sliding, full = shape.rotary.get(SLIDING), shape.rotary.get(FULL)
-    if sliding is None or sliding.kind != "default" or said(sliding.parameters, "partial_rotary_factor") not in (None, 1):
+    if (
+        sliding is None
+        or sliding.kind != "default"
+        or said(sliding.parameters, "partial_rotary_factor") not in (None, 1)
+    ):
         raise AmqError("llama.cpp turns whole heads in a gemma4's windows, unscaled; this model does not")
     if full is not None and said(full.parameters, "factor") not in (None, 1):
         raise AmqError("GGUF cannot hold a gemma4 whose proportional rotary positions have a factor")
@@ -168,7 +172,9 @@ SOFTCAP = 30.0
 def ministral_check(config: Config) -> None:
     rope = ModelShape.of(config).rotary[""].parameters
     if said(rope, "llama_4_scaling_beta") is None or said(rope, "mscale") != 1 or not said(rope, "mscale_all_dim"):
-        raise AmqError("llama.cpp's mistral3 needs llama_4_scaling_beta, mscale 1 and mscale_all_dim in rope_parameters")
+        raise AmqError(
+            "llama.cpp's mistral3 needs llama_4_scaling_beta, mscale 1 and mscale_all_dim in rope_parameters"
+        )
 
 
 def ministral(config: Config) -> Keys:
@@ -269,7 +275,9 @@ def joint_delta_check(config: Config) -> None:
     all_sparse(config)
     key, value = need(config, "linear_key_head_dim"), need(config, "linear_value_head_dim")
     if key != value:
-        raise AmqError(f"llama.cpp's qwen3next has heads of keys as wide as those of values; this model {key} and {value}")
+        raise AmqError(
+            f"llama.cpp's qwen3next has heads of keys as wide as those of values; this model {key} and {value}"
+        )
 
 
 def period_of_full(config: Config) -> int:

@@ -112,7 +112,9 @@ def _yarn(rope: Rope) -> dict[str, Any]:
         "beta_slow": rope.betas[1],
     }
     if rope.log_multiplier:
-        values |= {"mscale": 1.0, "mscale_all_dim": rope.log_multiplier}
+        if rope.attention not in (None, 1.0):
+            raise AmqError("rope.scaling.yarn_log_multiplier and an attention factor together have no equal here")
+        return values | {"mscale": 1.0, "mscale_all_dim": rope.log_multiplier}
     if rope.attention is not None:  # llama.cpp multiplies its own by it
         values["attention_factor"] = rope.attention * (1 + 0.1 * math.log(rope.factor) if rope.factor > 1 else 1)
     return values

@@ -12,7 +12,6 @@ from amq.errors import AmqError
 from amq.model.gguf.rope import ENDLESS, FREQUENCIES, LONG, SHORT, THETA, llama3_factors
 from amq.model.shape import FULL, SLIDING, ModelShape, Rotary, head_dim, said
 
-
 BY_KIND = ("gemma3_text", "gemma4_text")
 """Model types whose layers with a window have positions of their own in llama.cpp, too."""
 
@@ -71,9 +70,7 @@ def _yarn(rope: Rotary, config: Mapping[str, Any]) -> dict[str, Any]:
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     attention = said(given, "attention_factor")
     own = said(given, "mscale", "mscale_all_dim") is not None and config.get("model_type") != "ministral3"
-    if own or (
-        attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
-    ):
+    if own or (attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)):
         raise AmqError("GGUF cannot hold yarn with an attention factor of its own (mscale)")
     return {
         "rope.scaling.type": "yarn",

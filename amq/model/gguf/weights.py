@@ -46,7 +46,9 @@ class Weights:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in _once(model)}
         self._pieces = {name: list(self._pieces_of(model, name)) for name in self.shapes}
         self.taken = {piece.place.name for pieces in self._pieces.values() for piece in pieces}
-        self.missing = [n for n, pieces in self._pieces.items() if any(p.place.name not in self._tensors for p in pieces)]
+        self.missing = [
+            n for n, pieces in self._pieces.items() if any(p.place.name not in self._tensors for p in pieces)
+        ]
 
     def _pieces_of(self, model: nn.Module, name: str) -> Iterator[_Piece]:
         owner, _, leaf = name.rpartition(".")
