@@ -68,7 +68,8 @@ def test_the_file_read_by_amq_is_the_same_model(name: str, tmp_path: Path) -> No
     model = built(name, **whole_window(name))
     checkpoint = checkpoint_of(tmp_path / "in", model, zero_points="symmetric")
     with_checkpoints_weights(model, checkpoint)
-    found = load_model(str(exported(checkpoint, tmp_path / "out"))).model
+    path = exported(checkpoint, tmp_path / "out")
+    found = load_model(str(path), attn_implementation="eager").model  # other kinds leave softcaps out
     unfuse(found)
     expected, weights = model.state_dict(), found.state_dict()
     assert weights.keys() == expected.keys()
@@ -104,7 +105,7 @@ def test_the_text_model_of_one_that_reads_images(name: str, tmp_path: Path) -> N
 
 def same_logits(path: Path, model: nn.Module) -> None:
     tokens = random_tokens(1, 40)
-    found = load_model(str(path)).model
+    found = load_model(str(path), attn_implementation="eager").model
     torch.testing.assert_close(found(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
 
 

@@ -223,7 +223,7 @@ def _refuse_untaken(keys: FileKeys, agreed: set[str], head_dim: int) -> None:
         key = name.partition(".")[2]
         if name in agreed or (key == "attention.scale" and abs(float(value) * math.sqrt(head_dim) - 1) < 1e-5):
             continue
-        if key in NEUTRAL and (not NEUTRAL[key] or value in NEUTRAL[key]):
+        if key in NEUTRAL and (not NEUTRAL[key] or (np.ndim(value) == 0 and value in NEUTRAL[key])):
             continue
         if key == "attention.value_length":
             if value == head_dim:

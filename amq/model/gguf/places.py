@@ -35,13 +35,15 @@ class Place:
 
 
 class Places:
-    """Of one model."""
+    """Of one model. Raises AmqError where the gguf package is older than the architecture."""
 
     def __init__(self, family: Family, config: Config, layers: int) -> None:
         import gguf
 
         self.family, self._config = family, config
-        arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
+        arch = next((arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch), None)
+        if arch is None:
+            raise AmqError(f"the installed gguf package does not know {family.arch}: install a newer one")
         self._names: Any = gguf.get_tensor_name_map(arch, layers)
 
     def of(self, name: str) -> list[Place]:
