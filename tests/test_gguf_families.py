@@ -84,11 +84,20 @@ VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
           "num_key_value_heads": 2, "head_dim": 16}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["ministral3", "gemma4_text"])
+SIGLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+          "image_size": 28, "patch_size": 14}  # fmt: skip
+QWEN_VISION = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64,
+               "patch_size": 14, "num_position_embeddings": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["ministral3", "gemma3_text", "gemma4_text", "qwen3_5_text", "qwen3_5_moe_text"])
 def test_the_text_model_of_one_that_reads_images(name: str, tmp_path: Path) -> None:
     family, outer = {
         "ministral3": ("Mistral3", {"vision_config": PIXTRAL, "image_token_index": 3, "spatial_merge_size": 2}),
+        "gemma3_text": ("Gemma3", {"vision_config": SIGLIP, "mm_tokens_per_image": 4}),
         "gemma4_text": ("Gemma4", {"vision_config": VISION, "audio_config": None}),
+        "qwen3_5_text": ("Qwen3_5", {"vision_config": QWEN_VISION}),
+        "qwen3_5_moe_text": ("Qwen3_5Moe", {"vision_config": QWEN_VISION}),
     }[name]
     text = MODELS[name].build().config.to_dict() | {"vocab_size": VOCABULARY, "pad_token_id": 0}
     tied = {"tie_word_embeddings": text["tie_word_embeddings"]}
