@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,7 @@ from amq.errors import AmqError
 from amq.export import gguf as gguf_export
 from amq.model.experts import unfuse
 from amq.model.gguf import convert as gguf_convert
+from amq.model.gguf.convert import gguf_folder
 from amq.model.open import load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
@@ -139,6 +141,13 @@ def test_blocks_that_predict_further_tokens_are_left_out(written: Written, tmp_p
     source, model = written("glm4_moe")
     keys = {"block_count": 3, "nextn_predict_layers": 1, "expert_group_count": 1, "expert_group_used_count": 1}
     same_logits(in_float32(source, tmp_path / "changed.gguf", keys, add), model)
+
+
+def test_tokens_without_an_embedding_are_not_added(written: Written) -> None:
+    """The class of transformers that reads such tokenizers has a token of its own by default."""
+    folder = gguf_folder(written("glm4_moe")[0])
+    added = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    assert [token["content"] for token in added] == ["<s>"]
 
 
 def test_windows_said_layer_by_layer(written: Written, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ removed by the next one, see `amq.util.temporary`.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import re
@@ -30,7 +31,7 @@ import torch
 from amq.errors import AmqError
 from amq.model.gguf.config import Translation, family_of, translate, unbuildable
 from amq.model.gguf.families import readable
-from amq.model.gguf.file import GgufFile, GgufTensor, parts_of, read_model
+from amq.model.gguf.file import GgufFile, GgufTensor, Strings, parts_of, read_model
 from amq.model.gguf.rope import TENSORS as ROPE_TENSORS
 from amq.model.gguf.rope import check_frequencies
 from amq.model.gguf.weights import Weights
@@ -280,6 +281,17 @@ def _save_tokenizer(file: GgufFile, path: Path, folder: Path) -> None:
     known = file.architecture in OWN_TOKENIZERS or family_of(file) is None
     kind = AutoTokenizer if known else PreTrainedTokenizerFast
     _by_transformers(path, lambda: kind.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder))
+    _drop_added(folder / "tokenizer.json", file.keys.get("tokenizer.ggml.tokens"))
+
+
+def _drop_added(path: Path, tokens: Any) -> None:
+    """Drops special tokens that a class of transformers has by default and the file has not: no embedding is theirs."""
+    if not isinstance(tokens, Strings) or not path.is_file():
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    kept = [token for token in saved["added_tokens"] if token["id"] < tokens.length]
+    if len(kept) < len(saved["added_tokens"]):
+        path.write_text(json.dumps({**saved, "added_tokens": kept}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _by_transformers(path: Path, action: Callable[[], Any]) -> Any:
