@@ -204,15 +204,10 @@ def _stream(file: GgufFile, folder: Path) -> None:
     model = _empty_model(file, translation)
     with _named(file):
         weights = Weights(model, translation.family, translation.layers, file.tensors)
-    sources = {t.name: t for t in file.tensors}
-    further = re.compile(r"blk\.(\d+)\.")
-    for name, tensor in sources.items():
-        block = further.match(name)
-        if block and int(block[1]) >= translation.layers:
-            continue  # it predicts a token after the next, which no model of transformers does
-        if name not in factors and name not in weights.taken:
+    for tensor in file.tensors:
+        if tensor.name not in {*factors, *weights.taken} and not weights.leaves(tensor.name):
             raise AmqError(
-                f"{tensor.path}: nothing takes the tensor {name} {list(tensor.shape)}, which changes what the "
+                f"{tensor.path}: nothing takes the tensor {tensor.name} {list(tensor.shape)}, which changes what the "
                 f"model computes: {type(model).__name__} has no place for it; use the original safetensors"
             )
     if missing := weights.missing:

@@ -53,6 +53,7 @@ class Family:
     activation: the one in its code. fixed: {key of config.json: values that its code computes; None where unsaid}.
     keys: those below the architecture's name that it needs besides the common ones. read: the way back, which puts
     into a config what those keys and the shapes of tensors say.
+    unused: whether a tensor of that name in a file of that config is one that llama.cpp reads and never multiplies by.
     check: raises AmqError for what `fixed` cannot say. windows: whether it knows sliding windows; else the context ends
     with them. ropes: kinds of rotary scaling that were compared. turned: whether positions turn anything.
     mixture: whether its models have experts; None for either. told_by: a key that tells its files from others of the
@@ -66,6 +67,7 @@ class Family:
     fixed: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     keys: Callable[[Config], Keys] = lambda config: {}
     read: Callable[[FileKeys, Read], None] = lambda keys, read: None
+    unused: Callable[[Config, str], bool] = lambda config, name: False
     check: Callable[[Config], None] = lambda config: None
     changes: tuple[Change, ...] = ()
     arch_of: Callable[[Config], str] | None = None
@@ -222,7 +224,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": replace(LLAMA, read=reading.mistral),
     "mixtral": replace(LLAMA, mixture=True, read=reading.mixtral),
     "qwen2": Family("qwen2", head_dim=False),
-    "qwen3": Family("qwen3", read=reading.qwen3),
+    "qwen3": Family("qwen3", read=reading.attention_bias),
     "qwen2_moe": Family("qwen2moe", fixed={"norm_topk_prob": (False,)}, keys=keys.qwen2_moe, read=reading.qwen2_moe,
                         check=keys.all_sparse, changes=(SHARED_GATE,), mixture=True, head_dim=False),
     "qwen3_moe": Family("qwen3moe", fixed={"norm_topk_prob": (True,)}, keys=keys.experts, read=reading.qwen3_moe,
@@ -240,6 +242,7 @@ FAMILIES: dict[str, Family] = {
                           changes=(LARGER_NORMS,), windows=True, ropes=PLAIN_ROPE,
                           fixed={"final_logit_softcapping": (None,), "attn_logit_softcapping": (None,)}),
     "gemma4_text": Family("gemma4", activation=GELU, keys=keys.gemma4, read=reading.gemma4, check=keys.gemma4_check,
+                          unused=reading.gemma4_unused,
                           changes=GEMMA4, windows=True, ropes=("proportional",), mixture=None,
                           fixed={"attention_bias": (False, None),
                                  "use_bidirectional_attention": (None, "vision")}),

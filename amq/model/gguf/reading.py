@@ -6,12 +6,14 @@ and compares them with the file's: a key that is fixed for a family, or that con
 
 from __future__ import annotations
 
-from amq.model.gguf.file_keys import FileKeys, Read
-from amq.model.gguf.keys import LINEAR, SOFTCAP
-from amq.model.shape import FULL, SLIDING
+import re
 
-WIDE_GEMMAS = {"gemma2": 46, "gemma3": 62}
-"""Blocks of the models whose attention llama.cpp scales by the width per head, which no key says."""
+from amq.model.gguf.file_keys import FileKeys, Read
+from amq.model.gguf.keys import LINEAR, SOFTCAP, WIDE_GEMMAS
+from amq.model.gguf.orders import Config
+from amq.model.shape import FULL, SLIDING, need, size
+
+SHARED_KEYS = re.compile(r"blk\.(\d+)\.attn_(k|v|k_norm)\.weight")
 
 
 def llama(keys: FileKeys, read: Read) -> None:
@@ -20,9 +22,6 @@ def llama(keys: FileKeys, read: Read) -> None:
 
 def attention_bias(keys: FileKeys, read: Read) -> None:
     read.values["attention_bias"] = read.some("attn_q.bias")
-
-
-qwen3 = attention_bias
 
 
 def ernie(keys: FileKeys, read: Read) -> None:
@@ -99,7 +98,7 @@ def phi3(keys: FileKeys, read: Read) -> None:
 def gemma2(keys: FileKeys, read: Read) -> None:
     """llama.cpp scales attention by the head's width, in the largest model by the hidden width per head."""
     values = read.values
-    wide = read.layers == WIDE_GEMMAS[keys.architecture]
+    wide = read.layers == WIDE_GEMMAS["gemma2" if keys.architecture == "gemma2" else "gemma3_text"]
     scalar = values["hidden_size"] // values["num_attention_heads"] if wide else values["head_dim"]
     given = keys.number("attention.scale", 0.0)
     values["query_pre_attn_scalar"] = round(given**-2) if given > 0 else scalar
@@ -145,6 +144,13 @@ def gemma4(keys: FileKeys, read: Read) -> None:
     if values["enable_moe_block"]:
         _experts(keys, read)
         values["top_k_experts"] = values.pop("num_experts_per_tok")
+
+
+def gemma4_unused(config: Config, name: str) -> bool:
+    """Published models have keys and values in layers that take those of others."""
+    found = SHARED_KEYS.match(name)
+    own = need(config, "num_hidden_layers") - (size(config, "num_kv_shared_layers") or 0)
+    return found is not None and int(found[1]) >= own
 
 
 def _rope_by_kind(keys: FileKeys, read: Read) -> None:
@@ -292,13 +298,13 @@ def deepseek(keys: FileKeys, read: Read) -> None:
 
 
 def delta(keys: FileKeys, read: Read) -> None:
-    joint_layers(keys, read)
+    _joint_layers(keys, read)
     attention_bias(keys, read)
     sections = keys.by_layer("rope.dimension_sections", 4)
     read.values["rope_parameters"] |= {"mrope_section": sections[:3], "mrope_interleaved": True}
 
 
-def joint_layers(keys: FileKeys, read: Read) -> None:
+def _joint_layers(keys: FileKeys, read: Read) -> None:
     """Of Qwen3-Next and Qwen3.5."""
     heads, inner = keys.size("ssm.time_step_rank"), keys.size("ssm.inner_size")
     period = keys.size("full_attention_interval", 4)
@@ -319,7 +325,7 @@ def delta_moe(keys: FileKeys, read: Read) -> None:
 
 
 def joint_delta(keys: FileKeys, read: Read) -> None:
-    joint_layers(keys, read)
+    _joint_layers(keys, read)
     attention_bias(keys, read)
     qwen2_moe(keys, read)
 

@@ -7,6 +7,7 @@ or gate and up are one. What a parameter's layout is, its module says (`amq.mode
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -21,6 +22,8 @@ from amq.model.gguf.families import Family
 from amq.model.gguf.file import GgufTensor
 from amq.model.gguf.orders import BLOCK, Config
 from amq.model.gguf.places import Place, Places
+
+BLOCK_NUMBER = re.compile(r"blk\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,7 @@ class Weights:
     """
 
     def __init__(self, model: nn.Module, family: Family, layers: int, tensors: Sequence[GgufTensor]) -> None:
+        self._family, self._layers = family, layers
         self._config: Config = model.config.to_dict()  # type: ignore[operator,union-attr]
         self._places, self._tensors = Places(family, self._config, layers), {t.name: t for t in tensors}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in _once(model)}
@@ -49,6 +53,12 @@ class Weights:
         self.missing = [
             n for n, pieces in self._pieces.items() if any(p.place.name not in self._tensors for p in pieces)
         ]
+
+    def leaves(self, name: str) -> bool:
+        """Whether the model does without the tensor `name`: nothing in its passes uses it, or it is of a block that
+        predicts a token after the next."""
+        block = BLOCK_NUMBER.match(name)
+        return self._family.unused(self._config, name) or (block is not None and int(block[1]) >= self._layers)
 
     def _pieces_of(self, model: nn.Module, name: str) -> Iterator[_Piece]:
         owner, _, leaf = name.rpartition(".")
