@@ -161,6 +161,12 @@ def test_tokens_without_an_embedding_are_not_added(written: Written) -> None:
     assert [token["content"] for token in added] == ["<s>"]
 
 
+def test_positions_that_turn_nothing(written: Written, tmp_path: Path) -> None:
+    source, model = written("nemotron_h")
+    keys = {"rope.freq_base": 1e6, "rope.dimension_count": 8}
+    same_logits(in_float32(source, tmp_path / "changed.gguf", keys), model)
+
+
 def test_windows_said_layer_by_layer(written: Written, tmp_path: Path) -> None:
     keys = {"attention.sliding_window_pattern": [True, False]}
     source, model = written("gemma3_text")

@@ -33,6 +33,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "nextn_predict_layers": (0,),
 }  # fmt: skip
 """Keys that change nothing: at these values, or at any where none is named."""
+TURNS = "rope.scaling.finetuned"
+"""Of granitehybrid: whether positions turn anything."""
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
 STACK = re.compile(r"blk\.\d+\.(ffn_(gate|up|gate_up|down)_exps|ffn_gate_inp)\.weight")
 """Tensors whose first dimension is the number of experts."""
@@ -175,6 +177,8 @@ def _check_keys(keys: FileKeys, model_type: str, family: Family, read: Read) -> 
         made = keys_of(config, family)
     except AmqError as error:
         raise AmqError(f"{file.path}: {error}") from None
+    if "rope_parameters" not in read.values:  # nothing turns: what keys say of positions has no effect
+        made = {key: value for key, value in made.items() if not key.startswith("rope.") or key == TURNS}
     del made["context_length"]  # which an export of a model with a window, unknown to llama.cpp, cuts
     made["block_count"] += int(file.keys.get(f"{file.architecture}.nextn_predict_layers", 0))
     agreed = set()
