@@ -72,6 +72,8 @@ MODELS: dict[str, Family] = {
     "granitemoehybrid": FAMILIES["granitemoehybrid"],
     "nemotron_h": family("NemotronH", **NEMOTRON, layers_block_type=["mamba", "moe", "attention"]),
     "ernie4_5": family("Ernie4_5"),
+    "ernie4_5_moe": family("Ernie4_5_Moe", moe_num_experts=4, moe_k=2, moe_intermediate_size=32,
+                           moe_num_shared_experts=2, moe_layer_start_index=1),
     "lfm2_moe": family("Lfm2Moe", **EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention"],
                        tie_word_embeddings=True),
     "qwen3_next": family("Qwen3Next", **HEADS32, **EXPERTS, shared_expert_intermediate_size=32),

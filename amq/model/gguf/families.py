@@ -156,6 +156,11 @@ ACTIVATIONS = ("hidden_act", "hidden_activation", "mlp_hidden_act")
 MOE_NAMES = Change(r"\.block_sparse_moe\.", rename=("block_sparse_moe", "mlp"))
 ROUTER = Change(r"\.mlp\.router\.weight|\.block_sparse_moe\.router\.weight", rename=("router", "gate"))
 SCORES = Change(r"e_score_correction_bias$", rename=("e_score_correction_bias", "e_score_correction.bias"))
+STATISTICS = Change(
+    r"moe_statics\.e_score_correction_bias$",
+    orders.VECTOR,
+    rename=("gate.moe_statics.e_score_correction_bias", "moe_statics.e_score_correction.bias"),
+)
 SINKS = Change(r"\.sinks$", rename=("sinks", "sinks.weight"))
 SHORT_CONV = Change(r"\.conv\.conv\.weight$", orders.FLAT_KERNEL)
 EXPERT_BIAS = Change(r"\.expert_bias$", rename=("expert_bias", "expert_bias.bias"))
@@ -270,6 +275,8 @@ FAMILIES: dict[str, Family] = {
                          check=keys.nemotron_check, arch_of=keys.nemotron_arch, turned=False, mixture=None,
                          epsilon="layer_norm_epsilon", changes=(BACKBONE, MIXER, SCORES, *MAMBA)),
     "ernie4_5": Family("ernie4_5", read=reading.ernie),
+    "ernie4_5_moe": Family("ernie4_5-moe", keys=keys.ernie_moe, read=reading.ernie_moe, check=keys.ernie_moe_check,
+                           changes=(STATISTICS,), mixture=True),
     "lfm2": Family("lfm2", keys=keys.lfm2, read=reading.lfm2, changes=(SHORT_CONV,), epsilon="norm_eps",
                    head_dim=False),
     "lfm2_moe": Family("lfm2moe", keys=keys.lfm2_moe, read=reading.lfm2_moe, changes=(SHORT_CONV, EXPERT_BIAS),

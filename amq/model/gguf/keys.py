@@ -215,6 +215,23 @@ def shared(config: Config) -> Keys:
     }
 
 
+def ernie_moe(config: Config) -> Keys:
+    count = size(config, "moe_num_shared_experts") or 0
+    found = experts(config) | {
+        "leading_dense_block_count": int(config.get("moe_layer_start_index") or 0),
+        "interleave_moe_layer_step": need(config, "moe_layer_interval"),
+    }
+    if count:
+        found |= {"expert_shared_count": count}
+        found |= {"expert_shared_feed_forward_length": count * need(config, "moe_intermediate_size")}
+    return found
+
+
+def ernie_moe_check(config: Config) -> None:
+    if config.get("moe_layer_end_index") not in (None, -1, n_layers(config) - 1):
+        raise AmqError("llama.cpp's ernie4_5-moe has experts up to the last layer; this model has not")
+
+
 SIGMOID = 2
 """Of llama.cpp's gating functions."""
 

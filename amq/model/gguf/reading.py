@@ -28,6 +28,23 @@ def ernie(keys: FileKeys, read: Read) -> None:
     read.values["use_bias"] = read.some("attn_q.bias")
 
 
+def ernie_moe(keys: FileKeys, read: Read) -> None:
+    ernie(keys, read)
+    _experts(keys, read)
+    values = read.values
+    width, shared = values["moe_intermediate_size"], keys.take("expert_shared_feed_forward_length", 0, int)
+    if shared % width:
+        raise keys.error("expert_shared_feed_forward_length", f"a multiple of the experts' width {width}", shared)
+    values |= {
+        "moe_num_experts": values.pop("num_experts"),
+        "moe_k": values.pop("num_experts_per_tok"),
+        "moe_num_shared_experts": shared // width,
+        "moe_layer_start_index": keys.take("leading_dense_block_count", 0, int),
+        "moe_layer_end_index": read.layers - 1,
+        "moe_layer_interval": keys.size("interleave_moe_layer_step"),
+    }
+
+
 def _experts(keys: FileKeys, read: Read, count: str = "num_experts", width: str = "moe_intermediate_size") -> None:
     up, down = read.first("ffn_up_exps.weight"), read.first("ffn_down_exps.weight")
     found = up[-2] if len(up) > 1 else down[-1] if down else 1
