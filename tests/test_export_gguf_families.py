@@ -39,7 +39,7 @@ from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
 from amq.export import recipe as recipe_export
 from amq.export.common import DenseOuter
-from amq.export.gguf_plans import make_plans
+from amq.export.gguf_plans import make_plans, text_name
 from amq.export.gguf_tokenizer import leading_space, sentencepiece_scores
 from amq.model.experts import Experts
 from amq.model.gguf.families import FAMILIES as TABLE
@@ -182,6 +182,22 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, options: d
     config = built(name, **options).config.to_dict()
     with pytest.raises(AmqError, match=message):
         find_family(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "nested", "expected"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", False, "model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.2.mlp.up_proj.weight", False, None),
+        ("mtp.layers.0.mlp.up_proj.weight", False, None),
+        ("model.language_model.layers.1.input_layernorm.weight", True, "model.layers.1.input_layernorm.weight"),
+        ("model.language_model.embed_tokens.weight", True, "model.embed_tokens.weight"),
+        ("model.visual.merger.norm.weight", True, None),
+        ("lm_head.weight", True, "lm_head.weight"),
+    ],
+)
+def test_names_in_the_text_model_of_two_layers(name: str, nested: bool, expected: str | None) -> None:
+    assert text_name(name, 2, nested) == expected
 
 
 def test_orders() -> None:

@@ -23,12 +23,9 @@ F32_ALWAYS = ("ffn_gate_inp", "conv1d", "shortconv.conv", ".ssm_a", ".ssm_d", ".
 """Parts of the names of matrices that llama.cpp wants in 32 bits."""
 
 TEXT_PART = re.compile(r"^(model\.)?language_model\.(model\.)?")
-OTHER_PARTS = (
-    "model.visual.", "model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio.",
-    "model.multi_modal_projector.", "mtp.",
-)  # fmt: skip
-"""How names begin that are not of the text model: encoders, which llama.cpp has in a file of their own, and heads that
-predict further tokens."""
+HEAD, LATER = "lm_head.", "mtp."
+"""How names begin: of the head, which stands beside the text model in one that also reads images; of what predicts a
+token after the next."""
 BLOCK_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 
 
@@ -66,11 +63,14 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
-def text_name(name: str, layers: int) -> str | None:
-    """A tensor's name in the text model alone; None for one that is not of it, or of a block that predicts further
-    tokens, behind the `layers` of the decoder."""
+def text_name(name: str, layers: int, nested: bool) -> str | None:
+    """A tensor's name in the text model alone; None for one that is not of it, or that predicts further tokens.
+
+    layers: of the decoder; blocks behind them are of the latter. nested: whether the text model is a part of another,
+    whose encoders llama.cpp has in files of their own.
+    """
     inner, found = TEXT_PART.subn("model.", name)
-    if not found and name.startswith(OTHER_PARTS):
+    if name.startswith(LATER) or (nested and not found and not name.startswith(HEAD)):
         return None
     block = BLOCK_NUMBER.match(inner)
     return None if block and int(block[1]) >= layers else inner
@@ -80,9 +80,10 @@ def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any], family: Family
     """Every tensor of the file; config: of the text model. Raises AmqError for one that GGUF cannot hold."""
     layers = n_layers(config)
     record, places = checkpoint.record, Places(family, config, layers)
-    plans = []
-    for full, sources in rows_of(checkpoint).items():
-        if (name := text_name(full, layers)) is None:
+    plans, rows = [], rows_of(checkpoint)
+    nested = any(TEXT_PART.match(full) for full in rows)
+    for full, sources in rows.items():
+        if (name := text_name(full, layers, nested)) is None:
             continue
         packed = [source in record.formats for source in sources]
         if any(packed) != all(packed):

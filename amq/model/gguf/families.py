@@ -3,8 +3,8 @@
 llama.cpp builds a model from its architecture's name and a few keys; everything else is fixed in its code. So a family
 is listed with what is `fixed` there: a model whose config says otherwise would be computed as another model, silently,
 and is refused. The table serves both directions: an export makes keys and tensors of a config and weights, and a file
-that is read gives them back. tests/test_export_gguf_families.py does both; all of them ran in llama.cpp beside
-transformers.
+that is read gives them back. tests/test_export_gguf_families.py and tests/test_gguf_families.py do both with each; all
+ran in llama.cpp beside transformers.
 """
 
 from __future__ import annotations
