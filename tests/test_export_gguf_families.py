@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,102 +16,47 @@ import torch
 import transformers
 from helpers import small_tokenizers
 from helpers.by_llama_cpp import last_position
-from helpers.checkpoints import tiny_checkpoint
-from helpers.families import DEEPSEEK, EXPERTS, FAMILIES, GEMMA, MAMBA, SLIDING, Family
+from helpers.families import SLIDING
+from helpers.gguf_families import (
+    MINISTRAL,
+    MODELS,
+    VOCABULARY,
+    built,
+    checkpoint_of,
+    exported,
+    whole_window,
+    with_checkpoints_weights,
+)
 from helpers.gguf_files import in_float32
-from helpers.small_tokenizers import with_merges
-from helpers.tiny_models import WINDOWED, random_tokens
+from helpers.tiny_models import random_tokens
 from safetensors.torch import load_file
 from torch import nn
 
-from amq.checkpoint.store import Checkpoint, open_checkpoint
+from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export import export
 from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
 from amq.export import recipe as recipe_export
 from amq.export.common import DenseOuter
-from amq.export.gguf_families import DENSE, find_family
-from amq.export.gguf_families import FAMILIES as TABLE
-from amq.export.gguf_keys import neox_order, value_order
-from amq.export.gguf_plans import make_plans
+from amq.export.gguf_plans import make_plans, text_name
 from amq.export.gguf_tokenizer import leading_space, sentencepiece_scores
-from amq.model.experts import unfuse
-from amq.model.inventory import get_weight, take_inventory
-from amq.model.open import load_model
+from amq.model.experts import Experts
+from amq.model.gguf.families import FAMILIES as TABLE
+from amq.model.gguf.families import find_family
+from amq.model.gguf.orders import neox_order, value_order
 from amq.packing import dequantize
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 pytest.importorskip("gguf")
 
-HEADS32 = {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2,
-           "linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"],
-           "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
-                               "mrope_section": [2, 1, 1], "mrope_interleaved": True}}  # fmt: skip
-NEMOTRON = {k: v for k, v in FAMILIES["nemotron_h"].options.items() if k != "layers_block_type"}
-SCALES = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}
-
-
-def family(name: str, text: str = "", **options: Any) -> Family:
-    return Family(f"{name}{text}Config", f"{name}ForCausalLM", {"tie_word_embeddings": False} | options)
-
-
-MODELS: dict[str, Family] = {
-    "llama": family("Llama"),
-    "mistral": family("Mistral", **WINDOWED),
-    "mixtral": family("Mixtral", num_local_experts=4, num_experts_per_tok=2),
-    "qwen2": family("Qwen2"),
-    "qwen3": family("Qwen3"),
-    "qwen2_moe": family("Qwen2Moe", **EXPERTS, shared_expert_intermediate_size=32),
-    "qwen3_moe": family("Qwen3Moe", **EXPERTS, norm_topk_prob=True),
-    "olmoe": family("Olmoe", num_experts=4, num_experts_per_tok=2, num_key_value_heads=4),
-    "gpt_oss": family("GptOss", num_local_experts=4, num_experts_per_tok=2, layer_types=SLIDING, **WINDOWED),
-    "gemma2": family("Gemma2", **GEMMA | {"tie_word_embeddings": True}),
-    "gemma3_text": family("Gemma3", "Text", **GEMMA),
-    "phi3": family("Phi3"),
-    "smollm3": family("SmolLM3", num_hidden_layers=4),
-    "olmo2": family("Olmo2"),
-    "granite": family("Granite", **SCALES),
-    "granitemoe": family("GraniteMoe", num_local_experts=4, num_experts_per_tok=2, **SCALES),
-    "glm4_moe": family("Glm4Moe", **DEEPSEEK, n_shared_experts=1),
-    "qwen3_5_text": family("Qwen3_5", "Text", **HEADS32),
-    "qwen3_5_moe_text": family("Qwen3_5Moe", "Text", **HEADS32, **EXPERTS, shared_expert_intermediate_size=32),
-    "deepseek_v3": replace(FAMILIES["deepseek_v3"]),
-    f"granitemoehybrid{DENSE}": family("GraniteMoeHybrid", **MAMBA, num_local_experts=0, num_experts_per_tok=0,
-                                       shared_intermediate_size=32, layer_types=["mamba", "attention"]),
-    "granitemoehybrid": FAMILIES["granitemoehybrid"],
-    "nemotron_h": family("NemotronH", **NEMOTRON, layers_block_type=["mamba", "moe", "attention"]),
-    "ernie4_5": family("Ernie4_5"),
-    "lfm2_moe": family("Lfm2Moe", **EXPERTS, num_dense_layers=1, layer_types=["conv", "full_attention"],
-                       tie_word_embeddings=True),
-    "lfm2": family("Lfm2", block_auto_adjust_ff_dim=False, layer_types=["conv", "full_attention"]),
-}  # fmt: skip
-VOCABULARY = 288
-"""More than the tokenizer has, whose class adds some of its own for a few families."""
-
-
-def checkpoint_of(
-    folder: Path,
-    model: nn.Module,
-    fmt: str = "int4",
-    formats: Mapping[str, str] | None = None,
-    zero_points: str = "fractional",
-) -> Checkpoint:
-    """`model`, whose experts become linears, in one format, head and embeddings in others."""
-    unfuse(model)
-    formats = dict.fromkeys((s.name for s in take_inventory(model).linears), fmt) | dict(formats or {})
-    tiny_checkpoint(model, folder, head="int8", embeddings="int5", formats=formats, zero_points=zero_points)
-    with_merges().save_pretrained(folder)
-    return open_checkpoint(folder)
-
-
-def built(name: str, **options: Any) -> nn.Module:
-    found = MODELS[name]
-    return replace(found, options={"vocab_size": VOCABULARY, **found.options, **options}).build()
-
 
 def test_every_family_of_the_table_is_here() -> None:
-    assert MODELS.keys() == TABLE.keys()
+    assert {name.partition(" with ")[0] for name in MODELS} == TABLE.keys()
+
+
+OWN_STEMS = {"gemma4": {"blk.{bid}.ffn_gate_exps", "blk.{bid}.ffn_up_exps"}}
+"""Tensors that llama.cpp reads and gguf's table lacks."""
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -120,20 +64,18 @@ def test_a_file_has_every_tensor_in_its_shape_type_and_numbers(name: str, tmp_pa
     import gguf
 
     checkpoint = checkpoint_of(tmp_path / "in", built(name))
-    (tmp_path / "out").mkdir()
-    gguf_export.write(checkpoint, tmp_path / "out")
-    reader = gguf.GGUFReader(tmp_path / "out" / gguf_export.FILE)
+    reader = gguf.GGUFReader(exported(checkpoint, tmp_path / "out"))
     tensors = {t.name: t for t in reader.tensors}
     found = find_family(gguf_export.plain_config(checkpoint))
     arch = next(arch for arch, known in gguf.MODEL_ARCH_NAMES.items() if known == found.arch)
-    stems = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[arch]}
+    stems = {gguf.TENSOR_NAMES[t] for t in gguf.MODEL_TENSORS[arch]} | OWN_STEMS.get(found.arch, set())
     plans = make_plans(checkpoint, gguf_export.plain_config(checkpoint), found)
     taken = [source for plan in plans for source in plan.sources]
     assert set(taken) == {*checkpoint.record.formats, *checkpoint.other_names}
     assert reader.fields["general.architecture"].contents() == found.arch
     for plan in plans:
         tensor = tensors[plan.name]
-        stem = plan.name.removesuffix(".weight").removesuffix(".bias")
+        stem = plan.name.removesuffix(".weight").removesuffix(".bias").removesuffix(".scale")
         block = stem.split(".")[1] if stem.startswith("blk.") else ""
         assert stem.replace(f"blk.{block}.", "blk.{bid}.") in stems
         weights = torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)).view(plan.shape)
@@ -166,42 +108,33 @@ def _check_experts(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> None:
         assert np.abs(found - weight).max() <= 1e-3 * np.abs(weight).max()
 
 
-READ = ("llama", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "gemma2", "gemma3_text", "phi3")
+BOUNDS = {"gpt_oss": 2e-2}
+"""Of a log-probability: llama.cpp has yarn with whole bounds."""
 
 
-@pytest.mark.parametrize("name", READ)
-def test_the_file_read_by_amq_computes_the_same(name: str, tmp_path: Path) -> None:
-    options = {"head_dim": 16} if name in ("qwen2", "qwen2_moe", "phi3") else {}
-    model = built(name, **options)
-    checkpoint = checkpoint_of(tmp_path / "in", model)
-    (tmp_path / "out").mkdir()
-    gguf_export.write(checkpoint, tmp_path / "out")
-    with torch.no_grad():
-        for linear in checkpoint.record.formats:
-            get_weight(model, linear).copy_(dequantize(checkpoint.packed(linear)))
-    read = load_model(str(tmp_path / "out" / gguf_export.FILE)).model
-    tokens = random_tokens(1, 24)
-    expected = model(tokens).logits
-    difference = (read(tokens).logits.float() - expected).abs().max() / expected.abs().max()
-    assert difference <= 0.02  # the head is quantized again
+class GeluOfLlamaCpp(nn.Module):
+    """It looks GELU up in a table from 16 bits to 16 bits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
 
 
-BOUNDS = {"gemma2": 2e-3, "gemma3_text": 2e-3, "gpt_oss": 2e-2}
-"""Of a log-probability: llama.cpp has a table of GELU in 16 bits, and yarn with whole bounds."""
+def with_its_gelu(model: nn.Module) -> None:
+    fused = [module._fused for module in model.modules() if isinstance(module, Experts)]
+    for module in (*model.modules(), *fused):
+        if type(getattr(module, "act_fn", None)).__name__ == "GELUTanh":
+            module.act_fn = GeluOfLlamaCpp()
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_llama_cpp_computes_the_same(name: str, tmp_path: Path) -> None:
     """All logits of the last position, from the exported weights in 32 bits."""
     pytest.importorskip("xllamacpp", reason="xllamacpp is the peer that this compares with")
-    model = built(name, **({"sliding_window": None} if name == "mistral" else {}))
+    model = built(name, **whole_window(name))
     checkpoint = checkpoint_of(tmp_path / "in", model, zero_points="symmetric")
-    (tmp_path / "out").mkdir()
-    gguf_export.write(checkpoint, tmp_path / "out")
-    in_float32(tmp_path / "out" / gguf_export.FILE, tmp_path / "f32.gguf")
-    with torch.no_grad():
-        for linear in checkpoint.record.formats:
-            get_weight(model, linear).copy_(dequantize(checkpoint.packed(linear)))
+    in_float32(exported(checkpoint, tmp_path / "out"), tmp_path / "f32.gguf")
+    with_checkpoints_weights(model, checkpoint)
+    with_its_gelu(model)
     tokens = random_tokens(1, 40)
     expected = model(tokens).logits[0, -1].log_softmax(-1)
     found = last_position(tmp_path / "f32.gguf", tokens[0].tolist(), VOCABULARY)
@@ -237,6 +170,11 @@ def test_other_exports_say_why_they_hold_no_experts(to: str, tmp_path: Path) -> 
         ("gpt_oss", {"layer_types": ["full_attention"] * 2}, "every second layer"),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 1]}, "every fourth layer"),
         ("glm4_moe", {"n_group": 2, "topk_group": 1}, "n_group 1"),
+        ("qwen3_next", {"linear_key_head_dim": 16}, "as wide as those of values; this model 16 and 32"),
+        ("ministral3", {"rope_parameters": {**MINISTRAL, "mscale": 0.5}}, "mscale 1"),
+        ("gemma4_text", {"layer_types": [*SLIDING, SLIDING[0], SLIDING[1]][::-1]}, "the last two layers"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 256}, "of 256 of 288"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention None or 'vision'"),
         ("qwen3_5_text", {"linear_value_head_dim": 16}, "no multiple of 32"),
     ],
 )
@@ -244,6 +182,22 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(name: str, options: d
     config = built(name, **options).config.to_dict()
     with pytest.raises(AmqError, match=message):
         find_family(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "nested", "expected"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", False, "model.layers.1.mlp.up_proj.weight"),
+        ("model.layers.2.mlp.up_proj.weight", False, None),
+        ("mtp.layers.0.mlp.up_proj.weight", False, None),
+        ("model.language_model.layers.1.input_layernorm.weight", True, "model.layers.1.input_layernorm.weight"),
+        ("model.language_model.embed_tokens.weight", True, "model.embed_tokens.weight"),
+        ("model.visual.merger.norm.weight", True, None),
+        ("lm_head.weight", True, "lm_head.weight"),
+    ],
+)
+def test_names_in_the_text_model_of_two_layers(name: str, nested: bool, expected: str | None) -> None:
+    assert text_name(name, 2, nested) == expected
 
 
 def test_orders() -> None:

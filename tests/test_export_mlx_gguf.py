@@ -20,13 +20,13 @@ from amq.checkpoint.store import Checkpoint, open_checkpoint, write_checkpoint
 from amq.errors import AmqError
 from amq.export import gguf as gguf_export
 from amq.export import mlx as mlx_export
-from amq.export.gguf_families import find_family
-from amq.export.gguf_keys import key_rows
 from amq.export.gguf_plans import make_plans
-from amq.export.gguf_rope import rope_frequencies
 from amq.export.gguf_tokenizer import pre_tokenizer_rule
 from amq.export.gguf_types import TYPES, decode, encode, find_type
 from amq.formats import FORMATS, get_format
+from amq.model.gguf.families import find_family
+from amq.model.gguf.orders import key_rows
+from amq.model.gguf.rope_keys import rope_frequencies
 from amq.model.inventory import take_inventory
 from amq.packing import PackedWeight, dequantize, pack_codes
 from amq.quantize.quantizers import rtn

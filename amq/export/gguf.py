@@ -18,13 +18,12 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.common import is_expert, plain_config
-from amq.export.gguf_families import Family, find_family
-from amq.export.gguf_keys import n_layers
-from amq.export.gguf_plans import Plan, make_plans
-from amq.export.gguf_rope import rope_keys, rope_of, rope_tensors
+from amq.export.gguf_plans import Plan, make_plans, text_config
 from amq.export.gguf_tokenizer import read_tokenizer
 from amq.export.gguf_types import TYPES, decode, encode
-from amq.model.shape import ModelShape, head_dim, kv_heads, need, said, size
+from amq.model.gguf.families import Family, find_family, keys_of
+from amq.model.gguf.rope_keys import rope_of, rope_tensors
+from amq.model.shape import ModelShape
 from amq.packing import dequantize
 
 FILE = "model.gguf"
@@ -44,8 +43,6 @@ from llama_cpp import Llama
 
 print(Llama("{{folder}}/{FILE}")("The capital of France is", max_tokens=20)["choices"][0]["text"])
 ```"""
-
-EPSILONS = ("rms_norm_eps", "norm_eps", "layer_norm_epsilon")
 
 
 @dataclass
@@ -79,10 +76,13 @@ class Tally:
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
-    """See `amq.export`. Refused: other families of models, rows that are not a multiple of 32, unknown tokenizers."""
+    """See `amq.export`; of a model that also reads images, the text model.
+
+    Refused: other families of models, rows that are not a multiple of 32, unknown tokenizers.
+    """
     import gguf
 
-    config = plain_config(checkpoint)
+    config = text_config(plain_config(checkpoint))
     family = find_family(config)
     plans = make_plans(checkpoint, config, family)
     tokenizer = read_tokenizer(checkpoint.folder, config["vocab_size"])
@@ -106,7 +106,11 @@ def write(checkpoint: Checkpoint, folder: Path) -> dict[str, Any]:
         writer.write_tensor_data(_data(checkpoint, plan, tallies))
     writer.close()
     _check_written(folder / FILE, plans, list(factors))
-    return _facts(tallies, config, family, (folder / FILE).stat().st_size)
+    facts = _facts(tallies, config, family, (folder / FILE).stat().st_size)
+    taken = {source for plan in plans for source in plan.sources}
+    if left := len({*checkpoint.record.formats, *checkpoint.other_names} - taken):
+        facts["left out"] = f"{left} tensors that are not of the text model: encoders of images, heads of later tokens"
+    return facts
 
 
 def _check_written(path: Path, plans: list[Plan], more: list[str]) -> None:
@@ -120,32 +124,12 @@ def _check_written(path: Path, plans: list[Plan], more: list[str]) -> None:
         raise AmqError(f"{path.name} was written with a wrong or missing tensor, {odd[0]}: report this")
 
 
-def common_keys(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """{key below the architecture's name: value} of every family."""
-    window = None if family.windows else ModelShape.of(config).window
-    context = need(config, "max_position_embeddings")
-    keys: dict[str, Any] = {
-        "block_count": n_layers(config),
-        "context_length": min(context, window) if window else context,
-        "embedding_length": need(config, "hidden_size"),
-        "attention.head_count": need(config, "num_attention_heads"),
-        "attention.head_count_kv": kv_heads(config),
-        "attention.key_length": head_dim(config),
-        "attention.value_length": head_dim(config),
-        "attention.layer_norm_rms_epsilon": float(said(config, *EPSILONS)),
-        "vocab_size": need(config, "vocab_size"),
-    }
-    if width := size(config, "intermediate_size"):
-        keys["feed_forward_length"] = width
-    return {**keys, **rope_keys(config), **family.keys(config)}
-
-
 def _add_metadata(writer: Any, config: Mapping[str, Any], family: Family, name: str, plans: list[Plan]) -> None:
     import gguf
 
     writer.add_name(name)
     adders = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
-    for key, value in common_keys(config, family).items():
+    for key, value in keys_of(config, family).items():
         add = writer.add_array if isinstance(value, list) else adders[type(value)]
         add(f"{family.arch}.{key}", value)
     usual = Counter(plan.type for plan in plans if len(plan.shape) > 1).most_common(1)[0][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +13,20 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.common import is_expert, rows_of
-from amq.export.gguf_families import Change, Family
-from amq.export.gguf_keys import Config, n_layers
-from amq.export.gguf_types import BLOCK, REQUANTIZED, BlockType, find_type
+from amq.export.gguf_types import REQUANTIZED, BlockType, find_type
+from amq.model.gguf.families import Family
+from amq.model.gguf.keys import n_layers
+from amq.model.gguf.orders import BLOCK, Config
+from amq.model.gguf.places import Place, Places
 
 F32_ALWAYS = ("ffn_gate_inp", "conv1d", "shortconv.conv", ".ssm_a", ".ssm_d", ".ssm_norm")
 """Parts of the names of matrices that llama.cpp wants in 32 bits."""
+
+TEXT_PART = re.compile(r"^(model\.)?language_model\.(model\.)?")
+HEAD, LATER = "lm_head.", "mtp."
+"""How names begin: of the head, which stands beside the text model in one that also reads images; of what predicts a
+token after the next."""
+BLOCK_NUMBER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -49,65 +57,41 @@ class Plan:
         return self.sources[0]
 
 
-def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any], family: Family) -> list[Plan]:
-    """Every tensor of the file. Raises AmqError for one that GGUF cannot hold."""
-    import gguf
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Of the text model, where a model that also reads images nests that; else the config itself."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
 
-    arch = next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
-    names = gguf.get_tensor_name_map(arch, n_layers(config))
-    record = checkpoint.record
-    plans = []
-    for name, sources in rows_of(checkpoint).items():
-        changes = [change for change in family.changes if re.search(change.name, name)]
+
+def text_name(name: str, layers: int, nested: bool) -> str | None:
+    """A tensor's name in the text model alone; None for one that is not of it, or that predicts further tokens.
+
+    layers: of the decoder; blocks behind them are of the latter. nested: whether the text model is a part of another,
+    whose encoders llama.cpp has in files of their own.
+    """
+    inner, found = TEXT_PART.subn("model.", name)
+    if name.startswith(LATER) or (nested and not found and not name.startswith(HEAD)):
+        return None
+    block = BLOCK_NUMBER.match(inner)
+    return None if block and int(block[1]) >= layers else inner
+
+
+def make_plans(checkpoint: Checkpoint, config: Mapping[str, Any], family: Family) -> list[Plan]:
+    """Every tensor of the file; config: of the text model. Raises AmqError for one that GGUF cannot hold."""
+    layers = n_layers(config)
+    record, places = checkpoint.record, Places(family, config, layers)
+    plans, rows = [], rows_of(checkpoint)
+    nested = any(TEXT_PART.match(full) for full in rows)
+    for full, sources in rows.items():
+        if (name := text_name(full, layers, nested)) is None:
+            continue
         packed = [source in record.formats for source in sources]
         if any(packed) != all(packed):
             kept = sources[packed.index(False)]
             raise AmqError(_one_format(name, f"{kept} was kept in 16 bits, others are packed"))
         make = _packed if packed[0] else _plain
-        for part in _parts(changes):
-            full = _renamed(name, [*changes, part])
-            target = names.get_name(full, try_suffixes=(".weight", ".bias"))
-            if target is None:
-                raise AmqError(f"llama.cpp's {family.arch} has no place for {name}")
-            plans.append(make(checkpoint, target, sources, _Form.of([*changes, part], config)))
+        plans += [make(checkpoint, place, sources, config) for place in places.of(name)]
     return plans
-
-
-@dataclass(frozen=True)
-class _Form:
-    """What the changes of one tensor come to."""
-
-    make: Callable[[Tensor], Tensor] | None
-    rows: Callable[[int], Tensor] | None
-    blocks: Tensor | None
-
-    @staticmethod
-    def of(changes: Sequence[Change], config: Mapping[str, Any]) -> _Form:
-        make = next((change.make for change in changes if change.make), None)
-        rows = next((change.rows for change in changes if change.rows), None)
-        blocks = next((change.blocks for change in changes if change.blocks), None)
-        return _Form(
-            None if make is None else lambda tensor: make(tensor, config),
-            None if rows is None else lambda count: rows(config, count),
-            None if blocks is None else blocks(config),
-        )
-
-
-def _parts(changes: Sequence[Change]) -> list[Change]:
-    """A change per part of a tensor that is cut; else one that changes nothing."""
-    renames = next((change.split for change in changes if change.split), ())
-
-    def part(index: int) -> Callable[[Config, int], Tensor]:
-        return lambda config, rows: torch.arange(rows).chunk(len(renames))[index]
-
-    return [Change("", rename=rename, rows=part(i)) for i, rename in enumerate(renames)] or [Change("")]
-
-
-def _renamed(name: str, changes: Sequence[Change]) -> str:
-    for change in changes:
-        what, by = change.rename
-        name = name.replace(what, by) if what else name
-    return name
 
 
 def _one_format(row: str, why: str) -> str:
@@ -117,7 +101,7 @@ def _one_format(row: str, why: str) -> str:
     )
 
 
-def _packed(checkpoint: Checkpoint, name: str, sources: tuple[str, ...], form: _Form) -> Plan:
+def _packed(checkpoint: Checkpoint, place: Place, sources: tuple[str, ...], config: Config) -> Plan:
     record = checkpoint.record
     rows, columns = record.shapes[sources[0]]
     for source in sources:
@@ -128,22 +112,23 @@ def _packed(checkpoint: Checkpoint, name: str, sources: tuple[str, ...], form: _
             raise AmqError(f"GGUF cannot hold {source}: its shape is not that of {sources[0]}")
     if columns % BLOCK:
         raise AmqError(f"GGUF cannot hold {sources[0]}: its {columns} input features are not a multiple of {BLOCK}")
-    if form.make is not None:
+    if place.numbers is not None:
         raise AmqError(f"llama.cpp changes the numbers of {sources[0]}, which codes cannot take: keep it in 16 bits")
     kind = find_type([checkpoint.packed(source) for source in sources])
-    order = form.rows(rows) if form.rows else None
+    order = place.rows(rows) if place.rows else None
     shape: tuple[int, ...] = (rows if order is None else len(order), columns)
     if is_expert(sources[0]):
         shape = (len(sources), *shape)
-    return Plan(name, sources, shape, kind.name if kind else REQUANTIZED, True, kind, order, form.blocks)
+    return Plan(place.name, sources, shape, kind.name if kind else REQUANTIZED, True, kind, order, place.blocks)
 
 
-def _plain(checkpoint: Checkpoint, name: str, sources: tuple[str, ...], form: _Form) -> Plan:
-    tensor = checkpoint.tensor(sources[0])
-    order = form.rows(tensor.shape[0]) if form.rows else None
+def _plain(checkpoint: Checkpoint, place: Place, sources: tuple[str, ...], config: Config) -> Plan:
+    tensor, numbers = checkpoint.tensor(sources[0]), place.numbers
+    make = None if numbers is None else lambda tensor: numbers.make(tensor, config)
+    order = place.rows(tensor.shape[0]) if place.rows else None
     tensor = tensor if order is None else tensor[order]
-    made = tuple((form.make(tensor) if form.make else tensor).shape)
-    exact = len(made) < 2 or any(part in name for part in F32_ALWAYS)
+    made = tuple((make(tensor) if make else tensor).shape)
+    exact = len(made) < 2 or any(part in place.name for part in F32_ALWAYS)
     type_ = "F32" if exact else "BF16" if tensor.dtype == torch.bfloat16 else "F16"
     shape = (len(sources), *made) if is_expert(sources[0]) else made
-    return Plan(name, sources, shape, type_, order=order, blocks=form.blocks, make=form.make)
+    return Plan(place.name, sources, shape, type_, order=order, blocks=place.blocks, make=make)

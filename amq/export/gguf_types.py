@@ -17,9 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from amq.model.gguf.orders import BLOCK
 from amq.packing import PackedWeight, dequantize, unpack_codes
-
-BLOCK = 32
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.export.auto_round import LEFT_ALONE
 from amq.export.common import outer_weights
-from amq.export.gguf_families import FAMILIES
 from amq.export.gptq import bits, commonest, dynamic_rules
+from amq.model.gguf.families import FAMILIES
 from amq.util.files import write_json
 
 SUPER_BLOCK = 256

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -171,17 +173,34 @@ def add_key(writer: Any, name: str, value: Any) -> None:
     kinds[type(value)](name, value)
 
 
-def in_float32(source: Path, path: Path) -> None:
-    """A copy of a GGUF file with the same keys and all tensors in 32 bits."""
+def in_float32(
+    source: Path,
+    path: Path,
+    keys: Mapping[str, Any] = MappingProxyType({}),
+    change: Callable[[dict[str, np.ndarray]], None] = lambda tensors: None,
+) -> Path:
+    """A copy of a GGUF file with all tensors in 32 bits.
+
+    keys: of other values, below the architecture's name. change: of {name: tensor}, in place.
+    """
     import gguf
 
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
+    architecture = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(path, architecture)
+    others = {f"{architecture}.{name}": value for name, value in keys.items()}
     for name, field in reader.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
+        if not name.startswith("GGUF.") and name not in ("general.architecture", *others):
             kind = field.types[0]
             writer.add_key_value(name, field.contents(), kind, field.types[-1] if len(field.types) > 1 else None)
+    for name, value in others.items():
+        add_key(writer, name, value)
+    tensors = {}
     for tensor in reader.tensors:
         shape = [int(size) for size in reversed(tensor.shape)]
-        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
+        tensors[tensor.name] = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+    change(tensors)
+    for name, values in tensors.items():
+        writer.add_tensor(name, values)
     finish(writer)
+    return path

@@ -1,142 +1,116 @@
 """The config of a GGUF file for transformers, made key by key: what the file says is translated or refused.
 
 transformers' own reader takes the keys that it knows and leaves the rest, so that a model can come out with another
-attention scale, window or rotary scaling, silently. Here every key below the architecture's name must be taken by a
-translation; one that nobody takes and that is not neutral is an error that names it. Sizes are bounded before a model
-is built of them. Architectures outside `FAMILIES` are left to transformers (`amq.model.gguf.convert`).
+attention scale, window or rotary scaling, silently. Here a family's `read` (`amq.model.gguf.families`) makes a config
+of the keys and of the shapes of tensors, and then the keys are made anew of that config, as an export makes them: where
+the file says otherwise, it contradicts itself or has what no config can say, and is refused by the key. So is a key
+that neither took part in this nor is neutral. Sizes are bounded before a model is built of them.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from amq.errors import AmqError
+from amq.model.gguf.families import READ_ONLY, Family, check_family, family_of_file, keys_of, readable
 from amq.model.gguf.file import GgufFile, Strings
+from amq.model.gguf.file_keys import FileKeys, Read, shown
 from amq.model.gguf.rope import Rope, read_rope, rope_parameters
-from amq.util.records import MOST, shorten
+from amq.model.shape import FULL
 
-FAMILIES = {
-    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe",
-    "phi3": "phi3", "gemma2": "gemma2", "gemma3": "gemma3_text", "stablelm": "stablelm", "starcoder2": "starcoder2",
-    "nemotron": "nemotron",
-}  # fmt: skip
-"""llama.cpp's architectures whose keys and weights are translated here → model_type."""
-
-EPSILON = {
-    "llama": "rms_norm_eps", "qwen2": "rms_norm_eps", "qwen3": "rms_norm_eps", "qwen2moe": "rms_norm_eps",
-    "qwen3moe": "rms_norm_eps", "phi3": "rms_norm_eps", "gemma2": "rms_norm_eps", "gemma3": "rms_norm_eps",
-    "stablelm": "layer_norm_eps", "starcoder2": "norm_epsilon", "nemotron": "norm_eps",
-}  # fmt: skip
 EPSILON_KEYS = ("attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon")
-NEUTRAL = {
-    "expert_count": 0, "expert_used_count": 0, "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0,
-    "attention.causal": True, "pooling_type": 0, "attention.sliding_window": 0, "tensor_data_layout": None,
-    "logit_scale": 0,
-    "rope.scaling.finetuned": None, "expert_group_count": 0, "expert_shared_count": None, "residual_scale": 0,
-    "embedding_scale": 0, "nextn_predict_layers": 0,
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,), "expert_used_count": (0,), "attention.clamp_kqv": (0,), "attention.max_alibi_bias": (0,),
+    "attention.causal": (True,), "pooling_type": (0,), "attention.sliding_window": (0,), "tensor_data_layout": (),
+    "logit_scale": (0,), "rope.scaling.finetuned": (), "expert_group_count": (0, 1), "expert_group_used_count": (0, 1),
+    "expert_shared_count": (), "expert_weights_scale": (0, 1), "residual_scale": (0,), "embedding_scale": (0,),
+    "nextn_predict_layers": (0,),
 }  # fmt: skip
-"""Keys that change nothing: at this value, or at any (None)."""
+"""Keys that change nothing: at these values, or at any where none is named."""
+TURNS = "rope.scaling.finetuned"
+"""Of granitehybrid: whether positions turn anything."""
 TOKEN_IDS = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding", "unk_token_id": "unknown"}
-OWN_HEAD_DIM = {"llama", "qwen3", "gemma2", "gemma3", "nemotron"}
-"""Whose configs always say how wide a head is; the others only where it is not the hidden width per head."""
-PARTIAL = {"phi3", "stablelm", "nemotron"}
-"""Whose heads may turn in part, with a default of their own."""
-GEMMA_27B = {"gemma2": 46, "gemma3": 62}
-"""Blocks of the models whose attention llama.cpp scales by the width per head, which no key says."""
-
-
-@dataclass
-class Keys:
-    """The keys below a file's architecture; remembers which were taken."""
-
-    file: GgufFile
-    taken: set[str] = field(default_factory=set)
-
-    @property
-    def architecture(self) -> str:
-        return self.file.architecture
-
-    def take(self, key: str, default: Any = None, kind: type = float) -> Any:
-        """The value of `{architecture}.key` as a `kind`; without a default it must be there."""
-        name = f"{self.architecture}.{key}"
-        if name not in self.file.keys:
-            if default is None:
-                raise AmqError(f"{self.file.path} lacks the key {name}: the model cannot be built without it")
-            return default
-        self.taken.add(name)
-        value: Any = self.file.keys[name]
-        if isinstance(value, np.ndarray) and kind is not np.ndarray:
-            value = self._same(name, value)
-        fits = isinstance(value, (int, float) if kind is float else kind)
-        if not fits or (isinstance(value, bool) and kind is not bool):
-            raise AmqError(f"{self.file.path}: key {name} must be a {kind.__name__}, got {shorten(value)}")
-        return float(value) if kind is float else value
-
-    def size(self, key: str, default: int | None = None) -> int:
-        """A whole number from 1 to `amq.util.records.MOST`."""
-        value = self.take(key, default, int)
-        if not 1 <= value <= MOST:
-            raise AmqError(f"{self.file.path}: {self.architecture}.{key} is {shorten(value)}, expected 1 to {MOST}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number."""
-        value = self.take(key, default)
-        if not math.isfinite(value):
-            raise AmqError(f"{self.file.path}: {self.architecture}.{key} is {value}, expected a finite number")
-        return value
-
-    def _same(self, name: str, values: np.ndarray) -> Any:
-        if not len(values) or (values != values[0]).any():
-            raise AmqError(f"{self.file.path}: {name} differs from block to block, which is not supported")
-        return values[0].item()
-
-    def untaken(self) -> dict[str, Any]:
-        """Those below the architecture's name that no translation took."""
-        mine = f"{self.architecture}."
-        return {k: v for k, v in self.file.keys.items() if k.startswith(mine) and k not in self.taken}
+STACK = re.compile(r"blk\.\d+\.(ffn_(gate|up|gate_up|down)_exps|ffn_gate_inp)\.weight")
+"""Tensors whose first dimension is the number of experts."""
 
 
 @dataclass(frozen=True)
 class Translation:
-    """values: of the config for transformers. rope: what the file says of rotary positions."""
+    """values: of the config for transformers. rope: what the file says of rotary positions, None where nothing turns.
+
+    layers: of the decoder; blocks beyond predict further tokens.
+    """
 
     model_type: str
+    family: Family
     values: Mapping[str, Any]
-    rope: Rope
+    rope: Rope | None
+    layers: int
+
+
+def family_of(file: GgufFile) -> tuple[str, Family] | None:
+    """(model_type, family) of a file that is translated here; None of another architecture."""
+    mixture = any(STACK.fullmatch(tensor.name) for tensor in file.tensors)
+    found = family_of_file(file.architecture, mixture, FileKeys(file).has)
+    if found is None and file.architecture in readable():
+        raise AmqError(f"{file.path} has {'' if mixture else 'no '}tensors of experts, unlike a {file.architecture}")
+    return found
 
 
 def translate(file: GgufFile, factors: Mapping[str, np.ndarray]) -> Translation:
-    """The config of a file of one of `FAMILIES`; factors: see `Rope`. Raises AmqError naming what has no equal."""
-    keys, architecture = Keys(file), file.architecture
-    names = {tensor.name for tensor in file.tensors}
-    values = _sizes(keys, names)
-    head_dim = values["head_dim"]
+    """The config of a file with a `family_of`; factors: see `Rope`. Raises AmqError naming what has no equal."""
+    keys, shapes = FileKeys(file), {tensor.name: tensor.shape for tensor in file.tensors}
+    found = family_of(file)
+    assert found is not None
+    model_type, family = found
+    _check_experts(keys, shapes)
+    read = _sizes(keys, family, shapes)
+    values, head_dim = read.values, read.values["head_dim"]
     rope = read_rope(_rope_taker(keys), head_dim, values["max_position_embeddings"], factors)
     try:
-        rotary = rope_parameters(rope)
+        values["rope_parameters"] = rope_parameters(rope)
     except AmqError as error:
         raise AmqError(f"{file.path}: {error}") from None
-    if architecture in PARTIAL:
-        rotary["partial_rotary_factor"] = rope.dims / head_dim
-        values["partial_rotary_factor"] = rope.dims / head_dim
-    values["rope_parameters"] = rotary
-    if architecture not in OWN_HEAD_DIM and head_dim * values["num_attention_heads"] == values["hidden_size"]:
-        del values["head_dim"]
-    if "original_max_position_embeddings" in rotary and architecture == "phi3":
-        values["original_max_position_embeddings"] = rotary["original_max_position_embeddings"]
-    if architecture in SPECIAL:
-        SPECIAL[architecture](keys, values, names)
-    _refuse_untaken(keys, head_dim)
-    return Translation(FAMILIES[architecture], values, rope)
+    if family.partial:
+        for part in (values, values["rope_parameters"]):
+            part["partial_rotary_factor"] = rope.dims / head_dim
+    family.read(keys, read)
+    if not family.head_dim and head_dim * values["num_attention_heads"] == values["hidden_size"]:
+        values.pop("head_dim", None)
+    for key, name in (("attention.head_count_kv", "num_key_value_heads"), ("feed_forward_length", "intermediate_size")):
+        if name not in values:
+            raise AmqError(f"{file.path}: {file.architecture}.{key} differs from block to block, not supported")
+    _check_rope(keys, family, values)
+    agreed = set() if model_type in READ_ONLY else _check_keys(keys, model_type, family, read)
+    _refuse_untaken(keys, agreed, head_dim)
+    return Translation(model_type, family, values, rope if "rope_parameters" in values else None, read.layers)
 
 
-def _sizes(keys: Keys, names: set[str]) -> dict[str, Any]:
+def _check_experts(keys: FileKeys, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises AmqError where keys say other numbers of experts than the tensors have."""
+    count, used = keys.take("expert_count", 0, int), keys.take("expert_used_count", 0, int)
+    stacks = {name: shape for name, shape in shapes.items() if STACK.fullmatch(name)}
+    for name, shape in stacks.items():
+        if shape[0] != count:
+            raise keys.error("expert_count", f"{shape[0]}, the experts in the tensor {name} {list(shape)}", count)
+    if count and not stacks:
+        raise keys.error("expert_count", "0: the file has no tensors of experts", count)
+    if count and not 1 <= used <= count:
+        raise keys.error("expert_used_count", f"1 to {count}, the experts in the tensors", used)
+    width = keys.take("expert_feed_forward_length", 0, int)
+    for name, shape in stacks.items():
+        if width and name.endswith("down_exps.weight") and shape[-1] != width:
+            raise keys.error("expert_feed_forward_length", f"{shape[-1]}, as the tensor {name} {list(shape)}", width)
+    keys.taken.clear()
+
+
+def _sizes(keys: FileKeys, family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Read:
     """What all families have."""
     file, architecture = keys.file, keys.architecture
     tokens = file.keys.get("tokenizer.ggml.tokens")
@@ -146,23 +120,26 @@ def _sizes(keys: Keys, names: set[str]) -> dict[str, Any]:
         raise AmqError(
             f"{file.path}: {architecture}.block_count is {blocks}, more than its {len(file.tensors)} tensors"
         )
+    further = keys.take("nextn_predict_layers", 0, int)
+    if not 0 <= further < blocks:
+        raise keys.error("nextn_predict_layers", f"fewer than the {blocks} blocks", further)
     hidden = keys.size("embedding_length")
     head_dim = keys.size("attention.key_length", max(hidden // heads, 1))
-    if keys.size("attention.value_length", head_dim) != head_dim:
-        raise AmqError(f"{file.path}: attention.value_length differs from key_length {head_dim}: not supported")
-    given = [key for key in EPSILON_KEYS if f"{architecture}.{key}" in file.keys] or [EPSILON_KEYS[0]]
+    given = [key for key in EPSILON_KEYS if keys.has(key)] or [EPSILON_KEYS[0]]
     values: dict[str, Any] = {
         "max_position_embeddings": keys.size("context_length"),
-        "num_hidden_layers": blocks,
-        "intermediate_size": keys.size("feed_forward_length", 1 if "moe" in architecture else None),
+        "num_hidden_layers": blocks - further,
         "hidden_size": hidden,
         "head_dim": head_dim,
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.size("attention.head_count_kv", heads),
-        EPSILON[architecture]: keys.number(given[0]),
+        family.epsilon: keys.number(given[0]),
         "vocab_size": vocabulary,
-        "tie_word_embeddings": "output.weight" not in names,
+        "tie_word_embeddings": "output.weight" not in shapes,
     }
+    if not keys.varies("attention.head_count_kv"):
+        values["num_key_value_heads"] = keys.size("attention.head_count_kv", heads)
+    if not keys.varies("feed_forward_length"):
+        values["intermediate_size"] = keys.size("feed_forward_length", 1 if family.mixture else None)
     for name, key in TOKEN_IDS.items():  # a class's own default may not even be in the vocabulary
         value = file.keys.get(f"tokenizer.ggml.{key}_token_id")
         known = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary
@@ -171,113 +148,92 @@ def _sizes(keys: Keys, names: set[str]) -> dict[str, Any]:
     own_name = file.keys.get("general.name")
     if isinstance(own_name, str):  # as transformers writes it: fingerprints stay
         values["_model_name_or_path"] = own_name
-    return values
+    return Read(values, shapes, blocks - further)
 
 
-def _rope_taker(keys: Keys) -> Callable[..., Any]:
+def _rope_taker(keys: FileKeys) -> Callable[..., Any]:
     def take(key: str, default: Any, kind: type = float) -> Any:
         return keys.number(key, default) if kind is float else keys.take(key, default, kind)
 
     return take
 
 
-def _llama(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    values["attention_bias"] = "blk.0.attn_q.bias" in names
-    values["mlp_bias"] = "blk.0.ffn_up.bias" in names
+def _check_rope(keys: FileKeys, family: Family, values: Mapping[str, Any]) -> None:
+    """Raises AmqError for scaled rotary positions that llama.cpp has not for this family; factors it takes for any."""
+    rope = values.get("rope_parameters") or {}
+    kind = rope.get(FULL, rope).get("rope_type", "default")
+    if kind not in (*family.ropes, "longrope"):
+        raise AmqError(
+            f"{keys.file.path}: rotary positions of type {kind!r} of a {family.arch} have no equal in transformers, or "
+            f"were not compared; expected {', '.join(family.ropes)}"
+        )
 
 
-def _qwen3(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    values["attention_bias"] = "blk.0.attn_q.bias" in names
+def _check_keys(keys: FileKeys, model_type: str, family: Family, read: Read) -> set[str]:
+    """The names of keys that agree with those of the config that was made; raises AmqError for one that does not."""
+    file, config = keys.file, {"model_type": model_type, **_complete(keys, model_type, read)}
+    try:
+        check_family(config, family)
+        made = keys_of(config, family)
+    except AmqError as error:
+        raise AmqError(f"{file.path}: {error}") from None
+    if "rope_parameters" not in read.values:  # nothing turns: what keys say of positions has no effect
+        made = {key: value for key, value in made.items() if not key.startswith("rope.") or key == TURNS}
+    del made["context_length"]  # which an export of a model with a window, unknown to llama.cpp, cuts
+    made["block_count"] += int(file.keys.get(f"{file.architecture}.nextn_predict_layers", 0))
+    agreed = set()
+    for key, value in made.items():
+        name = f"{file.architecture}.{key}"
+        if name not in file.keys:
+            continue
+        if not _agree(file.keys[name], value):
+            raise keys.error(key, f"{value} by the other keys and the tensors of this {family.arch}", file.keys[name])
+        agreed.add(name)
+    return agreed
 
 
-def _experts(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    shapes = {tensor.name: tensor.shape for tensor in keys.file.tensors}
-    values["num_experts"] = keys.size("expert_count")
-    values["num_experts_per_tok"] = keys.size("expert_used_count")
-    expert = shapes.get("blk.0.ffn_up_exps.weight", (0, 0, 0))
-    values["moe_intermediate_size"] = keys.size("expert_feed_forward_length", max(expert[-2], 1))
-    values["norm_topk_prob"] = keys.take("expert_weights_norm", keys.architecture == "qwen3moe", bool)
-    if keys.number("expert_weights_scale", 1.0) not in (0.0, 1.0) or keys.take("expert_gating_func", 1, int) != 1:
-        raise AmqError(f"{keys.file.path}: expert_weights_scale or expert_gating_func has no equal in transformers")
-    if keys.architecture == "qwen2moe":
-        shared = shapes.get("blk.0.ffn_up_shexp.weight", (0, 0))
-        values["shared_expert_intermediate_size"] = keys.size("expert_shared_feed_forward_length", max(shared[0], 1))
-    else:
-        values["attention_bias"] = "blk.0.attn_q.bias" in names
+def _complete(keys: FileKeys, model_type: str, read: Read) -> dict[str, Any]:
+    """The config with what its class adds; raises AmqError where that cannot take the values."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(model_type, **read.values)
+    except Exception as error:  # a config's own checks raise many types
+        raise unbuildable(keys.file, error) from error
+    found: dict[str, Any] = config.to_dict()
+    return found
 
 
-def _phi3(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    window = keys.take("attention.sliding_window", 0, int)
-    values["sliding_window"] = window or None
-    rotary = values["rope_parameters"]
-    if rotary["rope_type"] not in ("default", "longrope"):
-        raise AmqError(f"{keys.file.path}: phi3 in transformers has no rotary scaling {rotary['rope_type']}")
+def unbuildable(file: GgufFile, error: Exception) -> AmqError:
+    return AmqError(f"{file.path}: no model can be built of its keys ({type(error).__name__}: {error})")
 
 
-def _gemma(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    """llama.cpp scales attention by the head's width, in the largest model by the hidden width per head."""
-    architecture, head_dim = keys.architecture, values["head_dim"]
-    wide = values["num_hidden_layers"] == GEMMA_27B[architecture]
-    scalar = values["hidden_size"] // values["num_attention_heads"] if wide else head_dim
-    given = keys.number("attention.scale", 0.0)
-    values["query_pre_attn_scalar"] = round(given**-2) if given > 0 else scalar
-    values["sliding_window"] = keys.size("attention.sliding_window")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        softcap = keys.number(key, 0.0)
-        if softcap or architecture == "gemma3":
-            values[key] = softcap or None
-    _layer_types(keys, values, 2 if architecture == "gemma2" else 6)
-    if architecture == "gemma3":
-        local = keys.number("rope.freq_base_swa", 10000.0)
-        values["rope_parameters"] = {
-            "full_attention": values["rope_parameters"],
-            "sliding_attention": {"rope_type": "default", "rope_theta": local},
-        }
+def _agree(found: Any, made: Any) -> bool:
+    """Whether two values of a key say the same. One value may stand for a list of equal ones; a period for the pattern
+    that it makes has been read by then."""
+    if isinstance(made, str) or isinstance(found, str):
+        return bool(found == made)
+    if isinstance(found, np.ndarray) and found.dtype == np.bool_ and not isinstance(made, list):
+        return True
+    given, expected = np.asarray(found, dtype=np.float64), np.asarray(made, dtype=np.float64)
+    if given.ndim and expected.ndim and given.shape != expected.shape:
+        return False
+    return bool(np.allclose(given, expected, rtol=1e-6, atol=0))
 
 
-def _layer_types(keys: Keys, values: dict[str, Any], period: int) -> None:
-    """Every `period`th block sees all positions, unless the file says which do."""
-    pattern = keys.file.keys.get(f"{keys.architecture}.attention.sliding_window_pattern")
-    blocks = values["num_hidden_layers"]
-    if isinstance(pattern, np.ndarray):
-        keys.taken.add(f"{keys.architecture}.attention.sliding_window_pattern")
-        if len(pattern) != blocks:
-            raise AmqError(f"{keys.file.path}: attention.sliding_window_pattern has {len(pattern)} of {blocks} blocks")
-        slides = [bool(x) for x in pattern]
-    else:
-        period = keys.size("attention.sliding_window_pattern", period)
-        slides = [(i + 1) % period != 0 for i in range(blocks)]
-    values["layer_types"] = ["sliding_attention" if s else "full_attention" for s in slides]
-
-
-def _stablelm(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    values["use_qkv_bias"] = "blk.0.attn_q.bias" in names
-    values["use_parallel_residual"] = not any(".ffn_norm." in name for name in names)
-    if keys.take("use_parallel_residual", values["use_parallel_residual"], bool) != values["use_parallel_residual"]:
-        raise AmqError(f"{keys.file.path}: use_parallel_residual contradicts the tensors ffn_norm")
-
-
-def _starcoder2(keys: Keys, values: dict[str, Any], names: set[str]) -> None:
-    values["use_bias"] = "blk.0.attn_q.bias" in names
-    values["sliding_window"] = keys.take("attention.sliding_window", 0, int) or None
-
-
-SPECIAL: dict[str, Callable[[Keys, dict[str, Any], set[str]], None]] = {
-    "llama": _llama, "qwen3": _qwen3, "qwen2moe": _experts, "qwen3moe": _experts, "phi3": _phi3, "gemma2": _gemma,
-    "gemma3": _gemma, "stablelm": _stablelm, "starcoder2": _starcoder2,
-}  # fmt: skip
-
-
-def _refuse_untaken(keys: Keys, head_dim: int) -> None:
+def _refuse_untaken(keys: FileKeys, agreed: set[str], head_dim: int) -> None:
     """Raises AmqError for a key with an effect that no translation took."""
     for name, value in keys.untaken().items():
         key = name.partition(".")[2]
-        if key == "attention.scale" and abs(float(value) * math.sqrt(head_dim) - 1) < 1e-5:
+        if name in agreed or (key == "attention.scale" and abs(float(value) * math.sqrt(head_dim) - 1) < 1e-5):
             continue
-        if key in NEUTRAL and (NEUTRAL[key] is None or value == NEUTRAL[key]):
+        if key in NEUTRAL and (not NEUTRAL[key] or (np.ndim(value) == 0 and value in NEUTRAL[key])):
             continue
-        shown = f"{value.length} texts" if isinstance(value, Strings) else shorten(value)
+        if key == "attention.value_length":
+            if value == head_dim:
+                continue
+            raise keys.error(key, f"attention.key_length, {head_dim}: another is not supported", value)
         raise AmqError(
-            f"{keys.file.path}: nothing translates the key {name} ({shown}), which may change what the model computes: "
-            "use the original safetensors"
+            f"{keys.file.path}: nothing translates the key {name} ({shown(value)}), which may change what the model "
+            "computes: use the original safetensors"
         )

@@ -2,7 +2,7 @@
 
 Weights go from file to file one by one, in the transformers library's order and names, so that a conversion takes the
 memory of two tensors whatever the model's size. Architectures that are not translated here
-(`amq.model.gguf.config.FAMILIES`) are loaded whole by transformers, as long as nothing in the file is known to be
+(`amq.model.gguf.families`) are loaded whole by transformers, as long as nothing in the file is known to be
 lost on that way.
 
 Folders are named after the content of the file and `VERSION`. A conversion that a killed process left half done is
@@ -12,26 +12,29 @@ removed by the next one, see `amq.util.temporary`.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from amq.errors import AmqError
-from amq.model.gguf.config import FAMILIES, Translation, translate
-from amq.model.gguf.file import GgufFile, GgufTensor, parts_of, read_model
+from amq.model.gguf.config import Translation, family_of, translate, unbuildable
+from amq.model.gguf.families import readable
+from amq.model.gguf.file import GgufFile, GgufTensor, Strings, parts_of, read_model
 from amq.model.gguf.rope import TENSORS as ROPE_TENSORS
 from amq.model.gguf.rope import check_frequencies
+from amq.model.gguf.weights import Weights
 from amq.model.weight_files import weight_files
 from amq.util.extras import needs
 from amq.util.files import cache_dir, is_disk_full, write_json
@@ -46,11 +49,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-VERSION = 2
-"""Of what a conversion makes: raised when its result changes. 1 dropped rotary scaling and had no hashes."""
+VERSION = 3
+"""Of what a conversion makes: raised when its result changes. 1 dropped rotary scaling and had no hashes; 2 left LFM2
+and Gemma 4 to transformers."""
 MANIFEST = "conversion.json"
 MOST_STEM = 80
 OLD_TEMPORARY, OLD_SECONDS = re.compile(r"\..*-[0-9a-f]{32}\.[a-z0-9_]{8}"), 3600
+OWN_TOKENIZERS = {
+    "llama", "qwen2", "qwen3", "qwen2moe", "qwen3moe", "phi3", "gemma2", "gemma3", "stablelm", "starcoder2", "nemotron",
+}  # fmt: skip
+"""Translated architectures whose tokenizers get the class that transformers has for the model; it finds none for the
+others, whose tokenizers need no more than what the file says."""
 PIECE = 1 << 20
 """Elements that one thread dequantizes at a time."""
 LOST = ("rope.scaling.", "rope.scale_linear")
@@ -123,11 +132,11 @@ def _convert(paths: Sequence[Path], folder: Path) -> None:
         _remove_old(folder.parent)
 
     def write(whole: Path) -> None:
-        if file.architecture in FAMILIES and _has_tools():
+        if family_of(file) is not None:
             _stream(file, whole)
         else:
             _whole_model(file, paths, whole)
-        _save_tokenizer(paths[0], whole)
+        _save_tokenizer(file, paths[0], whole)
         others = [path for path in sorted(whole.iterdir()) if path.suffix != ".safetensors"]
         write_json(whole / MANIFEST, to_json(Manifest(VERSION, {p.name: _file_hash(p) for p in others})))
 
@@ -189,29 +198,35 @@ def dequantized(tensor: GgufTensor) -> np.ndarray:
 
 
 def _stream(file: GgufFile, folder: Path) -> None:
-    """Config and weights of one of `FAMILIES`, tensor by tensor."""
+    """Config and weights of a family that is translated, tensor by tensor."""
     factors = {t.name: dequantized(t).astype(np.float64) for t in file.tensors if t.name in ROPE_TENSORS}
     translation = translate(file, factors)
     model = _empty_model(file, translation)
-    processor, mapping = _processor(file, model)
-    sources: dict[str, list[GgufTensor]] = {}
+    with _named(file):
+        weights = Weights(model, translation.family, translation.layers, file.tensors)
     for tensor in file.tensors:
-        if tensor.name in factors:
-            continue
-        target = mapping.get(tensor.name, mapping.get(tensor.name.removesuffix(".weight")))
-        if target is None:
+        if tensor.name not in {*factors, *weights.taken} and not weights.leaves(tensor.name):
             raise AmqError(
                 f"{tensor.path}: nothing takes the tensor {tensor.name} {list(tensor.shape)}, which changes what the "
                 f"model computes: {type(model).__name__} has no place for it; use the original safetensors"
             )
-        sources.setdefault(target, []).append(tensor)
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    _check_shapes(file, shapes, sources)
-    largest = max(torch.Size(shape).numel() for shape in shapes.values())
+    if missing := weights.missing:
+        raise _incomplete(file.path, missing, len({tensor.path for tensor in file.tensors}))
+    largest = max(math.prod(shape) for shape in weights.shapes.values())
     check_memory(2 * 4 * largest, f"dequantizing {file.path.name}")
-    make = partial(_made, processor, mapping, sources, shapes)
-    write_stream(folder, shapes, make, HASHES, tensor_hash)
+    with _named(file):
+        weights.check_shapes()
+    write_stream(folder, weights.shapes, lambda name: weights.make(name, dequantized), HASHES, tensor_hash)
     _save_config(model, folder)
+
+
+@contextmanager
+def _named(file: GgufFile) -> Iterator[None]:
+    """Puts the file's name before errors about what is in it."""
+    try:
+        yield
+    except AmqError as error:
+        raise AmqError(f"{file.path}: {error}") from None
 
 
 def _empty_model(file: GgufFile, translation: Translation) -> PreTrainedModel:
@@ -224,80 +239,24 @@ def _empty_model(file: GgufFile, translation: Translation) -> PreTrainedModel:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # a config's own checks and a model's constructor raise many types
-        raise AmqError(f"{file.path}: no model can be built of its keys ({type(error).__name__}: {error})") from error
-    rotary = [module for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+        raise unbuildable(file, error) from error
+    if (rope := translation.rope) is None or not translation.family.turned:
+        return model
+    rotary = {type(module) for module in model.modules() if type(module).__name__.endswith("RotaryEmbedding")}
     if not rotary:
         raise AmqError(f"{file.path}: {type(model).__name__} has no rotary table that could be compared with the file")
-    for kind in {type(module) for module in rotary}:
+    for kind in rotary:
         buffers = dict(kind(config=config).named_buffers())
         name = next((n for n in ("full_attention_inv_freq", "inv_freq") if n in buffers), "")
         if not name:
             raise AmqError(f"{file.path}: the rotary table of {kind.__name__} has no frequencies to compare")
-        check_frequencies(buffers[name].double().numpy(), translation.rope, str(file.path))
+        check_frequencies(buffers[name].double().numpy(), rope, str(file.path))
     return model
-
-
-def _has_tools() -> bool:
-    """Whether this transformers has what `_processor` takes of it, which is not part of its documented interface."""
-    try:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, get_gguf_hf_weights_map
-    except ImportError as error:
-        log.warning("this transformers gives no names of GGUF tensors (%s): files are loaded whole", error)
-        return False
-    return callable(get_gguf_hf_weights_map) and "llama" in TENSOR_PROCESSORS
-
-
-def _processor(file: GgufFile, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
-    """transformers' own object that undoes llama.cpp's changes of weights, and {name in the file: its own name}."""
-    from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
-
-    config = model.config.to_dict()
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=config)
-    return processor, get_gguf_hf_weights_map(model, processor)
-
-
-def _check_shapes(
-    file: GgufFile, shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, Sequence[GgufTensor]]
-) -> None:
-    """Raises AmqError unless every weight of the model comes from tensors of its size."""
-    missing = [name for name in shapes if name not in sources]
-    if missing:
-        raise _incomplete(file.path, missing, len({tensor.path for tensor in file.tensors}))
-    for target, tensors in sources.items():
-        if target not in shapes:
-            raise AmqError(f"{file.path}: tensor {tensors[0].name} is tied to another weight, but the file has its own")
-        if sum(t.numel for t in tensors) != torch.Size(shapes[target]).numel():
-            found = " and ".join(f"{t.name} {list(t.shape)}" for t in tensors)
-            raise AmqError(f"{file.path}: {found} cannot be {target} of shape {list(shapes[target])}, as its keys say")
 
 
 def _incomplete(path: Path, missing: Sequence[str], parts: int = 1) -> AmqError:
     what = "it is incomplete" if parts == 1 else f"its {parts} parts are incomplete"
     return AmqError(f"{path} lacks {len(missing)} of the model's weights, such as {missing[0]}: {what}")
-
-
-def _made(
-    processor: Any,
-    mapping: dict[str, str],
-    sources: Mapping[str, Sequence[GgufTensor]],
-    shapes: Mapping[str, tuple[int, ...]],
-    target: str,
-) -> Tensor:
-    """One weight of the model from the file's tensors: one, or the two halves of experts."""
-    parsed: dict[str, dict[str, Tensor]] = {"tensors": {}}
-    value: np.ndarray | None = None
-    for tensor in sources[target]:
-        weights = dequantized(tensor)
-        result = processor.process(
-            weights=weights, name=tensor.name, tensor_key_mapping=mapping, parsed_parameters=parsed
-        )
-        if result.name is not None:
-            value = result.weights
-    made = parsed["tensors"].get(target) if value is None else torch.from_numpy(np.ascontiguousarray(value))
-    if made is None or tuple(made.shape) != shapes[target]:
-        found = None if made is None else list(made.shape)
-        raise AmqError(f"{sources[target][0].path}: {target} came out as {found}, expected {list(shapes[target])}")
-    return made.contiguous()
 
 
 def _save_config(model: PreTrainedModel, folder: Path) -> None:
@@ -310,12 +269,24 @@ def _save_config(model: PreTrainedModel, folder: Path) -> None:
     GenerationConfig.from_model_config(config).save_pretrained(folder)
 
 
-def _save_tokenizer(path: Path, folder: Path) -> None:
-    from transformers import AutoTokenizer
+def _save_tokenizer(file: GgufFile, path: Path, folder: Path) -> None:
+    """As transformers makes it of the file `path`, the first part, which has all keys."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    _by_transformers(
-        path, lambda: AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder)
-    )
+    known = file.architecture in OWN_TOKENIZERS or family_of(file) is None
+    kind = AutoTokenizer if known else PreTrainedTokenizerFast
+    _by_transformers(path, lambda: kind.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(folder))
+    _drop_added(folder / "tokenizer.json", file.keys.get("tokenizer.ggml.tokens"))
+
+
+def _drop_added(path: Path, tokens: Any) -> None:
+    """Drops special tokens that a class of transformers has by default and the file has not: no embedding is theirs."""
+    if not isinstance(tokens, Strings) or not path.is_file():
+        return
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    kept = [token for token in saved["added_tokens"] if token["id"] < tokens.length]
+    if len(kept) < len(saved["added_tokens"]):
+        path.write_text(json.dumps({**saved, "added_tokens": kept}, ensure_ascii=False, indent=2), encoding="utf-8")
 
 
 def _by_transformers(path: Path, action: Callable[[], Any]) -> Any:
@@ -332,6 +303,11 @@ def _whole_model(file: GgufFile, paths: Sequence[Path], folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     path, architecture = file.path, file.architecture
+    if architecture not in (others := _loaded_by_transformers()):
+        raise AmqError(
+            f"{path}: the architecture {architecture} is not read; amq translates {', '.join(readable())}, and "
+            f"transformers loads {', '.join(others)}: use the original safetensors"
+        )
     if len(paths) > 1:
         raise AmqError(f"{path}: {architecture} is not read in parts; join them with llama-gguf-split --merge")
     _check_whole_model(file)
@@ -359,6 +335,16 @@ def _whole_model(file: GgufFile, paths: Sequence[Path], folder: Path) -> None:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     _save_config(model, folder)
+
+
+def _loaded_by_transformers() -> list[str]:
+    """llama.cpp's architectures that transformers itself loads and amq does not translate."""
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    no_model = {"general", "tokenizer", "mistral"}
+    known = {name.replace("_", "-") if name == "minimax_m2" else name for name in GGUF_SUPPORTED_ARCHITECTURES}
+    own = {*readable(), "qwen2_moe", "qwen3_moe", "gpt_oss"}
+    return sorted(known - no_model - own)
 
 
 def _check_whole_model(file: GgufFile) -> None:

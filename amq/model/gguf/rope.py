@@ -26,6 +26,8 @@ TOLERANCE = 1e-5
 LLAMA3 = (8192.0, 1.0, 4.0)
 """(original positions, low, high frequency factor) of all models that Meta published."""
 BETA_FAST, BETA_SLOW = 32.0, 1.0
+ENDLESS = 1e30
+"""The factor of a frequency that turns nothing, as in Gemma 4's files."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Rope:
     """What a file says. dims: of a head that turn. factors: {tensor name: float64 [dims / 2]} that divide frequencies.
 
     kind: none, linear, yarn or longrope. original: positions that the model was trained with, 0 where unknown.
+    log_multiplier: of yarn's attention factor in Mistral 3, 0 for none.
     """
 
     theta: float
@@ -45,6 +48,7 @@ class Rope:
     attention: float | None
     betas: tuple[float, float]
     factors: Mapping[str, np.ndarray]
+    log_multiplier: float = 0.0
 
     @property
     def plain(self) -> np.ndarray:
@@ -67,11 +71,12 @@ def read_rope(take: Callable[..., Any], head_dim: int, context: int, factors: Ma
         raise AmqError(f"rope.dimension_count is {dims}, expected an even number up to the head's {head_dim}")
     attention = take("rope.scaling.attn_factor", 0.0) or take("rope.scaling.yarn_attn_factor", 0.0) or None
     betas = take("rope.scaling.yarn_beta_fast", BETA_FAST), take("rope.scaling.yarn_beta_slow", BETA_SLOW)
-    if take("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0) or take("rope.scaling.yarn_log_multiplier", 0.0):
-        raise AmqError("rope.scaling.yarn_ext_factor or yarn_log_multiplier is set, which transformers cannot compute")
+    if take("rope.scaling.yarn_ext_factor", 1.0) not in (1.0, -1.0):
+        raise AmqError("rope.scaling.yarn_ext_factor is set, which transformers cannot compute")
     return Rope(
         take("rope.freq_base", THETA), head_dim, dims, kind, factor,
         take("rope.scaling.original_context_length", 0, int), context, attention, betas, factors,
+        take("rope.scaling.yarn_log_multiplier", 0.0),
     )  # fmt: skip
 
 
@@ -106,6 +111,10 @@ def _yarn(rope: Rope) -> dict[str, Any]:
         "beta_fast": rope.betas[0],
         "beta_slow": rope.betas[1],
     }
+    if rope.log_multiplier:
+        if rope.attention not in (None, 1.0):
+            raise AmqError("rope.scaling.yarn_log_multiplier and an attention factor together have no equal here")
+        return values | {"mscale": 1.0, "mscale_all_dim": rope.log_multiplier}
     if rope.attention is not None:  # llama.cpp multiplies its own by it
         values["attention_factor"] = rope.attention * (1 + 0.1 * math.log(rope.factor) if rope.factor > 1 else 1)
     return values
@@ -135,6 +144,9 @@ def _from_factors(rope: Rope, factors: np.ndarray) -> dict[str, Any]:
     """llama3 where the factors are of that kind, else longrope, which takes any factors."""
     if np.allclose(factors, 1, rtol=TOLERANCE):
         return {}
+    turned = int((factors == 1).sum())
+    if (factors[:turned] == 1).all() and (factors[turned:] >= ENDLESS / 2).all():
+        return {"rope_type": "proportional", "partial_rotary_factor": turned / len(factors)}
     if np.allclose(factors, factors[0], rtol=TOLERANCE):
         return {"rope_type": "linear", "factor": float(factors[0])}
     scaling = float(str(np.float32(factors.max())))
@@ -177,7 +189,8 @@ def expected_frequencies(rope: Rope) -> np.ndarray | None:
     if rope.kind == "yarn":
         return None
     factors = rope.factors.get(FREQUENCIES, rope.factors.get(SHORT, np.ones(rope.dims // 2)))
-    return rope.plain / factors / (rope.factor if rope.kind == "linear" else 1.0)
+    frequencies = np.where(factors >= ENDLESS / 2, 0.0, rope.plain / factors)
+    return frequencies / (rope.factor if rope.kind == "linear" else 1.0)
 
 
 def check_frequencies(found: np.ndarray, rope: Rope, where: str) -> None:

@@ -9,21 +9,29 @@ from typing import Any
 import numpy as np
 
 from amq.errors import AmqError
-from amq.export.architecture import ROPE_THETA, rotary
-from amq.model.gguf.rope import FREQUENCIES, LONG, SHORT, llama3_factors
+from amq.model.gguf.rope import ENDLESS, FREQUENCIES, LONG, SHORT, THETA, llama3_factors
 from amq.model.shape import FULL, SLIDING, ModelShape, Rotary, head_dim, said
+
+BY_KIND = ("gemma3_text", "gemma4_text")
+"""Model types whose layers with a window have positions of their own in llama.cpp, too."""
 
 
 def rope_of(config: Mapping[str, Any]) -> Rotary:
-    """Of all layers; of those that look back on all tokens where layers with a window have their own (gemma3)."""
+    """Of all layers, or of those that look back on all tokens in a model of `BY_KIND`; raises AmqError where layers of
+    another differ."""
     found = ModelShape.of(config).rotary
-    if found.keys() == {FULL, SLIDING} and config.get("model_type") == "gemma3_text":
+    if found.keys() == {FULL, SLIDING} and config.get("model_type") in BY_KIND:
         return found[FULL]
-    return rotary(config)
+    if "" not in found:
+        raise AmqError(
+            f"model type {config.get('model_type')!r} has rotary positions of its own for some layers (rope_parameters "
+            f"of {', '.join(found)}); GGUF has one setting for all layers"
+        )
+    return found[""]
 
 
 def theta_of(config: Mapping[str, Any]) -> float:
-    return float(rope_of(config).theta or ROPE_THETA)
+    return float(rope_of(config).theta or THETA)
 
 
 def dims_of(config: Mapping[str, Any]) -> int:
@@ -61,10 +69,9 @@ def _yarn(rope: Rotary, config: Mapping[str, Any]) -> dict[str, Any]:
     given, factor = rope.parameters, float(rope.parameters["factor"])
     usual = 1 + 0.1 * math.log(factor) if factor > 1 else 1.0
     attention = said(given, "attention_factor")
-    if said(given, "mscale", "mscale_all_dim") is not None or (
-        attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)
-    ):
-        raise AmqError("the gguf export cannot write yarn with an attention factor of its own (mscale)")
+    own = said(given, "mscale", "mscale_all_dim") is not None and config.get("model_type") != "ministral3"
+    if own or (attention is not None and not math.isclose(attention, usual, rel_tol=1e-6)):
+        raise AmqError("GGUF cannot hold yarn with an attention factor of its own (mscale)")
     return {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": factor,
@@ -92,8 +99,19 @@ def rope_tensors(config: Mapping[str, Any]) -> dict[str, np.ndarray]:
     if rope.kind == "longrope":
         factors = {SHORT: rope.parameters["short_factor"], LONG: rope.parameters["long_factor"]}
         return {name: np.asarray(values, dtype=np.float32) for name, values in factors.items()}
+    if rope.kind == "proportional":
+        return {FREQUENCIES: proportional_factors(rope, ModelShape.of(config))}
     frequencies = rope_frequencies(config)
     return {} if frequencies is None else {FREQUENCIES: frequencies}
+
+
+def proportional_factors(rope: Rotary, shape: ModelShape) -> np.ndarray:
+    """float32 [head's features / 2]: 1 for what turns; for the rest so much that its frequency is nothing."""
+    dim = next((layer.head_dim for layer in shape.layers if layer.kind == FULL), None) or 0
+    share = said(rope.parameters, "partial_rotary_factor")
+    factors = np.full(dim // 2, ENDLESS, dtype=np.float32)
+    factors[: int((1.0 if share is None else share) * dim // 2)] = 1
+    return factors
 
 
 def rope_frequencies(config: Mapping[str, Any]) -> np.ndarray | None:

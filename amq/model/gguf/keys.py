@@ -1,19 +1,15 @@
-"""Keys of a GGUF file that single families need, checks of what llama.cpp fixes in its code, and changed tensors."""
+"""Keys that a GGUF file of a single family needs, made of its config, and checks of what llama.cpp has fixed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from amq.errors import AmqError
-from amq.export.gguf_types import BLOCK
 from amq.model.experts import COUNTS, TOP_K
-from amq.model.shape import FULL, SLIDING, ModelShape, head_dim, kv_heads, need, size
+from amq.model.gguf.orders import BLOCK, Config
+from amq.model.gguf.rope import THETA
+from amq.model.shape import FULL, SLIDING, ModelShape, head_dim, kv_heads, need, said, size
 
-Config = Mapping[str, Any]
 Keys = dict[str, Any]
 LINEAR = "linear_attention"
 
@@ -118,6 +114,77 @@ def gemma3(config: Config) -> Keys:
     return window(config) | theta | {"attention.sliding_window_pattern": period_of(config)}
 
 
+def gemma4_check(config: Config) -> None:
+    shape, kinds = ModelShape.of(config), list(config["layer_types"])
+    sliding, full = shape.rotary.get(SLIDING), shape.rotary.get(FULL)
+    if (
+        sliding is None
+        or sliding.kind != "default"
+        or said(sliding.parameters, "partial_rotary_factor") not in (None, 1)
+    ):
+        raise AmqError("llama.cpp turns whole heads in a gemma4's windows, unscaled; this model does not")
+    if full is not None and said(full.parameters, "factor") not in (None, 1):
+        raise AmqError("GGUF cannot hold a gemma4 whose proportional rotary positions have a factor")
+    own = len(kinds) - (size(config, "num_kv_shared_layers") or 0)
+    if own < len(kinds) and kinds[max(own - 2, 0) : own] != [SLIDING, FULL]:
+        raise AmqError(
+            "llama.cpp's gemma4 takes shared keys and values from the last two layers that have some, one with a "
+            "window and then one without; this model has others there"
+        )
+    per_layer, vocabulary = size(config, "vocab_size_per_layer_input"), need(config, "vocab_size")
+    if size(config, "hidden_size_per_layer_input") and per_layer != vocabulary:
+        raise AmqError(
+            f"llama.cpp's gemma4 has a per-layer embedding of every token; this model of {per_layer} of {vocabulary}"
+        )
+
+
+def gemma4(config: Config) -> Keys:
+    """Without its key, llama.cpp caps logits at `SOFTCAP`."""
+    shape, kinds = ModelShape.of(config), list(config["layer_types"])
+    shared = size(config, "num_kv_shared_layers") or 0
+    layers = {kind: shape.layers[kinds.index(kind)] for kind in set(kinds)}
+    window = layers.get(SLIDING, shape.layers[0])
+    whole = layers.get(FULL, shape.layers[0])
+    found = {
+        "attention.key_length": whole.head_dim,
+        "attention.value_length": whole.head_dim,
+        "attention.key_length_swa": window.head_dim,
+        "attention.value_length_swa": window.head_dim,
+        "attention.head_count_kv": [layers[kind].kv_heads for kind in kinds],
+        "attention.sliding_window": need(config, "sliding_window"),
+        "attention.sliding_window_pattern": [kind == SLIDING for kind in kinds],
+        "attention.shared_kv_layers": shared,
+        "rope.dimension_count": whole.head_dim,
+        "rope.dimension_count_swa": window.head_dim,
+        "rope.freq_base_swa": float(shape.rotary[SLIDING].theta or THETA),
+        "embedding_length_per_layer_input": size(config, "hidden_size_per_layer_input") or 0,
+        "final_logit_softcapping": float(config.get("final_logit_softcapping") or 0.0),
+    }
+    if config.get("use_double_wide_mlp"):
+        width, own = need(config, "intermediate_size"), len(kinds) - shared
+        found["feed_forward_length"] = [width * (1 if layer < own else 2) for layer in range(len(kinds))]
+    return found | (experts(config) if config.get("enable_moe_block") else {})
+
+
+SOFTCAP = 30.0
+
+
+def ministral_check(config: Config) -> None:
+    rope = ModelShape.of(config).rotary[""].parameters
+    if said(rope, "llama_4_scaling_beta") is None or said(rope, "mscale") != 1 or not said(rope, "mscale_all_dim"):
+        raise AmqError(
+            "llama.cpp's mistral3 needs llama_4_scaling_beta, mscale 1 and mscale_all_dim in rope_parameters"
+        )
+
+
+def ministral(config: Config) -> Keys:
+    rope = ModelShape.of(config).rotary[""].parameters
+    return {
+        "attention.temperature_scale": float(rope["llama_4_scaling_beta"]),
+        "rope.scaling.yarn_log_multiplier": float(rope["mscale_all_dim"]),
+    }
+
+
 def no_rope(config: Config) -> None:
     turned = list(config.get("no_rope_layers") or ())
     if turned != [int((i + 1) % 4 != 0) for i in range(need(config, "num_hidden_layers"))]:
@@ -146,6 +213,23 @@ def shared(config: Config) -> Keys:
         "expert_weights_norm": bool(config.get("norm_topk_prob")),
         "expert_gating_func": SIGMOID,
     }
+
+
+def ernie_moe(config: Config) -> Keys:
+    count = size(config, "moe_num_shared_experts") or 0
+    found = experts(config) | {
+        "leading_dense_block_count": int(config.get("moe_layer_start_index") or 0),
+        "interleave_moe_layer_step": need(config, "moe_layer_interval"),
+    }
+    if count:
+        found |= {"expert_shared_count": count}
+        found |= {"expert_shared_feed_forward_length": count * need(config, "moe_intermediate_size")}
+    return found
+
+
+def ernie_moe_check(config: Config) -> None:
+    if config.get("moe_layer_end_index") not in (None, -1, n_layers(config) - 1):
+        raise AmqError("llama.cpp's ernie4_5-moe has experts up to the last layer; this model has not")
 
 
 SIGMOID = 2
@@ -177,69 +261,6 @@ def lfm2_moe(config: Config) -> Keys:
     return lfm2(config) | experts(config) | dense
 
 
-def plus_one(weight: Tensor, config: Config) -> Tensor:
-    return weight.float() + 1
-
-
-def flat_kernel(weight: Tensor, config: Config) -> Tensor:
-    """A depthwise convolution's [channels, 1, width]."""
-    return weight.squeeze(1)
-
-
-def vector(weight: Tensor, config: Config) -> Tensor:
-    return weight.reshape(-1)
-
-
-def neox_order(heads: int, rows: int) -> Tensor:
-    """Within each head, row i of the first half and row i of the second half become neighbours."""
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
-
-
-def query_rows(config: Config, rows: int) -> Tensor:
-    return neox_order(need(config, "num_attention_heads"), rows)
-
-
-def key_rows(config: Config, rows: int) -> Tensor:
-    return neox_order(kv_heads(config) or 1, rows)
-
-
-def minus_exp(weight: Tensor, config: Config) -> Tensor:
-    return -torch.exp(weight.float())
-
-
-def column_of_minus_exp(weight: Tensor, config: Config) -> Tensor:
-    return minus_exp(weight, config).unsqueeze(-1)
-
-
-def column(weight: Tensor, config: Config) -> Tensor:
-    return weight.float().unsqueeze(-1)
-
-
-def value_order(config: Config, features: int) -> Tensor:
-    """Heads of values of linear attention: those of one key are together in transformers, far apart in llama.cpp.
-
-    features: of a head. Returns int64 [heads · features].
-    """
-    heads, keys = need(config, "linear_num_value_heads"), need(config, "linear_num_key_heads")
-    return torch.arange(heads * features).view(keys, heads // keys, features).transpose(0, 1).reshape(-1)
-
-
-def value_rows(config: Config, rows: int) -> Tensor:
-    """Of a tensor whose rows are those heads."""
-    return value_order(config, rows // need(config, "linear_num_value_heads"))
-
-
-def query_key_value_rows(config: Config, rows: int) -> Tensor:
-    """Of a tensor with the rows of queries and keys before them."""
-    before = 2 * need(config, "linear_num_key_heads") * need(config, "linear_key_head_dim")
-    values = before + value_order(config, need(config, "linear_value_head_dim"))
-    return torch.cat([torch.arange(before), values])
-
-
-def value_blocks(config: Config) -> Tensor:
-    return value_order(config, need(config, "linear_value_head_dim") // BLOCK)
-
-
 def delta(config: Config) -> Keys:
     """Of Qwen3.5's linear attention."""
     period = period_of_full(config)
@@ -257,6 +278,23 @@ def delta(config: Config) -> Keys:
 
 def delta_moe(config: Config) -> Keys:
     return delta(config) | qwen2_moe(config)
+
+
+def joint_delta(config: Config) -> Keys:
+    """Of Qwen3-Next, whose positions are plain."""
+    found = delta(config) | qwen2_moe(config)
+    del found["rope.dimension_sections"]
+    return found
+
+
+def joint_delta_check(config: Config) -> None:
+    period_of_full(config)
+    all_sparse(config)
+    key, value = need(config, "linear_key_head_dim"), need(config, "linear_value_head_dim")
+    if key != value:
+        raise AmqError(
+            f"llama.cpp's qwen3next has heads of keys as wide as those of values; this model {key} and {value}"
+        )
 
 
 def period_of_full(config: Config) -> int:
@@ -284,10 +322,6 @@ def mamba(config: Config) -> Keys:
         "ssm.inner_size": heads * need(config, "mamba_d_head", "mamba_head_dim"),
         "attention.head_count_kv": kv_heads_by_layer(config),
     }
-
-
-def grouped_norm(weight: Tensor, config: Config) -> Tensor:
-    return weight.float().view(need(config, "mamba_n_groups", "n_groups"), -1)
 
 
 def granite_hybrid(config: Config) -> Keys:
