@@ -23,6 +23,7 @@ from amq.kernels.backends import choose_backend
 from amq.kernels.modules import StoredLinear
 from amq.model.open import LoadedModel, load_model
 from amq.runtime import Runtime, Sampling, generate, load
+from amq.runtime.families import Unsupported
 from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.torch_engine import TorchEngine
 from amq.util.settings import run_command
@@ -179,16 +180,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ..
     """Replaces the native engine; `engine` None: one that refuses. Returns the calls of open_native."""
     module, calls = ModuleType("amq.runtime.native_engine"), []
 
-    class Unsupported(AmqError):
-        pass
-
     def open_native(*arguments: Any, **options: Any) -> Any:
         calls.append(arguments)
         if engine is None:
             raise Unsupported("it has no wings")
         return engine
 
-    module.Unsupported, module.open_native = Unsupported, open_native
+    module.open_native = open_native
     monkeypatch.setitem(sys.modules, module.__name__, module)
     return calls
 
