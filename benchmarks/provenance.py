@@ -24,7 +24,15 @@ from amq.util.machine import cpu_name, installed_versions
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
     *("torch", "triton", "transformers", "peft", "tokenizers", "safetensors", "numpy", "scipy", "hqq", "pymoo"),
-    *("gguf", "llama-cpp-python", "onnxruntime", "auto-round-lib", "pytest-benchmark"),
+    *(
+        "gguf",
+        "llama-cpp-python",
+        "xllamacpp",
+        "ik-llama-cpp-python",
+        "onnxruntime",
+        "auto-round-lib",
+        "pytest-benchmark",
+    ),
 )
 """Those whose version may change a figure; what is not installed is left out."""
 

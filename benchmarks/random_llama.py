@@ -72,17 +72,24 @@ SIZES = {
 }
 
 
-def random_packed(rows: int, columns: int, fmt: BitFormat, group_size: int, generator: torch.Generator) -> PackedWeight:
-    """Random codes around a zero point in the middle; weights have a variance of about 1 / columns."""
+def random_packed(rows: int, columns: int, fmt: BitFormat, group_size: int, generator: torch.Generator,
+                  symmetric: bool = False) -> PackedWeight:  # fmt: skip
+    """Random codes around a zero point in the middle; weights have a variance of about 1 / columns.
+
+    symmetric: all zero points are half the number of levels.
+    """
     if fmt.levels**fmt.unit_codes != 256**fmt.unit_bytes or columns % fmt.unit_codes:
         raise AmqError(
             f"{fmt.name} at {columns} columns: only formats and widths without spare bits can be random bytes"
         )
-    qweight = torch.randint(256, (rows, fmt.row_bytes(columns)), dtype=torch.uint8, generator=generator)
+    count = rows * fmt.row_bytes(columns)
+    draws = torch.randint(-(2**63), 2**63 - 1, (-(-count // 8),), generator=generator)  # eight bytes at a time
+    qweight = draws.view(torch.uint8)[:count].view(rows, -1)
     groups = (rows, n_groups(columns, group_size))
     step = (12 / columns) ** 0.5 / fmt.levels
     scale = step * (0.8 + 0.4 * torch.rand(groups, generator=generator))
-    zero_point = fmt.max_code / 2 + torch.rand(groups, generator=generator) - 0.5
+    middle = fmt.max_code / 2 + torch.rand(groups, generator=generator) - 0.5
+    zero_point = torch.full(groups, fmt.levels / 2) if symmetric else middle
     return PackedWeight(fmt, columns, group_size, qweight, scale.half(), zero_point.half())
 
 

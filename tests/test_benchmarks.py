@@ -16,6 +16,7 @@ import compare_solvers
 import large
 import pytest
 import quality
+import random_models
 import serve_schemas
 import split
 import witness
@@ -317,6 +318,50 @@ def test_mixtures_of_a_dense_model(tmp_path: Path, tiny_folder: Path) -> None:
         assert row["same_function"] and abs(mixture["perplexity"] / dense["perplexity"] - 1) < 1e-5, row
         assert mixture["formats"] and 0 <= row["same"] <= 1 and dense["loss"] > 0, row
     assert "| qwen3_moe | qwen3 |" in shown
+
+
+def test_families_of_the_engine(tmp_path: Path) -> None:
+    arguments = ("--smoke", "--only", "qwen3_moe", "--threads", "1", "--generate", "4", "--repetitions", "1")
+    written, shown = run_on(tmp_path, "engine_families", str(tmp_path / "models"), *arguments)
+    (row,) = written["rows"]
+    (case,) = row["exact"]
+    assert case["difference"] < 1e-4 and case["margin"] is None and case["same"] == 4, row
+    assert row["speed"]["bytes_per_token"] > row["speed"]["weight_bytes"] > 0 and not row["left_out"], row
+    assert "| qwen3_moe | 1 | " in shown and "| 1 of 1 | tiny | " in shown
+
+
+@pytest.mark.parametrize("shape", ["30B-A3B", "qwen3.5-9B"])
+def test_large_models_of_the_engine(tmp_path: Path, shape: str) -> None:
+    """Without peers, which need minutes to start; tests/test_beside_llama_cpp.py has them."""
+    arguments = ("--smoke", "--shape", shape, "--peers", "", "--threads", "1", "--repetitions", "1")
+    sizes = ("--prompt", "8", "--generate", "4", "--batch", "1,2")
+    written, shown = run_on(tmp_path, "engine_large", str(tmp_path / "models"), *arguments, *sizes)
+    assert [row["test"] for row in written["rows"]] == ["pp8", "tg4", "tg4 x2"]
+    for row in written["rows"]:
+        assert 0 < row["whole"] < row["tokens_per_second"]
+    assert "native engine" in written["bench"]["engines"]["amq"]["description"] and "| amq | tg4 | " in shown
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_turns_of_a_conversation(tmp_path: Path) -> None:
+    written, shown = run_on(tmp_path, "conversation", str(tmp_path / "models"), "--smoke", "--threads", "1")
+    turns, anew = written["one_client"], written["anew"]
+    assert written["same"] == [True] * 3 and [turn["prompt"] for turn in turns] == [turn["prompt"] for turn in anew]
+    assert all(turn["read"] == turn["prompt"] for turn in (turns[0], *anew))
+    assert all(turn["read"] < turn["prompt"] / 2 for turn in turns[1:]), turns
+    assert f"| 3 | {turns[2]['prompt']} | {turns[2]['read']} | " in shown
+
+
+def test_layers_of_a_random_model_are_as_many_as_fit() -> None:
+    shape, formats = random_models.SHAPES["tiny-hybrid"], random_models.Formats(group_size=32)
+    rest, more = random_models.sizes_by_layers(shape, formats)
+    whole = random_models.Bytes.of(take_inventory(shape.model(shape.layers)), formats)
+    assert whole.stored == rest.stored + 2 * more.stored and whole.read == rest.read + 2 * more.read
+    assert random_models.layers_that_fit(shape, formats, int(whole.stored)) == shape.layers
+    assert random_models.layers_that_fit(shape, formats, int(whole.stored) - 1) == shape.period
+    assert random_models.layers_that_read(shape, formats, int(rest.read + more.read) + 1, 1 << 30) == 2 * shape.period
+    with pytest.raises(AmqError, match=r"takes 0\.0 GiB with 4 layers: give --most more"):
+        random_models.layers_that_fit(shape, formats, int(rest.stored))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's /proc")

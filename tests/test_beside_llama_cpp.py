@@ -8,18 +8,20 @@ from typing import Any
 
 import beside_llama_cpp
 import pytest
+import random_models
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.gguf_files import finish, llama_writer, tensor_names, turned
 from helpers.tiny_models import VOCABULARY, tiny_llama
-from peers import llama_cpp, strongest
+from peers import gguf_layers, ik_llama, llama_cpp, strongest, xllamacpp_server
 
 from amq.bench import run
 from amq.bench.cases import Case
 from amq.bench.run import PeerMissing
 from amq.bench.settings import BenchSettings
-from amq.bench.worker import ChildProcess
+from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
+from amq.export import export
 from amq.model.open import ALIASES
 from amq.util.progress import Progress
 
@@ -95,6 +97,68 @@ def test_llama_cpp_and_we_agree_on_a_tiny_model(tmp_path: Path) -> None:
     losses = torch.nn.functional.cross_entropy(model(windows).logits[:, :-1].mT, windows[:, 1:], reduction="none")
     expected = [-float(losses[:, unscored:].sum()) for unscored in (0, 3)]
     assert found == pytest.approx(expected, rel=2e-3)  # llama.cpp keeps keys and values in 16 bits
+
+
+def test_layers_of_a_file_again_and_again(tmp_path: Path) -> None:
+    """Twice two layers of a mixture; of its experts a token reads two of eight."""
+    gguf = pytest.importorskip("gguf")
+    short, long = tmp_path / "model.gguf", tmp_path / "long.gguf"
+    mixture_file(tmp_path, short)
+    gguf_layers.repeat_layers(short, long, 4)
+    one, two = (gguf.GGUFReader(path) for path in (short, long))
+    assert [int(reader.fields["qwen3moe.block_count"].contents()) for reader in (one, two)] == [2, 4]
+    assert one.fields["tokenizer.ggml.tokens"].contents() == two.fields["tokenizer.ggml.tokens"].contents()
+    source, found = ({tensor.name: tensor for tensor in reader.tensors} for reader in (one, two))
+    for name, tensor in found.items():
+        copied = source[name.replace("blk.2.", "blk.0.").replace("blk.3.", "blk.1.")]
+        assert (tensor.data == copied.data).all() and tensor.tensor_type == copied.tensor_type, name
+    assert len(found) - len(source) == sum(name.startswith("blk.") for name in source)
+    sizes = {name: int(tensor.n_bytes) for name, tensor in found.items()}
+    experts = sum(size for name, size in sizes.items() if "_exps." in name)
+    read = sum(sizes.values()) - experts * 3 // 4 - sizes["token_embd.weight"]
+    assert strongest.weights(long)["weight_bytes"] == read
+    with pytest.raises(AmqError, match="2 layers: expected a multiple of them, got 3"):
+        gguf_layers.repeat_layers(short, tmp_path / "odd.gguf", 3)
+
+
+def mixture_file(folder: Path, path: Path) -> None:
+    """A random Qwen3-MoE of two layers as GGUF."""
+    tokenizer = random_models.small_tokenizer(folder / "tokenizer")
+    formats = random_models.Formats(group_size=32)
+    random_models.write_random(folder / "in", random_models.SHAPES["tiny-moe"].model(2), formats, tokenizer)
+    export(folder / "in", "gguf", folder / "out")
+    (folder / "out" / "model.gguf").rename(path)
+
+
+@pytest.mark.parametrize(
+    "module, engine, package",
+    [
+        (xllamacpp_server, xllamacpp_server.XllamaCpp, "xllamacpp is the peer"),
+        (ik_llama, ik_llama.IkLlama, "ik-llama-cpp-python is the peer"),
+    ],
+)
+def test_peers_of_wheels_run_a_tiny_mixture(module: Any, engine: Any, package: str, tmp_path: Path) -> None:
+    if module.unsupported_reason():
+        pytest.skip(f"{package} that this measures")
+    pytest.importorskip("gguf")
+    mixture_file(tmp_path, tmp_path / "model.gguf")
+    with ChildProcess(engine, str(tmp_path / "model.gguf"), 1, module.CONFIGURATIONS[-1], 0) as worker:
+        facts = worker.call("facts")
+        assert facts["vocab_size"] == 320 and "AVX2" in facts["description"]
+        for case in (Case(False, 16), Case(True, 4), Case(True, 4, 2, depth=8)):
+            assert worker.call("measure", case, 0)["seconds"] > 0
+        assert worker.call("memory")["resident_memory_bytes"] > 0
+
+
+def test_a_peer_that_runs_in_no_way_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise ChildFailed("its process was ended by SIGABRT")
+
+    monkeypatch.setattr(strongest, "ChildProcess", fail)
+    engine = strongest.GgufEngine("a peer", fail, ["slow", "fast"], "nothing")
+    settings = BenchSettings(model="m", threads=1)
+    with pytest.raises(PeerMissing, match=r"a peer runs m.gguf in no way .*: slow: .* SIGABRT; fast: .* SIGABRT"):
+        strongest.open_strongest(engine, settings, Progress(), tmp_path / "m.gguf")
 
 
 def write_gguf(model: torch.nn.Module, path: Path) -> Path:

@@ -21,13 +21,14 @@ WRAPPED = {
     "gemma3": ("Gemma3Config", {}),
     "gemma4": ("Gemma4Config", {"vision_config": {}, "audio_config": {}}),
     "mistral3": ("Mistral3Config", {}),
+    "qwen3_5": ("Qwen3_5Config", {}),
+    "qwen3_5_moe": ("Qwen3_5MoeConfig", {"text_config": {"num_hidden_layers": 4}}),
     "mistral3 of a ministral3": ("Mistral3Config", {"text_config": {"model_type": "ministral3"}}),
 }
 """{name: (config with a text model inside, options)}."""
 SIZES: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
-    "qwen3_moe": {"num_hidden_layers": 4},
-    "gpt_oss": {"num_hidden_layers": 4},
+    **{kind: {"num_hidden_layers": 4} for kind in ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "gpt_oss")},
     "glm4_moe": {"num_hidden_layers": 4, "head_dim": 128},
     "granitemoehybrid": {"num_hidden_layers": 4, "layer_types": ["attention"] * 4},
     "lfm2_moe": {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2},
@@ -49,6 +50,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gemma2 biases": {"attention_bias": True, "tie_word_embeddings": False},
     "gemma3_text biases": {"attention_bias": True},
     "gemma4_text biases": {"attention_bias": True, "num_kv_shared_layers": 10},
+    "qwen3_moe dense layers": {"decoder_sparse_step": 2, "attention_bias": True},
+    "qwen2_moe dense layers": {"mlp_only_layers": [0, 2], "qkv_bias": False},
+    "olmoe biases": {"attention_bias": True},
+    "gpt_oss without biases": {"attention_bias": False},
+    "glm4_moe norms": {"use_qk_norm": True, "attention_bias": True, "n_shared_experts": 2},
+    "granite biases": {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+    "granitemoehybrid dense": {"num_local_experts": 0},
 }  # fmt: skip
 """{model_type and what is special: options over the default config}."""
 
@@ -90,7 +98,8 @@ def test_the_default_config_of(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", OPTIONS)
 def test_other_tensors_of(kind: str) -> None:
-    assert not check(CONFIG_MAPPING[kind.split()[0]](**OPTIONS[kind]))
+    name = kind.split()[0]
+    assert not check(CONFIG_MAPPING[name](**{**SIZES.get(name, {}), **OPTIONS[kind]}))
 
 
 @pytest.mark.parametrize("kind", WRAPPED)
@@ -135,6 +144,17 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "dynamic angles": (
         "phi3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "kind dynamic",
     ),
+    "layers of Mamba": ("granitemoehybrid", {"layer_types": ["mamba"] * 4}, "no layers of type mamba"),
+    "clipped queries": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv"),
+    "another gain": ("gpt_oss", {"swiglu_alpha": 1.0}, "swiglu_alpha of 1.702, not 1.0"),
+    "no limit said": ("gpt_oss", {"swiglu_limit": None}, "does not say swiglu_limit"),
+    "a part of heads unsaid": (
+        "glm4_moe", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "partial_rotary_factor",
+    ),
+    "no number of experts": ("mixtral", {"num_local_experts": None}, "any of num_experts, num_local_experts"),
+    "no number of chosen experts": ("olmoe", {"num_experts_per_tok": None}, "does not say num_experts_per_tok"),
+    "windows of no layer": ("qwen2_moe", {"use_sliding_window": True, "layer_types": None}, "layer_types"),
+    "halves within a tile": ("granitemoehybrid", {"shared_intermediate_size": 1000}, "shared_intermediate_size"),
     "no layers said to have angles": ("smollm3", {"no_rope_layers": None}, "does not say no_rope_layers"),
 }  # fmt: skip
 """{what: (model_type, what its default config says instead, what the message names)}."""
@@ -156,6 +176,18 @@ DAMAGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "more experts than there are": (
         "gemma4_text", {"num_experts": 4, "top_k_experts": 5}, "expected top_k_experts of at most 4",
     ),
+    "more experts chosen than there are": (
+        "qwen3_moe", {"num_experts_per_tok": 129}, "to 129 experts, expected 1 to 128",
+    ),
+    "more experts than chosen groups have": (
+        "glm4_moe", {"n_group": 32, "topk_group": 1, "num_experts_per_tok": 8}, "to 8 experts, expected 1 to 4",
+    ),
+    "groups that do not divide": ("glm4_moe", {"n_group": 3}, "1 of 3 groups of 128 experts"),
+    "groups of one expert": ("glm4_moe", {"n_group": 128, "topk_group": 8}, "8 of 128 groups of 128 experts"),
+    "more groups than there are": ("glm4_moe", {"n_group": 4, "topk_group": 5}, "5 of 4 groups"),
+    "no experts": ("mixtral", {"num_local_experts": 0}, "has 0 experts, expected at least 1"),
+    "logits over nothing": ("granite", {"logits_scaling": 0.0}, "a logits_scaling other than 0"),
+    "a factor of no model": ("granite", {"residual_multiplier": 1e300}, "residual_multiplier from"),
     "a scale of nothing": (
         "ministral3",
         {"rope_parameters": {"rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 0}},

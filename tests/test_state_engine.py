@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache as remember
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,9 @@ HYBRIDS = ("qwen3_5", "lfm2")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     @remember
     def folder(name: str) -> Path:
-        return tiny_checkpoint(FAMILIES[name].build(), tmp_path_factory.mktemp(name) / "model")
+        family = FAMILIES[name]
+        long = replace(family, options={**family.options, "max_position_embeddings": 2048})
+        return tiny_checkpoint(long.build(), tmp_path_factory.mktemp(name) / "model")
 
     return folder
 

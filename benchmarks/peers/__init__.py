@@ -1,6 +1,7 @@
 """Peers of our GEMV: every library and format that `bench_gemv.py` compares with; each is optional.
 
-`llama_cpp` and `strongest` are the peer of a whole model, for `beside_llama_cpp.py`.
+`llama_cpp`, `xllamacpp_server` and `ik_llama` are peers of a whole model, and `strongest` finds the fastest way of
+each, for `beside_llama_cpp.py` and `engine_large.py`.
 """
 
 from __future__ import annotations

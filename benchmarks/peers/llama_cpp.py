@@ -110,16 +110,16 @@ class LlamaCpp:
             self._run(batch.raw)
         return {"seconds": time.perf_counter() - start, "others": others.share()}
 
-    def _prompt(self, sequence: int, position: int, tokens: list[int]) -> list[_Batch]:
+    def _prompt(self, sequence: int, position: int, tokens: list[int]) -> list[Batch]:
         """Consecutive tokens of one sequence; logits are wanted after the last."""
         parts = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
-        batches = [_Batch(self._api, len(part)) for part in parts]
+        batches = [Batch(self._api, len(part)) for part in parts]
         for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
             batch.fill([sequence] * len(part), position + i * BATCH, part, logits=int(i == len(parts) - 1))
         return batches
 
     def _decode(self, case: Case, steps: list[list[int]]) -> dict[str, Any]:
-        batch, sequences = _Batch(self._api, case.sequences), list(range(case.sequences))
+        batch, sequences = Batch(self._api, case.sequences), list(range(case.sequences))
         others, start = OtherWork(), time.perf_counter()
         for position, tokens in enumerate(steps, case.depth):
             batch.fill(sequences, position, tokens, step=0, logits=case.sequences)
@@ -133,7 +133,7 @@ class LlamaCpp:
         total = 0.0
         for window in windows:
             self._prepare(1, len(window), all_logits=True)
-            batch = _Batch(self._api, len(window))
+            batch = Batch(self._api, len(window))
             batch.fill([0] * len(window), 0, window, logits=len(window))
             self._run(batch.raw)
             address = self._api.llama_get_logits(self._context)
@@ -170,7 +170,7 @@ class LlamaCpp:
         self._api.llama_synchronize(self._context)
 
 
-class _Batch:
+class Batch:
     """A llama_batch with room for `size` tokens."""
 
     def __init__(self, api: Any, size: int) -> None:

@@ -1,8 +1,10 @@
-"""Which GGUF file llama.cpp is to run, and the strongest way in which it runs it here."""
+"""Which GGUF file llama.cpp and its relatives are to run, and the strongest way in which each runs it here."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from amq.model.open import ALIASES, alias_file
 from amq.util.files import cache_dir, read_json, write_atomic
 from amq.util.progress import Progress
 
-from .llama_cpp import CONFIGURATIONS, NAME, Configuration, LlamaCpp, Quantizer, unsupported_reason
+from .llama_cpp import CONFIGURATIONS, NAME, LlamaCpp, Quantizer, unsupported_reason
 
 log = logging.getLogger(__name__)
 
@@ -23,10 +25,31 @@ AUTO = "Q4_0"
 """llama.cpp's fastest 4-bit type on CPUs, what `--gguf auto` makes."""
 TRIALS = (Case(False, 256), Case(True, 24))
 TRIAL_REPETITIONS = 3
+EXPERTS, PER_LAYER = "_exps.", "per_layer_token_embd.weight"
+"""Names of tensors: a part of those of routed experts; an embedding beside that of the tokens."""
+
+
+@dataclass(frozen=True)
+class GgufEngine:
+    """A library that runs GGUF files.
+
+    make: (path, threads, configuration, seed) → what a worker measures with. configurations: its ways to run a file.
+    counted: what differs in what is counted of it.
+    """
+
+    name: str
+    make: Callable[[str, int, Any, int], Any]
+    configurations: Sequence[Any]
+    counted: str
+
+
+LLAMA_CPP = GgufEngine(
+    NAME, LlamaCpp, CONFIGURATIONS, "a decoded token of llama.cpp (as of llama-bench) chooses nothing"
+)
 
 
 def open_peer(settings: BenchSettings, progress: Progress, gguf: str) -> Contender:
-    """Tries all configurations and starts the strongest; raises PeerMissing with the reason where none runs.
+    """llama.cpp through llama-cpp-python, as `open_strongest` opens it.
 
     gguf: a .gguf file, `auto`, or a type of llama.cpp's quantizer.
     """
@@ -34,49 +57,52 @@ def open_peer(settings: BenchSettings, progress: Progress, gguf: str) -> Contend
         raise PeerMissing(f"the model runs on {settings.device}, and llama.cpp is measured on CPUs only")
     if reason := unsupported_reason():
         raise PeerMissing(reason)
-    file = gguf_file(settings.model, gguf, settings.thread_count)
+    return open_strongest(LLAMA_CPP, settings, progress, gguf_file(settings.model, gguf, settings.thread_count))
+
+
+def open_strongest(engine: GgufEngine, settings: BenchSettings, progress: Progress, file: Path) -> Contender:
+    """Tries all configurations and starts the strongest; raises PeerMissing with the reason where none runs."""
     trials = []
-    with progress.stage("llama.cpp's ways", len(CONFIGURATIONS)) as step:
-        for configuration in CONFIGURATIONS:
-            trials.append(_trial(file, settings.thread_count, configuration, settings.seed))
+    with progress.stage(f"{engine.name}'s ways", len(engine.configurations)) as step:
+        for configuration in engine.configurations:
+            trials.append(_trial(engine, file, settings.thread_count, configuration, settings.seed))
             step(str(configuration))
     working = [trial for trial in trials if "failed" not in trial]
     if not working:
         reasons = "; ".join(f"{trial['configuration']}: {trial['failed']}" for trial in trials)
-        raise PeerMissing(f"llama.cpp runs {file.name} in no way that was tried: {reasons}")
-    chosen = {case.decode: CONFIGURATIONS[trials.index(_fastest(working, case))] for case in TRIALS}
-    return _start(settings, file, chosen, trials)
+        raise PeerMissing(f"{engine.name} runs {file.name} in no way that was tried: {reasons}")
+    chosen = {case.decode: engine.configurations[trials.index(_fastest(working, case))] for case in TRIALS}
+    return _start(engine, settings, file, chosen, trials)
 
 
 def _start(
-    settings: BenchSettings, file: Path, chosen: dict[bool, Configuration], trials: list[dict[str, Any]]
+    engine: GgufEngine, settings: BenchSettings, file: Path, chosen: dict[bool, Any], trials: list[dict[str, Any]]
 ) -> Contender:
     """chosen: the configuration for prompts (False) and decode (True); the same one gets one process."""
-    started: dict[Configuration, ChildProcess] = {}
+    started: dict[Any, ChildProcess] = {}
     try:
         for configuration in set(chosen.values()):
-            started[configuration] = ChildProcess(
-                LlamaCpp, str(file), settings.thread_count, configuration, settings.seed
-            )
+            arguments = (str(file), settings.thread_count, configuration, settings.seed)
+            started[configuration] = ChildProcess(engine.make, *arguments)
         workers = {decode: started[configuration] for decode, configuration in chosen.items()}
         facts = {**weights(file), "file": str(file), **workers[True].call("facts")}
     except (AmqError, ChildFailed) as error:
         for worker in started.values():
             worker.close()
         raise PeerMissing(f"{file.name}: {error}") from error
-    counted = "a decoded token of llama.cpp (as of llama-bench) chooses nothing"
-    return Contender(NAME, facts, workers, {decode: str(c) for decode, c in chosen.items()}, counted, trials)
+    ways = {decode: str(configuration) for decode, configuration in chosen.items()}
+    return Contender(engine.name, facts, workers, ways, engine.counted, trials)
 
 
 def _fastest(trials: list[dict[str, Any]], case: Case) -> dict[str, Any]:
     return max(trials, key=lambda trial: trial[case.name])
 
 
-def _trial(file: Path, threads: int, configuration: Configuration, seed: int) -> dict[str, Any]:
+def _trial(engine: GgufEngine, file: Path, threads: int, configuration: Any, seed: int) -> dict[str, Any]:
     """{configuration, pp256, tg24}: the best of a few repetitions in tokens/s; or {configuration, failed}."""
     result: dict[str, Any] = {"configuration": str(configuration)}
     try:
-        with ChildProcess(LlamaCpp, str(file), threads, configuration, seed) as worker:
+        with ChildProcess(engine.make, str(file), threads, configuration, seed) as worker:
             for case in TRIALS:
                 seconds = [worker.call("measure", case, i)["seconds"] for i in range(TRIAL_REPETITIONS)]
                 result[case.name] = case.tokens / min(seconds)
@@ -124,15 +150,25 @@ def _source(model: str) -> Path:
 
 
 def weights(file: Path) -> dict[str, int]:
-    """Bytes of the file, and of the weights that one token reads: all, but the embedding only where it is the head too.
-
-    A dense model is assumed: of experts, all would be counted.
-    """
+    """Bytes of the file, and of the weights that one token reads: of experts those that it is routed to, of embeddings
+    none, but where one is the head too."""
     import gguf
 
     try:
-        sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(file).tensors}
+        reader = gguf.GGUFReader(file)
+        sizes = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
+        arch = str(reader.fields["general.architecture"].contents())
+        used, experts = (_number(reader, f"{arch}.expert_{key}", 1) for key in ("used_count", "count"))
     except Exception as error:  # the reader raises ValueError, IndexError, … for a damaged file
         raise AmqError(f"{file} is not a readable GGUF file: {type(error).__name__}: {error}") from error
-    looked_up = sizes.get("token_embd.weight", 0) if "output.weight" in sizes else 0
-    return {"file_bytes": file.stat().st_size, "weight_bytes": sum(sizes.values()) - looked_up}
+    looked_up = ("token_embd.weight",) if "output.weight" in sizes else ()
+    read = sum(
+        size * used // experts if EXPERTS in name else size
+        for name, size in sizes.items()
+        if name not in (*looked_up, PER_LAYER)
+    )
+    return {"file_bytes": file.stat().st_size, "weight_bytes": read}
+
+
+def _number(reader: Any, key: str, default: int) -> int:
+    return int(reader.fields[key].contents()) if key in reader.fields else default

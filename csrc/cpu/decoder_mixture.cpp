@@ -207,18 +207,24 @@ private:
         return made;
     }
 
-    // Inputs of all jobs, one after another in memory. A pass of one row has one input for all experts.
+    // Inputs of all jobs, one after another in memory. A pass of one row has one input for all experts; what is not
+    // quantized reads x itself.
     void make_inputs(Jobs& jobs) const {
         char* memory = own_ ? d_.own_.data() + team_.index * d_.own_bytes_ : d_.shared_.data();
-        std::vector<int64_t> units;
+        std::vector<int64_t> units(jobs.size());
         int64_t total = 0;
-        char* before = memory;
+        const float* made = nullptr;
+        char* place = nullptr;
         for (size_t i = 0; i < jobs.size(); ++i) {
             LinearJob& job = jobs.jobs[i];
-            const bool same = i > 0 && rows_ == 1 && jobs.calls[i].x == jobs.calls[i - 1].x;
-            job.place(same ? before : memory);
-            if (!same) before = memory, memory += ceil_div(static_cast<int64_t>(job.memory_bytes()), kLine) * kLine;
-            total += units.emplace_back(same ? 0 : job.padded_rows() / job.row_unit());
+            const std::vector<LinearPart>& parts = jobs.calls[i].parts;
+            if (std::all_of(parts.begin(), parts.end(), [](const LinearPart& part) { return part.format < 0; })) continue;
+            if (rows_ > 1 || jobs.calls[i].x != made) {
+                made = jobs.calls[i].x, place = memory;
+                memory += ceil_div(static_cast<int64_t>(job.memory_bytes()), kLine) * kLine;
+                total += units[i] = job.padded_rows() / job.row_unit();
+            }
+            job.place(place);
         }
         int64_t begin = own_ ? 0 : team_.begin(total), end = own_ ? total : team_.end(total);
         for (size_t i = 0; i < jobs.size(); ++i) {

@@ -34,6 +34,7 @@ EXPERTS = {"enable_moe_block": True, "num_experts": 6, "top_k_experts": 3, "moe_
            "hidden_size_per_layer_input": 0}  # fmt: skip
 SIGLIP = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
           "image_size": 28, "patch_size": 14}  # fmt: skip
+GEMMA4_VISION = {**SIGLIP, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64}
 PIXTRAL = {**SIGLIP, "model_type": "pixtral", "head_dim": 16}
 MINISTRAL3 = {"head_dim": 16, "rope_parameters": {**YARN, "original_max_position_embeddings": 48, "mscale": 1.0,
                                                   "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.3}}  # fmt: skip
@@ -95,6 +96,9 @@ CASES: dict[str, Callable[[], nn.Module]] = {
         "Gemma4",
         {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1, "num_kv_shared_layers": 2},
         "Gemma4Text",
+    ),
+    "gemma4 with images": _inside(
+        "Gemma4", GEMMA4_VISION, {**GEMMA4, "num_kv_shared_layers": 2, "pad_token_id": 0}
     ),
     "gemma4 experts": text_model("Gemma4", {**GEMMA4, **EXPERTS, "attention_k_eq_v": True}, "Gemma4Text"),
     "phi3": text_model("Phi3", {}),

@@ -1,4 +1,4 @@
-"""Tiny models with experts for the native engine's tests: every family with the options that change what is computed."""
+"""Tiny models with experts for the native engine's tests, every family with the options that change its sums."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ HYBRID = {**MULTIPLIERS, "layer_types": ["full_attention"] * 3, "shared_intermed
           "num_experts_per_tok": 2, "mamba_n_heads": 8, "mamba_d_head": 16}  # fmt: skip
 
 
-def _model(family: str, **options: Any) -> Callable[[], nn.Module]:
+def model_of(family: str, **options: Any) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
         model = Architecture(family, (), options).build()
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(std=0.2)
         unfuse(model)
         return model
 
@@ -32,38 +35,38 @@ def _model(family: str, **options: Any) -> Callable[[], nn.Module]:
 
 
 CASES: dict[str, Callable[[], nn.Module]] = {
-    "qwen3_moe": _model("Qwen3Moe", **ROUTED, num_experts=8, norm_topk_prob=True),
-    "qwen3_moe-dense-layers": _model(
+    "qwen3_moe": model_of("Qwen3Moe", **ROUTED, num_experts=8, norm_topk_prob=True),
+    "qwen3_moe-dense-layers": model_of(
         "Qwen3Moe", **ROUTED, num_experts=4, norm_topk_prob=False, decoder_sparse_step=2, attention_bias=True
     ),
-    "qwen3_moe-all-experts": _model(
+    "qwen3_moe-all-experts": model_of(
         "Qwen3Moe", **{**ROUTED, "num_experts_per_tok": 4}, num_experts=4, norm_topk_prob=True, mlp_only_layers=[0],
         use_sliding_window=True, sliding_window=24,
     ),
-    "mixtral": _model("Mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True),
-    "mixtral-window": _model("Mixtral", num_local_experts=5, num_experts_per_tok=1, sliding_window=24),
-    "qwen2_moe": _model("Qwen2Moe", **ROUTED, num_experts=6, shared_expert_intermediate_size=80),
-    "qwen2_moe-no-bias": _model(
+    "mixtral": model_of("Mixtral", num_local_experts=4, num_experts_per_tok=2, tie_word_embeddings=True),
+    "mixtral-window": model_of("Mixtral", num_local_experts=5, num_experts_per_tok=1, sliding_window=24),
+    "qwen2_moe": model_of("Qwen2Moe", **ROUTED, num_experts=6, shared_expert_intermediate_size=80),
+    "qwen2_moe-no-bias": model_of(
         "Qwen2Moe", **ROUTED, num_experts=4, shared_expert_intermediate_size=40, qkv_bias=False, norm_topk_prob=True,
         mlp_only_layers=[1], use_sliding_window=True, sliding_window=24, layer_types=SLIDING,
     ),
-    "olmoe": _model("Olmoe", num_experts=8, num_experts_per_tok=3, num_key_value_heads=4),
-    "olmoe-bias": _model("Olmoe", num_experts=4, num_experts_per_tok=2, attention_bias=True, norm_topk_prob=True),
-    "gpt_oss": _model(
+    "olmoe": model_of("Olmoe", num_experts=8, num_experts_per_tok=3, num_key_value_heads=4),
+    "olmoe-bias": model_of("Olmoe", num_experts=4, num_experts_per_tok=2, attention_bias=True, norm_topk_prob=True),
+    "gpt_oss": model_of(
         "GptOss", num_local_experts=8, num_experts_per_tok=4, head_dim=16, sliding_window=24, layer_types=SLIDING,
         rope_parameters=YARN,
     ),
-    "gpt_oss-limit": _model(
+    "gpt_oss-limit": model_of(
         "GptOss", num_local_experts=4, num_experts_per_tok=2, head_dim=32, sliding_window=70, layer_types=SLIDING,
         swiglu_limit=0.5, attention_bias=False, rope_parameters=YARN,
     ),
-    "glm4_moe": _model("Glm4Moe", **GLM, use_qk_norm=True),
-    "glm4_moe-one-group": _model(
+    "glm4_moe": model_of("Glm4Moe", **GLM, use_qk_norm=True),
+    "glm4_moe-one-group": model_of(
         "Glm4Moe", **{**GLM, "n_group": 1, "topk_group": 1, "n_shared_experts": 2, "norm_topk_prob": False},
         attention_bias=True,
     ),
-    "granite": _model("Granite", **MULTIPLIERS, tie_word_embeddings=True),
-    "granite-bias": _model("Granite", **MULTIPLIERS, attention_bias=True, mlp_bias=True),
-    "granitemoehybrid": _model("GraniteMoeHybrid", **HYBRID, num_local_experts=6, position_embedding_type="rope"),
-    "granitemoehybrid-dense": _model("GraniteMoeHybrid", **HYBRID, num_local_experts=0, attention_bias=True),
+    "granite": model_of("Granite", **MULTIPLIERS, tie_word_embeddings=True),
+    "granite-bias": model_of("Granite", **MULTIPLIERS, attention_bias=True, mlp_bias=True),
+    "granitemoehybrid": model_of("GraniteMoeHybrid", **HYBRID, num_local_experts=6, position_embedding_type="rope"),
+    "granitemoehybrid-dense": model_of("GraniteMoeHybrid", **HYBRID, num_local_experts=0, attention_bias=True),
 }  # fmt: skip

@@ -93,6 +93,7 @@ ABSENCES = (
     Absence(r"Triton is not installed.*|the GPU suite needs Triton.*", "its wheels are for Linux", _packages("triton")),
     Absence(r"llama-cpp-python is the peer .*", OPTIONAL, _packages("llama_cpp")),
     Absence(r"xllamacpp is the peer .*", OPTIONAL, _packages("xllamacpp")),
+    Absence(r"ik-llama-cpp-python is the peer .*", OPTIONAL, _packages("ik_llama_cpp")),
     Absence(r"wikitext2 and c4 need the datasets package", OPTIONAL, _packages("datasets")),
     Absence(r"lm-eval is an optional extra.*|its own figures are compared with", OPTIONAL, _packages("lm_eval")),
     Absence(r"needs the packages mlx and mlx-cpu", OPTIONAL, _packages("mlx")),

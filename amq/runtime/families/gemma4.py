@@ -133,8 +133,8 @@ def _check(config: _Config, origin: Origin) -> None:
             f"{origin.file}: {config.shared} layers use keys and values of those before them (num_kv_shared_layers), "
             f"none of which is of type {', '.join(sorted(missing))}; the file is damaged or was edited"
         )
-    if config.hidden_size_per_layer_input and (config.vocab_size_per_layer_input or 0) < config.vocab_size:
-        raise Unsupported("config.json says a vocab_size_per_layer_input of fewer tokens than vocab_size, or none")
+    if config.hidden_size_per_layer_input and config.vocab_size_per_layer_input != config.vocab_size:
+        raise Unsupported("config.json says a vocab_size_per_layer_input other than vocab_size, or none")
 
 
 def _heads(config: _Config, origin: Origin) -> list[tuple[int, int]]:
