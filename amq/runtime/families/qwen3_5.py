@@ -108,7 +108,7 @@ def _config(origin: Origin, *needed: str) -> DeltaConfig:
     config = origin.record(DeltaConfig, *DELTA_SIZES, *needed)
     for features in (config.linear_key_head_dim, config.linear_value_head_dim):
         if features % 16:
-            raise Unsupported(f"the native engine wants heads of a multiple of 16 features, delta nets' have {features}")
+            raise Unsupported(f"the native engine has delta nets with multiples of 16 features a head, not {features}")
     if config.activation != SILU:
         raise Unsupported(f"the native engine has delta nets with silu alone, not {config.hidden_act}")
     return config
