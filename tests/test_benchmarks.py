@@ -338,7 +338,7 @@ def test_large_models_of_the_engine(tmp_path: Path, shape: str) -> None:
     written, shown = run_on(tmp_path, "engine_large", str(tmp_path / "models"), *arguments, *sizes)
     assert [row["test"] for row in written["rows"]] == ["pp8", "tg4", "tg4 x2"]
     for row in written["rows"]:
-        assert 0 < row["whole"] < row["tokens_per_second"]
+        assert 0 < row["whole"] <= row["tokens_per_second"]
     assert "native engine" in written["bench"]["engines"]["amq"]["description"] and "| amq | tg4 | " in shown
     assert not list((tmp_path / "models").iterdir())
 
