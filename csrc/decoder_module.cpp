@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -69,6 +70,18 @@ amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given,
     return made;
 }
 
+// Threads write states side by side: each is of one segment, or of one snapshot.
+void check_states(const std::vector<amq::Segment>& segments) {
+    std::vector<int64_t> written;
+    for (const amq::Segment& segment : segments) {
+        written.push_back(segment.state);
+        for (const amq::Snapshot& snapshot : segment.snapshots) written.push_back(snapshot.state);
+    }
+    std::sort(written.begin(), written.end());
+    const auto twice = std::adjacent_find(written.begin(), written.end());
+    require(twice == written.end(), "state", "each of a pass once", twice == written.end() ? 0 : *twice);
+}
+
 void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<SegmentTuple>& segments,
              std::vector<int64_t> wanted, const Memory& logits, const Memory& cache, const Memory& states, int threads,
              const std::string& isa_name) {
@@ -85,6 +98,7 @@ void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<Segm
         pass.segments.push_back(make_segment(m, segment, pass.rows, cache_pages, n_states));
         pass.rows += std::get<0>(segment);
     }
+    if (m.state_floats > 0) check_states(pass.segments);
     require(pass.rows >= 1 && pass.rows <= decoder.max_rows(), "tokens of a pass",
             "1 to " + std::to_string(decoder.max_rows()), pass.rows);
     pass.tokens = address_of<int32_t>(tokens, "tokens", pass.rows * 4);

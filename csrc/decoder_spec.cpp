@@ -33,11 +33,21 @@ public:
     DecoderModel model();
 
 private:
-    static int64_t size(const py::handle& record, const char* name, int64_t least = 1) {
-        return require_size(record.attr(name).cast<int64_t>(), name, least);
+    template <class T>
+    static T value(const py::handle& record, const char* name) {
+        const py::object given_value = record.attr(name);
+        try {
+            return given_value.cast<T>();
+        } catch (const py::cast_error&) {  // Python would get a RuntimeError, and no name
+            throw std::invalid_argument(std::string(name) + ": expected a value of its type that fits it, got " +
+                                        py::repr(given_value).cast<std::string>());
+        }
     }
-    static float number(const py::handle& record, const char* name) { return record.attr(name).cast<float>(); }
-    static std::string text(const py::handle& record, const char* name) { return record.attr(name).cast<std::string>(); }
+    static int64_t size(const py::handle& record, const char* name, int64_t least = 1) {
+        return require_size(value<int64_t>(record, name), name, least);
+    }
+    static float number(const py::handle& record, const char* name) { return value<float>(record, name); }
+    static std::string text(const py::handle& record, const char* name) { return value<std::string>(record, name); }
     static bool given(const py::handle& record, const char* name) { return !record.attr(name).is_none(); }
 
     Held held(const std::string& name) const {
@@ -52,11 +62,17 @@ private:
     const float* array(const py::handle& record, const char* name, int64_t count) const {
         if (!given(record, name)) return nullptr;
         const py::object given_array = record.attr(name);
-        return floats(given_array.attr("key").cast<std::string>(), count);
+        return floats(text(given_array, "key"), count);
+    }
+    // One that the operator cannot do without.
+    const float* needed(const py::handle& record, const char* name, int64_t count) const {
+        require(given(record, name), name, "an array", 0);
+        return array(record, name, count);
     }
 
     LinearPart linear(const py::handle& record) const;
     Projection projection(const py::handle& record, const char* name, int64_t in_features, int64_t out_features) const;
+    Projection last(const py::handle& record, const char* name, int64_t in_features) const;
     Table table(const py::handle& record) const;
     static Heads heads(const py::handle& record, const char* name, int64_t count, int64_t width, int64_t most);
     static Activation activation(const py::handle& record);
@@ -65,6 +81,7 @@ private:
     DeltaNet delta_net(const py::handle& op) const;
     ShortConv short_conv(const py::handle& op) const;
     Mlp mlp(const py::handle& op) const;
+    static void check_halves(const Mlp& expert);
     Router router(const py::handle& record) const;
     Mixture mixture(const py::handle& op) const;
     PerLayerInput per_layer_input(const py::handle& op) const;
@@ -91,7 +108,7 @@ LinearPart Reader::linear(const py::handle& record) const {
     }
     const auto& [address, bytes] = weight.data;
     if (part.data == nullptr) part = checked_part({weight.kind, address, bytes, out_features}, in_features, group_size_);
-    if (record.attr("bias").cast<bool>()) part.bias = floats(name + ".bias", out_features);
+    if (value<bool>(record, "bias")) part.bias = floats(name + ".bias", out_features);
     return part;
 }
 
@@ -106,6 +123,13 @@ Projection Reader::projection(const py::handle& record, const char* name, int64_
     require(!made.parts.empty(), name, "at least one linear", 0);
     require(out_features == 0 || made.out_features() == out_features, name, std::to_string(out_features) + " out_features",
             made.out_features());
+    return made;
+}
+
+// An operator's last projection, whose outputs are added to the stream: one linear, as DecoderPass::run_and_add takes it.
+Projection Reader::last(const py::handle& record, const char* name, int64_t in_features) const {
+    const Projection made = projection(record, name, in_features, hidden_);
+    require(made.parts.size() == 1, name, "one linear", static_cast<int64_t>(made.parts.size()));
     return made;
 }
 
@@ -165,12 +189,12 @@ Attention Reader::attention(const py::handle& op) const {
     require(made.head_dim % 16 == 0 && made.head_dim <= kMaxHeadDim, "head_dim",
             "a multiple of 16 up to " + std::to_string(kMaxHeadDim), made.head_dim);
     require(made.n_heads % made.n_kv_heads == 0, "n_heads", "a multiple of n_kv_heads", made.n_heads);
-    made.gated = op.attr("gated").cast<bool>();
-    made.keys_are_values = op.attr("keys_are_values").cast<bool>();
+    made.gated = value<bool>(op, "gated");
+    made.keys_are_values = value<bool>(op, "keys_are_values");
     if (given(op, "cache_of")) made.cache_of = size(op, "cache_of", 0);
     const int64_t own = made.cache_of >= 0 ? 0 : made.keys_are_values ? 1 : 2;
     made.qkv = projection(op, "qkv", hidden_, made.q_features() + own * made.kv_features());
-    made.o = projection(op, "o", made.n_heads * made.head_dim, hidden_);
+    made.o = last(op, "o", made.n_heads * made.head_dim);
     made.q_norm = array(op, "q_norm", made.head_dim);
     made.k_norm = array(op, "k_norm", made.head_dim);
     made.v_norm = array(op, "v_norm", made.head_dim);
@@ -205,7 +229,7 @@ DeltaNet Reader::delta_net(const py::handle& op) const {
         require(features % 16 == 0 && features <= kMaxHeadDim, "features of a head",
                 "a multiple of 16 up to " + std::to_string(kMaxHeadDim), features);
     made.in = projection(op, "in_", hidden_, 0);
-    made.out = projection(op, "out", made.values(), hidden_);
+    made.out = last(op, "out", made.values());
     const int64_t keys = made.n_key_heads, share = made.n_value_heads / keys, most = made.in.out_features();
     made.q = heads(op, "q", keys, made.key_dim, most);
     made.k = heads(op, "k", keys, made.key_dim, most);
@@ -213,10 +237,10 @@ DeltaNet Reader::delta_net(const py::handle& op) const {
     made.z = heads(op, "z", keys, share * made.value_dim, most);
     made.b = heads(op, "b", keys, share, most);
     made.a = heads(op, "a", keys, share, most);
-    made.convolution = array(op, "convolution", product({made.kernel, made.channels()}, "convolution"));
-    made.rate = array(op, "rate", made.n_value_heads);
-    made.dt_bias = array(op, "dt_bias", made.n_value_heads);
-    made.norm = array(op, "norm", made.value_dim);
+    made.convolution = needed(op, "convolution", product({made.kernel, made.channels()}, "convolution"));
+    made.rate = needed(op, "rate", made.n_value_heads);
+    made.dt_bias = needed(op, "dt_bias", made.n_value_heads);
+    made.norm = needed(op, "norm", made.value_dim);
     product({made.kernel, made.channels(), 8}, "state");
     product({made.n_value_heads, made.key_dim, made.value_dim, 8}, "state");
     return made;
@@ -227,8 +251,8 @@ ShortConv Reader::short_conv(const py::handle& op) const {
     made.kernel = size(op, "kernel", 2);
     const int64_t channels = size(op.attr("out").attr("linears")[py::int_(0)], "in_features");
     made.in = projection(op, "in_", hidden_, product({3, channels}, "channels"));
-    made.out = projection(op, "out", channels, hidden_);
-    made.convolution = array(op, "convolution", product({made.kernel, channels, 1}, "convolution"));
+    made.out = last(op, "out", channels);
+    made.convolution = needed(op, "convolution", product({made.kernel, channels}, "convolution"));
     made.bias = array(op, "bias", channels);
     return made;
 }
@@ -240,11 +264,10 @@ Mlp Reader::mlp(const py::handle& op) const {
     const int64_t wide = size(op.attr("down").attr("linears")[py::int_(0)], "in_features");
     const int64_t gated = made.activation == Activation::relu2 ? 1 : 2;
     made.in = projection(op, "in_", hidden_, product({gated, wide}, "in_"));
-    made.down = projection(op, "down", wide, hidden_);
+    made.down = last(op, "down", wide);
     const int64_t first = made.in.parts[0].out_features;
     require(made.in.parts.size() <= 2 && (first == wide || made.in.parts.size() == 1), "in_",
             "gate and up of " + std::to_string(wide) + " features, or one linear of both", first);
-    require(made.down.parts.size() == 1, "down", "one linear", static_cast<int64_t>(made.down.parts.size()));
     return made;
 }
 
@@ -263,16 +286,25 @@ Router Reader::router(const py::handle& record) const {
     made.score = score == "softmax" ? Score::softmax : Score::sigmoid;
     made.top_k = size(record, "top_k");
     require(made.top_k <= made.experts(), "top_k", "at most the experts, " + std::to_string(made.experts()), made.top_k);
-    made.normalized = record.attr("normalized").cast<bool>();
+    made.normalized = value<bool>(record, "normalized");
     made.epsilon = number(record, "epsilon");
     made.scale = number(record, "scale");
     made.groups = size(record, "groups");
     made.top_groups = size(record, "top_groups");
     require(made.experts() % made.groups == 0, "groups", "a divisor of the experts, " + std::to_string(made.experts()), made.groups);
     require(made.top_groups <= made.groups, "top_groups", "at most " + std::to_string(made.groups), made.top_groups);
+    require(made.groups == 1 || made.experts() / made.groups >= 2, "groups", "of two experts at least, by which they are judged",
+            made.groups);
     const int64_t eligible = made.experts() / made.groups * made.top_groups;
     require(made.top_k <= eligible, "top_k", "at most the experts of the best groups, " + std::to_string(eligible), made.top_k);
     return made;
+}
+
+// Threads share a mixture's features tile by tile, gate and up alike.
+void Reader::check_halves(const Mlp& expert) {
+    const bool fused = expert.in.parts.size() == 1 && expert.in.out_features() != expert.wide();
+    require(!fused || expert.wide() % kLanes == 0, "in_", "gate and up in one linear of an expert to be a multiple of 16 each",
+            expert.wide());
 }
 
 Mixture Reader::mixture(const py::handle& op) const {
@@ -281,10 +313,13 @@ Mixture Reader::mixture(const py::handle& op) const {
     for (const py::handle& expert : op.attr("experts")) made.experts.push_back(mlp(expert));
     require(static_cast<int64_t>(made.experts.size()) == made.router.experts(), "experts",
             std::to_string(made.router.experts()) + ", as the router scores", static_cast<int64_t>(made.experts.size()));
-    for (const Mlp& expert : made.experts)
-        require(expert.wide() == made.experts[0].wide() && expert.in.parts.size() == made.experts[0].in.parts.size(), "experts",
-                "one shape", expert.wide());
-    if (given(op, "shared")) made.shared = mlp(op.attr("shared"));
+    for (const Mlp& expert : made.experts) {
+        const Mlp& first = made.experts[0];
+        require(expert.wide() == first.wide() && expert.in.out_features() == first.in.out_features(), "experts", "one shape",
+                expert.wide());
+        check_halves(expert);
+    }
+    if (given(op, "shared")) check_halves(made.shared = mlp(op.attr("shared")));
     made.shared_gate = array(op, "shared_gate", hidden_);
     made.routed_norm = array(op, "routed_norm", hidden_);
     made.shared_post_norm = array(op, "shared_post_norm", hidden_);
@@ -298,8 +333,8 @@ PerLayerInput Reader::per_layer_input(const py::handle& op) const {
     if (embedding.is_none()) throw std::invalid_argument("per_layer: a step reads it, and there is none");
     const int64_t width = size(embedding, "width");
     made.in = projection(op, "in_", hidden_, width);
-    made.out = projection(op, "out", width, hidden_);
-    require(made.in.parts.size() == 1 && made.out.parts.size() == 1, "per-layer input", "one linear each", 2);
+    made.out = last(op, "out", width);
+    require(made.in.parts.size() == 1, "in_", "one linear", static_cast<int64_t>(made.in.parts.size()));
     made.activation = activation(op);
     made.index = size(op, "index", 0);
     const int64_t columns = size(embedding.attr("table"), "columns");
@@ -313,7 +348,7 @@ PerLayerEmbedding Reader::per_layer(const py::handle& record) const {
     made.width = size(record, "width");
     require(made.table.columns % made.width == 0, "width", "a divisor of " + std::to_string(made.table.columns), made.width);
     made.projection = projection(record, "projection", hidden_, made.table.columns);
-    made.norm = array(record, "norm", made.width);
+    made.norm = needed(record, "norm", made.width);
     made.table_scale = number(record, "table_scale");
     made.projection_scale = number(record, "projection_scale");
     made.sum_scale = number(record, "sum_scale");
@@ -355,7 +390,7 @@ DecoderModel Reader::model() {
     made.embedding_scale = number(spec_, "embedding_scale");
     made.logit_scale = number(spec_, "logit_scale");
     made.logit_softcap = number(spec_, "logit_softcap");
-    made.final_norm = array(spec_, "final_norm", made.hidden);
+    made.final_norm = needed(spec_, "final_norm", made.hidden);
     made.embedding = table(spec_.attr("embedding"));
     made.head = table(spec_.attr("head"));
     for (const Table* t : {&made.embedding, &made.head})

@@ -11,7 +11,8 @@ namespace amq {
 
 constexpr int kMaxPanelRows = 64;
 
-// Rows of x [.., x_stride]: x_rows [rows] of them, or the first `rows`. Rows of a panel beyond `rows`, and features of a group beyond the last one, become 0.
+// Rows of x [.., x_stride]: x_rows [rows] of them, or the first `rows`. Rows of a panel beyond `rows`, and features of a
+// group beyond the last one, become 0.
 struct ActivationArgs {
     const float* x;
     int64_t x_stride;
