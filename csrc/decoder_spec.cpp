@@ -39,7 +39,7 @@ private:
         try {
             return given_value.cast<T>();
         } catch (const py::cast_error&) {  // Python would get a RuntimeError, and no name
-            throw std::invalid_argument(std::string(name) + ": expected a value of its type that fits it, got " +
+            throw std::invalid_argument(std::string(name) + ": expected a value that fits its type, got " +
                                         py::repr(given_value).cast<std::string>());
         }
     }

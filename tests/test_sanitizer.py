@@ -26,10 +26,14 @@ from amq.formats import FORMATS
 from amq.kernels import cpu as native
 
 ROOT = Path(__file__).resolve().parents[1]
+CASES = ("qwen3_next", "lfm2_moe", "gemma4", "gemma4 experts", "gpt_oss", "granitemoehybrid")
+"""Every operator of csrc/cpu/decoder.h; mixtures with norms of their own, and with gate and up in one linear."""
 TESTS = (
     *("test_linear.py", "test_linear_faults.py", "test_native.py", "test_split_coder.py"),
     *("test_grouped.py", "test_quantize_gptq.py", "test_symmetric.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
+    "test_decoder_spec.py",
+    *(f"test_engine_families.py::test_a_sequence_does_not_depend_on_what_shares_its_passes[{case}]" for case in CASES),
 )
 LEFT_OUT = "environment or gil or non_finite or nan_and_infinity or huge_activations or tiny_activations"
 LEFT_OUT += " or damaged_scales"
@@ -46,6 +50,8 @@ RUN = (
     "amq/runtime/native_engine.py",
     "amq/runtime/decoder_spec.py",
     "amq/runtime/families/*.py",
+    "amq/runtime/pages.py",
+    "amq/runtime/state_pool.py",
     "amq/runtime/weights.py",
     "amq/model/shape.py",
     "amq/split/coder.py",

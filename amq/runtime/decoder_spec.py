@@ -5,7 +5,7 @@ A model is a list of steps on the residual stream h, each of one operator:
     h = (h + scale · post_norm(op(norm(h)))) · after
 
 Here tensors have names and shapes, and no weight has been read: `amq.runtime.families` makes a spec of config.json, an
-engine reads what it names (`amq.runtime.weights`), and csrc/decoder_module.cpp puts addresses in the place of names.
+engine reads what it names (`amq.runtime.weights`), and csrc/decoder_spec.cpp puts addresses in the place of names.
 What a field leaves out (None, 0) is left out of the computation. decoder.h has the formulas.
 """
 
