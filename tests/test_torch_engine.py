@@ -47,8 +47,8 @@ class Recorded:
 
 
 def logits_after(engine: TorchEngine, tokens: list[int], parts: list[int], slot: Any = None) -> Tensor:
-    """The logits after each part of `tokens`."""
-    slot = slot or engine.open(tokens, 1)
+    """The logits after each part of `tokens`, all of them computed."""
+    slot = slot or engine.open(tokens, 1, reuse=False)
     rows, start = [], 0
     for part in parts:
         rows.append(engine.forward([Segment(slot, tokens[start : start + part])])[0].clone())
@@ -90,7 +90,7 @@ def test_models_with_a_recurrent_state_get_their_prompts_whole() -> None:
             whole = model(torch.tensor([tokens])).logits[0]
         engine = TorchEngine(model, context=64, max_rows=20)
         for _ in range(2):
-            slot = engine.open(tokens, 1)
+            slot = engine.open(tokens, 1, reuse=False)
             assert not len(engine.forward([Segment(slot, tokens[:20], False)]))
             rows = [engine.forward([Segment(slot, tokens[a:b])])[0] for a, b in ((20, 30), (30, 31), (31, 40))]
             torch.testing.assert_close(torch.stack(rows), whole[[29, 30, 39]], atol=2e-5, rtol=1e-5)
@@ -209,7 +209,7 @@ def test_rotary_tables_are_those_of_the_whole_text(name: str, options: dict[str,
             done += part
             if number % 10 == 9 or part > 1:
                 torch.testing.assert_close(row, whole(tokens[:done]), atol=1e-4, rtol=1e-4)
-                slot = engine.open(short, 1)
+                slot = engine.open(short, 1, reuse=False)
                 row = engine.forward([Segment(slot, short)])[0]
                 engine.close(slot)
                 torch.testing.assert_close(row, whole(short), atol=1e-4, rtol=1e-4)
@@ -274,7 +274,7 @@ def test_sequences_do_not_see_each_other(static: bool) -> None:
     engine = TorchEngine(model, context=40, max_sequences=2, capture=Recorded() if static else None)
     texts = [t.tolist() for t in random_tokens(2, 20)]
     alone = [logits_after(engine, tokens, [15, 5])[1] for tokens in texts]
-    a, b = (engine.open(tokens, 1) for tokens in texts)
+    a, b = (engine.open(tokens, 1, reuse=False) for tokens in texts)
     assert engine.open([1], 1) is None
     assert engine.forward([Segment(a, texts[0][:3], False), Segment(b, texts[1][:17], False)]).shape == (0, 256)
     assert engine.cached_tokens() == (20, 80)
