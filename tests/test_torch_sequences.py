@@ -121,6 +121,7 @@ def test_every_row_is_that_of_a_fresh_pass(name: str) -> None:
     def check(steps: list[tuple[Any, ...]]) -> None:
         capture = (lambda step: step) if name == "captured" else None
         engine = TorchEngine(model(name), context=LENGTH, max_sequences=3, capture=capture)
+        assert ("decode together" in engine.banner) == (name == "llama")
         running: list[Sequence] = []
         seen: dict[str, set[tuple[int, ...]]] = {"a": set(), "b": set()}  # beginnings that an owner's sequences had
         for what, *arguments in steps:
