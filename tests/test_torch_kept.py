@@ -10,12 +10,15 @@ import pytest
 import torch
 import transformers
 from helpers.families import FAMILIES
-from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized
+from helpers.tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens, randomized
 from torch import nn
 
 from amq.errors import AmqError
 from amq.runtime import torch_kept
 from amq.runtime.engine import Segment
+from amq.runtime.scheduler import Piece, Request, Scheduler
+from amq.runtime.settings import Sampling
+from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.torch_cache import copied, is_whole, states, stored_bytes
 from amq.runtime.torch_engine import OPENING, TorchEngine
 from amq.runtime.torch_kept import agreement
@@ -244,6 +247,31 @@ def test_copies_share_nothing_and_are_compact(build: Callable[[], nn.Module]) ->
     assert is_whole(cache, len(TEXT)) == (type(model).__name__ == "LlamaForCausalLM")
     assert not is_whole(cache, len(TEXT) - 1)
     assert not is_whole(transformers.DynamicCache(config=model.config), 0)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_5"])
+def test_a_conversation_reads_only_what_is_new(name: str) -> None:
+    """Turns through the scheduler: each prompt is all that was said before and something new."""
+    model = FAMILIES[name].build()
+    engine, tokenizer = (
+        TorchEngine(model, context=200, max_sequences=2),
+        Tokenizer.from_transformers(byte_tokenizer(), []),
+    )
+    scheduler, said, found = Scheduler(engine, tokenizer), list[int](), []
+    for turn in (TEXT[:40], OTHER[:20], TEXT[40:]):
+        chosen: list[int] = []
+
+        def listen(piece: Piece, chosen: list[int] = chosen) -> None:
+            chosen.extend(choice.token for choice in piece.choices)
+
+        said += turn
+        request = Request(list(said), Sampling(max_new_tokens=10), listen, "a")
+        scheduler.submit(request)
+        while scheduler.step():
+            pass
+        said += chosen
+        found.append(request.cached_tokens)
+    assert found == [0, 40 + 9, 40 + 10 + 20 + 9]  # the last token of an answer is never computed
 
 
 def test_agreement() -> None:

@@ -154,14 +154,19 @@ class TorchEngine:
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment[_TorchSlot]]) -> Tensor:
-        """See `Engine`."""
+        """See `Engine`. After a pass that failed, its sequences can only be closed."""
         self._check(segments)
-        rows = self._step_together(segments)
-        for number, segment in enumerate(segments):
-            if number not in rows:
-                logits = segment.slot.sequence.run(list(segment.tokens), segment.logits, segment.every)
-                if (segment.logits or segment.every) and logits is not None:
-                    rows[number] = logits.float().cpu()  # now: the next replay may write where this one's logits are
+        try:
+            rows = self._step_together(segments)
+            for number, segment in enumerate(segments):
+                if number not in rows:
+                    logits = segment.slot.sequence.run(list(segment.tokens), segment.logits, segment.every)
+                    if (segment.logits or segment.every) and logits is not None:
+                        rows[number] = logits.float().cpu()  # now: the next replay may write where this one's are
+        except BaseException:
+            for segment in segments:  # some are computed and some are not
+                segment.slot.place.sound = False
+            raise
         for segment in segments:
             segment.slot.length += len(segment.tokens)
         wanted = [rows[n] for n, segment in enumerate(segments) if (segment.logits or segment.every) and n in rows]
