@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.checkpoints import tiny_checkpoint
 from helpers.families import FAMILIES
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from amq.errors import AmqError
+from amq.integrations.transformers import AmqConfig
+from amq.kernels.modules import StoredLinear
 from amq.runtime.engine import Segment
 from amq.runtime.torch_batch import SHORT, decodes_together
 from amq.runtime.torch_engine import TorchEngine
@@ -159,6 +164,24 @@ def test_models_that_overlook_mask_or_positions_are_found_out(dtype: torch.dtype
     rows = step(engine, slots, [0, 1])
     expected = torch.stack([alone(model, i, slots[i].length) for i in (0, 1)])
     assert ((rows - expected).norm(dim=-1) <= WRONG * expected.norm(dim=-1)).all()
+
+
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
+def test_int8_activations_are_exact_in_the_trial_and_only_there(tmp_path: Path) -> None:
+    """They tell roundings apart by whole codes, which 30 blocks of random states make another text of."""
+    folder = tiny_checkpoint(ARCHITECTURES["qwen3"].build(), tmp_path / "checkpoint")
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=AmqConfig(activations="int8"))
+    linears, seen = [m for m in model.modules() if isinstance(m, StoredLinear)], []
+    hook = linears[0].register_forward_pre_hook(
+        lambda linear, inputs: seen.append((linear.activations, len(inputs[0])))
+    )
+    engine = TorchEngine(model, context=256, max_sequences=2)
+    hook.remove()
+    assert ("fp32", 2) in seen and ("int8", 2) not in seen
+    assert "(int8 activations), sequences decode together" in engine.banner
+    assert linears and all(linear.activations == "int8" for linear in linears)
+    slots = start(engine, (9, 40))
+    assert step(engine, slots, [0, 1]).isfinite().all()
 
 
 def test_a_model_that_refuses_batches_is_found_out_and_a_broken_linear_is_not_hidden() -> None:

@@ -25,7 +25,7 @@ from amq.runtime.rotary import Renewed, RotaryTables
 from amq.runtime.torch_batch import decodes_together, step_together
 from amq.runtime.torch_kept import KeptCaches, agreement
 from amq.runtime.torch_places import CachedModel, Captured, Growing, Stepping
-from amq.runtime.trial import REFUSALS, try_cache
+from amq.runtime.trial import REFUSALS, exact_activations, try_cache
 from amq.util.limits import free_on
 
 if TYPE_CHECKING:
@@ -233,9 +233,9 @@ class TorchEngine:
             return "the cache holds more than keys and values, or windows of them"
         if self._tables:
             return "rotary tables depend on the length"
-        if self.max_sequences > 1 and not decodes_together(self._cached):
-            return "the model takes no sequences of different lengths"
-        return ""
+        with exact_activations(self._model):
+            together = self.max_sequences == 1 or decodes_together(self._cached)
+        return "" if together else "the model takes no sequences of different lengths"
 
     def _forward(self, tokens: Tensor, cache: Any, every: bool = False, **more: Tensor) -> Tensor:
         """See amq.runtime.torch_places.Forward."""
