@@ -214,6 +214,19 @@ def test_without_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch, caplog:
         read(engine, TEXT[:40])
     assert positions(engine) == [40]  # what needs no copy
 
+    plain = TorchEngine(ARCHITECTURES["llama"].build(), context=80, max_sequences=2)
+    slots = [plain.open(text, 1) for text in (TEXT, OTHER)]
+    for tokens in (slice(20), slice(20, 21)):
+        plain.forward([Segment(slot, text[tokens]) for slot, text in zip(slots, (TEXT, OTHER), strict=True)])
+    with monkeypatch.context() as patch:
+        patch.setattr(slots[0].place.batch, "give_back", refuse)
+        plain.close(slots[0])  # which others decode beside
+    assert positions(plain) == []
+    alone = plain.forward([Segment(slots[1], OTHER[21:22])])[0]
+    with torch.no_grad():
+        whole = plain._model(torch.tensor([OTHER[:22]])).logits[0, -1]
+    torch.testing.assert_close(alone, whole, atol=2e-4, rtol=1e-4)
+
     def wrong(*_: Any) -> None:
         raise RuntimeError("of another kind")
 

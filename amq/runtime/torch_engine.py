@@ -147,10 +147,8 @@ class TorchEngine:
         if isinstance(place, Captured):
             assert self._free is not None
             self._free.append(place)
-        else:
-            cache = place.cache  # taken out of its batch, also where it is not kept
-            if place.sound:
-                self._kept.keep(slot.owner, place.tokens, cache)
+        elif place.sound:
+            self._kept.keep(slot.owner, place.tokens, lambda: place.cache)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment[_TorchSlot]]) -> Tensor:
@@ -181,7 +179,7 @@ class TorchEngine:
         found, cache = self._kept.find(owner, prompt) if reuse else (0, None)
 
         def snapshot(place: Growing) -> None:
-            self._kept.keep(owner, place.tokens, place.cache, in_use=True)
+            self._kept.keep(owner, place.tokens, lambda: place.cache, in_use=True)
 
         mark = 0 if self._use.plain or self._tables else len(prompt) - (1 if self._steps else OPENING)
         kind = Stepping if self._steps else Growing

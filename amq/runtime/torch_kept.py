@@ -75,19 +75,23 @@ class KeptCaches:
             self._out_of_memory(error)
             return 0, None
 
-    def keep(self, owner: str, tokens: Sequence[int], cache: Any, in_use: bool = False) -> None:
-        """cache: holds `tokens`; with `in_use` it is copied, else it is this object's from now on. A cache that serves
-        no more than another one goes: one of a shorter beginning of the same text, where the longer one crops."""
-        size = sum(tensor.nbytes for _, tensor in states(cache))
-        if not tokens or not size or not self.most or size > self.budget:
+    def keep(self, owner: str, tokens: Sequence[int], cache: Callable[[], Any], in_use: bool = False) -> None:
+        """cache: gives the one that holds `tokens`; with `in_use` that is copied, else it is this object's from now on.
+        A cache that serves no more than another one goes: one of a shorter beginning of the same text, where the longer
+        one crops."""
+        if not tokens or not self.most:
             return
-        if in_use or stored_bytes(cache) > size:
-            try:
-                cache = copied(cache)
-            except (MemoryError, RuntimeError) as error:
-                self._out_of_memory(error)
+        try:
+            found = cache()
+            size = sum(tensor.nbytes for _, tensor in states(found))
+            if not size or size > self.budget:
                 return
-        new = Kept(owner, tuple(tokens), cache, self._crops and is_whole(cache, len(tokens)), size)
+            if in_use or stored_bytes(found) > size:
+                found = copied(found)
+        except (MemoryError, RuntimeError) as error:
+            self._out_of_memory(error)
+            return
+        new = Kept(owner, tuple(tokens), found, self._crops and is_whole(found, len(tokens)), size)
         for kept in list(self._kept):
             if kept.serves(owner, new.tokens) == len(new.tokens):
                 self._kept.remove(kept)
