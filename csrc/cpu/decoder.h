@@ -59,6 +59,7 @@ struct Attention {
     int64_t q_stride() const { return gated ? 2 * head_dim : head_dim; }
     int64_t q_features() const { return n_heads * q_stride(); }
     int64_t kv_features() const { return n_kv_heads * head_dim; }
+    int64_t group() const { return n_heads / n_kv_heads; }  // heads that share keys and values
 };
 
 // Where in a row of `in` a part of each key head begins: head h at first + h · stride.
@@ -79,7 +80,8 @@ struct DeltaNet {
     const float* convolution = nullptr;  // [kernel, channels], the newest position last; channels: all q, all k, all v
     const float *rate = nullptr, *dt_bias = nullptr;  // [n_value_heads]
     const float* norm = nullptr;         // [value_dim]
-    // Floats, in a sequence's state: [kernel − 1, channels], then S of each value head as [value_dim / 16, key_dim, 16].
+    // Floats, in a sequence's state (set by the Decoder): [kernel − 1, channels], then S of each value head as
+    // [value_dim / 16, key_dim, 16].
     int64_t state_offset = 0;
 
     int64_t channels() const { return 2 * n_key_heads * key_dim + n_value_heads * value_dim; }
@@ -100,7 +102,7 @@ struct ShortConv {
     Projection in, out;                  // in: b, c, x, [channels] each
     const float* convolution = nullptr;  // [kernel, channels], the newest position last
     const float* bias = nullptr;         // [channels]
-    int64_t state_offset = 0;            // floats: b · x of the last kernel − 1 positions, [kernel − 1, channels]
+    int64_t state_offset = 0;  // set by the Decoder; floats: b · x of the last kernel − 1 positions, [kernel − 1, channels]
 
     int64_t channels() const { return out.in_features; }
     int64_t state_floats() const { return (kernel - 1) * channels(); }
@@ -135,8 +137,8 @@ struct Router {
 // Experts, and a shared one beside them whose output is added, times sigmoid(shared_gate · row) where there is a gate.
 struct Mixture {
     Router router;
-    std::vector<Mlp> experts;   // all of one width
-    Mlp shared;                 // no parts: none
+    std::vector<Mlp> experts;   // all of one width, which is a multiple of 16 where gate and up are one linear
+    Mlp shared;                 // no parts: none; else likewise
     const float* shared_gate = nullptr;  // [hidden]
     // Gemma 4: experts read the stream through a norm of their own, and both outputs are normed before they are added.
     const float *routed_norm = nullptr, *shared_post_norm = nullptr, *routed_post_norm = nullptr;  // [hidden]

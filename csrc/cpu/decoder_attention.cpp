@@ -5,31 +5,19 @@
 #include "decoder_pass.h"
 
 namespace amq {
-namespace {
 
-// What the parts of one attention share. Rows of `wide` hold q (and gates), k and v of all heads.
-struct View {
-    const Attention& op;
-    const Pass& pass;
-    const DecoderModel& m;
-
-    int64_t group() const { return op.n_heads / op.n_kv_heads; }
-    CacheView cache(const Segment& segment, int64_t kv_head) const {
-        return {pass.cache + op.cache_offset + kv_head * m.head_bytes(op), segment.pages, m.page_bytes};
-    }
-};
-
-}  // namespace
+CacheView DecoderPass::head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const {
+    return {pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op), segment.pages, m_.page_bytes};
+}
 
 // Keys and values of a row's KV head into the cache; `key` and `value` [head_dim] are changed in place.
 void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_t position, int64_t kv_head, float* key,
                              float* value) {
-    const View view{op, pass_, m_};
     if (op.keys_are_values) std::copy_n(key, op.head_dim, value);
     if (op.v_norm) vector_.rms_norm(value, op.v_norm, m_.epsilon, op.head_dim, value);
     if (op.k_norm) vector_.rms_norm(key, op.k_norm, m_.epsilon, op.head_dim, key);
     rotate(op, segment, position, key);
-    vector_.store[m_.cache == Element::half](view.cache(segment, kv_head), position, key, value,
+    vector_.store[m_.cache == Element::half](head_cache(op, segment, kv_head), position, key, value,
                                              static_cast<int>(op.head_dim));
 }
 
@@ -92,7 +80,7 @@ void DecoderPass::apply(const Step& step, const Attention& op) {
 // Work of attention: for every segment, KV head and tile of query rows (token by token, the head's group within) all
 // positions, or one span of them.
 void DecoderPass::attend(const Attention& op) {
-    const int64_t group = op.n_heads / op.n_kv_heads;
+    const int64_t group = op.group();
     const auto each = [&](const auto& visit) {
         for (const Segment& segment : pass_.segments)
             for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head)
@@ -118,14 +106,13 @@ void DecoderPass::attend(const Attention& op) {
 // The first position of a span that the query row `first` of a KV head, or one after it, sees.
 int64_t DecoderPass::first_span(const Attention& op, const Segment& segment, int64_t first) const {
     if (op.window == 0) return 0;
-    const int64_t position = segment.position + first / (op.n_heads / op.n_kv_heads);
+    const int64_t position = segment.position + first / op.group();
     return std::max<int64_t>(0, position - op.window + 1) / kSpan * kSpan;
 }
 
 void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64_t kv_head, int64_t first, int64_t begin,
                               int64_t end) {
-    const View view{op, pass_, m_};
-    const int64_t group = view.group();
+    const int64_t group = op.group();
     const int head_dim = static_cast<int>(op.head_dim);
     const int n_rows = static_cast<int>(std::min<int64_t>(vector_.query_rows, segment.rows * group - first));
     alignas(64) float values[2][kMaxQueryRows][kMaxHeadDim];
@@ -141,7 +128,7 @@ void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64
         std::fill(values[0][i], values[0][i] + head_dim, 0.0f);
     }
     const auto kernel = vector_.attend[m_.cache == Element::half];
-    const CacheView cache = view.cache(segment, kv_head);
+    const CacheView cache = head_cache(op, segment, kv_head);
     const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
     for (int64_t p = start; p < end; p += kSpan) {
         kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end), op.softcap}, parts);
@@ -179,7 +166,7 @@ void DecoderPass::finish_head(const Attention& op, int64_t head, Partial& sum, f
 void DecoderPass::merge_row(const Attention& op, int64_t row) {
     const Segment& segment = segment_of(row);
     const int64_t token = row - segment.first_row, spans = (segment.position + token) / kSpan + 1;
-    const int64_t group = op.n_heads / op.n_kv_heads;
+    const int64_t group = op.group();
     for (int64_t head = 0; head < op.n_heads; ++head) {
         alignas(64) float values[kMaxHeadDim];
         Partial sum{-INFINITY, 0, values};

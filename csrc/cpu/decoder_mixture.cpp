@@ -14,7 +14,6 @@
 
 #include "decoder_pass.h"
 #include "decoder_router.h"
-#include "prepare.h"
 
 namespace amq {
 namespace {
@@ -28,14 +27,6 @@ constexpr int64_t kScoreRows = 16, kScoreExperts = 4;
 // Rows that an expert's input takes at most, in whole panels; entries of a batch, which may be of one expert alone.
 int64_t padded_rows(int64_t rows) { return rows <= kGemvRows ? kGemvRows : ceil_div(rows, kLanes) * kLanes; }
 int64_t batch_entries(int64_t max_rows) { return std::max(kEntries, padded_rows(max_rows)); }
-
-// What a tile costs beside those of other experts: its bytes, and its rows, of which some eight take as long as to read it
-// from memory.
-int64_t tile_cost(const LinearPart& part, const LinearCall& call) {
-    const int64_t bytes = part.format < 0 ? kLanes * call.in_features * element_bytes(part.element)
-                                          : tile_bytes(tile_bits(part.format), call.in_features, call.group_size, kLanes);
-    return bytes * (8 + call.rows) / 8;
-}
 
 // One expert with its rows in a batch, or the shared one with all of them.
 struct ExpertRows {
@@ -276,7 +267,7 @@ private:
 
     void gate_and_up(const ExpertRows& e, const LinearJob& job, int64_t begin, int64_t end) const {
         const Mlp& mlp = *e.mlp;
-        const int64_t wide = mlp.wide(), tiles = wide / kLanes;  // both halves of one linear begin at a tile
+        const int64_t wide = mlp.wide(), tiles = wide / kLanes;  // where both halves of one linear begin
         job.run_tiles(0, begin, end);
         if (mlp.activation != Activation::relu2) {
             const bool fused = mlp.in.parts.size() == 1;

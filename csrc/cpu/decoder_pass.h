@@ -40,7 +40,8 @@ private:
     void apply(const Step& step, const PerLayerInput& op);  // decoder_mlp.cpp
     void apply(const Step& step, const Mixture& op);        // decoder_mixture.cpp
 
-    // decoder_attention.cpp
+    // decoder_attention.cpp; rows of `wide` hold q (and gates), k and v of all heads
+    CacheView head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const;
     void rotate_and_store(const Attention& op);
     void store_head(const Attention& op, const Segment& segment, int64_t position, int64_t kv_head, float* key, float* value);
     void rotate(const Attention& op, const Segment& segment, int64_t position, float* x);

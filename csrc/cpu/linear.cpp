@@ -65,6 +65,10 @@ int64_t part_tile_bytes(const LinearPart& part, int64_t in_features, int64_t gro
 
 }  // namespace
 
+int64_t tile_cost(const LinearPart& part, const LinearCall& call) {
+    return part_tile_bytes(part, call.in_features, call.group_size) * (8 + call.rows) / 8;
+}
+
 LinearJob::LinearJob(const LinearCall& call, const Isa& isa) : call_(call), isa_(isa), kernels_(isa.linear()) {
     task_.rows = call.rows;
     task_.in_features = call.in_features;
@@ -222,12 +226,6 @@ void each_list(const std::vector<int64_t>& sizes, int64_t begin, int64_t end, co
     }
 }
 
-// What a tile of a call costs beside those of others: its bytes, and its rows, of which some ten take as long as to read
-// it from memory.
-int64_t grouped_tile_cost(const LinearCall& call) {
-    return part_tile_bytes(call.parts[0], call.in_features, call.group_size) * (8 + call.rows) / 8;
-}
-
 // Calls of one part each, of at most kCallRows rows.
 void run_group(const std::vector<LinearCall>& calls, const Isa& isa, int threads) {
     std::vector<LinearJob> jobs;
@@ -241,7 +239,7 @@ void run_group(const std::vector<LinearCall>& calls, const Isa& isa, int threads
         bytes += ceil_div(job.memory_bytes(), kCacheLine) * kCacheLine;
         elements += call.rows * call.in_features;
         all_units += units.emplace_back(job.padded_rows() / job.row_unit());
-        total += costs.emplace_back(job.n_tiles(0) * grouped_tile_cost(call));
+        total += costs.emplace_back(job.n_tiles(0) * tile_cost(call.parts[0], call));
     }
     char* memory = Workspace::get(bytes);
     for (size_t i = 0; i < jobs.size(); ++i) jobs[i].place(memory + places[i]);
@@ -255,7 +253,7 @@ void run_group(const std::vector<LinearCall>& calls, const Isa& isa, int threads
     });
     parallel_rows(total, useful(total, kBytesPerThread), [&](int64_t begin, int64_t end) {
         each_list(costs, begin, end, [&](size_t i, int64_t first, int64_t last) {
-            const int64_t cost = grouped_tile_cost(calls[i]);  // a tile belongs to the range that it begins in
+            const int64_t cost = tile_cost(calls[i].parts[0], calls[i]);  // a tile belongs to the range that it begins in
             jobs[i].run_tiles(0, ceil_div(first, cost), ceil_div(last, cost));
         });
     });

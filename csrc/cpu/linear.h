@@ -97,6 +97,10 @@ struct LinearCall {
     const int32_t* x_rows = nullptr;  // [rows]: which row of x each one is; nullptr: in order
 };
 
+// What a tile of a call's part costs beside those of other calls: its bytes, and its rows, of which some eight take as long as
+// to read it from memory.
+int64_t tile_cost(const LinearPart& part, const LinearCall& call);
+
 // Ranges of tiles that begin at multiples of this one and have a multiple of it lose no speed by it.
 constexpr int64_t kTileUnit = 6;
 
