@@ -32,7 +32,7 @@ TESTS = (
     *("test_linear.py", "test_linear_faults.py", "test_native.py", "test_split_coder.py"),
     *("test_grouped.py", "test_quantize_gptq.py", "test_symmetric.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
-    "test_decoder_spec.py",
+    *("test_decoder_spec.py", "test_decoder_random.py"),
     *(f"test_engine_families.py::test_a_sequence_does_not_depend_on_what_shares_its_passes[{case}]" for case in CASES),
 )
 LEFT_OUT = "environment or gil or non_finite or nan_and_infinity or huge_activations or tiny_activations"
