@@ -28,6 +28,7 @@ NEEDED = ("hidden_activation", "query_pre_attn_scalar", "layer_types")
 
 @dataclass(frozen=True)
 class GemmaConfig(TextConfig):
+    hidden_activation: str | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -41,11 +42,19 @@ class GemmaConfig(TextConfig):
 
     @property
     def activation(self) -> str:
-        return known_activation(self.hidden_activation or self.hidden_act or "")
+        return known_activation(self.hidden_activation or "")
+
+
+@dataclass(frozen=True)
+class _FirstConfig(GemmaConfig):
+    @property
+    def activation(self) -> str:
+        """Of the first Gemma, whose files say `gelu` and mean this one, as transformers does."""
+        return known_activation("gelu_pytorch_tanh" if self.hidden_act == "gelu" else self.hidden_act or "")
 
 
 def gemma(origin: Origin) -> DecoderSpec:
-    config = _record(origin, "hidden_act")
+    config = _record(origin, _FirstConfig, "hidden_act")
     hidden, bias, steps = config.hidden_size, bool(config.attention_bias), []
     for layer in range(config.num_hidden_layers):
         block = origin.block(layer)
@@ -56,21 +65,23 @@ def gemma(origin: Origin) -> DecoderSpec:
                 one_more(f"{block}.post_attention_layernorm", hidden),
             ),
         ]
-    return _decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return _decoder(origin, config, steps, [rope(origin, config)])
 
 
 def gemma2(origin: Origin) -> DecoderSpec:
-    config = _record(origin, *NEEDED)
+    config = _record(origin, GemmaConfig, *NEEDED)
     softcap = config.attn_logit_softcapping or 0.0
     steps = _steps(origin, config, {FULL: 0, SLIDING: 0}, softcap, normed=False)
-    return _decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return _decoder(origin, config, steps, [rope(origin, config)])
 
 
 def gemma3(origin: Origin) -> DecoderSpec:
     """Its `attn_logit_softcapping` is not used by transformers, and not here."""
-    config = _record(origin, *NEEDED)
+    config = _record(origin, GemmaConfig, *NEEDED)
+    if config.final_logit_softcapping is not None and origin.inside:
+        raise Unsupported("config.json says final_logit_softcapping of a Gemma 3 with images, which does not have it")
     kinds = sorted(set(config.layer_types or ()))
-    ropes = [rope(origin, config, layers=kind, partial=False) for kind in kinds]
+    ropes = [rope(origin, config, layers=kind) for kind in kinds]
     steps = _steps(origin, config, {kind: index for index, kind in enumerate(kinds)}, 0.0, normed=True)
     return _decoder(origin, config, steps, ropes)
 
@@ -93,8 +104,8 @@ def sandwich(block: str, hidden: int, attention: Operator, feedforward: Operator
     ]
 
 
-def _record(origin: Origin, *needed: str) -> GemmaConfig:
-    config = origin.record(GemmaConfig, "intermediate_size", "head_dim", *needed)
+def _record(origin: Origin, kind: type[GemmaConfig], *needed: str) -> GemmaConfig:
+    config = origin.record(kind, "intermediate_size", "head_dim", *needed)
     if config.use_bidirectional_attention:
         raise Unsupported("config.json says use_bidirectional_attention, which the native engine has not")
     return config

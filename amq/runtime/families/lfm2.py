@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from amq.model import shape
 from amq.runtime.decoder_spec import SILU, Array, Attention, DecoderSpec, Mixture, Mlp, ShortConv, Step
@@ -32,6 +32,9 @@ MLP = ("w1", "w3", "w2")
 class Lfm2Config(MixtureConfig):
     """Names of older files are `block_ff_dim` and `tie_embedding`, which win."""
 
+    NORM: ClassVar[str] = "norm_eps"
+
+    norm_eps: float | None = None
     conv_L_cache: int = 0
     conv_bias: bool = False
     full_attn_idxs: list[int] | None = None
@@ -101,6 +104,8 @@ def _config(origin: Origin, *needed: str) -> Lfm2Config:
         config = replace(config, tie_word_embeddings=config.tie_embedding)
     if config.intermediate_size is None:
         raise Unsupported("config.json does not say intermediate_size")
+    if config.conv_L_cache < 2:
+        raise Unsupported("the native engine has convolutions over two positions or more (conv_L_cache)")
     return config
 
 

@@ -49,7 +49,7 @@ def smollm3(origin: Origin) -> DecoderSpec:
         feedforward = mlp(f"{block}.mlp", hidden, config.intermediate_size or 0, config.activation, mlp_bias)
         op = attention(f"{block}.self_attn", config, bias, bias, rotary, window=window)
         steps += prenorm(block, hidden, op, feedforward)
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])
 
 
 def ministral(origin: Origin) -> DecoderSpec:
@@ -93,7 +93,7 @@ def _without_biases(origin: Origin, config: TextConfig, seen: list[int],
         op = attention(f"{block}.self_attn", config, window=window, position_scale=position_scale)
         feedforward = mlp(f"{block}.mlp", hidden, config.intermediate_size or 0, config.activation)
         steps += prenorm(block, hidden, op, feedforward)
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])
 
 
 def arcee(origin: Origin) -> DecoderSpec:
@@ -109,4 +109,4 @@ def arcee(origin: Origin) -> DecoderSpec:
             for name, count, out in (("up_proj", hidden, wide), ("down_proj", wide, hidden))
         )
         steps += prenorm(block, hidden, attention(f"{block}.self_attn", config, bias, bias), Mlp(up, down, RELU2))
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])
