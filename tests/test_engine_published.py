@@ -1,4 +1,4 @@
-"""What files of published models say is understood: the spec has a place for every tensor of the model, and no others."""
+"""What files of published models say is understood: a spec has a place for every tensor of a model, and no others."""
 
 from __future__ import annotations
 
@@ -18,12 +18,9 @@ def test_the_config_of(name: str) -> None:
     """Once transformers has read it and written it into a checkpoint, with its defaults or without."""
     said = copy.deepcopy(CONFIGS[name])
     config = AutoConfig.for_model(**said)
-    with_images = "text_config" in said
-    written = (config.to_dict(), config.to_diff_dict())
-    assert (
-        bool(check(config, AutoModelForImageTextToText if with_images else AutoModelForCausalLM, written))
-        == with_images
-    )
+    auto = AutoModelForImageTextToText if "text_config" in said else AutoModelForCausalLM
+    beside = check(config, auto, written=(config.to_dict(), config.to_diff_dict()))
+    assert bool(beside) == ("text_config" in said)
 
 
 def test_families_that_are_published() -> None:
