@@ -387,7 +387,7 @@ def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
         except Exception as error:  # transformers' validators raise types of their own, its formulas whatever they met
             raise AmqError(
                 f"{origin.file}: transformers cannot make a rotary embedding of kind {kind} from it "
-                f"({type(error).__name__}: {error}); the file is damaged or was edited"
+                f"({type(error).__name__}: {shorten(str(error), 300)}); the file is damaged or was edited"
             ) from error
         if frequencies.ndim != 1 or not bool(frequencies.isfinite().all()):
             raise AmqError(
