@@ -243,6 +243,23 @@ def test_long_texts_have_their_own_angles() -> None:
     assert found.factor == found.long_factor == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
 
 
+def test_where_texts_are_long_is_said_outside_of_rope_parameters_first() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [4.0] * 48,
+        "original_max_position_embeddings": 2048,
+    }  # fmt: skip
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 1024, "max_position_embeddings": 8192}
+    config = said("phi3", changes)
+    (found,) = read_spec(config, "config.json", ()).ropes
+    assert found.border == 1024 and found.long_frequencies is not None
+    assert torch.allclose(found.long_frequencies * 4, found.frequencies)
+    del config["original_max_position_embeddings"]
+    assert (
+        read_spec(config, "config.json", ()).ropes[0].border
+        == transformers.Phi3Config().original_max_position_embeddings
+    )
+
+
 def test_queries_far_into_a_text_are_scaled() -> None:
     spec = read_spec(said("ministral3", {}), "config.json", ())
     scale = spec.parts(Attention)[0].position_scale
@@ -263,9 +280,24 @@ def test_the_first_gemma_reads_hidden_act_alone(said_: str, activation: str) -> 
     assert {mlp.activation for mlp in read_spec(config, "config.json", ()).parts(Mlp)} == {activation}
 
 
-def test_lfm2_reads_its_own_key_of_norms() -> None:
-    spec = read_spec(said("lfm2", {"norm_eps": 1e-4, "rms_norm_eps": 1e-6}), "config.json", ())
-    assert spec.epsilon == 1e-4
+def test_the_first_gemma_caps_no_logits() -> None:
+    assert not read_spec(said("gemma", {"final_logit_softcapping": 30.0}), "config.json", ()).logit_softcap
+
+
+@pytest.mark.parametrize("key", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_gemma_2_has_caps_where_it_says_none(key: str) -> None:
+    config = said("gemma2", {key: None})
+    read_spec(config, "config.json", ())
+    del config[key]
+    with pytest.raises(Unsupported, match=f"does not say {key}"):
+        read_spec(config, "config.json", ())
+
+
+def test_lfm2_reads_its_own_key_of_norms_and_no_activation() -> None:
+    spec = read_spec(
+        said("lfm2_moe", {"norm_eps": 1e-4, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}), "config.json", ()
+    )
+    assert spec.epsilon == 1e-4 and {mlp.activation for mlp in spec.parts(Mlp)} == {"silu"}
 
 
 def test_a_gemma_3_with_images_caps_no_logits() -> None:

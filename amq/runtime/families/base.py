@@ -8,7 +8,8 @@ that names the file and the key: another path would do worse with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -298,13 +299,10 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
         if kind == "linear":
             frequencies /= _factor(rotary)
         return Rope(2 * len(frequencies), frequencies)
-    made = _rope_of_transformers(origin, kind, layers)
+    made, border = _rope_of_transformers(origin, kind, layers)
     if kind != "longrope":
         frequencies, factor = made(None)
         return Rope(2 * len(frequencies), frequencies, factor)
-    border = shape.size(rotary.parameters, "original_max_position_embeddings") or shape.size(
-        origin.raw, "original_max_position_embeddings"
-    )
     if border is None:
         raise Unsupported("config.json does not say original_max_position_embeddings of its longrope")
     (short, factor), (long, long_factor) = made(border), made(border + 1)
@@ -370,25 +368,34 @@ class _RopeNumbers:
         check_range(self, "partial_rotary_factor", least=0, most=1)
 
 
-def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
+def _rope_of_transformers(
+    origin: Origin, kind: str, layers: str
+) -> tuple[Callable[[int | None], tuple[Tensor, float]], int | None]:
     """A function of a text's length (None: any) that gives frequencies, float32 [rotary / 2], and the factor of cos
-    and sin."""
+    and sin; and original_max_position_embeddings, which may be said in two places, as transformers understands it."""
     with needs("models", f"a rotary embedding of kind {kind}, which {origin.file} asks for,"):
         from transformers import AutoConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    def make(length: int | None) -> tuple[Tensor, float]:
+    @contextmanager
+    def named() -> Iterator[None]:
         try:
-            raw = {key: v for key, v in origin.raw.items() if key != "quantization_config"}
-            known = AutoConfig.for_model(**raw)
-            more = {"layer_type": layers} if layers else {}
-            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](known, torch.device("cpu"), seq_len=length, **more)
-            frequencies, factor = frequencies.float(), float(factor)
+            yield
         except Exception as error:  # transformers' validators raise types of their own, its formulas whatever they met
             raise AmqError(
                 f"{origin.file}: transformers cannot make a rotary embedding of kind {kind} from it "
                 f"({type(error).__name__}: {shorten(str(error), 300)}); the file is damaged or was edited"
             ) from error
+
+    with named():
+        known = AutoConfig.for_model(**{key: v for key, v in origin.raw.items() if key != "quantization_config"})
+        parameters = known.rope_parameters[layers] if layers else known.rope_parameters
+
+    def make(length: int | None) -> tuple[Tensor, float]:
+        more = {"layer_type": layers} if layers else {}
+        with named():
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](known, torch.device("cpu"), seq_len=length, **more)
+            frequencies, factor = frequencies.float(), float(factor)
         if frequencies.ndim != 1 or not bool(frequencies.isfinite().all()):
             raise AmqError(
                 f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, "
@@ -396,4 +403,4 @@ def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
             )
         return frequencies, factor
 
-    return make
+    return make, shape.size(parameters, "original_max_position_embeddings")

@@ -65,14 +65,16 @@ def gemma(origin: Origin) -> DecoderSpec:
                 one_more(f"{block}.post_attention_layernorm", hidden),
             ),
         ]
-    return _decoder(origin, config, steps, [rope(origin, config)])
+    return _decoder(origin, config, steps, [rope(origin, config)], softcap=None)
 
 
 def gemma2(origin: Origin) -> DecoderSpec:
     config = _record(origin, GemmaConfig, *NEEDED)
-    softcap = config.attn_logit_softcapping or 0.0
-    steps = _steps(origin, config, {FULL: 0, SLIDING: 0}, softcap, normed=False)
-    return _decoder(origin, config, steps, [rope(origin, config)])
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):  # null is said, too
+        if key not in origin.raw:
+            raise Unsupported(f"config.json does not say {key}")
+    steps = _steps(origin, config, {FULL: 0, SLIDING: 0}, config.attn_logit_softcapping or 0.0, normed=False)
+    return _decoder(origin, config, steps, [rope(origin, config)], config.final_logit_softcapping)
 
 
 def gemma3(origin: Origin) -> DecoderSpec:
@@ -83,7 +85,7 @@ def gemma3(origin: Origin) -> DecoderSpec:
     kinds = sorted(set(config.layer_types or ()))
     ropes = [rope(origin, config, layers=kind) for kind in kinds]
     steps = _steps(origin, config, {kind: index for index, kind in enumerate(kinds)}, 0.0, normed=True)
-    return _decoder(origin, config, steps, ropes)
+    return _decoder(origin, config, steps, ropes, config.final_logit_softcapping)
 
 
 def one_more(name: str, count: int) -> Array:
@@ -126,7 +128,9 @@ def _steps(origin: Origin, config: GemmaConfig, ropes: Mapping[str, int], softca
     return steps
 
 
-def _decoder(origin: Origin, config: GemmaConfig, steps: Sequence[Step], ropes: Sequence[Rope]) -> DecoderSpec:
+def _decoder(origin: Origin, config: GemmaConfig, steps: Sequence[Step], ropes: Sequence[Rope],
+             softcap: float | None) -> DecoderSpec:  # fmt: skip
+    """softcap: of logits."""
     return decoder(origin, config, steps, ropes, final_norm=one_more(f"{origin.root}norm", config.hidden_size),
                    embedding_scale=config.hidden_size**0.5,
-                   logit_softcap=config.final_logit_softcapping or 0.0)  # fmt: skip
+                   logit_softcap=softcap or 0.0)  # fmt: skip

@@ -57,6 +57,11 @@ class Lfm2Config(MixtureConfig):
         check_range(self, "routed_scaling_factor", least=-LARGEST, most=LARGEST)
 
     @property
+    def activation(self) -> str:
+        """Of MLPs and experts, whatever hidden_act says."""
+        return SILU
+
+    @property
     def kinds(self) -> list[str]:
         """Of each layer."""
         layers = range(self.num_hidden_layers)
@@ -110,7 +115,7 @@ def _config(origin: Origin, *needed: str) -> Lfm2Config:
 
 
 def _dense(config: Lfm2Config, block: str, wide: int) -> Mlp:
-    return mlp(f"{block}.feed_forward", config.hidden_size, wide, SILU, names=MLP)
+    return mlp(f"{block}.feed_forward", config.hidden_size, wide, config.activation, names=MLP)
 
 
 def _model(origin: Origin, config: Lfm2Config, feed_forward: Callable[[str, int], Mlp | Mixture]) -> DecoderSpec:

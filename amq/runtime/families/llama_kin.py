@@ -25,6 +25,8 @@ from amq.runtime.families.base import (
 )  # fmt: skip
 from amq.util.records import check_range, parse_record
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 @dataclass(frozen=True)
 class _SmolLM3Config(TextConfig):
@@ -77,7 +79,9 @@ def ministral3(origin: Origin) -> DecoderSpec:
     config = origin.record(TextConfig, "intermediate_size")
     rotary = shape.ModelShape.of(origin.raw).rotary.get("")
     said = dict(rotary.parameters) if rotary else {}
-    for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+    if rotary and rotary.kind in ("llama3", "yarn", "longrope") and ORIGINAL in origin.raw:  # transformers prefers it
+        said[ORIGINAL] = origin.raw[ORIGINAL]
+    for key in ("llama_4_scaling_beta", ORIGINAL):
         if said.get(key) is None:
             raise Unsupported(f"config.json does not say {key} in rope_parameters")
     scale = parse_record(said, _QueryScale, origin.file)
