@@ -154,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, metavar="DIR")
     parser.add_argument("--shape", choices=list(SMOKE), default="30B-A3B")
-    parser.add_argument("--most", default="4.5GiB", metavar="SIZE", help="of the checkpoint's weights (default 4.5GiB)")
+    parser.add_argument("--most", default="3.5GiB", metavar="SIZE", help="of the checkpoint's weights (default 3.5GiB)")
     parser.add_argument("--layers", type=int, default=0, metavar="N", help="default: as many as --most holds")
     parser.add_argument("--peers", default=",".join(PEERS), metavar="LIST", help=f"of {', '.join(PEERS)}; empty: none")
     parser.add_argument("--prompt", default="512", metavar="LIST")

@@ -103,7 +103,7 @@ def test_layers_of_a_file_again_and_again(tmp_path: Path) -> None:
     """Twice two layers of a mixture; of its experts a token reads two of eight."""
     gguf = pytest.importorskip("gguf")
     short, long = tmp_path / "model.gguf", tmp_path / "long.gguf"
-    mixture_file(tmp_path, short)
+    random_file(tmp_path, short, "tiny-moe", 2)
     gguf_layers.repeat_layers(short, long, 4)
     one, two = (gguf.GGUFReader(path) for path in (short, long))
     assert [int(reader.fields["qwen3moe.block_count"].contents()) for reader in (one, two)] == [2, 4]
@@ -121,11 +121,23 @@ def test_layers_of_a_file_again_and_again(tmp_path: Path) -> None:
         gguf_layers.repeat_layers(short, tmp_path / "odd.gguf", 3)
 
 
-def mixture_file(folder: Path, path: Path) -> None:
-    """A random Qwen3-MoE of two layers as GGUF."""
+def test_layers_of_a_hybrid_again_and_again(tmp_path: Path) -> None:
+    """Four layers have as many as the rotary embedding has sections, which are no more in a longer file."""
+    gguf = pytest.importorskip("gguf")
+    random_file(tmp_path, tmp_path / "model.gguf", "tiny-hybrid", 4)
+    gguf_layers.repeat_layers(tmp_path / "model.gguf", tmp_path / "long.gguf", 8)
+    fields = [gguf.GGUFReader(tmp_path / name).fields for name in ("model.gguf", "long.gguf")]
+    one, two = (
+        {key: entry.contents() for key, entry in found.items() if key.startswith("qwen35.")} for found in fields
+    )
+    assert len(one["qwen35.rope.dimension_sections"]) == 4 and one | {"qwen35.block_count": 8} == two
+
+
+def random_file(folder: Path, path: Path, shape: str, layers: int) -> None:
+    """A random model as GGUF."""
     tokenizer = random_models.small_tokenizer(folder / "tokenizer")
     formats = random_models.Formats(group_size=32)
-    random_models.write_random(folder / "in", random_models.SHAPES["tiny-moe"].model(2), formats, tokenizer)
+    random_models.write_random(folder / "in", random_models.SHAPES[shape].model(layers), formats, tokenizer)
     export(folder / "in", "gguf", folder / "out")
     (folder / "out" / "model.gguf").rename(path)
 
@@ -137,11 +149,14 @@ def mixture_file(folder: Path, path: Path) -> None:
         (ik_llama, ik_llama.IkLlama, "ik-llama-cpp-python is the peer"),
     ],
 )
-def test_peers_of_wheels_run_a_tiny_mixture(module: Any, engine: Any, package: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape, layers", [("tiny-moe", 2), ("tiny-hybrid", 4)])
+def test_peers_of_wheels_run_tiny_models(
+    shape: str, layers: int, module: Any, engine: Any, package: str, tmp_path: Path
+) -> None:
     if module.unsupported_reason():
         pytest.skip(f"{package} that this measures")
     pytest.importorskip("gguf")
-    mixture_file(tmp_path, tmp_path / "model.gguf")
+    random_file(tmp_path, tmp_path / "model.gguf", shape, layers)
     with ChildProcess(engine, str(tmp_path / "model.gguf"), 1, module.CONFIGURATIONS[-1], 0) as worker:
         facts = worker.call("facts")
         assert facts["vocab_size"] == 320 and "AVX2" in facts["description"]

@@ -152,7 +152,7 @@ DAMAGED: dict[str, tuple[str, dict[str, Any], str]] = {
         "expected a divisor of num_attention_heads 8",
     ),
     "more experts than there are": (
-        "gemma4_text", {"num_experts": 4, "top_k_experts": 5}, "expected top_k_experts of at most 4",
+        "gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5}, "top_k_experts of at most 4",
     ),
     "more experts chosen than there are": (
         "qwen3_moe", {"num_experts_per_tok": 129}, "to 129 experts, expected 1 to 128",

@@ -86,6 +86,19 @@ def test_a_file_has_every_tensor_in_its_shape_type_and_numbers(name: str, tmp_pa
     _check_experts(checkpoint, tensors)
 
 
+@pytest.mark.parametrize("name", ["qwen3_5_moe_text", "gemma2"])
+def test_a_file_is_the_same_made_row_by_row(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large head is encoded a few rows at a time."""
+    checkpoint = checkpoint_of(tmp_path / "in", built(name))
+    files, said = [], []
+    for folder, numbers in ((tmp_path / "whole", 1 << 30), (tmp_path / "rows", 1), (tmp_path / "odd", 1000)):
+        monkeypatch.setattr(gguf_export, "NUMBERS_AT_ONCE", numbers)
+        folder.mkdir()
+        said.append(gguf_export.write(checkpoint, folder))
+        files.append((folder / gguf_export.FILE).read_bytes())
+    assert files[0] == files[1] == files[2] and said[0] == said[1] == said[2]
+
+
 def _exact(checkpoint: Checkpoint, plan: Any, source: str) -> torch.Tensor:
     weight = dequantize(checkpoint.packed(source)) if plan.packed else checkpoint.tensor(source)
     weight = weight if plan.order is None else weight[plan.order]

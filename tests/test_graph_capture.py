@@ -15,7 +15,7 @@ import torch
 from helpers.tiny_models import tiny_llama
 from transformers.cache_utils import StaticLayer
 
-from amq.runtime import torch_engine
+from amq.runtime.cuda_graphs import cuda_graph
 from amq.runtime.torch_engine import TorchEngine
 
 POOL = (1, 0)
@@ -128,7 +128,7 @@ def step_that(cuda: Cuda, error: Exception | None, invalid: bool):
     ),
 )
 def test_a_failed_capture_leaves_everything_as_it_was(cuda: Cuda, error: Exception | None, invalid: bool) -> None:
-    main, capture = cuda.stream, torch_engine._cuda_graph(torch.device("cuda", 0))
+    main, capture = cuda.stream, cuda_graph(torch.device("cuda", 0))
     with pytest.raises(RuntimeError, match=str(error or "previous error")):
         capture(step_that(cuda, error, invalid))
     assert cuda.stream is main and not cuda.recording and not cuda.capturing
@@ -136,7 +136,7 @@ def test_a_failed_capture_leaves_everything_as_it_was(cuda: Cuda, error: Excepti
 
 
 def test_a_failed_second_capture_leaves_the_pool_to_the_first(cuda: Cuda) -> None:
-    capture = torch_engine._cuda_graph(torch.device("cuda", 0))
+    capture = cuda_graph(torch.device("cuda", 0))
     replay = capture(step_that(cuda, None, False))
     with pytest.raises(RuntimeError):
         capture(step_that(cuda, RuntimeError("no"), True))

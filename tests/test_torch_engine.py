@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from helpers.families import FAMILIES
 from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,8 +48,8 @@ class Recorded:
 
 
 def logits_after(engine: TorchEngine, tokens: list[int], parts: list[int], slot: Any = None) -> Tensor:
-    """The logits after each part of `tokens`."""
-    slot = slot or engine.open(tokens, 1)
+    """The logits after each part of `tokens`, all of them computed."""
+    slot = slot or engine.open(tokens, 1, reuse=False)
     rows, start = [], 0
     for part in parts:
         rows.append(engine.forward([Segment(slot, tokens[start : start + part])])[0].clone())
@@ -58,6 +59,7 @@ def logits_after(engine: TorchEngine, tokens: list[int], parts: list[int], slot:
 
 
 GROWING, STATIC = ("llama", "gemma2", "mistral", "phi3"), ("llama", "gemma3", "mistral", "opt", "mixtral")
+WINDOWS = ("gemma2", "gemma3", "mistral")
 
 
 @pytest.mark.parametrize("name, static", [(n, False) for n in GROWING] + [(n, True) for n in STATIC])
@@ -78,7 +80,7 @@ def test_parts_of_a_prompt_and_steps_give_what_a_whole_forward_gives(name: str, 
     assert static == ("captured" in engine.banner)
 
 
-def test_models_with_a_recurrent_state_get_their_prompts_whole() -> None:
+def test_models_that_do_not_go_on_from_a_state_get_their_prompts_whole() -> None:
     options = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 256, "eos_token_id": None}
     mamba = randomized(transformers.MambaForCausalLM(transformers.MambaConfig(**options)), 0)
     griffin = ARCHITECTURES["llama"].config().to_dict() | {"lru_width": 64, "attention_window_size": 16}
@@ -90,7 +92,7 @@ def test_models_with_a_recurrent_state_get_their_prompts_whole() -> None:
             whole = model(torch.tensor([tokens])).logits[0]
         engine = TorchEngine(model, context=64, max_rows=20)
         for _ in range(2):
-            slot = engine.open(tokens, 1)
+            slot = engine.open(tokens, 1, reuse=False)
             assert not len(engine.forward([Segment(slot, tokens[:20], False)]))
             rows = [engine.forward([Segment(slot, tokens[a:b])])[0] for a, b in ((20, 30), (30, 31), (31, 40))]
             torch.testing.assert_close(torch.stack(rows), whole[[29, 30, 39]], atol=2e-5, rtol=1e-5)
@@ -180,13 +182,29 @@ def test_models_without_a_cache_are_refused() -> None:
         TorchEngine(with_forward(ARCHITECTURES["llama"].build(), forgetful))
 
 
-def test_what_a_cache_holds_is_found() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_cache_holds_is_found(dtype: torch.dtype) -> None:
     options = {"hidden_size": 64, "num_hidden_layers": 2, "state_size": 8, "vocab_size": 256, "eos_token_id": None}
-    mamba = randomized(transformers.MambaForCausalLM(transformers.MambaConfig(**options)), 0)
-    assert try_cache(mamba, CACHE_ARGUMENTS).recurrent
+    mamba = randomized(transformers.MambaForCausalLM(transformers.MambaConfig(**options)), 0).to(dtype)
+    use = try_cache(mamba, CACHE_ARGUMENTS)
+    assert use.recurrent and not (use.plain or use.crops or use.continues)
     for name in {*GROWING, *STATIC}:
-        use = try_cache(ARCHITECTURES[name].build(), CACHE_ARGUMENTS)
+        use = try_cache(ARCHITECTURES[name].build().to(dtype), CACHE_ARGUMENTS)
         assert not use.recurrent and use.layers == 3 and use.options == {"logits_to_keep": 1}, name
+        assert use.crops and use.continues and use.plain == (name not in WINDOWS), name
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "lfm2", "granitemoehybrid"])
+def test_states_that_a_model_goes_on_from_with_several_tokens(name: str) -> None:
+    """Of transformers 5.24: older versions may go on from some of them token by token alone."""
+    model, tokens = FAMILIES[name].build(), random_tokens(1, 40)[0].tolist()
+    use = try_cache(model, CACHE_ARGUMENTS)
+    assert use.recurrent and not (use.plain or use.crops)
+    assert use.continues or tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 24)
+    with torch.no_grad():
+        whole = model(torch.tensor([tokens])).logits[0]
+    rows = logits_after(TorchEngine(model, context=64, max_rows=20), tokens, [16, 1, 17, 1, 5])
+    torch.testing.assert_close(rows, whole[[15, 16, 33, 34, 39]], atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name, options", [("phi3", LONGROPE), ("llama", DYNAMIC)])
@@ -209,7 +227,7 @@ def test_rotary_tables_are_those_of_the_whole_text(name: str, options: dict[str,
             done += part
             if number % 10 == 9 or part > 1:
                 torch.testing.assert_close(row, whole(tokens[:done]), atol=1e-4, rtol=1e-4)
-                slot = engine.open(short, 1)
+                slot = engine.open(short, 1, reuse=False)
                 row = engine.forward([Segment(slot, short)])[0]
                 engine.close(slot)
                 torch.testing.assert_close(row, whole(short), atol=1e-4, rtol=1e-4)
@@ -274,7 +292,7 @@ def test_sequences_do_not_see_each_other(static: bool) -> None:
     engine = TorchEngine(model, context=40, max_sequences=2, capture=Recorded() if static else None)
     texts = [t.tolist() for t in random_tokens(2, 20)]
     alone = [logits_after(engine, tokens, [15, 5])[1] for tokens in texts]
-    a, b = (engine.open(tokens, 1) for tokens in texts)
+    a, b = (engine.open(tokens, 1, reuse=False) for tokens in texts)
     assert engine.open([1], 1) is None
     assert engine.forward([Segment(a, texts[0][:3], False), Segment(b, texts[1][:17], False)]).shape == (0, 256)
     assert engine.cached_tokens() == (20, 80)

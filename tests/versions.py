@@ -19,7 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("torch_engine", "hf", "models", "experts", "blocks", "linears", "shape", "runtime")
+TESTS = (
+    *("torch_engine", "torch_batch", "torch_kept", "torch_sequences", "hf", "models", "experts", "blocks", "linears"),
+    *("shape", "runtime"),
+)
 """Files of tests/ that load, run or save models in transformers' own classes."""
 VARIABLE = "AMQ_TEST_TRANSFORMERS"
 """Names the version that the tests must find (tests/test_versions.py)."""

@@ -6,6 +6,7 @@ head apart, so that the rows of q and k are written in another order; rows of a 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from amq.export.gguf_types import TYPES, decode, encode
 from amq.model.gguf.families import Family, find_family, keys_of
 from amq.model.gguf.rope_keys import rope_of, rope_tensors
 from amq.model.shape import ModelShape
-from amq.packing import dequantize
+from amq.packing import PackedWeight, dequantize
 
 FILE = "model.gguf"
+NUMBERS_AT_ONCE = 1 << 22
+"""Of a tensor: a head of 10⁹ weights takes 20 GB when it is encoded, and its error told, as a whole."""
 LOADING = f"""
 ## Loading
 
@@ -56,15 +59,13 @@ class Tally:
     error: float = 0.0
     norm: float = 0.0
 
-    def add(self, plan: Plan, exact: np.ndarray, data: np.ndarray, own_bytes: int) -> None:
-        """exact: float32 weights of the checkpoint. data: their bytes in the file."""
+    def add(self, plan: Plan, exact: np.ndarray, data: np.ndarray) -> None:
+        """Counts rows of a tensor. exact: float32 weights of the checkpoint. data: their bytes in the file."""
         error = float(np.square(decode(data, plan.type) - exact, dtype=np.float64).sum())
         if not np.isfinite(error):
             raise AmqError(f"{plan.source} has numbers beyond the range of fp16, which GGUF's {plan.type} needs")
-        self.tensors += 1
         self.numel += exact.size
         self.bits += 8 * data.nbytes
-        self.own_bits += 8 * own_bytes
         self.error += error
         self.norm += float(np.square(exact, dtype=np.float64).sum())
 
@@ -144,25 +145,41 @@ def _data(checkpoint: Checkpoint, plan: Plan, tallies: dict[tuple[str, str, bool
 
 
 def _part(checkpoint: Checkpoint, plan: Plan, source: str, tallies: dict[tuple[str, str, bool], Tally]) -> np.ndarray:
-    """Those of one source."""
-    import gguf
-
+    """Those of one source, made of NUMBERS_AT_ONCE of its numbers at a time."""
     rows = slice(None) if plan.order is None else plan.order
+    weight: PackedWeight | Tensor
+    shape: tuple[int, ...]
     if plan.packed:
-        packed = checkpoint.packed(source).map(lambda part: part[rows])
-        data, exact, own_bytes = encode(packed, plan.kind), dequantize(packed).numpy(), packed.nbytes
+        weight = checkpoint.packed(source).map(lambda part: part[rows])
+        shape, own_bytes = (weight.out_features, weight.in_features), weight.nbytes
         key = (checkpoint.record.formats[source], plan.type, plan.kind is not None)
     else:
-        tensor = checkpoint.tensor(source)[rows]
-        tensor = plan.make(tensor) if plan.make else tensor
-        exact, own_bytes = tensor.float().numpy(), tensor.numel() * tensor.element_size()
-        data = gguf.quantize(exact, gguf.GGMLQuantizationType[plan.type]).view(np.uint8)
-        key = (str(tensor.dtype).removeprefix("torch."), plan.type, True)
-    if plan.blocks is not None:
-        exact, data = (_moved(array, plan.blocks) for array in (exact, data))
-    if exact.ndim > 1:
-        tallies.setdefault(key, Tally()).add(plan, exact, data, own_bytes)
-    return np.ascontiguousarray(data)
+        weight = checkpoint.tensor(source)[rows]
+        weight = plan.make(weight) if plan.make else weight
+        shape, own_bytes = tuple(weight.shape), weight.numel() * weight.element_size()
+        key = (str(weight.dtype).removeprefix("torch."), plan.type, True)
+    parts = []
+    step = max(1, NUMBERS_AT_ONCE * shape[0] // math.prod(shape))
+    for start in range(0, shape[0], step):
+        exact, data = _encoded(weight, plan, slice(start, start + step))
+        if len(shape) > 1:
+            tallies.setdefault(key, Tally()).add(plan, exact, data)
+        parts.append(data if plan.blocks is None else _moved(data, plan.blocks))
+    if len(shape) > 1:
+        tallies[key].tensors += 1
+        tallies[key].own_bits += 8 * own_bytes
+    return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
+
+
+def _encoded(weight: PackedWeight | Tensor, plan: Plan, rows: slice) -> tuple[np.ndarray, np.ndarray]:
+    """(float32 weights, their bytes in the file) of some rows."""
+    import gguf
+
+    if isinstance(weight, PackedWeight):
+        packed = weight.map(lambda part: part[rows])
+        return dequantize(packed).numpy(), encode(packed, plan.kind)
+    exact = weight[rows].float().numpy()
+    return exact, gguf.quantize(exact, gguf.GGMLQuantizationType[plan.type]).view(np.uint8)
 
 
 def _moved(rows: np.ndarray, order: Tensor) -> np.ndarray:

@@ -21,7 +21,7 @@ LONG = frozenset({"longrope", "su"})
 
 
 class Sequential(Protocol):
-    """What a slot holds: see amq.runtime.torch_engine."""
+    """What a slot holds: see amq.runtime.torch_places."""
 
     def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None: ...
 
@@ -70,12 +70,13 @@ class Renewed:
     """A sequence whose cache is computed anew, in one call, where its tables change.
 
     prompt: tokens that will surely come. What is read of them before a change is kept until it has happened.
+    text: that `sequence` holds already, with the tables that a text of the prompt's length has.
     """
 
-    def __init__(self, sequence: Sequential, tables: RotaryTables, prompt: int) -> None:
+    def __init__(self, sequence: Sequential, tables: RotaryTables, prompt: int, text: Sequence[int] = ()) -> None:
         self._sequence, self._tables, self._prompt = sequence, tables, prompt
-        self._text: list[int] = []
-        self._done = 0
+        self._text = list(text)
+        self._done = len(self._text)
 
     def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None:
         if every and len(tokens) > 1 and self._tables.change(max(self._done, 1), len(self._text) + len(tokens)):

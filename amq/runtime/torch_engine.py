@@ -1,15 +1,16 @@
 """`TorchEngine`: any causal LM of transformers, run by its own forward; quantized linears inside multiply with ours.
 
-Sequences have a KV cache each and run one after another. On a CPU caches grow; on CUDA they are preallocated, and the
-decode step of each is a CUDA graph, captured once at load, because there a step costs more to launch than to compute.
+Sequences have a KV cache each. On a CPU caches grow, and where they hold keys and values alone, sequences that decode
+share a call (amq.runtime.torch_batch); else they run one after another. On CUDA caches are preallocated, and the decode
+step of each is a CUDA graph, captured once at load, because there a step costs more to launch than to compute.
+
+What a sequence has read stays when it ends, for those of its owner that begin alike (amq.runtime.torch_kept).
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,9 +19,14 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.kernels.modules import QuantizedLinear, StoredLinear
 from amq.model.experts import Layer, experts_of, top_k_of
+from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
-from amq.runtime.trial import REFUSALS, try_cache
+from amq.runtime.torch_batch import decodes_together, step_together
+from amq.runtime.torch_kept import KeptCaches, agreement
+from amq.runtime.torch_places import CachedModel, Captured, Growing, Stepping
+from amq.runtime.trial import REFUSALS, exact_activations, try_cache
+from amq.util.limits import free_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,111 +36,30 @@ CONTEXT = 4096
 """Where neither the caller nor the model says one."""
 GRAPH_CONTEXT = 8192
 """On CUDA the caches are allocated at load: no more than this unless the caller asks for it."""
-WARM_UPS = 3
 CACHE_ARGUMENTS = ("cache", "past_key_values", "cache_params")
 """What models call their cache: in transformers 5.24, before it, and Mamba and its like before it."""
 STATE_IN_MODULES = frozenset({"recurrent_gemma"})
 """Models of transformers whose state is not in the cache but in the model itself: sequences would share it."""
-
-Forward = Callable[[Tensor, Any, bool], Tensor]
-"""`TorchEngine._forward`."""
-Step = Callable[[], Tensor]
-Capture = Callable[[Step], Step]
+OPENING = 8
+"""Tokens at a prompt's end that the next turn's prompt may have otherwise: a template opens the answer there, which it
+may write in another way once it is there (without its thoughts). A state that cannot be cropped is kept before them."""
+STEP_COST = 8
+"""Tokens of a prompt that are read at once in the time of one step, at least."""
+KEPT_SHARE = 4
+"""Kept caches take at most this part (a quarter) of the memory that is free at load."""
 
 log = logging.getLogger(__name__)
 
 
-class _Growing:
-    """A sequence whose cache grows as it goes."""
-
-    def __init__(self, forward: Forward, config: Any, device: torch.device) -> None:
-        self._forward, self._config, self._device = forward, config, device
-        self.reset()
-
-    def reset(self) -> None:
-        from transformers import DynamicCache
-
-        self._cache = DynamicCache(config=self._config)
-
-    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None:
-        """The logits [1, vocabulary] after the last token, with `every` [tokens, vocabulary] after each; None while it
-        waits for more, which `logits` and `every` rule out."""
-        return self._forward(torch.tensor([tokens], device=self._device), self._cache, every)
-
-
-class _Recurrent(_Growing):
-    """A sequence of a model with a recurrent state (Mamba and its like).
-
-    Not all of these go on from a state with more than one token (checked: Mamba, RecurrentGemma), so a prompt waits
-    until it is whole, and what comes later goes token by token.
-    """
-
-    def reset(self) -> None:
-        super().reset()
-        self._started, self._waiting = False, list[int]()
-
-    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor | None:
-        waiting = [*self._waiting, *tokens]
-        if not (logits or every):
-            self._waiting = waiting
-            return None
-        whole = 0 if self._started else len(waiting) - (len(tokens) - 1) * every
-        parts = [waiting[:whole]] * bool(whole) + [[token] for token in waiting[whole:]]
-        self._started, self._waiting = True, []
-        rows = [self._forward(torch.tensor([part], device=self._device), self._cache, False) for part in parts]
-        return torch.cat(rows[-len(tokens) :]) if every else rows[-1]
-
-
-class _Captured:
-    """A place for sequences of up to `context` positions, one after another, with a captured decode step.
-
-    transformers' static cache keeps its length in a tensor and moves it on itself, so the captured step needs nothing
-    but the token. Its sliding windows count in Python instead, which a graph cannot: here every layer keeps all
-    positions, and the model's mask does the sliding.
-    """
+class _TorchSlot(Slot):
+    """place: what of the engine it holds. sequence: what runs its tokens there, which holds `length` of them."""
 
     def __init__(
-        self,
-        forward: Forward,
-        layers: int,
-        context: int,
-        device: torch.device,
-        capture: Capture,
+        self, capacity: int, place: Growing | Captured, tables: RotaryTables, prompt: int, owner: str, length: int
     ) -> None:
-        from transformers.cache_utils import Cache, StaticLayer
-
-        self._forward, self._device = forward, device
-        self._cache = Cache(layers=[StaticLayer(context) for _ in range(layers)])
-        self._token = torch.zeros(1, 1, dtype=torch.int64, device=device)
-
-        def step() -> Tensor:
-            return forward(self._token, self._cache, False)
-
-        for _ in range(WARM_UPS):  # allocates the cache, prepares weights, compiles what is compiled when first used
-            step()
-            self.reset()
-        self._step = capture(step)
-        self.reset()
-
-    @torch.inference_mode()
-    def reset(self) -> None:
-        for layer in self._cache.layers:
-            layer.reset()
-
-    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor:
-        if len(tokens) > 1:
-            return self._forward(torch.tensor([tokens], device=self._device), self._cache, every)
-        self._token.fill_(tokens[0])
-        return self._step()
-
-
-class _TorchSlot(Slot):
-    """place: what of the engine it holds. sequence: what runs its tokens there."""
-
-    def __init__(self, capacity: int, place: _Growing | _Captured, tables: RotaryTables, prompt: int) -> None:
-        super().__init__(capacity)
-        self.place = place
-        self.sequence = Renewed(place, tables, prompt) if tables else place
+        super().__init__(capacity, length)
+        self.place, self.owner = place, owner
+        self.sequence = Renewed(place, tables, prompt, place.tokens) if tables else place
 
 
 class TorchEngine:
@@ -144,6 +69,9 @@ class TorchEngine:
         with dynamic rotary tables takes more than its own; every token beyond that reads its whole text anew.
     why: the reason that this engine runs the model, for the banner.
     capture: makes a decode step into one that runs without Python; None takes a CUDA graph on CUDA, else nothing.
+    kept_bytes: of caches that are kept when their sequences have ended, the least recently used going first; None: a
+        quarter of the memory that is free now. There are at most as many as sequences, twice as many where a cache
+        cannot be cropped and is kept at the end of the prompt too. Captured places keep what they hold.
     weight_bytes: that one decoded token reads: all linears and norms, the embedding only where it is the head too; of
         experts, as many as a token is routed to.
     Raises AmqError for a context that the model does not have, and for a model that takes no KV cache.
@@ -157,32 +85,44 @@ class TorchEngine:
         max_rows: int = MAX_ROWS,
         why: str = "",
         capture: Capture | None = None,
+        kept_bytes: int | None = None,
     ) -> None:
         self._model = model
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
         self._use = try_cache(model, CACHE_ARGUMENTS)
+        self._cached = CachedModel(self._forward, self._new_cache, self._device)
         self._tables = RotaryTables(self._config, self._run_short_text)
         self.vocab_size, self.max_rows = self._config.vocab_size, max_rows
         if not 1 <= max_sequences <= max_rows:
             raise AmqError(f"max_sequences must be from 1 to {max_rows}, got {max_sequences}")
-        if max_sequences > 1 and self._config.model_type in STATE_IN_MODULES:
+        in_modules = self._config.model_type in STATE_IN_MODULES
+        if max_sequences > 1 and in_modules:
             raise AmqError(f"{self._config.model_type} runs one sequence at a time: give max_sequences 1")
         self.max_sequences = max_sequences
         if capture is None and self._device.type == "cuda":
-            capture = _cuda_graph(self._device)
+            capture = cuda_graph(self._device)
         self.context = self._context(context, GRAPH_CONTEXT if capture is not None else None)
         self.weight_bytes = weight_bytes(model)
-        self._free: list[_Captured] | None = None
+        self._free: list[Captured] | None = None
         how = "" if capture is None else self._capture(capture)
+        alone = self._alone()
+        self._together = not alone
+        if max_sequences > 1:
+            how += f", one sequence after another ({alone})" if alone else ", sequences decode together"
         self._open: set[_TorchSlot] = set()
+        self._steps = in_modules or not self._use.continues
+        kept = 0 if in_modules or self._free is not None else max_sequences * (1 if self._use.plain else 2)
+        budget = free_on(str(self._device)) // KEPT_SHARE if kept_bytes is None else kept_bytes
+        self._kept = KeptCaches(kept, budget, self._use.crops, self._usable)
         self.banner = f"transformers on {self._device}, {str(model.dtype).removeprefix('torch.')}, {_linears(model)}"
         beyond = self._tables.dynamic is not None and self.context > self._tables.dynamic
         slow = f", whole texts anew beyond {self._tables.dynamic} (dynamic rotary tables)" if beyond else ""
         self.banner += f"{how}; context {self.context}{slow}{f' ({why})' if why else ''}"
 
+    @torch.inference_mode()
     def open(self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True) -> _TorchSlot | None:
-        """See `Engine`. Nothing of earlier sequences is kept: `length` is 0."""
+        """See `Engine`."""
         capacity = len(prompt) + new_tokens
         if capacity > self.context:
             raise AmqError(
@@ -190,45 +130,122 @@ class TorchEngine:
             )
         if len(self._open) == self.max_sequences:
             return None
-        place: _Growing | _Captured
+        place: Growing | Captured
         if self._free is None:
-            recurrent = self._use.recurrent or self._config.model_type in STATE_IN_MODULES
-            place = (_Recurrent if recurrent else _Growing)(self._forward, self._config, self._device)
+            place = self._growing(prompt, owner, reuse)
         else:
-            place = self._free.pop()
-            place.reset()
-        slot = _TorchSlot(capacity, place, self._tables, len(prompt))
+            place = self._captured(self._free, prompt, owner, reuse)
+        slot = _TorchSlot(capacity, place, self._tables, len(prompt), owner, len(place.tokens))
         self._open.add(slot)
         return slot
 
+    @torch.inference_mode()
     def close(self, slot: _TorchSlot) -> None:
         """See `Engine`."""
         self._open.remove(slot)
-        if self._free is not None and isinstance(slot.place, _Captured):
-            self._free.append(slot.place)
+        place = slot.place
+        if isinstance(place, Captured):
+            assert self._free is not None
+            self._free.append(place)
+        elif place.sound:
+            self._kept.keep(slot.owner, place.tokens, lambda: place.cache)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment[_TorchSlot]]) -> Tensor:
-        """See `Engine`."""
+        """See `Engine`. After a pass that failed, its sequences can only be closed."""
         self._check(segments)
-        rows = []
+        try:
+            rows = self._step_together(segments)
+            for number, segment in enumerate(segments):
+                if number not in rows:
+                    logits = segment.slot.sequence.run(list(segment.tokens), segment.logits, segment.every)
+                    if (segment.logits or segment.every) and logits is not None:
+                        rows[number] = logits.float().cpu()  # now: the next replay may write where this one's are
+        except BaseException:
+            for segment in segments:  # some are computed and some are not
+                segment.slot.place.sound = False
+            raise
         for segment in segments:
-            logits = segment.slot.sequence.run(list(segment.tokens), segment.logits, segment.every)
             segment.slot.length += len(segment.tokens)
-            if (segment.logits or segment.every) and logits is not None:
-                rows.append(logits.float().cpu())  # now: the next replay may write where this one's logits are
-        return torch.cat(rows) if rows else torch.empty(0, self.vocab_size)
+        wanted = [rows[n] for n, segment in enumerate(segments) if (segment.logits or segment.every) and n in rows]
+        return torch.cat(wanted) if wanted else torch.empty(0, self.vocab_size)
 
     def cached_tokens(self) -> tuple[int, int]:
         """See `Engine`."""
         return sum(slot.length for slot in self._open), self.max_sequences * self.context
 
-    def _forward(self, tokens: Tensor, cache: Any, every: bool) -> Tensor:
-        """int64 [1, n] → [1, vocabulary] after the last of them, with `every` [n, vocabulary] after each."""
+    def _growing(self, prompt: Sequence[int], owner: str, reuse: bool) -> Growing:
+        """A place that goes on from what was kept, as far as that holds the prompt; `reuse` as of `open`."""
+        found, cache = self._kept.find(owner, prompt) if reuse else (0, None)
+
+        def snapshot(place: Growing) -> None:
+            self._kept.keep(owner, place.tokens, lambda: place.cache, in_use=True)
+
+        mark = 0 if self._use.plain or self._tables else len(prompt) - (1 if self._steps else OPENING)
+        kind = Stepping if self._steps else Growing
+        return kind(self._cached, prompt[:found], cache, max(mark, 0), snapshot)
+
+    def _captured(self, free: list[Captured], prompt: Sequence[int], owner: str, reuse: bool) -> Captured:
+        """The free place that holds most of the prompt, or else the one that has been free for the longest time."""
+
+        def held(place: Captured) -> int:
+            if not (reuse and place.sound and place.owner == owner):
+                return 0
+            count = agreement(place.tokens, prompt[:-1])
+            return count if count and self._usable(count, len(place.tokens), len(prompt)) else 0
+
+        place = max(free, key=held)  # of equal ones the first
+        count = held(place)
+        free.remove(place)
+        if count:
+            place.crop(count)
+        else:
+            place.reset()
+        place.owner = owner
+        return place
+
+    def _usable(self, start: int, held: int, prompt: int) -> bool:
+        """See amq.runtime.torch_kept.Usable."""
+        if self._tables.change(start, held) or self._tables.change(start, prompt):
+            return False  # what was computed with other tables would be computed anew
+        return not self._steps or (prompt - start) * STEP_COST <= prompt
+
+    def _step_together(self, segments: Sequence[Segment[_TorchSlot]]) -> dict[int, Tensor]:
+        """Runs the segments of one token that can share a call; {number of the segment: logits [1, vocabulary]}."""
+        places: dict[int, Growing] = {}
+        for number, segment in enumerate(segments):
+            place = segment.slot.place
+            if self._together and len(segment.tokens) == 1 and isinstance(place, Growing) and place.tokens:
+                places[number] = place
+        if len(places) < 2:
+            return {}
+        tokens = [segments[number].tokens[0] for number in places]
+        rows = step_together(self._cached, list(places.values()), tokens).float().cpu()
+        return dict(zip(places, rows.split(1), strict=True))
+
+    def _alone(self) -> str:
+        """Why sequences run one after another; "" where they need not."""
+        if self._free is not None:
+            return "decode steps are captured one by one"
+        if not self._use.plain:
+            return "the cache holds more than keys and values, or windows of them"
+        if self._tables:
+            return "rotary tables depend on the length"
+        with exact_activations(self._model):
+            together = self.max_sequences == 1 or decodes_together(self._cached)
+        return "" if together else "the model takes no sequences of different lengths"
+
+    def _forward(self, tokens: Tensor, cache: Any, every: bool = False, **more: Tensor) -> Tensor:
+        """See amq.runtime.torch_places.Forward."""
         use = self._use
         options = {} if every else use.options  # without them, the model gives all logits
-        logits = self._model(input_ids=tokens, use_cache=True, **{use.argument: cache}, **options).logits[0]
-        return logits if every else logits[-1:]
+        logits = self._model(input_ids=tokens, use_cache=True, **{use.argument: cache}, **options, **more).logits
+        return logits[0] if every else logits[:, -1]
+
+    def _new_cache(self) -> Any:
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self._config)
 
     def _run_short_text(self) -> None:
         self._model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self._device), use_cache=False)
@@ -244,6 +261,8 @@ class TorchEngine:
             slot, tokens = segment.slot, segment.tokens
             if slot not in self._open:
                 raise AmqError("a segment's slot is closed, or of another engine")
+            if not slot.place.sound:
+                raise AmqError("an earlier pass of a segment's slot failed: close it, and read its text again")
             if not tokens or slot.length + len(tokens) > slot.capacity:
                 raise AmqError(
                     f"{len(tokens)} tokens after {slot.length} in a slot for {slot.capacity}: expected at least one, "
@@ -269,85 +288,17 @@ class TorchEngine:
         places = range(self.max_sequences)
         try:
             with torch.inference_mode():
-                self._free = [
-                    _Captured(self._forward, self._use.layers, self.context, self._device, capture) for _ in places
-                ]
+                self._free = [Captured(self._cached, self._use.layers, self.context, capture) for _ in places]
             return ", decode steps captured"
         except (ImportError, *REFUSALS) as error:  # of memory for the caches, or an operation that a graph cannot hold
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        _empty_cache(self._device)  # the caches went with the error
+        empty_cache(self._device)  # the caches went with the error
         return self._uncaptured(reason)
 
     def _uncaptured(self, reason: str) -> str:
         self._free = None
         log.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
         return f", no CUDA graphs ({reason})"
-
-
-def _cuda_graph(device: torch.device) -> Capture:
-    """Captures steps on `device` in CUDA graphs; they share their scratch memory, since they never run at once.
-
-    A step that cannot be captured raises what stood in the way, and leaves the current stream, the allocator and the
-    device's random numbers as they were: `torch.cuda.graph` would go on on its own stream.
-    """
-    pool = torch.cuda.graph_pool_handle()
-    graphs: list[torch.cuda.CUDAGraph] = []
-
-    def capture(step: Step) -> Step:
-        with torch.cuda.device(device):
-            graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                step()  # libraries allocate their workspaces for the stream that a graph is captured on
-            torch.cuda.current_stream().wait_stream(side)
-            _empty_cache(device)
-            with torch.cuda.stream(side):
-                graph.capture_begin(pool=pool)
-                try:
-                    result = step()
-                    graph.capture_end()
-                except BaseException:
-                    _abandon(graph, device, pool, shared=bool(graphs))
-                    raise
-        graphs.append(graph)
-
-        def replay() -> Tensor:
-            graph.replay()
-            return result
-
-        return replay
-
-    return capture
-
-
-def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int], shared: bool) -> None:
-    """Ends the capture that `graph` began.
-
-    torch's own ending gives up where CUDA calls the capture invalid, and then has not told the allocator (before torch
-    2.12, which would never give memory back again), nor the random number generator (which would refuse every draw),
-    and it keeps the pool.
-    shared: whether other graphs use the pool; it then stays theirs.
-    """
-    try:
-        graph.capture_end()
-    except RuntimeError:
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        with suppress(RuntimeError):  # which says that the allocator has been told already
-            torch._C._cuda_endAllocateToPool(index, pool)
-        if not shared:
-            with suppress(RuntimeError):
-                torch._C._cuda_releasePool(index, pool)
-        generator = torch.cuda.default_generators[index]
-        generator.graphsafe_set_state(generator.clone_state())  # a clone is not being captured
-    graph.reset()
-
-
-def _empty_cache(device: torch.device) -> None:
-    """Gives back what nobody holds any more: a capture wants memory of its own."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
 
 
 def weight_bytes(model: PreTrainedModel) -> int:

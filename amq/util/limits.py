@@ -55,16 +55,17 @@ def fit_threads() -> int:
 
 def fits(needed: int, device: str = "cpu") -> bool:
     """Whether so many bytes are free on `device`."""
-    return needed <= _free_on(device)
+    return needed <= free_on(device)
 
 
-def _free_on(device: str) -> int:
+def free_on(device: str) -> int:
+    """Bytes that this process can still take on `device`."""
     return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else free_memory()
 
 
 def check_memory(needed: int, what: str, device: str = "cpu") -> None:
     """Raises AmqError when `needed` bytes are more than what is free on `device`."""
-    if needed > (free := _free_on(device)):
+    if needed > (free := free_on(device)):
         raise AmqError(
             f"not enough memory for {what}: {needed / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free on {device}; "
             "close other programs, use --dtype bfloat16, or use a larger machine"

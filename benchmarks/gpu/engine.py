@@ -201,7 +201,7 @@ def decode(device: Device, model: nn.Module, sizes: Config, context: int) -> dic
     slot = engine.open(prompt, context - len(prompt))
     read_prompt(engine, slot, prompt)  # compiles what is compiled when first used
     engine.close(slot)
-    slot = engine.open(prompt, context - len(prompt))
+    slot = engine.open(prompt, context - len(prompt), reuse=False)
     start = time.perf_counter()
     logits = read_prompt(engine, slot, prompt)
     prompt_seconds = time.perf_counter() - start

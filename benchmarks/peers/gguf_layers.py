@@ -12,6 +12,8 @@ from typing import Any
 from amq.errors import AmqError
 
 BLOCK = re.compile(r"blk\.(\d+)\.(.+)")
+SECTIONS = "rope.dimension_sections"
+"""Always four numbers, not one per layer."""
 
 
 def repeat_layers(source: Path, output: Path, layers: int) -> None:
@@ -32,7 +34,7 @@ def repeat_layers(source: Path, output: Path, layers: int) -> None:
         inner = entry.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
         if name == counted:
             value = layers
-        elif inner is not None and name.startswith(f"{arch}.") and len(value) == own:
+        elif inner and name.startswith(f"{arch}.") and not name.endswith(SECTIONS) and len(value) == own:
             value = value * (layers // own)
         writer.add_key_value(name, value, kind, inner)
     for name, tensor in _repeated(reader, layers // own, own):

@@ -18,7 +18,8 @@ LONG = (
     *("test_graph_capture", "test_hf", "test_kept", "test_linear_faults", "test_nested", "test_order", "test_output"),
     *("test_prefix", "test_quantize", "test_quantizers", "test_quiet", "test_report", "test_run", "test_scales"),
     *("test_serve_faults", "test_serve_page", "test_serve_queue", "test_shape", "test_skips", "test_solvers"),
-    *("test_split_faults", "test_split_link", "test_split_report", "test_torch_engine", "test_usable"),
+    *("test_split_faults", "test_split_link", "test_split_report", "test_torch_batch", "test_torch_engine"),
+    *("test_torch_kept", "test_torch_sequences", "test_usable"),
 )
 """Over three seconds of a processor's time, but for what everything rests on: test_linear, test_native, test_engine."""
 

@@ -90,7 +90,7 @@ class _Config(TextConfig):
         check_range(self, "final_logit_softcapping", least=1e-6, most=LARGEST)
         if self.shared >= self.num_hidden_layers:
             raise ValueError(f"expected num_kv_shared_layers below num_hidden_layers, got {self.shared}")
-        if (self.top_k_experts or 0) > (self.num_experts or 0):
+        if self.enable_moe_block and (self.top_k_experts or 0) > (self.num_experts or 0):
             raise ValueError(f"expected top_k_experts of at most {self.num_experts} experts, got {self.top_k_experts}")
 
     @property
