@@ -211,7 +211,7 @@ def test_room_runs_out_and_comes_back(folders: dict[str, Path]) -> None:
     [
         ("opt", {}, "runs llama, mistral, qwen2, .*, not opt"),
         ("llama", {"hidden_act": "gelu"}, "no activation gelu"),
-        ("llama", {"head_dim": 8}, "multiple of 16 features, these have 8"),
+        ("llama", {"head_dim": 8}, "multiple of 16 features up to 512, these have 8"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "kind dynamic"),
     ],
 )

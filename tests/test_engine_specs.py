@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from helpers.specs import check
+from transformers import AutoModelForImageTextToText
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from amq.errors import AmqError
-from amq.model.experts import unfuse
-from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Mlp, Table
+from amq.runtime.decoder_spec import Attention, Mixture, Mlp
 from amq.runtime.families import FAMILIES, Unsupported, read_spec
 
 WRAPPED = {
@@ -59,36 +59,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "granitemoehybrid dense": {"num_local_experts": 0},
 }  # fmt: skip
 """{model_type and what is special: options over the default config}."""
-
-
-def expected_shapes(spec: DecoderSpec) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of everything that the spec reads."""
-    found: dict[str, tuple[int, ...]] = {}
-    for linear in spec.parts(Linear):
-        found[f"{linear.name}.weight"] = (linear.out_features, linear.in_features)
-        if linear.bias:
-            found[f"{linear.name}.bias"] = (linear.out_features,)
-    found |= {array.name: array.shape for array in spec.parts(Array) if array.name}
-    return found | {f"{table.name}.weight": (table.rows, table.columns) for table in spec.parts(Table)}
-
-
-def check(config: Any, auto: Any = AutoModelForCausalLM) -> tuple[str, ...]:
-    """Returns the names of tensors that are not of the text model. auto: the class that makes the model."""
-    with torch.device("meta"):
-        model = auto.from_config(config)
-    unfuse(model)
-    tied = set(model.all_tied_weights_keys)
-    tensors = {name: tuple(t.shape) for name, t in model.state_dict().items() if name not in tied}
-    spec = read_spec(model.config.to_dict(), "config.json", [linear_name(name) for name in tensors])
-    text = {name: shape for name, shape in tensors.items() if not name.startswith(spec.unread)}
-    assert expected_shapes(spec) == text
-    assert (spec.head.name == spec.embedding.name) == bool(tied)
-    return tuple(tensors.keys() - text.keys())
-
-
-def linear_name(tensor: str) -> str:
-    """As a checkpoint's names are given: of linears, and of other tensors."""
-    return tensor.removesuffix(".weight")
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -141,6 +111,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "one embedding for two kinds": (
         "gemma3_text", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "of full_attention layers",
     ),
+    "a part of heads of a mixture": ("qwen3_moe", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    "tokens that see later ones": ("qwen3", {"is_causal": False}, "is_causal"),
+    "wide heads": ("llama", {"head_dim": 1024}, "up to 512, these have 1024"),
+    "another key of norms": ("llama", {"rms_norm_eps": None, "norm_eps": 1e-5}, "does not say rms_norm_eps"),
+    "convolutions over one position": ("lfm2", {"conv_L_cache": 1}, "two positions or more"),
     "dynamic angles": (
         "phi3", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "kind dynamic",
     ),
@@ -163,6 +138,9 @@ DAMAGED: dict[str, tuple[str, dict[str, Any], str]] = {
     "words for numbers": ("gemma3_text", {"query_pre_attn_scalar": "much"}, "query_pre_attn_scalar"),
     "too few kinds": ("gemma2", {"layer_types": ["full_attention"]}, "expected layer_types of all 26"),
     "too many layers": ("olmo2", {"num_hidden_layers": 2**30}, "expected num_hidden_layers from 1 to 65536"),
+    "heads without end": ("llama", {"head_dim": 2**30}, "expected heads of at most 65536 features"),
+    "experts without end": ("qwen3_moe", {"num_experts": 2**30}, "expected at most 65536 experts, got 1073741824 in"),
+    "experts without end, Gemma": ("gemma4_text", {"num_experts": 2**20}, "expected at most 65536 experts"),
     "all layers shared": ("gemma4_text", {"num_kv_shared_layers": 30}, "num_kv_shared_layers below num_hidden_layers"),
     "nothing to share": ("gemma4_text", {"num_kv_shared_layers": 26}, "none of which is of type full_attention"),
     "a layer that is none": ("gemma4_text", {"per_layer_config": {"30": {"head_dim": 32}}}, "expected one below 30"),
@@ -174,7 +152,7 @@ DAMAGED: dict[str, tuple[str, dict[str, Any], str]] = {
         "expected a divisor of num_attention_heads 8",
     ),
     "more experts than there are": (
-        "gemma4_text", {"num_experts": 4, "top_k_experts": 5}, "expected top_k_experts of at most 4",
+        "gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 5}, "top_k_experts of at most 4",
     ),
     "more experts chosen than there are": (
         "qwen3_moe", {"num_experts_per_tok": 129}, "to 129 experts, expected 1 to 128",
@@ -265,11 +243,81 @@ def test_long_texts_have_their_own_angles() -> None:
     assert found.factor == found.long_factor == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
 
 
+def test_where_texts_are_long_is_said_outside_of_rope_parameters_first() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 48, "long_factor": [4.0] * 48,
+        "original_max_position_embeddings": 2048,
+    }  # fmt: skip
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": 1024, "max_position_embeddings": 8192}
+    config = said("phi3", changes)
+    (found,) = read_spec(config, "config.json", ()).ropes
+    assert found.border == 1024 and found.long_frequencies is not None
+    assert torch.allclose(found.long_frequencies * 4, found.frequencies)
+    del config["original_max_position_embeddings"]
+    assert (
+        read_spec(config, "config.json", ()).ropes[0].border
+        == transformers.Phi3Config().original_max_position_embeddings
+    )
+
+
 def test_queries_far_into_a_text_are_scaled() -> None:
     spec = read_spec(said("ministral3", {}), "config.json", ())
-    scale = next(spec.parts(Attention)).position_scale
+    scale = spec.parts(Attention)[0].position_scale
     expected = [1, 1, 1 + 0.1 * math.log(2), 1 + 0.1 * math.log(4)]
     assert scale(torch.tensor([0.0, 16383, 16384, 49152])).tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
+def test_no_windows_where_transformers_masks_none(kind: str) -> None:
+    config = said(kind, {"sliding_window": 24, "use_sliding_window": False})
+    config["layer_types"] = ["sliding_attention"] * config["num_hidden_layers"]
+    assert {op.window for op in read_spec(config, "config.json", ()).parts(Attention)} == {0}
+
+
+@pytest.mark.parametrize(("said_", "activation"), [("gelu", "gelu_tanh"), ("silu", "silu")])
+def test_the_first_gemma_reads_hidden_act_alone(said_: str, activation: str) -> None:
+    config = said("gemma", {"hidden_act": said_, "hidden_activation": "gelu_pytorch_tanh"})
+    assert {mlp.activation for mlp in read_spec(config, "config.json", ()).parts(Mlp)} == {activation}
+
+
+def test_the_first_gemma_caps_no_logits() -> None:
+    assert not read_spec(said("gemma", {"final_logit_softcapping": 30.0}), "config.json", ()).logit_softcap
+
+
+@pytest.mark.parametrize("key", ["attn_logit_softcapping", "final_logit_softcapping"])
+def test_gemma_2_has_caps_where_it_says_none(key: str) -> None:
+    config = said("gemma2", {key: None})
+    read_spec(config, "config.json", ())
+    del config[key]
+    with pytest.raises(Unsupported, match=f"does not say {key}"):
+        read_spec(config, "config.json", ())
+
+
+def test_lfm2_reads_its_own_key_of_norms_and_no_activation() -> None:
+    spec = read_spec(
+        said("lfm2_moe", {"norm_eps": 1e-4, "rms_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh"}), "config.json", ()
+    )
+    assert spec.epsilon == 1e-4 and {mlp.activation for mlp in spec.parts(Mlp)} == {"silu"}
+
+
+def test_a_gemma_3_with_images_caps_no_logits() -> None:
+    config = transformers.Gemma3Config().to_dict()
+    config["text_config"]["final_logit_softcapping"] = 30.0
+    with pytest.raises(Unsupported, match="final_logit_softcapping"):
+        read_spec(config, "config.json", ["model.language_model.layers.0.self_attn.q_proj"])
+
+
+def test_a_head_that_is_neither_there_nor_said_to_be_tied() -> None:
+    config = said("llama", {"tie_word_embeddings": None})
+    with pytest.raises(Unsupported, match="does not say tie_word_embeddings, and there is no lm_head"):
+        read_spec(config, "config.json", ["model.embed_tokens"])
+    assert read_spec(config, "config.json", ["model.embed_tokens", "lm_head"]).head.name == "lm_head"
+
+
+def test_a_dense_model_of_a_family_with_experts_says_that_it_chooses_none() -> None:
+    """Granite 4.0 micro does."""
+    config = said("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0})
+    assert not read_spec(config, "config.json", ()).parts(Mixture)
 
 
 @pytest.mark.parametrize("kind", ["mistral", "phi3", "ministral3"])

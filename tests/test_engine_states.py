@@ -268,7 +268,7 @@ def test_sizes_of_delta_nets_that_contradict_are_refused() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "reason"),
     (
-        ("linear_value_head_dim", 24, "delta nets with multiples of 16 features a head, not 24"),
+        ("linear_value_head_dim", 24, "delta nets with multiples of 16 features a head up to 512, not 24"),
         ("hidden_act", "gelu_new", "delta nets with silu alone, not gelu_new"),
         ("layer_types", ["linear_attention", "mamba"] * 2, "no layers of type mamba"),
         ("linear_key_head_dim", None, "does not say linear_key_head_dim"),

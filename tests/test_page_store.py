@@ -22,7 +22,7 @@ from torch import Tensor
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
-from amq.runtime import load, page_store
+from amq.runtime import families, load, page_store
 from amq.runtime.engine import Segment
 from amq.runtime.native_engine import NativeEngine, PagedSlot, open_native
 from amq.runtime.page_keys import model_root
@@ -365,9 +365,17 @@ def test_everything_that_decides_the_bits_is_in_the_root(
         roots.add(model_root(checkpoint, tables, {"cache": "float16"}))
     monkeypatch.setattr("amq.__version__", "0.0.0")
     roots.add(model_root(checkpoint, tables, {"cache": "float16"}))
+    edited = Path(shutil.copytree(Path(families.__file__).parents[0], tmp_path / "families"))
+    for beside in ("decoder_spec.py", "weights.py"):
+        shutil.copy(Path(families.__file__).parents[1] / beside, tmp_path)
+    monkeypatch.setattr("amq.runtime.page_keys.FAMILIES", edited)
+    unchanged = model_root(checkpoint, tables, {"cache": "float16"})
+    assert unchanged in roots
+    (edited / "llama.py").write_text("another scale")
+    roots.add(model_root(checkpoint, tables, {"cache": "float16"}))
     checkpoint.config["rms_norm_eps"] = 1e-3
     roots.add(model_root(checkpoint, tables, {"cache": "float16"}))
-    assert len(roots) == 7
+    assert len(roots) == 8
 
 
 def test_a_damaged_page_is_computed_again(start: Callable[..., NativeEngine], caplog: pytest.LogCaptureFixture) -> None:

@@ -11,8 +11,9 @@ What a field leaves out (None, 0) is left out of the computation. decoder.h has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -271,17 +272,23 @@ class DecoderSpec:
         """Whether a sequence has a state beside its keys and values."""
         return any(isinstance(step.op, DeltaNet | ShortConv) for step in self.steps)
 
-    def parts(self, kind: type) -> Iterator[Any]:
+    def parts(self, kind: type) -> list[Any]:
         """Everything of that class in the spec, in the order in which a pass reads it."""
-        return _parts(self, kind)
+        return self._by_kind.get(kind, [])
+
+    @cached_property
+    def _by_kind(self) -> dict[type, list[Any]]:
+        """One walk for all classes: a mixture of many experts has a hundred thousand parts."""
+        found: dict[type, list[Any]] = {}
+        _collect(self, found)
+        return found
 
 
-def _parts(record: Any, kind: type) -> Iterator[Any]:
-    if isinstance(record, kind):
-        yield record
-    elif isinstance(record, tuple):
+def _collect(record: Any, found: dict[type, list[Any]]) -> None:
+    if isinstance(record, tuple):
         for item in record:
-            yield from _parts(item, kind)
-    elif is_dataclass(record) and not isinstance(record, type):
-        for entry in fields(record):
-            yield from _parts(getattr(record, entry.name), kind)
+            _collect(item, found)
+    elif is_dataclass(record):
+        found.setdefault(type(record), []).append(record)
+        for value in list(vars(record).values()):
+            _collect(value, found)

@@ -24,6 +24,7 @@ from amq.kernels.cpu import cpu_module
 
 Key = bytes
 """Of 32 bytes."""
+FAMILIES = Path(__file__).with_name("families")
 
 
 def owner_root(root: Key, owner: str) -> Key:
@@ -53,13 +54,16 @@ def model_root(checkpoint: Checkpoint, tables: Sequence[Tensor], how: Mapping[st
     tables: cos and sin of the rotary embedding, [positions, features / 2]; a longer context only adds rows.
     how: settings, as plain data.
     Results are equal to the last bit for one instruction set of one build only, so the compiled module counts as a
-    whole. Raises AmqError where the checkpoint has no hashes of its tensors.
+    whole, and so does what makes a model of config.json. Raises AmqError where the checkpoint has no hashes of its
+    tensors.
     """
     module = cpu_module()
     page = module.PAGE
+    code = [*sorted(FAMILIES.glob("*.py")), FAMILIES.with_name("decoder_spec.py"), FAMILIES.with_name("weights.py")]
     said = {
         "amq": amq.__version__,
-        "module": hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest(),
+        "module": _file_hash(Path(str(module.__file__))),
+        "families": {path.name: _file_hash(path) for path in code},
         "isa": module.isa(),
         "tables": [hashlib.sha256(table[:page].contiguous().numpy().tobytes()).hexdigest() for table in tables],
         "config": checkpoint.config,
@@ -67,3 +71,7 @@ def model_root(checkpoint: Checkpoint, tables: Sequence[Tensor], how: Mapping[st
         **how,
     }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()
+
+
+def _file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

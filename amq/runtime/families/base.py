@@ -8,9 +8,10 @@ that names the file and the key: another path would do worse with it.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,10 +33,16 @@ from amq.runtime.decoder_spec import (
     Table,
 )  # fmt: skip
 from amq.util.extras import needs
-from amq.util.records import check_range, parse_record
+from amq.util.records import check_range, parse_record, shorten
 
 LARGEST = 1e15
 """Of bases and factors: beyond those of every model, and far from where float32 ends."""
+MOST_FEATURES = 1 << 16
+"""Of a head; angles are made for each before weights are compared."""
+MOST_HEAD = 512
+"""Features of a head that the kernels have room for: kMaxHeadDim in csrc/cpu/vector.h."""
+MOST_EXPERTS = 1 << 16
+"""Of all layers together, which are listed before weights are compared: several times those of every model."""
 ROPE_KINDS = ("default", "linear", "llama3", "yarn", "longrope", "proportional")
 SIZES = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
 
@@ -49,7 +56,11 @@ class TextConfig:
     """The keys of config.json that all families compute with; a family's own record adds its keys.
 
     Everything is None where the file does not say it: `Origin.record` asks for what a family cannot do without.
+
+    NORM: the key of what norms add to a mean of squares.
     """
+
+    NORM: ClassVar[str] = "rms_norm_eps"
 
     model_type: str = ""
     hidden_size: int = 0
@@ -59,12 +70,10 @@ class TextConfig:
     max_position_embeddings: int = 0
     intermediate_size: int | None = None
     rms_norm_eps: float | None = None
-    norm_eps: float | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     tie_word_embeddings: bool | None = None
     hidden_act: str | None = None
-    hidden_activation: str | None = None
     attention_bias: bool | None = None
     mlp_bias: bool | None = None
     sliding_window: int | None = None
@@ -79,7 +88,7 @@ class TextConfig:
         check_range(self, *SIZES, "intermediate_size", "num_key_value_heads", "head_dim")
         check_range(self, "num_hidden_layers", most=shape.MOST_LAYERS)
         check_range(self, "sliding_window", least=0)
-        check_range(self, "rms_norm_eps", "norm_eps", least=0, most=1)
+        check_range(self, self.NORM, least=0, most=1)
         check_range(self, "rope_theta", most=LARGEST)
         check_range(self, "partial_rotary_factor", least=0, most=1)
         if self.head_dim is None and self.hidden_size % self.num_attention_heads:
@@ -87,6 +96,8 @@ class TextConfig:
                 f"expected num_attention_heads to divide hidden_size {self.hidden_size} where there is no head_dim, "
                 f"got {self.num_attention_heads}"
             )
+        if self.features > MOST_FEATURES:
+            raise ValueError(f"expected heads of at most {MOST_FEATURES} features, got {self.features}")
         if self.num_attention_heads % self.kv_heads:
             raise ValueError(
                 f"expected num_key_value_heads to divide num_attention_heads {self.num_attention_heads}, "
@@ -108,12 +119,19 @@ class TextConfig:
 
     @property
     def epsilon(self) -> float:
-        return self.rms_norm_eps if self.rms_norm_eps is not None else self.norm_eps or 0.0
+        said: float = getattr(self, self.NORM)
+        return said
 
     @property
     def activation(self) -> str:
         """Its name in decoder.h."""
-        return known_activation(self.hidden_act or self.hidden_activation or "silu")
+        return known_activation(self.hidden_act or "silu")
+
+
+def check_experts(layers: int, experts: int) -> None:
+    """For `__post_init__`, of the experts of each layer: raises ValueError where all layers have too many."""
+    if layers * experts > MOST_EXPERTS:
+        raise ValueError(f"expected at most {MOST_EXPERTS} experts, got {shorten(experts)} in each of {layers} layers")
 
 
 def known_activation(name: str) -> str:
@@ -135,22 +153,28 @@ class Origin:
     file: str
     root: str
     head: str
-    names: Container[str]
+    names: frozenset[str]
     unread: tuple[str, ...] = ()
 
     def record(self, kind: type[C], *needed: str) -> C:
         """config.json as a `kind`; Unsupported without one of the keys `needed`, or one of those of every model."""
+        needed = (kind.NORM, *needed)
         for key in (*SIZES, *needed):
             if key not in self.raw or (key in needed and self.raw[key] is None):
                 raise Unsupported(f"config.json does not say {key}")
-        if not any(self.raw.get(key) is not None for key in ("rms_norm_eps", "norm_eps")):
-            raise Unsupported("config.json does not say rms_norm_eps")
+        if self.raw.get("is_causal", True) is not True:  # transformers asks any config, though no text model says it
+            raise Unsupported("config.json says is_causal, and tokens that see later ones the native engine has not")
         if self.raw.get("per_layer_config") and "per_layer_config" not in {f.name for f in fields(kind)}:
             raise Unsupported("config.json says per_layer_config: layers of sizes of their own")
         return parse_record(self.raw, kind, self.file)
 
     def block(self, layer: int) -> str:
         return f"{self.root}layers.{layer}"
+
+    @property
+    def inside(self) -> bool:
+        """Whether the text model is part of another one."""
+        return self.root != "model."
 
     def has(self, linear: str) -> bool:
         return linear in self.names or f"{linear}.weight" in self.names
@@ -213,6 +237,8 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
     embedding, hidden = f"{origin.root}embed_tokens", config.hidden_size
     # A tied model has one of the two, or both where they differ: then its head is its own, as in transformers.
     tied = bool(config.tie_word_embeddings)
+    if config.tie_word_embeddings is None and origin.names and not origin.has(origin.head):
+        raise Unsupported(f"config.json does not say tie_word_embeddings, and there is no {origin.head}")
     head = origin.head if origin.has(origin.head) or not tied else embedding
     if tied and not origin.has(embedding):
         embedding = origin.head
@@ -224,14 +250,18 @@ def decoder(origin: Origin, config: TextConfig, steps: Sequence[Step], ropes: Se
     }  # fmt: skip
     spec = DecoderSpec(steps=tuple(steps), ropes=tuple(ropes), **{**fields_, **more})
     for op in spec.parts(Attention):
-        if op.head_dim % 16:
-            raise Unsupported(f"the native engine wants heads of a multiple of 16 features, these have {op.head_dim}")
+        if op.head_dim % 16 or op.head_dim > MOST_HEAD:
+            raise Unsupported(
+                f"the native engine has heads of a multiple of 16 features up to {MOST_HEAD}, these have {op.head_dim}"
+            )
     return spec
 
 
 def windows(config: TextConfig, always: bool = False) -> list[int]:
     """Positions that each layer's tokens see, 0 for all. always: of all layers, whatever layer_types says."""
     if always or not config.layer_types:
+        if not always and config.use_sliding_window:
+            raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
         return [(config.sliding_window or 0) if always else 0] * config.num_hidden_layers
     found = []
     for kind in config.layer_types:
@@ -243,10 +273,10 @@ def windows(config: TextConfig, always: bool = False) -> list[int]:
     return found
 
 
-def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = "", partial: bool = True) -> Rope:
+def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = "", partial: bool = False) -> Rope:
     """The rotary embedding of layers of the kind `layers` ("": all have one), for heads of `features`.
 
-    partial: whether the family reads `partial_rotary_factor`.
+    partial: whether the family reads `partial_rotary_factor`, which is Unsupported else.
     The kinds with formulas of their own come from transformers, whose import takes seconds.
     Raises AmqError, naming the file, where transformers cannot use what it says.
     """
@@ -269,13 +299,10 @@ def rope(origin: Origin, config: TextConfig, features: int = 0, layers: str = ""
         if kind == "linear":
             frequencies /= _factor(rotary)
         return Rope(2 * len(frequencies), frequencies)
-    made = _rope_of_transformers(origin, kind, layers)
+    made, border = _rope_of_transformers(origin, kind, layers)
     if kind != "longrope":
         frequencies, factor = made(None)
         return Rope(2 * len(frequencies), frequencies, factor)
-    border = shape.size(rotary.parameters, "original_max_position_embeddings") or shape.size(
-        origin.raw, "original_max_position_embeddings"
-    )
     if border is None:
         raise Unsupported("config.json does not say original_max_position_embeddings of its longrope")
     (short, factor), (long, long_factor) = made(border), made(border + 1)
@@ -341,25 +368,34 @@ class _RopeNumbers:
         check_range(self, "partial_rotary_factor", least=0, most=1)
 
 
-def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
+def _rope_of_transformers(
+    origin: Origin, kind: str, layers: str
+) -> tuple[Callable[[int | None], tuple[Tensor, float]], int | None]:
     """A function of a text's length (None: any) that gives frequencies, float32 [rotary / 2], and the factor of cos
-    and sin."""
+    and sin; and original_max_position_embeddings, which may be said in two places, as transformers understands it."""
     with needs("models", f"a rotary embedding of kind {kind}, which {origin.file} asks for,"):
         from transformers import AutoConfig
         from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    def make(length: int | None) -> tuple[Tensor, float]:
+    @contextmanager
+    def named() -> Iterator[None]:
         try:
-            raw = {key: v for key, v in origin.raw.items() if key != "quantization_config"}
-            known = AutoConfig.for_model(**raw)
-            more = {"layer_type": layers} if layers else {}
-            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](known, torch.device("cpu"), seq_len=length, **more)
-            frequencies, factor = frequencies.float(), float(factor)
+            yield
         except Exception as error:  # transformers' validators raise types of their own, its formulas whatever they met
             raise AmqError(
                 f"{origin.file}: transformers cannot make a rotary embedding of kind {kind} from it "
-                f"({type(error).__name__}: {error}); the file is damaged or was edited"
+                f"({type(error).__name__}: {shorten(str(error), 300)}); the file is damaged or was edited"
             ) from error
+
+    with named():
+        known = AutoConfig.for_model(**{key: v for key, v in origin.raw.items() if key != "quantization_config"})
+        parameters = known.rope_parameters[layers] if layers else known.rope_parameters
+
+    def make(length: int | None) -> tuple[Tensor, float]:
+        more = {"layer_type": layers} if layers else {}
+        with named():
+            frequencies, factor = ROPE_INIT_FUNCTIONS[kind](known, torch.device("cpu"), seq_len=length, **more)
+            frequencies, factor = frequencies.float(), float(factor)
         if frequencies.ndim != 1 or not bool(frequencies.isfinite().all()):
             raise AmqError(
                 f"{origin.file}: the rotary embedding of kind {kind} has {list(frequencies.shape)} frequencies, "
@@ -367,4 +403,4 @@ def _rope_of_transformers(origin: Origin, kind: str, layers: str) -> Any:
             )
         return frequencies, factor
 
-    return make
+    return make, shape.size(parameters, "original_max_position_embeddings")

@@ -28,6 +28,7 @@ NEEDED = ("hidden_activation", "query_pre_attn_scalar", "layer_types")
 
 @dataclass(frozen=True)
 class GemmaConfig(TextConfig):
+    hidden_activation: str | None = None
     query_pre_attn_scalar: float | None = None
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
@@ -41,11 +42,19 @@ class GemmaConfig(TextConfig):
 
     @property
     def activation(self) -> str:
-        return known_activation(self.hidden_activation or self.hidden_act or "")
+        return known_activation(self.hidden_activation or "")
+
+
+@dataclass(frozen=True)
+class _FirstConfig(GemmaConfig):
+    @property
+    def activation(self) -> str:
+        """Of the first Gemma, whose files say `gelu` and mean this one, as transformers does."""
+        return known_activation("gelu_pytorch_tanh" if self.hidden_act == "gelu" else self.hidden_act or "")
 
 
 def gemma(origin: Origin) -> DecoderSpec:
-    config = _record(origin, "hidden_act")
+    config = _record(origin, _FirstConfig, "hidden_act")
     hidden, bias, steps = config.hidden_size, bool(config.attention_bias), []
     for layer in range(config.num_hidden_layers):
         block = origin.block(layer)
@@ -56,23 +65,27 @@ def gemma(origin: Origin) -> DecoderSpec:
                 one_more(f"{block}.post_attention_layernorm", hidden),
             ),
         ]
-    return _decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return _decoder(origin, config, steps, [rope(origin, config)], softcap=None)
 
 
 def gemma2(origin: Origin) -> DecoderSpec:
-    config = _record(origin, *NEEDED)
-    softcap = config.attn_logit_softcapping or 0.0
-    steps = _steps(origin, config, {FULL: 0, SLIDING: 0}, softcap, normed=False)
-    return _decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    config = _record(origin, GemmaConfig, *NEEDED)
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):  # null is said, too
+        if key not in origin.raw:
+            raise Unsupported(f"config.json does not say {key}")
+    steps = _steps(origin, config, {FULL: 0, SLIDING: 0}, config.attn_logit_softcapping or 0.0, normed=False)
+    return _decoder(origin, config, steps, [rope(origin, config)], config.final_logit_softcapping)
 
 
 def gemma3(origin: Origin) -> DecoderSpec:
     """Its `attn_logit_softcapping` is not used by transformers, and not here."""
-    config = _record(origin, *NEEDED)
+    config = _record(origin, GemmaConfig, *NEEDED)
+    if config.final_logit_softcapping is not None and origin.inside:
+        raise Unsupported("config.json says final_logit_softcapping of a Gemma 3 with images, which does not have it")
     kinds = sorted(set(config.layer_types or ()))
-    ropes = [rope(origin, config, layers=kind, partial=False) for kind in kinds]
+    ropes = [rope(origin, config, layers=kind) for kind in kinds]
     steps = _steps(origin, config, {kind: index for index, kind in enumerate(kinds)}, 0.0, normed=True)
-    return _decoder(origin, config, steps, ropes)
+    return _decoder(origin, config, steps, ropes, config.final_logit_softcapping)
 
 
 def one_more(name: str, count: int) -> Array:
@@ -93,8 +106,8 @@ def sandwich(block: str, hidden: int, attention: Operator, feedforward: Operator
     ]
 
 
-def _record(origin: Origin, *needed: str) -> GemmaConfig:
-    config = origin.record(GemmaConfig, "intermediate_size", "head_dim", *needed)
+def _record(origin: Origin, kind: type[GemmaConfig], *needed: str) -> GemmaConfig:
+    config = origin.record(kind, "intermediate_size", "head_dim", *needed)
     if config.use_bidirectional_attention:
         raise Unsupported("config.json says use_bidirectional_attention, which the native engine has not")
     return config
@@ -115,7 +128,9 @@ def _steps(origin: Origin, config: GemmaConfig, ropes: Mapping[str, int], softca
     return steps
 
 
-def _decoder(origin: Origin, config: GemmaConfig, steps: Sequence[Step], ropes: Sequence[Rope]) -> DecoderSpec:
+def _decoder(origin: Origin, config: GemmaConfig, steps: Sequence[Step], ropes: Sequence[Rope],
+             softcap: float | None) -> DecoderSpec:  # fmt: skip
+    """softcap: of logits."""
     return decoder(origin, config, steps, ropes, final_norm=one_more(f"{origin.root}norm", config.hidden_size),
                    embedding_scale=config.hidden_size**0.5,
-                   logit_softcap=config.final_logit_softcapping or 0.0)  # fmt: skip
+                   logit_softcap=softcap or 0.0)  # fmt: skip

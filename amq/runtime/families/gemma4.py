@@ -24,9 +24,11 @@ from amq.runtime.decoder_spec import (
 )  # fmt: skip
 from amq.runtime.families.base import (
     LARGEST,
+    MOST_FEATURES,
     Origin,
     TextConfig,
     Unsupported,
+    check_experts,
     decoder,
     head_norms,
     known_activation,
@@ -43,8 +45,6 @@ NEEDED = (
     *("intermediate_size", "head_dim", "num_key_value_heads", "hidden_activation", "layer_types"),
     "hidden_size_per_layer_input",
 )
-MOST_EXPERTS = 1 << 16
-"""Of a layer; no model comes near."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,8 @@ class _Heads:
     head_dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_range(self, "num_key_value_heads", "head_dim")
+        check_range(self, "num_key_value_heads")
+        check_range(self, "head_dim", most=MOST_FEATURES)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class _Config(TextConfig):
     """per_layer_config: {number of a layer, with zeros before it: what it has of its own}; without it, full layers
     have global_head_dim, and num_global_key_value_heads where their keys are their values."""
 
+    hidden_activation: str | None = None
     per_layer_config: dict[str, dict[str, Any]] | None = None
     global_head_dim: int | None = None
     num_global_key_value_heads: int | None = None
@@ -81,13 +83,14 @@ class _Config(TextConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_range(self, "num_kv_shared_layers", "hidden_size_per_layer_input", least=0)
-        check_range(self, "global_head_dim", "num_global_key_value_heads", "vocab_size_per_layer_input")
-        check_range(self, "num_experts", most=MOST_EXPERTS)
+        check_range(self, "global_head_dim", most=MOST_FEATURES)
+        check_range(self, "num_experts", "num_global_key_value_heads", "vocab_size_per_layer_input")
+        check_experts(self.num_hidden_layers, self.num_experts or 0)
         check_range(self, "top_k_experts", "moe_intermediate_size")
         check_range(self, "final_logit_softcapping", least=1e-6, most=LARGEST)
         if self.shared >= self.num_hidden_layers:
             raise ValueError(f"expected num_kv_shared_layers below num_hidden_layers, got {self.shared}")
-        if (self.top_k_experts or 0) > (self.num_experts or 0):
+        if self.enable_moe_block and (self.top_k_experts or 0) > (self.num_experts or 0):
             raise ValueError(f"expected top_k_experts of at most {self.num_experts} experts, got {self.top_k_experts}")
 
     @property
@@ -177,11 +180,7 @@ def _own_heads(config: _Config, origin: Origin) -> dict[int, _Heads]:
 def _ropes(origin: Origin, config: _Config, heads: list[tuple[int, int]]) -> dict[str, Rope]:
     """By the kind of layer."""
     kinds = config.layer_types or []
-    return {
-        kind: rope(origin, config, heads[kinds.index(kind)][1], kind, partial=False)
-        for kind in (SLIDING, FULL)
-        if kind in kinds
-    }
+    return {kind: rope(origin, config, heads[kinds.index(kind)][1], kind) for kind in (SLIDING, FULL) if kind in kinds}
 
 
 def _attention(prefix: str, config: _Config, kind: str, heads: tuple[int, int], cache_of: int | None, window: int,

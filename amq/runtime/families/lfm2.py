@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from amq.model import shape
 from amq.runtime.decoder_spec import SILU, Array, Attention, DecoderSpec, Mixture, Mlp, ShortConv, Step
@@ -32,6 +32,9 @@ MLP = ("w1", "w3", "w2")
 class Lfm2Config(MixtureConfig):
     """Names of older files are `block_ff_dim` and `tie_embedding`, which win."""
 
+    NORM: ClassVar[str] = "norm_eps"
+
+    norm_eps: float | None = None
     conv_L_cache: int = 0
     conv_bias: bool = False
     full_attn_idxs: list[int] | None = None
@@ -52,6 +55,11 @@ class Lfm2Config(MixtureConfig):
         check_range(self, "num_dense_layers", least=0)
         check_range(self, "block_ffn_dim_multiplier", least=0, most=LARGEST)
         check_range(self, "routed_scaling_factor", least=-LARGEST, most=LARGEST)
+
+    @property
+    def activation(self) -> str:
+        """Of MLPs and experts, whatever hidden_act says."""
+        return SILU
 
     @property
     def kinds(self) -> list[str]:
@@ -101,11 +109,13 @@ def _config(origin: Origin, *needed: str) -> Lfm2Config:
         config = replace(config, tie_word_embeddings=config.tie_embedding)
     if config.intermediate_size is None:
         raise Unsupported("config.json does not say intermediate_size")
+    if config.conv_L_cache < 2:
+        raise Unsupported("the native engine has convolutions over two positions or more (conv_L_cache)")
     return config
 
 
 def _dense(config: Lfm2Config, block: str, wide: int) -> Mlp:
-    return mlp(f"{block}.feed_forward", config.hidden_size, wide, SILU, names=MLP)
+    return mlp(f"{block}.feed_forward", config.hidden_size, wide, config.activation, names=MLP)
 
 
 def _model(origin: Origin, config: Lfm2Config, feed_forward: Callable[[str, int], Mlp | Mixture]) -> DecoderSpec:

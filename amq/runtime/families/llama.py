@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from amq.runtime.decoder_spec import DecoderSpec, Step
 from amq.runtime.families.base import (
     Origin,
     TextConfig,
-    Unsupported,
     attention,
     decoder,
     head_norms,
@@ -20,34 +21,38 @@ from amq.runtime.families.base import (
 
 
 def llama(origin: Origin) -> DecoderSpec:
-    return _model(origin, mlp_bias=True)
+    return _model(origin, no_windows, mlp_bias=True)
 
 
 def mistral(origin: Origin) -> DecoderSpec:
-    return _model(origin, bias=False, always_windows=True)
+    return _model(origin, partial(windows, always=True), bias=False)
 
 
 def qwen2(origin: Origin) -> DecoderSpec:
-    return _model(origin, bias=True, output_bias=False)
+    return _model(origin, windows, bias=True, output_bias=False)
 
 
 def qwen3(origin: Origin) -> DecoderSpec:
-    return _model(origin, normed=True)
+    return _model(origin, windows, normed=True)
 
 
-def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = None, mlp_bias: bool = False,
-           normed: bool = False, always_windows: bool = False) -> DecoderSpec:  # fmt: skip
-    """bias, output_bias: of attention, None where config.json says it. mlp_bias: config.json may say one."""
+def no_windows(config: TextConfig) -> list[int]:
+    """Of families that transformers gives none, whatever layer_types says."""
+    return [0] * config.num_hidden_layers
+
+
+def _model(origin: Origin, spans: Callable[[TextConfig], list[int]], bias: bool | None = None,
+           output_bias: bool | None = None, mlp_bias: bool = False, normed: bool = False) -> DecoderSpec:  # fmt: skip
+    """spans: windows of all layers. bias, output_bias: of attention, None where config.json says it. mlp_bias:
+    config.json may say one. normed: queries and keys are, per head."""
     config = origin.record(TextConfig, "intermediate_size")
-    if config.use_sliding_window and not config.layer_types:
-        raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
     said = bool(config.attention_bias)
     bias, output_bias = (
         said if bias is None else bias,
         (said if bias is None else bias) if output_bias is None else output_bias,
     )
     hidden, steps = config.hidden_size, []
-    for layer, window in enumerate(windows(config, always_windows)):
+    for layer, window in enumerate(spans(config)):
         block = origin.block(layer)
         own = f"{block}.self_attn"
         norms: dict[str, Any] = head_norms(own, config.features) if normed else {}
@@ -62,4 +67,4 @@ def _model(origin: Origin, bias: bool | None = None, output_bias: bool | None = 
                 norm(f"{block}.post_attention_layernorm", hidden),
             ),
         ]  # fmt: skip
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])

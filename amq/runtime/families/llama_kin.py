@@ -25,6 +25,8 @@ from amq.runtime.families.base import (
 )  # fmt: skip
 from amq.util.records import check_range, parse_record
 
+ORIGINAL = "original_max_position_embeddings"
+
 
 @dataclass(frozen=True)
 class _SmolLM3Config(TextConfig):
@@ -49,7 +51,7 @@ def smollm3(origin: Origin) -> DecoderSpec:
         feedforward = mlp(f"{block}.mlp", hidden, config.intermediate_size or 0, config.activation, mlp_bias)
         op = attention(f"{block}.self_attn", config, bias, bias, rotary, window=window)
         steps += prenorm(block, hidden, op, feedforward)
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])
 
 
 def ministral(origin: Origin) -> DecoderSpec:
@@ -77,7 +79,9 @@ def ministral3(origin: Origin) -> DecoderSpec:
     config = origin.record(TextConfig, "intermediate_size")
     rotary = shape.ModelShape.of(origin.raw).rotary.get("")
     said = dict(rotary.parameters) if rotary else {}
-    for key in ("llama_4_scaling_beta", "original_max_position_embeddings"):
+    if rotary and rotary.kind in ("llama3", "yarn", "longrope") and ORIGINAL in origin.raw:  # transformers prefers it
+        said[ORIGINAL] = origin.raw[ORIGINAL]
+    for key in ("llama_4_scaling_beta", ORIGINAL):
         if said.get(key) is None:
             raise Unsupported(f"config.json does not say {key} in rope_parameters")
     scale = parse_record(said, _QueryScale, origin.file)
@@ -93,7 +97,7 @@ def _without_biases(origin: Origin, config: TextConfig, seen: list[int],
         op = attention(f"{block}.self_attn", config, window=window, position_scale=position_scale)
         feedforward = mlp(f"{block}.mlp", hidden, config.intermediate_size or 0, config.activation)
         steps += prenorm(block, hidden, op, feedforward)
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])
 
 
 def arcee(origin: Origin) -> DecoderSpec:
@@ -109,4 +113,4 @@ def arcee(origin: Origin) -> DecoderSpec:
             for name, count, out in (("up_proj", hidden, wide), ("down_proj", wide, hidden))
         )
         steps += prenorm(block, hidden, attention(f"{block}.self_attn", config, bias, bias), Mlp(up, down, RELU2))
-    return decoder(origin, config, steps, [rope(origin, config, partial=False)])
+    return decoder(origin, config, steps, [rope(origin, config)])

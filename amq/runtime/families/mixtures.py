@@ -18,6 +18,7 @@ from amq.runtime.families.base import (
     TextConfig,
     Unsupported,
     attention,
+    check_experts,
     decoder,
     head_norms,
     mlp,
@@ -51,8 +52,9 @@ class MixtureConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_range(self, *COUNTS, least=0)
-        check_range(self, "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step")
+        check_range(self, *COUNTS, "num_experts_per_tok", least=0)  # dense models of the same families say 0
+        check_range(self, "moe_intermediate_size", "decoder_sparse_step")
+        check_experts(self.num_hidden_layers, max(getattr(self, key) or 0 for key in COUNTS))
 
     @property
     def experts(self) -> int:
@@ -151,8 +153,9 @@ def _mixture(origin: Origin, config: TextConfig, path: str, router: Router, wide
 
 def qwen3_moe(origin: Origin) -> DecoderSpec:
     config = origin.record(MixtureConfig, "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob")
-    return _qwen(origin, config, windows(config, bool(config.use_sliding_window)), bool(config.attention_bias),
-                 bool(config.attention_bias), normed=True)  # fmt: skip
+    spans = windows(config, always=True) if config.use_sliding_window else [0] * config.num_hidden_layers
+    bias = bool(config.attention_bias)
+    return _qwen(origin, config, spans, bias, bias, normed=True)
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,6 @@ def qwen2_moe(origin: Origin) -> DecoderSpec:
         Qwen2MoeConfig, "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
         "norm_topk_prob", "qkv_bias",
     )  # fmt: skip
-    if config.use_sliding_window and not config.layer_types:
-        raise Unsupported("config.json does not say which layers have a sliding window (layer_types)")
     shared: dict[str, Any] = {
         "shared_wide": config.shared_expert_intermediate_size,
         "shared_gate": "shared_expert_gate",
@@ -311,17 +312,17 @@ def glm4_moe(origin: Origin) -> DecoderSpec:
         return head_norms(own, config.features) if config.use_qk_norm else {}
 
     return _model(
-        origin, config, [0] * config.num_hidden_layers, feed_forward, fields, bool(config.attention_bias), False
+        origin, config, [0] * config.num_hidden_layers, feed_forward, fields, bool(config.attention_bias), partial=True
     )
 
 
 def _model(origin: Origin, config: TextConfig, spans: list[int], feed_forward: Callable[[int, str], Mixture | Mlp],
            fields: Callable[[int, str], dict[str, Any]] = lambda *_: {}, bias: bool = False,
-           output_bias: bool = False) -> DecoderSpec:  # fmt: skip
+           output_bias: bool = False, partial: bool = False) -> DecoderSpec:  # fmt: skip
     """A Llama but for what a layer has in the place of its MLP.
 
     spans: windows of all layers. feed_forward: of (layer, name of the block). fields: more of Attention, of (layer,
-    name of the attention).
+    name of the attention). partial: of `rope`.
     """
     hidden, steps = config.hidden_size, []
     for layer, window in enumerate(spans):
@@ -332,4 +333,4 @@ def _model(origin: Origin, config: TextConfig, spans: list[int], feed_forward: C
             Step(attend, norm(f"{block}.input_layernorm", hidden)),
             Step(feed_forward(layer, block), norm(f"{block}.post_attention_layernorm", hidden)),
         ]
-    return decoder(origin, config, steps, [rope(origin, config)])
+    return decoder(origin, config, steps, [rope(origin, config, partial=partial)])

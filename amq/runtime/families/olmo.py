@@ -12,13 +12,13 @@ from amq.runtime.families.base import Origin, TextConfig, attention, decoder, ml
 def olmo2(origin: Origin) -> DecoderSpec:
     config = origin.record(TextConfig, "intermediate_size")
     kinds = [FULL] * config.num_hidden_layers
-    return _model(origin, config, kinds, [0] * len(kinds), {FULL: rope(origin, config, partial=False)})
+    return _model(origin, config, kinds, [0] * len(kinds), {FULL: rope(origin, config)})
 
 
 def olmo3(origin: Origin) -> DecoderSpec:
     config = origin.record(TextConfig, "intermediate_size", "layer_types")
     kinds = config.layer_types or []
-    ropes = {kind: rope(origin, config, layers=kind, partial=False) for kind in sorted(set(kinds))}
+    ropes = {kind: rope(origin, config, layers=kind) for kind in sorted(set(kinds))}
     return _model(origin, config, kinds, windows(config), ropes)
 
 

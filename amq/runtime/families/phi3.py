@@ -20,4 +20,4 @@ def phi3(origin: Origin) -> DecoderSpec:
         )
         op = attention(own, config, qkv=qkv, window=window)
         steps += prenorm(block, hidden, op, Mlp(gate_up, down, config.activation))
-    return decoder(origin, config, steps, [rope(origin, config)])
+    return decoder(origin, config, steps, [rope(origin, config, partial=True)])

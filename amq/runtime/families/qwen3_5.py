@@ -26,6 +26,7 @@ from amq.runtime.decoder_spec import (
     plus_one,
 )
 from amq.runtime.families.base import (
+    MOST_HEAD,
     Origin,
     Unsupported,
     attention,
@@ -107,8 +108,13 @@ def qwen3_next(origin: Origin) -> DecoderSpec:
 def _config(origin: Origin, *needed: str) -> DeltaConfig:
     config = origin.record(DeltaConfig, *DELTA_SIZES, *needed)
     for features in (config.linear_key_head_dim, config.linear_value_head_dim):
-        if features % 16:
-            raise Unsupported(f"the native engine has delta nets with multiples of 16 features a head, not {features}")
+        if features % 16 or features > MOST_HEAD:
+            raise Unsupported(
+                f"the native engine has delta nets with multiples of 16 features a head up to {MOST_HEAD}, "
+                f"not {features}"
+            )
+    if config.linear_conv_kernel_dim < 2:
+        raise Unsupported("the native engine has convolutions over two positions or more (linear_conv_kernel_dim)")
     if config.activation != SILU:
         raise Unsupported(f"the native engine has delta nets with silu alone, not {config.hidden_act}")
     return config
@@ -129,7 +135,7 @@ def _model(origin: Origin, config: DeltaConfig, delta: Callable[[DeltaConfig, st
             Step(feed_forward(block, layer), plus_one(f"{block}.post_attention_layernorm.weight", hidden)),
         ]
     final_norm = plus_one(f"{origin.root}norm.weight", hidden)
-    return decoder(origin, config, steps, [rope(origin, config)], final_norm=final_norm)
+    return decoder(origin, config, steps, [rope(origin, config, partial=True)], final_norm=final_norm)
 
 
 def _dense(config: DeltaConfig, block: str) -> Mlp:
