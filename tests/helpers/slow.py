@@ -14,12 +14,14 @@ COMPILES = (
 
 LONG = (
     *("test_bank", "test_bench", "test_benchmarks", "test_beside_llama_cpp", "test_crash", "test_damaged_files"),
-    *("test_data", "test_divergence", "test_eval", "test_evaluator", "test_gguf", "test_gradients"),
-    *("test_graph_capture", "test_hf", "test_kept", "test_linear_faults", "test_nested", "test_order", "test_output"),
-    *("test_prefix", "test_quantize", "test_quantizers", "test_quiet", "test_report", "test_run", "test_scales"),
+    *("test_data", "test_decoder_random", "test_divergence", "test_engine_families", "test_engine_families_dense"),
+    *("test_engine_mixtures", "test_engine_published", "test_engine_specs", "test_engine_states", "test_eval"),
+    *("test_evaluator", "test_gguf", "test_gguf_families", "test_gradients", "test_graph_capture", "test_hf"),
+    *("test_kept", "test_linear_faults", "test_nested", "test_order", "test_output", "test_prefix", "test_quantize"),
+    *("test_quantizers", "test_quiet", "test_report", "test_run", "test_runtime_experts", "test_scales"),
     *("test_serve_faults", "test_serve_page", "test_serve_queue", "test_shape", "test_skips", "test_solvers"),
-    *("test_split_faults", "test_split_link", "test_split_report", "test_torch_batch", "test_torch_engine"),
-    *("test_torch_kept", "test_torch_sequences", "test_usable"),
+    *("test_split_faults", "test_split_link", "test_split_report", "test_state_engine", "test_state_pool"),
+    *("test_torch_batch", "test_torch_engine", "test_torch_kept", "test_torch_sequences", "test_usable"),
 )
 """Over three seconds of a processor's time, but for what everything rests on: test_linear, test_native, test_engine."""
 
