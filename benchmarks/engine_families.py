@@ -80,7 +80,7 @@ SPEED: dict[str, Shape] = {
     "gemma4_text": _shape("Gemma4TextConfig", 36, 12, num_kv_shared_layers=6,
                           vocab_size_per_layer_input=VOCABULARY),
     "gpt_oss": _shape("GptOssConfig", 24, 2, source="gpt-oss-20b", num_local_experts=32),
-    "glm4_moe": _shape("Glm4MoeConfig", 46, source="transformers' default, 64 experts", n_routed_experts=64),
+    "glm4_moe": _shape("Glm4MoeConfig", 46, source="GLM-4.5-Air, 64 experts", head_dim=128, n_routed_experts=64),
     "phi3": _shape("Phi3Config", 32),
     "smollm3": _shape("SmolLM3Config", 36, 4),
     "granite": _shape("GraniteConfig", 32),
