@@ -219,9 +219,9 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     """Markdown."""
     yield (
         "| family | tiny models | logits differ by at most | greedy texts the same | speed measured on "
-        "| MB per token | tokens/s | share of read bandwidth | four users ÷ one |"
+        "| MB per token | tokens/s | read bandwidth, GB/s | share of it | four users ÷ one |"
     )
-    yield "|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         exact, speed = row["exact"], row["speed"]
         worst = f"{max(case['difference'] for case in exact):.1e}" if exact else ""
@@ -234,10 +234,11 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
             cells += [
                 where,
                 f"{speed['bytes_per_token'] / 1e6:.0f}", f"{speed['tokens_per_second']:.1f}",
-                f"{speed['share_of_bandwidth']:.0%}", f"{speed['four_users']:.2f}",
+                f"{speed['read_bandwidth'] / 1e9:.0f}", f"{speed['share_of_bandwidth']:.0%}",
+                f"{speed['four_users']:.2f}",
             ]  # fmt: skip
         else:
-            cells += [row["left_out"].get("speed", ""), "", "", "", ""]
+            cells += [row["left_out"].get("speed", ""), "", "", "", "", ""]
         yield f"| {' | '.join(cells)} |"
 
 
