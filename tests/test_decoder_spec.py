@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.random_specs import project
 
 from amq.kernels.cpu import NO_MEMORY, cpu_module, memory
 from amq.runtime.decoder_spec import (
@@ -28,7 +29,6 @@ from amq.runtime.decoder_spec import (
     ShortConv,
     Step,
     Table,
-    project,
 )
 
 HIDDEN, VOCABULARY, CONTEXT, EXPERTS = 32, 20, 64, 4

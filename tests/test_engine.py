@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
-from helpers.engines import text, transformers_logits
+from helpers.engines import last_rows, text, transformers_logits
 from helpers.tiny_models import ARCHITECTURES, VOCABULARY, byte_tokenizer
 
 from amq.errors import AmqError
@@ -87,16 +87,8 @@ def test_a_sequence_does_not_depend_on_what_shares_its_passes(folders: dict[str,
     texts = {seed: text(length, seed) for seed, length in ((0, 300), (1, 21), (2, 5), (3, 70))}
     alone = {seed: engine.all_logits(tokens)[-1] for seed, tokens in texts.items()}
     slots = {seed: engine.open([-1, *tokens], 0) for seed, tokens in texts.items()}
-    found = {}
     # the long one in pieces of many sizes, the others beside it, one or several tokens at a time
-    for size, others in ((256, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (1, 64)):
-        segments = [(0, texts[0][slots[0].length :][:size])]
-        segments += [(seed, texts[seed][slots[seed].length :][:others]) for seed in (1, 2, 3)]
-        segments = [(seed, tokens) for seed, tokens in segments if tokens]
-        logits = engine.forward([Segment(slots[seed], tokens) for seed, tokens in segments])
-        for row, (seed, _) in zip(logits, segments, strict=True):
-            if slots[seed].length == len(texts[seed]):
-                found[seed] = row.clone()
+    found = last_rows(engine, slots, texts, ((256, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (1, 64)))
     assert found.keys() == texts.keys()
     for seed in texts:
         assert torch.equal(found[seed], alone[seed]), seed

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.engine_cases import CASES
-from helpers.engines import text, transformers_logits
+from helpers.engines import last_rows, text, transformers_logits
 
 from amq.runtime.engine import Segment
 from amq.runtime.families import FAMILIES
@@ -72,15 +72,7 @@ def test_a_sequence_does_not_depend_on_what_shares_its_passes(folders: dict[str,
     texts = {seed: text(length, seed) for seed, length in ((0, LENGTH), (1, 21), (2, 5), (3, 70))}
     alone = {seed: engine.all_logits(tokens)[-1] for seed, tokens in texts.items()}
     slots = {seed: engine.open(tokens, 0, reuse=False) for seed, tokens in texts.items()}
-    found = {}
-    for size, others in ((130, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (27, 64)):
-        segments = [(0, texts[0][slots[0].length :][:size])]
-        segments += [(seed, texts[seed][slots[seed].length :][:others]) for seed in (1, 2, 3)]
-        segments = [(seed, tokens) for seed, tokens in segments if tokens]
-        logits = engine.forward([Segment(slots[seed], tokens) for seed, tokens in segments])
-        for row, (seed, _) in zip(logits, segments, strict=True):
-            if slots[seed].length == len(texts[seed]):
-                found[seed] = row.clone()
+    found = last_rows(engine, slots, texts, ((130, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (27, 64)))
     assert found.keys() == texts.keys()
     for seed in texts:
         assert torch.equal(found[seed], alone[seed]), seed

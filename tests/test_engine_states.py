@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.engine_cases_delta import DELTA
+from helpers.random_specs import project
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -26,7 +27,6 @@ from amq.runtime.decoder_spec import (
     ShortConv,
     Step,
     Table,
-    project,
 )
 from amq.runtime.families import Unsupported, read_spec
 

@@ -16,8 +16,8 @@ from helpers.engines import text
 from helpers.families import FAMILIES
 from helpers.states import KINDS, LONGEST, OWNERS, Checked
 from helpers.tiny_models import ARCHITECTURES
+from helpers.turns import conversation
 from torch import Tensor
-from turns import conversation
 
 from amq.errors import AmqError
 from amq.runtime.native_engine import NativeEngine, open_native

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from helpers.families import FAMILIES
-from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized
+from helpers.tiny_models import ARCHITECTURES, dynamic_rope, longrope, random_tokens, randomized
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -102,17 +102,7 @@ def test_models_that_do_not_go_on_from_a_state_get_their_prompts_whole() -> None
 
 
 BORDER = 64
-LONGROPE = {
-    "rope_parameters": {
-        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": BORDER, "factor": 8.0},
-        **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)]},
-    },
-    "original_max_position_embeddings": BORDER,
-}
-DYNAMIC = {
-    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-    "max_position_embeddings": BORDER,
-}
+LONGROPE, DYNAMIC = longrope(BORDER), dynamic_rope(BORDER)
 
 
 @pytest.mark.parametrize("name", ["llama", "captured", "gemma2", "mamba", "longrope", "dynamic"])

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from helpers.families import FAMILIES
-from helpers.tiny_models import ARCHITECTURES, random_tokens, randomized
+from helpers.tiny_models import ARCHITECTURES, dynamic_rope, longrope, random_tokens, randomized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -29,17 +29,7 @@ ROUNDING = 64 * torch.finfo(torch.float32).eps
 """Relative distance of two ways to a row of logits: some sixty roundings of which none cancels another. The
 two ways of transformers itself, the whole text at once and token by token, differ by up to fourteen here."""
 BORDER = 32
-LONGROPE = {
-    "rope_parameters": {
-        **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": BORDER, "factor": 8.0},
-        **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)]},
-    },
-    "original_max_position_embeddings": BORDER,
-}
-DYNAMIC = {
-    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
-    "max_position_embeddings": BORDER,
-}
+LONGROPE, DYNAMIC = longrope(BORDER), dynamic_rope(BORDER)
 
 
 def mamba() -> nn.Module:

@@ -77,11 +77,6 @@ class Projection:
         return sum(linear.out_features for linear in self.linears)
 
 
-def project(in_features: int, bias: bool = False, **linears: int) -> Projection:
-    """Of {name with __ for dots: out_features}."""
-    return Projection(tuple(Linear(n.replace("__", "."), out, in_features, bias) for n, out in linears.items()))
-
-
 @dataclass(frozen=True)
 class Rope:
     """frequencies: float32 [rotary / 2], the angle per position of each pair; factor: of cos and sin.

@@ -20,7 +20,7 @@ from amq.bench.machine import OtherWork, memory
 from amq.errors import AmqError
 
 from .base import missing_module
-from .llama_cpp import BATCH, MICRO_BATCH, PAD, Batch
+from .llama_cpp import BATCH, MICRO_BATCH, PAD, Batch, prompt_batches
 
 NAME = "ik_llama.cpp"
 PROJECT = "ik-llama-cpp-python"
@@ -84,7 +84,9 @@ class IkLlama:
         self._prepare(case.sequences, case.positions)
         random = np.random.default_rng((self._seed, repetition))
         for sequence in range(case.sequences):
-            for batch in self._prompt(sequence, 0, random.integers(self._vocabulary, size=case.depth).tolist()):
+            for batch in prompt_batches(
+                self._api, sequence, 0, random.integers(self._vocabulary, size=case.depth).tolist()
+            ):
                 self._run(batch)
         if case.decode:
             steps = random.integers(self._vocabulary, size=(case.tokens, case.sequences)).tolist()
@@ -92,18 +94,13 @@ class IkLlama:
             for position, (batch, tokens) in enumerate(zip(batches, steps, strict=True), case.depth):
                 batch.fill(list(range(case.sequences)), position, tokens, step=0, logits=case.sequences)
         else:
-            batches = self._prompt(0, case.depth, random.integers(self._vocabulary, size=case.tokens).tolist())
+            batches = prompt_batches(
+                self._api, 0, case.depth, random.integers(self._vocabulary, size=case.tokens).tolist()
+            )
         others, start = OtherWork(), time.perf_counter()
         for batch in batches:
             self._run(batch)
         return {"seconds": time.perf_counter() - start, "others": others.share()}
-
-    def _prompt(self, sequence: int, position: int, tokens: list[int]) -> list[Batch]:
-        parts = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
-        batches = [Batch(self._api, len(part)) for part in parts]
-        for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
-            batch.fill([sequence] * len(part), position + i * BATCH, part, logits=int(i == len(parts) - 1))
-        return batches
 
     def _prepare(self, sequences: int, positions: int) -> None:
         """An empty cache for so many sequences, in a context just large enough."""

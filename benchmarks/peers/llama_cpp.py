@@ -100,23 +100,17 @@ class LlamaCpp:
         self._prepare(case.sequences, case.positions, all_logits=False)
         random = np.random.default_rng((self._seed, repetition))
         for sequence in range(case.sequences):
-            for batch in self._prompt(sequence, 0, random.integers(self._vocabulary, size=case.depth).tolist()):
+            for batch in prompt_batches(
+                self._api, sequence, 0, random.integers(self._vocabulary, size=case.depth).tolist()
+            ):
                 self._run(batch.raw)
         if case.decode:
             return self._decode(case, random.integers(self._vocabulary, size=(case.tokens, case.sequences)).tolist())
-        batches = self._prompt(0, case.depth, random.integers(self._vocabulary, size=case.tokens).tolist())
+        batches = prompt_batches(self._api, 0, case.depth, random.integers(self._vocabulary, size=case.tokens).tolist())
         others, start = OtherWork(), time.perf_counter()
         for batch in batches:
             self._run(batch.raw)
         return {"seconds": time.perf_counter() - start, "others": others.share()}
-
-    def _prompt(self, sequence: int, position: int, tokens: list[int]) -> list[Batch]:
-        """Consecutive tokens of one sequence; logits are wanted after the last."""
-        parts = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
-        batches = [Batch(self._api, len(part)) for part in parts]
-        for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
-            batch.fill([sequence] * len(part), position + i * BATCH, part, logits=int(i == len(parts) - 1))
-        return batches
 
     def _decode(self, case: Case, steps: list[list[int]]) -> dict[str, Any]:
         batch, sequences = Batch(self._api, case.sequences), list(range(case.sequences))
@@ -188,6 +182,15 @@ class Batch:
             batch.token[i], batch.pos[i] = tokens[i], position + i * step
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequences[i]
             batch.logits[i] = i >= count - logits
+
+
+def prompt_batches(api: Any, sequence: int, position: int, tokens: list[int]) -> list[Batch]:
+    """Consecutive tokens of one sequence; logits are wanted after the last."""
+    parts = [tokens[i : i + BATCH] for i in range(0, len(tokens), BATCH)]
+    batches = [Batch(api, len(part)) for part in parts]
+    for i, (batch, part) in enumerate(zip(batches, parts, strict=True)):
+        batch.fill([sequence] * len(part), position + i * BATCH, part, logits=int(i == len(parts) - 1))
+    return batches
 
 
 class _Override(ctypes.Structure):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.runtime.engine import MAX_SCORED, Segment, Slot
+from amq.runtime.engine import MAX_SCORED, Engine, S, Segment, Slot
 
 SECONDS = 60.0
 """How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
@@ -122,6 +122,22 @@ def text(length: int, seed: int = 0) -> list[int]:
     from helpers.tiny_models import VOCABULARY
 
     return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def last_rows(
+    engine: Engine[S], slots: Mapping[int, S], texts: Mapping[int, list[int]], parts: Iterable[tuple[int, int]]
+) -> dict[int, Tensor]:
+    """{text: logits after its last token} of texts that share passes. In each pass text 0 goes on by the first number
+    of tokens of a part, every other one by the second."""
+    found = {}
+    for size, others in parts:
+        segments = [(name, texts[name][slots[name].length :][: others if name else size]) for name in texts]
+        segments = [(name, tokens) for name, tokens in segments if tokens]
+        logits = engine.forward([Segment(slots[name], tokens) for name, tokens in segments])
+        for row, (name, _) in zip(logits, segments, strict=True):
+            if slots[name].length == len(texts[name]):
+                found[name] = row.clone()
+    return found
 
 
 def transformers_logits(folder: Path, tokens: list[int], activations: str = "fp32") -> Tensor:

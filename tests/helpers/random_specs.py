@@ -37,6 +37,11 @@ from amq.runtime.weights import Held
 PAGE = cpu_module().PAGE
 
 
+def project(in_features: int, **linears: int) -> Projection:
+    """Linears {name: out_features} that share x."""
+    return Projection(tuple(Linear(name, out, in_features) for name, out in linears.items()))
+
+
 def memory(array: np.ndarray[Any, Any]) -> tuple[int, int]:
     return array.ctypes.data, array.nbytes
 

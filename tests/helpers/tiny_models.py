@@ -151,3 +151,22 @@ def byte_tokenizer(template: str = "") -> Any:
 def random_tokens(windows: int, length: int, seed: int = 0) -> torch.Tensor:
     """int64 [windows, length]."""
     return torch.randint(VOCABULARY, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def longrope(border: int) -> dict[str, Any]:
+    """Options of a config whose texts of more than `border` positions have other rotary angles; heads of 16."""
+    return {
+        "rope_parameters": {
+            **{"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": border, "factor": 8.0},
+            **{"short_factor": [1.0] * 8, "long_factor": [1.0 + 3 * i for i in range(8)]},
+        },
+        "original_max_position_embeddings": border,
+    }
+
+
+def dynamic_rope(border: int) -> dict[str, Any]:
+    """Options of a config whose rotary angles depend on every length beyond `border`."""
+    return {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0},
+        "max_position_embeddings": border,
+    }
