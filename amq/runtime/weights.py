@@ -188,6 +188,8 @@ class Weights:
         scales: set[Callable[[Tensor], Tensor]] = {
             op.position_scale for op in self.spec.parts(Attention) if op.position_scale is not None
         }
+        if len(scales) > 1:
+            raise Unsupported("the native engine scales the queries of all layers alike")
         for scale in scales:
             self._made("position_scale", scale(positions))
 

@@ -1,4 +1,4 @@
-"""A conversation with an engine, turn by turn: how many tokens of each prompt are read, and what that takes.
+"""A conversation with an engine, turn by turn: how many tokens of each prompt are read.
 
 Every turn's prompt is everything said before and a new message; the answer is the likeliest tokens. An engine that
 remembers nothing reads the whole prompt each time, one that goes on where it ended reads the new message. Through the
@@ -7,7 +7,6 @@ Engine protocol alone: no template, no text.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
@@ -17,11 +16,10 @@ from amq.runtime.engine import Engine, Segment, Slot
 
 @dataclass(frozen=True)
 class Turn:
-    """prompt: its tokens. read: those that were computed. seconds: until the first logits. answer: tokens decoded."""
+    """prompt: its tokens. read: those that were computed. answer: tokens decoded."""
 
     prompt: int
     read: int
-    seconds: float
     answer: int
 
 
@@ -37,19 +35,17 @@ def conversation(
     result = []
     for _ in range(turns):
         said += torch.randint(engine.vocab_size, (message,), generator=generator).tolist()
-        start = time.perf_counter()
         slot = engine.open(said, answer)
         assert slot is not None, "the engine is in use"
         prompt, read = len(said), len(said) - slot.length
         try:
             token = _run(engine, slot, said)
-            seconds = time.perf_counter() - start
             for _ in range(answer):
                 said.append(token)
                 token = _run(engine, slot, said)
         finally:
             engine.close(slot)
-        result.append(Turn(prompt, read, seconds, answer))
+        result.append(Turn(prompt, read, answer))
     return result
 
 
