@@ -21,6 +21,7 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels import gpu_layout as layout
 from amq.kernels import launch_table as tuning
+from amq.kernels.cuda_calls import REFUSALS, CallLibrary
 from amq.packing import PreparedWeight
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class Library:
-    """The C functions of kernels/cuda/launch.cu in the shared library at `path`."""
+    """The C functions of kernels/cuda/*.cu in the shared library at `path`."""
 
     def __init__(self, path: Path) -> None:
         self.path, self._library = path, ctypes.CDLL(str(path))
@@ -54,6 +55,7 @@ class Library:
             *(address, long, address, address, long, address, integer, address),
         )
         self.max_rows: int = self._library.amq_cuda_max_rows()
+        self.calls = CallLibrary(self._library, str(path))
 
     def _declare(self, name: str, result: type, *arguments: type) -> None:
         function = getattr(self._library, name)
@@ -152,17 +154,6 @@ def _warn_of_copies(in_features: int) -> None:
         "in_features, and rows that begin at multiples of %d bytes",
         *(in_features, X_UNIT, ALIGNMENT),
     )
-
-
-REFUSALS = {
-    -1: "the number of rows of x is outside what one launch takes",
-    -2: "the number of weights is outside what one launch takes",
-    -3: "codes of a width that the library does not hold",
-    -4: "a group size other than 32, 64 and 128",
-    -5: "a dtype other than float16 and bfloat16",
-    -6: "an empty shape, or an address that is null or not a multiple of 16",
-}
-"""`Status` in kernels/cuda/launch.cu."""
 
 
 FAILURE = "_cuda_failed.txt"

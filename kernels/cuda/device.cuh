@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "calls.h"
+
 // A lane's registers at most. nvcc has __maxnreg__ from CUDA 12.4 on; an older one is told the largest block instead and
 // takes what registers it likes, so that fewer blocks may fit a multiprocessor. The kernels compute the same.
 #ifndef AMQ_HAS_MAXNREG
@@ -76,13 +78,24 @@ AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0x
 // The fp16 numbers in the low and high half of a word.
 AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
+AMQ_DEVICE float to_float(float v) { return v; }
 AMQ_DEVICE float to_float(__half v) { return __half2float(v); }
 AMQ_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }
+AMQ_DEVICE void from_float(float v, float* out) { *out = v; }
 AMQ_DEVICE void from_float(float v, __half* out) { *out = __float2half_rn(v); }
 AMQ_DEVICE void from_float(float v, __nv_bfloat16* out) { *out = __float2bfloat16_rn(v); }
 AMQ_DEVICE float round_even(float v) { return rintf(v); }
 
 AMQ_DEVICE void synchronize() { __syncthreads(); }
+
+// Adds, and returns what was there before.
+AMQ_DEVICE int32_t atomic_add(int32_t* address, int32_t value) { return atomicAdd(address, value); }
+
+// What this thread wrote before is seen by whoever sees what it writes (or adds) after.
+AMQ_DEVICE void memory_fence() { __threadfence(); }
+
+// What other blocks of the same launch have written: past L1, which may hold what was there before.
+AMQ_DEVICE float load_fresh(const float* address) { return __ldcg(address); }
 
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments) {
@@ -93,3 +106,30 @@ cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStrea
 }  // namespace amq
 
 #endif  // AMQ_CUDA_SHIM
+
+namespace amq {
+
+AMQ_DEVICE float warp_sum(float v) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) v += shuffle_xor(v, lanes);
+    return v;
+}
+
+AMQ_DEVICE float warp_max(float v) {
+    for (int lanes = 16; lanes > 0; lanes /= 2) v = fmaxf(v, shuffle_xor(v, lanes));
+    return v;
+}
+
+// An element of an array of some Kind.
+AMQ_DEVICE float load_element(const void* from, int kind, int64_t index) {
+    if (kind == kHalf) return to_float(static_cast<const __half*>(from)[index]);
+    if (kind == kBfloat16) return to_float(static_cast<const __nv_bfloat16*>(from)[index]);
+    return static_cast<const float*>(from)[index];
+}
+
+AMQ_DEVICE void store_element(void* to, int kind, int64_t index, float value) {
+    if (kind == kHalf) return from_float(value, static_cast<__half*>(to) + index);
+    if (kind == kBfloat16) return from_float(value, static_cast<__nv_bfloat16*>(to) + index);
+    static_cast<float*>(to)[index] = value;
+}
+
+}  // namespace amq

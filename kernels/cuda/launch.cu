@@ -1,25 +1,16 @@
 // The C ABI of the kernels: addresses, sizes and a stream in, a status out. No torch, no CUDA call before amq_cuda_check or a
 // launch, so the library loads on a machine without a driver.
 //
-// Status: 0, or a cudaError_t, or one of Status below. amq/kernels/cuda.py turns it into an error that names the linear.
+// Status: 0, or a cudaError_t, or one of Status in calls.h. amq/kernels/cuda.py turns it into an error that names the linear.
 
 #include <algorithm>
 #include <type_traits>
 
+#include "calls.h"
 #include "gemv.cuh"
 #include "quantize.cuh"
 
 namespace amq {
-
-enum Status : int {
-    kOk = 0,
-    kBadRows = -1,     // rows of x outside 1 to kMaxRows
-    kBadWeights = -2,  // none or too many
-    kBadBits = -3,     // a width that is not compiled in
-    kBadGroup = -4,
-    kBadDType = -5,
-    kBadSize = -6,     // a count below 1, or an address that is null or not aligned to 16 bytes
-};
 
 // `call` with the group size as a constant.
 template <class Call>
@@ -90,6 +81,14 @@ __attribute__((visibility("default"))) int amq_cuda_check(int* runtime, int* dri
     status = cudaFuncGetAttributes(&attributes, amq::linear_kernel<amq::HalfElement, 128>);
     cudaGetLastError();  // else the next launch would report it as its own
     return status;
+}
+
+// Bytes of the index-th struct of AMQ_CALLS, 0 past the last: whether library and Python agree.
+int64_t amq_cuda_struct_bytes(int index) {
+#define AMQ_BYTES(name) sizeof(amq::name),
+    constexpr int64_t bytes[] = {AMQ_CALLS(AMQ_BYTES)};
+#undef AMQ_BYTES
+    return index >= 0 && index < static_cast<int>(sizeof bytes / sizeof *bytes) ? bytes[index] : 0;
 }
 
 // Rows of x that one call takes at most.

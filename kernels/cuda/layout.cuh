@@ -33,6 +33,7 @@
 
 #pragma once
 
+#include "calls.h"
 #include "device.cuh"
 
 namespace amq {
@@ -72,8 +73,6 @@ AMQ_DEVICE uint32_t byte_word(const uint32_t (&planes)[kBits]) {
         return word;
     }
 }
-
-enum DType : int { kHalf = 0, kBfloat16 = 1 };
 
 // One weight of a launch.
 struct Weight {

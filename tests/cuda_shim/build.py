@@ -1,4 +1,4 @@
-"""Builds kernels/cuda/launch.cu for a CPU, with the shim of this folder, and lets a Python process load the result."""
+"""Builds kernels/cuda/*.cu for a CPU, with the shim of this folder, and lets a Python process load the result."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def runtime_library(name: str) -> Path:
 
 
 def compile_shim(source: Path, output: Path, flags: str) -> Path:
-    """Compiles one source file that includes device.cuh, or copies what was compiled of the same inputs before, and
-    returns `output`; skips where that cannot work."""
+    """Compiles a source file that includes device.cuh, or all of a folder, or copies what was compiled of the same inputs
+    before, and returns `output`; skips where that cannot work."""
     runtime_library("libstdc++.so")
     for flag, library in (("=address", "libasan.so"), ("=thread", "libtsan.so")):
         if flag in flags:
@@ -57,9 +57,12 @@ def compile_shim(source: Path, output: Path, flags: str) -> Path:
     def build(folder: Path) -> None:
         folder.mkdir()
         (folder / "amq_formats.h").write_text(native_header())
-        command = ["g++", *f"{COMMON} -I{folder} {flags}".split(), str(source), "-o", str(folder / output.name), "-ldl"]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, " ".join(command) + "\n" + result.stderr[-6000:]
+        options = f"{COMMON} -I{folder} {flags}".split()
+        sources = sorted(source.glob("*.cu")) if source.is_dir() else [source]
+        objects = [str(folder / f"{each.stem}.o") for each in sources]
+        for each, made in zip(sources, objects, strict=True):
+            _run(["g++", *options, "-c", str(each), "-o", made])
+        _run(["g++", *flags.split(), *objects, "-o", str(folder / output.name), "-ldl"])
 
     inputs = unchanged.inputs_of(INPUTS, native_header(), source.name, flags, unchanged.compiler())
     kind = "address" if "=address" in flags else "thread" if "=thread" in flags else "plain"
@@ -67,14 +70,19 @@ def compile_shim(source: Path, output: Path, flags: str) -> Path:
     return output
 
 
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, " ".join(command) + "\n" + result.stderr[-6000:]
+
+
 def build_shim(folder: Path, sanitize: bool = False, races: bool = False) -> Path:
-    """kernels/cuda/launch.cu as a shared library in `folder`: as it is, with ADDRESS, or with RACES.
+    """kernels/cuda/*.cu as a shared library in `folder`: as it is, with ADDRESS, or with RACES.
 
     A process can load the latter two only if it started with `sanitizer_environment`. Unique symbols, of which a
     process has one however many libraries define them, would mix up several builds in one process.
     """
     name, flags = ("races", RACES) if races else ("sanitized", ADDRESS) if sanitize else ("plain", PLAIN)
-    return compile_shim(KERNELS / "launch.cu", folder / f"amq_cuda_{name}.so", f"{flags} -shared -fPIC -fno-gnu-unique")
+    return compile_shim(KERNELS, folder / f"amq_cuda_{name}.so", f"{flags} -shared -fPIC -fno-gnu-unique")
 
 
 def sanitizer_environment(races: bool = False) -> dict[str, str]:

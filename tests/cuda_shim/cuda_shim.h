@@ -142,6 +142,7 @@ AMQ_DEVICE void from_float(float v, __half* out) {
         half = (size - (112u << 23) + 0xfff + (size >> 13 & 1)) >> 13;
     out->bits = static_cast<uint16_t>(size > 0x7f800000 ? half : sign | half);
 }
+AMQ_DEVICE void from_float(float v, float* out) { *out = v; }
 AMQ_DEVICE float round_even(float v) { return std::nearbyint(v); }
 
 AMQ_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
@@ -248,6 +249,10 @@ AMQ_DEVICE float shuffle_xor(float value, int lanes, CUDA_SHIM_HERE) {
     cuda_shim::block.with_warp({"shuffle_xor", file, line}, mine, &cuda_shim::shuffle);
     return mine.result;
 }
+
+AMQ_DEVICE int32_t atomic_add(int32_t* address, int32_t value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
+AMQ_DEVICE void memory_fence() {}
+AMQ_DEVICE float load_fresh(const float* address) { return cuda_shim::load(address, "load_fresh"); }
 
 AMQ_DEVICE void synchronize(CUDA_SHIM_HERE) { cuda_shim::block.synchronize(file, line); }
 
