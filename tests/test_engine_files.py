@@ -27,7 +27,7 @@ from amq.runtime.engine import Segment
 from amq.runtime.families import Unsupported, read_spec
 from amq.runtime.loading import load
 from amq.runtime.native_engine import MAX_ROWS, open_native
-from amq.runtime.weights import Weights
+from amq.runtime.native_weights import NativeWeights
 from amq.util.tensors import hashes_metadata, open_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -211,13 +211,13 @@ def test_a_tied_model_may_have_its_head_only(copy: Callable[[str], Path]) -> Non
     assert (tied - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-def described(folder: Path) -> Weights:
+def described(folder: Path) -> NativeWeights:
     checkpoint = open_checkpoint(folder, verify=False)
     names = {*checkpoint.other_names, *checkpoint.record.formats}
-    return Weights(checkpoint, read_spec(checkpoint.config, "config.json", names), 64)
+    return NativeWeights(checkpoint, read_spec(checkpoint.config, "config.json", names), 64)
 
 
-def decoder(model: Weights, **changed: Any) -> Any:
+def decoder(model: NativeWeights, **changed: Any) -> Any:
     how = {
         "spec": model.spec,
         "weights": model.held,

@@ -314,7 +314,7 @@ def test_long_prompts_are_read_a_little_at_a_time(
     first = start()
     _, expected = run(first)
     counters(first)
-    monkeypatch.setattr("amq.runtime.native_engine.READ_BYTES", 1)
+    monkeypatch.setattr("amq.runtime.paged_engine.READ_BYTES", 1)
     engine = start()
     slot = engine.open(TOKENS, 0)
     beside = engine.open(TOKENS, 0)

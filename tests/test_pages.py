@@ -260,7 +260,7 @@ def test_requests_that_come_at_once_read_a_common_beginning_once(folder: Path) -
 
 
 def test_a_restarted_scheduler_answers_from_disk(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("amq.runtime.native_engine.READ_BYTES", 1)  # page by page
+    monkeypatch.setattr("amq.runtime.paged_engine.READ_BYTES", 1)  # page by page
     tokenizer, prompts = Tokenizer.from_folder(folder), [text(300)] * 2
     results = []
     for _ in range(2):

@@ -52,6 +52,8 @@ RUN = (
     "amq/runtime/families/*.py",
     "amq/runtime/pages.py",
     "amq/runtime/state_pool.py",
+    "amq/runtime/native_weights.py",
+    "amq/runtime/paged_engine.py",
     "amq/runtime/weights.py",
     "amq/model/shape.py",
     "amq/split/coder.py",

@@ -6,9 +6,7 @@ compute exactly as transformers does is refused with `Unsupported`, and the call
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,61 +20,27 @@ from amq.errors import AmqError
 from amq.kernels.backends import check_activations
 from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory
 from amq.runtime.decoder_spec import DecoderSpec
-from amq.runtime.engine import MAX_SCORED, Segment, Slot
+from amq.runtime.engine import Segment
 from amq.runtime.families import read_spec
+from amq.runtime.native_weights import NativeWeights
 from amq.runtime.page_keys import Key, model_root
 from amq.runtime.page_store import PageStore
-from amq.runtime.pages import PagePool, PageTable
-from amq.runtime.state_pool import FLOAT, RecurrentStates, SequenceState, Snapshots, room_for
-from amq.runtime.weights import Weights
+from amq.runtime.paged_engine import MAX_ROWS, PagedEngine, PagedSlot, check_state_cache, context_of
+from amq.runtime.state_pool import FLOAT, RecurrentStates, Snapshots, room_for
 from amq.util.files import cache_dir, is_out_of_memory
 
-MAX_ROWS = 512
-READ_BYTES = 8 << 20
-"""Of pages that one call reads from disk at least: a few milliseconds, in which other sequences wait for their pass."""
-DEFAULT_CONTEXT = 8192
 
-
-class PagedSlot(Slot):
-    """table: of its pages in the cache. tokens: all that were computed, or found there. on_disk: whether its next page
-    may be in the prompt cache on disk. state: beside its pages, where the model is recurrent. is_long: see
-    `Rope.border`."""
-
-    def __init__(
-        self,
-        engine: NativeEngine,
-        table: PageTable,
-        page: int,
-        on_disk: bool,
-        state: SequenceState | None,
-        is_long: bool,
-    ) -> None:
-        length = len(table.keys) * page
-        super().__init__(len(table.pages) * page, length)
-        self._engine, self.table, self.on_disk, self.state, self.is_long = engine, table, on_disk, state, is_long
-        self.tokens = list(table.prompt[:length])
-
-    @property
-    def pages(self) -> np.ndarray[Any, np.dtype[np.int32]]:
-        """Their numbers; none once the slot is closed."""
-        return self.table.pages
-
-    def catch_up(self) -> bool:
-        return self._engine.catch_up(self)
-
-
-class NativeEngine:
-    """See `amq.runtime.engine.Engine`; made by `open_native`.
+class NativeEngine(PagedEngine):
+    """See `PagedEngine`; made by `open_native`.
 
     how: `int8` and `half_cache` of csrc/decoder_module.cpp.
     root: of `page_keys.model_root`. store: makes the pages on disk from the bytes of a page; `shutdown` ends it.
-    prompt_cache: the pages on disk, with their counters, or None. state_cache: bytes of snapshots, where the model is
-    recurrent; None: `state_pool.room_for` says. states: of its sequences, with the snapshots, or None.
+    state_cache: bytes of snapshots, where the model is recurrent; None: `state_pool.room_for` says.
     """
 
     def __init__(
         self,
-        weights: Weights,
+        weights: NativeWeights,
         context: int,
         how: Mapping[str, bool],
         banner: str,
@@ -87,258 +51,53 @@ class NativeEngine:
         state_cache: int | None = None,
     ) -> None:
         self._keep = weights.keep  # everything that the decoder holds the address of
-        spec = weights.spec
-        self.banner, self.max_sequences, self._threads = banner, max_sequences, threads
-        self.vocab_size, self.context = spec.vocabulary, context
-        self.max_rows = MAX_ROWS
+        self.banner, self._threads = banner, threads
         self.weight_bytes: int = weights.bytes
-        group_size = weights.checkpoint.record.group_size
         try:
             self._decoder = cpu_module().Decoder(
-                spec=spec,
+                spec=weights.spec,
                 weights=weights.held,
                 context=context,
-                group_size=group_size,
+                group_size=weights.checkpoint.record.group_size,
                 **how,
                 max_rows=MAX_ROWS,
                 threads=threads,
             )
         except (ValueError, TypeError) as error:  # TypeError: a number beyond 64 bits
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
-        self._border = max((rope.border for rope in spec.ropes), default=0)
-        self._busy = threading.Lock()
-        page = cpu_module().PAGE
-        n_pages = max_sequences * -(-self.context // page)
-        self.cache_bytes = n_pages * self._decoder.page_bytes
-        self.states = self._make_states(page, state_cache)
-        self._pool = PagePool(n_pages, page, root, None if self.states is None else self.states.pool)
-        self._cache = empty_bytes(self.cache_bytes)  # a page takes memory once it is written to
-        self._logits = torch.empty(max_sequences, self.vocab_size)
-        self._open = 0
-        self._claims: dict[Key, PagedSlot] = {}  # pages that slots compute in the next pass, since the last one
-        self._asked: dict[PagedSlot, None] = {}  # of a recurrent model: that read on in the next pass, since the last
-        self.prompt_cache = store(self._decoder.page_bytes) if store else None
+        page, page_bytes = cpu_module().PAGE, self._decoder.page_bytes
+        cache_bytes = max_sequences * -(-context // page) * page_bytes
+        states = self._make_states(page, max_sequences, cache_bytes, state_cache)
+        kept = store(page_bytes) if store else None
+        super().__init__(weights.spec, context, max_sequences, page, page_bytes, states, root, kept)
+        self._cache = empty_bytes(cache_bytes)  # a page takes memory once it is written to
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 
-    def _make_states(self, page: int, limit: int | None) -> RecurrentStates | None:
+    def _make_states(
+        self, page: int, max_sequences: int, cache_bytes: int, limit: int | None
+    ) -> RecurrentStates | None:
         """None for a model without recurrent state."""
         state_bytes = self._decoder.state_floats * FLOAT
         if not state_bytes:
             return None
-        n_kept = room_for(state_bytes, self.max_sequences, self.cache_bytes, limit)
+        n_kept = room_for(state_bytes, max_sequences, cache_bytes, limit)
         self.banner += f", states: {state_bytes / 1e6:.3g} MB a sequence, {n_kept} kept"
-        return RecurrentStates(self._decoder.state_floats, page, self.max_sequences, n_kept)
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuses a second thread, which would write into the same rows, pages and logits: wrong tokens, or a hang."""
-        if not self._busy.acquire(blocking=False):
-            raise AmqError("the engine is in use by another thread: one thread at a time may call it (take a lock)")
-        try:
-            yield
-        finally:
-            self._busy.release()
-
-    def open(self, prompt: Sequence[int], new_tokens: int, owner: str = "", reuse: bool = True) -> PagedSlot | None:
-        if not prompt:
-            raise AmqError("a sequence must begin with at least one token")
-        with self._alone():
-            slot = self._open_slot(prompt, len(prompt) + new_tokens, owner, reuse)
-            if slot is not None and slot.state is None:
-                self._find_more(slot)
-            return slot
-
-    def _open_slot(
-        self, prompt: Sequence[int], positions: int, owner: str | None = None, reuse: bool = True
-    ) -> PagedSlot | None:
-        """A slot of `positions` positions that begins with what memory has of `prompt`; owner: None shares nothing."""
-        if not 1 <= positions <= self.context:
-            raise AmqError(f"a sequence can have 1 to {self.context} positions, this one wants {positions}")
-        if self._open == self.max_sequences:
-            return None
-        is_long = 0 < self._border < len(prompt)
-        if not is_long and 0 < self._border < positions:  # it may come to be long: its pages are written twice then
-            owner = None
-        if self._border and owner is not None:
-            owner = f"{'long' if is_long else 'short'} {owner}"
-        table = self._pool.take(prompt, positions, owner, reuse)
-        if table is None:
-            return None
-        self._open += 1
-        on_disk = self.prompt_cache is not None and owner is not None
-        state = None
-        if self.states is not None:
-            state = self.states.begin(len(prompt), table.known, owner is not None)
-            if table.keys:
-                self.states.restore(state, table.keys[-1])
-        return PagedSlot(self, table, self._pool.page, on_disk, state, is_long)
-
-    def catch_up(self, slot: PagedSlot) -> bool:
-        """See `Slot.catch_up`."""
-        with self._alone():
-            if not len(slot.pages):
-                raise AmqError("this slot is closed already")
-            if slot.state is not None:
-                return self._catch_up_with_state(slot, slot.state)
-            coming = self._find_more(slot)
-            return coming is not None and (slot.on_disk or self._claims.setdefault(coming, slot) is not slot)
-
-    def _catch_up_with_state(self, slot: PagedSlot, state: SequenceState) -> bool:
-        """As `catch_up`: on from the last snapshot there is; a slot that was asked before takes one where both prompts
-        part, and is waited for if it is ahead and not there yet."""
-        assert self.states is not None
-        if self._pool.jump(slot.table, slot.tokens):
-            self._follow(slot)
-            self.states.restore(state, slot.table.keys[-1])
-        if not self.states.pool.n_kept or self._pool.wanted(slot.table, slot.tokens) is None:
-            return False
-        for other in self._asked:
-            end = other.table.common(slot.table) * self._pool.page
-            if other is not slot and slot.length <= other.length < end and other.state is not None:
-                other.state.mark(end)
-                return True
-        self._asked[slot] = None
-        return False
-
-    def _follow(self, slot: PagedSlot) -> None:
-        """The slot has more pages than it computed."""
-        slot.length = len(slot.table.keys) * self._pool.page
-        slot.tokens = list(slot.table.prompt[: slot.length])
-
-    def _find_more(self, slot: PagedSlot) -> Key | None:
-        """Moves the slot on over pages of its prompt that are in memory, and over READ_BYTES of those on disk; returns
-        the key of the page that comes after them, if that may yet be found."""
-        pool, read = self._pool, 0
-        while (key := pool.wanted(slot.table, slot.tokens)) is not None:
-            if not pool.adopt(slot.table, key):
-                if read >= READ_BYTES or not self._read_page(slot, key):
-                    break
-                pool.fill(slot.table, key)
-                read += self._decoder.page_bytes
-        if len(slot.table.keys) * pool.page > slot.length:
-            self._follow(slot)
-        return key
-
-    def _read_page(self, slot: PagedSlot, key: Key) -> bool:
-        """Reads the slot's next page from disk; from the first that is not there, or is begun, the slot computes on."""
-        place = len(slot.table.keys)
-        if slot.on_disk and self.prompt_cache is not None:
-            begun = slot.length > place * self._pool.page
-            slot.on_disk = not begun and self.prompt_cache.read(key, self._page_memory(slot, place))
-        return slot.on_disk
+        return RecurrentStates(self._decoder.state_floats, page, max_sequences, n_kept)
 
     def _page_memory(self, slot: PagedSlot, place: int) -> Any:
-        """uint8 [page_bytes], of a page by its place in the slot's table."""
-        size, page = self._decoder.page_bytes, int(slot.pages[place])
+        size, page = self._page_bytes, int(slot.pages[place])
         return self._cache[page * size : (page + 1) * size].numpy()
 
-    def _computed(self, segments: Sequence[Segment[PagedSlot]], plans: Sequence[Snapshots]) -> None:
-        """After a pass: the pages that it filled are there for others, and the snapshots that it took."""
-        self._claims.clear()
-        self._asked.clear()
-        for segment, plan in zip(segments, plans, strict=True):
-            slot, begin = segment.slot, segment.slot.length
-            slot.tokens.extend(segment.tokens)
-            slot.length += len(segment.tokens)
-            self._keep_pages(slot, self._pool.computed(slot.table, slot.tokens))
-            if self.states is not None and slot.state is not None:
-                self.states.keep(slot.state, begin, plan, slot.table.keys)
-
-    def _keep_pages(self, slot: PagedSlot, places: Iterable[int]) -> None:
-        if self.prompt_cache is not None:
-            for place in places:
-                self.prompt_cache.keep(slot.table.keys[place], self._page_memory(slot, place))
-
-    def close(self, slot: PagedSlot) -> None:
-        with self._alone():
-            self._close_slot(slot)
-
-    def _close_slot(self, slot: PagedSlot) -> None:
-        if not len(slot.pages):
-            raise AmqError("this slot is closed already")
-        self._keep_pages(slot, reversed(range(len(slot.table.keys))))  # the first page is used last: it is needed most
-        self._claims = {key: claimant for key, claimant in self._claims.items() if claimant is not slot}
-        self._asked.pop(slot, None)
-        if self.states is not None and slot.state is not None:
-            self.states.end(slot.state)
-        self._pool.give_back(slot.table)
-        slot.capacity = 0
-        self._open -= 1
-
-    def shutdown(self) -> None:
-        """Ends the writing to the prompt cache, once what waits is written; without one there is nothing to end."""
-        if self.prompt_cache is not None:
-            self.prompt_cache.close()
-
-    def cached_tokens(self) -> tuple[int, int]:
-        return self._pool.used * self._pool.page, self._pool.n_pages * self._pool.page
-
-    def forward(self, segments: Sequence[Segment[PagedSlot]]) -> Tensor:
-        wanted: list[int] = []
-        rows = scored = 0
-        for segment in segments:
-            last = rows + len(segment.tokens)
-            wanted += range(rows, last) if segment.every else [last - 1] if segment.logits else []
-            scored += len(segment.tokens) * segment.every
-            rows = last
-        if scored > MAX_SCORED or len(wanted) - scored > len(self._logits):
-            raise AmqError(
-                f"logits of {len(wanted) - scored} segments and {scored} single tokens are wanted, the engine has room "
-                f"for {len(self._logits)} and {MAX_SCORED}"
-            )
-        logits = self._logits[: len(wanted)] if not scored else torch.empty(len(wanted), self.vocab_size)
-        with self._alone():
-            self._run(segments, wanted, logits)
-        return logits
-
-    def all_logits(self, tokens: Sequence[int]) -> Tensor:
-        """Logits after every token of a text, float32 [len(tokens), vocab_size]: for perplexity, and for tests."""
-        with self._alone():
-            slot = self._open_slot((), len(tokens))
-            if slot is None:
-                raise AmqError("the engine has no room left: close a slot first")
-            slot.is_long = 0 < self._border < len(tokens)
-            try:
-                logits = torch.empty(len(tokens), self.vocab_size)
-                for start in range(0, len(tokens), MAX_ROWS):
-                    part = tokens[start : start + MAX_ROWS]
-                    self._run([Segment(slot, part)], list(range(len(part))), logits[start : start + len(part)])
-            finally:
-                self._close_slot(slot)
-        return logits
-
-    def _run(self, segments: Sequence[Segment[PagedSlot]], wanted: list[int], logits: Tensor) -> None:
-        tokens: list[int] = []
-        for segment in segments:
-            slot, length = segment.slot, segment.slot.length + len(segment.tokens)
-            if length > slot.capacity:
-                raise AmqError(f"the sequence has room for {slot.capacity} positions, not for more")
-            if not slot.is_long and 0 < self._border < length:
-                self._renew(slot)
-            tokens.extend(segment.tokens)
-        plans = [self._plan(segment) for segment in segments]
-        try:
-            numbers = np.array(tokens, np.int32)
-            described = [self._describe(segment, plan) for segment, plan in zip(segments, plans, strict=True)]
-            self._decoder.forward(
-                (numbers.ctypes.data, numbers.nbytes), described, wanted, memory(logits) if wanted else NO_MEMORY,
-                memory(self._cache), NO_MEMORY if self.states is None else memory(self.states.memory), self._threads,
-                self.isa,
-            )  # fmt: skip
-        except BaseException as error:
-            if self.states is not None:
-                for plan in plans:
-                    self.states.release(plan)
-            if isinstance(error, (ValueError, OverflowError)):
-                raise AmqError(str(error)) from error
-            raise
-        self._computed(segments, plans)
-
-    def _plan(self, segment: Segment[PagedSlot]) -> Snapshots:
-        slot = segment.slot
-        if self.states is None or slot.state is None:
-            return []
-        return self.states.plan(slot.state, slot.length, len(segment.tokens))
+    def _pass(
+        self, segments: Sequence[Segment[PagedSlot]], plans: Sequence[Snapshots], wanted: list[int], logits: Tensor
+    ) -> None:
+        numbers = np.array([token for segment in segments for token in segment.tokens], np.int32)
+        described = [self._describe(segment, plan) for segment, plan in zip(segments, plans, strict=True)]
+        self._decoder.forward(
+            (numbers.ctypes.data, numbers.nbytes), described, wanted, memory(logits) if wanted else NO_MEMORY,
+            memory(self._cache), NO_MEMORY if self.states is None else memory(self.states.memory), self._threads,
+            self.isa,
+        )  # fmt: skip
 
     def _describe(self, segment: Segment[PagedSlot], plan: Snapshots) -> tuple[Any, ...]:
         """As csrc/decoder_module.cpp takes a segment."""
@@ -346,12 +105,6 @@ class NativeEngine:
         pages = (slot.pages.ctypes.data, slot.pages.nbytes)
         state = 0 if slot.state is None else slot.state.number
         return len(segment.tokens), slot.length, pages, slot.is_long, state, plan
-
-    def _renew(self, slot: PagedSlot) -> None:
-        """Computes a sequence anew that becomes a long text: its keys were turned by the angles of a short one."""
-        tokens, slot.is_long, slot.length, slot.tokens = slot.tokens, True, 0, []
-        for start in range(0, len(tokens), MAX_ROWS):
-            self._run([Segment(slot, tokens[start : start + MAX_ROWS])], [], self._logits)
 
 
 def open_native(
@@ -385,7 +138,7 @@ def open_native(
         checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
     )
     _check_caches(spec, checkpoint, prompt_cache, state_cache)
-    context = _context(spec, context)
+    context = context_of(spec, context)
     threads = threads or torch.get_num_threads()
     cache = cache or ("float32" if activations == "fp32" else "float16")
     if cache not in ("float16", "float32"):
@@ -399,7 +152,7 @@ def open_native(
     )
     how = {"int8": activations == "int8", "half_cache": cache == "float16"}
     try:
-        weights = Weights(checkpoint, spec, context)
+        weights = NativeWeights(checkpoint, spec, context)
         if prompt_cache is None:
             return NativeEngine(weights, context, how, banner, max_sequences, threads, state_cache=state_cache)
         root = model_root(checkpoint, weights.tables, {"activations": activations, "cache": cache})
@@ -415,20 +168,10 @@ def open_native(
 
 
 def _check_caches(spec: DecoderSpec, checkpoint: Checkpoint, prompt_cache: int | None, state_cache: int | None) -> None:
-    kind = f"{checkpoint.folder} is of the type {checkpoint.config.get('model_type')}"
     if spec.recurrent and prompt_cache is not None:
         raise AmqError(
-            f"a prompt cache on disk holds pages only, and {kind}, whose sequences have a recurrent state beside them: "
+            f"a prompt cache on disk holds pages only, and {checkpoint.folder} is of the type "
+            f"{checkpoint.config.get('model_type')}, whose sequences have a recurrent state beside them: "
             "leave --prompt-cache out"
         )
-    if not spec.recurrent and state_cache is not None:
-        raise AmqError(f"a state cache is for models with recurrent layers, and {kind}: leave --state-cache out")
-
-
-def _context(spec: DecoderSpec, asked: int | None) -> int:
-    """Positions of a sequence."""
-    if asked is None:
-        return min(spec.longest, DEFAULT_CONTEXT)
-    if not 1 <= asked <= spec.longest:
-        raise AmqError(f"the context must be 1 to {spec.longest}, which the model was made for, got {asked}")
-    return asked
+    check_state_cache(spec, checkpoint, state_cache)

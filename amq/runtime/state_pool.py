@@ -41,11 +41,13 @@ Snapshots = list[tuple[int, int]]
 """(rows of a segment, number of the state that is to be a copy of its sequence's after them), by rows."""
 
 
-def room_for(state_bytes: int, n_running: int, cache_bytes: int, limit: int | None = None) -> int:
+def room_for(
+    state_bytes: int, n_running: int, cache_bytes: int, limit: int | None = None, memory: int | None = None
+) -> int:
     """How many snapshots of `state_bytes` are kept for an engine of `n_running` sequences.
 
     cache_bytes: of its keys and values. limit: bytes that snapshots may take; None: one for each sequence and a quarter
-        of cache_bytes more, at least two for each, within MEMORY_SHARE.
+        of cache_bytes more, at least two for each, within MEMORY_SHARE of `memory`, bytes; None: the machine's.
     Raises AmqError for a limit below one snapshot.
     """
     if limit is not None:
@@ -56,7 +58,7 @@ def room_for(state_bytes: int, n_running: int, cache_bytes: int, limit: int | No
             )
         return limit // state_bytes
     wanted = max(n_running + cache_bytes // 4 // state_bytes, 2 * n_running, LEAST_KEPT)
-    return min(wanted, total_memory() // MEMORY_SHARE // state_bytes)
+    return min(wanted, (total_memory() if memory is None else memory) // MEMORY_SHARE // state_bytes)
 
 
 class StatePool:
@@ -159,13 +161,18 @@ class RecurrentStates:
     """The states of an engine's sequences and their snapshots, in one piece of memory that is touched where it is used.
 
     state_floats: of one state. page: positions between the places where snapshots can lie.
-    memory: float32 [states, state_floats].
+    memory: float32 [states, state_floats], on `device`, or (None) on pages of the CPU's own.
     """
 
-    def __init__(self, state_floats: int, page: int, n_running: int, n_kept: int) -> None:
+    def __init__(
+        self, state_floats: int, page: int, n_running: int, n_kept: int, device: torch.device | None = None
+    ) -> None:
         self.pool, self._page = StatePool(n_running, n_kept), page
         count = n_running + n_kept
-        self.memory = empty_bytes(count * state_floats * FLOAT).view(torch.float32).view(count, state_floats)
+        if device is not None:
+            self.memory = torch.zeros(count, state_floats, device=device)
+        else:
+            self.memory = empty_bytes(count * state_floats * FLOAT).view(torch.float32).view(count, state_floats)
 
     def begin(self, prompt: int, known: int, shared: bool) -> SequenceState:
         """For a sequence whose prompt has `prompt` tokens, `known` full pages of which are in memory."""

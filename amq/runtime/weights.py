@@ -1,4 +1,4 @@
-"""What a `DecoderSpec` names of a checkpoint, as addresses for native code, and a reference to each of them."""
+"""What a `DecoderSpec` names of a checkpoint, read for an engine of our own: for `amq._cpu`, or onto a GPU."""
 
 from __future__ import annotations
 
@@ -10,30 +10,18 @@ from torch import Tensor
 
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
-from amq.formats import get_format
-from amq.kernels import cpu
-from amq.kernels.cpu import NO_MEMORY, empty_bytes, memory, prepared_bytes
-from amq.packing import PreparedWeight
+from amq.packing import PackedWeight
 from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Mixture, Router, Table
 from amq.runtime.families import Unsupported
 
-ALIGNMENT = 64
-"""Of weights in memory: a cache line."""
 FLOATS = ("F32", "F16", "BF16")
 """What tensors that are not packed may be, as safetensors spells it."""
 
-Held = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int]]
-"""(format or dtype, memory, memory of scales, of zero points): csrc/decoder_spec.h."""
-
 
 class Weights:
-    """Everything that `spec` names, read from a checkpoint.
+    """Everything that `spec` names, read from a checkpoint; where it goes, subclasses say.
 
-    held: {name: Held}, for the decoder. keep: what the addresses in it belong to.
     tables: of rotary angles, which are made here for `context` positions. bytes: that a decoded token reads.
-
-    Prepared weights lie one after another in one piece of memory, in the order in which a pass reads them: on large
-    pages, which single weights of a small model would not fill. Rows of embeddings stay in the checkpoint's files.
 
     Raises Unsupported where the checkpoint holds something that the spec has no place for outside of the blocks,
     AmqError where it lacks something, or has it in another shape.
@@ -41,13 +29,12 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, context: int) -> None:
         self.checkpoint, self.spec, self.formats = checkpoint, spec, checkpoint.record.formats
-        self.held: dict[str, Held] = {}
-        self.keep: list[Any] = []
         self.tables: list[Tensor] = []
+        self._known: dict[str, tuple[int, int]] = {}  # by name: address and bytes
         self._names = set(checkpoint.other_names)
         self._used: set[str] = set()
         self._check_complete()
-        self._memory = empty_bytes(sum(self._prepared_bytes(name) for name in self._tiled()))
+        self._begin()
         for linear in spec.parts(Linear):
             self._linear(linear)
         for table in (
@@ -60,6 +47,25 @@ class Weights:
             self._array(array)
         self._angles(context)
         self.bytes = self._bytes_per_token()
+
+    def _begin(self) -> None:
+        """Before the first of the following."""
+
+    def _put_prepared(self, key: str, packed: PackedWeight) -> tuple[int, int]:
+        """A weight that something multiplies by; returns the address and the bytes of what was made of it."""
+        raise NotImplementedError
+
+    def _put_rows(self, key: str, packed: PackedWeight) -> tuple[int, int]:
+        """An embedding's rows as the checkpoint has them."""
+        raise NotImplementedError
+
+    def _put_elements(self, key: str, tensor: Tensor) -> tuple[int, int]:
+        """A contiguous tensor that is not packed."""
+        raise NotImplementedError
+
+    def _put_again(self, key: str, name: str) -> None:
+        """`key` is what `name` is already: a head that an embedding is tied to."""
+        raise NotImplementedError
 
     def _check_complete(self) -> None:
         """Compares names before anything is read. What the spec has no place for means that the model is another one
@@ -100,21 +106,10 @@ class Weights:
         """The linear or embedding that holds the rows of a table."""
         return self.checkpoint.record.embedding.get(table, table)
 
-    def _tiled(self) -> list[str]:
-        """Names of what is prepared, each once."""
-        names = [linear.name for linear in self.spec.parts(Linear)] + [self._source(self.spec.head.name)]
-        names += [self._source(self.spec.embedding.name)] * (not self._packed_rows(self.spec.embedding))
-        return [name for name in dict.fromkeys(names) if name in self.formats]
-
     def _packed_rows(self, table: Table) -> bool:
         """Whether rows are read from the checkpoint's own bytes: where nothing multiplies by them."""
         source = self._source(table.name)
         return source in self.formats and source != self._source(self.spec.head.name)
-
-    def _prepared_bytes(self, name: str) -> int:
-        record = self.checkpoint.record
-        size = prepared_bytes(get_format(self.formats[name]), *record.shapes[name], record.group_size)
-        return -(-size // ALIGNMENT) * ALIGNMENT
 
     def _linear(self, linear: Linear) -> None:
         shape = (linear.out_features, linear.in_features)
@@ -130,16 +125,12 @@ class Weights:
             raise self._edited(f"has {name} as {list(found)}, expected {list(shape)}")
 
     def _prepare(self, key: str, name: str, shape: tuple[int, int]) -> None:
-        """Puts the packed weight `name` into tiles, unless it is there already: a head that an embedding is tied to."""
-        if name not in self.held:
+        if name not in self._known:
             self._check_shape(name, shape)
-            packed, room = self.checkpoint.packed(name), self._prepared_bytes(name)
-            size = prepared_bytes(packed.format, *shape, self.checkpoint.record.group_size)
-            weight = PreparedWeight.of(packed, "cpu", cpu.prepare(packed, self._memory[:size]))
-            self._memory = self._memory[room:]
-            self.keep.append(weight.data)
-            self.held[name] = (weight.format.name, memory(weight.data), NO_MEMORY, NO_MEMORY)
-        self.held[key] = self.held[name]
+            self._known[name] = self._put_prepared(name, self.checkpoint.packed(name))
+        if key != name:
+            self._known[key] = self._known[name]
+            self._put_again(key, name)
 
     def _table(self, table: Table) -> None:
         source, shape = self._source(table.name), (table.rows, table.columns)
@@ -151,11 +142,7 @@ class Weights:
             self._prepare(table.name, source, shape)
         else:
             self._check_shape(source, shape)
-            packed = self.checkpoint.packed(source)
-            parts = [part.contiguous() for part in (packed.qweight, packed.scale, packed.zero_point)]
-            self.keep += parts
-            codes, scales, zero_points = map(memory, parts)
-            self.held[table.name] = (packed.format.name, codes, scales, zero_points)
+            self._known[table.name] = self._put_rows(table.name, self.checkpoint.packed(source))
 
     def _tensor(self, name: str, shape: Sequence[int]) -> Tensor:
         """A tensor of the model's shape and a dtype of floats, both compared before it is read."""
@@ -166,12 +153,10 @@ class Weights:
         return self.checkpoint.tensor(name)
 
     def _elements(self, key: str, tensor: Tensor) -> None:
-        tensor = tensor.contiguous()
-        self.keep.append(tensor)
-        self.held[key] = (str(tensor.dtype).removeprefix("torch."), memory(tensor), NO_MEMORY, NO_MEMORY)
+        self._known[key] = self._put_elements(key, tensor.contiguous())
 
     def _array(self, array: Array) -> None:
-        if array.key not in self.held:
+        if array.key not in self._known:
             given = self._tensor(array.name, array.shape).float() if array.name else torch.empty(0)
             self._elements(array.key, array.make(given).float())
 
@@ -195,22 +180,22 @@ class Weights:
 
     def _made(self, key: str, table: Tensor) -> None:
         self._elements(key, table)
-        self.tables.append(self.keep[-1])
+        self.tables.append(table)
 
     def _bytes_per_token(self) -> int:
         """Of the weights that one decoded token reads: of experts as many as it is routed to, of embeddings a row."""
-        looked_up = {self.held[t.name][1][0] for t in self.spec.parts(Table)} - {self.held[self.spec.head.name][1][0]}
-        sizes = {self.held[t.name][1]: 1.0 for t in (self.spec.head,)}
+        looked_up = {self._known[t.name][0] for t in self.spec.parts(Table)} - {self._known[self.spec.head.name][0]}
+        sizes = {self._known[t.name]: 1.0 for t in (self.spec.head,)}
         for linear in self.spec.parts(Linear):
-            sizes[self.held[linear.name][1]] = 1.0
+            sizes[self._known[linear.name]] = 1.0
             if linear.bias:
-                sizes[self.held[f"{linear.name}.bias"][1]] = 1.0
+                sizes[self._known[f"{linear.name}.bias"]] = 1.0
         for array in self.spec.parts(Array):
-            sizes[self.held[array.key][1]] = 1.0
+            sizes[self._known[array.key]] = 1.0
         for mixture in self.spec.parts(Mixture):
             share = mixture.router.top_k / len(mixture.experts)
             for linear in (linear for expert in mixture.experts for linear in _linears(expert)):
-                sizes[self.held[linear.name][1]] = share
+                sizes[self._known[linear.name]] = share
         return round(sum(size * share for (address, size), share in sizes.items() if address not in looked_up))
 
 

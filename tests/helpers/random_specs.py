@@ -32,7 +32,7 @@ from amq.runtime.decoder_spec import (
     Step,
     Table,
 )
-from amq.runtime.weights import Held
+from amq.runtime.native_weights import Held
 
 PAGE = cpu_module().PAGE
 

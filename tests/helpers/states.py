@@ -15,7 +15,8 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.runtime.engine import Segment
-from amq.runtime.native_engine import NativeEngine, PagedSlot
+from amq.runtime.native_engine import NativeEngine
+from amq.runtime.paged_engine import PagedSlot
 from helpers.engines import text
 
 PAGE = 4

@@ -1,0 +1,390 @@
+"""The engine for the families of amq.runtime.families on an NVIDIA GPU: kernels of our own for all of a pass.
+
+Tokens of sequences that decode run up to 8 at a time, in one CUDA graph for each of 1, 2, 4 and 8 rows; prompts run as
+calls, up to MAX_ROWS rows a pass. Sequences can also decode by themselves (`begin`, `step`, `end`): the next token is
+chosen on the GPU and fed back inside the graph, and the host reads tokens one pass late.
+
+Nothing here knows a GPU but through torch's device: on a CPU, where AMQ_CUDA_LIBRARY names a build of the kernels for
+one, the same code runs without graphs, as tests have it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from amq.checkpoint.store import Checkpoint
+from amq.errors import AmqError
+from amq.kernels import cuda
+from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
+from amq.runtime.cuda_graphs import Capture, cuda_graph
+from amq.runtime.cuda_own import OwnRows
+from amq.runtime.cuda_pass import SPLIT_ROWS, Many, PassBuilder, PassCalls
+from amq.runtime.cuda_weights import CudaWeights, check_supported
+from amq.runtime.engine import MAX_SCORED, Segment
+from amq.runtime.families import Unsupported, read_spec
+from amq.runtime.paged_engine import MAX_ROWS, PagedEngine, PagedSlot, check_state_cache, context_of
+from amq.runtime.settings import Sampling
+from amq.runtime.state_pool import FLOAT, RecurrentStates, Snapshots, room_for
+from amq.runtime.trial import REFUSALS
+from amq.util.files import is_out_of_memory
+from amq.util.limits import free_on
+
+BUCKETS = (1, 2, 4, 8)
+"""Rows that a decode pass is made for; a pass of fewer has empty ones."""
+
+log = logging.getLogger(__name__)
+
+
+class DecodePass:
+    """A pass of up to `rows` tokens of as many sequences. run: what launches it, captured where it can be.
+
+    logits: float32 [rows, vocabulary], valid until the next pass.
+    """
+
+    def __init__(self, run: Callable[[], Tensor], rows: int) -> None:
+        self.run, self.rows = run, rows
+
+
+class CudaEngine(PagedEngine):
+    """See `PagedEngine`; made by `open_cuda`.
+
+    dtype: of what is multiplied. int8: round it to 8 bits. cache: one of CACHES. capture: makes a pass into one that
+    runs without Python, or None. many: see `cuda_pass.Many`.
+    launches: calls of one decoded token, for benchmarks.
+    """
+
+    def __init__(
+        self,
+        weights: CudaWeights,
+        context: int,
+        max_sequences: int,
+        dtype: torch.dtype,
+        int8: bool,
+        cache: str,
+        banner: str,
+        capture: Capture | None,
+        many: Many | None = None,
+        state_cache: int | None = None,
+    ) -> None:
+        spec, self._device = weights.spec, weights.device
+        self.banner, self.weight_bytes = banner, weights.bytes
+        self._library = cuda.library().calls
+        places = StepPlaces.of(spec, self._library, cache)
+        n_pages = max_sequences * -(-context // PAGE)
+        self._check_room(places.page_bytes * n_pages, places.page_bytes, max_sequences)
+        states = self._make_states(places.state_floats, max_sequences, n_pages * places.page_bytes, state_cache)
+        super().__init__(spec, context, max_sequences, PAGE, places.page_bytes, states)
+        self._inputs = Inputs(MAX_ROWS, max_sequences, -(-context // PAGE), self._device)
+        self._buffers = Buffers(spec, MAX_ROWS, SPLIT_ROWS, dtype, self._device)
+        memory = None if states is None else states.memory
+        key_cache = KeyCache(places, n_pages, cache, self._device)
+
+        def builder(inputs: Inputs) -> PassBuilder:
+            return PassBuilder(self._library, weights, self._buffers, inputs, key_cache, memory, int8, many)
+
+        self._builder = builder(self._inputs)
+        self._free_places = list(range(max_sequences - 1, -1, -1))
+        self._places: dict[PagedSlot, int] = {}
+        self._tables: dict[int, Any] = {}  # pages of each place, as the device has them
+        self._prompts: dict[int, PassCalls] = {}
+        self._heads: dict[int, tuple[PassCalls, Tensor]] = {}
+        self._picked = torch.zeros(MAX_SCORED + max_sequences, spec.hidden, device=self._device)
+        self._weights = weights
+        self._capture = capture
+        most = min(max_sequences, BUCKETS[-1])
+        sizes = [rows for rows in BUCKETS if rows < 2 * most]
+        self._decodes = {rows: self._decode_pass(rows) for rows in sizes}
+        self._own = OwnRows(self, builder, sizes)
+
+    # -- making
+
+    def _check_room(self, needed: int, page_bytes: int, max_sequences: int) -> None:
+        if self._device.type != "cuda":
+            return
+        free = free_on(str(self._device))
+        if needed > free:
+            fit = free // max(page_bytes, 1) // max_sequences * PAGE
+            raise AmqError(
+                f"the KV cache takes {needed / 2**30:.1f} GiB and {self._device} has {free / 2**30:.1f} GiB left beside "
+                f"the weights: {fit} tokens for each of {max_sequences} sequences fit; give a smaller --context, fewer "
+                "sequences, or an int8 cache"
+            )
+
+    def _make_states(self, floats: int, running: int, cache_bytes: int, limit: int | None) -> RecurrentStates | None:
+        if not floats:
+            return None
+        n_kept = room_for(floats * FLOAT, running, cache_bytes, limit, free_on(str(self._device)))
+        self.banner += f", states: {floats * FLOAT / 1e6:.3g} MB a sequence, {n_kept} kept"
+        return RecurrentStates(floats, PAGE, running, n_kept, self._device)
+
+    def _decode_pass(self, rows: int) -> DecodePass:
+        body = self._builder.build(rows, decode=True)
+        logits = torch.zeros(rows, self.vocab_size, device=self._device)
+        head = self._builder.build_head(self._buffers.stream[:rows], logits)
+        self.launches = len(body.parts) + len(head.parts)
+
+        def run() -> Tensor:
+            self.launch(body)
+            self.launch(head)
+            return logits
+
+        return DecodePass(self.captured(run), rows)
+
+    def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """`run` as a CUDA graph, or, with one warning, as it is where it cannot be captured."""
+        if self._capture is None:
+            return run
+        try:
+            return self._capture(run)
+        except REFUSALS as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            log.warning("the decode step runs without CUDA graphs, which is slower: %s", reason)
+            self.banner += f", no CUDA graphs ({reason})"
+            self._capture = None
+            return run
+
+    def launch(self, calls: PassCalls) -> None:
+        on_gpu = self._device.type == "cuda"
+        with torch.cuda.device(self._device) if on_gpu else nullcontext():
+            calls.run(torch.cuda.current_stream().cuda_stream if on_gpu else 0)
+
+    # -- passes
+
+    def _pass(
+        self, segments: Sequence[Segment[PagedSlot]], plans: Sequence[Snapshots], wanted: list[int], logits: Tensor
+    ) -> None:
+        """Single tokens in decode passes, the others together; results go where `wanted` has their rows."""
+        self._check_tokens(segments)
+        places = {row: place for place, row in enumerate(wanted)}
+        singles: list[tuple[int, Segment[PagedSlot], Snapshots]] = []
+        others: list[tuple[int, Segment[PagedSlot], Snapshots]] = []
+        row = 0
+        for segment, plan in zip(segments, plans, strict=True):
+            (singles if len(segment.tokens) == 1 else others).append((row, segment, plan))
+            row += len(segment.tokens)
+        for begin in range(0, len(singles), BUCKETS[-1]):
+            self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
+        if any(plan for _, _, plan in others):
+            for one in others:
+                self._in_pieces(*one, places, logits)
+        elif others:
+            self._prompt([(first, segment.slot, segment.tokens, 0) for first, segment, _ in others], places, logits)
+
+    def _check_tokens(self, segments: Sequence[Segment[PagedSlot]]) -> None:
+        rows = 0
+        for segment in segments:
+            rows += len(segment.tokens)
+            if segment.slot in self._own:
+                raise AmqError("a sequence that decodes by itself takes part in a pass: end that first")
+            if not segment.tokens or min(segment.tokens) < 0 or max(segment.tokens) >= self.vocab_size:
+                raise AmqError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
+        if rows > self.max_rows:
+            raise AmqError(f"a pass has {rows} tokens, expected at most {self.max_rows}")
+
+    def _decode(
+        self, group: list[tuple[int, Segment[PagedSlot], Snapshots]], places: dict[int, int], logits: Tensor
+    ) -> None:
+        rows = next(size for size in BUCKETS if size >= len(group))
+        slots = [segment.slot for _, segment, _ in group]
+        fields = self.row_fields(slots, [slot.length for slot in slots])
+        fields["tokens"] = [segment.tokens[0] for _, segment, _ in group]
+        self._inputs.write(rows, fields)
+        found = self._decodes[rows].run()
+        for index, (row, segment, plan) in enumerate(group):
+            if row in places:
+                logits[places[row]].copy_(found[index])
+            self._take_snapshots(segment.slot, plan)
+
+    def row_fields(self, slots: Sequence[PagedSlot], positions: Sequence[int]) -> dict[str, list[int]]:
+        """Of `Inputs`, for one token of each of `slots`; their pages are on the device then."""
+        return {
+            "positions": list(positions), "slots": [self.place_of(slot) for slot in slots],
+            "long_text": [int(slot.is_long) for slot in slots], "first": list(range(len(slots))),
+            "count": [1] * len(slots), "state": [slot.state.number if slot.state else 0 for slot in slots],
+            "begins": [int(position == 0) for position in positions],
+        }  # fmt: skip
+
+    def place_of(self, slot: PagedSlot) -> int:
+        """The number of the slot's pages in `Inputs.tables`, which are brought up to date."""
+        if slot not in self._places:
+            self._places[slot] = self._free_places.pop()
+        place = self._places[slot]
+        known = self._tables.get(place)
+        if known is None or not np.array_equal(known, slot.pages):
+            self._tables[place] = slot.pages.copy()
+            self._inputs.tables[place, : len(slot.pages)] = torch.from_numpy(self._tables[place])
+        return place
+
+    def _in_pieces(
+        self, row: int, segment: Segment[PagedSlot], plan: Snapshots, places: dict[int, int], logits: Tensor
+    ) -> None:
+        """A segment of a recurrent model, cut where snapshots are taken."""
+        ends = sorted({rows for rows, _ in plan} | {len(segment.tokens)})
+        for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+            self._prompt([(row + begin, segment.slot, segment.tokens[begin:end], begin)], places, logits)
+            self._take_snapshots(segment.slot, [each for each in plan if each[0] == end])
+
+    def _take_snapshots(self, slot: PagedSlot, plan: Snapshots) -> None:
+        if self.states is not None and slot.state is not None:
+            for _, number in plan:
+                self.states.memory[number].copy_(self.states.memory[slot.state.number])
+
+    def _prompt(
+        self, parts: list[tuple[int, PagedSlot, Sequence[int], int]], places: dict[int, int], logits: Tensor
+    ) -> None:
+        """parts: (row of the pass, slot, tokens, tokens of the slot's segment before them)."""
+        rows = sum(len(tokens) for _, _, tokens, _ in parts)
+        fields: dict[str, list[int]] = {name: [] for name in Inputs.FIELDS}
+        source: list[int] = []  # row here, of each that is wanted
+        target: list[int] = []
+        for row, slot, tokens, before in parts:
+            first, position = len(fields["tokens"]), slot.length + before
+            fields["first"].append(first)
+            fields["count"].append(len(tokens))
+            fields["state"].append(slot.state.number if slot.state else 0)
+            fields["begins"].append(int(position == 0))
+            fields["tokens"] += tokens
+            fields["positions"] += range(position, position + len(tokens))
+            fields["slots"] += [self.place_of(slot)] * len(tokens)
+            fields["long_text"] += [int(slot.is_long)] * len(tokens)
+            hits = [i for i in range(len(tokens)) if row + i in places]
+            source += [first + i for i in hits]
+            target += [places[row + i] for i in hits]
+        size = _rounded(rows)
+        if size not in self._prompts:
+            self._prompts[size] = self._builder.build(size, decode=False)
+        self._inputs.write(size, fields)
+        self.launch(self._prompts[size])
+        if source:
+            logits[target] = self._logits_of(source).cpu()
+
+    def _logits_of(self, rows: list[int]) -> Tensor:
+        """[len(rows), vocabulary] after these rows of the stream."""
+        count = len(rows)
+        picked = self._picked[:count]
+        torch.index_select(self._buffers.stream, 0, torch.tensor(rows, device=self._device), out=picked)
+        if count not in self._heads:
+            logits = torch.zeros(count, self.vocab_size, device=self._device)
+            self._heads = {count: (self._builder.build_head(picked, logits), logits)}
+        calls, logits = self._heads[count]
+        self.launch(calls)
+        return logits
+
+    def _close_slot(self, slot: PagedSlot) -> None:
+        if slot in self._own:
+            self._own.end(slot)
+        super()._close_slot(slot)
+        if slot in self._places:
+            self._free_places.append(self._places.pop(slot))
+
+    # -- sequences that decode by themselves
+
+    def can_sample(self, how: Sampling) -> bool:
+        """Whether the GPU can choose the tokens of such a text."""
+        return self._own.can_sample(how) and not self._border
+
+    def begin(self, slot: PagedSlot, token: int, how: Sampling, seed: int) -> None:
+        """The slot goes on by itself from `token`, which follows what it holds."""
+        with self._alone():
+            self._own.begin(slot, token, how, seed)
+
+    def step(self) -> dict[PagedSlot, int]:
+        """Launches the next pass of all that decode by themselves, and returns the tokens of the one before: {} at
+        first, −1 for a row whose logits give none."""
+        with self._alone():
+            return self._own.step()
+
+    def end(self, slot: PagedSlot) -> None:
+        """The slot stops; its length counts the tokens that were fed."""
+        with self._alone():
+            self._own.end(slot)
+
+    def fed(self, slot: PagedSlot, token: int) -> None:
+        """`token` is the next of those that the slot has computed by itself."""
+        slot.tokens.append(token)
+        self._pool.computed(slot.table, slot.tokens)
+
+
+def _rounded(rows: int) -> int:
+    """Rows of the prompt pass that `rows` run in: few sizes, each made once."""
+    unit = 8 if rows <= 64 else 64
+    return min(-(-rows // unit) * unit, MAX_ROWS)
+
+
+def open_cuda(
+    checkpoint: Checkpoint,
+    device: str = "cuda",
+    activations: str = "fp32",
+    dtype: str = "auto",
+    context: int | None = None,
+    max_sequences: int = 1,
+    cache: str = "float16",
+    state_cache: int | None = None,
+) -> CudaEngine:
+    """Opens a checkpoint of one of amq.runtime.families on a GPU.
+
+    activations: `fp32`: products of `dtype` numbers, summed exactly in float32; or `int8`, rounded per group.
+    dtype: float16 or bfloat16; `auto`: the checkpoint's own of the two, else float16.
+    Raises Unsupported where the model or a setting is not for this engine, AmqError for a damaged checkpoint and where
+    memory does not suffice.
+    """
+    record = checkpoint.record
+    spec = read_spec(
+        checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
+    )
+    check_supported(spec, record.formats)
+    check_state_cache(spec, checkpoint, state_cache)
+    if cache not in CACHES:
+        raise AmqError(f"the KV cache must be one of {', '.join(CACHES)}, got {cache}")
+    context, kind = context_of(spec, context), _dtype(checkpoint, dtype)
+    place = torch.device(device)
+    formats = "+".join(sorted(set(record.formats.values())))
+    short = str(kind).removeprefix("torch.")
+    banner = (
+        f"CUDA engine ({checkpoint.config.get('model_type')}) on {_name(place)}: {formats}, {short} "
+        f"{'rounded to int8' if activations == 'int8' else 'activations'}, {cache} cache, context {context}"
+    )
+    capture = cuda_graph(place) if place.type == "cuda" else None
+    many = _many() if place.type == "cuda" else None
+    try:
+        weights = CudaWeights(checkpoint, spec, context, place)
+        return CudaEngine(
+            weights, context, max_sequences, kind, activations == "int8", cache, banner, capture, many, state_cache
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise AmqError(
+            f"{checkpoint.folder} does not fit {place} with a context of {context} and {max_sequences} sequences "
+            f"({str(error).splitlines()[0]}): take fewer or shorter ones, or a model of fewer bits"
+        ) from error
+
+
+def _dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
+    config = checkpoint.config
+    said = asked
+    if asked == "auto":
+        text = config.get("text_config") or {}
+        said = str(config.get("dtype") or config.get("torch_dtype") or text.get("dtype") or "float16")
+        said = said if said in ("float16", "bfloat16") else "float16"
+    if said not in ("float16", "bfloat16"):
+        raise Unsupported(f"the CUDA engine multiplies float16 or bfloat16, not {asked}")
+    return torch.float16 if said == "float16" else torch.bfloat16
+
+
+def _name(device: torch.device) -> str:
+    return f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
+
+
+def _many() -> Many:
+    """Triton's kernels, for the rows of prompts."""
+    from amq.kernels import triton
+
+    return triton.multiply_into
