@@ -33,9 +33,8 @@ class Buffers:
         lasts = [op.o for op in attention] + [op.out for kind in (DeltaNet, ShortConv) for op in spec.parts(kind)]
         lasts += [op.down for op in spec.parts(Mlp)] + [op.out for op in spec.parts(PerLayerInput)]
         columns = spec.per_layer.table.columns if spec.per_layer else 0
-        widest = max(
-            [columns, *(p.out_features for p in wide), *(op.in_.out_features for op in spec.parts(PerLayerInput))]
-        )
+        wide += [op.in_ for op in spec.parts(PerLayerInput)]
+        widest = max([columns, *(projection.out_features for projection in wide)])
         mixed = max((_mixed(op) for op in spec.parts(DeltaNet)), default=0)
         self.stream, self.output = self._floats(rows, spec.hidden), self._floats(rows, spec.hidden)
         self.input = self._room(rows, spec.hidden, dtype)

@@ -112,8 +112,8 @@ class CudaEngine(PagedEngine):
         if needed > free:
             fit = free // max(page_bytes, 1) // max_sequences * PAGE
             raise AmqError(
-                f"the KV cache takes {needed / 2**30:.1f} GiB and {self._device} has {free / 2**30:.1f} GiB left beside "
-                f"the weights: {fit} tokens for each of {max_sequences} sequences fit; give a smaller --context, fewer "
+                f"the KV cache takes {needed / 2**30:.1f} GiB and {self._device} has {free / 2**30:.1f} GiB left "
+                f"beside the weights: {fit} tokens for each of {max_sequences} sequences fit; give a smaller --context, fewer "
                 "sequences, or an int8 cache"
             )
 

@@ -1,7 +1,7 @@
 """Sequences of a `CudaEngine` that decode by themselves: the GPU chooses each token and feeds it back, pass after pass,
 and the host reads tokens one pass late, while the next one runs.
 
-They share passes, up to 8 in one. When one begins or ends, what is under way is read first, and the rows are dealt anew.
+They share passes, up to 8 in one. When one begins or ends, what is under way is read first, and rows are dealt anew.
 """
 
 from __future__ import annotations

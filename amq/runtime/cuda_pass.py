@@ -1,8 +1,8 @@
 """A pass of a decoder as a list of calls of kernels/cuda/calls.h, made of a `DecoderSpec` once for each number of rows.
 
-Two kinds of passes: *decode*, up to 8 rows of as many sequences, whose calls only read device memory and can be captured
-in a CUDA graph; and *prompt*, up to MAX_ROWS rows of any sequences, which runs linears 8 rows at a time or through
-`many` and stores all keys and values before it attends.
+Two kinds of passes: *decode*, up to 8 rows of as many sequences, whose calls only read device memory and can be
+captured in a CUDA graph; and *prompt*, up to MAX_ROWS rows of any sequences, which runs linears 8 rows at a time or
+through `many` and stores all keys and values before it attends.
 
 A plain layer takes five calls for up to OWN_NORM_ROWS rows: qkv with the norm in front, attention, o onto the stream,
 gate and up with norm and activation, down onto the stream; two more for the norms beyond that, where every block of a
@@ -41,7 +41,8 @@ from amq.runtime.decoder_spec import (
 OWN_NORM_ROWS = 2
 """Rows up to which a linear norms its input itself."""
 SPLITS = 32
-"""Spans that attention is cut into at most: with 8 KV heads 256 blocks for one row, two for each of 128 multiprocessors."""
+"""Spans that attention is cut into at most: with 8 KV heads 256 blocks for a row, two for each of 128
+multiprocessors."""
 SPLIT_ROWS = 512
 """Rows times spans: scratch of one attention."""
 
@@ -245,18 +246,18 @@ class PassBuilder:
         weights = [self._weights.prepared[linear.name] for linear in projection.linears]
         rows, total, many = self._rows, projection.out_features, self._many
         assert many is not None
-        biases = [
-            (linear, self._weights.elements[f"{linear.name}.bias"]) for linear in projection.linears if linear.bias
-        ]
+        biases: list[tuple[Tensor, Tensor]] = []  # with the columns that they are added to
+        column = 0
+        for linear in projection.linears:
+            if linear.bias:
+                bias = self._weights.elements[f"{linear.name}.bias"]
+                biases.append((y[:rows, column : column + linear.out_features], bias))
+            column += linear.out_features
 
         def run() -> None:
             many(x[:rows, : projection.in_features], weights, y[:rows, :total])
-            column = 0
-            for linear in projection.linears:
-                for biased, bias in biases:
-                    if biased is linear:
-                        y[:rows, column : column + linear.out_features] += bias
-                column += linear.out_features
+            for columns, bias in biases:
+                columns += bias
 
         self._pass.parts.append(run)
 
