@@ -113,8 +113,8 @@ class CudaEngine(PagedEngine):
             fit = free // max(page_bytes, 1) // max_sequences * PAGE
             raise AmqError(
                 f"the KV cache takes {needed / 2**30:.1f} GiB and {self._device} has {free / 2**30:.1f} GiB left "
-                f"beside the weights: {fit} tokens for each of {max_sequences} sequences fit; give a smaller --context, fewer "
-                "sequences, or an int8 cache"
+                f"beside the weights: {fit} tokens for each of {max_sequences} sequences fit; give a smaller "
+                "--context, fewer sequences, or --cache int8"
             )
 
     def _make_states(self, floats: int, running: int, cache_bytes: int, limit: int | None) -> RecurrentStates | None:

@@ -1,7 +1,8 @@
 """`load`: a folder that amq quantized, or any full-precision model, ready to generate.
 
-A quantized model of a family that the native engine knows runs on it, and transformers is not even imported. Every
-other one runs in transformers' own forward; the engine's banner says which it is, and why.
+A quantized model of a family that our engines know runs on the native engine on a CPU, on the CUDA engine on an NVIDIA
+GPU, and transformers is not even imported. Every other one runs in transformers' own forward; the engine's banner says
+which it is, and why.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from amq.util.records import parse_record
 
 if TYPE_CHECKING:
     from amq.model.open import LoadedModel
+    from amq.runtime.cuda_engine import CudaEngine
+    from amq.runtime.native_engine import NativeEngine
 
 
 @dataclass(frozen=True)
@@ -64,27 +67,50 @@ def load(model: Path | str, **settings: Any) -> Runtime:
     else:
         fit_threads()
     checkpoint = open_checkpoint(folder, verify=False) if quantized else None
-    if checkpoint is None:
-        why = ""
-    elif how.device != "cpu" or how.backend not in (None, "cpu") or how.dtype not in ("auto", "float32"):
-        why = "the native engine is for device cpu, backend cpu and float32"
-    elif choose_backend(sorted(set(checkpoint.record.formats.values()))) != "cpu":
-        why = "backend cpu does not run its formats here"  # what it lacks has been logged
-    else:
-        from amq.runtime.families import Unsupported
-        from amq.runtime.native_engine import open_native
-
-        try:
-            engine = open_native(
-                checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads,
-                prompt_cache=how.prompt_cache, prompt_cache_folder=how.prompt_cache_folder, state_cache=how.state_cache,
-            )  # fmt: skip
-        except Unsupported as reason:
-            why = str(reason)
-        else:
-            tokenizer = Tokenizer.from_folder(folder)
-            return Runtime(str(model), engine, tokenizer, engine.weight_bytes, record=checkpoint.record)
+    engine, why = (None, "") if checkpoint is None else _load_own(checkpoint, how)
+    if checkpoint is not None and engine is not None:
+        tokenizer = Tokenizer.from_folder(folder)
+        return Runtime(str(model), engine, tokenizer, engine.weight_bytes, how.device, checkpoint.record)
     return _load_torch(str(model), checkpoint, how, why)
+
+
+def _load_own(checkpoint: Checkpoint, how: LoadSettings) -> tuple[NativeEngine | CudaEngine | None, str]:
+    """An engine of our own, or why there is none for this model and these settings."""
+    on_gpu = how.device.partition(":")[0] == "cuda"
+    backend, dtypes = ("cuda", ("auto", "float16", "bfloat16")) if on_gpu else ("cpu", ("auto", "float32"))
+    if how.device != "cpu" and not on_gpu:
+        return None, "engines of our own are for the devices cpu and cuda"
+    if how.backend not in (None, backend) or how.dtype not in dtypes:
+        name = "CUDA" if on_gpu else "native"
+        return None, f"the {name} engine is for device {backend}, backend {backend} and {' or '.join(dtypes[1:])}"
+    if choose_backend(sorted(set(checkpoint.record.formats.values())), backend) != backend:
+        return None, f"backend {backend} does not run its formats here"  # what it lacks has been logged
+    from amq.runtime.families import Unsupported
+
+    try:
+        return (_load_cuda if on_gpu else _load_native)(checkpoint, how), ""
+    except Unsupported as reason:
+        return None, str(reason)
+
+
+def _load_native(checkpoint: Checkpoint, how: LoadSettings) -> NativeEngine:
+    from amq.runtime.native_engine import open_native
+
+    return open_native(
+        checkpoint, how.activations or "int8", how.context, how.max_sequences, how.threads, how.cache,
+        prompt_cache=how.prompt_cache, prompt_cache_folder=how.prompt_cache_folder, state_cache=how.state_cache,
+    )  # fmt: skip
+
+
+def _load_cuda(checkpoint: Checkpoint, how: LoadSettings) -> CudaEngine:
+    from amq.runtime.cuda_engine import open_cuda
+
+    if how.prompt_cache is not None:
+        raise AmqError("a prompt cache on disk is for the native engine: leave --prompt-cache out with --device cuda")
+    return open_cuda(
+        checkpoint, how.device, how.activations or "fp32", how.dtype, how.context, how.max_sequences,
+        how.cache or "float16", how.state_cache,
+    )  # fmt: skip
 
 
 def _default_activations(checkpoint: Checkpoint, device: str, backend: str | None) -> str:
@@ -98,10 +124,14 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     from amq.model.open import load_model
     from amq.runtime.torch_engine import TorchEngine
 
-    for given, what in ((settings.prompt_cache, "a prompt cache on disk"), (settings.state_cache, "a state cache")):
+    for given, what in (
+        (settings.prompt_cache, "a prompt cache on disk"),
+        (settings.state_cache, "a state cache"),
+        (settings.cache, "the choice of a KV cache"),
+    ):
         if given is not None:
             raise AmqError(
-                f"{what} is for the native engine, {model} runs in transformers ({why or 'it is not quantized'})"
+                f"{what} is for engines of our own, {model} runs in transformers ({why or 'it is not quantized'})"
             )
     device, backend = settings.device, settings.backend
     how: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}

@@ -12,6 +12,7 @@ from amq.model.settings import ModelSettings
 from amq.util.settings import Settings, flag
 
 WRITE, DRAW = "what to write", "how to choose tokens"
+CACHES = ("float32", "float16", "int8")
 MAX_LOGPROBS = 20
 """OpenAI's limit of `top_logprobs`."""
 MAX_BIAS = 100
@@ -23,6 +24,9 @@ class RuntimeSettings(ModelSettings):
     backend: str | None = flag(None, "what multiplies the quantized linears (default: the fastest)", choices=BACKENDS)
     activations: str | None = flag(
         None, "int8 or fp32 (exact); default: int8 on backend cpu, else fp32", choices=ACTIVATIONS
+    )
+    cache: str | None = flag(
+        None, "keys and values: float16 (default), float32 on a CPU, int8 on a GPU", choices=CACHES
     )
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", least=1, metavar="N")
 
@@ -44,6 +48,8 @@ class LoadSettings(RuntimeSettings):
     dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     device: where everything but packed weights goes; those are prepared there when they are first used.
+    cache: what keys and values are kept in; None takes float16, float32 where the native engine multiplies exactly. The
+        native engine has float32 and float16, the CUDA engine float16 and int8.
     context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
     max_sequences: that run at once.
     threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.
