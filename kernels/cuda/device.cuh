@@ -78,6 +78,9 @@ AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0x
 // The fp16 numbers in the low and high half of a word.
 AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
+// The float32 of these bits.
+AMQ_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+
 AMQ_DEVICE float to_float(float v) { return v; }
 AMQ_DEVICE float to_float(__half v) { return __half2float(v); }
 AMQ_DEVICE float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

@@ -147,6 +147,8 @@ AMQ_DEVICE float round_even(float v) { return std::nearbyint(v); }
 
 AMQ_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 
+AMQ_DEVICE float as_float(uint32_t bits) { return cuda_shim::float_of(bits); }
+
 AMQ_DEVICE float2 unpack_halves(uint32_t pair) {
     return {to_float(__half{static_cast<uint16_t>(pair)}), to_float(__half{static_cast<uint16_t>(pair >> 16)})};
 }
