@@ -64,7 +64,145 @@ def test_logits_are_those_of_the_native_engine(folder: Callable[[str], Path], na
     engine = open_on_cpu(folder(name))
     split = LENGTH - 8
     slot = engine.open(tokens, 0)
-    found = [engine.forward([Segment(slot, tokens[:split])])]
+    found = [engine.forward([Segment(slot, tokens[:split])]).clone()]
     found += [engine.forward([Segment(slot, [token])]).clone() for token in tokens[split:]]
     engine.close(slot)
     assert close(torch.cat(found), expected[split - 1 :])
+
+
+def greedy(engine: CudaEngine, prompt: list[int], count: int) -> list[int]:
+    slot = engine.open(prompt, count, reuse=False)
+    part, found = prompt, []
+    while len(found) < count:
+        part = [int(engine.forward([Segment(slot, part)])[0].argmax())]
+        found += part
+    engine.close(slot)
+    return found
+
+
+SHARING = ("llama", "gemma3", "qwen3_5", "lfm2", "qwen3_moe")
+"""Plain, with windows and norms behind operators, recurrent, with short convolutions, of experts."""
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_sequences_of_different_lengths_share_passes(folder: Callable[[str], Path], name: str) -> None:
+    """Rows of a pass belong to whoever is there, up to eight of them, on either side of a page's edge."""
+    texts = {i: text(length, i) for i, length in enumerate((66, 1, 21, 64, 65, 5, 30, 63))}
+    native = open_native(folder(name), "fp32", context=256)
+    alone = {i: native.all_logits(tokens)[-1] for i, tokens in texts.items()}
+    engine = open_on_cpu(folder(name), max_sequences=8)
+    slots = {i: engine.open(tokens, 0, reuse=False) for i, tokens in texts.items()}
+    found = last_rows(engine, slots, texts, ((60, 59), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1), (1, 1)))
+    assert found.keys() == texts.keys()
+    for i in texts:
+        assert close(found[i], alone[i]), i
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_sequences_decode_by_themselves(folder: Callable[[str], Path], name: str) -> None:
+    """The GPU's own greedy text is the one that the host chooses from its logits, with others that come and go."""
+    engine = open_on_cpu(folder(name), max_sequences=3)
+    prompts = [text(length, seed) for seed, length in enumerate((12, 60, 5))]
+    expected = [greedy(engine, prompt, 9) for prompt in prompts]
+    slots, found = [], []
+    for prompt in prompts:
+        slots.append(engine.open(prompt, 9, reuse=False))
+        found.append([int(engine.forward([Segment(slots[-1], prompt)])[0].argmax())])
+        engine.begin(slots[-1], found[-1][0], Sampling(), 0)
+        for slot, token in engine.step().items():
+            found[slots.index(slot)].append(token)
+    while any(len(tokens) < 9 for tokens in found):
+        for slot, token in engine.step().items():
+            found[slots.index(slot)].append(token)
+    assert [tokens[:9] for tokens in found] == expected
+    for slot, prompt, tokens in zip(slots, prompts, found, strict=True):
+        engine.end(slot)
+        assert slot.length <= slot.capacity and slot.tokens == [*prompt, *tokens][: slot.length]
+        engine.close(slot)
+
+
+def test_a_decode_pass_is_safe_to_capture(folder: Callable[[str], Path]) -> None:
+    """It is calls alone: no Python between them, no operation of torch, nothing that allocates or waits."""
+    for name in SHARING:
+        engine = open_on_cpu(folder(name))
+        passes = engine._builder.build(1, decode=True)
+        assert all(isinstance(part, Call) for part in passes.parts)
+
+
+def test_launches_of_a_layer(folder: Callable[[str], Path]) -> None:
+    """Five for a row or two, and the two norms beyond that; the embedding and the head beside them."""
+    engine = open_on_cpu(folder("llama"), max_sequences=8)
+    assert engine.launches == {1: (11, 1), 2: (11, 1), 4: (15, 2), 8: (15, 2)}
+
+
+@pytest.mark.parametrize("name", ("llama", "gemma3", "qwen3_moe"))
+def test_other_kinds_of_numbers(folder: Callable[[str], Path], name: str) -> None:
+    """bf16 has 8 bits of mantissa, and so have keys and values, or activations, that are rounded to 8 bits."""
+    tokens = text(LENGTH)
+    expected = open_native(folder(name), "fp32", context=256).all_logits(tokens)[-1]
+    for options in ({"dtype": "bfloat16"}, {"cache": "int8"}, {"activations": "int8"}):
+        engine = open_on_cpu(folder(name), **options)
+        slot = engine.open(tokens, 0)
+        found = engine.forward([Segment(slot, tokens)])[0]
+        assert close(found, expected, torch.bfloat16), options
+        assert not torch.equal(found, expected)
+
+
+def test_prompts_through_another_product(folder: Callable[[str], Path]) -> None:
+    """What multiplies more than 8 rows on a GPU is Triton; here a dequantized weight stands in its place."""
+    from amq.packing import dequantize
+
+    for name in ("llama-biased", "gemma3"):
+        tokens = text(LENGTH)
+        expected = open_native(folder(name), "fp32", context=256).all_logits(tokens)
+        engine = open_on_cpu(folder(name))
+        dense = {
+            weight.data.data_ptr(): dequantize(engine._weights.checkpoint.packed(key))
+            for key, weight in engine._weights.prepared.items()
+        }
+        sizes = []
+
+        def many(x: Tensor, weights, y: Tensor, dense=dense, sizes=sizes) -> None:
+            sizes.append(len(x))
+            y.copy_(torch.cat([x.float() @ dense[weight.data.data_ptr()].T for weight in weights], -1))
+
+        engine._builder._many = many
+        slot = engine.open(tokens, 0)
+        assert close(engine.forward([Segment(slot, tokens)])[0], expected[-1]), name
+        assert set(sizes) == {128}  # the pass of 70 rows is one of 128
+
+
+def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
+    engine = open_on_cpu(folder("llama"), max_sequences=2)
+    slot = engine.open(text(4), 2)
+    with pytest.raises(AmqError, match="outside the model's vocabulary"):
+        engine.forward([Segment(slot, [engine.vocab_size])])
+    with pytest.raises(AmqError, match="room for 64 positions"):
+        engine.forward([Segment(slot, text(65))])
+    engine.forward([Segment(slot, text(4))])
+    engine.begin(slot, 3, Sampling(), 0)
+    with pytest.raises(AmqError, match="decodes by itself"):
+        engine.forward([Segment(slot, [1])])
+    with pytest.raises(AmqError, match="already"):
+        engine.begin(slot, 3, Sampling(), 0)
+    engine.end(slot)
+    assert not engine.can_sample(Sampling(repetition_penalty=1.1))
+    with pytest.raises(AmqError, match="the KV cache must be one of float16, int8, got float32"):
+        open_on_cpu(folder("llama"), cache="float32")
+
+
+def test_every_family_has_a_case() -> None:
+    cased = {build().config.get_text_config(decoder=True).model_type for build in CASES.values()}
+    assert set(FAMILIES) == cased
+
+
+@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
+@pytest.mark.parametrize("kind", ("addresses", "races"))
+def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    """Whole passes under ASan and UBSan with threads in reverse order, and under TSan at random."""
+    races = kind == "races"
+    build = build_shim(tmp_path, sanitize=not races, races=races)
+    environment = sanitizer_environment(races=races)
+    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
+    chosen = "share_passes and (gemma3 or qwen3_5 or qwen3_moe) or by_themselves and lfm2"
+    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -22,6 +22,7 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.kernels import cuda
+from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
 from amq.runtime.cuda_graphs import Capture, cuda_graph
 from amq.runtime.cuda_own import OwnRows
@@ -42,22 +43,12 @@ BUCKETS = (1, 2, 4, 8)
 log = logging.getLogger(__name__)
 
 
-class DecodePass:
-    """A pass of up to `rows` tokens of as many sequences. run: what launches it, captured where it can be.
-
-    logits: float32 [rows, vocabulary], valid until the next pass.
-    """
-
-    def __init__(self, run: Callable[[], Tensor], rows: int) -> None:
-        self.run, self.rows = run, rows
-
-
 class CudaEngine(PagedEngine):
     """See `PagedEngine`; made by `open_cuda`.
 
     dtype: of what is multiplied. int8: round it to 8 bits. cache: one of CACHES. capture: makes a pass into one that
     runs without Python, or None. many: see `cuda_pass.Many`.
-    launches: calls of one decoded token, for benchmarks.
+    launches: {rows: calls of a decode pass, and of its head}.
     """
 
     def __init__(
@@ -98,6 +89,7 @@ class CudaEngine(PagedEngine):
         self._picked = torch.zeros(MAX_SCORED + max_sequences, spec.hidden, device=self._device)
         self._weights = weights
         self._capture = capture
+        self.launches: dict[int, tuple[int, int]] = {}
         most = min(max_sequences, BUCKETS[-1])
         sizes = [rows for rows in BUCKETS if rows < 2 * most]
         self._decodes = {rows: self._decode_pass(rows) for rows in sizes}
@@ -124,18 +116,20 @@ class CudaEngine(PagedEngine):
         self.banner += f", states: {floats * FLOAT / 1e6:.3g} MB a sequence, {n_kept} kept"
         return RecurrentStates(floats, PAGE, running, n_kept, self._device)
 
-    def _decode_pass(self, rows: int) -> DecodePass:
+    def _decode_pass(self, rows: int) -> Callable[[], Tensor]:
+        """Launches a pass of up to `rows` tokens of as many sequences, and returns their logits, float32 [rows,
+        vocabulary], valid until the next pass."""
         body = self._builder.build(rows, decode=True)
         logits = torch.zeros(rows, self.vocab_size, device=self._device)
         head = self._builder.build_head(self._buffers.stream[:rows], logits)
-        self.launches = len(body.parts) + len(head.parts)
+        self.launches[rows] = len(body.parts), len(head.parts)
 
         def run() -> Tensor:
             self.launch(body)
             self.launch(head)
             return logits
 
-        return DecodePass(self.captured(run), rows)
+        return self.captured(run)
 
     def captured(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """`run` as a CUDA graph, or, with one warning, as it is where it cannot be captured."""
@@ -196,7 +190,7 @@ class CudaEngine(PagedEngine):
         fields = self.row_fields(slots, [slot.length for slot in slots])
         fields["tokens"] = [segment.tokens[0] for _, segment, _ in group]
         self._inputs.write(rows, fields)
-        found = self._decodes[rows].run()
+        found = self._decodes[rows]()
         for index, (row, segment, plan) in enumerate(group):
             if row in places:
                 logits[places[row]].copy_(found[index])
@@ -352,7 +346,7 @@ def open_cuda(
         f"{'rounded to int8' if activations == 'int8' else 'activations'}, {cache} cache, context {context}"
     )
     capture = cuda_graph(place) if place.type == "cuda" else None
-    many = _many() if place.type == "cuda" else None
+    many = _many(activations == "int8") if place.type == "cuda" else None
     try:
         weights = CudaWeights(checkpoint, spec, context, place)
         return CudaEngine(
@@ -383,8 +377,19 @@ def _name(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)} ({device})" if device.type == "cuda" else str(device)
 
 
-def _many() -> Many:
-    """Triton's kernels, for the rows of prompts."""
+def _many(int8: bool) -> Many:
+    """Triton's kernels, for the rows of prompts: a gemm; from many rows on a dequantized weight and torch's product."""
     from amq.kernels import triton
+    from amq.kernels.backends import quantize_activations
 
-    return triton.multiply_into
+    def multiply(x: Tensor, weights: Sequence[PreparedWeight], y: Tensor) -> None:
+        x = x.contiguous()
+        if int8:  # as a decode step rounds it
+            x = quantize_activations(x.float(), weights[0].group_size).to(x.dtype)
+        if len(x) < triton.dense_rows():
+            triton.linear_into(y, x, weights, None, triton.measured)
+            return
+        for weight, part in zip(weights, y.split([weight.out_features for weight in weights], -1), strict=True):
+            part.copy_(x @ triton.dequantize(weight, x.dtype).T)
+
+    return multiply
