@@ -3,31 +3,18 @@ however a text is cut into passes, whatever lies beside it, and from wherever a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.engine_cases_delta import DELTA
-from helpers.random_specs import project
-from torch import Tensor
+from helpers.state_models import OPERATORS, STATES, Model, model, text
 
 from amq.errors import AmqError
-from amq.kernels.cpu import NO_MEMORY, cpu_module, memory
-from amq.runtime.decoder_spec import (
-    Array,
-    DecoderSpec,
-    DeltaNet,
-    Heads,
-    Linear,
-    ShortConv,
-    Step,
-    Table,
-)
+from amq.kernels.cpu import cpu_module
+from amq.runtime.decoder_spec import Heads
 from amq.runtime.families import Unsupported, read_spec
 
 ISAS = cpu_module().isas()

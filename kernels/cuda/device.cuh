@@ -100,6 +100,16 @@ AMQ_DEVICE void memory_fence() { __threadfence(); }
 // What other blocks of the same launch have written: past L1, which may hold what was there before.
 AMQ_DEVICE float load_fresh(const float* address) { return __ldcg(address); }
 
+AMQ_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes) { return __shfl_xor_sync(0xffffffffu, value, lanes); }
+
+// Bit i: what lane i says.
+AMQ_DEVICE uint32_t ballot(bool says) { return __ballot_sync(0xffffffffu, says); }
+
+AMQ_DEVICE int count_bits(uint32_t word) { return __popc(word); }
+
+// The upper 64 bits of a product.
+AMQ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments) {
     kernel<<<blocks, threads, 0, stream>>>(arguments);

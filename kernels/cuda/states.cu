@@ -50,6 +50,7 @@ int amq_cuda_short_conv(const amq::ShortConvCall* call, void* stream) {
     if (c.segments.n < 0 || c.segments.longest < 0) return kBadRows;
     if (c.segments.n == 0 || c.segments.longest == 0) return kOk;
     if (!is_kind(c.out_kind)) return kBadDType;
+    if (c.channels < 1 || c.kernel < 1) return kBadSize;
     if (!has_all(c.segments) || !c.in || !c.convolution || !c.states || !c.out) return kBadSize;
     const int pieces = (c.channels + kStateLanes - 1) / kStateLanes;
     return launch(short_conv_kernel, c.segments.n * pieces, kStateThreads, static_cast<cudaStream_t>(stream), c);

@@ -212,17 +212,30 @@ __attribute__((no_sanitize("address", "undefined", "thread"))) void multiply(Fra
         for (int i = 0; i < 4; ++i) add(lanes[lane]->c[i], dots[lane / 4 + i / 2 * 8][lane % 4 * 2 + i % 2]);
 }
 
+template <class T>
 struct Shuffled {
-    float value, result;
+    T value, result;
     int lanes;
 };
 
-inline void shuffle(Shuffled* const (&lanes)[kWarp]) {
+template <class T>
+void shuffle(Shuffled<T>* const (&lanes)[kWarp]) {
     for (int lane = 0; lane < kWarp; ++lane) {
         if (lanes[lane]->lanes != lanes[0]->lanes || lanes[lane]->lanes < 0 || lanes[lane]->lanes >= kWarp)
             fail("shuffle_xor: lane %d asks for %d, lane 0 for %d", lane, lanes[lane]->lanes, lanes[0]->lanes);
         lanes[lane]->result = lanes[lane ^ lanes[lane]->lanes]->value;
     }
+}
+
+struct Vote {
+    bool says;
+    uint32_t result;
+};
+
+inline void count_votes(Vote* const (&lanes)[kWarp]) {
+    uint32_t word = 0;
+    for (int lane = 0; lane < kWarp; ++lane) word |= static_cast<uint32_t>(lanes[lane]->says) << lane;
+    for (Vote* lane : lanes) lane->result = word;
 }
 
 }  // namespace cuda_shim
@@ -247,9 +260,23 @@ AMQ_DEVICE void mma(int32_t (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32
 }
 
 AMQ_DEVICE float shuffle_xor(float value, int lanes, CUDA_SHIM_HERE) {
-    cuda_shim::Shuffled mine{value, 0, lanes};
-    cuda_shim::block.with_warp({"shuffle_xor", file, line}, mine, &cuda_shim::shuffle);
+    cuda_shim::Shuffled<float> mine{value, 0, lanes};
+    cuda_shim::block.with_warp({"shuffle_xor", file, line}, mine, &cuda_shim::shuffle<float>);
     return mine.result;
+}
+AMQ_DEVICE uint32_t shuffle_xor(uint32_t value, int lanes, CUDA_SHIM_HERE) {
+    cuda_shim::Shuffled<uint32_t> mine{value, 0, lanes};
+    cuda_shim::block.with_warp({"shuffle_xor", file, line}, mine, &cuda_shim::shuffle<uint32_t>);
+    return mine.result;
+}
+AMQ_DEVICE uint32_t ballot(bool says, CUDA_SHIM_HERE) {
+    cuda_shim::Vote mine{says, 0};
+    cuda_shim::block.with_warp({"ballot", file, line}, mine, &cuda_shim::count_votes);
+    return mine.result;
+}
+AMQ_DEVICE int count_bits(uint32_t word) { return __builtin_popcount(word); }
+AMQ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) {
+    return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
 AMQ_DEVICE int32_t atomic_add(int32_t* address, int32_t value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }

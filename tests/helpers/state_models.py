@@ -1,4 +1,5 @@
-"""Operators that carry a state on, each alone in a native decoder with random weights, and what they compute in float64."""
+"""Operators that carry a state on, each alone in a native decoder with random weights, and the same in
+float64."""
 
 from __future__ import annotations
 
@@ -96,13 +97,25 @@ class Model:
         )  # fmt: skip
         return logits
 
+    def inputs(self, tokens: np.ndarray[Any, Any]) -> Tensor:
+        """What the first projection gives, float64 [tokens, ..]."""
+        t = self._wide()
+        h = _norm(t["embedding"][torch.from_numpy(tokens)], t["norm"])
+        return torch.cat([h @ t[part.name].T for part in self.op.in_.linears], -1)
+
+    def mixed(self, inputs: Tensor) -> Tensor:
+        """What the last projection reads, float64, token by token from the first one of a text on."""
+        plain = _plain_delta if isinstance(self.op, DeltaNet) else _plain_conv
+        return plain(self.op, inputs.double(), self._wide())
+
     def plain(self, tokens: np.ndarray[Any, Any]) -> Tensor:
         """Logits in float64, token by token."""
-        t = {name: tensor.double() for name, tensor in self.tensors.items()}
-        h = t["embedding"][torch.from_numpy(tokens)]
-        inputs = torch.cat([_norm(h, t["norm"]) @ t[part.name].T for part in self.op.in_.linears], -1)
-        mixed = _plain_delta(self.op, inputs, t) if isinstance(self.op, DeltaNet) else _plain_conv(self.op, inputs, t)
-        return _norm(h + mixed @ t["out"].T, t["final_norm"]) @ t["head"].T
+        t = self._wide()
+        h = t["embedding"][torch.from_numpy(tokens)] + self.mixed(self.inputs(tokens)) @ t["out"].T
+        return _norm(h, t["final_norm"]) @ t["head"].T
+
+    def _wide(self) -> dict[str, Tensor]:
+        return {name: tensor.double() for name, tensor in self.tensors.items()}
 
 
 def _norm(x: Tensor, weight: Tensor) -> Tensor:
