@@ -22,7 +22,7 @@ class Buffers:
     """Rows of up to `rows` tokens. dtype: of what is multiplied, float16 or bfloat16; sums are float32.
 
     stream: the residual stream. input: norm(stream). wide: what an operator's first projection gives. wide_input: what
-    its last one reads. output: what is added to the stream, where that takes a call of its own. mixed: see DeltaCall.
+    its last one reads. token: a token's row of the per-layer embeddings. output: what is added to the stream, where that takes a call of its own. mixed: see DeltaCall.
     Those of mixtures have MOST_ROWS rows.
     """
 
@@ -40,7 +40,8 @@ class Buffers:
         self.input = self._room(rows, spec.hidden, dtype)
         self.wide = self._floats(rows, widest)
         self.wide_input = self._room(rows, max(last.in_features for last in lasts), dtype)
-        self.per_layer, self.mixed = self._floats(rows, columns, False), self._floats(rows, mixed)
+        self.per_layer, self.token = (self._floats(rows, columns, False) for _ in range(2))
+        self.mixed = self._floats(rows, mixed)
         heads = max((op.n_heads for op in attention), default=0)
         self.attention_counters = torch.zeros(rows * heads, dtype=torch.int32, device=device)
         most = max((op.n_heads * (op.head_dim + 2) for op in attention), default=0)

@@ -153,10 +153,10 @@ class PassBuilder:
         p = self._spec.per_layer
         assert p is not None
         b, columns = self._b, p.table.columns
-        self._embed(p.table, b.wide, 1.0)
+        self._embed(p.table, b.token, 1.0)
         self._project(Step(Mlp(p.projection, p.projection)), p.projection, b.per_layer)
         fields = {
-            "rows": self._rows, "columns": columns, "width": p.width, "sum": b.per_layer, "token": b.wide,
+            "rows": self._rows, "columns": columns, "width": p.width, "sum": b.per_layer, "token": b.token,
             "norm": self._array(p.norm), "epsilon": self._spec.epsilon, "table_scale": p.table_scale,
             "projection_scale": p.projection_scale, "sum_scale": p.sum_scale,
         }  # fmt: skip
