@@ -22,7 +22,8 @@ class Buffers:
     """Rows of up to `rows` tokens. dtype: of what is multiplied, float16 or bfloat16; sums are float32.
 
     stream: the residual stream. input: norm(stream). wide: what an operator's first projection gives. wide_input: what
-    its last one reads. token: a token's row of the per-layer embeddings. output: what is added to the stream, where that takes a call of its own. mixed: see DeltaCall.
+    its last one reads. token: a token's row of the per-layer embeddings. output: what is added to the stream, where
+    that takes a call of its own. mixed: see DeltaCall.
     Those of mixtures have MOST_ROWS rows.
     """
 
