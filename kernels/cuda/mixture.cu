@@ -6,6 +6,7 @@ extern "C" {
 
 int amq_cuda_choose(const amq::ChooseCall* call, void* stream) {
     using namespace amq;
+    using namespace amq::mixture;
     const ChooseCall& c = *call;
     if (c.rows < 0 || (c.groups_out && c.rows > kMixtureRows)) return kBadRows;
     if (c.rows == 0) return kOk;
@@ -20,6 +21,7 @@ int amq_cuda_choose(const amq::ChooseCall* call, void* stream) {
 
 int amq_cuda_combine(const amq::CombineCall* call, void* stream) {
     using namespace amq;
+    using namespace amq::mixture;
     const CombineCall& c = *call;
     if (c.rows < 0) return kBadRows;
     if (c.rows == 0) return kOk;

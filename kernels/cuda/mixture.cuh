@@ -9,7 +9,7 @@
 
 #include "device.cuh"
 
-namespace amq {
+namespace amq::mixture {
 
 constexpr int kMixtureLanes = 32, kMixtureRows = 8, kMixtureThreads = kMixtureLanes * kMixtureRows;
 constexpr int kMostExperts = 512, kMostChosen = 32;
@@ -249,4 +249,4 @@ __global__ void __launch_bounds__(kMixtureThreads) combine_kernel(CombineArgumen
     }
 }
 
-}  // namespace amq
+}  // namespace amq::mixture

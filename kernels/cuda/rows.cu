@@ -4,19 +4,11 @@
 
 #include "calls.h"
 #include "rows.cuh"
+#include "rows_checks.cuh"
 #include "rows_embed.cuh"
 
 namespace amq::rows {
 namespace {
-
-int element_bytes(int kind) { return kind == kFloat ? 4 : 2; }
-
-bool is_kind(int kind) { return kind == kHalf || kind == kBfloat16 || kind == kFloat; }
-
-// Whether an address is null or would fault.
-bool bad(const void* address, int bytes) { return !address || reinterpret_cast<uintptr_t>(address) % bytes != 0; }
-bool bad(const float* address) { return bad(address, alignof(float)); }
-bool bad_if_any(const float* address) { return address && bad(address); }
 
 // Launches `kernel` of so many blocks, if that many fit a grid.
 template <class Call>

@@ -3,24 +3,17 @@
 #include <cstdint>
 
 #include "calls.h"
+#include "rows_checks.cuh"
 #include "rows_dense.cuh"
 
 namespace amq::rows {
 namespace {
 
-int element_bytes(int kind) { return kind == kFloat ? 4 : 2; }
-
-bool bad_kind(int kind) { return kind != kHalf && kind != kBfloat16 && kind != kFloat; }
-
-uintptr_t number(const void* address) { return reinterpret_cast<uintptr_t>(address); }
-
-bool bad(const void* address, int bytes) { return !address || number(address) % bytes != 0; }
-
 // Whether all loads of 16 bytes of W, and of 4 numbers of x, are at multiples of their size.
 bool aligned(const DenseCall& call) {
     const int64_t row_bytes = static_cast<int64_t>(call.in_features) * element_bytes(call.element);
-    return number(call.weight) % 16 == 0 && row_bytes % 16 == 0 && number(call.x) % 16 == 0 && call.x_stride % 4 == 0 &&
-           call.in_features % 4 == 0;
+    const bool weights = at_multiple(call.weight, 16) && row_bytes % 16 == 0;  // so in_features divides by 4
+    return weights && at_multiple(call.x, 16) && call.x_stride % 4 == 0;
 }
 
 template <class T, int kRows, bool kAligned>
@@ -49,10 +42,10 @@ extern "C" int amq_cuda_dense(const amq::DenseCall* call, void* stream) {
     using namespace amq::rows;
     if (call->rows == 0) return kOk;
     if (call->rows < 0) return kBadRows;
-    if (bad_kind(call->element) || bad_kind(call->x_kind) || bad_kind(call->y_kind)) return kBadDType;
+    if (!is_kind(call->element) || !is_kind(call->x_kind) || !is_kind(call->y_kind)) return kBadDType;
     if (call->in_features < 1 || call->out_features < 1) return kBadSize;
     if (bad(call->weight, element_bytes(call->element)) || bad(call->x, element_bytes(call->x_kind))) return kBadSize;
-    if (bad(call->y, element_bytes(call->y_kind)) || (call->bias && bad(call->bias, 4))) return kBadSize;
+    if (bad(call->y, element_bytes(call->y_kind)) || bad_if_any(call->bias)) return kBadSize;
     const auto on = static_cast<cudaStream_t>(stream);
     if (call->element == kHalf) return launch_dense<__half>(*call, on);
     if (call->element == kBfloat16) return launch_dense<__nv_bfloat16>(*call, on);

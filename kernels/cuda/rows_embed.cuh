@@ -11,11 +11,12 @@ namespace amq::rows {
 
 enum EmbedKind : int32_t { kPackedRows = 3, kPrepared = 4 };
 
-AMQ_DEVICE float dequantized(uint32_t code, __half scale, __half zero_point) {
-    return (static_cast<float>(code) - to_float(zero_point)) * to_float(scale);
+// Of the lowest `bits` bits of a word.
+AMQ_DEVICE float dequantized(uint32_t word, int bits, float scale, float zero_point) {
+    return (static_cast<float>(word & ((1u << bits) - 1)) - zero_point) * scale;
 }
 
-// Of a row that is one stream of bits, which a code may cross a byte's end in.
+// Of a row that is one stream of bits, in which a code may lie in two bytes.
 AMQ_DEVICE float packed_element(const EmbedCall& call, int row, int column) {
     const int64_t bit = static_cast<int64_t>(column) * call.bits;
     const uint8_t* codes = static_cast<const uint8_t*>(call.data) + (row * call.row_bytes + bit / 8);
@@ -24,14 +25,15 @@ AMQ_DEVICE float packed_element(const EmbedCall& call, int row, int column) {
     if (shift + call.bits > 8) word |= static_cast<uint32_t>(codes[1]) << 8;
     const int groups = (call.columns + call.group_size - 1) / call.group_size;
     const int64_t group = static_cast<int64_t>(row) * groups + column / call.group_size;
-    return dequantized(word >> shift & ((1u << call.bits) - 1), static_cast<const __half*>(call.scales)[group],
-                       static_cast<const __half*>(call.zero_points)[group]);
+    return dequantized(word >> shift, call.bits, load_element(call.scales, kHalf, group),
+                       load_element(call.zero_points, kHalf, group));
 }
 
-// Byte `byte` of byte word `word` of a row and column, by the widths that layout.cuh knows when it is compiled.
-// words: of plane 0, the others kWarp · 4 words apart.
+constexpr int kPlaneWords = kTileRows * kColumns;
+
+// Byte `byte` of byte word `word` of a row and column, as byte_word in layout.cuh finds all four; `bits` is known at run time
+// only. words: of the slab's planes, kPlaneWords apart.
 AMQ_DEVICE uint32_t code_byte(const uint32_t* words, int bits, int word, int byte) {
-    constexpr int kPlaneWords = kTileRows * kColumns;
     if (word < bits) return words[word * kPlaneWords] >> 8 * byte & 0xff;
     const int used = 8 / bits * bits, spare = 8 - used, begin = (word - bits) * used;
     uint32_t found = 0;
@@ -50,7 +52,6 @@ AMQ_DEVICE float prepared_element(const EmbedCall& call, int row, int column) {
     // Planes of a tile, as amq/kernels/gpu_layout.py counts them.
     const int full = call.columns / kSlab * call.bits, per_word = kUnit * fields;
     const int planes = full + min(call.bits, (call.columns % kSlab + per_word - 1) / per_word);
-    constexpr int kPlaneWords = kTileRows * kColumns;
     const uint32_t* data = static_cast<const uint32_t*>(call.data);
     const uint32_t* words = data + (static_cast<int64_t>(tile) * planes + slab * call.bits) * kPlaneWords +
                             row % kTileRows * kColumns + column % (kUnit / 2) / 2;
@@ -59,9 +60,8 @@ AMQ_DEVICE float prepared_element(const EmbedCall& call, int row, int column) {
     const int groups = kSlab / call.group_size;
     const int64_t of_row = (static_cast<int64_t>(tile) * slabs + slab) * kTileRows + row % kTileRows;
     const uint32_t* scales = data + tiles * planes * kPlaneWords + of_row * groups + column % kSlab / call.group_size;
-    const float2 v = unpack_halves(*scales);
-    const uint32_t code = found >> unit % fields * call.bits & ((1u << call.bits) - 1);
-    return (static_cast<float>(code) - v.y) * v.x;
+    const float2 v = unpack_halves(*scales);  // scale, zero point
+    return dequantized(found >> unit % fields * call.bits, call.bits, v.x, v.y);
 }
 
 __global__ void __launch_bounds__(kThreads) embed_kernel(EmbedCall call) {

@@ -2,7 +2,7 @@
 
 #include "states_delta.cuh"
 
-namespace amq {
+namespace amq::states {
 namespace {
 
 bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
@@ -21,12 +21,13 @@ bool has_whole_vectors(const DeltaCall& call) {
 }
 
 }  // namespace
-}  // namespace amq
+}  // namespace amq::states
 
 extern "C" {
 
 int amq_cuda_delta(const amq::DeltaCall* call, void* stream) {
     using namespace amq;
+    using namespace amq::states;
     const DeltaCall& c = *call;
     if (c.segments.n < 0 || c.segments.longest < 0) return kBadRows;
     if (c.segments.n == 0 || c.segments.longest == 0) return kOk;
@@ -46,6 +47,7 @@ int amq_cuda_delta(const amq::DeltaCall* call, void* stream) {
 
 int amq_cuda_short_conv(const amq::ShortConvCall* call, void* stream) {
     using namespace amq;
+    using namespace amq::states;
     const ShortConvCall& c = *call;
     if (c.segments.n < 0 || c.segments.longest < 0) return kBadRows;
     if (c.segments.n == 0 || c.segments.longest == 0) return kOk;

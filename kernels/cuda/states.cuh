@@ -8,7 +8,7 @@
 
 #include "device.cuh"
 
-namespace amq {
+namespace amq::states {
 
 constexpr int kStateThreads = 256, kStateLanes = 32, kStateWarps = kStateThreads / kStateLanes;
 
@@ -88,4 +88,4 @@ __global__ void __launch_bounds__(kStateThreads) short_conv_kernel(ShortConvCall
     if (mine && warp == 0) convolution.keep(segment.count, input);
 }
 
-}  // namespace amq
+}  // namespace amq::states

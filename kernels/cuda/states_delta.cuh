@@ -13,7 +13,7 @@
 
 #include "states.cuh"
 
-namespace amq {
+namespace amq::states {
 
 constexpr int kMostStateHead = 512;       // features of a key or a value
 constexpr int kTileColumns = 16;          // of S, one after another in a row of its layout
@@ -276,4 +276,4 @@ __global__ void AMQ_REGISTERS(kDeltaRegisters, kStateThreads) delta_kernel(Delta
     norm_tokens(call, segment, head);
 }
 
-}  // namespace amq
+}  // namespace amq::states
