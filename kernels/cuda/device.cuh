@@ -78,6 +78,22 @@ AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0x
 // The fp16 numbers in the low and high half of a word.
 AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
+// Its inverse, each number rounded to the nearest.
+AMQ_DEVICE uint32_t pack_halves(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+// The bytes of a word, each less 128, as fp16: bytes 0 and 1 in the first pair. Behind 0x64, the exponent of 1024, a byte is
+// 1024 + itself.
+AMQ_DEVICE void unpack_bytes(uint32_t word, uint32_t (&pairs)[2]) {
+    const uint32_t above = 0x64806480;  // 1152 twice
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t raised = __byte_perm(word, 0x64646464, i == 0 ? 0x4140 : 0x4342);
+        const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised), *reinterpret_cast<const __half2*>(&above));
+        pairs[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+}
+
 // The float32 of these bits.
 AMQ_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -109,6 +125,9 @@ AMQ_DEVICE int count_bits(uint32_t word) { return __popc(word); }
 
 // The upper 64 bits of a product.
 AMQ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
+
+// Asks memory for the 128 bytes around an address, so that a load of them finds them in L2.
+AMQ_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments) {

@@ -153,6 +153,20 @@ AMQ_DEVICE float2 unpack_halves(uint32_t pair) {
     return {to_float(__half{static_cast<uint16_t>(pair)}), to_float(__half{static_cast<uint16_t>(pair >> 16)})};
 }
 
+AMQ_DEVICE uint32_t pack_halves(float low, float high) {
+    __half pair[2];
+    from_float(low, &pair[0]);
+    from_float(high, &pair[1]);
+    return pair[0].bits | uint32_t{pair[1].bits} << 16;
+}
+
+AMQ_DEVICE void unpack_bytes(uint32_t word, uint32_t (&pairs)[2]) {
+    for (int i = 0; i < 2; ++i, word >>= 16)
+        pairs[i] = pack_halves(static_cast<float>(word & 255) - 128, static_cast<float>(word >> 8 & 255) - 128);
+}
+
+AMQ_DEVICE void prefetch(const void*) {}
+
 AMQ_DEVICE uint4 load_once(const uint4* address) {
     return cuda_shim::load(address, "load_once");
 }
