@@ -33,6 +33,10 @@
 namespace amq {
 
 #define AMQ_DEVICE __device__ __forceinline__
+#define AMQ_BOTH __host__ __device__ __forceinline__
+
+// Shared memory of which a launch says how much of it there is, `bytes` at most.
+#define AMQ_SHARED_OF_LAUNCH(name, bytes) extern __shared__ uint4 name[]
 
 // 16 bytes that are read once: past L1, which is for the activations.
 AMQ_DEVICE uint4 load_once(const uint4* address) {
@@ -41,6 +45,15 @@ AMQ_DEVICE uint4 load_once(const uint4* address) {
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 }
+
+// load_once into v, or v as it was.
+AMQ_DEVICE void load_once_if(bool wanted, const uint4* address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+    asm("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(x), "+r"(y), "+r"(z), "+r"(w) : "l"(address), "r"(static_cast<int>(wanted)));
+}
+
+// Into L2, for a load that follows.
+AMQ_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // What other lanes or warps read too.
 template <class T>
@@ -130,9 +143,17 @@ AMQ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a,
 AMQ_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments) {
-    kernel<<<blocks, threads, 0, stream>>>(arguments);
+cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments,
+                   int shared_bytes = 0) {
+    kernel<<<blocks, threads, shared_bytes, stream>>>(arguments);
     return cudaGetLastError();
+}
+
+// Of the current device.
+inline cudaError_t count_multiprocessors(int* count) {
+    int device;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status ? status : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace amq
@@ -149,6 +170,13 @@ AMQ_DEVICE float warp_sum(float v) {
 AMQ_DEVICE float warp_max(float v) {
     for (int lanes = 16; lanes > 0; lanes /= 2) v = fmaxf(v, shuffle_xor(v, lanes));
     return v;
+}
+
+// Two 16-bit numbers of a Kind.
+AMQ_DEVICE float2 unpack(uint32_t pair, int kind) {
+    if (kind == kHalf) return unpack_halves(pair);
+    const auto* two = reinterpret_cast<const __nv_bfloat16*>(&pair);
+    return {to_float(two[0]), to_float(two[1])};
 }
 
 // An element of an array of some Kind.
