@@ -88,6 +88,7 @@ class Inputs:
     def __init__(self, rows: int, places: int, pages: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._host = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None  # the latest copy out of `_host`
         self._all = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, device=device)
         self._all[1] = -1
         self.tokens, self.positions, self.slots, self.long_text = self._all[:4]
@@ -97,12 +98,16 @@ class Inputs:
 
     def write(self, rows: int, fields: dict[str, list[int]]) -> None:
         """Rows 0 … rows − 1 of every field; what `fields` leaves out, and is too short for, is 0, a position −1."""
+        if self._copied is not None:
+            self._copied.synchronize()
         host = self._host[:, :rows]
         host.zero_()
         host[1] = -1
         for name, values in fields.items():
             host[self.FIELDS.index(name), : len(values)] = torch.tensor(values, dtype=torch.int32)
         self._all[:, :rows].copy_(host, non_blocking=True)
+        if self._host.is_pinned():
+            self._copied = torch.cuda.current_stream(self._all.device).record_event()
 
     def attention_fields(self) -> dict[str, Any]:
         return {

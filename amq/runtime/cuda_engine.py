@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -145,9 +145,11 @@ class CudaEngine(PagedEngine):
             return run
 
     def launch(self, calls: PassCalls) -> None:
-        on_gpu = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if on_gpu else nullcontext():
-            calls.run(torch.cuda.current_stream().cuda_stream if on_gpu else 0)
+        """On the current stream; the device is the current one then (`_on_device`, or a capture)."""
+        calls.run(torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else 0)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     # -- passes
 
@@ -163,13 +165,15 @@ class CudaEngine(PagedEngine):
         for segment, plan in zip(segments, plans, strict=True):
             (singles if len(segment.tokens) == 1 else others).append((row, segment, plan))
             row += len(segment.tokens)
-        for begin in range(0, len(singles), BUCKETS[-1]):
-            self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
-        if any(plan for _, _, plan in others):
-            for one in others:
-                self._in_pieces(*one, places, logits)
-        elif others:
-            self._prompt([(first, segment.slot, segment.tokens, 0) for first, segment, _ in others], places, logits)
+        with self._on_device():
+            for begin in range(0, len(singles), BUCKETS[-1]):
+                self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
+            if any(plan for _, _, plan in others):
+                for one in others:
+                    self._in_pieces(*one, places, logits)
+            elif others:
+                parts = [(first, segment.slot, segment.tokens, 0) for first, segment, _ in others]
+                self._prompt(parts, places, logits)
 
     def _check_tokens(self, segments: Sequence[Segment[PagedSlot]]) -> None:
         rows = 0
@@ -191,9 +195,11 @@ class CudaEngine(PagedEngine):
         fields["tokens"] = [segment.tokens[0] for _, segment, _ in group]
         self._inputs.write(rows, fields)
         found = self._decodes[rows]()
-        for index, (row, segment, plan) in enumerate(group):
-            if row in places:
-                logits[places[row]].copy_(found[index])
+        wanted = [(index, places[row]) for index, (row, _, _) in enumerate(group) if row in places]
+        if wanted:
+            source, target = (list(each) for each in zip(*wanted, strict=True))
+            logits[target] = found[: len(group)].cpu()[source]
+        for _, segment, plan in group:
             self._take_snapshots(segment.slot, plan)
 
     def row_fields(self, slots: Sequence[PagedSlot], positions: Sequence[int]) -> dict[str, list[int]]:
@@ -290,7 +296,7 @@ class CudaEngine(PagedEngine):
 
     def step(self) -> dict[PagedSlot, int]:
         """See `SamplingEngine`."""
-        with self._alone():
+        with self._alone(), self._on_device():
             return self._own.step()
 
     def end(self, slot: PagedSlot) -> None:
