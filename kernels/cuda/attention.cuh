@@ -96,7 +96,7 @@ struct Attention {
     const AttentionArguments& a;
     const AttentionCall& c;
     Shared& shared;
-    int first_row, rows, kv_head;    // of the block
+    int first_row, kv_head;          // of the block
     int begin, count;                // queries that are worked on, which share what follows
     int slot, log2;                  // their sequence, and Sight::log2
     int low, high;                   // first and last position that any of them sees
@@ -141,8 +141,8 @@ struct Attention {
             for (float& x : made.x) largest = fmaxf(largest, fabsf(x *= scale));
             largest = warp_max(largest);
             if (largest > 0.0f && largest <= FLT_MAX) {
-                const int power = min(14 - ilogbf(largest), 126);
-                factor = ldexpf(1.0f, power), back = ldexpf(1.0f, -power);
+                const uint32_t exponent = min(127 + 14 - (static_cast<int>(word_of(largest) >> 23) - 127), 253);
+                factor = float_of(exponent << 23), back = float_of((254 - exponent) << 23);
             }
         }
         if (lane() == 0) shared.factors[index] = back;
@@ -375,12 +375,13 @@ struct Attention {
         const Query q = own_query();
         if (c.sinks && static_cast<int>(threadIdx.x) / kLanes < count)
             total.merge(c.sinks[q.head], 1.0f, [](int) { return 0.0f; });
+        const float inverse = 1.0f / total.sum;
         const float* gate = c.qkv + q.row * c.qkv_stride + q.head * c.q_stride + c.head_dim;
         const int64_t to = q.row * c.out_stride + q.head * c.head_dim;
         int feature;
         for (int j = 0; j < kPieces; ++j) {
             if (!own_feature(j, feature)) continue;
-            float y = total.values[j] / total.sum;
+            float y = total.values[j] * inverse;
             if (c.gated) y *= 1.0f / (1.0f + expf(-gate[feature]));
             store_element(c.out, c.out_kind, to + feature, y);
         }
@@ -389,6 +390,7 @@ struct Attention {
     AMQ_DEVICE void write_zeros() const {
         const Query q = own_query();
         int feature;
+#pragma unroll 1
         for (int j = 0; j < kPieces; ++j)
             if (own_feature(j, feature))
                 store_element(c.out, c.out_kind, q.row * c.out_stride + q.head * c.head_dim + feature, 0.0f);
@@ -435,11 +437,11 @@ struct Attention {
     // Returns whether they see anything.
     AMQ_DEVICE bool take(int end) {
         const Sight sight(c, query(begin).row);
+        slot = c.slots[query(begin).row];
         count = 1;
         log2 = sight.log2, low = sight.first, high = sight.last;
         mine = lane() / 4 == 0 ? sight : Sight();
         if (high < 0) return false;
-        slot = c.slots[query(begin).row];
         for (; begin + count < end; ++count) {
             const int row = query(begin + count).row;
             const Sight other(c, row);
@@ -482,49 +484,36 @@ struct Attention {
         finish(total);
     }
 
-    // One span of a row, whose keys and values the block of the last span stores.
-    AMQ_DEVICE void run_span(int own_span) {
-        const Sight sight(c, first_row);
-        const int spans = sight.last < 0 ? 1 : sight.spans(), span = (sight.first >> sight.log2) + own_span;
-        if (own_span >= spans) return;
-        for (begin = 0; begin < heads(); begin += count) {
-            if (!take(min(begin + kQueries, heads())))
-                write_zeros();
-            else
-                attend(span, span, begin == 0 && own_span == spans - 1 && a.stores, spans > 1 ? own_span : -1);
-        }
-        if (spans == 1 || !is_last(spans)) return;
-        for (begin = 0; begin < heads(); begin += count) {
-            take(min(begin + kQueries, heads()));
-            finish_spans(spans);
-        }
-    }
-
-    // All spans of kQueries queries, which are in the cache already.
-    AMQ_DEVICE void run_chunk(int chunk) {
-        const int end = min((chunk + 1) * kQueries, rows * heads());
-        for (begin = chunk * kQueries; begin < end; begin += count) {
-            if (take(end))
-                attend(low >> log2, high >> log2, false, -1);
-            else
-                write_zeros();
-        }
-    }
-
+    // A block has one span of all queries of a row, and the last block of those that have any puts them together; or it walks all
+    // spans of kQueries queries. What computes is the same code, and so are the bits.
     AMQ_DEVICE void run() {
         const int part = blockIdx.x % a.parts, tile = blockIdx.x / a.parts;
         kv_head = tile % c.n_kv_heads;
         first_row = tile / c.n_kv_heads * a.tile_rows;
-        rows = min(a.tile_rows, c.rows - first_row);
-        if (a.walks)
-            run_chunk(part);
-        else
-            run_span(part);
+        const int rows = min(a.tile_rows, c.rows - first_row);
+        const Sight sight(c, first_row);
+        const int spans = a.walks || sight.last < 0 ? 1 : sight.spans();
+        if (!a.walks && part >= spans) return;
+        const int first = a.walks ? part * kQueries : 0, all = rows * heads();
+        const int end = a.walks ? min(first + kQueries, all) : all;
+        for (begin = first; begin < end; begin += count) {
+            if (!take(min(begin + kQueries, end))) {
+                write_zeros();
+                continue;
+            }
+            const int span = (low >> log2) + (a.walks ? 0 : part);
+            attend(span, a.walks ? high >> log2 : span, a.stores && begin == 0 && part == spans - 1, spans > 1 ? part : -1);
+        }
+        if (spans == 1 || !is_last(spans)) return;
+        for (begin = 0; begin < all; begin += count) {
+            take(min(begin + kQueries, all));
+            finish_spans(spans);
+        }
     }
 };
 
 template <class Cache, int kDims, int kSlices>
-__global__ void __launch_bounds__(Attention<Cache, kDims, kSlices>::kThreads) attention_kernel(AttentionArguments arguments) {
+__global__ void AMQ_REGISTERS(kDims <= 64 ? 168 : 240, (Attention<Cache, kDims, kSlices>::kThreads)) attention_kernel(AttentionArguments arguments) {
     using Work = Attention<Cache, kDims, kSlices>;
     __shared__ typename Work::Shared shared;
     Work(arguments, shared).run();
