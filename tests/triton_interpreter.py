@@ -237,7 +237,7 @@ def test_memory_checker_bites() -> None:
         linear_into(y, x, [weight], None, lambda *_: GEMV)
     assert faults and all("out of bounds" in fault for fault in faults)
     with checked_memory([x, weight.data], [y]) as faults:
-        launcher._launch_weights(y.as_strided((2, 13), (7, 1)), x, [weight], None, GEMV)
+        linear_into(y.as_strided((2, 13), (7, 1)), x, [weight], None, lambda *_: GEMV)
     assert faults == ["an address stored twice"]
 
 
@@ -255,11 +255,10 @@ def test_default_launches_are_right() -> None:
 
 @pytest.mark.parametrize("rows", (1, 2, 3, 16, 17, 33, 4096))
 @pytest.mark.parametrize("in_features", (64, 577, 1100, 2048, 4096, 11008, 14336, 18944))
-def test_choice_is_possible_and_does_not_depend_on_the_outputs(rows: int, in_features: int) -> None:
-    slabs = {choose(rows, n, in_features, bits).slabs_per_step for n in (8, 512, 128256) for bits in (2, 5, 8)}
-    assert len(slabs) == 1
+def test_choice_is_possible_and_sums_in_one_order(rows: int, in_features: int) -> None:
+    assert len({choose(rows, in_features, bits).slabs_per_step for bits in (2, 5, 8)}) == 1
     for bits in (2, 5, 8):
-        launch = choose(rows, 4096, in_features, bits)
+        launch = choose(rows, in_features, bits)
         lane_rows = 8 * launch.num_warps // launch.slabs_per_step
         assert launch.block_n % (lane_rows if launch.block_m == 0 else 2 * lane_rows) == 0
 
