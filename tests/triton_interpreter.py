@@ -31,6 +31,7 @@ from amq.kernels import cuda
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
 from amq.kernels.backends import Backend, get_backend, quantize_activations
+from amq.kernels.compilations import compilations
 from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, unsupported_reason
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
@@ -214,6 +215,39 @@ def test_dequantize_gives_the_bits_of_plain_torch(name: str, dtype: torch.dtype)
     for case in CASES[: 3 if dtype == torch.float32 else 1]:
         packed = random_packed(FORMATS[name], *case)
         assert torch.equal(dequantize(prepared(packed), dtype), reference(packed, dtype))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_are_those_of_the_whole(name: str) -> None:
+    """In any order and again, more than one program has; what is no row is NaN, and nothing is read for it."""
+    for case in CASES[:3]:
+        packed = random_packed(FORMATS[name], *case)
+        weight, whole = prepared(packed), reference(packed, torch.float16)
+        ids = torch.tensor([*range(case[0]), 3, 0, -1, case[0], 1 << 40])
+        with checked_memory([ids, weight.data], [out := torch.empty(len(ids), case[1], dtype=torch.float16)]) as faults:
+            launcher._launch(launcher.dequantize_call(out, weight, ids), len(ids), out)
+        assert not faults and torch.equal(out[:-3], whole[ids[:-3]]) and out[-3:].isnan().all()
+        assert torch.equal(launcher.rows(weight, ids[:-3], torch.float16), whole[ids[:-3]])
+    with pytest.raises(AmqError, match=r"rows: ids must be int64 of one dimension on cpu, got torch.int32 \[1\]"):
+        launcher.rows(weight, torch.zeros(1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("launch", (GEMV, GEMM, GEMM_SPLIT), ids=("gemv", "gemm", "gemm-split"))
+def test_a_kernel_for_more_widths_gives_the_same_bits(launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = [prepared(random_packed(FORMATS[name], 24, 600, 64)) for name in ("int3", "int2")]
+    x, bias = inputs(2, 600), torch.randn(48)
+    monkeypatch.setattr(compilations, "_widths", {})
+    expected = run(x, weights, launch, bias)
+    assert compilations.join(600, 64, (2, 3, 5, 8)) == [{2, 3, 5, 8}]
+    assert torch.equal(run(x, weights, launch, bias), expected)
+    assert torch.equal(run(x, weights[1:], launch, bias[24:]), expected[:, 24:])
+
+
+def test_x_may_begin_anywhere() -> None:
+    """What is not aligned is copied: Triton would compile another kernel for it."""
+    weight, x = prepared(random_packed(FORMATS["int4"], 13, 128, 64)), inputs(5, 128)
+    shifted = torch.cat([torch.zeros(1, dtype=x.dtype), x.flatten()])[1:].view(x.shape)
+    assert shifted.data_ptr() % launcher.ALIGNMENT and torch.equal(linear(shifted, [weight]), linear(x, [weight]))
 
 
 @pytest.mark.parametrize("launch", (GEMV, GEMM, GEMM_SPLIT), ids=("gemv", "gemm", "gemm-split"))

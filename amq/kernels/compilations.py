@@ -32,12 +32,18 @@ class Compilations:
 
         knobs.runtime.jit_post_compile_hook = hook
 
-    def join(self, in_features: int, group_size: int, widths: Iterable[int]) -> None:
-        """Notes that weights of these widths are one model's: from now on they share kernels."""
+    def join(self, in_features: int, group_size: int, widths: Iterable[int]) -> list[set[int]]:
+        """Notes that weights of these widths are one model's: from now on they share kernels.
+
+        Returns sets of these widths, one for each kernel that products of some of them take: more than one where models
+        that were joined before have some of them.
+        """
         known = self._widths.setdefault((in_features, group_size), [])
         wanted = set(widths)
         if not any(wanted.issubset(some) for some in known):
             known.append(tuple(sorted(wanted)))
+        shared = ((wanted.intersection(some), some) for some in known)
+        return [own for own, some in shared if own and self.widths(in_features, group_size, own) == some]
 
     def widths(self, in_features: int, group_size: int, widths: Iterable[int]) -> tuple[int, ...]:
         """What the kernel for weights of these widths reads, ascending: the widths of the first model that has all of

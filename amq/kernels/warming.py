@@ -92,15 +92,13 @@ def kernel_calls(
         by_shape.setdefault((weight.in_features, weight.group_size), []).append(weight)
     dense, calls = triton.dense_rows(), []
     for some in by_shape.values():
-        example = max(some, key=lambda w: w.out_features)
-        compilations.join(example.in_features, example.group_size, (w.format.bits for w in some))
+        of_width = {w.format.bits: w for w in some if w.out_features}
         fewest = min(_fewest_rows(weight) for weight in some)
-        for first, last in zip(FIRST_ROWS, (*ROWS_CLASSES, most_rows), strict=True):
-            if first <= min(most_rows, dense - 1) and last >= fewest:
-                # One element is enough: a kernel depends on dtypes, and on addresses that no product has.
-                x, y, added = (example.data.new_empty(1, dtype=kind or dtype) for kind in (dtype, dtype, bias))
-                x, y = x.expand(first, example.in_features), y.expand(first, example.out_features)
-                calls += triton.linear_calls(y, x, [example], added, triton.measured)
+        classes = zip(FIRST_ROWS, (*ROWS_CLASSES, most_rows), strict=True)
+        rows = [first for first, last in classes if first <= min(most_rows, dense - 1) and last >= fewest]
+        for widths in compilations.join(some[0].in_features, some[0].group_size, of_width):
+            examples = [of_width[bits] for bits in widths]
+            calls += [_example(examples, first, dtype, bias) for first in rows]
     if most_rows >= dense:
         kinds = {(w.format.bits, w.group_size, w.in_features % triton.ALIGNMENT == 0): w for w in weights}
         calls += [triton.dequantize_call(w.data.new_empty(0, dtype=dtype), w) for w in kinds.values()]
@@ -111,6 +109,13 @@ def lookup_calls(weights: Sequence[PreparedWeight], dtype: torch.dtype) -> list[
     """A call for each of `weights`, whose rows are read."""
     empty = ((w, w.data.new_empty(0, dtype=dtype), w.data.new_empty(0, dtype=torch.int64)) for w in weights)
     return [triton.dequantize_call(out, weight, ids) for weight, out, ids in empty]
+
+
+def _example(weights: Sequence[PreparedWeight], rows: int, dtype: torch.dtype, bias: torch.dtype | None) -> triton.Call:
+    """The first launch of a product. One element of x and y is enough: a kernel does not depend on where they are."""
+    x, y, added = (weights[0].data.new_empty(1, dtype=kind) for kind in (dtype, dtype, bias or dtype))
+    x, y = x.expand(rows, weights[0].in_features), y.expand(rows, sum(w.out_features for w in weights))
+    return triton.linear_calls(y, x, weights, added, triton.measured)[0]
 
 
 def _fewest_rows(weight: PreparedWeight) -> int:

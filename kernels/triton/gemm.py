@@ -48,7 +48,7 @@ GROUP_BLOCKS = tl.constexpr(8)
 def gemm(
     x,  # fp16 or bf16 [M, K]
     y,  # [M, y_stride]; written: from `column` on, the columns of the weights, side by side
-    bias,  # [y_stride], added where has_bias is not 0
+    bias,  # [y_stride], added where has_bias is 1, not 0
     data,  # a tuple of int32 pointers: prepared weights
     rows,  # a tuple: their output rows, 0 for those that are not there
     bits,  # a tuple: of their codes
@@ -90,7 +90,7 @@ def gemm(
                 WARPS,
                 SLABS,
             )
-            added = tl.load(bias + before + n, mask=(n < count) & (has_bias != 0), other=0.0)
+            added = tl.load(bias + before + n, mask=n < count * has_bias, other=0.0)
             acc += added.to(tl.float32)[:, None]
             to = y + m[None, :].to(tl.int64) * y_stride + (before + n)[:, None]
             tl.store(to, acc.to(y.dtype.element_ty), mask=(n < count)[:, None] & (m < M)[None, :])

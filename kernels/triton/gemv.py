@@ -43,7 +43,7 @@ LEFT_OVER = tl.constexpr(149 - 64)
 def gemv(
     x,  # fp16 or bf16 [M, K]
     y,  # [M, y_stride]; written: from `column` on, the columns of the weights, side by side
-    bias,  # [y_stride], added where has_bias is not 0
+    bias,  # [y_stride], added where has_bias is 1, not 0
     data,  # a tuple of int32 pointers: prepared weights
     rows,  # a tuple: their output rows, 0 for those that are not there
     bits,  # a tuple: of their codes
@@ -67,7 +67,7 @@ def gemv(
         if width == WIDTHS[i]:
             acc = _dot(x, at, count, row, WIDTHS[i], M, K, GROUP_SIZE, SLABS)
             for m in tl.static_range(M):
-                added = tl.load(bias + before + row, mask=(row < count) & (has_bias != 0), other=0.0)
+                added = tl.load(bias + before + row, mask=row < count * has_bias, other=0.0)
                 out = tl.sum(tl.sum(acc[m], axis=3), axis=0) + added.to(tl.float32)
                 to = y + tl.cast(m, tl.int64) * y_stride + before + row
                 tl.store(to, out.to(y.dtype.element_ty), mask=row < count)
