@@ -99,11 +99,16 @@ class StoredEmbedding(nn.Module):
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight [ids, embedding_dim], as the model's dtype has them."""
         head = self.head
-        if ids.device.type == "cuda" and head is not None and head.lends_rows(ids.device):
-            return head.rows(ids, self.like.dtype)  # one copy of the weight serves both
+        if head is not None and self.shares(ids.device):
+            return head.rows(ids, self.like.dtype)
         packed = self.packed_on(ids.device).map(lambda part: part.index_select(0, ids))
         native = ids.device.type == "cpu" and not torch.compiler.is_compiling()
         return (dequantized(packed) if native else dequantize(packed)).to(self.like.dtype)
+
+    def shares(self, device: torch.device) -> bool:
+        """Whether rows are read from what the head multiplies with on `device`, so that one copy serves both; on a CPU
+        the packed weight is there anyway."""
+        return device.type == "cuda" and self.head is not None and self.head.lends_rows(device)
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.rows(ids.reshape(-1))

@@ -70,7 +70,7 @@ def warm_model(model: nn.Module, dtype: torch.dtype, most_rows: int, progress: P
     """`warm` for the linears of `model` that are on a GPU, which are prepared there now, and for embeddings that share
     a weight with one of them."""
     weights: dict[QuantizedLinear, PreparedWeight] = {}
-    for module in model.modules():
+    for module in model.modules() if dtype in triton.DTYPES else ():
         if isinstance(module, QuantizedLinear):
             place = module.place if isinstance(module, StoredLinear) else module.data.device
             if place.type == "cuda":
