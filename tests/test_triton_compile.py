@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from helpers import unchanged
 from helpers.kernel_budgets import budget
+from helpers.nested import run_nested
 from helpers.processes import python_path
 
 from amq.formats import FORMATS
@@ -25,6 +26,7 @@ from amq.formats import FORMATS
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
 
 INPUTS = ("kernels/triton/*.py", "amq/kernels/*.py", "amq/packing.py", "amq/formats.py", "benchmarks/gpu/sass.py")
+COMPILE, WARMING = "tests/triton_compile.py", "tests/triton_warming.py"
 """What the machine code depends on, beside Triton's version and tests/triton_compile.py."""
 ALL = ("80", "86", "89", "90", "120", "gfx942")
 FEATURES = 14336  # 28 slabs: a loop of 7 trips, both in the gemv and in the gemm
@@ -50,7 +52,7 @@ def compiled() -> Callable[[str], list[dict]]:
         folder.mkdir()
         (folder / "rows.json").write_text(json.dumps(compile_all(requests)))
 
-    inputs = (*INPUTS, "tests/triton_compile.py", "tests/test_triton_compile.py")
+    inputs = (*INPUTS, COMPILE, "tests/test_triton_compile.py")
     key = unchanged.inputs_of(inputs, sys.version, unchanged.packages("triton"))
     rows = iter(json.loads((unchanged.built("triton", key, build) / "rows.json").read_text()))
     found = {name: [next(rows) for _ in group] for name, group in REQUESTS.items()}
@@ -59,8 +61,7 @@ def compiled() -> Callable[[str], list[dict]]:
 
 def compile_all(requests: list[dict]) -> list[dict]:
     """In as many processes as there are cores."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= python_path("benchmarks/gpu")
+    environment = compiling()
     script, workers = Path(__file__).with_name("triton_compile.py"), min(os.cpu_count(), len(requests))
     shares = [requests[worker::workers] for worker in range(workers)]
     processes = [
@@ -79,6 +80,12 @@ def compile_all(requests: list[dict]) -> list[dict]:
         assert process.returncode == 0, errors[-4000:]
         rows[worker::workers] = json.loads(output)
     return rows
+
+
+def compiling() -> dict[str, str]:
+    """The environment of a process in which Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | python_path("benchmarks/gpu")
 
 
 def each(formats: list[list[str]], targets: tuple[str, ...], **more) -> list[dict]:
@@ -151,3 +158,12 @@ def test_large_gemm_dequantize_and_odd_shapes(compiled: Callable[[str], list[dic
         if row["kernel"] == "gemm":
             assert row["instructions"]["HGMMA" if row["target"] == "90" else "HMMA"], row
             assert row["shared"] <= 48 * 1024, row
+
+
+def test_warming(subtests: pytest.Subtests, record_property: Callable) -> None:
+    """What is compiled at load is what a model asks for; how many kernels that is."""
+    inputs = unchanged.inputs_of((*INPUTS, COMPILE, WARMING), sys.version, unchanged.packages("triton", "torch"))
+    if unchanged.passed_before("triton warming", inputs, record_property):
+        return
+    cases, _ = run_nested(subtests, WARMING, environment=compiling())
+    unchanged.passed("triton warming", inputs, len(cases))

@@ -87,7 +87,7 @@ def compile_one(
         launcher.dequantize(weights[0], DTYPES[dtype])
         return compiled[0], {}
     bits = max(FORMATS[name].bits for name in formats)
-    chosen = asdict(launcher.choose(rows, out_features * len(formats), in_features, bits)) | (launch or {})
+    chosen = asdict(launcher.choose(rows, in_features, bits)) | (launch or {})
     if (chosen["block_m"] == 0) != (kernel == "gemv"):
         raise SystemExit(f"{rows} rows take the {'gemv' if chosen['block_m'] == 0 else 'gemm'}, not the {kernel}")
     x = torch.empty(rows, in_features, dtype=DTYPES[dtype])

@@ -7,7 +7,6 @@ archive is written whole; see docs/format.md.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -49,7 +48,6 @@ from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
 from amq.util.limits import check_memory
-from amq.util.machine import cpu_name
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
 
@@ -296,9 +294,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
             window_prefix=tuple(corpus.prefix_names),
         ),
         versions=versions(),
-        machine=MachineEntry(
-            cpu=cpu_name(), system=platform.platform(), threads=torch.get_num_threads(), device=settings.device
-        ),
+        machine=MachineEntry.of(settings.device, torch.get_num_threads()),
         bank=str(stage.bank.folder),
         linears=LinearEntry.of(parts.linears),
         outer=LinearEntry.of(parts.outer),
