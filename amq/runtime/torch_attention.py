@@ -27,8 +27,8 @@ NAME = "amq_decode"
 CHUNK = 256
 """Positions that one block of threads reads: with eight heads of keys 8192 positions are 256 blocks."""
 HIDDEN = -30000.0
-"""Added to the scores of what is not seen: exp of it is 0 in float32 as long as scores are some thousands apart at most.
-Not −∞, nor the lowest number of a dtype, which becomes −∞ where a kernel takes powers of 2: a chunk of positions may have
+"""Added to the scores of what is not seen: its exponential is 0 in float32, also where scores are thousands apart. Not
+−∞, nor the lowest number of a dtype, which becomes −∞ where a kernel takes powers of 2: a chunk of positions may have
 nothing to see, and then its weight is 0, but its result must be a number."""
 OTHER_SCORES = ("softcap", "s_aux", "position_bias")
 """Arguments of an attention that changes its scores before the softmax: left to transformers."""

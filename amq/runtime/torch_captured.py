@@ -20,6 +20,7 @@ from amq.errors import AmqError
 from amq.runtime.cuda_graphs import Capture, Step
 from amq.runtime.torch_attention import bias
 from amq.runtime.torch_places import CachedModel, Growing
+from amq.runtime.torch_static import ReadLayer, StepLayer, Store, cache_of
 from amq.runtime.trial import REFUSALS, differ, stir
 
 WARM_UPS = 3
@@ -117,8 +118,6 @@ class CapturedSteps:
     """
 
     def __init__(self, model: CachedModel, layers: int, context: int, rows: int, dtype: torch.dtype) -> None:
-        from amq.runtime.torch_static import Store
-
         self._model, self._rows, self._dtype = model, rows, dtype
         self._buckets = buckets(context)
         self._spare = self._buckets[-1]
@@ -163,8 +162,6 @@ class CapturedSteps:
             place.reset()
 
     def _step(self, shape: Shape) -> Step:
-        from amq.runtime.torch_static import StepLayer, cache_of
-
         rows = slice(shape.first, shape.first + shape.rows)
         tokens, positions, writes = self._inputs[:, rows]
         numbers, seen = self._numbers[rows], self._positions[: shape.positions]
@@ -224,8 +221,6 @@ class CapturedSteps:
 
     def read(self, place: Captured, tokens: Sequence[int], every: bool) -> Tensor:
         """Several tokens of one sequence, as `Forward`."""
-        from amq.runtime.torch_static import ReadLayer, cache_of
-
         cache = cache_of([ReadLayer(store, place.row, len(place.tokens)) for store in self.stores])
         return self._model.forward(torch.tensor([list(tokens)], device=self._model.device), cache, every)
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class Store:
@@ -46,17 +45,17 @@ class Store:
             tensor[:length, b] = held
 
 
-class _Layer(CacheLayerMixin):
-    """What transformers asks of every layer."""
+class _Layer:
+    """What transformers asks of every layer while a model runs. A `CacheLayerMixin` by registration (`cache_of`): this
+    module is imported without transformers."""
 
     is_sliding = False  # a model's mask does the sliding
+    is_initialized = True
+    supports_early_init = True
+    is_croppable = False
 
     def __init__(self, store: Store) -> None:
-        super().__init__()
-        self._store, self.is_initialized = store, True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self._store.tensors(key_states, value_states)
+        self._store = store
 
     def get_max_length(self) -> int:
         return self._store.positions
@@ -112,10 +111,15 @@ class StepLayer(_Layer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._bucket, 0
 
-    def get_seq_length(self) -> Tensor:  # type: ignore[override]  # transformers' static layers do so as well
+    def get_seq_length(self) -> Tensor:
         """Of the first row: where there are several, the model is told the positions."""
         return self._positions[0]
 
 
-def cache_of(layers: Sequence[CacheLayerMixin]) -> Cache:
-    return Cache(layers=list(layers))
+def cache_of(layers: Sequence[_Layer]) -> Any:
+    """A cache of transformers."""
+    from transformers.cache_utils import Cache, CacheLayerMixin
+
+    CacheLayerMixin.register(_Layer)
+    found: list[Any] = list(layers)
+    return Cache(layers=found)
