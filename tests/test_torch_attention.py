@@ -13,11 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from amq.runtime import torch_attention
-from amq.runtime.torch_attention import CHUNK, NAME, attention_of, bias, decode_attention, flash_decode, prefer_sdpa
+from amq.runtime.engine import Segment
+from amq.runtime.torch_attention import (
+    CHUNK,
+    NAME,
+    attention_of,
+    bias,
+    choose_attention,
+    decode_attention,
+    flash_decode,
+)
 from amq.runtime.torch_engine import TorchEngine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+TOKENS = random_tokens(1, 30)
 SHAPES = ((1, 8, 2, 1), (1, 4, 4, 3), (3, 6, 1, 2), (4, 8, 2, 5))
 """Sequences, heads, heads of keys, chunks."""
 
@@ -120,10 +130,10 @@ def test_everything_else_is_left_to_transformers(case: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "opt", "qwen3"])
 def test_models_that_came_with_eager_attention_get_sdpa_where_they_have_it(name: str) -> None:
-    model, tokens = ARCHITECTURES[name].build(attn_implementation="eager"), random_tokens(1, 30)
+    model, tokens = ARCHITECTURES[name].build(attn_implementation="eager"), TOKENS
     with torch.no_grad():
         expected = model(tokens).logits
-        prefer_sdpa(model)
+        choose_attention(model)
         assert attention_of(model) == "sdpa"
         torch.testing.assert_close(model(tokens).logits, expected, atol=1e-4, rtol=1e-4)
     assert "float32, sdpa attention, not quantized" in TorchEngine(model, context=64).banner
@@ -135,8 +145,21 @@ def test_models_with_a_reason_for_eager_attention_keep_it(monkeypatch: pytest.Mo
     lacking = ARCHITECTURES["llama"].build(attn_implementation="eager")
     monkeypatch.setattr(type(lacking), "_supports_sdpa", False)
     for model in (capped, lacking):
-        prefer_sdpa(model)
+        choose_attention(model)
         assert attention_of(model) == "eager" and "eager attention" in TorchEngine(model, context=64).banner
+
+
+def test_sdpa_that_would_leave_out_a_cap_of_the_scores_is_not_used() -> None:
+    """transformers 5.14 chooses it for Gemma 2."""
+    model, tokens = ARCHITECTURES["gemma2"].build(attn_implementation="eager", attn_logit_softcapping=0.05), TOKENS
+    with torch.no_grad():
+        expected = model(tokens).logits
+        model.config._attn_implementation_internal = "sdpa"
+        engine = TorchEngine(model, context=64)
+        assert "eager attention" in engine.banner
+        slot = engine.open(tokens[0].tolist(), 1)
+        found = engine.forward([Segment(slot, tokens[0].tolist())])
+    torch.testing.assert_close(found[0], expected[0, -1], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("fault", ["other logits", "refused"])
@@ -149,10 +172,10 @@ def test_sdpa_that_gives_other_logits_or_refuses_is_taken_back(fault: str, monke
         return query.transpose(1, 2).contiguous() * 100, None
 
     monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", wrong)
-    model, tokens = ARCHITECTURES["llama"].build(attn_implementation="eager"), random_tokens(1, 30)
+    model, tokens = ARCHITECTURES["llama"].build(attn_implementation="eager"), TOKENS
     with torch.no_grad():
         expected = model(tokens).logits
-        prefer_sdpa(model)
+        choose_attention(model)
         assert attention_of(model) == "eager"
         torch.testing.assert_close(model(tokens).logits, expected, atol=0, rtol=0)
 

@@ -236,6 +236,7 @@ def test_models_that_overlook_mask_or_positions_are_captured_one_by_one(names: t
 def test_windows_and_tables_that_depend_on_the_length_are_captured_one_by_one() -> None:
     for model, reason in (
         (build("gemma3"), "windows of them"),
+        (build("gemma2", attn_implementation="eager"), "windows of them"),
         (build(**dynamic_rope(300)), "rotary tables depend on the length"),
     ):
         engine = engine_of(model, 2, 300, lambda step: step)

@@ -1,8 +1,8 @@
 """Which attention a model of transformers runs with, and one of ours for steps of one token over a static cache.
 
-transformers' own sdpa of a masked step copies keys and values once per query head of a group (before 5.24), and torch's
-kernel for it gives each head of the cache to one block of threads, however many positions it has: eight blocks on a GPU
-of a hundred processors. Here the queries of a group are rows of one product, and positions are split into chunks that
+transformers' own sdpa of a masked step copies keys and values for every query head (in 5.14, no more in 5.24), and
+torch's kernel for it gives each head to one block of threads, however many positions it has: eight blocks on a GPU of a
+hundred processors. Here the queries of a group are rows of one product, and positions are split into chunks that
 run side by side, whose results are weighed by what their softmax would have been divided by (flash decoding). Keys and
 values are views of the cache throughout.
 """
@@ -40,14 +40,18 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
-def prefer_sdpa(model: PreTrainedModel) -> None:
+def choose_attention(model: PreTrainedModel) -> None:
     """Switches a model from transformers' eager attention to sdpa, where it has both and gets the same logits.
 
-    One that caps its scores has a reason for eager attention: sdpa refuses that or, in older versions, overlooks it.
+    One that caps its scores (Gemma 2) is switched the other way: sdpa refuses to or, in transformers 5.14, which
+    chooses it for such a model, leaves the cap out.
     """
     config = model.config.get_text_config(decoder=True)
-    capped = getattr(config, "attn_logit_softcapping", None) is not None
-    if attention_of(model) != "eager" or capped or not getattr(model, "_supports_sdpa", False):
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        if attention_of(model) == "sdpa":
+            model.set_attn_implementation("eager")
+        return
+    if attention_of(model) != "eager" or not getattr(model, "_supports_sdpa", False):
         return
     text = torch.arange(min(SHORT_TEXT, config.vocab_size), device=model.device)[None]
     try:

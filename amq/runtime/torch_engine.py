@@ -23,7 +23,7 @@ from amq.model.experts import Layer, experts_of, top_k_of
 from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
-from amq.runtime.torch_attention import attention_of, prefer_sdpa, register
+from amq.runtime.torch_attention import attention_of, choose_attention, register
 from amq.runtime.torch_batch import decodes_together, step_together
 from amq.runtime.torch_captured import SMALLEST, Captured, CapturedSteps, buckets
 from amq.runtime.torch_kept import KeptCaches, agreement
@@ -93,7 +93,7 @@ class TorchEngine:
         kept_bytes: int | None = None,
     ) -> None:
         self._model = model
-        prefer_sdpa(model)
+        choose_attention(model)
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
         self._use = try_cache(model, CACHE_ARGUMENTS)
