@@ -83,8 +83,8 @@ class Sizes(TorchDispatchMode):
 
 @pytest.mark.parametrize("shape, launches", list(zip(SHAPES, (1, 5, 1, 6), strict=True)))
 def test_keys_and_values_are_not_copied(shape: tuple[int, int, int, int], launches: int) -> None:
-    """Beside the attention itself, four launches weigh the parts of what is split; masks of several sequences are copied
-    for every head of keys, if there is more than one, which makes 1/64 of the keys."""
+    """Beside the attention itself, four launches weigh the parts of what is split; masks of several sequences are
+    copied for every head of keys, if there is more than one, which makes 1/64 of the keys."""
     query, keys, values, seen = inputs(shape, torch.float16)
     added = bias(seen, torch.float16)
     with Sizes() as sizes:
