@@ -31,7 +31,15 @@ from amq.kernels import cuda
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
 from amq.kernels.backends import Backend, get_backend, quantize_activations
-from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, unsupported_reason
+from amq.kernels.triton import (
+    Launch,
+    choose,
+    dequantize,
+    dequantize_rows,
+    linear,
+    linear_into,
+    unsupported_reason,
+)
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
 
@@ -214,6 +222,22 @@ def test_dequantize_gives_the_bits_of_plain_torch(name: str, dtype: torch.dtype)
     for case in CASES[: 3 if dtype == torch.float32 else 1]:
         packed = random_packed(FORMATS[name], *case)
         assert torch.equal(dequantize(prepared(packed), dtype), reference(packed, dtype))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_rows_become_the_bits_of_plain_torch(name: str, dtype: torch.dtype) -> None:
+    """From rows as a bank stores them, several blocks of rows and features, between guard elements."""
+    for case in (*CASES[: 3 if dtype == torch.float32 else 1], (5, 1030, 128)):
+        packed, guard = random_packed(FORMATS[name], *case), 64
+        buffer = torch.full((case[0] * case[1] + 2 * guard,), torch.nan, dtype=dtype)
+        dequantize_rows(packed, buffer[guard:-guard].view(case[0], case[1]))
+        assert torch.equal(buffer[guard:-guard].view(case[0], case[1]), reference(packed, dtype))
+        assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all()
+    packed = random_packed(FORMATS[name], 9, 100, 32)
+    out = torch.empty(4, 100)
+    dequantize_rows(packed.rows(3, 7), out)  # views, as pieces of a weight are
+    assert torch.equal(out, reference(packed)[3:7])
 
 
 @pytest.mark.parametrize("launch", (GEMV, GEMM, GEMM_SPLIT), ids=("gemv", "gemm", "gemm-split"))

@@ -25,7 +25,7 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels import gpu_layout as layout
 from amq.kernels import launch_table as tuning
-from amq.packing import PreparedWeight, check_fused
+from amq.packing import PackedWeight, PreparedWeight, check_fused
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_WEIGHTS = 4
@@ -34,6 +34,8 @@ MAX_GEMV_ROWS = 16
 """Rows of x that one gemv can hold."""
 DEQUANTIZE_ROWS = 32
 """Rows that one program of `dequantize` writes, a slab of each."""
+DEQUANTIZE_BLOCK = (4, 512)
+"""Rows and features that one program of `dequantize_rows` writes."""
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,36 @@ def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Te
     return out
 
 
+def dequantize_rows(packed: PackedWeight, out: Tensor) -> None:
+    """Writes W into `out` [out_features, in_features], contiguous, of any float dtype: bit-equal to
+    `amq.packing.dequantize`.
+
+    packed: of a dense format, contiguous, on the device of `out`; nothing is prepared and nothing else allocated.
+    """
+    if reason := layout.unsupported_reason(packed.format):
+        raise AmqError(f"dequantize {packed.format.name} with Triton: {reason}")
+    kernels = _kernels()
+    rows, in_features = out.shape
+    block_n, block_k = DEQUANTIZE_BLOCK
+    blocks = -(-rows // block_n) * -(-in_features // block_k)
+    parts = [part.contiguous() for part in packed.parts.values()]
+    with _on_device(out):
+        if blocks:
+            kernels.dequantize_rows[(blocks,)](
+                out,
+                *parts,
+                rows,
+                in_features,
+                parts[0].shape[1],
+                parts[1].shape[1],
+                BITS=packed.format.bits,
+                GROUP_SIZE=packed.group_size,
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                num_warps=4,
+            )
+
+
 def _launch_weights(
     y: Tensor, x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, launch: Launch
 ) -> None:
@@ -242,7 +274,7 @@ def _launch_weights(
 
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
-    """The kernels, imported at first use: gemv, gemm, dequantize, whether they are interpreted, and the class of
+    """The kernels, imported at first use: gemv, gemm, the two of dequantize, whether they are interpreted, and the class of
     Triton's errors."""
     try:
         import triton
@@ -255,6 +287,7 @@ def _kernels() -> SimpleNamespace:
         gemv=gemv.gemv,
         gemm=gemm.gemm,
         dequantize=dequantize.dequantize,
+        dequantize_rows=dequantize.dequantize_rows,
         interpreted=not isinstance(gemv.gemv, triton.JITFunction),
         error=TritonError,
     )

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from amq.kernels.cpu import dequantize_into
+from amq.kernels.dense import dequantize_into
 from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
 from amq.model.paging import holding, pager_of

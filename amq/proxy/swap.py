@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.kernels.backends import check_activations
-from amq.kernels.cpu import dequantize_into
+from amq.kernels.dense import dequantize_into
 from amq.kernels.modules import QuantizedLinear
 from amq.model.inventory import get_weight
 from amq.packing import PackedWeight

@@ -1,4 +1,5 @@
-"""The whole weight as a matrix, bit for bit what plain torch makes of the packed bytes (`amq.packing.dequantize`)."""
+"""The whole weight as a matrix, bit for bit what plain torch makes of the packed bytes (`amq.packing.dequantize`): from
+a prepared weight, and from packed rows as they are stored (amq/formats.py)."""
 
 import triton
 import triton.language as tl
@@ -30,3 +31,37 @@ def dequantize(
             feature = slab * SLAB + (quad * 4 * STEPS + s) * STEP_FEATURES + tl.arange(0, STEP_FEATURES)[None, :]
             to = out + row.to(tl.int64) * K + feature
             tl.store(to, w.to(out.dtype.element_ty), mask=(row < rows) & (feature < K))
+
+
+@triton.jit
+def dequantize_rows(
+    out,  # [rows, in_features], contiguous; any float dtype, rounded once
+    qweight,  # uint8 [rows, row_bytes]: each row one little-endian bitstream of codes
+    scale,  # fp16 [rows, groups]
+    zero_point,  # fp16 [rows, groups]
+    rows,
+    in_features,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program for each BLOCK_N rows of BLOCK_K features. Neighbouring threads share bytes, which come from L1."""
+    columns = tl.cdiv(in_features, BLOCK_K)
+    row = (tl.program_id(0) // columns * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
+    feature = (tl.program_id(0) % columns * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
+    inside = (row < rows) & (feature < in_features)
+    row = row.to(tl.int64)
+    bit = feature * BITS
+    at = qweight + row * row_bytes + bit // 8
+    word = tl.load(at, mask=inside, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # a code may end in the next byte
+        word |= tl.load(at + 1, mask=inside & (bit % 8 + BITS > 8), other=0).to(tl.int32) << 8
+    code = (word >> bit % 8) & ((1 << BITS) - 1)
+    group = row * groups + feature // GROUP_SIZE
+    step = tl.load(scale + group, mask=inside, other=0).to(tl.float32)
+    zero = tl.load(zero_point + group, mask=inside, other=0).to(tl.float32)
+    w = (code.to(tl.float32) - zero) * step
+    tl.store(out + row * in_features + feature, w.to(out.dtype.element_ty), mask=inside)
