@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICE = torch.device("meta")
 COPIES = {torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default}
@@ -56,32 +57,48 @@ class Elsewhere(Tensor):
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Elsewhere({self.inner!r})"
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    @property
+    def data(self) -> Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        """As `parameter.data = tensor` does: what the wrapper shows of it is what it showed before."""
+        assert isinstance(value, Elsewhere) and value.shape == self.shape and value.dtype == self.dtype
+        self.inner = value.inner
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    given = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
+    given = [t for t in (*tree_leaves(args), *kwargs.values()) if isinstance(t, Tensor)]
     asked = kwargs.get("device")
-    here = [t for t in given if not isinstance(t, Elsewhere) and t.dim()]
-    there = [t for t in given if isinstance(t, Elsewhere)]
-    allowed = func in COPIES or (func in INDEXING and isinstance(args[0], Elsewhere))
-    if here and there and not allowed:
+    here = any(not isinstance(t, Elsewhere) and t.dim() for t in given)
+    there = any(isinstance(t, Elsewhere) for t in given)
+    if here and there and func not in COPIES and not (func in INDEXING and isinstance(args[0], Elsewhere)):
         raise DeviceMixUp(f"{func}: expected all tensors on one device, got {[str(t.device) for t in given]}")
-    goes = bool(there) if asked is None else torch.device(asked).type == DEVICE.type
     if asked is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
-    if func is torch.ops.aten.copy_.default:
-        goes = isinstance(args[0], Elsewhere)
-    inner_args, inner_kwargs = tree_map_only(Elsewhere, lambda t: t.inner, (args, kwargs))
-    out = func(*inner_args, **inner_kwargs)
-    if func is torch.ops.aten._to_copy.default and out is inner_args[0]:
-        out = out.clone()
+    out = func(*_inner(args), **{name: _inner(value) for name, value in kwargs.items()})
+    if func._schema.name.endswith("_") and not func._schema.name.endswith("__"):  # in place, not an operator
+        return args[0]
+    if "out" in kwargs:
+        return kwargs["out"]
+    goes = there if asked is None else torch.device(asked).type == DEVICE.type
     if not goes:
-        return out
-    out = tree_map_only(Tensor, Elsewhere, out)
-    return return_and_correct_aliasing(func, args, kwargs, out)
+        return out.clone() if there else out  # what is copied to the CPU shares nothing with what is there
+    return tree_map_only(Tensor, Elsewhere, out)
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, Elsewhere):
+        return value.inner
+    return type(value)(map(_inner, value)) if isinstance(value, (list, tuple)) else value
 
 
 class _Factories(TorchDispatchMode):
@@ -94,8 +111,17 @@ class _Factories(TorchDispatchMode):
 @contextmanager
 def elsewhere() -> Iterator[torch.device]:
     """Inside, the device that it gives exists."""
-    with _Factories():
+    with patch.object(torch, "tensor", _tensor), _Factories():
         yield DEVICE
+
+
+def _tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+    """`torch.tensor`, which makes what it is given on the CPU and copies it where no mode sees it."""
+    made = _TENSOR(data, **kwargs)
+    return made if device is None else made.to(device)
+
+
+_TENSOR = torch.tensor
 
 
 def to_elsewhere(tensor: Tensor) -> Tensor:

@@ -54,9 +54,13 @@ ROWS = 512
 """Rows worked on at once on a CPU, whose second-level cache holds their block of features; on a GPU at least so many."""
 ROUND_BYTES, ROUND_BYTES_PER_CODE = 2 << 30, 5
 """Most bytes that rounding takes at once on a GPU, and what it takes for each code: its error and itself."""
-REFIT_BYTES, REFIT_BYTES_PER_CODE, REFIT_BYTES_PER_ENTRY = 512 << 20, 32, 24
-"""The same for fitting grids: for each code of a row eight float32, and for each entry of its matrix one, and two
-float64 that it is solved in."""
+REFIT_BYTES, REFIT_BYTES_PER_CODE, REFIT_BYTES_PER_ENTRY = 512 << 20, 32, 28
+"""The same for fitting grids: for each code of a row eight float32, and for each entry of its matrix one, and
+three float64 that it is solved in."""
+RIDGE = 1e-6
+"""Added to the scaled diagonal of a row's matrix, as in csrc/cpu/quantize_refit.h."""
+MOST_ZERO = 1024.0
+"""Zero points stay below it."""
 
 
 def quantize(
@@ -197,8 +201,8 @@ class _Problem:
 
     def _refit(self, weight: Tensor, codes: Tensor, grid: Grid, fmt: BitFormat) -> PackedWeight:
         """codes: uint8 [rows, in_features]."""
-        refit = _refit_rows if self.zero_points == "fractional" else _refit_scales
-        found = refit(weight, codes.float(), grid, self.group_size, self.compensation.hessian)
+        moves = self.zero_points == "fractional"
+        found = _refit(weight, codes.float(), grid, self.group_size, self.compensation.hessian, moves)
         return packed(codes, *found, fmt, self.group_size)
 
     def _round(self, weight: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
@@ -228,56 +232,59 @@ class _Problem:
         return [part.t() for part in codes.split(rows, dim=1)]
 
 
-def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Grid:
+def _refit(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor, zeros_move: bool) -> Grid:
     """Scale and zero point of every row's groups for the least output error at fixed codes.
 
-    ŵ = Σ_g scale_g·code_g + offset_g·1_g is linear in its 2·n_groups unknowns θ, so with Φ [in_features, 2·n_groups]
-    the optimum solves (Φᵀ H Φ) θ = Φᵀ H w. A row whose solution is not storable, or not better, keeps its grid.
+    Unknowns are a step along every group's rounded weights ŵ_g and, where zero points move, one along its ones: α_g and
+    β_g make of (c − z)·s the grid s' = s·(1 + α), z' = z − β / s'. With these Φ the optimum solves
+    (Φᵀ H Φ) δ = Φᵀ H (w − ŵ): so small an error is not lost beside w in float32. A row whose solution is not storable, or
+    not better, keeps its grid.
     """
-    (rows, in_features), device = weight.shape, weight.device
-    groups = n_groups(in_features, group_size)
-    normal = torch.empty(rows, 2, groups, 2, groups, device=device)
-    parts, target = to_groups(codes, group_size), to_groups(weight @ hessian, group_size)
-    for g in range(groups):
-        span = slice(g * group_size, min((g + 1) * group_size, in_features))
-        product = to_groups(codes[:, span] @ hessian[span], group_size)  # [rows, groups, group_size]
-        ones = to_groups(hessian[span].sum(0, keepdim=True), group_size)[0]  # [groups, group_size]
-        normal[:, 0, g, 0] = (product * parts).sum(-1)
-        normal[:, 0, g, 1] = product.sum(-1)
-        normal[:, 1, g, 0] = (parts * ones).sum(-1)
-        normal[:, 1, g, 1] = ones.sum(-1)
-    right = torch.stack([(parts * target).sum(-1), target.sum(-1)], dim=1)
-    normal = normal.view(rows, 2 * groups, 2 * groups)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)
-    normal += torch.diag_embed(ridge.unsqueeze(-1).expand(-1, 2 * groups))
-    theta, info = torch.linalg.solve_ex(normal.double(), right.view(rows, -1, 1).double())
-    scale, offset = theta.view(rows, 2, groups).float().unbind(1)
-    zero_point = -offset / scale
-    good = (info == 0).unsqueeze(-1) & (scale > TINY) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
+    in_features = weight.shape[1]
+    scale, zero = expand(grid, group_size, in_features)
+    rounded = (codes - zero).mul_(scale)
+    del scale, zero
+    normal = _normal_matrix(rounded, group_size, hessian, zeros_move)
+    pushed = to_groups((weight - rounded) @ hessian, group_size)
+    right = [(to_groups(rounded, group_size) * pushed).sum(-1)] + [pushed.sum(-1)] * zeros_move
+    found, good = _solve(normal, torch.cat(right, dim=1))
+    steps = found.view(len(weight), len(right), -1)
+    scale = grid[0] * (1 + steps[:, 0])
+    zero = grid[1] - steps[:, 1] / scale if zeros_move else grid[1]
+    good = good & (scale > TINY) & torch.isfinite(zero) & (zero.abs() < MOST_ZERO)
     good = good.all(-1, keepdim=True)  # groups of a row were solved together: take all or none
-    new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero_point, grid[1]))
+    new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero, grid[1]))
     return _better_rows(weight, codes, new, grid, group_size, hessian)
 
 
-def _refit_scales(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Grid:
-    """As `_refit_rows` with the zero points as they are: n_groups unknowns, one basis vector per group."""
-    rows, in_features = weight.shape
+def _normal_matrix(rounded: Tensor, group_size: int, hessian: Tensor, ones_too: bool) -> Tensor:
+    """Φᵀ H Φ of every row, float32 [rows, unknowns, unknowns]: all groups' ŵ_g, and all groups' ones after them."""
+    (rows, in_features), kinds = rounded.shape, 1 + ones_too
     groups = n_groups(in_features, group_size)
-    steps = to_groups(codes - expand(grid, group_size, in_features)[1], group_size)
-    target = to_groups(weight @ hessian, group_size)
-    normal = torch.empty(rows, groups, groups, device=weight.device)
+    normal = torch.empty(rows, kinds, groups, kinds, groups, device=rounded.device)
+    parts = to_groups(rounded, group_size)
     for g in range(groups):
         span = slice(g * group_size, min((g + 1) * group_size, in_features))
-        product = to_groups(steps[:, g, : span.stop - span.start] @ hessian[span], group_size)
-        normal[:, g] = (product * steps).sum(-1)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)
-    normal += torch.diag_embed(ridge.unsqueeze(-1).expand(-1, groups))
-    right = (steps * target).sum(-1, keepdim=True)
-    scale, info = torch.linalg.solve_ex(normal.double(), right.double())
-    scale = scale.squeeze(-1).float()
-    good = ((info == 0).unsqueeze(-1) & (scale > TINY)).all(-1, keepdim=True)
-    new = storable(torch.where(good, scale, grid[0]), grid[1])
-    return _better_rows(weight, codes, new, grid, group_size, hessian)
+        product = to_groups(rounded[:, span] @ hessian[span], group_size)  # [rows, groups, group_size]
+        normal[:, 0, g, 0] = (product * parts).sum(-1)
+        if ones_too:
+            ones = to_groups(hessian[span].sum(0, keepdim=True), group_size)[0]  # [groups, group_size]
+            normal[:, 0, g, 1] = product.sum(-1)
+            normal[:, 1, g, 0] = (parts * ones).sum(-1)
+            normal[:, 1, g, 1] = ones.sum(-1)
+    return normal.view(rows, kinds * groups, kinds * groups)
+
+
+def _solve(normal: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(δ float32 [rows, unknowns] of normal·δ = right, whether there is one [rows, 1]): by Cholesky in float64, the
+    diagonal scaled to one."""
+    diagonal = normal.diagonal(dim1=1, dim2=2).double()
+    size = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    scaled = normal.double().mul_(size.unsqueeze(2)).mul_(size.unsqueeze(1))
+    scaled.diagonal(dim1=1, dim2=2).fill_(1 + RIDGE)
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    found = torch.cholesky_solve((right.double() * size).unsqueeze(-1), factor).squeeze(-1) * size
+    return found.float(), (info == 0).unsqueeze(-1)
 
 
 def _better_rows(weight: Tensor, codes: Tensor, new: Grid, old: Grid, group_size: int, hessian: Tensor) -> Grid:
