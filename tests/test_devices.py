@@ -29,6 +29,7 @@ from amq.model.open import LoadedModel
 from amq.packing import PARTS, PackedWeight, dequantize
 from amq.proxy.evaluator import Evaluator, chunk_tokens
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.resident import ResidentBank, near
 from amq.quantize.bank import BankSettings, open_bank
 from amq.quantize.blocks import BlockQuantizer
 from amq.quantize.methods import METHODS
@@ -93,11 +94,11 @@ def test_quantizers_work_where_the_weights_are(proxy: str, zero_points: str) -> 
                 assert same(there(packed), theirs[name]), name
 
 
-@pytest.mark.parametrize("chunk", [1, 1 << 14, 1 << 40])
+@pytest.mark.parametrize("chunk", [1 << 15, 1 << 40])
 def test_gptq_is_as_good_in_any_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows do not interact, so what a GPU's memory allows at once changes no more than float32 rounds."""
     monkeypatch.setattr(gptq, "ROUND_BYTES", chunk)
-    monkeypatch.setattr(gptq, "ROWS", 8)
+    monkeypatch.setattr(gptq, "ROWS", 40)
     monkeypatch.setattr(gptq, "REFIT_BYTES", chunk)
     gram = random_gram(IN_FEATURES)
     expected = gptq.quantize(weights(), SOME, GROUP_SIZE, gram)
@@ -260,3 +261,34 @@ def test_chunks_of_a_loss_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert 16 * tokens * 128_256 <= (4 << 30) // 8 and 48 * rows * 128_256 <= (4 << 30) // 8
     free(1 << 45)
     assert chunk_tokens(DEVICE, 1000) == (4096, 4096)
+
+
+def test_weights_of_a_bank_stay_on_the_device_as_far_as_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("amq.proxy.resident.free_memory", lambda: 2 * packed.nbytes + 1)
+    packed = rtn.quantize([random_weight(8, 64)], [FORMATS["int3"]], 32)[0]["int3"]
+
+    class Counting:
+        asked = 0
+
+        def formats_of(self, name: str) -> tuple[Any, ...]:
+            return (FORMATS["int3"],)
+
+        def get(self, linear: str, fmt: str) -> PackedWeight:
+            self.asked += 1
+            return packed
+
+    with elsewhere() as device:
+        bank = Counting()
+        close = near(bank, device, 2 * packed.nbytes)
+        assert isinstance(close, ResidentBank) and close.formats_of("a") == (FORMATS["int3"],)
+        for _ in range(3):
+            for name in "abcd":
+                assert same(there(close.get(name, "int3")), packed)
+        assert (close.on_device, close.on_host) == (2 * packed.nbytes, packed.nbytes)
+        assert bank.asked == 3 + 3, "each of three once, the fourth every time: there is no more room on the host"
+        assert close.get("a", "int3").qweight.inner is close.get("a", "int3").qweight.inner
+        monkeypatch.setattr("amq.proxy.resident.free_on", lambda device: 4 * packed.nbytes)
+        share = near(bank, device)
+        share.get("a", "int3"), share.get("b", "int3")
+        assert share.on_device == packed.nbytes
+    assert near(bank, torch.device("cpu"), 0) is bank

@@ -29,9 +29,9 @@ from amq.model.losses import LOSSES
 from amq.model.open import LoadedModel
 from amq.model.paging import pager_of
 from amq.model.states import StateStore
+from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
 from amq.proxy.walk import Formats, Walk
-from amq.quantize.bank import WeightBank
 from amq.util.limits import free_on
 
 ROWS = 16
@@ -72,7 +72,7 @@ class Evaluator:
         self,
         loaded: LoadedModel,
         inventory: Inventory,
-        bank: WeightBank,
+        bank: BankReader,
         windows: Mapping[str, Tensor],
         loss: str = "jsd",
         cache_memory: int = 256 << 20,

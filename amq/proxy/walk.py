@@ -22,8 +22,8 @@ from amq.model.blocks import BlockRunner
 from amq.model.inventory import EMBEDDING, Inventory
 from amq.model.paging import holding
 from amq.model.states import StateStore
+from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
-from amq.quantize.bank import WeightBank
 
 Formats = Mapping[str, str]
 Part = tuple[str, ...]
@@ -52,7 +52,7 @@ class Walk:
     runner: BlockRunner
     swap: LinearSwap
     inventory: Inventory
-    bank: WeightBank
+    bank: BankReader
     batches: Sequence[Tensor]
     store: StateStore
     whole: bool

@@ -28,6 +28,7 @@ from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.text import Corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
@@ -67,13 +68,14 @@ CACHES = 3
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: its weights without those that are kept in 16 bits.
+    quantized: its weights without those that are kept in 16 bits. near: the bank for the device that the model is on.
     """
 
     opened: OpenModel
     quantized: Inventory
     space: SearchSpace
     bank: WeightBank
+    near: BankReader
     evaluator: Evaluator
     cost_windows: torch.Tensor
     corpus: Corpus
@@ -171,11 +173,12 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             fingerprint=fingerprint, outer=outer,
         )  # fmt: skip
     with timings.measure("reference"):
+        close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
-            opened.loaded, inventory, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
+            opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
             settings.activations, corpus.unscored, whole,
         )  # fmt: skip
-    return _Stage(opened, quantized, space, bank, evaluator, cost_windows, corpus, windows_key, budget)
+    return _Stage(opened, quantized, space, bank, close, evaluator, cost_windows, corpus, windows_key, budget)
 
 
 def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> bool:
@@ -184,11 +187,11 @@ def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace
     import psutil
 
     how = (opened.model, space, parse_size(settings.cache_memory), settings.backend)
-    needed = working_bytes(*how)
+    needed = working_bytes(*how) + (settings.gpu_bytes or 0)
     whole = fits(needed, settings.device)
     if not whole:
-        needed = working_bytes(*how, whole=False)
-        check_memory(needed, "the working copy of one block and --cache-memory", settings.device)
+        needed = working_bytes(*how, whole=False) + (settings.gpu_bytes or 0)
+        check_memory(needed, "the working copy of one block, --cache-memory and --gpu-memory", settings.device)
     resident = psutil.Process().memory_info().rss / 2**30
     copies = "" if whole else " (working copies of one block at a time)"
     progress.say(
@@ -296,7 +299,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
         stage.evaluator.full_precision(),
     ):
         passes = fisher_passes(
-            stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
+            stage.opened.model, stage.quantized, stage.near, stage.cost_windows, formats, settings.seed, done,
             stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:

@@ -77,13 +77,11 @@ class Elsewhere(Tensor):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     given = [t for t in (*tree_leaves(args), *kwargs.values()) if isinstance(t, Tensor)]
-    asked = kwargs.get("device")
+    asked = kwargs.get("device", next((a for a in args if isinstance(a, torch.device)), None))
     here = any(not isinstance(t, Elsewhere) and t.dim() for t in given)
     there = any(isinstance(t, Elsewhere) for t in given)
     if here and there and func not in COPIES and not (func in INDEXING and isinstance(args[0], Elsewhere)):
         raise DeviceMixUp(f"{func}: expected all tensors on one device, got {[str(t.device) for t in given]}")
-    if asked is not None:
-        kwargs = {**kwargs, "device": torch.device("cpu")}
     out = func(*_inner(args), **{name: _inner(value) for name, value in kwargs.items()})
     if func._schema.name.endswith("_") and not func._schema.name.endswith("__"):  # in place, not an operator
         return args[0]
@@ -98,6 +96,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 def _inner(value: Any) -> Any:
     if isinstance(value, Elsewhere):
         return value.inner
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
     return type(value)(map(_inner, value)) if isinstance(value, (list, tuple)) else value
 
 
