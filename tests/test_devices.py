@@ -192,9 +192,7 @@ def test_a_bank_of_a_model_on_the_device(models: Models, proxy: str, tmp_path: P
 
 
 @pytest.mark.parametrize("method", ["awq", "gptq", "rtn"])
-def test_a_model_is_quantized_on_its_device(
-    models: Models, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_is_quantized_on_its_device(models: Models, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Exponents, folds, rounding, errors, and the dequantized weights that stay behind."""
     monkeypatch.setattr(clip, "SHRINKS", (1.0, 0.8))
     monkeypatch.setattr(awq, "EXPONENTS", (0.0, 0.25, 0.5))

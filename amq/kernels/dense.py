@@ -1,8 +1,8 @@
 """Packed weights as dense matrices, on whatever device the matrix is.
 
 On a CPU `amq._cpu` writes it. On an NVIDIA or AMD GPU a Triton kernel reads the packed rows as they are stored and
-writes each number once: (b + 32/group_size)/8 bytes read and 2 or 4 written per code of b bits, where plain torch, which
-makes int64 of every byte, moves some ninety. Plain torch is what other devices have, and a GPU without Triton, in
+writes each number once: (b + 32/group_size)/8 bytes read and 2 or 4 written per code of b bits, where plain torch,
+which makes int64 of every byte, moves some ninety. Plain torch is what other devices have, and a GPU without Triton, in
 pieces of bounded size; all give the bits of `amq.packing.dequantize`.
 """
 

@@ -274,8 +274,7 @@ def _launch_weights(
 
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
-    """The kernels, imported at first use: gemv, gemm, the two of dequantize, whether they are interpreted, and the class of
-    Triton's errors."""
+    """The kernels, imported at first use, whether they are interpreted, and the class of Triton's errors."""
     try:
         import triton
         from triton.errors import TritonError

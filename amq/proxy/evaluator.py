@@ -252,8 +252,8 @@ def _power_of_two(most: int) -> int:
 def token_losses(loss: str, device: torch.device, rows: int = ROWS) -> Callable[[Tensor, Tensor], Tensor]:
     """(reference log-probabilities, candidate logits), float32 [tokens, vocabulary] each → losses [tokens].
 
-    rows: tokens whose loss torch computes at once. `amq.model.losses` is the specification; on CPU the default loss has a fused kernel, which takes a fifth of
-    torch's time.
+    rows: tokens whose loss torch computes at once. `amq.model.losses` is the specification; on CPU the default loss has
+    a fused kernel, which takes a fifth of torch's time.
     """
     if loss == "jsd" and device.type == "cpu":
         return jensen_shannon

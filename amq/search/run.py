@@ -175,8 +175,8 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
     with timings.measure("reference"):
         close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
-            opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
-            settings.activations, corpus.unscored, whole,
+            opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
+            settings.backend, settings.activations, corpus.unscored, whole,
         )  # fmt: skip
     return _Stage(opened, quantized, space, bank, close, evaluator, cost_windows, corpus, windows_key, budget)
 

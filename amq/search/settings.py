@@ -222,7 +222,9 @@ class SelectSettings(BudgetSettings):
             raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
 
 
-FREE_ON_RESUME = frozenset({"output", "time", "cache_memory", "gpu_memory", "refine", "iterations", "trust_remote_code", "load"})
+FREE_ON_RESUME = frozenset(
+    {"output", "time", "cache_memory", "gpu_memory", "refine", "iterations", "trust_remote_code", "load"}
+)
 """What may change between an interrupted run and its resumption: it alters no evaluation, only how many there are."""
 
 

@@ -1,10 +1,10 @@
 """A stand-in for a GPU: tensors that say they are elsewhere, are computed on the CPU, and refuse to meet tensors there.
 
 They call their device "meta": a torch that is built without CUDA slices and guards tensors of no other device that has
-no values. Inside `elsewhere()`, `to_elsewhere(tensor)` makes one, and so does every operation on one and every factory that is
-asked for the device. An operation that mixes the devices raises `DeviceMixUp`, as it would on a machine that has a GPU:
-save what PyTorch allows there, numbers of no dimension from the CPU and copies. Values are real, so code that looks at
-them (`float(x)`, `bool(x.any())`) runs as it does on a GPU, and results can be compared with those of the CPU.
+no values. Inside `elsewhere()`, `to_elsewhere(tensor)` makes one, and so does every operation on one and every factory
+that is asked for the device. An operation that mixes the devices raises `DeviceMixUp`, as it would on a machine that
+has a GPU: save what PyTorch allows there, numbers of no dimension from the CPU and copies. Values are real: code that
+looks at them (`float(x)`, `bool(x.any())`) runs as it does on a GPU, and results can be compared with the CPU's.
 """
 
 from __future__ import annotations

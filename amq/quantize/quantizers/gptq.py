@@ -51,8 +51,8 @@ reference."""
 BLOCK = 64
 """Input features whose errors are spread at once."""
 ROWS = 512
-"""Rows worked on at once on a CPU, whose second-level cache holds their block of features; on a GPU at least so many."""
-ROUND_BYTES, ROUND_BYTES_PER_CODE = 2 << 30, 5
+"""Rows worked on at once on a CPU, whose second-level cache holds their block of features; at least, on a GPU."""
+ROUND_BYTES, ROUND_BYTES_PER_CODE = 1 << 30, 5
 """Most bytes that rounding takes at once on a GPU, and what it takes for each code: its error and itself."""
 REFIT_BYTES, REFIT_BYTES_PER_CODE, REFIT_BYTES_PER_ENTRY = 512 << 20, 32, 28
 """The same for fitting grids: for each code of a row eight float32, and for each entry of its matrix one, and
@@ -150,7 +150,7 @@ def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _upper_factor(matrix: Tensor) -> Tensor | None:
-    """R, Rᵀ R = matrix, above its diagonal, perhaps in the place of `matrix`; None where it is not positive definite."""
+    """R, Rᵀ R = matrix, above its diagonal, perhaps in the place of `matrix`; None where it is indefinite."""
     if matrix.device.type == "cpu":
         return matrix if cholesky(matrix) else None
     upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
@@ -237,8 +237,8 @@ def _refit(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: 
 
     Unknowns are a step along every group's rounded weights ŵ_g and, where zero points move, one along its ones: α_g and
     β_g make of (c − z)·s the grid s' = s·(1 + α), z' = z − β / s'. With these Φ the optimum solves
-    (Φᵀ H Φ) δ = Φᵀ H (w − ŵ): so small an error is not lost beside w in float32. A row whose solution is not storable, or
-    not better, keeps its grid.
+    (Φᵀ H Φ) δ = Φᵀ H (w − ŵ): so small an error is not lost beside w in float32. A row whose solution is not storable,
+    or not better, keeps its grid.
     """
     in_features = weight.shape[1]
     scale, zero = expand(grid, group_size, in_features)

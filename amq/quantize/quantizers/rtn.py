@@ -14,8 +14,16 @@ from torch import Tensor
 from amq.formats import BitFormat, check_group_size
 from amq.kernels.rounding import GridSearch, quantize_rows
 from amq.packing import PackedWeight
-from amq.quantize.quantizers.grid import REFITS, SHRINKS, check_zero_points, encode, fitted_grid, packed, stacked, to_groups
-
+from amq.quantize.quantizers.grid import (
+    REFITS,
+    SHRINKS,
+    check_zero_points,
+    encode,
+    fitted_grid,
+    packed,
+    stacked,
+    to_groups,
+)
 
 PIECE = 1 << 24
 """Weights that torch rounds at once: it takes some forty bytes for each."""
