@@ -50,9 +50,12 @@ def dequantize_rows(
 ):
     """One program for each BLOCK_N rows of BLOCK_K features. Neighbouring threads share bytes, which come from L1."""
     columns = tl.cdiv(in_features, BLOCK_K)
-    row = (tl.program_id(0) // columns * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    feature = (tl.program_id(0) % columns * BLOCK_K + tl.arange(0, BLOCK_K))[None, :]
-    inside = (row < rows) & (feature < in_features)
+    row = (tl.program_id(0) // columns * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+    first = tl.program_id(0) % columns * (BLOCK_K // GROUP_SIZE)
+    group = (first + tl.arange(0, BLOCK_K // GROUP_SIZE))[None, :, None]
+    feature = group * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, None, :]
+    there = (row < rows) & (group < groups)
+    inside = there & (feature < in_features)
     row = row.to(tl.int64)
     bit = feature * BITS
     at = qweight + row * row_bytes + bit // 8
@@ -60,8 +63,7 @@ def dequantize_rows(
     if 8 % BITS != 0:  # a code may end in the next byte
         word |= tl.load(at + 1, mask=inside & (bit % 8 + BITS > 8), other=0).to(tl.int32) << 8
     code = (word >> bit % 8) & ((1 << BITS) - 1)
-    group = row * groups + feature // GROUP_SIZE
-    step = tl.load(scale + group, mask=inside, other=0).to(tl.float32)
-    zero = tl.load(zero_point + group, mask=inside, other=0).to(tl.float32)
+    step = tl.load(scale + row * groups + group, mask=there, other=0).to(tl.float32)
+    zero = tl.load(zero_point + row * groups + group, mask=there, other=0).to(tl.float32)
     w = (code.to(tl.float32) - zero) * step
     tl.store(out + row * in_features + feature, w.to(out.dtype.element_ty), mask=inside)
