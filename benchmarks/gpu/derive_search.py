@@ -155,7 +155,9 @@ def rounding() -> Work:
         moved += count * (ROUND_BYTES_MOVED + features / 2 * FLOAT / BLOCK)
         chunks = -(-rows // max(512, ROUND_BYTES // (ROUND_BYTES_PER_CODE * features * formats)))
         launches += chunks * features * ROUND_LAUNCHES
-    return Work("bank: error-compensated rounding", fp32=BLOCKS * fp32, moved=BLOCKS * moved, launches=BLOCKS * launches)
+    return Work(
+        "bank: error-compensated rounding", fp32=BLOCKS * fp32, moved=BLOCKS * moved, launches=BLOCKS * launches
+    )
 
 
 def refits() -> Work:
@@ -171,7 +173,9 @@ def refits() -> Work:
 def storing() -> Work:
     size = bank_bytes()
     other = {"bus": size / BUS, "hash": 2 * size / (HASH * HASH_THREADS), "disk": size / DISK_WRITE}
-    return Work("bank: pack, errors, hash, write, open", moved=weights() * len(CODES) * (PACK_BYTES + ERROR_BYTES), other=other)
+    return Work(
+        "bank: pack, errors, hash, write, open", moved=weights() * len(CODES) * (PACK_BYTES + ERROR_BYTES), other=other
+    )
 
 
 def fisher() -> Work:
