@@ -102,9 +102,8 @@ class Work:
     """{what: seconds} that are not the GPU's."""
 
     def seconds(self, gpu: Gpu) -> float:
-        rates = ((self.tensor, gpu.tensor * TENSOR_SHARE), (self.fp32, gpu.fp32 * FP32_SHARE))
-        rates += ((self.fp64, gpu.fp64 * FP64_SHARE), (self.moved / 1e3, gpu.gigabytes_per_second * MEMORY_SHARE / 1e3))
-        computed = sum(amount / (rate * 1e12) for amount, rate in rates[:3])
+        computed = self.tensor / (gpu.tensor * TENSOR_SHARE * 1e12) + self.fp32 / (gpu.fp32 * FP32_SHARE * 1e12)
+        computed += self.fp64 / (gpu.fp64 * FP64_SHARE * 1e12)
         computed += self.moved / (gpu.gigabytes_per_second * MEMORY_SHARE * 1e9)
         return computed + self.launches * LAUNCH + sum(self.other.values())
 
