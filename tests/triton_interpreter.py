@@ -32,7 +32,15 @@ from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
 from amq.kernels.backends import Backend, get_backend, quantize_activations
 from amq.kernels.compilations import compilations
-from amq.kernels.triton import Launch, choose, dequantize, linear, linear_into, unsupported_reason
+from amq.kernels.triton import (
+    Launch,
+    choose,
+    dequantize,
+    dequantize_rows,
+    linear,
+    linear_into,
+    unsupported_reason,
+)
 from amq.packing import PackedWeight, PreparedWeight
 from amq.packing import dequantize as reference
 
@@ -248,6 +256,22 @@ def test_x_may_begin_anywhere() -> None:
     weight, x = prepared(random_packed(FORMATS["int4"], 13, 128, 64)), inputs(5, 128)
     shifted = torch.cat([torch.zeros(1, dtype=x.dtype), x.flatten()])[1:].view(x.shape)
     assert shifted.data_ptr() % launcher.ALIGNMENT and torch.equal(linear(shifted, [weight]), linear(x, [weight]))
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16, torch.float32))
+@pytest.mark.parametrize("name", FORMATS)
+def test_packed_rows_become_the_bits_of_plain_torch(name: str, dtype: torch.dtype) -> None:
+    """From rows as a bank stores them, several blocks of rows and features, between guard elements."""
+    for case in (*CASES[: 3 if dtype == torch.float32 else 1], (5, 1030, 128)):
+        packed, guard = random_packed(FORMATS[name], *case), 64
+        buffer = torch.full((case[0] * case[1] + 2 * guard,), torch.nan, dtype=dtype)
+        dequantize_rows(packed, buffer[guard:-guard].view(case[0], case[1]))
+        assert torch.equal(buffer[guard:-guard].view(case[0], case[1]), reference(packed, dtype))
+        assert buffer[:guard].isnan().all() and buffer[-guard:].isnan().all()
+    packed = random_packed(FORMATS[name], 9, 100, 32)
+    out = torch.empty(4, 100)
+    dequantize_rows(packed.rows(3, 7), out)  # views, as pieces of a weight are
+    assert torch.equal(out, reference(packed)[3:7])
 
 
 @pytest.mark.parametrize("launch", (GEMV, GEMM, GEMM_SPLIT), ids=("gemv", "gemm", "gemm-split"))

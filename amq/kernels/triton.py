@@ -31,7 +31,7 @@ from amq.formats import BitFormat
 from amq.kernels import gpu_layout as layout
 from amq.kernels import launch_table as tuning
 from amq.kernels.compilations import compilations
-from amq.packing import PreparedWeight, check_fused
+from amq.packing import PackedWeight, PreparedWeight, check_fused
 from amq.util.files import cache_dir
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -43,6 +43,8 @@ ALIGNMENT = 16
 """Bytes: Triton compiles another kernel for an x that does not begin at a multiple of them."""
 DEQUANTIZE_ROWS, LOOKUP_ROWS = 32, 8
 """Rows that one program writes, a slab of each: of `dequantize`, with four warps, and of `rows`, with one."""
+DEQUANTIZE_BLOCK = (4, 512)
+"""Rows and features that one program of `dequantize_rows` writes."""
 CACHE = "TRITON_CACHE_DIR"
 CACHES = (CACHE, "TRITON_HOME")
 """Variables that say where Triton keeps what it has compiled."""
@@ -250,6 +252,36 @@ def rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype = torch.float32
     return out
 
 
+def dequantize_rows(packed: PackedWeight, out: Tensor) -> None:
+    """Writes W into `out` [out_features, in_features], contiguous, of any float dtype: bit-equal to
+    `amq.packing.dequantize`.
+
+    packed: of a dense format, contiguous, on the device of `out`; nothing is prepared and nothing else allocated.
+    """
+    if reason := layout.unsupported_reason(packed.format):
+        raise AmqError(f"dequantize {packed.format.name} with Triton: {reason}")
+    kernels = _kernels()
+    rows, in_features = out.shape
+    block_n, block_k = DEQUANTIZE_BLOCK
+    blocks = -(-rows // block_n) * -(-in_features // block_k)
+    parts = [part.contiguous() for part in packed.parts.values()]
+    with _on_device(out):
+        if blocks:
+            kernels.dequantize_rows[(blocks,)](
+                out,
+                *parts,
+                rows,
+                in_features,
+                parts[0].shape[1],
+                parts[1].shape[1],
+                BITS=packed.format.bits,
+                GROUP_SIZE=packed.group_size,
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                num_warps=4,
+            )
+
+
 def dequantize_call(out: Tensor, weight: PreparedWeight, ids: Tensor | None = None) -> Call:
     """The launch that writes W, or its rows `ids`, into out."""
     size = layout.layout_of(weight.format, weight.out_features, weight.in_features, weight.group_size)
@@ -346,6 +378,7 @@ def _kernels() -> SimpleNamespace:
         gemv=gemv.gemv,
         gemm=gemm.gemm,
         dequantize=dequantize.dequantize,
+        dequantize_rows=dequantize.dequantize_rows,
         interpreted=interpreted,
         error=TritonError,
     )

@@ -1,5 +1,5 @@
 """Weights as a matrix, whole or some rows of it, bit for bit what plain torch makes of the packed bytes
-(`amq.packing.dequantize`).
+(`amq.packing.dequantize`): from a prepared weight, and from packed rows as they are stored (amq/formats.py).
 
 The number of input features is an argument of the launch, not of the compiler: one kernel serves all shapes.
 """
@@ -47,3 +47,39 @@ def dequantize(
             feature = slab * SLAB + (quad * 4 * STEPS + s) * STEP_FEATURES + tl.arange(0, STEP_FEATURES)[None, :]
             to = out + place.to(tl.int64) * K + feature
             tl.store(to, w.to(out.dtype.element_ty), mask=(place < count) & (feature < K))
+
+
+@triton.jit
+def dequantize_rows(
+    out,  # [rows, in_features], contiguous; any float dtype, rounded once
+    qweight,  # uint8 [rows, row_bytes]: each row one little-endian bitstream of codes
+    scale,  # fp16 [rows, groups]
+    zero_point,  # fp16 [rows, groups]
+    rows,
+    in_features,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program for each BLOCK_N rows of BLOCK_K features. Neighbouring threads share bytes, which come from L1."""
+    columns = tl.cdiv(in_features, BLOCK_K)
+    row = (tl.program_id(0) // columns * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+    first = tl.program_id(0) % columns * (BLOCK_K // GROUP_SIZE)
+    group = (first + tl.arange(0, BLOCK_K // GROUP_SIZE))[None, :, None]
+    feature = group * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, None, :]
+    there = (row < rows) & (group < groups)
+    inside = there & (feature < in_features)
+    row = row.to(tl.int64)
+    bit = feature * BITS
+    at = qweight + row * row_bytes + bit // 8
+    word = tl.load(at, mask=inside, other=0).to(tl.int32)
+    if 8 % BITS != 0:  # a code may end in the next byte
+        word |= tl.load(at + 1, mask=inside & (bit % 8 + BITS > 8), other=0).to(tl.int32) << 8
+    code = (word >> bit % 8) & ((1 << BITS) - 1)
+    step = tl.load(scale + row * groups + group, mask=there, other=0).to(tl.float32)
+    zero = tl.load(zero_point + row * groups + group, mask=there, other=0).to(tl.float32)
+    w = (code.to(tl.float32) - zero) * step
+    tl.store(out + row * in_features + feature, w.to(out.dtype.element_ty), mask=inside)
