@@ -40,12 +40,13 @@ def warm(
     bias: torch.dtype | None = None,
     looked_up: Sequence[PreparedWeight] = (),
     progress: Progress | None = None,
+    out: torch.dtype | None = None,
 ) -> int:
     """Compiles every Triton kernel that products of `groups` can take, and returns how many were not in memory yet.
 
     groups: weights that share x, as they are multiplied; those of other backends than cuda and triton are left out.
     dtype: of x, float16 or bfloat16. most_rows: of x in one call.
-    bias: the dtype of biases where it is not that of x.
+    bias, out: the dtypes of biases and of y where they are not that of x.
     looked_up: weights whose rows are read too, in `dtype`: those of embeddings.
     progress: where it is shown when it takes more than PATIENCE seconds; None takes the terminal's.
     Raises AmqError where a kernel cannot be compiled.
@@ -59,7 +60,7 @@ def warm(
     for device, weights in by_device.items():
         with current(device):
             lookups = [w for w in looked_up if w.backend in GPU_BACKENDS and w.data.device == device]
-            calls = [*kernel_calls(weights, dtype, most_rows, bias), *lookup_calls(lookups, dtype)]
+            calls = [*kernel_calls(weights, dtype, most_rows, bias, out), *lookup_calls(lookups, dtype)]
             if not triton.interpreted():
                 _compile(calls, device, progress or terminal_progress())
         compilations.warm_devices.add(device)
@@ -83,7 +84,11 @@ def warm_model(model: nn.Module, dtype: torch.dtype, most_rows: int, progress: P
 
 
 def kernel_calls(
-    weights: Sequence[PreparedWeight], dtype: torch.dtype, most_rows: int, bias: torch.dtype | None = None
+    weights: Sequence[PreparedWeight],
+    dtype: torch.dtype,
+    most_rows: int,
+    bias: torch.dtype | None = None,
+    out: torch.dtype | None = None,
 ) -> list[triton.Call]:
     """A call of each kernel that products of `weights` can take, all on one device. Which widths go together is noted,
     so that later products take the same kernels."""
@@ -98,7 +103,7 @@ def kernel_calls(
         rows = [first for first, last in classes if first <= min(most_rows, dense - 1) and last >= fewest]
         for widths in compilations.join(some[0].in_features, some[0].group_size, of_width):
             examples = [of_width[bits] for bits in widths]
-            calls += [_example(examples, first, dtype, bias) for first in rows]
+            calls += [_example(examples, first, dtype, bias, out) for first in rows]
     if most_rows >= dense:
         kinds = {(w.format.bits, w.group_size, w.in_features % triton.ALIGNMENT == 0): w for w in weights}
         calls += [triton.dequantize_call(w.data.new_empty(0, dtype=dtype), w) for w in kinds.values()]
@@ -111,9 +116,15 @@ def lookup_calls(weights: Sequence[PreparedWeight], dtype: torch.dtype) -> list[
     return [triton.dequantize_call(out, weight, ids) for weight, out, ids in empty]
 
 
-def _example(weights: Sequence[PreparedWeight], rows: int, dtype: torch.dtype, bias: torch.dtype | None) -> triton.Call:
+def _example(
+    weights: Sequence[PreparedWeight],
+    rows: int,
+    dtype: torch.dtype,
+    bias: torch.dtype | None,
+    out: torch.dtype | None,
+) -> triton.Call:
     """The first launch of a product. One element of x and y is enough: a kernel does not depend on where they are."""
-    x, y, added = (weights[0].data.new_empty(1, dtype=kind) for kind in (dtype, dtype, bias or dtype))
+    x, y, added = (weights[0].data.new_empty(1, dtype=kind) for kind in (dtype, out or dtype, bias or dtype))
     x, y = x.expand(rows, weights[0].in_features), y.expand(rows, sum(w.out_features for w in weights))
     return triton.linear_calls(y, x, weights, added, triton.measured)[0]
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.kernels import cuda
+from amq.kernels.warming import warm
 from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
 from amq.runtime.cuda_graphs import Capture, cuda_graph
@@ -353,6 +354,9 @@ def open_cuda(
     many = _many(activations == "int8") if place.type == "cuda" else None
     try:
         weights = CudaWeights(checkpoint, spec, context, place)
+        if many is not None:
+            groups = [[weight] for weight in weights.prepared.values()]
+            warm(groups, kind, MAX_ROWS, out=torch.float32)
         return CudaEngine(
             weights, context, max_sequences, kind, activations == "int8", cache, banner, capture, many, state_cache
         )
