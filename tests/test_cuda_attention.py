@@ -289,7 +289,7 @@ def test_splits(calls: CallLibrary, splits: int, cache: str) -> None:
 @every_op
 @every_cache
 def test_keys_and_values(calls: CallLibrary, name: str, cache: str) -> None:
-    """What lies in the cache is the row's, rounded: half a unit of fp16, or half a 127th of the largest magnitude. It is
+    """What lies in the cache is the row's, rounded: half a unit of fp16, or of a 127th of the largest magnitude. It is
     the same whether stored by itself or by attention."""
     model = Model(calls, replace(OPS[name], cache=cache), (66,))
     model.store(0, 66)
@@ -307,29 +307,35 @@ def test_keys_and_values(calls: CallLibrary, name: str, cache: str) -> None:
     assert (whole[:, : model.OFFSET] == 0xFF).all() and (whole[:, -model.OFFSET :] == 0xFF).all()
 
 
+PROMPTS = {
+    "window": Op(4, 2, 32, rotary=32, window=40),
+    "uneven": Op(5, 1, 16),
+    "slices": Op(2, 2, 160, window=90),
+    "chunks": Op(12, 1, 64, norms="qk"),
+}
+
+
+@pytest.mark.parametrize("name", PROMPTS)
 @every_cache
-def test_a_prompt_is_its_tokens(calls: CallLibrary, cache: str) -> None:
+def test_a_prompt_is_its_tokens(calls: CallLibrary, name: str, cache: str) -> None:
     """The same bits: all tokens in one pass, each in a pass of its own that stores it, a few beside other rows."""
-    for op in (Op(4, 2, 32, rotary=32, window=40), Op(5, 1, 16), Op(2, 2, 160, window=90), Op(12, 1, 64, norms="qk")):
-        op = replace(op, cache=cache)
-        lengths, splits = (135, 20), 2
-        model = Model(calls, op, lengths)
-        rows = [(0, p) for p in range(130)] + [None] + [(1, p) for p in range(20)] + [(0, p) for p in range(130, 135)]
-        model.store(0, 135)
-        model.store(1, 20)
-        prompt = model.call(rows, stored=1, splits=splits)
-        model.check(rows[-30:], prompt[-30:])
-        few = model.call(rows[126:133], stored=1, splits=splits)
-        assert torch.equal(few, prompt[126:133])
-        one_by_one = Model(calls, op, lengths)
-        chosen = [i for i, row in enumerate(rows) if row is not None]
-        for i in chosen:
-            own = one_by_one.call([rows[i]], splits=splits) if i % 9 == 0 or i > 150 else None
-            if own is None:
-                one_by_one.store(rows[i][0], rows[i][1] + 1, rows[i][1])
-            else:
-                assert torch.equal(own[0], prompt[i]), (op, rows[i])
-        assert torch.equal(one_by_one.memory, model.memory)
+    op, lengths, splits = replace(PROMPTS[name], cache=cache), (135, 20), 2
+    model = Model(calls, op, lengths)
+    rows = [(0, p) for p in range(130)] + [None] + [(1, p) for p in range(20)] + [(0, p) for p in range(130, 135)]
+    model.store(0, 135)
+    model.store(1, 20)
+    prompt = model.call(rows, stored=1, splits=splits)
+    model.check(rows[-30:], prompt[-30:])
+    assert torch.equal(model.call(rows[126:133], stored=1, splits=splits), prompt[126:133])
+    one_by_one = Model(calls, op, lengths)
+    for at, row in enumerate(rows):
+        if row is None:
+            continue
+        if at % 9 == 0 or at > 150:
+            assert torch.equal(one_by_one.call([row], splits=splits)[0], prompt[at]), row
+        else:
+            one_by_one.store(row[0], row[1] + 1, row[1])
+    assert torch.equal(one_by_one.memory, model.memory)
 
 
 @pytest.mark.parametrize("order", ("reverse", "random:7"))
@@ -373,7 +379,7 @@ def test_outputs_of_16_bits(calls: CallLibrary, dtype: torch.dtype, cache: str) 
 
 @every_cache
 def test_as_exact_as_float32(calls: CallLibrary, cache: str) -> None:
-    """Queries and weights keep what fp16 would drop, whatever the size of queries, and of int8's values: within twice the
+    """Queries and weights keep what fp16 would drop, whatever the size of queries and of int8 values: within twice the
     error of torch in float32."""
     for size in (1e-6, 1.0, 1e4):
         model = Model(calls, Op(8, 1, 128, cache=cache), (400,))
