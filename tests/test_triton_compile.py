@@ -32,17 +32,15 @@ ALL = ("80", "86", "89", "90", "120", "gfx942")
 FEATURES = 14336  # 28 slabs: a loop of 7 trips, both in the gemv and in the gemm
 GEMV_BUDGET = {"int2": 3.4, "int3": 3.75, "int4": 3.57, "int5": 5.1, "int6": 5.05, "int8": 4.42}
 """Instructions per weight of the gemv at one row of x and group 128: 4 rows of W to a thread up to 4 bits, 2 above."""
-GEMM_BUDGET = {"int2": 5.2, "int3": 5.56, "int4": 5.43, "int5": 5.93, "int6": 5.88, "int8": 5.28}
+GEMM_BUDGET = {"int2": 5.0, "int3": 5.38, "int4": 5.15, "int5": 5.7, "int6": 5.66, "int8": 5.02}
 """The same of the gemm, for up to 16 rows of x."""
 GEMV_REGISTERS = 144
 """14 programs of one warp on an SM."""
-GEMM_REGISTERS = 128
-"""4 programs of four warps on an SM."""
+GEMM_REGISTERS = 184
+"""Of four warps and 32 rows: 2 programs on an SM with 16 to 32 KiB of int2 to int8 under way."""
 ROWS_BUDGET = 35.0
 """The same of the kernel that makes packed rows dense. Memory takes 2.4 bytes for each: an RTX 3090 issues 46 in that
 time, an RTX 4090 98."""
-UNMEASURED_REGISTERS = 168
-"""3 such programs: for a format without a budget of its own."""
 
 
 @pytest.fixture(scope="module")
@@ -114,8 +112,8 @@ REQUESTS = {
     + each([["int4"]], ALL, kernel="gemm", dtype="bf16", rows=5, bias="fp32"),
     "others": [
         *each([["int4"]], ("86", "90"), kernel="gemm", rows=512),
-        *each([["int5"]], ("86",), kernel="gemm", rows=16, out_features=14336),
-        *(ODD | {"kernel": "gemv", "rows": 2}, ODD | {"kernel": "gemm", "rows": 3}),
+        *each([["int2", "int3", "int4"]], ("89",), kernel="gemm", rows=32),
+        *(ODD | {"kernel": "gemv"}, ODD | {"kernel": "gemm", "rows": 3}),
         *each(SINGLE, ("90",), kernel="dequantize"),
         *each(SINGLE, ("89",), kernel="dequantize_rows", dtype="bf16"),
     ],
@@ -134,7 +132,7 @@ def test_gemm_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
     first, *rows = compiled("gemm")
     assert first["hash"] == rows[0]["hash"]
     for row in rows:
-        check(row, GEMM_REGISTERS if row["formats"][0] in GEMM_BUDGET else UNMEASURED_REGISTERS)
+        check(row, GEMM_REGISTERS)
         assert row["exchanges"] == 0 and row["instructions"]["HMMA"], row
         assert row["instructions_per_weight"] <= budget(GEMM_BUDGET, row["formats"][0]), row
 

@@ -309,7 +309,7 @@ def _weights_call(
     missing = MAX_WEIGHTS - len(weights)
     arguments = (
         *(x, y, x if bias is None else bias),
-        tuple(w.data.view(torch.int32) for w in (*weights, *missing * weights[:1])),
+        tuple(w.data.view(torch.int32) for w in (*weights, *[weights[0]] * missing)),
         (*(w.out_features for w in weights), *missing * (0,)),
         (*(w.format.bits for w in weights), *missing * widths[:1]),
         *(column, int(bias is not None), y.stride(0)),

@@ -71,7 +71,7 @@ def gemm(
     block_n, block_m = _order(tl.program_id(0), blocks_n, tl.cdiv(M, BLOCK_M))
     at, count, width, block, before = find_weight(block_n, data, rows, bits, column, BLOCK_N)
     first = block_m * BLOCK_M
-    m = first + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     for i in tl.static_range(len(WIDTHS)):
         if width == WIDTHS[i]:
@@ -92,8 +92,9 @@ def gemm(
             )
             added = tl.load(bias + before + n, mask=n < count * has_bias, other=0.0)
             acc += added.to(tl.float32)[:, None]
-            to = y + m[None, :].to(tl.int64) * y_stride + (before + n)[:, None]
-            tl.store(to, acc.to(y.dtype.element_ty), mask=(n < count)[:, None] & (m < M)[None, :])
+            to = y + tl.cast(first, tl.int64) * y_stride + before  # from here on 32 bits are enough
+            to += m[None, :] * y_stride + n[:, None]
+            tl.store(to, acc.to(y.dtype.element_ty), mask=(n < count)[:, None] & (first + m < M)[None, :])
 
 
 @triton.jit
