@@ -21,6 +21,7 @@ from helpers.quantizing import output_error, random_gram, random_weight
 from helpers.tiny_models import ARCHITECTURES, random_tokens
 from torch import Tensor, nn
 
+from amq.configuration import Configuration
 from amq.formats import FORMATS
 from amq.kernels.dense import dequantize_into, dequantized
 from amq.model.calibration import CalibrationStream
@@ -33,6 +34,7 @@ from amq.proxy.resident import ResidentBank, near
 from amq.quantize.bank import BankSettings, open_bank
 from amq.quantize.blocks import BlockQuantizer
 from amq.quantize.methods import METHODS
+from amq.quantize.plan import working_bytes
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS, ZERO_POINTS, awq, clip, gptq, grid, rtn
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -231,6 +233,17 @@ def test_losses_and_swaps_on_the_device(models: Models, loss: str) -> None:
     with elsewhere():
         assert measured(models.there) == pytest.approx(expected, rel=1e-4, abs=2e-6)
     assert all(isinstance(parameter.data, Elsewhere) for parameter in models.there.parameters())
+
+
+def test_a_plan_counts_what_a_gpu_takes_besides(tiny_llama: nn.Module) -> None:
+    models = Models(tiny_llama)
+    configuration = Configuration.uniform(models.inventory.linears, FORMATS["int4"], 32)
+    needed = [
+        working_bytes(model, models.inventory, configuration, (), random_tokens(1, 8), calibrated=True)
+        for model in (models.here, models.there)
+    ]
+    widest = max(s.in_features for s in models.inventory.linears)
+    assert needed[1] - needed[0] == 2 * 4 * widest**2 + gptq.ROUND_BYTES + gptq.REFIT_BYTES
 
 
 def test_fisher_scores_on_the_device(tiny_llama: nn.Module) -> None:

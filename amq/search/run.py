@@ -198,6 +198,7 @@ def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace
     )
     if text := memory_text(opened.model):
         progress.say(text)
+    return whole
 
 
 def working_bytes(

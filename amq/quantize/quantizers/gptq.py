@@ -183,7 +183,9 @@ class _Problem:
         for part in weight.split(step):
             groups = to_groups(part, self.group_size)
             found.append([fitted_grid(groups, importance, fmt, self.zero_points) for fmt in self.formats])
-        grids = [tuple(map(torch.cat, zip(*pieces, strict=True))) for pieces in zip(*found, strict=True)]
+        grids = []
+        for pieces in zip(*found, strict=True):
+            grids.append((torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])))
         solutions = []
         for fmt, grid, codes in zip(self.formats, grids, self._round(weight, grids), strict=True):
             parts = zip(*(tensor.split(step) for tensor in (weight, codes, *grid)), strict=True)
