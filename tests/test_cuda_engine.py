@@ -24,7 +24,8 @@ from torch import Tensor
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
 from amq.kernels.cuda_calls import Call
-from amq.runtime.cuda_engine import CudaEngine
+from amq.runtime import cuda_engine, loading
+from amq.runtime.cuda_engine import CudaEngine, open_cuda
 from amq.runtime.decoder_spec import Mixture
 from amq.runtime.engine import Segment
 from amq.runtime.families import FAMILIES, read_spec
@@ -206,6 +207,22 @@ def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
     assert not engine.can_sample(Sampling(repetition_penalty=1.1))
     with pytest.raises(AmqError, match="the KV cache must be one of float16, int8, got float32"):
         open_on_cpu(folder("llama"), cache="float32")
+
+
+def test_device_cuda_picks_it(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a GPU; what the engine does not do is left to another path by name, or refused."""
+    place = folder("llama")
+    monkeypatch.setattr(loading, "choose_backend", lambda formats, device: device)
+    monkeypatch.setattr(cuda_engine, "open_cuda", lambda checkpoint, device, *more: open_cuda(checkpoint, "cpu", *more))
+    runtime = loading.load(place, device="cuda:1", context=64, cache="int8", dtype="bfloat16", activations="int8")
+    assert isinstance(runtime.engine, CudaEngine) and runtime.device == "cuda:1"
+    assert "CUDA engine (llama) on cpu: int2+" in runtime.engine.banner
+    assert "bfloat16 rounded to int8, int8 cache, context 64" in runtime.engine.banner
+    with pytest.raises(AmqError, match="leave --prompt-cache out with --device cuda"):
+        loading.load(place, device="cuda", prompt_cache=1 << 20)
+    settings = loading.LoadSettings.make(device="cuda", dtype="float32")
+    found, why = loading._load_own(open_checkpoint(place, verify=False), settings)
+    assert found is None and why == "the CUDA engine is for device cuda, backend cuda and float16 or bfloat16"
 
 
 def test_every_family_has_a_case() -> None:
