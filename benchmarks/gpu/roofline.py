@@ -46,18 +46,17 @@ __global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant_
     AMQ_SHARED_OF_LAUNCH(staged, kStageBytes);
     if (find_work(arguments, 0, shared) == 0) return;
     const Block block = {{arguments, shared, reinterpret_cast<char*>(staged)}};
+    begin_steps<Element, {group}>(block);
+    const StagedSlab slab = find_slab<Element, {group}>(block);
     Registers registers{{}};
-    load_slab<kBits, Element, {group}>(registers, find_place<{group}>(block, shared.steps[0]));
+    Place place = find_place<{group}>(shared.steps[0]);
+    load_slab<kBits, Element, {group}>(registers, place);
     for (int turn = 0; shared.steps[turn % kSteps].item >= 0; ++turn) {{
-        const Step& step = shared.steps[turn % kSteps];
-        const Place place = find_place<{group}>(block, step);
-        const Step after = block.after(step);
-        const Place next = find_place<{group}>(block, after);
-        if (this_thread() == 0) shared.steps[(turn + 1) % kSteps] = after;
-        for (auto& outputs : registers.outputs)
-            for (float& output : outputs) output = 0.0f;
-        multiply_slab<kBits, Element, {group}>(registers, find_slab<Element, {group}>(block, step), place, next);
-        add_up(registers, block, step, Element::kFinal, turn % 2);
+        const Place next = find_place<{group}>(shared.steps[(turn + 1) % kSteps]);
+        run_step<Element, {group}>(block, turn, registers, [&] {{
+            multiply_slab<kBits, Element, {group}>(registers, slab.at(shared.steps[turn % kSteps].staged), place, next);
+        }});
+        place = next;
     }}
 }}
 #define AMQ_PROBE(bits) \\
