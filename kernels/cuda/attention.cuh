@@ -8,16 +8,16 @@
 //     scores [row, position] = queries · keysᵀ        a lane has row lane / 4, positions 2 · (lane % 4) and the next, of 8
 //     out [row, feature]     = weights · values       weights: the same places, a word for two positions
 //
-// Positions are cut into spans of 2ⁿ · 64, the smallest with at most `splits` of them between the first and the last position
-// that a row sees; a span is cut into one part for each group of warps, and a part into tiles of 16 positions. Warps of a
-// group (`kSlices`) have features of their own and add up their scores. A row's softmax is what its parts give, put together
-// part by part within a span, then span by span. All of it depends on the row's position alone, and a row with other rows
-// beside it sees its own tiles only; hence the same bits for a token in a prompt, which a block walks span by span, and for one
-// that is decoded, whose spans are blocks and which the last of them to arrive puts together.
+// Positions are cut into spans (attention_spans.cuh), a span into one part for each group of warps, and a part into tiles of
+// 16 positions. Warps of a group (`kSlices`) have features of their own and add up their scores. A row's softmax is what its
+// parts give, put together part by part within a span, then span by span; a row with other rows beside it sees its own tiles
+// only. Hence the same bits for a token of a prompt, which a block walks span by span, and for one that is decoded, whose
+// spans are blocks and which the last of them to arrive puts together.
 
 #pragma once
 
 #include "attention_cache.cuh"
+#include "attention_spans.cuh"
 
 namespace amq {
 
@@ -27,52 +27,22 @@ constexpr float kValueRange = 64.0f;  // weights times scales of int8 values, be
 
 struct AttentionArguments {
     AttentionCall call;
-    bool walks;     // a block has kQueries queries of `tile_rows` rows, and all of their spans; else all queries of one row, and
-                    // one of its spans
-    bool stores;
+    bool walks;     // a block has kQueries queries of its rows and all of their spans; else all of one row, and one of its spans
+    bool stores;    // keys and values of the row are to be put into the cache
     int tile_rows;  // rows of a block
     int parts;      // blocks for these rows and a KV head
 };
 
-// What a row attends to: positions first … last in spans of 1 << log2; last −1: nothing.
-struct Sight {
-    int first = 0, last = -1, log2 = 6;
-
-    Sight() = default;
-    AMQ_DEVICE Sight(const AttentionCall& c, int row) : last(c.positions[row]) {
-        if (c.window > 0) first = max(0, last - c.window + 1);
-        while ((last >> log2) - (first >> log2) >= c.splits) ++log2;
-    }
-    AMQ_DEVICE int spans() const { return (last >> log2) - (first >> log2) + 1; }
-};
-
-// Softmax over some positions, for the thread's row and features; as Partial and merge in csrc/cpu.
-template <int kCount>
-struct Softmax {
-    float largest = -INFINITY, sum = 0.0f, values[kCount] = {};
-
-    template <class Value>
-    AMQ_DEVICE void merge(float other_largest, float other_sum, Value value) {
-        if (other_sum == 0.0f) return;
-        const bool grows = !(other_largest <= largest);
-        const float factor = sum == 0.0f ? 0.0f : expf(grows ? largest - other_largest : other_largest - largest);
-        const float keep = grows ? factor : 1.0f, take = grows ? 1.0f : factor;
-        for (int j = 0; j < kCount; ++j) values[j] = fmaf(values[j], keep, value(j) * take);
-        sum = fmaf(sum, keep, other_sum * take);
-        if (grows) largest = other_largest;
-    }
-};
-
 template <class Cache, int kDims, int kSlices>
 struct Attention {
-    static constexpr int kAll = kDims * kSlices;                   // features that are computed with
+    static constexpr int kAll = kDims * kSlices;      // features that are computed with
     static constexpr int kWarps = kSlices > 4 ? kSlices : 4;
     static constexpr int kThreads = kWarps * kWarp;
-    static constexpr int kGroups = kWarps / kSlices;               // of warps, with positions of their own
+    static constexpr int kGroups = kWarps / kSlices;  // of warps, with positions of their own
     static constexpr int kUnit = Cache::kUnit;
-    static constexpr int kChunks = kDims / (4 * kUnit);            // 16-byte loads for a row of keys, by a lane of four
+    static constexpr int kChunks = kDims / (4 * kUnit);         // 16-byte loads for a row of keys, by a lane of four
     static constexpr int kPieces = kQueries * kAll / kThreads;  // features of a row that a thread puts together
-    static constexpr int kLanes = kThreads / kQueries;    // threads of such a row
+    static constexpr int kLanes = kThreads / kQueries;          // threads of such a row
 
     struct Shared {
         uint4 queries[kAll / 16][kWarp];  // fragments of 16 features
@@ -83,9 +53,9 @@ struct Attention {
         int is_last;
     };
 
-    struct Sums {                    // of a warp, over the tiles of its part
-        float largest = -INFINITY;   // of row lane / 4
-        float sum = 0.0f;            // the lane's positions only
+    struct Sums {                   // of a warp, over the tiles of its part
+        float largest = -INFINITY;  // of row lane / 4
+        float sum = 0.0f;           // the lane's positions only
         float values[kChunks][kUnit / 2][4] = {};
     };
 
@@ -96,11 +66,11 @@ struct Attention {
     const AttentionArguments& a;
     const AttentionCall& c;
     Shared& shared;
-    int first_row, kv_head;          // of the block
-    int begin, count;                // queries that are worked on, which share what follows
-    int slot, log2;                  // their sequence, and Sight::log2
-    int low, high;                   // first and last position that any of them sees
-    Sight mine;                      // of query lane / 4
+    int first_row, kv_head;  // of the block
+    int begin, count;        // queries that are worked on, which share what follows
+    int slot, log2;          // their sequence, and Sight::log2
+    int low, high;           // first and last position that any of them sees
+    Sight mine;              // of query lane / 4
 
     AMQ_DEVICE Attention(const AttentionArguments& arguments, Shared& memory)
         : a(arguments), c(arguments.call), shared(memory) {}
@@ -410,7 +380,7 @@ struct Attention {
         to[1] = total.sum;
     }
 
-    // Queries begin … begin + count − 1: spans first … last of those that they see; `own_span` is where to keep what comes out,
+    // Queries begin … begin + count − 1: spans first … last of those that they see. `own_span` is where to keep what comes out;
     // −1: it is all there is.
     AMQ_DEVICE void attend(int first, int last, bool stores, int own_span) {
         prefetch_tile(first);
@@ -513,7 +483,8 @@ struct Attention {
 };
 
 template <class Cache, int kDims, int kSlices>
-__global__ void AMQ_REGISTERS(kDims <= 64 ? 168 : 240, (Attention<Cache, kDims, kSlices>::kThreads)) attention_kernel(AttentionArguments arguments) {
+__global__ void AMQ_REGISTERS(kDims <= 64 ? 168 : 240, (Attention<Cache, kDims, kSlices>::kThreads))
+    attention_kernel(AttentionArguments arguments) {
     using Work = Attention<Cache, kDims, kSlices>;
     __shared__ typename Work::Shared shared;
     Work(arguments, shared).run();
