@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels.backends import check_activations, choose_backend, default_activations, get_backend, prepare
-from amq.kernels.cpu import dequantized
+from amq.kernels.dense import dequantize_into, dequantized
 from amq.kernels.ops import grouped_linear, linear
-from amq.packing import PARTS, PackedWeight, PreparedWeight, dequantize
+from amq.packing import PARTS, PackedWeight, PreparedWeight
 
 
 class QuantizedLinear(nn.Module):
@@ -310,5 +310,8 @@ class _Product(torch.autograd.Function):
 
 def _dense(packed: PackedWeight, like: Tensor) -> Tensor:
     """The weight [out_features, in_features] with the device and dtype of `like`."""
-    weight = dequantized(packed) if like.device.type == "cpu" else dequantize(packed.to(like.device))
-    return weight.to(like.dtype)
+    if like.device.type == "cpu":
+        return dequantized(packed).to(like.dtype)
+    weight = like.new_empty(packed.out_features, packed.in_features)
+    dequantize_into(packed, weight)
+    return weight
