@@ -26,8 +26,8 @@ from amq.packing import PackedWeight, PreparedWeight, dequantize, unpack_codes
 
 BUILD = "AMQ_TEST_CUDA_LIBRARY"
 DTYPES = (torch.float16, torch.bfloat16)
-SHAPES = ((24, 1100, 64, 1, 2), (13, 577, 32, 3, 1), (40, 512, 128, 8, 4), (70, 1664, 128, 5, 3), (9, 64, 32, 2, 1))
-"""out_features, in_features, group_size, rows, warps."""
+SHAPES = ((24, 1100, 64, 1), (13, 577, 32, 3), (40, 512, 128, 8), (70, 2600, 128, 5), (9, 64, 32, 2))
+"""out_features, in_features, group_size, rows."""
 
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=("fp16", "bf16"))
@@ -60,17 +60,19 @@ def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None, mode: str) -
 @every_dtype
 @every_mode
 def test_linear(library: cuda.Library, fmt, dtype: torch.dtype, mode: str) -> None:
-    """Within twice the error of torch at the same dtype, in every shape, with every group size and rows."""
+    """Within twice the error of torch at the same dtype, and the output's own rounding, which a few outputs of torch may be
+    lucky with; in every shape, with every group size and rows."""
     generator = torch.Generator().manual_seed(1)
-    for out_features, in_features, group_size, rows, warps in SHAPES:
+    for out_features, in_features, group_size, rows in SHAPES:
         packed = random_packed(fmt, out_features, in_features, group_size)
         x = torch.randn(rows, in_features, generator=generator).to(dtype)
         bias = torch.randn(out_features, generator=generator).to(dtype)
-        y = library.linear(x, [prepared(packed)], bias, mode, 0, warps)
+        y = library.linear(x, [prepared(packed)], bias, mode, 0)
         assert y.dtype == dtype and y.shape == (rows, out_features)
         in_torch = x @ dequantize(packed, dtype).T + bias
-        bar = 2 * rmse(in_torch, reference(x, packed, bias, "fp32"))
-        assert rmse(y, reference(x, packed, bias, mode)) <= bar, (out_features, in_features, group_size, rows)
+        expected = reference(x, packed, bias, mode)
+        bar = 2 * rmse(in_torch, reference(x, packed, bias, "fp32")) + rmse(expected.to(dtype), expected)
+        assert rmse(y, expected) <= bar, (out_features, in_features, group_size, rows)
 
 
 @every_dtype
@@ -81,8 +83,8 @@ def test_fused_is_separate(library: cuda.Library, dtype: torch.dtype, mode: str)
     packed = [random_packed(fmt, n, 640, 64) for fmt, n in zip(FORMATS.values(), sizes, strict=True)]
     weights = [prepared(p) for p in packed]
     x, bias = torch.randn(3, 640).to(dtype), torch.randn(sum(sizes)).to(dtype)
-    fused = library.linear(x, weights, bias, mode, 0, 2)
-    separate = [library.linear(x, [w], part, mode, 0, 2) for w, part in zip(weights, bias.split(sizes), strict=True)]
+    fused = library.linear(x, weights, bias, mode, 0)
+    separate = [library.linear(x, [w], part, mode, 0) for w, part in zip(weights, bias.split(sizes), strict=True)]
     assert torch.equal(fused, torch.cat(separate, -1))
 
 
@@ -93,7 +95,7 @@ def test_one_hot_gives_the_column(library: cuda.Library, fmt, dtype: torch.dtype
     for column in (0, 33, 511, 512, 703):
         x = torch.zeros(1, 704, dtype=dtype)
         x[0, column] = 1
-        y = library.linear(x, [prepared(packed)], None, "fp32", 0, 2)
+        y = library.linear(x, [prepared(packed)], None, "fp32", 0)
         assert torch.equal(y[0], dequantize(packed, dtype)[:, column])
 
 
@@ -128,7 +130,7 @@ def test_activations_that_are_not_finite(library: cuda.Library, dtype: torch.dty
         x = torch.randn(3, 640).to(dtype)
         x[1, 600] = bad
         for mode in backends.ACTIVATIONS:
-            y = library.linear(x, [weight], None, mode, 0, 2)
+            y = library.linear(x, [weight], None, mode, 0)
             assert y[[0, 2]].isfinite().all()
             assert not y[1].isfinite().any()
             assert mode == "fp32" or y[1].isnan().all()
@@ -139,10 +141,10 @@ def test_rows_do_not_depend_on_each_other(library: cuda.Library, mode: str) -> N
     weight = prepared(random_packed(FORMATS["int4"], 24, 640, 128))
     x = torch.randn(8, 640).half()
     x[3] = 0
-    y = library.linear(x, [weight], None, mode, 0, 2)
+    y = library.linear(x, [weight], None, mode, 0)
     assert not y[3].any()
     for row in range(8):
-        assert torch.equal(library.linear(x[row : row + 1], [weight], None, mode, 0, 2)[0], y[row])
+        assert torch.equal(library.linear(x[row : row + 1], [weight], None, mode, 0)[0], y[row])
 
 
 @every_mode
@@ -161,7 +163,7 @@ def test_outputs_are_all_written_and_nothing_else(
     packed = random_packed(FORMATS["int3"], 37, 640, 64)
     weight, x = prepared(packed), torch.randn(3, 640).half()
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
-    y = library.linear(x, [weight], None, mode, 0, 2)
+    y = library.linear(x, [weight], None, mode, 0)
     assert y.isfinite().all()
     for whole, before in made:
         for part in (slice(None, guard), slice(-guard, None)):
@@ -175,10 +177,10 @@ def test_odd_addresses_are_copied(library: cuda.Library, caplog: pytest.LogCaptu
     x = torch.randn(3, 640).half()
     shifted = torch.cat([torch.zeros(1).half(), x.flatten()])[1:].view(3, 640)
     strided = torch.nn.functional.pad(x, (0, 3))[:, :640]
-    expected = library.linear(x, [weight], None, "fp32", 0, 2)
+    expected = library.linear(x, [weight], None, "fp32", 0)
     assert shifted.data_ptr() % 16 and strided.stride(0) % 8
     for odd in (shifted, strided):
-        assert torch.equal(library.linear(odd, [weight], None, "fp32", 0, 2), expected)
+        assert torch.equal(library.linear(odd, [weight], None, "fp32", 0), expected)
     (message,) = caplog.messages
     assert "CUDA linears of 640 input features copy x before each product" in message
 
@@ -187,20 +189,18 @@ def test_refusals(library: cuda.Library) -> None:
     weight = prepared(random_packed(FORMATS["int4"], 24, 64, 64))
     x = torch.randn(9, 64).half()
     with pytest.raises(AmqError, match=r"CUDA linear of 9 rows of .* int4 \[24, 64\] at group 64 was refused \(-1\)"):
-        library.linear(x, [weight], None, "fp32", 0, 2)
-    with pytest.raises(AmqError, match=r"\(-6\): an empty shape, or an address"):
-        library.linear(x[:1], [weight], None, "fp32", 0, cuda.MAX_WARPS + 1)
+        library.linear(x, [weight], None, "fp32", 0)
     moved = PreparedWeight("cuda", weight.format, 24, 64, 64, torch.zeros(weight.nbytes + 1, dtype=torch.uint8)[1:])
     with pytest.raises(AmqError, match=r"\(-6\)"):
-        library.linear(x[:1], [moved], None, "fp32", 0, 2)
+        library.linear(x[:1], [moved], None, "fp32", 0)
     with pytest.raises(
         AmqError, match=r"int4 weight \[24, 64\] at group 64 must be uint8 \[\d+\], got torch.uint8 .*prepare"
     ):
-        library.linear(x[:1], [PreparedWeight("cuda", weight.format, 24, 64, 64, weight.data[16:])], None, "fp32", 0, 2)
+        library.linear(x[:1], [PreparedWeight("cuda", weight.format, 24, 64, 64, weight.data[16:])], None, "fp32", 0)
     size = layout.layout_of(weight.format, 24, 64, 48).nbytes
     odd = PreparedWeight("cuda", weight.format, 24, 64, 48, torch.zeros(size, dtype=torch.uint8))
     with pytest.raises(AmqError, match=r"\(-4\): a group size other than"):
-        library.linear(x[:1], [odd], None, "fp32", 0, 2)
+        library.linear(x[:1], [odd], None, "fp32", 0)
 
 
 def test_unsupported_reasons(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, library: cuda.Library) -> None:

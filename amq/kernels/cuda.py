@@ -29,8 +29,8 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 LOWEST_CAPABILITY = (8, 0)
 INSUFFICIENT_DRIVER = 35
 """cudaErrorInsufficientDriver"""
-X_UNIT, ALIGNMENT = 128, 16
-"""The kernels read x this many features at a time, from addresses that divide by ALIGNMENT."""
+ALIGNMENT = 16
+"""Of rows of x, in bytes."""
 MAX_WARPS, WARPS = 8, 4
 """Warps of a block: what the kernels take, and what is assumed best: three such blocks fit a multiprocessor."""
 MAX_WEIGHTS = 4
@@ -49,10 +49,9 @@ class Library:
         self._declare("amq_cuda_error", ctypes.c_char_p, integer)
         self._declare("amq_cuda_check", integer, *2 * (ctypes.POINTER(integer),))
         self._declare("amq_cuda_max_rows", integer)
-        self._declare("amq_cuda_scratch_bytes", long, integer, integer, integer)
         self._declare(
             *("amq_cuda_linear", integer, integer, longs, longs, longs, integer, integer, integer, integer),
-            *(address, long, address, address, long, address, integer, address),
+            *(address, long, address, address, long, integer, address),
         )
         self.max_rows: int = self._library.amq_cuda_max_rows()
         self.calls = CallLibrary(self._library, str(path))
@@ -91,24 +90,20 @@ class Library:
         bias: Tensor | None,
         activations: str,
         stream: int,
-        warps: int,
+        warps: int = 0,
     ) -> Tensor:
         """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_WEIGHTS weights per launch.
 
         x: float16 or bfloat16, its rows contiguous; bias likewise, or None. All where `stream` can reach them. Rows
-            that do not begin at multiples of 16 bytes or whose features do not divide by 128 are copied first.
+            that do not begin at multiples of 16 bytes are copied first.
         """
         rows, in_features = x.shape
         group_size = weights[0].group_size
         for weight in weights:
             layout.check_data(weight, "CUDA linear")
-        if in_features % X_UNIT or x.data_ptr() % ALIGNMENT or x.stride(0) % (ALIGNMENT // x.element_size()):
+        if x.data_ptr() % ALIGNMENT or x.stride(0) % (ALIGNMENT // x.element_size()):
             x = _aligned(x)
         y = x.new_empty(rows, sum(w.out_features for w in weights))
-        scratch = None
-        if activations == "int8":
-            count = self._library.amq_cuda_scratch_bytes(rows, in_features, group_size)
-            scratch = x.new_empty(count, dtype=torch.uint8)
         column = 0
         for start in range(0, len(weights), MAX_WEIGHTS):
             part = weights[start : start + MAX_WEIGHTS]
@@ -122,7 +117,7 @@ class Library:
                 *(rows, in_features, group_size, DTYPES[x.dtype], x.data_ptr(), x.stride(0)),
                 None if bias is None else bias.data_ptr() + offset,
                 y.data_ptr() + offset,
-                *(y.stride(0), None if scratch is None else scratch.data_ptr(), warps, stream),
+                *(y.stride(0), activations == "int8", stream),
             )
             if status:
                 raise AmqError(self._explain(status, x, part))
@@ -140,19 +135,19 @@ class Library:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """A copy of x as the kernels read it: zeros up to a multiple of X_UNIT features, rows at multiples of ALIGNMENT."""
+    """A copy of x whose rows begin at multiples of ALIGNMENT."""
     _warn_of_copies(x.shape[1])
-    x = torch.nn.functional.pad(x, (0, -x.shape[1] % X_UNIT)).contiguous()
-    return x if x.data_ptr() % ALIGNMENT == 0 else x.clone()
+    columns = x.shape[1]
+    return torch.nn.functional.pad(x, (0, -columns % (ALIGNMENT // x.element_size()))).clone()[:, :columns]
 
 
 @lru_cache
 def _warn_of_copies(in_features: int) -> None:
     """Once for each number of features."""
     log.warning(
-        "CUDA linears of %d input features copy x before each product, one launch more: the kernels want %d to divide "
-        "in_features, and rows that begin at multiples of %d bytes",
-        *(in_features, X_UNIT, ALIGNMENT),
+        "CUDA linears of %d input features copy x before each product, one launch more: the kernels want rows that "
+        "begin at multiples of %d bytes",
+        *(in_features, ALIGNMENT),
     )
 
 

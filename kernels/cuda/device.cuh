@@ -33,6 +33,10 @@
 namespace amq {
 
 #define AMQ_DEVICE __device__ __forceinline__
+#define AMQ_BOTH __host__ __device__ __forceinline__
+
+// Shared memory of which a launch says how much of it there is, `bytes` at most.
+#define AMQ_SHARED_OF_LAUNCH(name, bytes) extern __shared__ uint4 name[]
 
 // 16 bytes that are read once: past L1, which is for the activations.
 AMQ_DEVICE uint4 load_once(const uint4* address) {
@@ -41,6 +45,15 @@ AMQ_DEVICE uint4 load_once(const uint4* address) {
         : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
     return v;
 }
+
+// load_once into v, or v as it was.
+AMQ_DEVICE void load_once_if(bool wanted, const uint4* address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+    asm("{ .reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+        : "+r"(x), "+r"(y), "+r"(z), "+r"(w) : "l"(address), "r"(static_cast<int>(wanted)));
+}
+
+// Into L2, for a load that follows.
+AMQ_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
 // What other lanes or warps read too.
 template <class T>
@@ -78,6 +91,22 @@ AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0x
 // The fp16 numbers in the low and high half of a word.
 AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
+// Its inverse, each number rounded to the nearest.
+AMQ_DEVICE uint32_t pack_halves(float low, float high) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+// The bytes of a word, each less 128, as fp16: bytes 0 and 1 in the first pair. Behind 0x64, the exponent of 1024, a byte is
+// 1024 + itself.
+AMQ_DEVICE void unpack_bytes(uint32_t word, uint32_t (&pairs)[2]) {
+    const uint32_t above = 0x64806480;  // 1152 twice
+    for (int i = 0; i < 2; ++i) {
+        const uint32_t raised = __byte_perm(word, 0x64646464, i == 0 ? 0x4140 : 0x4342);
+        const __half2 pair = __hsub2(*reinterpret_cast<const __half2*>(&raised), *reinterpret_cast<const __half2*>(&above));
+        pairs[i] = *reinterpret_cast<const uint32_t*>(&pair);
+    }
+}
+
 // The float32 of these bits.
 AMQ_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
 
@@ -110,10 +139,21 @@ AMQ_DEVICE int count_bits(uint32_t word) { return __popc(word); }
 // The upper 64 bits of a product.
 AMQ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) { return __umul64hi(a, b); }
 
+// Asks memory for the 128 bytes around an address, so that a load of them finds them in L2.
+AMQ_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
+
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments) {
-    kernel<<<blocks, threads, 0, stream>>>(arguments);
+cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t stream, const Arguments& arguments,
+                   int shared_bytes = 0) {
+    kernel<<<blocks, threads, shared_bytes, stream>>>(arguments);
     return cudaGetLastError();
+}
+
+// Of the current device.
+inline cudaError_t count_multiprocessors(int* count) {
+    int device;
+    const cudaError_t status = cudaGetDevice(&device);
+    return status ? status : cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
 }
 
 }  // namespace amq
@@ -130,6 +170,13 @@ AMQ_DEVICE float warp_sum(float v) {
 AMQ_DEVICE float warp_max(float v) {
     for (int lanes = 16; lanes > 0; lanes /= 2) v = fmaxf(v, shuffle_xor(v, lanes));
     return v;
+}
+
+// Two 16-bit numbers of a Kind.
+AMQ_DEVICE float2 unpack(uint32_t pair, int kind) {
+    if (kind == kHalf) return unpack_halves(pair);
+    const auto* two = reinterpret_cast<const __nv_bfloat16*>(&pair);
+    return {to_float(two[0]), to_float(two[1])};
 }
 
 // An element of an array of some Kind.

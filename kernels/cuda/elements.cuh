@@ -7,8 +7,8 @@
 //   Int8Element      Codes and rounded activations as bytes, sums exact in int32.
 //
 // Members: Sum and Type, of a sum and of x; kInPlace, whether fragments may keep the shift of their field; kParts<kBits>,
-// fragments per code; fragment<bits, part>(byte word, shift of the field); one(), the fragment of a weight of one;
-// kOffset<kBits>, what fragments exceed codes by; kFinal, what sums are multiplied with at last.
+// fragments per code; fragment<bits, part>(byte word, shift of the field); kOffset<kBits>, what fragments exceed codes by;
+// kFinal, what sums are multiplied with at last, and Σx is divided by at first.
 
 #pragma once
 
@@ -34,7 +34,6 @@ struct HalfElement : PlainCodes {
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {
         return word & Fields<kBits>::kMask * 0x00010001u << shift;
     }
-    AMQ_DEVICE static uint32_t one() { return 0x00010001u; }
 };
 
 struct Bfloat16Element {
@@ -54,7 +53,6 @@ struct Bfloat16Element {
         if constexpr (kParts<kBits> == 1) return and_or(word >> shift, Fields<kBits>::kMask * 0x00010001u, 0x43004300u);
         return and_or(word >> (shift + 4 * kPart), 0x000f000fu, kPart ? 0x45004500u : 0x43004300u);  // 2048 + 16·c, 128 + c
     }
-    AMQ_DEVICE static uint32_t one() { return 0x3f803f80u; }
 };
 
 struct Int8Element : PlainCodes {
@@ -67,7 +65,6 @@ struct Int8Element : PlainCodes {
     AMQ_DEVICE static uint32_t fragment(uint32_t word, int shift) {
         return word >> shift & Fields<kBits>::kMask * 0x01010101u;
     }
-    AMQ_DEVICE static uint32_t one() { return 0x01010101u; }
 };
 
 }  // namespace amq

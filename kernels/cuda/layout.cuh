@@ -47,6 +47,14 @@ constexpr int kWarp = 32;
 constexpr int kMaxRows = 8;           // rows of x that one launch multiplies: the columns of a tensor-core product
 constexpr int kMaxWeights = 4;
 
+// Planes of a tile, as gpu_layout.py counts them: a last slab of fewer features keeps those that hold some.
+AMQ_BOTH int planes_of(int bits, int in_features) {
+    const int features_per_word = kUnit * (8 / bits), rest = in_features % kSlab;
+    const int words = (rest + features_per_word - 1) / features_per_word;
+    return in_features / kSlab * bits + (words < bits ? words : bits);
+}
+
+
 // The fields of codes of kBits bits.
 template <int kBits>
 struct Fields {
@@ -73,32 +81,5 @@ AMQ_DEVICE uint32_t byte_word(const uint32_t (&planes)[kBits]) {
         return word;
     }
 }
-
-// One weight of a launch.
-struct Weight {
-    const uint4* codes;      // [tiles, planes, 32]
-    const uint32_t* scales;  // [tiles, slabs, 8, groups of a slab]: scale below, zero point above, both fp16
-    int bits;                // of its codes, one of those that is_compiled
-    int out_features;
-    int planes;              // of one tile
-    int first_block;
-    int64_t column;          // of y where its outputs begin
-};
-
-struct LinearArguments {
-    Weight weights[kMaxWeights];
-    int n_weights;
-    int rows;                // of x and y, 1 to kMaxRows
-    int in_features;
-    int slabs;
-    int dtype;               // of x, bias and y
-    const void* x;           // [rows, in_features, then zeros up to a multiple of 2 * kUnit], rows at multiples of 16 bytes
-    int64_t x_stride;
-    const void* bias;        // [all out_features] or null
-    void* y;                 // [rows, all out_features]
-    int64_t y_stride;
-    const uint4* x_codes;    // int8 activations: [rows, slabs, kUnits, 4], see quantize.cuh
-    const float* x_scales;   // int8 activations: [groups, kMaxRows]
-};
 
 }  // namespace amq

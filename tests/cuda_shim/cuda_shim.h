@@ -18,6 +18,8 @@
 #endif
 
 #define AMQ_DEVICE inline
+#define AMQ_BOTH inline
+#define AMQ_SHARED_OF_LAUNCH(name, bytes) __shared__ uint4 name[(bytes) / sizeof(uint4)]
 #define __global__
 #define __device__
 #define __host__
@@ -153,9 +155,29 @@ AMQ_DEVICE float2 unpack_halves(uint32_t pair) {
     return {to_float(__half{static_cast<uint16_t>(pair)}), to_float(__half{static_cast<uint16_t>(pair >> 16)})};
 }
 
+AMQ_DEVICE uint32_t pack_halves(float low, float high) {
+    __half pair[2];
+    from_float(low, &pair[0]);
+    from_float(high, &pair[1]);
+    return pair[0].bits | uint32_t{pair[1].bits} << 16;
+}
+
+AMQ_DEVICE void unpack_bytes(uint32_t word, uint32_t (&pairs)[2]) {
+    for (int i = 0; i < 2; ++i, word >>= 16)
+        pairs[i] = pack_halves(static_cast<float>(word & 255) - 128, static_cast<float>(word >> 8 & 255) - 128);
+}
+
+AMQ_DEVICE void prefetch(const void*) {}
+
 AMQ_DEVICE uint4 load_once(const uint4* address) {
     return cuda_shim::load(address, "load_once");
 }
+AMQ_DEVICE void load_once_if(bool wanted, const uint4* address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+    if (!wanted) return;
+    const uint4 v = cuda_shim::load(address, "load_once_if");
+    x = v.x, y = v.y, z = v.z, w = v.w;
+}
+AMQ_DEVICE void prefetch(const void*) {}
 template <class T>
 AMQ_DEVICE T load_shared_by_many(const T* address) {
     return cuda_shim::load(address, "load_shared_by_many");
@@ -286,9 +308,10 @@ AMQ_DEVICE float load_fresh(const float* address) { return cuda_shim::load(addre
 AMQ_DEVICE void synchronize(CUDA_SHIM_HERE) { cuda_shim::block.synchronize(file, line); }
 
 template <class Arguments>
-cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t, const Arguments& arguments) {
+cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t, const Arguments& arguments,
+                   int shared_bytes = 0) {
     static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) <= 4096, "as for a kernel on a GPU");
-    if (blocks < 1 || threads < 1 || threads > 1024) return cudaErrorInvalidConfiguration;
+    if (blocks < 1 || threads < 1 || threads > 1024 || shared_bytes < 0 || shared_bytes > 48 << 10) return cudaErrorInvalidConfiguration;
     struct Call {
         void (*kernel)(Arguments);
         const Arguments& arguments;
@@ -298,6 +321,13 @@ cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStrea
         call.kernel(call.arguments);
     };
     cuda_shim::block.run_grid(blocks, threads, run, &call);
+    return cudaSuccess;
+}
+
+// AMQ_SHIM_MULTIPROCESSORS, or so few that small tests share them out.
+inline cudaError_t count_multiprocessors(int* count) {
+    const char* value = std::getenv("AMQ_SHIM_MULTIPROCESSORS");
+    *count = value ? std::atoi(value) : 2;
     return cudaSuccess;
 }
 
