@@ -13,10 +13,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from helpers.tiny_models import tiny_llama
-from transformers.cache_utils import StaticLayer
 
 from amq.runtime.cuda_graphs import cuda_graph
 from amq.runtime.torch_engine import TorchEngine
+from amq.runtime.torch_static import Store
 
 POOL = (1, 0)
 
@@ -44,6 +44,7 @@ class Cuda:
         self.early, self.stream, self.recording, self.holders = early, "main", False, 0
         self.capturing = self.invalid = False
         self.generator = Generator()
+        self.sync_mode, self.begun = 1, 0
 
     @contextmanager
     def on(self, stream: object) -> Iterator[None]:
@@ -52,6 +53,14 @@ class Cuda:
             yield
         finally:
             self.stream = before
+
+    def synchronizing(self) -> None:
+        """What an operation that waits for the GPU does before it starts."""
+        if self.sync_mode == 2:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    def set_sync_mode(self, mode: int | str) -> None:
+        self.sync_mode = ("default", "warn", "error").index(mode) if isinstance(mode, str) else mode
 
     def end_allocate(self, index: int, pool: tuple[int, int]) -> None:
         if not self.recording:
@@ -71,6 +80,7 @@ class Graph:
         cuda = self.cuda
         cuda.capturing = cuda.recording = cuda.generator.capturing = True
         cuda.holders += 1
+        cuda.begun += 1
 
     def capture_end(self) -> None:
         cuda, was = self.cuda, self.cuda.capturing
@@ -97,6 +107,7 @@ def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cud
         "graph_pool_handle": lambda: POOL, "CUDAGraph": lambda: Graph(cuda), "Stream": stream, "stream": cuda.on,
         "current_stream": lambda: cuda.stream, "current_device": lambda: 0, "device": lambda _: nullcontext(),
         "synchronize": lambda _: None, "empty_cache": lambda: None, "default_generators": (cuda.generator,),
+        "get_sync_debug_mode": lambda: cuda.sync_mode, "set_sync_debug_mode": cuda.set_sync_mode,
     }  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -132,7 +143,7 @@ def test_a_failed_capture_leaves_everything_as_it_was(cuda: Cuda, error: Excepti
     with pytest.raises(RuntimeError, match=str(error or "previous error")):
         capture(step_that(cuda, error, invalid))
     assert cuda.stream is main and not cuda.recording and not cuda.capturing
-    assert cuda.holders == 0 and not cuda.generator.capturing
+    assert cuda.holders == 0 and not cuda.generator.capturing and cuda.sync_mode == 1
 
 
 def test_a_failed_second_capture_leaves_the_pool_to_the_first(cuda: Cuda) -> None:
@@ -143,6 +154,33 @@ def test_a_failed_second_capture_leaves_the_pool_to_the_first(cuda: Cuda) -> Non
     assert callable(replay) and cuda.holders >= 1 and not cuda.recording
 
 
+def test_a_step_that_waits_for_the_gpu_is_refused_by_name_before_any_capture(cuda: Cuda) -> None:
+    def step() -> torch.Tensor:
+        cuda.synchronizing()  # this line is named
+        return torch.zeros(1)
+
+    main = cuda.stream
+    with pytest.raises(RuntimeError, match=r"waits for the GPU \(test_graph_capture.py, line \d+: ") as caught:
+        cuda_graph(torch.device("cuda", 0))(step)
+    assert "called a synchronizing" in str(caught.value.__cause__)
+    assert cuda.begun == cuda.holders == 0 and cuda.stream is main and cuda.sync_mode == 1
+
+
+def test_the_mode_comes_back_after_any_error_and_after_none(cuda: Cuda) -> None:
+    def broken() -> torch.Tensor:
+        assert cuda.sync_mode == 2
+        raise RuntimeError("of the model")
+
+    capture = cuda_graph(torch.device("cuda", 0))
+    with pytest.raises(RuntimeError, match="^of the model$"):
+        capture(broken)
+    assert cuda.begun == 0 and cuda.sync_mode == 1
+    modes = []
+    capture(lambda: modes.append(cuda.sync_mode) or torch.zeros(1))
+    assert modes == [2, 1]  # what is captured runs in the mode of the process
+    assert cuda.begun == 1 and cuda.sync_mode == 1
+
+
 def test_what_cannot_be_captured_holds_no_cache() -> None:
     """On any device: the static caches of the places go when their steps cannot be captured."""
 
@@ -151,4 +189,4 @@ def test_what_cannot_be_captured_holds_no_cache() -> None:
 
     engine = TorchEngine(tiny_llama(), context=64, capture=refuse)
     assert "no CUDA graphs (operation not permitted when stream is capturing)" in engine.banner
-    assert not [o for o in gc.get_objects() if isinstance(o, StaticLayer) and getattr(o, "keys", None) is not None]
+    assert not [o for o in gc.get_objects() if isinstance(o, Store) and o.allocated()]

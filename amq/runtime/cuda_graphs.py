@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from contextlib import suppress
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 Step = Callable[[], Tensor]
 Capture = Callable[[Step], Step]
+TORCH = str(Path(torch.__file__).parent)
 
 
 def cuda_graph(device: torch.device) -> Capture:
     """Captures steps on `device` in CUDA graphs; they share their scratch memory, since they never run at once.
 
+    A step runs once before it is captured, and one that waits for the GPU is refused then, by the place in it that
+    does: CUDA would refuse the capture itself, and could not say where.
     A step that cannot be captured raises what stood in the way, and leaves the current stream, the allocator and the
     device's random numbers as they were: `torch.cuda.graph` would go on on its own stream.
     """
@@ -26,7 +31,7 @@ def cuda_graph(device: torch.device) -> Capture:
         with torch.cuda.device(device):
             graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
+            with torch.cuda.stream(side), _no_waiting():
                 step()  # libraries allocate their workspaces for the stream that a graph is captured on
             torch.cuda.current_stream().wait_stream(side)
             empty_cache(device)
@@ -47,6 +52,23 @@ def cuda_graph(device: torch.device) -> Capture:
         return replay
 
     return capture
+
+
+@contextmanager
+def _no_waiting() -> Iterator[None]:
+    """What waits for the GPU is an error; the mode of the process is as before afterwards."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
+        own = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(TORCH)]
+        where = f"{Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line}"
+        raise RuntimeError(f"the step waits for the GPU ({where})") from error
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _abandon(graph: torch.cuda.CUDAGraph, device: torch.device, pool: tuple[int, int], shared: bool) -> None:

@@ -1,8 +1,9 @@
 """`TorchEngine`: any causal LM of transformers, run by its own forward; quantized linears inside multiply with ours.
 
-Sequences have a KV cache each. On a CPU caches grow, and where they hold keys and values alone, sequences that decode
-share a call (amq.runtime.torch_batch); else they run one after another. On CUDA caches are preallocated, and the decode
-step of each is a CUDA graph, captured once at load, because there a step costs more to launch than to compute.
+Where their caches hold keys and values alone, sequences that decode share a call; else they run one after another. On
+a CPU each has a cache of its own, which grows (amq.runtime.torch_places, .torch_batch). On CUDA they are rows of one
+that is allocated at load, and decode steps are CUDA graphs, captured once (.torch_captured), because there a step costs
+more to launch than to compute.
 
 What a sequence has read stays when it ends, for those of its owner that begin alike (amq.runtime.torch_kept).
 """
@@ -22,9 +23,11 @@ from amq.model.experts import Layer, experts_of, top_k_of
 from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
 from amq.runtime.rotary import Renewed, RotaryTables
+from amq.runtime.torch_attention import attention_of, choose_attention, register
 from amq.runtime.torch_batch import decodes_together, step_together
+from amq.runtime.torch_captured import SMALLEST, Captured, CapturedSteps, buckets
 from amq.runtime.torch_kept import KeptCaches, agreement
-from amq.runtime.torch_places import CachedModel, Captured, Growing, Stepping
+from amq.runtime.torch_places import CachedModel, Growing, Stepping
 from amq.runtime.trial import REFUSALS, exact_activations, try_cache
 from amq.util.limits import free_on
 
@@ -47,6 +50,8 @@ STEP_COST = 8
 """Tokens of a prompt that are read at once in the time of one step, at least."""
 KEPT_SHARE = 4
 """Kept caches take at most this part (a quarter) of the memory that is free at load."""
+SPARED_SHARE = 10
+"""Static caches leave this part (a tenth) of the memory that is free at load to what passes and graphs need."""
 
 log = logging.getLogger(__name__)
 
@@ -88,6 +93,7 @@ class TorchEngine:
         kept_bytes: int | None = None,
     ) -> None:
         self._model = model
+        choose_attention(model)
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
         self._use = try_cache(model, CACHE_ARGUMENTS)
@@ -104,18 +110,20 @@ class TorchEngine:
             capture = cuda_graph(self._device)
         self.context = self._context(context, GRAPH_CONTEXT if capture is not None else None)
         self.weight_bytes = weight_bytes(model)
-        self._free: list[Captured] | None = None
-        how = "" if capture is None else self._capture(capture)
+        self._captured: CapturedSteps | None = None
+        self._free: list[Captured] = []
+        how = "" if capture is None else self._capture(capture, context)
         alone = self._alone()
         self._together = not alone
         if max_sequences > 1:
             how += f", one sequence after another ({alone})" if alone else ", sequences decode together"
         self._open: set[_TorchSlot] = set()
         self._steps = in_modules or not self._use.continues
-        kept = 0 if in_modules or self._free is not None else max_sequences * (1 if self._use.plain else 2)
+        kept = 0 if in_modules or self._captured is not None else max_sequences * (1 if self._use.plain else 2)
         budget = free_on(str(self._device)) // KEPT_SHARE if kept_bytes is None else kept_bytes
         self._kept = KeptCaches(kept, budget, self._use.crops, self._usable)
-        self.banner = f"transformers on {self._device}, {str(model.dtype).removeprefix('torch.')}, {_linears(model)}"
+        self.banner = f"transformers on {self._device}, {str(model.dtype).removeprefix('torch.')}, "
+        self.banner += f"{attention_of(model)} attention, {_linears(model)}"
         beyond = self._tables.dynamic is not None and self.context > self._tables.dynamic
         slow = f", whole texts anew beyond {self._tables.dynamic} (dynamic rotary tables)" if beyond else ""
         self.banner += f"{how}; context {self.context}{slow}{f' ({why})' if why else ''}"
@@ -131,10 +139,10 @@ class TorchEngine:
         if len(self._open) == self.max_sequences:
             return None
         place: Growing | Captured
-        if self._free is None:
+        if self._captured is None:
             place = self._growing(prompt, owner, reuse)
         else:
-            place = self._captured(self._free, prompt, owner, reuse)
+            place = self._row(prompt, owner, reuse)
         slot = _TorchSlot(capacity, place, self._tables, len(prompt), owner, len(place.tokens))
         self._open.add(slot)
         return slot
@@ -145,7 +153,6 @@ class TorchEngine:
         self._open.remove(slot)
         place = slot.place
         if isinstance(place, Captured):
-            assert self._free is not None
             self._free.append(place)
         elif place.sound:
             self._kept.keep(slot.owner, place.tokens, lambda: place.cache)
@@ -161,9 +168,11 @@ class TorchEngine:
                     logits = segment.slot.sequence.run(list(segment.tokens), segment.logits, segment.every)
                     if (segment.logits or segment.every) and logits is not None:
                         rows[number] = logits.float().cpu()  # now: the next replay may write where this one's are
-        except BaseException:
+        except BaseException as error:
             for segment in segments:  # some are computed and some are not
                 segment.slot.place.sound = False
+            if isinstance(error, torch.OutOfMemoryError):
+                raise AmqError(self._out_of_memory()) from error
             raise
         for segment in segments:
             segment.slot.length += len(segment.tokens)
@@ -185,7 +194,7 @@ class TorchEngine:
         kind = Stepping if self._steps else Growing
         return kind(self._cached, prompt[:found], cache, max(mark, 0), snapshot)
 
-    def _captured(self, free: list[Captured], prompt: Sequence[int], owner: str, reuse: bool) -> Captured:
+    def _row(self, prompt: Sequence[int], owner: str, reuse: bool) -> Captured:
         """The free place that holds most of the prompt, or else the one that has been free for the longest time."""
 
         def held(place: Captured) -> int:
@@ -194,9 +203,9 @@ class TorchEngine:
             count = agreement(place.tokens, prompt[:-1])
             return count if count and self._usable(count, len(place.tokens), len(prompt)) else 0
 
-        place = max(free, key=held)  # of equal ones the first
+        place = max(self._free, key=held)  # of equal ones the first
         count = held(place)
-        free.remove(place)
+        self._free.remove(place)
         if count:
             place.crop(count)
         else:
@@ -212,25 +221,35 @@ class TorchEngine:
 
     def _step_together(self, segments: Sequence[Segment[_TorchSlot]]) -> dict[int, Tensor]:
         """Runs the segments of one token that can share a call; {number of the segment: logits [1, vocabulary]}."""
-        places: dict[int, Growing] = {}
+        growing: dict[int, Growing] = {}
+        captured: dict[int, Captured] = {}
         for number, segment in enumerate(segments):
             place = segment.slot.place
-            if self._together and len(segment.tokens) == 1 and isinstance(place, Growing) and place.tokens:
-                places[number] = place
-        if len(places) < 2:
+            if not self._together or len(segment.tokens) > 1:
+                continue
+            if isinstance(place, Captured):
+                captured[number] = place
+            elif place.tokens:
+                growing[number] = place
+        numbers = [*growing, *captured]
+        if len(numbers) < 2:
             return {}
-        tokens = [segments[number].tokens[0] for number in places]
-        rows = step_together(self._cached, list(places.values()), tokens).float().cpu()
-        return dict(zip(places, rows.split(1), strict=True))
+        tokens = [segments[number].tokens[0] for number in numbers]
+        if self._captured is not None:
+            rows = self._captured.run(list(captured.values()), tokens)
+        else:
+            rows = step_together(self._cached, list(growing.values()), tokens).float().cpu()
+        return dict(zip(numbers, rows.split(1), strict=True))
 
     def _alone(self) -> str:
         """Why sequences run one after another; "" where they need not."""
-        if self._free is not None:
-            return "decode steps are captured one by one"
         if not self._use.plain:
             return "the cache holds more than keys and values, or windows of them"
         if self._tables:
             return "rotary tables depend on the length"
+        if self._captured is not None:
+            together = self.max_sequences == 1 or self._captured.together
+            return "" if together else "the model takes no sequences of different lengths"
         with exact_activations(self._model):
             together = self.max_sequences == 1 or decodes_together(self._cached)
         return "" if together else "the model takes no sequences of different lengths"
@@ -279,24 +298,79 @@ class TorchEngine:
             raise AmqError(f"context must be from 2 to the model's {own or 'limit'}, got {asked}")
         return asked
 
-    def _capture(self, capture: Capture) -> str:
+    def _capture(self, capture: Capture, asked: int | None) -> str:
         """Makes the places for sequences with their decode steps; returns what the banner says of it."""
         if self._use.recurrent:
             return self._uncaptured("its cache keeps other state than keys and values")
         if any(experts_of(self._model)):
             return self._uncaptured("tokens are sorted to experts on the host")
-        places = range(self.max_sequences)
+        self._fit_context(asked)
+        attention = attention_of(self._model)
         try:
             with torch.inference_mode():
-                self._free = [Captured(self._cached, self._use.layers, self.context, capture) for _ in places]
+                self._captured = self._tried_steps()
+                self._captured.capture(capture)
+            self._free = list(self._captured.places)
             return ", decode steps captured"
-        except (ImportError, *REFUSALS) as error:  # of memory for the caches, or an operation that a graph cannot hold
+        except (ImportError, *REFUSALS) as error:  # of memory, or of an operation that a graph cannot hold
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            if isinstance(error, torch.OutOfMemoryError):
+                reason += "; a smaller context or fewer sequences leave room for them"
+        self._captured = None
+        if attention_of(self._model) != attention:
+            self._model.set_attn_implementation(attention)
         empty_cache(self._device)  # the caches went with the error
         return self._uncaptured(reason)
 
+    def _tried_steps(self) -> CapturedSteps:
+        """Steps that give the logits of caches that grow: of several sequences if they do, with our attention if they
+        do and the model has no other than sdpa."""
+        own = attention_of(self._model)
+        plain = self.max_sequences > 1 and self._use.plain and not self._tables
+        steps = CapturedSteps(
+            self._cached, self._use.layers, self.context, self.max_sequences, self._model.dtype
+        )  # fmt: skip
+        for together in (True, False) if plain else (False,):
+            steps.together = together
+            for name in (register(), own) if own == "sdpa" else (own,):
+                if name != attention_of(self._model):
+                    self._model.set_attn_implementation(name)
+                with exact_activations(self._model):
+                    if steps.agree():
+                        return steps
+        raise RuntimeError("its logits over a static cache are others than over one that grows")
+
+    def _fit_context(self, asked: int | None) -> None:
+        """Lowers a context that nobody asked for to what the static cache has room for.
+
+        Raises AmqError where that is none, or the one `asked` for does not fit.
+        """
+        empty_cache(self._device)
+        position, free = self._use.token_bytes * self.max_sequences, free_on(str(self._device))
+        needed = buckets(self.context)[-1] + 1
+        most = (free - free // SPARED_SHARE) // position
+        if needed <= most:
+            return
+        fitting = (most - 1) // SMALLEST * SMALLEST
+        reason = (
+            f"not enough memory for the KV cache of {self.max_sequences} sequences of {self.context} tokens: "
+            f"{needed * position / 2**30:.2f} GiB needed, {free / 2**30:.2f} GiB free on {self._device}; {fitting} "
+            "tokens fit for each"
+        )
+        if asked is not None or fitting < SMALLEST:
+            raise AmqError(f"{reason}: use a smaller context, fewer sequences, or a model of fewer bits")
+        log.warning("%s, which is the context now; with fewer sequences it can be longer", reason)
+        self.context = fitting
+
+    def _out_of_memory(self) -> str:
+        held, free = sum(slot.length for slot in self._open), free_on(str(self._device))
+        return (
+            f"out of memory on {self._device}: its caches hold {held} tokens of {len(self._open)} sequences, and "
+            f"{free // self._use.token_bytes} more fit, without what a pass needs beside them; use a smaller context "
+            "or fewer sequences"
+        )
+
     def _uncaptured(self, reason: str) -> str:
-        self._free = None
         log.warning("decode steps run without CUDA graphs, which is slower: %s", reason)
         return f", no CUDA graphs ({reason})"
 

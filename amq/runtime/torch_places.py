@@ -1,4 +1,5 @@
-"""Where a sequence of `TorchEngine` runs: a cache of transformers that grows, or one that was allocated with its step.
+"""Where a sequence of `TorchEngine` runs that has a cache of its own, of transformers, which grows (static ones:
+amq.runtime.torch_captured).
 
 Every place knows which tokens its cache holds, so that a later sequence can go on from there.
 """
@@ -11,10 +12,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-from amq.runtime.cuda_graphs import Capture
-
-WARM_UPS = 3
 
 
 class Forward(Protocol):
@@ -139,59 +136,3 @@ class Stepping(Growing):
         self._waiting = []
         rows = [self._read(part) for part in parts]
         return torch.cat(rows[-len(tokens) :]) if every else rows[-1]
-
-
-class Captured:
-    """A place for sequences of up to `context` positions, one after another, with a captured decode step.
-
-    transformers' static cache keeps its length in a tensor and moves it on itself, so the captured step needs nothing
-    but the token. Its sliding windows count in Python instead, which a graph cannot: here every layer keeps all
-    positions, and the model's mask does the sliding.
-
-    tokens, owner: what its cache holds, and whose that is, also after the sequence has ended.
-    """
-
-    def __init__(self, model: CachedModel, layers: int, context: int, capture: Capture) -> None:
-        from transformers.cache_utils import Cache, StaticLayer
-
-        self._model = model
-        self._cache = Cache(layers=[StaticLayer(context) for _ in range(layers)])
-        self._token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        self.owner = ""
-
-        def step() -> Tensor:
-            return model.forward(self._token, self._cache)
-
-        for _ in range(WARM_UPS):  # allocates the cache, prepares weights, compiles what is compiled when first used
-            step()
-            self.reset()
-        self._step = capture(step)
-        self.reset()
-
-    @torch.inference_mode()
-    def reset(self) -> None:
-        for layer in self._cache.layers:
-            layer.reset()
-        self.tokens: list[int] = []
-        self.sound = True
-        """As of `Growing`."""
-
-    @torch.inference_mode()
-    def crop(self, length: int) -> None:
-        """Keeps the first `length` positions. What lies behind them is not seen any more, and written over."""
-        layers: list[Any] = self._cache.layers
-        for layer in layers:
-            if layer.is_initialized:
-                layer.cumulative_length.fill_(length)  # where it is: the captured step knows its address
-        del self.tokens[length:]
-
-    def run(self, tokens: Sequence[int], logits: bool, every: bool = False) -> Tensor:
-        self.sound = False
-        if len(tokens) > 1:
-            rows = self._model.forward(torch.tensor([list(tokens)], device=self._model.device), self._cache, every)
-        else:
-            self._token.fill_(tokens[0])
-            rows = self._step()
-        self.tokens += tokens
-        self.sound = True
-        return rows

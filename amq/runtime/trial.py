@@ -45,6 +45,7 @@ class CacheUse:
     recurrent: whether it holds more than what grows with every token (states of Mamba and its like), so that a sequence
         cannot be taken apart anywhere.
     plain: whether it holds keys and values of all positions and nothing else, also no window.
+    token_bytes: of it, after one token.
     crops: whether its end can be cut off, as long as it `is_whole`.
     continues: whether the model goes on from it with several tokens at once.
     """
@@ -54,6 +55,7 @@ class CacheUse:
     recurrent: bool
     layers: int
     plain: bool
+    token_bytes: int
     crops: bool
     continues: bool = True
 
@@ -133,7 +135,8 @@ def _try(model: PreTrainedModel, argument: str, options: dict[str, Any]) -> Cach
     recurrent = any(path in second and second[path].shape == tensor.shape for path, tensor in first.items())
     crops = not recurrent and _crops(cache, first)
     plain = crops and all(type(layer) is DynamicLayer for layer in cache.layers if any(states(layer)))
-    return CacheUse(argument, options, recurrent, len(cache), plain, crops)
+    size = sum(tensor.nbytes for tensor in first.values())
+    return CacheUse(argument, options, recurrent, len(cache), plain, size, crops)
 
 
 def _crops(cache: Any, before: dict[str, Tensor]) -> bool:
