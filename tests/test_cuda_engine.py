@@ -114,7 +114,7 @@ def test_sequences_of_different_lengths_share_passes(folder: Callable[[str], Pat
 
 
 @pytest.mark.parametrize("name", SHARING)
-def test_sequences_decode_by_themselves(folder: Callable[[str], Path], name: str) -> None:
+def test_sequences_decode_on_their_own(folder: Callable[[str], Path], name: str) -> None:
     """The GPU's own greedy text is the one that the host chooses from its logits, with others that come and go."""
     engine = open_on_cpu(folder(name), max_sequences=3)
     prompts = [text(length, seed) for seed, length in enumerate((12, 60, 5))]
@@ -123,16 +123,16 @@ def test_sequences_decode_by_themselves(folder: Callable[[str], Path], name: str
     for prompt in prompts:
         slots.append(engine.open(prompt, 9, reuse=False))
         found.append([int(engine.forward([Segment(slots[-1], prompt)])[0].argmax())])
-        engine.begin(slots[-1], found[-1][0], Sampling(), 0)
+        engine.begin(slots[-1], found[-1][0], Sampling(), 0, 8)
         for slot, token in engine.step().items():
             found[slots.index(slot)].append(token)
     while any(len(tokens) < 9 for tokens in found):
         for slot, token in engine.step().items():
             found[slots.index(slot)].append(token)
-    assert [tokens[:9] for tokens in found] == expected
+    assert found == expected
     for slot, prompt, tokens in zip(slots, prompts, found, strict=True):
         engine.end(slot)
-        assert slot.length <= slot.capacity and slot.tokens == [*prompt, *tokens][: slot.length]
+        assert slot.length == len(prompt) + 8 and slot.tokens == [*prompt, *tokens[:8]]
         engine.close(slot)
 
 
@@ -195,12 +195,14 @@ def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
     with pytest.raises(AmqError, match="room for 64 positions"):
         engine.forward([Segment(slot, text(65))])
     engine.forward([Segment(slot, text(4))])
-    engine.begin(slot, 3, Sampling(), 0)
-    with pytest.raises(AmqError, match="decodes by itself"):
+    engine.begin(slot, 3, Sampling(), 0, 2)
+    with pytest.raises(AmqError, match="decodes on its own"):
         engine.forward([Segment(slot, [1])])
     with pytest.raises(AmqError, match="already"):
-        engine.begin(slot, 3, Sampling(), 0)
+        engine.begin(slot, 3, Sampling(), 0, 2)
     engine.end(slot)
+    with pytest.raises(AmqError, match="61 passes of a sequence that has room for 60 positions more"):
+        engine.begin(slot, 3, Sampling(), 0, 61)
     assert not engine.can_sample(Sampling(repetition_penalty=1.1))
     with pytest.raises(AmqError, match="the KV cache must be one of float16, int8, got float32"):
         open_on_cpu(folder("llama"), cache="float32")
@@ -219,5 +221,5 @@ def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) ->
     build = build_shim(tmp_path, sanitize=not races, races=races)
     environment = sanitizer_environment(races=races)
     environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "share_passes and (gemma3 or qwen3_5 or qwen3_moe) or by_themselves and lfm2"
+    chosen = "share_passes and (gemma3 or qwen3_5 or qwen3_moe) or on_their_own and lfm2"
     run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -289,8 +289,8 @@ def test_refusals(library: cuda.Library) -> None:
 
 
 def test_what_nvcc_makes_of_it(tmp_path: Path) -> None:
-    """For every architecture: no spill, no stack, and at most the registers that sample.cuh asks for: a block of 512
-    threads fits any multiprocessor with 128."""
+    """For every architecture: no spill, no stack, and at most 128 registers, with which a block of 512
+    threads fits any multiprocessor."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one")
     (tmp_path / "amq_formats.h").write_text(native_header())
@@ -306,7 +306,7 @@ def test_what_nvcc_makes_of_it(tmp_path: Path) -> None:
         found = re.findall(r"Function (\S*sample\S*):\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
         assert len(found) == 3
         for name, registers, *spilled in found:
-            assert int(registers) <= 96 and spilled == ["0", "0"], (architecture, name)
+            assert int(registers) <= 128 and spilled == ["0", "0"], (architecture, name)
 
 
 @pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")

@@ -21,12 +21,12 @@ if shutil.which("nvcc") is None:
 
 REGISTERS = {"delta_kernel": 128, "delta_mix_kernel": 80, "short_conv_kernel": 48}
 REGISTERS |= {"choose_kernel": 64, "combine_kernel": 48}
-"""Of a lane: two blocks of 256 threads of the delta rule fit a multiprocessor of 65,536, three or more of the others."""
+"""Of a lane: two blocks of 256 threads of the delta rule fit a multiprocessor of 65,536, three of the others."""
 SHARED = 48 * 1024
 """Bytes that a kernel has without asking; two blocks of the delta rule need half of the 100 KB of sm_86."""
 STATE = 64
 """Floats of S that a lane has in registers: 128 rows of 16 columns over 32 lanes."""
-TOKEN = 500
+TOKEN = 400
 """Instructions of a warp for a token: 4 · STATE are its products, 6 · 12 its sums over lanes, half of them shuffles."""
 
 

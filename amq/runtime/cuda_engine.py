@@ -1,7 +1,7 @@
 """The engine for the families of amq.runtime.families on an NVIDIA GPU: kernels of our own for all of a pass.
 
 Tokens of sequences that decode run up to 8 at a time, in one CUDA graph for each of 1, 2, 4 and 8 rows; prompts run as
-calls, up to MAX_ROWS rows a pass. Sequences can also decode by themselves (`begin`, `step`, `end`): the next token is
+calls, up to MAX_ROWS rows a pass. Sequences can also decode on their own (`begin`, `step`, `end`): the next token is
 chosen on the GPU and fed back inside the graph, and the host reads tokens one pass late.
 
 Nothing here knows a GPU but through torch's device: on a CPU, where AMQ_CUDA_LIBRARY names a build of the kernels for
@@ -176,7 +176,7 @@ class CudaEngine(PagedEngine):
         for segment in segments:
             rows += len(segment.tokens)
             if segment.slot in self._own:
-                raise AmqError("a sequence that decodes by itself takes part in a pass: end that first")
+                raise AmqError("a sequence that decodes on its own takes part in a pass: end that first")
             if not segment.tokens or min(segment.tokens) < 0 or max(segment.tokens) >= self.vocab_size:
                 raise AmqError(f"a token id is outside the model's vocabulary of {self.vocab_size}")
         if rows > self.max_rows:
@@ -272,31 +272,29 @@ class CudaEngine(PagedEngine):
         return logits
 
     def _close_slot(self, slot: PagedSlot) -> None:
-        if slot in self._own:
-            self._own.end(slot)
+        self._own.end(slot)
         super()._close_slot(slot)
         if slot in self._places:
             self._free_places.append(self._places.pop(slot))
 
-    # -- sequences that decode by themselves
+    # -- sequences that decode on their own
 
     def can_sample(self, how: Sampling) -> bool:
-        """Whether the GPU can choose the tokens of such a text."""
+        """See `SamplingEngine`. A text that might become a long one, and be computed anew, is left to the host."""
         return self._own.can_sample(how) and not self._border
 
-    def begin(self, slot: PagedSlot, token: int, how: Sampling, seed: int) -> None:
-        """The slot goes on by itself from `token`, which follows what it holds."""
+    def begin(self, slot: PagedSlot, token: int, how: Sampling, seed: int, passes: int) -> None:
+        """See `SamplingEngine`."""
         with self._alone():
-            self._own.begin(slot, token, how, seed)
+            self._own.begin(slot, token, how, seed, passes)
 
     def step(self) -> dict[PagedSlot, int]:
-        """Launches the next pass of all that decode by themselves, and returns the tokens of the one before: {} at
-        first, −1 for a row whose logits give none."""
+        """See `SamplingEngine`."""
         with self._alone():
             return self._own.step()
 
     def end(self, slot: PagedSlot) -> None:
-        """The slot stops; its length counts the tokens that were fed."""
+        """See `SamplingEngine`."""
         with self._alone():
             self._own.end(slot)
 

@@ -1,7 +1,8 @@
-"""Sequences of a `CudaEngine` that decode by themselves: the GPU chooses each token and feeds it back, pass after pass,
+"""Sequences of a `CudaEngine` that decode on their own: the GPU chooses each token and feeds it back, pass after pass,
 and the host reads tokens one pass late, while the next one runs.
 
-They share passes, up to 8 in one. When one begins or ends, what is under way is read first, and rows are dealt anew.
+They share passes, up to 8 in one. When one begins or ends, the next `step` reads what is under way first, and deals the
+rows anew.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from amq.kernels.cuda_calls import Call, SampleCall
 from amq.runtime.cuda_buffers import Inputs
 from amq.runtime.cuda_pass import PassBuilder
 from amq.runtime.paged_engine import PagedSlot
+from amq.runtime.sampling import follows_from_logits
 from amq.runtime.settings import Sampling
 
 if TYPE_CHECKING:
@@ -29,13 +31,15 @@ LATE = 2
 
 @dataclass(eq=False)
 class OwnRow:
-    """token: the newest that the host knows. drawn: tokens so far that the GPU chose."""
+    """token: the newest that the host knows. passes: that are left to it. drawn: tokens so far that the GPU chose."""
 
     slot: PagedSlot
     token: int
     how: Sampling
     seed: int
+    passes: int
     drawn: int = 0
+    ended: bool = False
 
 
 class OwnPass:
@@ -108,6 +112,7 @@ class OwnPass:
             if not self._unread:  # else it is fed what the pass before chooses, which `read` will find
                 self._engine.fed(row.slot, row.token)
             row.slot.length += 1
+            row.passes -= 1
         self._runs[self._size()]()
         place, count = self._launched % LATE, len(self.rows)
         begin = place * self._size()
@@ -129,7 +134,7 @@ class OwnPass:
         for row in self.rows:
             row.token = max(found[row.slot], 0)  # as the GPU feeds it
             row.drawn += 1
-            if self._unread:
+            if self._unread and not row.ended:
                 self._engine.fed(row.slot, row.token)
         return found
 
@@ -148,55 +153,47 @@ def _signed(seed: int) -> int:
 
 
 class OwnRows:
-    """All sequences of `engine` that decode by themselves."""
+    """All sequences of `engine` that decode on their own."""
 
     def __init__(self, engine: CudaEngine, builder: Callable[[Inputs], PassBuilder], sizes: Sequence[int]) -> None:
         self._passes = [OwnPass(engine, builder, sizes) for _ in range(-(-engine.max_sequences // max(sizes)))]
         self._most = max(sizes)
         self._rows: dict[PagedSlot, OwnRow] = {}
-        self._ready: dict[PagedSlot, int] = {}
         self._changed = False
 
     def __contains__(self, slot: PagedSlot) -> bool:
         return slot in self._rows
 
     def can_sample(self, how: Sampling) -> bool:
-        plain = how.repetition_penalty == 1 and how.presence_penalty == how.frequency_penalty == 0
-        return plain and not how.logit_bias and how.logprobs is None and how.min_tokens == 0
+        return follows_from_logits(how)
 
-    def begin(self, slot: PagedSlot, token: int, how: Sampling, seed: int) -> None:
+    def begin(self, slot: PagedSlot, token: int, how: Sampling, seed: int, passes: int) -> None:
         if slot in self._rows:
-            raise AmqError("the sequence decodes by itself already")
+            raise AmqError("the sequence decodes on its own already")
         if not self.can_sample(how):
             raise AmqError("the GPU cannot choose the tokens of this text: ask can_sample first")
-        self._drain()
-        self._rows[slot] = OwnRow(slot, token, how, seed)
+        if not 1 <= passes <= slot.capacity - slot.length:
+            raise AmqError(
+                f"{passes} passes of a sequence that has room for {slot.capacity - slot.length} positions more"
+            )
+        self._rows[slot] = OwnRow(slot, token, how, seed, passes)
+        self._changed = True
 
     def end(self, slot: PagedSlot) -> None:
-        if slot not in self._rows:
-            raise AmqError("the sequence does not decode by itself")
-        self._drain()
-        del self._rows[slot]
-        self._ready.pop(slot, None)
+        if (row := self._rows.pop(slot, None)) is not None:
+            row.ended = self._changed = True
 
     def step(self) -> dict[PagedSlot, int]:
-        if any(row.slot.length == row.slot.capacity for each in self._passes for row in each.rows):
-            self._drain()
+        found: dict[PagedSlot, int] = {}
         if self._changed:
-            going = [row for row in self._rows.values() if row.slot.length < row.slot.capacity]
+            for each in self._passes:
+                found |= each.read(0)
+            going = [row for row in self._rows.values() if row.passes]
             for number, each in enumerate(self._passes):
                 each.deal(going[number * self._most : (number + 1) * self._most])
-            self._changed = False
         for each in self._passes:
             each.launch()
-        found, self._ready = self._ready, {}
+        self._changed = any(not row.passes for each in self._passes for row in each.rows)
         for each in self._passes:
             found |= each.read(LATE - 1)
-        return found
-
-    def _drain(self) -> None:
-        """Reads what is unread, for the next `step` to return; rows are dealt anew then."""
-        for each in self._passes:
-            self._ready |= each.read(0)
-            assert not each.read(0), "more than one pass was unread between two steps"
-        self._changed = True
+        return {slot: token for slot, token in found.items() if slot in self._rows}

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
+
+from amq.runtime.settings import Sampling
 
 MAX_SCORED = 64
 """Tokens of a pass whose segments have `every`: each has a row of logits, up to a megabyte with a large vocabulary."""
@@ -91,3 +93,39 @@ class Engine(Protocol[S]):
 
     def cached_tokens(self) -> tuple[int, int]:
         """Positions of the KV cache in use by open slots, and all there are."""
+
+
+@runtime_checkable
+class SamplingEngine(Engine[S], Protocol[S]):
+    """An engine that can also choose tokens itself, and feed each to the pass after it without a look from here.
+
+    A slot *decodes on its own* from `begin` to `end`. Its tokens come back one pass late: `step` starts a pass and
+    returns what the one before chose, so that the device has work while the host reads. A text that turns out to have
+    ended has then been fed once too often; that is no harm, as it is never fed more than it has room for.
+
+    Passes run in the order in which `step` and `forward` start them, so a slot may be closed and its memory be given to
+    another while a pass that feeds it still runs.
+    """
+
+    def can_sample(self, how: Sampling) -> bool:
+        """Whether a slot may decode on its own with these settings; never where `follows_from_logits` says no."""
+
+    def begin(self, slot: S, token: int, how: Sampling, seed: int, passes: int) -> None:
+        """From the next `step` on the slot decodes on its own: it is fed `token`, then what was chosen, `passes` times
+        in all unless it is ended before.
+
+        slot: computed up to `token`, with room for `passes` positions more. seed: from 0 to 2^64 − 1; all random
+            numbers of the slot follow from it, whatever else runs. No other engine has to draw the same.
+        """
+
+    def step(self) -> dict[S, int]:
+        """Starts a pass of the slots that decode on their own and have passes left, if there are any, and waits for the
+        one that the call before started.
+
+        Returns the tokens that the latter chose, without those of slots that were ended since; −1 where the logits were
+        no numbers. A pass that fails raises, here or in the next call, and its slots have to be ended.
+        """
+
+    def end(self, slot: S) -> None:
+        """The slot decodes on its own no more, and may be closed or take part in `forward`; its `length` is then what
+        was fed. Never raises, and does not wait for a pass."""

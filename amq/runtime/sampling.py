@@ -51,6 +51,21 @@ class Constraint(Protocol):
         """`token` came next."""
 
 
+def follows_from_logits(how: Sampling) -> bool:
+    """Whether the next token needs only the latest logits and a random number, and nothing is told of them: an engine
+    may choose it where the logits are."""
+    changed = how.logit_bias or (how.repetition_penalty, how.presence_penalty, how.frequency_penalty) != (1, 0, 0)
+    return not changed and how.logprobs is None and how.min_tokens == 0
+
+
+def no_token(largest: str) -> AmqError:
+    """Why there is no next token: `largest` came as the largest logit."""
+    return AmqError(
+        f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
+        "overflow; try --dtype float32, or quantize it again"
+    )
+
+
 class Sampler:
     """Chooses the tokens of one text: keeps its own random generator and the tokens that penalties look at.
 
@@ -255,10 +270,7 @@ def _largest(raw: np.ndarray) -> tuple[int, float]:
     token = int(raw.argmax())  # numpy's argmax stops at a NaN
     largest = float(raw[token])
     if not math.isfinite(largest):
-        raise AmqError(
-            f"the model gave {largest} as a logit, so there is no next token: its weights or its activations "
-            "overflow; try --dtype float32, or quantize it again"
-        )
+        raise no_token(str(largest))
     return token, largest
 
 

@@ -6,22 +6,29 @@ passes took, so that a long prompt does not hold up the others' next token; prom
 rest first, but for a quarter that goes to the one that came first, so that none waits forever. What the parts are
 changes no text.
 
+Where the engine can choose tokens itself (`SamplingEngine`), a text decodes on its own from its second token on, if its
+settings allow that: such texts have passes without a look at logits, of which one runs while the tokens of the one
+before are read here. Prompts, and texts that need such a look (a grammar, penalties, log probabilities), go through
+`forward` in between.
+
 Not thread-safe: one thread submits, steps and cancels (amq.serve has a thread for it).
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.runtime.engine import MAX_SCORED, Engine, Segment, Slot
-from amq.runtime.sampling import Choice, Constraint, Sampler, score
+from amq.runtime.engine import MAX_SCORED, Engine, SamplingEngine, Segment, Slot
+from amq.runtime.sampling import Choice, Constraint, Sampler, no_token, score
 from amq.runtime.settings import Sampling
 from amq.runtime.tokenizer import PANIC, TextStream, Tokenizer
 
@@ -73,7 +80,11 @@ class Request:
 
 
 class _Active:
-    """A request that holds a slot. todo: its tokens that are not computed yet; reading: those are of the prompt."""
+    """A request that holds a slot.
+
+    todo: its tokens that are not computed yet; reading: those are of the prompt. on_its_own: the engine chooses its
+    tokens and knows what to compute.
+    """
 
     def __init__(self, request: Request, slot: Slot, tokenizer: Tokenizer, limit: int) -> None:
         self.request, self.slot, self.limit = request, slot, limit
@@ -82,7 +93,7 @@ class _Active:
         self.sampler = Sampler(how, request.prompt, self.ends, request.constraint)
         self.stream = TextStream(tokenizer, how.stop, frozenset(how.shown_special))
         self.todo: Sequence[int] = request.prompt[slot.length :]
-        self.reading = True
+        self.reading, self.on_its_own = True, False
 
     def catch_up(self) -> bool:
         """Leaves out what was computed elsewhere since; returns whether more of that is on its way."""
@@ -114,8 +125,17 @@ class _Active:
 
         logits: [vocabulary]. The request has ended where the piece has.
         """
+        return self.take(self.sampler.choose(logits))
+
+    def take_chosen(self, token: int) -> Piece:
+        """The next token, which the engine chose. Raises AmqError where it is −1: there was nothing to choose from."""
+        if token < 0:
+            raise no_token("nan or an infinity")
+        return self.take(Choice(token))
+
+    def take(self, choice: Choice) -> Piece:
+        """The next token is this one."""
         request, how = self.request, self.request.sampling
-        choice = self.sampler.choose(logits)
         request.new_tokens += 1
         self.todo, self.reading = (choice.token,), False
         ended = choice.token in self.ends
@@ -183,6 +203,7 @@ class Scheduler:
         if prefill_rows < 1:
             raise AmqError(f"prefill_rows must be at least 1, got {prefill_rows}")
         self._engine, self._tokenizer, self._clock = engine, tokenizer, clock
+        self._sampling = engine if isinstance(engine, SamplingEngine) else None
         self._pace = _Pace(prefill_rows)
         self.failed_passes = 0  # of the engine, since the latest that did not fail
         self._waiting: deque[Request] = deque()
@@ -218,29 +239,50 @@ class Scheduler:
         worked = self._admit()
         if not self._running:
             return worked
-        parts, start = self._parts(), self._clock()
-        if not parts:  # everyone waits for pages from disk, which come step by step
-            return True
+        start = self._clock()
+        decoding = any(not active.reading for active in self._running.values())
+        alone = self._step_alone()
+        parts = self._parts()
+        read = sum(len(tokens) for active, tokens in parts if active.reading)
+        passes = [alone, self._forward(parts) if parts else None]  # nothing runs while all wait for pages from disk
+        if False in passes:
+            self.failed_passes += 1
+        elif True in passes:
+            self.failed_passes = 0
+            self._pace.passed(self._clock() - start, read, decoding)
+        return True
+
+    def _forward(self, parts: list[tuple[_Active, Sequence[int]]]) -> bool:
+        """A pass of those whose tokens come from here; returns whether it did not fail."""
         segments = [active.segment(tokens) for active, tokens in parts]
         try:
             logits = self._engine.forward(segments)
         except BaseException as error:  # noqa: BLE001 (whatever it is, what the slots hold is no longer known)
-            reason = _reason(error)
-            self.failed_passes += 1
-            for active, _ in parts:
-                self._fail(active.request, reason)
-            return True
-        self.failed_passes = 0
+            self._fail_all((active for active, _ in parts), _reason(error))
+            return False
         rows = logits.split_with_sizes([len(s.tokens) if s.every else int(s.logits) for s in segments])
-        read = sum(len(tokens) for active, tokens in parts if active.reading)
-        decoding = any(not active.reading for active, _ in parts)
         for active, tokens in parts:
             active.todo = active.todo[len(tokens) :]
         for (active, _), own in zip(parts, rows, strict=True):
             if active.request in self._running:  # a listener may have cancelled it since
                 self._advance(active, own)
-        self._pace.passed(self._clock() - start, read, decoding)
         return True
+
+    def _step_alone(self) -> bool | None:
+        """Starts a pass of those that decode on their own, and tells what the one before chose; returns whether that
+        did not fail, None where there was none."""
+        alone = {active.slot: active for active in self._running.values() if active.on_its_own}
+        if self._sampling is None or not alone:
+            return None
+        try:
+            tokens = self._sampling.step()
+        except BaseException as error:  # noqa: BLE001 (as in `_forward`)
+            self._fail_all(alone.values(), _reason(error))
+            return False
+        for slot, token in tokens.items():
+            if alone[slot].request in self._running:  # a listener may have cancelled it since
+                self._give(alone[slot].request, partial(alone[slot].take_chosen, token))
+        return True if tokens else None
 
     @property
     def waiting(self) -> int:
@@ -282,12 +324,12 @@ class Scheduler:
         return ended
 
     def _parts(self) -> list[tuple[_Active, Sequence[int]]]:
-        """The tokens of the next pass."""
+        """The tokens of the next pass of `forward`."""
         active = self._running.values()
-        parts = [(a, a.todo) for a in active if not a.reading]
+        parts = [(a, a.todo) for a in active if not a.reading and not a.on_its_own]
         reading = self._reading()
         rows = self._engine.max_rows - len(parts)
-        if parts:
+        if any(not a.reading for a in active):
             rows = min(rows, self._pace.rows)
         if not reading or not rows:
             return parts
@@ -310,21 +352,49 @@ class Scheduler:
 
     def _advance(self, active: _Active, logits: Tensor) -> None:
         """What a pass gave for a request; nothing where more of its prompt is to be read."""
-        request = active.request
-        try:
+
+        def next_piece() -> Piece | None:
             if active.scored:
                 active.score(logits)
             if active.todo:
-                return
-            piece = active.advance(logits[-1]) if active.limit else Piece("", finished="length")
+                return None
+            if not active.limit:
+                return Piece("", finished="length")
+            piece = active.advance(logits[-1])
+            if piece.finished is None:
+                self._let_go(active)
+            return piece
+
+        self._give(active.request, next_piece)
+
+    def _let_go(self, active: _Active) -> None:
+        """From its latest token on the request decodes on its own, if the engine can do what it asks for."""
+        how, engine = active.request.sampling, self._sampling
+        if engine is None or active.request.constraint is not None or not engine.can_sample(how):
+            return
+        seed = secrets.randbits(64) if how.seed is None else how.seed % 2**64
+        engine.begin(active.slot, active.todo[0], how, seed, active.limit - active.request.new_tokens)
+        active.on_its_own = True
+
+    def _give(self, request: Request, next_piece: Callable[[], Piece | None]) -> None:
+        """Tells a request's reader what came, if anything; an error is the request's own."""
+        try:
+            piece = next_piece()
         except BaseException as error:  # noqa: BLE001 (it is of this request only)
             request.own_error = isinstance(error, AmqError)
             self._fail(request, _reason(error))
+            return
+        if piece is None:
             return
         if piece.finished is None:
             self._tell(request, piece)
         else:
             self._end(request, piece)
+
+    def _fail_all(self, actives: Iterable[_Active], reason: str) -> None:
+        for active in actives:
+            if active.request in self._running:  # a listener may have cancelled it since
+                self._fail(active.request, reason)
 
     def _fail(self, request: Request, reason: str) -> None:
         request.error = reason
@@ -332,19 +402,23 @@ class Scheduler:
 
     def _end(self, request: Request, piece: Piece) -> None:
         """Frees the slot first, so that it is free whatever the listener does."""
-        active = self._running.pop(request, None)
-        if active is not None:
-            self._engine.close(active.slot)
+        self._release(request)
         self._tell(request, piece)
+
+    def _release(self, request: Request) -> None:
+        active = self._running.pop(request, None)
+        if active is None:
+            return
+        if active.on_its_own and self._sampling is not None:
+            self._sampling.end(active.slot)
+        self._engine.close(active.slot)
 
     def _tell(self, request: Request, piece: Piece) -> None:
         try:
             request.listener(piece)
         except Exception:  # one reader's failure is not the others'
             log.exception("a request's listener failed; the request ends")
-            active = self._running.pop(request, None)
-            if active is not None:
-                self._engine.close(active.slot)
+            self._release(request)
 
 
 def _reason(error: BaseException) -> str:

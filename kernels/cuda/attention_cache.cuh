@@ -12,7 +12,8 @@
 
 #include "calls.h"
 #include "device.cuh"
-#include "quantize.cuh"
+#include "layout.cuh"
+#include "rounding.cuh"
 
 namespace amq {
 

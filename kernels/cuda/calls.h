@@ -209,16 +209,16 @@ struct HeadPlaces {           // of a key head's part in a row: first + head · 
 
 struct DeltaCall {            // DeltaNet behind its first projection and before its last one
     Segments segments;
-    int32_t n_key_heads, n_value_heads, key_dim, value_dim, kernel, out_kind;
+    int32_t n_key_heads, n_value_heads, key_dim, value_dim, kernel, out_kind;  // both dims: multiples of 16, 512 at most
     const float* in;          // [rows, in_stride]
     int64_t in_stride;
     HeadPlaces q, k, v, z, b, a;
     const float *convolution, *rate, *dt_bias, *norm;
     float epsilon;
     int32_t reserved;
-    float* mixed;             // scratch: [rows, channels + 2 · n_value_heads]
+    float* mixed;             // scratch: [rows, channels + 2 · n_value_heads], mixed_stride apart, which divides by 4
     int64_t mixed_stride;
-    float* states;            // [.., state_floats]; this step's part at state_offset, as decoder.h lays it out
+    float* states;            // [.., state_floats]; this step's part at state_offset, as decoder.h lays it out; both divide by 4
     int64_t state_floats, state_offset;
     void* out;                // [rows, n_value_heads · value_dim] of out_kind
     int64_t out_stride;
@@ -238,7 +238,7 @@ struct ShortConvCall {
 
 // ---- mixture.cu
 
-struct ChooseCall {           // Router of decoder.h
+struct ChooseCall {           // Router of decoder.h, of 512 experts and a top_k of 32 at most; `groups` 1: none
     int32_t rows, experts, top_k, sigmoid, normalized, groups, top_groups, score_stride;
     float epsilon, scale;
     const float* scores;      // [rows, score_stride]: products with the router's weight

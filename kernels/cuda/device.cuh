@@ -52,9 +52,6 @@ AMQ_DEVICE void load_once_if(bool wanted, const uint4* address, uint32_t& x, uin
         : "+r"(x), "+r"(y), "+r"(z), "+r"(w) : "l"(address), "r"(static_cast<int>(wanted)));
 }
 
-// Into L2, for a load that follows.
-AMQ_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
-
 // What other lanes or warps read too.
 template <class T>
 AMQ_DEVICE T load_shared_by_many(const T* address) {

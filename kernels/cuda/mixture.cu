@@ -29,7 +29,8 @@ int amq_cuda_combine(const amq::CombineCall* call, void* stream) {
     if (!c.shared && (c.shared_gate || c.shared_post_norm)) return kBadSize;
     const bool whole = c.routed_post_norm || c.shared_post_norm;  // a norm is of a block
     const int blocks = whole ? 1 : (c.features + kMixtureThreads - 1) / kMixtureThreads;
-    return launch(combine_kernel, c.rows * blocks, kMixtureThreads, static_cast<cudaStream_t>(stream), CombineArguments{c, blocks});
+    const auto on = static_cast<cudaStream_t>(stream);
+    return launch(combine_kernel, c.rows * blocks, kMixtureThreads, on, CombineArguments{c, blocks});
 }
 
 }  // extern "C"

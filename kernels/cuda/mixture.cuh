@@ -138,8 +138,8 @@ struct Choice {
     }
 };
 
-// The distinct experts of the block's rows, ascending, each with its entries. A thread has an entry; that of an expert's first row
-// writes the expert.
+// The distinct experts of the block's rows, ascending, each with its entries. A thread has an entry; that of an expert's first
+// row writes the expert.
 AMQ_DEVICE void list_experts(const ChooseCall& call, const ChooseScratch& scratch, bool (&leads)[kMixtureThreads]) {
     const int entries = call.rows * call.top_k, entry = threadIdx.x;
     const auto expert_of = [&](int i) { return scratch.choice[i / call.top_k][i % call.top_k]; };
@@ -199,8 +199,8 @@ struct CombineArguments {
     int blocks;  // of a row
 };
 
-// Σ weights · outputs of a feature, eight loads under way at a time. A weight of 0 counts for none: nobody wrote what belongs to an
-// expert that was not chosen.
+// Σ weights · outputs of a feature, eight loads under way at a time. A weight of 0 counts for none: nobody wrote what belongs
+// to an expert that was not chosen.
 AMQ_DEVICE float sum_experts(const CombineCall& call, int64_t row, int feature) {
     const float* weights = call.weights + row * call.top_k;
     const float* outputs = call.outputs + row * call.top_k * call.features + feature;

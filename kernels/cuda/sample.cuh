@@ -25,7 +25,7 @@ namespace amq {
 constexpr int kRegion = 256, kRegionWords = kRegion / 32;  // tokens that one warp looks at
 constexpr int kScanThreads = 256, kFinishThreads = 512;
 constexpr int kScanRegions = kScanThreads / 32, kFinishWarps = kFinishThreads / 32;
-constexpr int kFinishRegisters = 96;
+constexpr int kFinishRegisters = 128;
 constexpr int kMostVocabulary = 1 << 19;
 constexpr float kWeightUnits = 0x1p44f;
 
@@ -222,15 +222,24 @@ __global__ void __launch_bounds__(kScanThreads) sample_gather_kernel(SampleArgum
 
 // ---- finish: by all threads of one block, with results that all have
 
-AMQ_DEVICE uint64_t finish_block_sum(uint64_t mine) {
-    __shared__ uint64_t sums[kFinishWarps];
-    const uint64_t of_warp = warp_sum(mine);
+template <int kCount>
+AMQ_DEVICE void finish_block_sums(uint64_t (&values)[kCount]) {
+    __shared__ uint64_t sums[kFinishWarps][kCount];
+    for (uint64_t& value : values) value = warp_sum(value);
     synchronize();  // what an earlier call left has been read
-    if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = of_warp;
+    if (threadIdx.x % 32 == 0)
+        for (int i = 0; i < kCount; ++i) sums[threadIdx.x / 32][i] = values[i];
     synchronize();
-    uint64_t all = 0;
-    for (int i = 0; i < kFinishWarps; ++i) all += sums[i];
-    return all;
+    for (int i = 0; i < kCount; ++i) {
+        values[i] = 0;
+        for (int warp = 0; warp < kFinishWarps; ++warp) values[i] += sums[warp][i];
+    }
+}
+
+AMQ_DEVICE uint64_t finish_block_sum(uint64_t mine) {
+    uint64_t values[1] = {mine};
+    finish_block_sums(values);
+    return values[0];
 }
 
 AMQ_DEVICE uint64_t finish_block_max(uint64_t mine) {
@@ -313,8 +322,9 @@ AMQ_DEVICE uint32_t key_at(const Candidate* candidates, int count, uint64_t targ
             for (int digit = 0; digit < 3; ++digit)
                 if (key >= found + (static_cast<uint32_t>(digit + 1) << shift)) sums[digit] += own;
         }
+        finish_block_sums(sums);
         uint32_t digits = 0;
-        for (int digit = 0; digit < 3; ++digit) digits += finish_block_sum(sums[digit]) >= target;
+        for (uint64_t sum : sums) digits += sum >= target;
         found += digits << shift;
     }
     return found;

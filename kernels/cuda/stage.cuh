@@ -16,10 +16,10 @@
 
 #pragma once
 
-#include <cfloat>
 #include <type_traits>
 
 #include "elements.cuh"
+#include "rounding.cuh"
 
 namespace amq {
 
@@ -105,16 +105,6 @@ AMQ_DEVICE float norm_factor(const Source& source, int row) {
     const float* part = source.squares[row];
     const float sum = (part[0] + part[1]) + (part[2] + part[3]);
     return 1.0f / sqrtf(sum / static_cast<float>(source.in_features) + source.epsilon);
-}
-
-// A group's largest magnitude becomes its scale; returns the factor that codes are rounded after.
-AMQ_DEVICE float scale_of(float largest, float* scale) {
-    if (largest > FLT_MAX) {
-        *scale = largest - largest;  // NaN
-        return 0.0f;
-    }
-    *scale = largest < 0x1p-100f ? 0.0f : largest / 127.0f;
-    return largest < 0x1p-100f ? 0.0f : 1.0f / largest * 127.0f;  // in the order in which torch divides
 }
 
 // A lane's part of a unit: features 4·j … + 3 of each half, j = lane % 8, one unit per 8 lanes.

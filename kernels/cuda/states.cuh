@@ -1,8 +1,8 @@
 // Operators that carry a state on, first part: causal convolutions, and the short convolution that is nothing else.
 //
-// A block has some channels of one segment, a warp every eighth token of it, a lane a channel: tokens of a convolution do not wait
-// for each other. The state, the inputs of the last kernel − 1 tokens, is written when the whole block has read it. Every sum
-// is of one lane, in the order of the kernel, so that a text gives the same bits however it is cut into passes.
+// A block has some channels of one segment, a warp every eighth token of it, a lane a channel: tokens of a convolution do not
+// wait for each other. The state, the inputs of the last kernel − 1 tokens, is written when the whole block has read it. Every
+// sum is of one lane, in the order of the kernel, so that a text gives the same bits however it is cut into passes.
 
 #pragma once
 

@@ -4,7 +4,8 @@
 //                     and beta of its head. Row by row into `mixed`: all q, all k, all v, decays, betas.
 //   delta_kernel      A block has a value head of one segment, a warp 16 columns of its S over all tokens: no warp waits for
 //                     another until the norm. A lane has 4 of the columns and of every 32 rows 4: S comes and goes once, in
-//                     16-byte accesses, and lies in registers between. Up to 128 features of a key; S of larger ones stays in memory.
+//                     16-byte accesses, and lies in registers between. That is for up to 128 features of a key; S of
+//                     larger ones stays in memory.
 //
 // A token's Sᵀk and Sᵀq are sums over a lane's rows in order, then over lanes; v gives way to Sᵀq in `mixed`, and when all
 // columns are there, warps norm the tokens.
@@ -237,7 +238,8 @@ AMQ_DEVICE void norm_tokens(const DeltaCall& call, const Segment& segment, int h
     const int64_t z = value_place(call, call.z, head, call.value_dim);
     for (int t = warp; t < segment.count; t += kStateWarps) {
         const int64_t row = segment.first_row + t;
-        const float *in = call.in + row * call.in_stride + z, *values = call.mixed + row * call.mixed_stride + value_channel(call, head);
+        const float* in = call.in + row * call.in_stride + z;
+        const float* values = call.mixed + row * call.mixed_stride + value_channel(call, head);
         float squares = 0.0f;
         for (int i = lane; i < call.value_dim; i += kStateLanes) squares = fmaf(values[i], values[i], squares);
         const float factor = 1.0f / sqrtf(warp_sum(squares) / static_cast<float>(call.value_dim) + call.epsilon);
@@ -268,7 +270,8 @@ __global__ void AMQ_REGISTERS(kDeltaRegisters, kStateThreads) delta_kernel(Delta
             synchronize();  // before what was staged last is overwritten
             stage(call, mixed, head, first_tile, count, vectors, tokens);
             synchronize();
-            if (mine) tile.run(tokens, count, mixed + value_channel(call, head) + (first_tile + warp) * kTileColumns + lane % 4 * 4);
+            const int64_t column = value_channel(call, head) + (first_tile + warp) * kTileColumns + lane % 4 * 4;
+            if (mine) tile.run(tokens, count, mixed + column);
         }
         if (mine) tile.end();
     }

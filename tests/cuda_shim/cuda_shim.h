@@ -167,8 +167,6 @@ AMQ_DEVICE void unpack_bytes(uint32_t word, uint32_t (&pairs)[2]) {
         pairs[i] = pack_halves(static_cast<float>(word & 255) - 128, static_cast<float>(word >> 8 & 255) - 128);
 }
 
-AMQ_DEVICE void prefetch(const void*) {}
-
 AMQ_DEVICE uint4 load_once(const uint4* address) {
     return cuda_shim::load(address, "load_once");
 }

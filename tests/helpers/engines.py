@@ -6,12 +6,15 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.runtime.engine import MAX_SCORED, Engine, S, Segment, Slot
+from amq.runtime.sampling import follows_from_logits
+from amq.runtime.settings import Sampling
 
 SECONDS = 60.0
 """How long anything may take before a test fails; far above what it takes, because machines are busy at times."""
@@ -115,6 +118,57 @@ class FakeEngine:
 
     def cached_tokens(self) -> tuple[int, int]:
         return sum(slot.capacity for slot in self.slots), self.positions
+
+
+class FakeSamplingEngine(FakeEngine):
+    """A `SamplingEngine`: its tokens are the same, but come one pass late.
+
+    alone: of each slot that decodes on its own, the token that it is fed next and how many passes it has left. steps:
+    how many slots each pass of these had. seeds: of all slots, in the order in which they began. numberless: whether
+    the first slot of the next passes has no token.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.alone: dict[FakeSlot, tuple[int, int]] = {}
+        self.steps: list[int] = []
+        self.seeds: list[int] = []
+        self.numberless = False
+        self._running: dict[FakeSlot, int] = {}
+
+    def can_sample(self, how: Sampling) -> bool:
+        return follows_from_logits(how)
+
+    def begin(self, slot: FakeSlot, token: int, how: Sampling, seed: int, passes: int) -> None:
+        assert self.can_sample(how) and slot in self.slots and slot not in self.alone
+        assert 0 < passes <= slot.capacity - slot.length and 0 <= seed < 2**64
+        self.alone[slot] = token, passes
+        self.seeds.append(seed)
+
+    def step(self) -> dict[FakeSlot, int]:
+        if self.failing is not None:
+            raise self.failing
+        before, self._running = self._running, {}
+        for slot, (token, passes) in self.alone.items():
+            if passes:
+                slot.tokens.append(token)
+                slot.length = len(slot.tokens)
+                following = self.following(slot)
+                self.alone[slot] = following, passes - 1
+                self._running[slot] = -1 if self.numberless and not self._running else following
+        self.steps.append(len(self._running))
+        return {slot: token for slot, token in before.items() if slot in self.alone}
+
+    def end(self, slot: FakeSlot) -> None:
+        del self.alone[slot]
+
+    def close(self, slot: FakeSlot) -> None:
+        assert slot not in self.alone
+        super().close(slot)
+
+    def forward(self, segments: Sequence[Segment[FakeSlot]]) -> Tensor:
+        assert not any(segment.slot in self.alone for segment in segments)
+        return super().forward(segments)
 
 
 def text(length: int, seed: int = 0) -> list[int]:
