@@ -112,9 +112,7 @@ class NoMemory:
         linears = {linear.name: linear for linear in spec.parts(Linear)}
         chosen = {name: formats[(i + i // len(formats)) % len(formats)] for i, name in enumerate(linears)}
         self.prepared = {name: self._prepared(linear, chosen[name]) for name, linear in linears.items()}
-        self.prepared[spec.head.name] = self._prepared(
-            Linear(spec.head.name, spec.head.rows, spec.head.columns), HEAD
-        )
+        self.prepared[spec.head.name] = self._prepared(Linear(spec.head.name, spec.head.rows, spec.head.columns), HEAD)
         self.rows: dict[str, Any] = {}
         self.elements = {array.key: self._floats(*array.shape) for array in spec.parts(Array)}
         table = spec.embedding

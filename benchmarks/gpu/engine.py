@@ -51,14 +51,15 @@ from amq.runtime.cuda_engine import CudaEngine, open_cuda
 from amq.runtime.cuda_graphs import cuda_graph
 from amq.runtime.cuda_weights import CudaWeights
 from amq.runtime.engine import Engine, Segment
+from amq.runtime.families import read_spec
 from amq.runtime.settings import Sampling
 from amq.runtime.torch_engine import TorchEngine
 
-FEW_LAYERS, CONTEXTS, SEQUENCES = 4, (512, 8192), (1, 2, 4, 8)
-SMOKE_CONTEXTS = (96, 160)
+FEW_LAYERS, SMOKE_LAYERS, CONTEXTS, SEQUENCES = 4, 2, (512, 8192), (1, 2, 4, 8)
+SMOKE_CONTEXTS = (48, 96)
 FORMAT = "int3"
 """Of all layers in `decode` and `batch`: the format of the goal in docs/gpu.md."""
-STEPS, SMOKE_STEPS = 32, 6
+STEPS, SMOKE_STEPS = 32, 4
 WARM = 2
 """Steps before the clock starts."""
 TOP = 20
@@ -92,9 +93,7 @@ def read_prompt(engine: Engine, slot: Any, prompt: Sequence[int], most: int) -> 
     return logits[0]
 
 
-def follow(
-    engine: Engine, prompt: Sequence[int], most: int, steps: int, tokens: Sequence[int] | None = None
-) -> Tensor:
+def follow(engine: Engine, prompt: Sequence[int], most: int, steps: int, tokens: Sequence[int] | None = None) -> Tensor:
     """float32 [steps, vocabulary]: the logits before each of `tokens`, or of the likeliest ones where they are None."""
     slot = engine.open(prompt, steps, reuse=False)
     rows = [read_prompt(engine, slot, prompt, most).clone()]
@@ -137,10 +136,11 @@ def torch_engine(device: Device, folder: Path, backend: str, context: int) -> To
 
 @dataclass(frozen=True)
 class Prompt:
-    """What `agree` reads and then follows. most: tokens of a part; the second part has 8."""
+    """What `agree` reads and then follows, and of how many layers the model is. most: tokens of a part; the second has 8."""
 
     tokens: list[int]
     steps: int
+    layers: int
 
     @property
     def most(self) -> int:
@@ -161,7 +161,7 @@ def agree_torch(device: Device, folder: Path, backend: str, prompt: Prompt, trut
     engine = torch_engine(device, folder, backend, prompt.context)
     found = follow(engine, prompt.tokens, prompt.most, prompt.steps, truth.argmax(-1).tolist())
     return {"row": "agree", "engine": "torch", "backend": backend, "banner": engine.banner} | compare(
-        found, truth, agrees(FEW_LAYERS, torch.float16)
+        found, truth, agrees(prompt.layers, torch.float16)
     )
 
 
@@ -173,7 +173,7 @@ def agree_own(device: Device, folder: Path, cache: str, activations: str, prompt
     written = by_itself(engine, prompt)
     host = follow(engine, prompt.tokens, prompt.most, prompt.steps).argmax(-1).tolist()
     rounded = cache == "int8" or activations == "int8"
-    row = compare(found, truth, agrees(FEW_LAYERS, torch.bfloat16 if rounded else torch.float16))
+    row = compare(found, truth, agrees(prompt.layers, torch.bfloat16 if rounded else torch.float16))
     return {
         "row": "agree", "engine": "own", "cache": cache, "activations": activations, "banner": engine.banner, **row,
         "by_itself_equal": written == host, "wrong": row["wrong"] or written != host,
@@ -184,7 +184,7 @@ def by_itself(engine: CudaEngine, prompt: Prompt) -> list[int]:
     """The tokens behind the prompt: the first by the host, the others by the GPU."""
     slot = engine.open(prompt.tokens, prompt.steps, reuse=False)
     tokens = [int(read_prompt(engine, slot, prompt.tokens, prompt.most).argmax())]
-    engine.begin(slot, tokens[0], Sampling(), 0)
+    engine.begin(slot, tokens[0], Sampling(), 0, prompt.steps - 1)
     while len(tokens) < prompt.steps:
         tokens += engine.step().values()
     engine.end(slot)
@@ -319,7 +319,7 @@ class Speeds:
         for prompt in prompts:
             slots.append(engine.open(prompt, context - len(prompt), reuse=False))
             first = int(read_prompt(engine, slots[-1], prompt, engine.max_rows).argmax())
-            engine.begin(slots[-1], first, Sampling(), 0)
+            engine.begin(slots[-1], first, Sampling(), 0, context - len(prompt))
         valid = True
 
         def step() -> None:
@@ -360,7 +360,7 @@ class Stage:
         row = self.make(name, function, *values)
         if row is not None:
             self.content["rows"].append({**row, "at": now()})
-            say(f"engine: {name}: {({k: v for k, v in row.items() if k not in ('kernels', 'row')})}")
+            say(f"engine: {name}: { ({k: v for k, v in row.items() if k not in ('kernels', 'row')}) }")
             self.save()
 
     def save(self) -> None:
@@ -370,10 +370,9 @@ class Stage:
 def agreement(stage: Stage, sizes: Config, folder: Path) -> None:
     """Rows `agree`, the engine of our own first."""
     device = stage.device
-    tokens, steps = (40, SMOKE_STEPS) if device.smoke else (520, STEPS)
-    prompt = Prompt(random_tokens(sizes, tokens), steps)
-    where = device.torch
-    if stage.make("few layers", lambda: write_random(folder, sizes, FEW_LAYERS, 1024, NARROW, where) or folder) is None:
+    tokens, steps, layers = (20, SMOKE_STEPS, SMOKE_LAYERS) if device.smoke else (520, STEPS, FEW_LAYERS)
+    prompt = Prompt(random_tokens(sizes, tokens), steps, layers)
+    if stage.make("few layers", write_random, folder, sizes, layers, prompt.context, NARROW, device.torch) is None:
         return
     truth = stage.make("reference", reference, device, folder, prompt)
     if truth is None:
@@ -387,7 +386,15 @@ def agreement(stage: Stage, sizes: Config, folder: Path) -> None:
         stage.add(f"agree torch {backend}", agree_torch, device, folder, backend, prompt, truth)
 
 
-def own_engine(device: Device, weights: CudaWeights, context: int, sequences: int, cache: str, int8: bool) -> CudaEngine:
+def own_weights(device: Device, folder: Path, context: int) -> CudaWeights:
+    checkpoint = open_checkpoint(folder, verify=False)
+    names = {*checkpoint.other_names, *checkpoint.record.formats}
+    return CudaWeights(checkpoint, read_spec(checkpoint.config, "config.json", names), context, device.torch)
+
+
+def own_engine(
+    device: Device, weights: CudaWeights, context: int, sequences: int, cache: str, int8: bool
+) -> CudaEngine:
     """As `open_cuda` makes it, over weights that are there already."""
     from amq.runtime import cuda_engine
 
@@ -403,21 +410,17 @@ def speeds(stage: Stage, sizes: Config, folder: Path) -> None:
     copy = stage.make("bandwidths", bandwidths, device)
     stage.content["copy_gbps"] = None if copy is None else copy["copy"]
     of = Speeds(device, sizes, stage.content["copy_gbps"])
-    longest, where = max(contexts), device.torch
-    if stage.make("model", lambda: write_random(folder, sizes, sizes.layers, longest, (FORMAT,), where) or folder) is None:
+    if stage.make("model", write_random, folder, sizes, sizes.layers, max(contexts), (FORMAT,), device.torch) is None:
         return
-    checkpoint = open_checkpoint(folder, verify=False)
-    spec = stage.make("weights", lambda: open_cuda(checkpoint, str(where), dtype="float16", context=longest))
-    if spec is not None:
-        weights = spec._weights
-        del spec
-        for context, sequences, cache, int8 in (
-            (contexts[0], SEQUENCES[-1], "float16", False), (contexts[1], 1, "float16", False),
-            (contexts[1], 1, "int8", False), (contexts[0], SEQUENCES[-1], "float16", True),
-        ):  # fmt: skip
-            own_rows(stage, of, weights, context, sequences, cache, int8)
-        del weights
-        device.empty_cache()
+    weights = stage.make("weights", own_weights, device, folder, max(contexts))
+    for context, cache, int8, counts in (
+        (contexts[0], "float16", False, SEQUENCES), (contexts[1], "float16", False, ()),
+        (contexts[1], "int8", False, ()), (contexts[0], "float16", True, SEQUENCES[::3]),
+    ):  # fmt: skip
+        if weights is not None:
+            own_rows(stage, of, weights, context, cache, int8, counts)
+    del weights
+    device.empty_cache()
     backend = "cuda" if not device.smoke else "reference" if load_cpu_module() else "cpu"
     for context in contexts:
         engine = stage.make(f"torch engine {context}", torch_engine, device, folder, backend, context)
@@ -428,15 +431,16 @@ def speeds(stage: Stage, sizes: Config, folder: Path) -> None:
 
 
 def own_rows(
-    stage: Stage, of: Speeds, weights: CudaWeights, context: int, sequences: int, cache: str, int8: bool
+    stage: Stage, of: Speeds, weights: CudaWeights, context: int, cache: str, int8: bool, counts: Sequence[int]
 ) -> None:
+    """counts: of sequences, of the rows `batch`."""
     device, activations = stage.device, "int8" if int8 else "fp32"
     name = f"own {context} {cache} cache {activations}"
-    engine = stage.make(name, own_engine, device, weights, context, sequences, cache, int8)
+    engine = stage.make(name, own_engine, device, weights, context, max(counts, default=1), cache, int8)
     if engine is None:
         return
     stage.add(f"{name}, decode", of.decode_own, engine, context, cache, activations)
-    for count in SEQUENCES if sequences > 1 else ():
+    for count in counts:
         stage.add(f"{name}, {count} sequences", of.batch_own, engine, context, cache, activations, count)
 
 

@@ -24,8 +24,8 @@ ROLES = (("self_attn", ("q_proj", "k_proj", "v_proj"), ("o_proj",)), ("mlp", ("g
 
 def write_random(
     folder: Path, sizes: Config, layers: int, context: int, formats: Sequence[str], where: torch.device
-) -> None:
-    """formats: that linears take in turn. The head is HEAD_FORMAT, the embedding float16. where: numbers are drawn."""
+) -> Path:
+    """Returns the folder. formats: that linears take in turn. The head is HEAD_FORMAT, the embedding float16. where: numbers are drawn."""
     record = _record(sizes, layers, formats)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float16", "hidden_act": "silu",
@@ -35,6 +35,7 @@ def write_random(
         "rope_theta": 500000.0, "tie_word_embeddings": False,
     }  # fmt: skip
     write_checkpoint(folder, config, record, RandomWeights(record, where), dict(_others(sizes, layers, where)))
+    return folder
 
 
 def _record(sizes: Config, layers: int, formats: Sequence[str]) -> QuantizationRecord:
