@@ -3,7 +3,7 @@
     python benchmarks/gpu/derive_engine.py [--activations int8] [--json FILE]
 
 Nothing runs on a GPU. The calls are those of the real code (`amq.runtime.cuda_pass.PassBuilder`, over weights without
-memory), instructions and tensor-core products are read from what nvcc makes of the kernels (roofline.py). One call takes
+memory); instructions and tensor-core products are read from what nvcc makes of the kernels (roofline.py). A call takes
 
     max(bytes / (STREAM_SHARE · bandwidth), issue slots, tensor cores) + staging of x + TRIPS · TRIP_US + GAP_US
 
@@ -32,7 +32,6 @@ from provenance import write_results  # noqa: E402
 from roofline import Gpu, Loop  # noqa: E402
 
 from amq.formats import FORMATS, get_format  # noqa: E402
-from amq.kernels import cuda_calls  # noqa: E402
 from amq.kernels.cuda_calls import KINDS, Call, SampleCall  # noqa: E402
 from amq.kernels.gpu_layout import layout_of  # noqa: E402
 from amq.packing import PreparedWeight  # noqa: E402
@@ -49,12 +48,12 @@ GAP_US = 0.5
 """Between two kernels of a CUDA graph that wait for each other: 3.4 µs a kernel of 2.9 on a V100 (NVIDIA's technical
 blog, "Getting Started with CUDA Graphs"). Programmatic launches, which would hide some of it, are not used."""
 TRIP_US = 0.6
-"""A load that misses the L2 cache and is waited for, with nothing else to do meanwhile: what microbenchmarks find on GDDR6X
-(an RTX 3090 about 0.5 to 0.6 µs); taken for every GPU, and for trips to L2, which are shorter."""
+"""A load that misses the L2 cache and is waited for, with nothing else to do meanwhile: assumed, some 1,500 clocks of an
+RTX 4090. Taken for every GPU, and for trips to L2 too, which are shorter."""
 TRIPS = {"LinearCall": 2, "AttentionCall": 6, "NormCall": 2, "EmbedCall": 2, "SampleCall": 8}
-"""Loads of a call that follow one another, read in kernels/cuda: of a linear x, then weights until they flow; of attention
-position, page table, keys, values, then partial results and the counter; of a norm its row, twice; of an embedding the
-token and its row; of sampling, logits a few times over and what blocks hand on."""
+"""Loads of a call that follow one another, read in kernels/cuda: of a linear x, then weights until they flow; of
+attention position, page table, keys, values, then partial results and the counter; of a norm its row, twice; of an
+embedding the token and its row; of sampling, logits a few times over and what blocks hand on."""
 STAGING_BYTES = 64
 """That a multiprocessor takes from L2 per clock: the width of its port since Volta."""
 BLOCKS = 3
@@ -259,7 +258,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|" + "---|" * (len(heads) + 1),
     ]
     for gpu, model, formats in dict.fromkeys((row["gpu"], row["model"], row["formats"]) for row in found):
-        rows = [of[gpu, model, formats, *column] for column in columns]
+        rows = [of[(gpu, model, formats, *column)] for column in columns]
         cells = " | ".join(f"{row['tokens_per_second']:.0f}" for row in rows)
         share = 100 * rows[0]["share"]
         lines.append(f"| {gpu} | {model} | {formats} | {rows[0]['ceiling']:.0f} | {cells} | {share:.0f} % |")

@@ -1,16 +1,17 @@
-"""What users get: the engines that `amq generate` and `amq serve` take on a GPU, over a checkpoint in the shapes of Llama-3.1-8B.
+"""What users get: the engines of `amq generate` and `amq serve` on a GPU, over checkpoints in the shapes of a Llama.
 
     python benchmarks/gpu/engine.py DIR [--smoke]             writes the section "engine" of DIR/suite.json
 
-`own` is `amq.runtime.cuda_engine.CudaEngine`, `torch` is `TorchEngine` over transformers' forward. Both open checkpoints of
-random weights that are written here (random_checkpoint.py), the head in 6 bits. Three kinds of rows:
+`own` is `amq.runtime.cuda_engine.CudaEngine`, `torch` is `TorchEngine` over transformers' forward. Both open checkpoints
+of random weights that are written here (random_checkpoint.py), the head in 6 bits. Three kinds of rows:
 
-- `agree`: a model of few layers in mixed formats reads a prompt in parts of many and of few rows, then steps; logits are
-  compared with those of backend `reference`, which is fed the same tokens. `tokens_equal` is whether the likeliest token of
-  each step is the same; of `own` also whether the GPU, left to itself, writes what the host would have chosen.
-- `decode`: all layers in int3, one sequence, most of the context full: microseconds per token as a caller of
-  `Engine.forward` sees them who chooses the tokens, and of `own` where the GPU does (`begin`, `step`); the launches of a
-  token as the engine counts them and as the profiler does; what the kernels that are not linears take (`outside_us`).
+- `agree`: a model of few layers in mixed formats reads a prompt in parts of many and of few rows, then steps; logits
+  are compared with those of backend `reference`, which is fed the same tokens. `tokens_equal` is whether the likeliest
+  token of each step is the same; of `own` also whether the GPU by itself writes what the host would have chosen.
+- `decode`: all layers of Llama-3.1-8B in int3, one sequence, most of the context full: microseconds per token as a
+  caller of `Engine.forward` sees them who chooses the tokens, and of `own` where the GPU does (`begin`, `step`); the
+  launches of a token as the engine counts them and as the profiler does; what kernels that are no linears take
+  (`outside_us`).
 - `batch`: of `own`, 1 to 8 sequences that decode by themselves: tokens per second of all together.
 
 What serves must be captured: a banner that does not say so is wrong.
@@ -136,7 +137,7 @@ def torch_engine(device: Device, folder: Path, backend: str, context: int) -> To
 
 @dataclass(frozen=True)
 class Prompt:
-    """What `agree` reads and then follows, and of how many layers the model is. most: tokens of a part; the second has 8."""
+    """What `agree` reads and then follows. layers: of the model. most: tokens of a part; the second has 8."""
 
     tokens: list[int]
     steps: int
@@ -341,7 +342,8 @@ class Stage:
         self.content: dict[str, Any] = {"model": "", "copy_gbps": None, "rows": [], "failed": {}, "left_out": {}}
 
     def make(self, name: str, function: Callable[..., Any], *values: object) -> Any:
-        """What rows are made of, or None with the reason written down; ends the process where the GPU context is lost."""
+        """What rows are made of, or None with the reason written down; ends the process where the GPU context is
+        lost."""
         if self.clock.left() < 0:
             self.content["left_out"][name] = "no time left"
             self.save()

@@ -25,7 +25,8 @@ ROLES = (("self_attn", ("q_proj", "k_proj", "v_proj"), ("o_proj",)), ("mlp", ("g
 def write_random(
     folder: Path, sizes: Config, layers: int, context: int, formats: Sequence[str], where: torch.device
 ) -> Path:
-    """Returns the folder. formats: that linears take in turn. The head is HEAD_FORMAT, the embedding float16. where: numbers are drawn."""
+    """Returns the folder. formats: that linears take in turn; the head is HEAD_FORMAT, the embedding float16. where:
+    numbers are drawn."""
     record = _record(sizes, layers, formats)
     config = {
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "float16", "hidden_act": "silu",
