@@ -48,8 +48,8 @@ GAP_US = 0.5
 """Between two kernels of a CUDA graph that wait for each other: 3.4 µs a kernel of 2.9 on a V100 (NVIDIA's technical
 blog, "Getting Started with CUDA Graphs"). Programmatic launches, which would hide some of it, are not used."""
 TRIP_US = 0.6
-"""A load that misses the L2 cache and is waited for, with nothing else to do meanwhile: assumed, some 1,500 clocks of an
-RTX 4090. Taken for every GPU, and for trips to L2 too, which are shorter."""
+"""A load that misses the L2 cache and is waited for, with nothing else to do meanwhile: assumed, some 1,500 clocks of
+an RTX 4090. Taken for every GPU, and for trips to L2 too, which are shorter."""
 TRIPS = {"LinearCall": 2, "AttentionCall": 6, "NormCall": 2, "EmbedCall": 2, "SampleCall": 8}
 """Loads of a call that follow one another, read in kernels/cuda: of a linear x, then weights until they flow; of
 attention position, page table, keys, values, then partial results and the counter; of a norm its row, twice; of an

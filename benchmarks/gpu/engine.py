@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/engine.py DIR [--smoke]             writes the section "engine" of DIR/suite.json
 
-`own` is `amq.runtime.cuda_engine.CudaEngine`, `torch` is `TorchEngine` over transformers' forward. Both open checkpoints
-of random weights that are written here (random_checkpoint.py), the head in 6 bits. Three kinds of rows:
+`own` is `amq.runtime.cuda_engine.CudaEngine`, `torch` is `TorchEngine` over transformers' forward. Both open
+checkpoints of random weights that are written here (random_checkpoint.py), the head in 6 bits. Three kinds of rows:
 
 - `agree`: a model of few layers in mixed formats reads a prompt in parts of many and of few rows, then steps; logits
   are compared with those of backend `reference`, which is fed the same tokens. `tokens_equal` is whether the likeliest
