@@ -299,3 +299,37 @@ assert found["left_out"] == "nvidia-smi said: No devices" and not (folder / cloc
 assert clocks.collect(folder) == {{"left_out": "nothing watched the clocks"}}
 """
     )
+
+
+def test_derived_speeds() -> None:
+    """Of the engine on paper, with made-up loops: what bounds a step, and the launches of the real passes."""
+    run_script(
+        """
+import derive_engine as d
+def loops(instructions, products=0):
+    return [d.Loop(name, "fp16", gpu.architecture, 128, 0, 16, instructions, products, 0, 0)
+            for gpu in d.GPUS for name in ("int2", "int3", "int4", "int6")]
+gpu = next(gpu for gpu in d.GPUS if gpu.name == "RTX 4090")
+def of(found, **wanted):
+    row, = (row for row in found if all(row[name] == value for name, value in wanted.items()))
+    return row
+one = {"model": "Llama-3.1-8B", "formats": "int3", "rows": 1, "positions": 512, "cache": "float16"}
+found = d.derive(gpu, loops(256), "fp16")
+row, more = of(found, **one), of(found, **{**one, "rows": 8})
+assert (row["launches"], row["launches_per_layer"]) == (1 + 5 * 32 + 2, 5), row
+assert (more["launches"], more["launches_per_layer"]) == (1 + 7 * 32 + 3, 7), more
+weights = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+assert row["weight_bytes"] == weights * 3.25 / 8 + 128256 * 4096 * 6.25 / 8
+assert round(row["ceiling"]) == 311 and all(0 < each["share"] < d.STREAM_SHARE for each in found)
+memory = row["weight_bytes"] / 1e3 / (gpu.gigabytes_per_second * d.STREAM_SHARE)
+assert memory < row["linears_us"] < 1.05 * memory
+assert {round(each["bits"], 2) for each in found if each["formats"] == "mixed"} == {3.0}
+assert of(found, **{**one, "positions": 8192})["attention_us"] / row["attention_us"] > 15.9
+assert 7.9 < more["attention_us"] / row["attention_us"] < 8.1
+issued = of(d.derive(gpu, loops(25600), "fp16"), **one)
+assert issued["linears_us"] > weights * 100 / 32 / 4 / (gpu.multiprocessors * gpu.gigahertz * 1e3)
+assert of(d.derive(gpu, loops(256, products=2000), "fp16"), **one)["linears_us"] > 2 * row["linears_us"]
+text = d.table(found).splitlines()
+assert len(text) == 2 + len(d.MODELS) * len(d.FORMAT_SETS) and "| RTX 4090 | Llama-3.1-8B | int3 | 311 |" in text[3]
+"""
+    )
