@@ -37,17 +37,33 @@ GROUP_SIZE = 128
 SLAB_FEATURES = 512
 
 PROBE = """
-#include "gemv.cuh"
+#include "linear.cuh"
 namespace amq {{
+// run_steps of one format, without what is done once per item or per block: x into shared memory, epilogues.
 template <int kBits, class Element, int kRows>  // kRows: for the reader of the compiled code
-__global__ void AMQ_REGISTERS(kRegisters<{group}>, kMaxWarps * kWarp) probe(LinearArguments arguments) {{
-    __shared__ Partials partials;
-    multiply_rows<kBits, Element, {group}>(arguments, arguments.weights[0], blockIdx.x, partials);
+__global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant__ LinearArguments arguments) {{
+    __shared__ Shared shared;
+    AMQ_SHARED_OF_LAUNCH(staged, kStageBytes);
+    if (find_work(arguments, 0, shared) == 0) return;
+    const Block block = {{arguments, shared, reinterpret_cast<char*>(staged)}};
+    Registers registers{{}};
+    load_slab<kBits, Element, {group}>(registers, find_place<{group}>(block, shared.steps[0]));
+    for (int turn = 0; shared.steps[turn % kSteps].item >= 0; ++turn) {{
+        const Step& step = shared.steps[turn % kSteps];
+        const Place place = find_place<{group}>(block, step);
+        const Step after = block.after(step);
+        const Place next = find_place<{group}>(block, after);
+        if (this_thread() == 0) shared.steps[(turn + 1) % kSteps] = after;
+        for (auto& outputs : registers.outputs)
+            for (float& output : outputs) output = 0.0f;
+        multiply_slab<kBits, Element, {group}>(registers, find_slab<Element, {group}>(block, step), place, next);
+        add_up(registers, block, step, Element::kFinal, turn % 2);
+    }}
 }}
 #define AMQ_PROBE(bits) \\
-    template __global__ void probe<bits, HalfElement, kBlockRows<bits>>(LinearArguments); \\
-    template __global__ void probe<bits, Bfloat16Element, kBlockRows<bits>>(LinearArguments); \\
-    template __global__ void probe<bits, Int8Element, kBlockRows<bits>>(LinearArguments);
+    template __global__ void probe<bits, HalfElement, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments); \\
+    template __global__ void probe<bits, Bfloat16Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments); \\
+    template __global__ void probe<bits, Int8Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments);
 {probes}
 }}  // namespace amq
 """
@@ -55,7 +71,8 @@ __global__ void AMQ_REGISTERS(kRegisters<{group}>, kMaxWarps * kWarp) probe(Line
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU's data sheet. tensor: fp16 multiply-adds with fp32 sums per clock and multiprocessor, through mma.sync."""
+    """A GPU's data sheet. tensor: fp16 multiply-adds with fp32 sums per clock and multiprocessor, through mma.sync;
+    int8: how many times as many of bytes: 2 on data-centre GPUs, 4 on GeForce, where fp32 sums halve the fp16 rate."""
 
     name: str
     architecture: int
@@ -63,22 +80,25 @@ class Gpu:
     multiprocessors: int
     gigahertz: float
     tensor: int
+    int8: int
 
 
 GPUS = (
-    Gpu("RTX 3090", 86, 936, 82, 1.695, 256),
-    Gpu("RTX 4090", 89, 1008, 128, 2.52, 256),
-    Gpu("H200", 90, 4800, 132, 1.755, 1024),
+    Gpu("RTX 3090", 86, 936, 82, 1.695, 256, 4),
+    Gpu("RTX 4090", 89, 1008, 128, 2.52, 256, 4),
+    Gpu("RTX 5090", 120, 1792, 170, 2.407, 256, 4),
+    Gpu("H200", 90, 4800, 132, 1.755, 1024, 2),
 )
 """Data sheets; for H200 mma.sync is taken at half the rate of wgmma."""
 ISSUE_SLOTS = 4
 """Warp instructions per clock and multiprocessor."""
-SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
+SHAPES = ((4096, 4096), (14336, 4096))
 
 
 @dataclass(frozen=True)
 class Loop:
-    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows."""
+    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows. plane_loads: of 16 bytes,
+    planes, and the scales of a row in one."""
 
     format: str
     activations: str
@@ -147,7 +167,7 @@ def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
         count = Counter(opcodes)
         wide = sum(n for op, n in count.items() if op.startswith("LDG") and ".128" in op)
         products = sum(n for op, n in count.items() if op.startswith(("HMMA", "IMMA")))
-        planes = rows // 8 * fmt.bits
+        planes = rows // 8 * (fmt.bits + SLAB_FEATURES // GROUP_SIZE * 4 // 16)
         fields = (fmt.name, ELEMENTS[element], architecture, int(registers), int(stack), rows)
         loops.append(Loop(*fields, len(opcodes), products, wide, planes))
     return loops
@@ -162,7 +182,7 @@ def expected(gpu: Gpu, loop: Loop, shape: tuple[int, int]) -> dict[str, float]:
     )
     clocks = 1e3 * gpu.multiprocessors * gpu.gigahertz  # per microsecond
     per_product = 16 * 8 * (16 if loop.activations != "int8" else 32)  # multiply-adds
-    rate = gpu.tensor * (1 if loop.activations != "int8" else 2)
+    rate = gpu.tensor * (1 if loop.activations != "int8" else gpu.int8)
     return {
         "memory": size / gpu.gigabytes_per_second / 1e3,
         "issue": weights * loop.per_weight / 32 / (ISSUE_SLOTS * clocks),
@@ -182,20 +202,20 @@ def tables(loops: list[Loop]) -> str:
             lines.append(f"| {fmt} | {activations} | {row[0].rows} | {cells} |")
     lines += [
         "",
-        "| GPU | N × K | format | memory µs | issue slots | tensor cores | at most × fp16 |",
-        "|---|---|---|---|---|---|---|",
+        "| GPU | N × K | format | activations | memory µs | issue slots | tensor cores | at most × fp16 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for gpu in GPUS:
         for shape in SHAPES:
             for loop in sorted(loops, key=lambda loop: list(FORMATS).index(loop.format)):
-                if loop.architecture != gpu.architecture or loop.activations != "fp16":
+                if loop.architecture != gpu.architecture or loop.activations == "bf16":
                     continue
                 if FORMATS[loop.format].bits > FORMATS["int4"].bits:
                     continue
                 t = expected(gpu, loop, shape)
                 bound = max(t["memory"], t["issue"], t["tensor"])
                 lines.append(
-                    f"| {gpu.name} | {shape[0]} × {shape[1]} | {loop.format} | {t['memory']:.1f} "
+                    f"| {gpu.name} | {shape[0]} × {shape[1]} | {loop.format} | {loop.activations} | {t['memory']:.1f} "
                     f"| {100 * t['issue'] / t['memory']:.0f} % | {100 * t['tensor'] / t['memory']:.0f} % "
                     f"| {t['fp16'] / bound:.1f} |"
                 )

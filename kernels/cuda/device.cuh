@@ -117,6 +117,13 @@ AMQ_DEVICE float round_even(float v) { return rintf(v); }
 
 AMQ_DEVICE void synchronize() { __syncthreads(); }
 
+// threadIdx.x, read where it is used: what is computed of it takes no register before.
+AMQ_DEVICE int this_thread() {
+    int index;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+    return index;
+}
+
 // Adds, and returns what was there before.
 AMQ_DEVICE int32_t atomic_add(int32_t* address, int32_t value) { return atomicAdd(address, value); }
 

@@ -11,8 +11,8 @@
 // cost what one does. Columns past the last row of x repeat it and are dropped. Fragment layouts: PTX manual, "Matrix Fragments
 // for mma.m16n8k16" and "m16n8k32"; which input features a fragment calls its k-th is free, and amq/kernels/gpu_layout.py chose.
 //
-// From the slab to the product: multiply_slab → multiply_step (32 features) → multiply (two columns of a fragment, see
-// layout.cuh) → mma.
+// From the slab to the product: multiply_slab → multiply_step (a group, or a unit) → multiply_half (32 features of each unit) →
+// multiply (two columns of a fragment, see layout.cuh) → mma.
 
 #pragma once
 
@@ -23,9 +23,9 @@
 
 namespace amq {
 
-// Of a lane: three blocks fit a multiprocessor, or two where groups of 32 want more scales.
-template <int kGroup>
-constexpr int kRegisters = kGroup < kUnit ? 208 : 168;
+// Of a lane: two blocks of four warps fit a multiprocessor, each with a slab in its registers or on the way there.
+constexpr int kRegisters = 224;
+constexpr int kBlocksOfMultiprocessor = 2;
 constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of a warp's rows
 
 // Pairs of tiles (16 output rows, one fragment) that a warp takes at once: fewer for wider codes, so that a slab fits the
@@ -40,22 +40,28 @@ struct Lane {
     int row, column;  // of a tile, and of the four groups of four columns
 };
 
-AMQ_DEVICE Lane this_lane() { return {static_cast<int>(threadIdx.x) % kWarp / 4, static_cast<int>(threadIdx.x) % 4}; }
+AMQ_DEVICE Lane lane_of(int thread) { return {thread % kWarp / 4, thread % 4}; }
 
-// What a warp knows of one slab: the planes of its tiles, scales and zero points of four of its groups, and its sums.
+// Codes and scales of a warp's slab as they come from memory, of whatever format, and its outputs.
+struct Registers {
+    uint32_t planes[2 * 4 * kMaxBits];      // [tiles, 4 columns, bits]
+    uint32_t scales[kMostRows / kTileRows][4];  // of four groups of each tile
+    float outputs[kMostRows / kPairRows][4];
+};
+
+// A slab of some format in them, while it is multiplied.
 template <int kBits_, class Element_, int kGroup_>
 struct Work {
     static constexpr int kBits = kBits_;
     using Element = Element_;
     static constexpr int kGroup = kGroup_;
     static constexpr int kTiles = 2 * kPairs<kBits>;
-    static constexpr int kScaleWords = kSlab / kGroup / 4;  // of 16 bytes, of a row of a slab
     // Fields that stay in place have sums of different scale, and a group of two units may have two fields.
     static constexpr int kSums = Element::kInPlace && Fields<kBits>::kPerByte > 1 && kGroup > kUnit ? 2 : 1;
-    uint32_t planes[kTiles][4][kBits];
-    uint32_t scales[kTiles][4];
+    Registers& registers;
     typename Element::Sum sums[kSums][kPairs<kBits>][4];
-    float outputs[kPairs<kBits>][4];
+
+    AMQ_DEVICE uint32_t* planes(int tile, int column) { return registers.planes + (4 * tile + column) * kBits; }
 };
 
 template <class Work>
@@ -63,12 +69,6 @@ AMQ_DEVICE void clear_sums(Work& work) {
     for (int i = 0; i < 4; ++i)
         for (auto& sums : work.sums)
             for (auto& sum : sums) sum[i] = 0;
-}
-
-template <class Work>
-AMQ_DEVICE void clear_outputs(Work& work) {
-    for (auto& outputs : work.outputs)
-        for (float& output : outputs) output = 0.0f;
 }
 
 // Rows of a prepared weight.
@@ -81,70 +81,75 @@ struct Weight {
     int64_t column;        // of y where its outputs begin
 };
 
-// Where a lane finds the words of each tile of a slab. Tiles past the last one repeat it; their outputs are dropped. None where
-// `there` is false.
-template <class Work>
-struct Place {
-    const uint4 *codes, *scales;
-    uint32_t codes_from[Work::kTiles], scales_from[Work::kTiles];
-    bool there;
+template <int kGroup>
+constexpr int kScaleWords = kSlab / kGroup / 4;  // 16-byte words of a row of a slab
 
-    AMQ_DEVICE Place(const Weight& weight, int first_row, int slab, Lane lane)
-        : codes(weight.codes), scales(weight.scales), there(slab < weight.slabs) {
-        for (int i = 0; i < Work::kTiles; ++i) {
-            const uint32_t tile = min(first_row / kTileRows + i, (weight.rows - 1) / kTileRows);
-            codes_from[i] = (tile * weight.planes + slab * Work::kBits) * kWarp + 4 * lane.row + lane.column;
-            scales_from[i] = ((tile * weight.slabs + slab) * kTileRows + lane.row) * Work::kScaleWords;
-        }
-    }
+// Where a lane finds the words of a slab. Tiles past `tiles` of them are not there, and 0 of them no slab: their registers stay as
+// they are, and their outputs are dropped.
+struct Place {
+    const uint4 *codes, *scales;        // of the first tile
+    int32_t codes_stride, scales_stride;  // from tile to tile
+    int tiles;
 };
+
+template <int kGroup>
+AMQ_DEVICE Place place_of(const Weight& weight, int first_row, int slab, Lane lane) {
+    const int64_t tile = first_row / kTileRows;
+    const int left = (weight.rows - 1) / kTileRows + 1 - static_cast<int>(tile);
+    return {weight.codes + (tile * weight.planes + slab * weight.bits) * kWarp + (4 * lane.row + lane.column),
+            weight.scales + ((tile * weight.slabs + slab) * kTileRows + lane.row) * kScaleWords<kGroup>,
+            weight.planes * kWarp, weight.slabs * kTileRows * kScaleWords<kGroup>, slab < weight.slabs ? left : 0};
+}
 
 // Plane `word` of all tiles. Planes that the last slab lacks are whatever follows: their codes meet zeros.
 template <class Work>
-AMQ_DEVICE void load_plane(Work& work, const Place<Work>& place, int word) {
+AMQ_DEVICE void load_plane(Work& work, const Place& place, int word) {
     for (int tile = 0; tile < Work::kTiles; ++tile) {
-        auto& planes = work.planes[tile];
-        const uint4* from = place.codes + place.codes_from[tile] + word * kWarp;
-        load_once_if(place.there, from, planes[0][word], planes[1][word], planes[2][word], planes[3][word]);
+        const uint4* from = place.codes + tile * place.codes_stride + word * kWarp;
+        load_once_if(tile < place.tiles, from, work.planes(tile, 0)[word], work.planes(tile, 1)[word], work.planes(tile, 2)[word],
+                     work.planes(tile, 3)[word]);
     }
 }
 
 // Groups 4 · word … + 3 of the slab.
 template <class Work>
-AMQ_DEVICE void load_scales(Work& work, const Place<Work>& place, int word) {
+AMQ_DEVICE void load_scales(Work& work, const Place& place, int word) {
     for (int tile = 0; tile < Work::kTiles; ++tile) {
-        auto& scales = work.scales[tile];
-        load_once_if(place.there, place.scales + place.scales_from[tile] + word, scales[0], scales[1], scales[2], scales[3]);
+        auto& scales = work.registers.scales[tile];
+        const uint4* from = place.scales + tile * place.scales_stride + word;
+        load_once_if(tile < place.tiles, from, scales[0], scales[1], scales[2], scales[3]);
     }
 }
 
-template <class Work>
-AMQ_DEVICE void load_slab(Work& work, const Place<Work>& place) {
-    load_scales(work, place, Work::kScaleWords - 1);
-    for (int word = Work::kBits - 1; word >= 0; --word) load_plane(work, place, word);
+template <int kBits, class Element, int kGroup>
+AMQ_DEVICE void load_slab(Registers& registers, const Place& place) {
+    Work<kBits, Element, kGroup> work{registers, {}};
+    load_scales(work, place, kScaleWords<kGroup> - 1);
+    for (int word = kBits - 1; word >= 0; --word) load_plane(work, place, word);
 }
 
-// sums += codes · x for two columns of x's fragment, b0 and b1. shift: of the half (fp16, bf16); mask: of the bytes of a
-// fragment that take part (int8).
-template <int kUnitIndex, class Work>
-AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, uint32_t b0, uint32_t b1) {
+// sums += codes · x of kCount units from kFirst on, which are fields of one byte word, for two columns of x's fragment: b0 and b1 of
+// each unit. shift: of the half (fp16, bf16); mask: of the bytes of a fragment that take part (int8).
+template <int kFirst, int kCount, class Work>
+AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, const uint32_t (&b0)[kCount],
+                         const uint32_t (&b1)[kCount]) {
     constexpr int kBits = Work::kBits;
     using Element = typename Work::Element;
-    constexpr int kWord = kUnitIndex / Fields<kBits>::kPerByte;
-    constexpr int kField = kUnitIndex % Fields<kBits>::kPerByte * kBits;
-    constexpr int kStay = Element::kInPlace ? kField : 0;
-    shift += kField - kStay;
+    constexpr int kWord = kFirst / Fields<kBits>::kPerByte;
     constexpr typename Element::Type kKind{};
     for (int pair = 0; pair < kPairs<kBits>; ++pair) {
-        auto& sums = work.sums[kUnitIndex % Work::kSums][pair];
         uint32_t words[4], a[4];  // (tile, column): as a fragment wants them, rows first
         for (int i = 0; i < 4; ++i)
-            words[i] = byte_word<kWord>(work.planes[2 * pair + i % 2][column + i / 2]) >> shift;
-        for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<kBits, 0>(words[i], kStay) & mask;
-        mma(sums, a, b0, b1, kKind);
-        if constexpr (Element::template kParts<kBits> > 1) {
-            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<kBits, 1>(words[i], kStay) & mask;
-            mma(sums, a, b0, b1, kKind);
+            words[i] = byte_word<kWord, kBits>(work.planes(2 * pair + i % 2, column + i / 2)) >> shift;
+        for (int unit = 0; unit < kCount; ++unit) {
+            const int field = (kFirst + unit) % Fields<kBits>::kPerByte * kBits, stay = Element::kInPlace ? field : 0;
+            auto& sums = work.sums[(kFirst + unit) % Work::kSums][pair];
+            for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<kBits, 0>(words[i] >> (field - stay), stay) & mask;
+            mma(sums, a, b0[unit], b1[unit], kKind);
+            if constexpr (Element::template kParts<kBits> > 1) {
+                for (int i = 0; i < 4; ++i) a[i] = Element::template fragment<kBits, 1>(words[i] >> (field - stay), stay) & mask;
+                mma(sums, a, b0[unit], b1[unit], kKind);
+            }
         }
     }
 }
@@ -171,7 +176,7 @@ AMQ_DEVICE void finish_group(Work& work, const StagedSlab& staged, int group) {
     if constexpr (kIsInt8<Element>) x_scale = staged.sums[group * (kMaxRows / 2) + Range<Element, Work::kGroup>::kPerGroup / 2];
     for (int pair = 0; pair < kPairs<kBits>; ++pair)
         for (int half = 0; half < 2; ++half) {  // rows 0 to 7 and 8 to 15 of the fragment
-            const float2 v = unpack_halves(work.scales[2 * pair + half][group % 4]);
+            const float2 v = unpack_halves(work.registers.scales[2 * pair + half][group % 4]);
             for (int i = 0; i < 2; ++i) {  // the lane's two columns
                 const int at = 2 * half + i;
                 float sum = kUnscale<Work, kUnitIndex> * static_cast<float>(work.sums[kUnitIndex % Work::kSums][pair][at]);
@@ -180,44 +185,63 @@ AMQ_DEVICE void finish_group(Work& work, const StagedSlab& staged, int group) {
                     sum += kUnscale<Work, kOther> * static_cast<float>(work.sums[kOther % 2][pair][at]);
                 }
                 const float scale = v.x * (i ? x_scale.y : x_scale.x);
-                work.outputs[pair][at] += scale * (sum - (v.y + kOffset) * (i ? x_sum.y : x_sum.x));
+                work.registers.outputs[pair][at] += scale * (sum - (v.y + kOffset) * (i ? x_sum.y : x_sum.x));
             }
         }
     clear_sums(work);
 }
 
-// Step kStep of a slab: 32 features, half a unit. It finishes a group that begins there, and loads what comes after: planes and
-// scales of `next` into the registers that are free.
-template <int kStep, class Work>
-AMQ_DEVICE void multiply_step(Work& work, const StagedSlab& staged, const Place<Work>& place, const Place<Work>& next) {
-    constexpr int kUnitIndex = kStep / 2, kHalf = kStep % 2, kFeature = kStep * kUnit / 2, kGroupIndex = kFeature / Work::kGroup;
-    if constexpr (!kIsInt8<typename Work::Element>) {
-        const uint4 v = staged.x[kStep * 4];
-        multiply<kUnitIndex>(work, 0, 8 * kHalf, ~0u, v.x, v.y);
-        multiply<kUnitIndex>(work, 2, 8 * kHalf, ~0u, v.z, v.w);
-    } else if constexpr (Work::kGroup < kUnit || kHalf == 0) {
-        // A byte fragment covers both halves of a unit at once; where they are two groups, a mask takes one at a time.
-        const uint32_t mask = Work::kGroup < kUnit ? 0x00ff00ffu << 8 * kHalf : ~0u;
-        const uint4 v = staged.x[kUnitIndex * 4];
-        multiply<kUnitIndex>(work, 0, 0, mask, v.x, v.y);
-        multiply<kUnitIndex>(work, 2, 0, mask, v.z, v.w);
+// Products of kCount units from kFirst on with all columns; kHalf: of each unit, for 16-bit numbers.
+template <int kFirst, int kCount, int kHalf, class Work>
+AMQ_DEVICE void multiply_half(Work& work, const StagedSlab& staged) {
+    constexpr bool kBytes = kIsInt8<typename Work::Element>;
+    // A byte fragment covers both halves of a unit at once; where they are two groups, a mask takes one at a time.
+    const uint32_t mask = kBytes && Work::kGroup < kUnit ? 0x00ff00ffu << 8 * kHalf : ~0u;
+    const int shift = kBytes ? 0 : 8 * kHalf;
+    uint32_t x[4][kCount];
+    for (int unit = 0; unit < kCount; ++unit) {
+        const uint4 v = staged.x[kBytes ? (kFirst + unit) * 4 : (2 * (kFirst + unit) + kHalf) * 4];
+        x[0][unit] = v.x, x[1][unit] = v.y, x[2][unit] = v.z, x[3][unit] = v.w;
     }
-    if constexpr (kFeature % Work::kGroup == 0) finish_group<kUnitIndex>(work, staged, kGroupIndex);
-    constexpr int kPerByte = Fields<Work::kBits>::kPerByte;
-    if constexpr (kHalf == 0 && kUnitIndex % kPerByte == 0 && kUnitIndex / kPerByte < Work::kBits)
-        load_plane(work, next, kUnitIndex / kPerByte);
-    if constexpr (kFeature % Work::kGroup == 0 && kGroupIndex % 4 == 0) {
-        if constexpr (kGroupIndex > 0) load_scales(work, place, kGroupIndex / 4 - 1);
-        if constexpr (kGroupIndex == 0) load_scales(work, next, Work::kScaleWords - 1);
+    multiply<kFirst, kCount>(work, 0, shift, mask, x[0], x[1]);
+    multiply<kFirst, kCount>(work, 2, shift, mask, x[2], x[3]);
+}
+
+// Units of a byte word that belong to one group.
+template <class Work>
+constexpr int kTogether = Work::kGroup > kUnit && Fields<Work::kBits>::kPerByte > 1 ? 2 : 1;
+
+// Step kStep of a slab: kTogether units. It finishes groups that begin there, and loads what comes after: planes and scales of `next`
+// into the registers that are free.
+template <int kStep, class Work>
+AMQ_DEVICE void multiply_step(Work& work, const StagedSlab& staged, const Place& place, const Place& next) {
+    constexpr int kCount = kTogether<Work>, kFirst = kStep * kCount, kGroup = Work::kGroup;
+    constexpr int kGroupIndex = kFirst * kUnit / kGroup, kPerByte = Fields<Work::kBits>::kPerByte;
+    if constexpr (!kIsInt8<typename Work::Element> || kGroup < kUnit) multiply_half<kFirst, kCount, 1>(work, staged);
+    if constexpr (kGroup < kUnit) finish_group<kFirst>(work, staged, kGroupIndex + 1);
+    multiply_half<kFirst, kCount, 0>(work, staged);
+    if constexpr (kFirst % kPerByte == 0 && kFirst / kPerByte < Work::kBits) load_plane(work, next, kFirst / kPerByte);
+    if constexpr (kFirst * kUnit % kGroup == 0) {
+        finish_group<kFirst>(work, staged, kGroupIndex);
+        if constexpr (kGroupIndex == 0) load_scales(work, next, kScaleWords<kGroup> - 1);
+        else if constexpr (kGroupIndex % 4 == 0) load_scales(work, place, kGroupIndex / 4 - 1);
     }
 }
 
-// The slab at `place`, whose planes are loaded, into work.outputs. Leaves the planes of `next`.
 template <class Work, int... kSteps>
-AMQ_DEVICE void multiply_slab(Work& work, const StagedSlab& staged, const Place<Work>& place, const Place<Work>& next,
-                              std::integer_sequence<int, kSteps...>) {
-    clear_sums(work);
+AMQ_DEVICE void multiply_steps(Work& work, const StagedSlab& staged, const Place& place, const Place& next,
+                               std::integer_sequence<int, kSteps...>) {
     (multiply_step<static_cast<int>(sizeof...(kSteps)) - 1 - kSteps>(work, staged, place, next), ...);
+}
+
+// The slab at `place`, whose planes are loaded, into the outputs. Leaves the planes of `next`, which is of the same format.
+template <int kBits, class Element, int kGroup>
+AMQ_DEVICE void multiply_slab(Registers& registers, const StagedSlab& staged, const Place& place, const Place& next) {
+    Work<kBits, Element, kGroup> work{registers, {}};
+    clear_sums(work);
+    multiply_steps(work, staged, place, next, std::make_integer_sequence<int, kUnits / kTogether<decltype(work)>>());
+    // What only wider formats use would else be kept through all of the above.
+    for (int i = 4 * work.kTiles * kBits; work.kTiles > 2 && i < 2 * 4 * kMaxBits; ++i) registers.planes[i] = 0;
 }
 
 }  // namespace amq

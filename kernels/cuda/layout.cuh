@@ -66,7 +66,7 @@ struct Fields {
 // Byte word kWord of a row and column. The first kBits are the planes; the spare top bits of the planes' bytes, plane 0's
 // lowest, hold the others one after another, kUsed bits each. Where codes fill their bytes there are no others.
 template <int kWord, int kBits>
-AMQ_DEVICE uint32_t byte_word(const uint32_t (&planes)[kBits]) {
+AMQ_DEVICE uint32_t byte_word(const uint32_t* planes) {
     if constexpr (kWord < kBits) {
         return planes[kWord];
     } else {

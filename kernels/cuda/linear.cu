@@ -8,8 +8,6 @@
 namespace amq {
 namespace {
 
-constexpr int kBlocksOfMultiprocessor = 3;
-
 bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
 
 int check_weights(const LinearCall& call) {
@@ -156,7 +154,7 @@ int64_t amq_cuda_linear_scratch(const amq::LinearCall* call) {
     if (check(*call) || call->rows == 0) return 0;
     const LinearArguments arguments = plan(*call, kFloat);
     if (!can_split(arguments)) return 0;
-    const int64_t sums = static_cast<int64_t>(items_of(arguments)) * arguments.ranges * arguments.sides * kMostRows * kMaxRows;
+    const int64_t sums = static_cast<int64_t>(items_of(arguments)) * arguments.ranges * arguments.sides * kOutputs;
     return sizeof(float) * (kCounters + sums);
 }
 

@@ -30,19 +30,25 @@ struct LinearArguments {
     int resident;            // whether a block stages its ranges once
 };
 
-// A step, and how steps follow one another in a block.
+// A step of a block; the one that follows the last has item −1.
 struct Step {
-    int item, range, side, part;  // part: of an item whose rows are more than the format of its weight takes at once
+    int32_t item, range, side, part;  // part: of an item whose rows are more than the format of its weight takes at once
+    int32_t stale;                    // whether its x is not where the step before had it, and has to be staged
 };
 
-constexpr int kSlots = kMostRows * kMaxRows / kThreads;  // outputs of an item that a thread has: row i / kMaxRows, column i % kMaxRows
+constexpr int kSteps = 4;  // that a block knows: what a thread reads behind a barrier, another one before the next must not replace
+
+constexpr int kOutputs = kMostRows * kMaxRows;  // of an item at most: i is row i / kMaxRows, column i % kMaxRows
 
 // What a block shares beside x.
 struct Shared {
     Weight weights[kMaxWeights];
-    float partials[2][kWarps][kMostRows * kMaxRows];
+    float partials[2][kWarps][kOutputs];  // of steps that follow one another
+    float sums[2][kOutputs];              // of an item's sides; each is one thread's own
     float squares[kMaxRows][kWarps];
     int32_t x_rows[kMaxRows], y_rows[kMaxRows];
+    int32_t rows, first_range, end_range;  // of the block
+    Step steps[kSteps];
     int32_t last;
 };
 
@@ -51,7 +57,6 @@ struct Block {
     const LinearArguments& arguments;
     Shared& shared;
     char* staged;
-    int rows, first_range, end_range;
 
     AMQ_DEVICE int items() const { return arguments.first_item[arguments.call.n_weights]; }
 
@@ -71,19 +76,18 @@ struct Block {
     AMQ_DEVICE int row_of(const Step& step, int bits) const {
         return row_of(step.item, bits) + step.part * kPairRows * pairs_of(bits);
     }
-    AMQ_DEVICE bool advance(Step& step) const {
-        if (kPairRows * pairs_of(weight_of(step).bits) * ++step.part < arguments.item_rows) return true;
+    AMQ_DEVICE Step after(Step step) const {
+        step.stale = 0;
+        if (kPairRows * pairs_of(weight_of(step).bits) * ++step.part < arguments.item_rows) return step;
         step.part = 0;
-        if (++step.side < arguments.sides) return true;
+        if (++step.side < arguments.sides) return step;
         step.side = 0;
-        if (++step.range < end_range) return true;
-        step.range = first_range;
+        step.stale = !arguments.resident;
+        if (++step.range < shared.end_range) return step;
+        step.range = shared.first_range;
         step.item += arguments.blocks;
-        return step.item < items();
-    }
-    // Whether x of `b` is in shared memory where that of `a` was.
-    AMQ_DEVICE bool same_x(const Step& a, const Step& b) const {
-        return arguments.resident || (a.item == b.item && a.range == b.range);
+        if (step.item >= items()) step.item = -1;
+        return step;
     }
 };
 
@@ -129,6 +133,12 @@ AMQ_DEVICE int find_work(const LinearArguments& arguments, int number, Shared& s
         }
         shared.weights[t] = locate(weight, data, bias, bits, column, call.in_features, call.group_size);
     }
+    if (t == 0) {
+        shared.rows = rows;
+        shared.first_range = arguments.span * (blockIdx.x / arguments.blocks % arguments.splits);
+        shared.end_range = min(shared.first_range + arguments.span, arguments.ranges);
+        shared.steps[0] = {static_cast<int32_t>(blockIdx.x % arguments.blocks), shared.first_range, 0, 0, 1};
+    }
     if (t < rows) {
         shared.y_rows[t] = group ? group->entries[t] : t;
         shared.x_rows[t] = group ? group->entries[t] / call.x_share : t;
@@ -140,24 +150,21 @@ AMQ_DEVICE int find_work(const LinearArguments& arguments, int number, Shared& s
 template <class Element, int kGroup>
 AMQ_DEVICE void stage_ranges(const Block& block, const Source& source, int first, int end) {
     for (int range = first; range < end; ++range)
-        stage<Element, kGroup>(source, range, block.staged + (range - first) * Range<Element, kGroup>::bytes(block.rows));
+        stage<Element, kGroup>(source, range, block.staged + (range - first) * Range<Element, kGroup>::bytes(block.shared.rows));
     synchronize();
 }
 
 // Codes and scales of this warp's slab of a step into L2.
 AMQ_DEVICE void fetch(const Block& block, const Step& step) {
     const Weight& weight = block.weight_of(step);
-    const int slab = step.range * kWarps + static_cast<int>(threadIdx.x) / kWarp, lane = threadIdx.x % kWarp;
+    const int thread = this_thread(), slab = step.range * kWarps + thread / kWarp;
     if (slab >= weight.slabs) return;
     constexpr int kLines = kWarp * sizeof(uint4) / 128;  // of a plane
     const int first = block.row_of(step, weight.bits) / kTileRows, lines = kLines * weight.bits;
     const int tiles = min(2 * pairs_of(weight.bits), (weight.rows - 1) / kTileRows + 1 - first);
-    for (int i = lane; i < tiles * lines; i += kWarp)
+    for (int i = thread % kWarp; i < tiles * lines; i += kWarp)
         prefetch(weight.codes + (static_cast<int64_t>(first + i / lines) * weight.planes + slab * weight.bits) * kWarp + i % lines * 8);
 }
-
-// What epilogues have of an item: its sums, for each side and slot.
-using Sums = float[2][kSlots];
 
 AMQ_DEVICE float with_bias(const Block& block, const Weight& weight, int row, float sum) {
     return weight.bias ? sum + load_element(weight.bias, block.arguments.bias_kind, row) : sum;
@@ -178,15 +185,15 @@ AMQ_DEVICE void store_output(const Block& block, int index, int n, int m, float 
     store_element(call.y, call.y_kind, to, value);
 }
 
-// Sums of each range of each item: [items, ranges, sides, kMostRows, kMaxRows].
+// Sums of each range of each item: [items, ranges, sides, kOutputs].
 AMQ_DEVICE float* partial_of(const Block& block, int item, int range, int side) {
     const LinearArguments& arguments = block.arguments;
     const int64_t index = (static_cast<int64_t>(item) * arguments.ranges + range) * arguments.sides + side;
-    return arguments.call.partials + kCounters + index * kMostRows * kMaxRows;
+    return arguments.call.partials + kCounters + index * kOutputs;
 }
 
-// Whether the other blocks of an item are done; then `sums` are those of all ranges.
-AMQ_DEVICE bool gather(const Block& block, int item, Sums& sums) {
+// Whether the other blocks of an item are done; the last one's shared.sums are those of all ranges then.
+AMQ_DEVICE bool gather(const Block& block, int item) {
     const LinearArguments& arguments = block.arguments;
     auto* counter = reinterpret_cast<int32_t*>(arguments.call.partials) + item;
     memory_fence();
@@ -200,126 +207,131 @@ AMQ_DEVICE bool gather(const Block& block, int item, Sums& sums) {
     if (!block.shared.last) return false;
     memory_fence();
     for (int side = 0; side < arguments.sides; ++side)
-        for (int slot = 0; slot < kSlots; ++slot) {
+        for (int i = threadIdx.x; i < kOutputs && i % kMaxRows < block.shared.rows; i += kThreads) {
             float sum = 0.0f;
-            for (int range = 0; threadIdx.x % kMaxRows < block.rows && range < arguments.ranges; ++range)
-                sum += load_fresh(partial_of(block, item, range, side) + slot * kThreads + threadIdx.x);
-            if (side == 0) sums[0][slot] = sum;
-            else sums[1][slot] = sum;
+            for (int range = 0; range < arguments.ranges; ++range) sum += load_fresh(partial_of(block, item, range, side) + i);
+            block.shared.sums[side][i] = sum;
         }
     return true;
 }
 
-AMQ_DEVICE void finish_item(const Block& block, int item, Sums& sums) {
-    if (block.arguments.splits > 1 && !gather(block, item, sums)) return;
-    const int index = block.weight_of(item), bits = block.shared.weights[index].bits;
-    const int rows = block.arguments.item_rows ? block.arguments.item_rows : kPairRows * pairs_of(bits);
-    for (int slot = 0; slot < kSlots; ++slot) {
-        const int i = slot * kThreads + threadIdx.x, n = i / kMaxRows, m = i % kMaxRows;
-        const int row = block.row_of(item, bits) + n;
-        if (n < rows && m < block.rows && row < block.shared.weights[index].rows)
-            store_output(block, index, row, m, sums[0][slot], sums[1][slot]);
-    }
+AMQ_DEVICE void finish_item(const Block& block, int item) {
+    if (block.arguments.splits > 1 && !gather(block, item)) return;
+    const int index = block.weight_of(item), bits = block.shared.weights[index].bits, first = block.row_of(item, bits);
+    const int item_rows = block.arguments.item_rows ? block.arguments.item_rows : kPairRows * pairs_of(bits);
+    const int rows = min(item_rows, block.shared.weights[index].rows - first);
+    for (int i = this_thread(); i < rows * kMaxRows && i % kMaxRows < block.shared.rows; i += kThreads)
+        store_output(block, index, first + i / kMaxRows, i % kMaxRows, block.shared.sums[0][i], block.shared.sums[1][i]);
 }
 
-// A step's outputs become sums of its item.
-template <class Work>
-AMQ_DEVICE void add_up(const Work& work, const Block& block, const Step& step, int parity, Sums& sums) {
-    constexpr int kStepSlots = kPairs<Work::kBits> * kPairRows * kMaxRows / kThreads;
-    const Lane lane = this_lane();
+// A step's outputs are added to the sums of its item.
+AMQ_DEVICE void add_up(const Registers& registers, const Block& block, const Step& step, float factor, int parity) {
+    const int thread = this_thread(), pairs = pairs_of(block.weight_of(step).bits);
+    const Lane lane = lane_of(thread);
     auto& partials = block.shared.partials[parity];
-    for (int pair = 0; pair < kPairs<Work::kBits>; ++pair)
-        for (int half = 0; half < 2; ++half)
-            *reinterpret_cast<float2*>(&partials[threadIdx.x / kWarp][((2 * pair + half) * kTileRows + lane.row) * kMaxRows + 2 * lane.column]) =
-                {work.outputs[pair][2 * half], work.outputs[pair][2 * half + 1]};
+    float* mine = partials[thread / kWarp] + lane.row * kMaxRows + 2 * lane.column;
+    for (int pair = 0; pair < kMostRows / kPairRows; ++pair)
+        for (int half = 0; half < 2 && pair < pairs; ++half)
+            *reinterpret_cast<float2*>(mine + (2 * pair + half) * kTileRows * kMaxRows) = {registers.outputs[pair][2 * half],
+                                                                                          registers.outputs[pair][2 * half + 1]};
     synchronize();
-    for (int slot = 0; slot < kStepSlots; ++slot) {
-        const int i = slot * kThreads + threadIdx.x;
-        const float sum = ((partials[0][i] + partials[1][i]) + (partials[2][i] + partials[3][i])) * Work::Element::kFinal;
-        if (block.arguments.splits > 1) {
-            if (i % kMaxRows < block.rows) partial_of(block, step.item, step.range, step.side)[step.part * kStepSlots * kThreads + i] = sum;
-            continue;
-        }
-        const bool first = step.range == block.first_range;
-        for (int side = 0; side < 2; ++side)
-            for (int to = 0; to < kSlots; ++to)
-                if (side == step.side && to == step.part * kStepSlots + slot) sums[side][to] = (first ? 0.0f : sums[side][to]) + sum;
+    const int outputs = pairs * kPairRows * kMaxRows;
+    for (int i = thread; i < outputs && i % kMaxRows < block.shared.rows; i += kThreads) {
+        const float sum = ((partials[0][i] + partials[1][i]) + (partials[2][i] + partials[3][i])) * factor;
+        const int to = step.part * outputs + i;
+        float& all = block.shared.sums[step.side][to];
+        if (block.arguments.splits > 1) partial_of(block, step.item, step.range, step.side)[to] = sum;
+        else all = (step.range == block.shared.first_range ? 0.0f : all) + sum;
     }
 }
 
-// How far a block is. stale: whether x of `step` is not staged yet; parity: of steps; sums: of step.item.
-struct State {
-    Step step;
-    bool stale;
-    int parity;
-    Sums sums;
-};
-
-// Steps from state.step on that are of one format and whose x is staged; whether there are more.
-template <int kBits, class Element, int kGroup>
-AMQ_DEVICE bool run_steps(const Block& block, State& state) {
-    using Sizes = Range<Element, kGroup>;
-    const Lane lane = this_lane();
-    const int warp = threadIdx.x / kWarp, row = min(lane.row, block.rows - 1);
-    const auto place_of = [&](const Step& step) {
-        return Place<Work<kBits, Element, kGroup>>(block.weight_of(step), block.row_of(step, kBits), step.range * kWarps + warp, lane);
-    };
-    Work<kBits, Element, kGroup> work{};
-    auto place = place_of(state.step);
-    load_slab(work, place);
-    for (;;) {
-        const Step step = state.step;
-        const bool more = block.advance(state.step);
-        state.stale = more && !block.same_x(step, state.step);
-        const bool goes_on = more && !state.stale && block.weight_of(state.step).bits == kBits;
-        auto next = place;
-        next.there = false;
-        if (goes_on) next = place_of(state.step);
-        else if (more) fetch(block, state.step);
-        const char* staged = block.staged + (block.arguments.resident ? step.range - block.first_range : 0) * Sizes::bytes(block.rows);
-        const char* x = staged + Sizes::kHead + row * Sizes::kPitch + warp * kSlab * Sizes::kBytes;
-        const float* x_sums = reinterpret_cast<const float*>(staged) + warp * (kSlab / kGroup) * kMaxRows;
-        const StagedSlab slab = {reinterpret_cast<const uint4*>(x) + lane.column, reinterpret_cast<const float2*>(x_sums) + lane.column};
-        clear_outputs(work);
-        if (place.there) multiply_slab(work, slab, place, next, std::make_integer_sequence<int, 2 * kUnits>());
-        else load_slab(work, next);
-        add_up(work, block, step, state.parity, state.sums);
-        state.parity ^= 1;
-        if (!more || state.step.item != step.item) finish_item(block, step.item, state.sums);
-        place = next;
-        if (!goes_on) return more;
-    }
-}
-
-// run_steps for the bits of the step's weight.
-template <class Element, int kGroup, int kBits = 1>
-AMQ_DEVICE bool run_steps_of_bits(const Block& block, State& state, int bits) {
+// `call` with the bits of a weight as a constant.
+template <int kBits = 1, class Call>
+AMQ_DEVICE void with_bits(int bits, const Call& call) {
     if constexpr (kIsCompiled<kBits>)
-        if (bits == kBits) return run_steps<kBits, Element, kGroup>(block, state);
-    if constexpr (kBits < kMaxBits) return run_steps_of_bits<Element, kGroup, kBits + 1>(block, state, bits);
-    return false;
+        if (bits == kBits) return call(std::integral_constant<int, kBits>());
+    if constexpr (kBits < kMaxBits) with_bits<kBits + 1>(bits, call);
+}
+
+// The slab of x of this thread's warp and row.
+template <class Element, int kGroup>
+AMQ_DEVICE StagedSlab find_slab(const Block& block, const Step& step) {
+    using Sizes = Range<Element, kGroup>;
+    const int thread = this_thread(), warp = thread / kWarp;
+    const Lane lane = lane_of(thread);
+    const int rows = block.shared.rows, row = min(lane.row, rows - 1);
+    const int index = block.arguments.resident ? step.range - block.shared.first_range : 0;
+    const char* range = block.staged + index * Sizes::bytes(rows);
+    const char* x = range + Sizes::kHead + row * Sizes::kPitch + warp * kSlab * Sizes::kBytes;
+    const float* sums = reinterpret_cast<const float*>(range) + warp * (kSlab / kGroup) * kMaxRows;
+    return {reinterpret_cast<const uint4*>(x) + lane.column, reinterpret_cast<const float2*>(sums) + lane.column};
+}
+
+// Where this thread's warp finds its slab of a step.
+template <int kGroup>
+AMQ_DEVICE Place find_place(const Block& block, const Step& step) {
+    const Weight& weight = block.weight_of(step);
+    const int thread = this_thread();
+    return place_of<kGroup>(weight, block.row_of(step, weight.bits), step.range * kWarps + thread / kWarp, lane_of(thread));
+}
+
+// Before a step whose planes the step before has not loaded.
+template <class Element, int kGroup>
+AMQ_DEVICE void begin_step(const Block& block, const Source& source, const Step& step, Registers& registers) {
+    if (step.stale) {
+        const int end = block.arguments.resident ? block.shared.end_range : step.range + 1;
+        stage_ranges<Element, kGroup>(block, source, step.range, end);
+    }
+    registers = {};
+    const Place place = find_place<kGroup>(block, step);
+    with_bits(block.weight_of(step).bits, [&](auto bits) { load_slab<decltype(bits)::value, Element, kGroup>(registers, place); });
+}
+
+// All steps of a block. Little is kept in registers from step to step beside what is being loaded.
+template <class Element, int kGroup>
+AMQ_DEVICE void run_steps(const Block& block, const Source& source) {
+    Registers registers{};
+    bool loaded = false;  // this warp's planes are in registers, or on their way
+    for (int turn = 0;; ++turn) {
+        Shared& shared = block.shared;
+        const Step& step = shared.steps[turn % kSteps];
+        if (step.item < 0) return;
+        const int bits = block.weight_of(step).bits;
+        if (!loaded) begin_step<Element, kGroup>(block, source, step, registers);
+        const Place place = find_place<kGroup>(block, step);
+        const Step after = block.after(step);
+        loaded = after.item >= 0 && !after.stale && block.weight_of(after).bits == bits;
+        Place next = place;
+        next.tiles = 0;
+        if (loaded) next = find_place<kGroup>(block, after);
+        else if (after.item >= 0) fetch(block, after);
+        if (this_thread() == 0) shared.steps[(turn + 1) % kSteps] = after;
+        for (auto& outputs : registers.outputs)
+            for (float& output : outputs) output = 0.0f;
+        if (place.tiles > 0) {
+            const StagedSlab slab = find_slab<Element, kGroup>(block, step);
+            with_bits(bits, [&](auto bits) { multiply_slab<decltype(bits)::value, Element, kGroup>(registers, slab, place, next); });
+        } else {
+            loaded = false;
+        }
+        add_up(registers, block, step, Element::kFinal, turn % 2);
+        if (shared.steps[(turn + 1) % kSteps].item != step.item) finish_item(block, step.item);
+    }
 }
 
 template <class Element, int kGroup>
-__global__ void AMQ_REGISTERS(kRegisters<kGroup>, kThreads) linear_kernel(const __grid_constant__ LinearArguments arguments) {
+__global__ void AMQ_REGISTERS(kRegisters, kThreads) linear_kernel(const __grid_constant__ LinearArguments arguments) {
     __shared__ Shared shared;
     AMQ_SHARED_OF_LAUNCH(staged, kStageBytes);
     const LinearCall& call = arguments.call;
-    const int index = blockIdx.x % arguments.blocks, split = blockIdx.x / arguments.blocks % arguments.splits;
     const int rows = find_work(arguments, blockIdx.x / (arguments.blocks * arguments.splits), shared);
     if (rows == 0) return;
-    const int first = split * arguments.span;
-    const Block block = {arguments, shared, reinterpret_cast<char*>(staged), rows, first, min(first + arguments.span, arguments.ranges)};
+    const Block block = {arguments, shared, reinterpret_cast<char*>(staged)};
     const Source source = {call.x, call.x_stride, call.x_kind, call.in_features, call.norm, call.epsilon,
                            rows, shared.x_rows, shared.squares};
-    State state = {{index, first, 0, 0}, !arguments.resident, 0, {}};
-    fetch(block, state.step);
+    fetch(block, shared.steps[0]);
     if (call.norm) sum_squares(source);
-    if (arguments.resident) stage_ranges<Element, kGroup>(block, source, first, block.end_range);
-    for (bool more = true; more;) {
-        if (state.stale) stage_ranges<Element, kGroup>(block, source, state.step.range, state.step.range + 1);
-        more = run_steps_of_bits<Element, kGroup>(block, state, block.weight_of(state.step).bits);
-    }
+    run_steps<Element, kGroup>(block, source);
 }
 
 }  // namespace amq

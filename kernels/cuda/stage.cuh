@@ -75,11 +75,11 @@ AMQ_DEVICE void load_features(const Source& source, int row, int k, float (&v)[4
 
 // Those of a normed row.
 AMQ_DEVICE void norm_features(const Source& source, float factor, int k, float (&v)[4]) {
-    float weight[4] = {};
+    float weight[4];
     if (k + 4 <= source.in_features) {
         load_floats(source.norm + k, weight);
     } else {
-        for (int i = 0; k + i < source.in_features; ++i) weight[i] = source.norm[k + i];
+        for (int i = 0; i < 4; ++i) weight[i] = k + i < source.in_features ? source.norm[k + i] : 0.0f;
     }
     for (int i = 0; i < 4; ++i) v[i] = weight[i] * (v[i] * factor);
 }
