@@ -32,7 +32,7 @@ from provenance import write_results  # noqa: E402
 from roofline import Gpu, Loop  # noqa: E402
 
 from amq.formats import FORMATS, get_format  # noqa: E402
-from amq.kernels.cuda_calls import KINDS, Call, SampleCall  # noqa: E402
+from amq.kernels.cuda_calls import ACTIVATE, KINDS, Call, SampleCall  # noqa: E402
 from amq.kernels.gpu_layout import layout_of  # noqa: E402
 from amq.packing import PreparedWeight  # noqa: E402
 from amq.runtime.cuda_buffers import PAGE, Buffers, Inputs, KeyCache, StepPlaces  # noqa: E402
@@ -58,17 +58,19 @@ STAGING_BYTES = 64
 """That a multiprocessor takes from L2 per clock: the width of its port since Volta."""
 BLOCKS = 3
 """Of a linear on a multiprocessor (kernels/cuda/linear.cu); each stages x for itself."""
-SHARED_BYTES = 48 * 1024
-"""Of x that a block stages at most."""
+SHARED_BYTES = 36 * 1024
+"""Of x that a block stages at most (kernels/cuda/stage.cuh); where x is more, or items are fewer than multiprocessors,
+blocks share the features."""
+GATHER_TRIPS = 2
+"""Of a linear whose features are shared: the counter, then what the other blocks found."""
 SAMPLE_READS = 3
 """Times that sampling reads the logits."""
 GROUP_SIZE = 128
 HEAD = "int6"
 CONTEXTS, ROWS, CACHES = (512, 8192), (1, 8), ("float16", "int8")
 GPUS = (
-    *(gpu for gpu in roofline.GPUS if gpu.name in ("RTX 3090", "RTX 4090")),
-    Gpu("RTX 5090", 120, 1792, 170, 2.407, 256),
-    Gpu("H100", 90, 3350, 132, 1.83, 1024),
+    *(gpu for gpu in roofline.GPUS if gpu.name.startswith("RTX")),
+    Gpu("H100", 90, 3350, 132, 1.83, 1024, 2),
 )
 """Data sheets, tensor cores as in roofline.py."""
 
@@ -185,7 +187,8 @@ class Costs:
         work = {"LinearCall": self._linear, "SampleCall": self._sample}.get(kind, lambda struct: 0.0)(call.struct)
         if kind == "AttentionCall":
             work = self._stream(attention_bytes(call.struct, positions, cache))
-        return Cost(kind, work, TRIPS[kind] * TRIP_US + GAP_US)
+        trips = TRIPS[kind] + (GATHER_TRIPS if kind == "LinearCall" and self._is_shared(call.struct) else 0)
+        return Cost(kind, work, trips * TRIP_US + GAP_US)
 
     def _stream(self, size: float) -> float:
         return size / (STREAM_SHARE * self.gpu.gigabytes_per_second) / 1e3
@@ -200,6 +203,13 @@ class Costs:
         staged = min(2 * struct.rows * struct.in_features, SHARED_BYTES) / 2 * element
         staging = BLOCKS * staged / (STAGING_BYTES * self.gpu.gigahertz) / 1e3
         return max(need["memory"] / STREAM_SHARE, need["issue"], need["tensor"]) + staging
+
+    def _is_shared(self, struct: Any) -> bool:
+        """Whether blocks share the features of x: an item is as many output rows as a format takes at once."""
+        sides = struct.n_weights if struct.epilogue == ACTIVATE else 1
+        weights = struct.weights[: struct.n_weights]
+        items = sum(weight.rows / self.loops[self._formats[weight.bits]].rows for weight in weights) / sides
+        return items < self.gpu.multiprocessors or 2 * struct.rows * struct.in_features > SHARED_BYTES
 
     def _sample(self, struct: Any) -> float:
         return self._stream(SAMPLE_READS * 4 * struct.rows * struct.vocabulary)
@@ -293,8 +303,8 @@ def main() -> int:
 
 
 def assumed() -> dict[str, Any]:
-    names = ("STREAM_SHARE", "GAP_US", "TRIP_US", "TRIPS", "STAGING_BYTES", "BLOCKS", "SHARED_BYTES", "SAMPLE_READS")
-    return {name: globals()[name] for name in names} | {"gpus": [asdict(gpu) for gpu in GPUS]}
+    names = ("STREAM_SHARE", "GAP_US", "TRIP_US", "TRIPS", "GATHER_TRIPS", "STAGING_BYTES", "BLOCKS", "SHARED_BYTES")
+    return {name: globals()[name] for name in (*names, "SAMPLE_READS")} | {"gpus": [asdict(gpu) for gpu in GPUS]}
 
 
 if __name__ == "__main__":
