@@ -1,11 +1,11 @@
 #!/bin/bash
-# The GPU suite: checks every CUDA and Triton kernel on the device, measures linears, a decode and the engine, compares
-# what the search computes with the CPU's, and draws what was measured. benchmarks/gpu/README.md says how to read it.
+# The GPU suite: checks every CUDA and Triton kernel on the device, runs both engines side by side, measures linears and a
+# decode, compares every family and what the search computes with the CPU's, and draws what was measured. benchmarks/gpu/README.md says how to read it.
 #
 #     benchmarks/gpu_suite.sh DIR [--smoke]
 #
 # Runs from a checkout with nothing installed: Python (PYTHON, python3 by default) with torch, triton, numpy, psutil and
-# transformers (the search part wants msgspec, too), and nvcc unless a library is given. No network, no pip. At most six minutes (AMQ_SUITE_SECONDS): each part
+# transformers (part search wants msgspec, too), and nvcc unless a library is given. No network, no pip. At most six minutes (AMQ_SUITE_SECONDS): each part
 # has its share, leaves out what does not fit, and is ended where it does not leave by itself; parts for which nothing is
 # left do not start. DIR gets suite.json, correctness.json, speed.png, decode.png and log.txt, and is safe to use again.
 # suite.json is written after every row, so a suite that is ended early leaves what it had. The exit status is 1 if a check
@@ -58,7 +58,7 @@ wait_for() {
     return $status
 }
 
-# The flags of target _cuda in CMakeLists.txt, for one architecture.
+# The library of the CUDA kernels, in AMQ_CUDA_LIBRARY or as installed.
 build() {
     local library=$root/amq/_cuda.so architecture
     if [ -n "${AMQ_CUDA_LIBRARY:-}" ]; then echo "build: AMQ_CUDA_LIBRARY is $AMQ_CUDA_LIBRARY"; return; fi
@@ -72,14 +72,25 @@ b.compile_shim(b.KERNELS, pathlib.Path(sys.argv[1]), '-O0 -shared -fPIC -fno-gnu
     if [ -e "$library" ] && [ -z "$(find kernels/cuda -type f -newer "$library")" ]; then echo "build: $library is up to date"; return; fi
     export AMQ_CUDA_LIBRARY=$work/_cuda.so
     architecture=$("$python" -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") || return 1
-    PATH=$PATH:/usr/local/cuda/bin wait_for nvcc -O3 -DNDEBUG -std=c++17 \
-        "-gencode=arch=compute_80,code=[compute_80,sm_$architecture]" \
-        -Xfatbin=-compress-all -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -shared -cudart static \
-        -Xlinker --exclude-libs,ALL -o "$AMQ_CUDA_LIBRARY" kernels/cuda/*.cu || return 1
+    "$python" -c "from amq.formats import native_header; print(native_header())" >"$work/amq_formats.h" || return 1
+    PATH=$PATH:/usr/local/cuda/bin wait_for compile "$architecture" || return 1
     echo "build: $AMQ_CUDA_LIBRARY for sm_$architecture"
 }
 
-# The CPU module, for part search alone: built beside the first parts where it is not installed.
+# compile ARCHITECTURE: kernels/cuda/*.cu with the flags of target _cuda in CMakeLists.txt, all at once.
+compile() {
+    local source process processes=""
+    mkdir -p "$work/objects"
+    for source in kernels/cuda/*.cu; do
+        nvcc -O3 -DNDEBUG -std=c++17 "-gencode=arch=compute_80,code=[compute_80,sm_$1]" -Xfatbin=-compress-all \
+            -Xcompiler=-fPIC,-fvisibility=hidden,-Wall "-I$work" -c "$source" -o "$work/objects/$(basename "$source").o" &
+        processes="$processes $!"
+    done
+    for process in $processes; do wait "$process" || return 1; done
+    nvcc -shared -cudart static -Xlinker --exclude-libs,ALL -o "$AMQ_CUDA_LIBRARY" "$work"/objects/*.o
+}
+
+# The CPU module, for parts families and search: built beside the first parts where it is not installed.
 build_cpu() {
     "$python" -c "import importlib.util as i, sys; sys.exit(i.find_spec('amq._cpu') is None)" && return
     export AMQ_SUITE_CPU=$work/cpu
@@ -120,15 +131,16 @@ build_cpu
 "$python" benchmarks/gpu/clocks.py "$folder" &
 clocks=$!
 # What they take together, with the build of a library carried in (none), is below the total.
-part correctness 75
-part speed 100
-part decode 45
-part engine 55
+part correctness 65
+part engine 90
+part speed 70
+part decode 30
 if [ -n "$cpu" ]; then
     wait_for timeout $((30 * patience)) tail --pid="$cpu" -f /dev/null
     [ -z "$(find "$work/cpu" -name '_cpu.*.so' 2>/dev/null)" ] && tail -n 5 "$work/cpu.txt"
 fi
-part search 25
+part families 30
+part search 20
 kill "$clocks" 2>/dev/null
 wait "$clocks" 2>/dev/null
 clocks=""

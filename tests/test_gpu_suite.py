@@ -20,7 +20,8 @@ ROOT = Path(__file__).parents[1]
 MEASURED = (
     *("us", "us_fastest", "us_slowest", "gbps", "share_of_copy", "torch_fp16_us", "times_torch_fp16"),
     *("us_per_token", "tokens_per_second", "times_fp16"),
-    *("prompt_tokens_per_second", "peak_bytes", "kernels_per_token", "host_launches_per_token"),
+    *("prompt_tokens_per_second", "kernels_per_token", "host_launches_per_token"),
+    *("own_us_per_token", "us_per_step", "outside_us"),
 )
 SUITE = str(ROOT / "benchmarks" / "gpu_suite.sh")
 PARTS = ROOT / "benchmarks" / "gpu"
@@ -73,7 +74,7 @@ def test_a_smoke_run_has_no_figures(folder: Path) -> None:
 
 def test_every_part_ran(folder: Path) -> None:
     suite = json.loads((folder / "suite.json").read_text())
-    parts = ("build", "machine", "correctness", "speed", "decode", "engine", "search")
+    parts = ("build", "machine", "correctness", "engine", "speed", "decode", "families", "search")
     assert suite["parts"] == dict.fromkeys(parts, 0)
     speed, decode = suite["speed"], suite["decode"]
     assert not speed["failed"] and not speed["wrong"] and not speed["left_out"] and not speed["unavailable"]
@@ -86,14 +87,32 @@ def test_every_part_ran(folder: Path) -> None:
     assert all(row["linear_launches_per_layer"] <= 4 and not row["wrong"] for row in decode["rows"])
 
 
-def test_engine_and_search_agree_with_the_cpu(folder: Path) -> None:
+def test_both_engines_run(folder: Path) -> None:
+    engine = suite_of(folder)["engine"]
+    rows = {kind: [row for row in engine["rows"] if row["row"] == kind] for kind in ("agree", "decode", "batch")}
+    assert sum(map(len, rows.values())) == len(engine["rows"]) and engine["copy_gbps"] is None
+    assert [row["engine"] for row in rows["agree"]] == ["own", "own", "own", "torch"]
+    assert all(row["tokens_equal"] and row.get("by_itself_equal", True) for row in rows["agree"])
+    of = [(row["engine"], row["context"], row["cache"], row.get("activations", "fp32")) for row in rows["decode"]]
+    short, long = of[0][1], of[1][1]
+    own = [("own", short, "float16", "fp32"), ("own", long, "float16", "fp32"), ("own", long, "int8", "fp32")]
+    assert of == [*own, ("own", short, "float16", "int8"), *(("torch", c, "float16", "fp32") for c in (short, long))]
+    assert all(row["captured"] for row in rows["decode"])
+    assert [row["sequences"] for row in rows["batch"]] == [1, 2, 4, 8, 1, 8]
+    assert {row["launches"] for row in rows["decode"] if row["engine"] == "own"} == {1 + 5 + 1 + 1}
+    more = [row["bytes_per_step"] for row in rows["batch"][:4]]
+    assert more == sorted(set(more)) and rows["decode"][1]["bytes_per_step"] > rows["decode"][2]["bytes_per_step"]
+
+
+def test_families_and_search_agree_with_the_cpu(folder: Path) -> None:
     suite = suite_of(folder)
-    engine, search = suite["engine"], suite["search"]
-    assert [row["row"] for row in engine["rows"]] == ["greedy", "decode", "decode"]
-    assert engine["rows"][0]["tokens_equal"] and all(row.get("captured", True) for row in engine["rows"])
+    families, search = suite["families"], suite["search"]
+    assert {row["case"] for row in families["rows"]} == {"llama", "lfm2"}
+    assert all(0 < row["difference"] < row["allowed"] / 4 for row in families["rows"])
+    assert "amq_cuda_short_conv" in families["calls"] and "amq_cuda_delta" in families["never_launched"]
     assert {row["row"] for row in search["rows"]} == {"loss", "sensitivity", "bank", "fisher"}
     assert {row["by"] for row in search["rows"]} == {"torch", "cpu"}
-    for part in (engine, search):
+    for part in (suite["engine"], families, search):
         assert not part["failed"] and not part["left_out"] and not any(row["wrong"] for row in part["rows"])
     losses = [row for row in search["rows"] if row["row"] == "loss"]
     assert all(0 < row["allowed"] < row["cpu"] / 100 for row in losses)  # so that another configuration's would fail
@@ -103,7 +122,7 @@ def test_rows_can_be_matched_with_the_clocks(folder: Path) -> None:
     suite = suite_of(folder)
     clocks = suite["clocks"]
     assert clocks["columns"][:2] == ["at", "sm_mhz"] and ("left_out" in clocks or clocks["rows"])
-    for part in ("speed", "decode", "engine", "search"):
+    for part in ("speed", "decode", "engine", "families", "search"):
         times = [row["at"] for row in suite[part]["rows"]]
         assert times == sorted(times) and all(0 <= time.time() - at < 86400 for at in times)
 
@@ -278,5 +297,39 @@ assert [row[1:] for row in found["rows"]] == [
     [1980.0, 3201.0, 411.5, 44.0, 97.0, "0x0000000000000004"], [345.0, 3201.0, None, 30.0, 0.0, "0x0"]]
 assert found["left_out"] == "nvidia-smi said: No devices" and not (folder / clocks.FILE).exists()
 assert clocks.collect(folder) == {{"left_out": "nothing watched the clocks"}}
+"""
+    )
+
+
+def test_derived_speeds() -> None:
+    """Of the engine on paper, with made-up loops: what bounds a step, and the launches of the real passes."""
+    run_script(
+        """
+import derive_engine as d
+def loops(instructions, products=0):
+    return [d.Loop(name, "fp16", gpu.architecture, 128, 0, 16, instructions, products, 0, 0)
+            for gpu in d.GPUS for name in ("int2", "int3", "int4", "int6")]
+gpu = next(gpu for gpu in d.GPUS if gpu.name == "RTX 4090")
+def of(found, **wanted):
+    row, = (row for row in found if all(row[name] == value for name, value in wanted.items()))
+    return row
+one = {"model": "Llama-3.1-8B", "formats": "int3", "rows": 1, "positions": 512, "cache": "float16"}
+found = d.derive(gpu, loops(256), "fp16")
+row, more = of(found, **one), of(found, **{**one, "rows": 8})
+assert (row["launches"], row["launches_per_layer"]) == (1 + 5 * 32 + 2, 5), row
+assert (more["launches"], more["launches_per_layer"]) == (1 + 7 * 32 + 3, 7), more
+weights = 32 * (2 * 4096 * 4096 + 2 * 1024 * 4096 + 3 * 14336 * 4096)
+assert row["weight_bytes"] == weights * 3.25 / 8 + 128256 * 4096 * 6.25 / 8
+assert round(row["ceiling"]) == 311 and all(0 < each["share"] < d.STREAM_SHARE for each in found)
+memory = row["weight_bytes"] / 1e3 / (gpu.gigabytes_per_second * d.STREAM_SHARE)
+assert memory < row["linears_us"] < 1.05 * memory
+assert {round(each["bits"], 2) for each in found if each["formats"] == "mixed"} == {3.0}
+assert of(found, **{**one, "positions": 8192})["attention_us"] / row["attention_us"] > 15.9
+assert 7.9 < more["attention_us"] / row["attention_us"] < 8.1
+issued = of(d.derive(gpu, loops(25600), "fp16"), **one)
+assert issued["linears_us"] > weights * 100 / 32 / 4 / (gpu.multiprocessors * gpu.gigahertz * 1e3)
+assert of(d.derive(gpu, loops(256, products=2000), "fp16"), **one)["linears_us"] > 2 * row["linears_us"]
+text = d.table(found).splitlines()
+assert len(text) == 2 + len(d.MODELS) * len(d.FORMAT_SETS) and "| RTX 4090 | Llama-3.1-8B | int3 | 311 |" in text[3]
 """
     )

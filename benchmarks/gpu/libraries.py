@@ -1,4 +1,4 @@
-"""Other libraries' kernels on the same shapes, where they can be imported: gemlite and humming-kernels.
+"""Other libraries' kernels on the same shapes, where they can be imported: gemlite, humming-kernels and exllamav3.
 
 Never run by us so far: neither was installed on a machine with a GPU that we had. So a result counts only if its
 product agrees with what its weights stand for, and whatever goes wrong is recorded as the reason.
@@ -16,7 +16,11 @@ from common import Failure, attempt, dense, now, random_packed, ratio
 from amq.formats import get_format
 from amq.packing import unpack_codes
 
-FORMATS = {"gemlite": ("int2", "int4"), "humming": ("int2", "int3", "int4")}
+FORMATS = {
+    "gemlite": ("int2", "int4"),
+    "humming": ("int2", "int3", "int4"),
+    "exllamav3": ("int2", "int3", "int4"),
+}
 ROWS = (1, 8)
 AGREES = 0.01
 LARGEST = 3
@@ -48,7 +52,38 @@ def humming_layer(name: str, n: int, k: int, group_size: int) -> tuple[torch.nn.
     return layer, None
 
 
-LAYERS: dict[str, Callable] = {"gemlite": gemlite_layer, "humming": humming_layer}
+class ExllamaLayer(torch.nn.Module):
+    """A trellis-coded linear of exllamav3 with random codes: as many bits as the format, 16 × 16 weights a tile."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor], in_features: int, out_features: int) -> None:
+        from exllamav3.modules.quant.exl3 import LinearEXL3
+
+        super().__init__()
+        self._made = tensors, in_features, out_features
+        self.linear = LinearEXL3(None, in_features, out_features, **tensors, out_dtype=torch.float16)
+
+    def __deepcopy__(self, memo: dict) -> ExllamaLayer:
+        """Elsewhere in memory; what its C++ half holds cannot be copied."""
+        tensors, *shape = self._made
+        return ExllamaLayer({name: tensor.clone() for name, tensor in tensors.items()}, *shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear.forward(x, {})
+
+
+def exllamav3_layer(name: str, n: int, k: int, group_size: int) -> tuple[torch.nn.Module, torch.Tensor]:
+    """Likewise; the weight is what the library itself makes of its codes. It has no groups."""
+    bits = get_format(name).bits
+
+    def signs(count: int) -> torch.Tensor:
+        return torch.randint(0, 2, (count,), device="cuda").mul(2).sub(1).half()
+
+    trellis = torch.randint(-(2**15), 2**15, (k // 16, n // 16, 16 * bits), dtype=torch.int16, device="cuda")
+    layer = ExllamaLayer({"suh": signs(k), "svh": 0.02 * signs(n), "trellis": trellis}, k, n)
+    return layer, layer.linear.get_weight_tensor().T.contiguous()
+
+
+LAYERS: dict[str, Callable] = {"gemlite": gemlite_layer, "humming": humming_layer, "exllamav3": exllamav3_layer}
 
 
 def measure(bench, shapes: list, group_size: int) -> dict:
