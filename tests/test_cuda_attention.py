@@ -14,8 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, sanitizer_environment
-from helpers.nested import run_nested
+from cuda_shim.build import build_shim
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -428,17 +427,3 @@ def test_refusals(calls: CallLibrary) -> None:
         model.call(rows, function=STORE_KEYS, own_keys=0)
     model.call([])
     model.call([], function=STORE_KEYS)
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "test_decode and (uneven or gated or many) or long_texts" + (
-        "" if races else " or positions or another_step"
-    )
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -6,19 +6,16 @@ Launches on a GPU, graphs and speed are not here: benchmarks/gpu has them.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from functools import cache as remember
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, sanitizer_environment
 from helpers.checkpoints import tiny_checkpoint
-from helpers.cuda_on_cpu import BUILD, agrees, cuda_library, open_on_cpu
+from helpers.cuda_on_cpu import agrees, cuda_library, open_on_cpu
 from helpers.engine_cases import CASES
 from helpers.engines import last_rows, text
-from helpers.nested import run_nested
 from torch import Tensor
 
 from amq.checkpoint.store import open_checkpoint
@@ -86,6 +83,10 @@ def mixes(folder: Path) -> bool:
     return bool(read_spec(checkpoint.config, "config.json", names).parts(Mixture))
 
 
+NEW = 6
+"""Tokens that sequences decode on their own."""
+
+
 def greedy(engine: CudaEngine, prompt: list[int], count: int) -> list[int]:
     slot = engine.open(prompt, count, reuse=False)
     part, found = prompt, []
@@ -103,7 +104,7 @@ SHARING = ("llama", "gemma3", "qwen3_5", "lfm2", "qwen3_moe")
 @pytest.mark.parametrize("name", SHARING)
 def test_sequences_of_different_lengths_share_passes(folder: Callable[[str], Path], name: str) -> None:
     """Rows of a pass belong to whoever is there, up to eight of them, on either side of a page's edge."""
-    texts = {i: text(length, i) for i, length in enumerate((66, 1, 21, 64, 65, 5, 30, 63))}
+    texts = {i: text(length, i) for i, length in enumerate((66, 1, 21, 64, 65, 5, 8, 63))}
     native = open_native(folder(name), "fp32", context=256)
     alone = {i: native.all_logits(tokens)[-1] for i, tokens in texts.items()}
     engine = open_on_cpu(folder(name), max_sequences=8)
@@ -114,26 +115,26 @@ def test_sequences_of_different_lengths_share_passes(folder: Callable[[str], Pat
     assert (of_rows.median() if mixes(folder(name)) else of_rows.max()) <= agrees(2, torch.float16)
 
 
-@pytest.mark.parametrize("name", SHARING)
+@pytest.mark.parametrize("name", ("llama", "lfm2", "qwen3_moe"))
 def test_sequences_decode_on_their_own(folder: Callable[[str], Path], name: str) -> None:
     """The GPU's own greedy text is the one that the host chooses from its logits, with others that come and go."""
     engine = open_on_cpu(folder(name), max_sequences=3)
-    prompts = [text(length, seed) for seed, length in enumerate((12, 60, 5))]
-    expected = [greedy(engine, prompt, 9) for prompt in prompts]
+    prompts = [text(length, seed) for seed, length in enumerate((12, 62, 5))]
+    expected = [greedy(engine, prompt, NEW) for prompt in prompts]
     slots, found = [], []
     for prompt in prompts:
-        slots.append(engine.open(prompt, 9, reuse=False))
+        slots.append(engine.open(prompt, NEW, reuse=False))
         found.append([int(engine.forward([Segment(slots[-1], prompt)])[0].argmax())])
-        engine.begin(slots[-1], found[-1][0], Sampling(), 0, 8)
+        engine.begin(slots[-1], found[-1][0], Sampling(), 0, NEW - 1)
         for slot, token in engine.step().items():
             found[slots.index(slot)].append(token)
-    while any(len(tokens) < 9 for tokens in found):
+    while any(len(tokens) < NEW for tokens in found):
         for slot, token in engine.step().items():
             found[slots.index(slot)].append(token)
     assert found == expected
     for slot, prompt, tokens in zip(slots, prompts, found, strict=True):
         engine.end(slot)
-        assert slot.length == len(prompt) + 8 and slot.tokens == [*prompt, *tokens[:8]]
+        assert slot.length == len(prompt) + NEW - 1 and slot.tokens == [*prompt, *tokens[:-1]]
         engine.close(slot)
 
 
@@ -228,15 +229,3 @@ def test_device_cuda_picks_it(folder: Callable[[str], Path], monkeypatch: pytest
 def test_every_family_has_a_case() -> None:
     cased = {build().config.get_text_config(decoder=True).model_type for build in CASES.values()}
     assert set(FAMILIES) == cased
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Whole passes under ASan and UBSan with threads in reverse order, and under TSan at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "share_passes and (gemma3 or qwen3_5 or qwen3_moe) or on_their_own and lfm2"
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -19,8 +19,7 @@ import pytest
 import roofline
 import sass
 import torch
-from cuda_shim.build import KERNELS, build_shim, sanitizer_environment
-from helpers.nested import run_nested
+from cuda_shim.build import KERNELS, build_shim
 from scipy.stats import chi2
 from torch import Tensor
 
@@ -314,15 +313,3 @@ def test_what_nvcc_makes_of_it(tmp_path: Path) -> None:
         assert len(found) == 3
         for name, registers, *spilled in found:
             assert int(registers) <= 128 and spilled == ["0", "0"], (architecture, name)
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "(survivors and ties and 37) or what_is_written or no_numbers" + ("" if races else " or refusals")
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

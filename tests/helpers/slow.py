@@ -8,7 +8,19 @@ from __future__ import annotations
 
 COMPILES = (
     *("test_cuda", "test_cuda_compile", "test_cuda_shim", "test_gpu_suite", "test_package", "test_sanitizer"),
-    *("test_cuda_attention", "test_cuda_attention_compile"),
+    *(
+        "test_cuda_attention",
+        "test_cuda_attention_compile",
+        "test_cuda_engine",
+        "test_cuda_linear",
+        "test_cuda_mixture",
+        "test_cuda_rows",
+        "test_cuda_rows_compile",
+        "test_cuda_sample",
+        "test_cuda_sanitizers",
+        "test_cuda_states",
+        "test_cuda_states_compile",
+    ),
     *("test_setup", "test_triton", "test_triton_compile", "test_tune"),
 )
 """A compiler runs, or a wheel is built."""
