@@ -39,7 +39,8 @@ SLAB_FEATURES = 512
 PROBE = """
 #include "linear.cuh"
 namespace amq {{
-// run_steps of one format, without what is done once per item or per block: x into shared memory, epilogues.
+// run_steps of one format, without what is done once per item or per block: x into shared memory, epilogues; and without what one
+// thread does in the place of `after`, and without sums that several blocks share.
 template <int kBits, class Element, int kRows>  // kRows: for the reader of the compiled code
 __global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant__ LinearArguments arguments) {{
     __shared__ Shared shared;
@@ -52,8 +53,10 @@ __global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant_
     Place place = find_place<{group}>(shared.steps[0]);
     load_slab<kBits, Element, {group}>(registers, place);
     for (int turn = 0; shared.steps[turn % kSteps].item >= 0; ++turn) {{
+        __builtin_assume(arguments.splits == 1);
         const Place next = find_place<{group}>(shared.steps[(turn + 1) % kSteps]);
-        run_step<Element, {group}>(block, turn, registers, [&] {{
+        if (threadIdx.x == 0) shared.steps[(turn + 2) % kSteps].item = --shared.last;
+        run_step<Element>(block, turn, kPairs<kBits>, registers, [&] {{
             multiply_slab<kBits, Element, {group}>(registers, slab.at(shared.steps[turn % kSteps].staged), place, next);
         }});
         place = next;
