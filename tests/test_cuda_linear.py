@@ -138,8 +138,7 @@ def test_a_norm_and_several_weights(library: cuda.Library, int8: bool, dtype: to
     row = normed(x, norm)
     expected = 0.5 * torch.cat([linear.of(seen(row, int8, dtype)) for linear in linears], -1)
     size = 0.5 * torch.cat([size_of(row, linear) for linear in linears], -1)
-    # A code of int8 may be rounded the other way where the norm's last bit differs: half a step of 127
-    # for a group's largest.
+    # A code of int8 may be rounded the other way where the norm's last bit differs: a step of a group's largest / 127.
     assert_near(y, expected, size * (1 + 4 * int8), dtype)
     whole = run(library, fields, padded, torch.full((5, 69), torch.nan), scratch=False, **more)
     assert torch.equal(y, whole)

@@ -39,7 +39,8 @@ SLAB_FEATURES = 512
 PROBE = """
 #include "linear.cuh"
 namespace amq {{
-// run_steps of one format, without what is done once per item or per block: x into shared memory, epilogues.
+// run_steps of one format, without what is done once per item or block (x into shared memory, epilogues), what one
+// thread does in `after`, and sums that several blocks share.
 template <int kBits, class Element, int kRows>  // kRows: for the reader of the compiled code
 __global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant__ LinearArguments arguments) {{
     __shared__ Shared shared;
@@ -52,17 +53,19 @@ __global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant_
     Place place = find_place<{group}>(shared.steps[0]);
     load_slab<kBits, Element, {group}>(registers, place);
     for (int turn = 0; shared.steps[turn % kSteps].item >= 0; ++turn) {{
+        __builtin_assume(arguments.splits == 1);
         const Place next = find_place<{group}>(shared.steps[(turn + 1) % kSteps]);
-        run_step<Element, {group}>(block, turn, registers, [&] {{
+        if (threadIdx.x == 0) shared.steps[(turn + 2) % kSteps].item = --shared.last;
+        run_step<Element>(block, turn, kPairs<kBits>, registers, [&] {{
             multiply_slab<kBits, Element, {group}>(registers, slab.at(shared.steps[turn % kSteps].staged), place, next);
         }});
         place = next;
     }}
 }}
+#define AMQ_PROBE_OF(bits, Element) \\
+    template __global__ void probe<bits, Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments);
 #define AMQ_PROBE(bits) \\
-    template __global__ void probe<bits, HalfElement, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments); \\
-    template __global__ void probe<bits, Bfloat16Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments); \\
-    template __global__ void probe<bits, Int8Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments);
+    AMQ_PROBE_OF(bits, HalfElement) AMQ_PROBE_OF(bits, Bfloat16Element) AMQ_PROBE_OF(bits, Int8Element)
 {probes}
 }}  // namespace amq
 """
@@ -96,8 +99,8 @@ SHAPES = ((4096, 4096), (14336, 4096))
 
 @dataclass(frozen=True)
 class Loop:
-    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows. plane_loads: of 16 bytes,
-    planes, and the scales of a row in one."""
+    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows. plane_loads: of 16
+    bytes, planes, and the scales of a row in one."""
 
     format: str
     activations: str

@@ -30,7 +30,7 @@ constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of 
 
 // Pairs of tiles (16 output rows, one fragment) that a warp takes at once: fewer for wider codes, so that a slab fits the
 // registers.
-AMQ_BOTH constexpr int pairs_of(int bits) { return kWeightRegisters / (2 * 4 * bits) >= 2 ? 2 : 1; }
+AMQ_BOTH constexpr int pairs_of(int bits) { return 2 * (2 * 4 * bits) <= kWeightRegisters ? 2 : 1; }
 template <int kBits>
 constexpr int kPairs = pairs_of(kBits);
 constexpr int kPairRows = 2 * kTileRows;
@@ -180,7 +180,8 @@ AMQ_DEVICE void finish_group(Work& work, const StagedSlab& staged, int group) {
                     sum += kUnscale<Work, kOther> * static_cast<float>(work.sums[kOther % 2][pair][at]);
                 }
                 const float scale = v.x * (i ? x_scale.y : x_scale.x);
-                work.registers.outputs[pair][at] += scale * (sum - (v.y + kOffset) * (i ? x_sum.y : x_sum.x));
+                const float zero = kOffset == 0.0f ? v.y : v.y + kOffset;
+                work.registers.outputs[pair][at] += scale * (sum - zero * (i ? x_sum.y : x_sum.x));
             }
         }
     clear_sums(work);

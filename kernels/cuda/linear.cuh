@@ -246,10 +246,9 @@ AMQ_DEVICE void finish_item(const Block& block, int item) {
         store_output(block, index, first + i / kMaxRows, i % kMaxRows, block.shared.sums[0][i], block.shared.sums[1][i]);
 }
 
-// A step's outputs are added to the sums of its item.
-AMQ_DEVICE void add_up(const Registers& registers, const Block& block, const Step& step, float factor, int parity) {
+// A step's outputs are added to the sums of its item. pairs: of tiles, that its format takes at once.
+AMQ_DEVICE void add_up(const Registers& registers, const Block& block, const Step& step, int pairs, float factor, int parity) {
     const Lane lane = this_lane();
-    const int pairs = pairs_of(step.bits);
     auto& partials = block.shared.partials[parity];
     float* mine = partials[threadIdx.x / kWarp] + lane.row * kMaxRows + 2 * lane.column;
     for (int pair = 0; pair < kMostRows / kPairRows; ++pair)
@@ -310,21 +309,19 @@ AMQ_DEVICE void begin_steps(const Block& block) {
     synchronize();
 }
 
-// Multiplies a step with `multiply`, and prepares the one after the next.
-template <class Element, int kGroup, class Multiply>
-AMQ_DEVICE void run_step(const Block& block, int turn, Registers& registers, const Multiply& multiply) {
-    auto& steps = block.shared.steps;
-    if (threadIdx.x == 0) steps[(turn + 2) % kSteps] = after<Element, kGroup>(block, steps[(turn + 1) % kSteps]);
+// Multiplies a step with `multiply`, and adds its outputs up.
+template <class Element, class Multiply>
+AMQ_DEVICE void run_step(const Block& block, int turn, int pairs, Registers& registers, const Multiply& multiply) {
     for (auto& outputs : registers.outputs)
         for (float& output : outputs) output = 0.0f;
     multiply();
-    add_up(registers, block, steps[turn % kSteps], Element::kFinal, turn % 2);
+    add_up(registers, block, block.shared.steps[turn % kSteps], pairs, Element::kFinal, turn % 2);
 }
 
 // All steps of a block.
 template <class Element, int kGroup>
 AMQ_DEVICE void run_steps(const Block& block, const Source& source) {
-    const auto& steps = block.shared.steps;
+    auto& steps = block.shared.steps;
     const StagedSlab slab = find_slab<Element, kGroup>(block);
     Registers registers{};
     bool loaded = false;  // this warp's planes are in registers, or on their way
@@ -348,7 +345,8 @@ AMQ_DEVICE void run_steps(const Block& block, const Source& source) {
             if (next_step.item >= 0) fetch(next_step);
         }
         if (place.tiles <= 0) loaded = false;
-        run_step<Element, kGroup>(block, turn, registers, [&] {
+        if (threadIdx.x == 0) steps[(turn + 2) % kSteps] = after<Element, kGroup>(block, next_step);
+        run_step<Element>(block, turn, pairs_of(step.bits), registers, [&] {
             if (place.tiles > 0)
                 with_bits(step.bits, [&](auto bits) {
                     multiply_slab<decltype(bits)::value, Element, kGroup>(registers, slab.at(step.staged), place, next);
