@@ -60,8 +60,8 @@ def reference(x: Tensor, packed: PackedWeight, bias: Tensor | None, mode: str) -
 @every_dtype
 @every_mode
 def test_linear(library: cuda.Library, fmt, dtype: torch.dtype, mode: str) -> None:
-    """Within twice the error of torch at the same dtype, and the output's own rounding, which a few outputs of torch may be
-    lucky with; in every shape, with every group size and rows."""
+    """Within twice the error of torch at the same dtype, and the output's own rounding, which a few outputs of torch
+    may be lucky with; in every shape, with every group size and rows."""
     generator = torch.Generator().manual_seed(1)
     for out_features, in_features, group_size, rows in SHAPES:
         packed = random_packed(fmt, out_features, in_features, group_size)

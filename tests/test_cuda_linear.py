@@ -1,5 +1,6 @@
-"""amq_cuda_linear_call on a CPU (kernels/cuda/linear.cuh through the shim): norms in front, epilogues, experts, rows of a
-weight, ranges of features that several blocks share. Against float64, and against itself to the bit where nothing may differ.
+"""amq_cuda_linear_call on a CPU (kernels/cuda/linear.cuh through the shim): norms in front, epilogues, experts, rows of
+a weight, ranges of features that several blocks share. Against float64, and against itself to the bit where nothing may
+differ.
 
 test_the_sanitizers runs this file again under the address and the thread sanitizer, as in test_cuda.py.
 """
@@ -140,7 +141,7 @@ def test_a_norm_and_several_weights(library: cuda.Library, int8: bool, dtype: to
     row = normed(x, norm)
     expected = 0.5 * torch.cat([linear.of(seen(row, int8, dtype)) for linear in linears], -1)
     size = 0.5 * torch.cat([size_of(row, linear) for linear in linears], -1)
-    # A code of int8 may be rounded the other way where the norm's last bit differs: half a step of 127 for a group's largest.
+    # A code of int8 may be rounded the other way where the norm's last bit differs: a step of a group's largest / 127.
     assert_near(y, expected, size * (1 + 4 * int8), dtype)
     whole = run(library, fields, padded, torch.full((5, 69), torch.nan), scratch=False, **more)
     assert torch.equal(y, whole)

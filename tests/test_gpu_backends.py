@@ -103,19 +103,18 @@ def test_prepared_size(fmt) -> None:
         assert 1 <= size / fmt.stored_bytes(rows, in_features, 128) <= more
 
 
-def test_warps_follow_the_table(cache: Path) -> None:
-    """Slabs shared out evenly; what was measured on this GPU goes before that; a broken table is named."""
-    assert [backends.cuda._warps(k) for k in (64, 1024, 4096, 11008, 14336)] == [1, 2, 4, 4, 4]
+def test_launch_parameters_follow_the_table(cache: Path) -> None:
+    """What was measured on this GPU is looked up; a broken table is named."""
     gpu = "Test GPU/1"
-    path = tuning.save(gpu, {tuning.cuda_key(4096): {"parameters": 8, "microseconds": 1.5}}, {"torch": "0"})
+    path = tuning.save(gpu, {tuning.DENSE_KEY: {"parameters": 8, "microseconds": 1.5}}, {"torch": "0"})
     assert path.parent == cache / "gpu" and path.name == "Test-GPU-1.json"
-    tuning.save(gpu, {tuning.cuda_key(1024): {"parameters": 1, "microseconds": 1.5}}, {"torch": "0"})
-    assert [backends.cuda._warps(k, gpu) for k in (64, 1024, 4096)] == [1, 1, 8]
+    tuning.save(gpu, {"another": {"parameters": 1, "microseconds": 1.5}}, {"torch": "0"})
+    assert [tuning.look_up(key, gpu) for key in (tuning.DENSE_KEY, "another", "a third")] == [8, 1, None]
     path.write_text("[]")
     tuning._entries.cache_clear()
     with pytest.raises(
         AmqError,
         match="Test-GPU-1.json: expected schema .* got 'list': delete it, and run `python benchmarks/gpu/tune",
     ):
-        backends.cuda._warps(4096, gpu)
+        tuning.look_up(tuning.DENSE_KEY, gpu)
     tuning._entries.cache_clear()

@@ -68,7 +68,6 @@ def test_a_smoke_run_has_no_figures(folder: Path) -> None:
     rows = suite["speed"]["rows"] + suite["decode"]["rows"] + suite["engine"]["rows"]
     assert not [row[name] for row in rows for name in MEASURED if row.get(name) is not None]
     assert suite["speed"]["copy_gbps"] is None and suite["decode"]["copy_gbps"] is None
-    assert not [time for row in rows for time in row.get("warps_tried", {}).values() if time is not None]
     assert all(counts["met"] == counts["missed"] == 0 for counts in suite["speed"]["targets"].values())
 
 
@@ -183,7 +182,7 @@ from dataclasses import replace
 folder = pathlib.Path({str(tmp_path)!r})
 device = Device(smoke=True)
 device.unsupported_reason = lambda backend, fmt: "not here" if backend == "cuda" else None
-def multiply(backend, x, weights, bias=None, activations="fp32", warps=None):
+def multiply(backend, x, weights, bias=None, activations="fp32"):
     if len(x) == 8:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
     return x.new_zeros(len(x), sum(w.out_features for w in weights))

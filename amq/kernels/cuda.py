@@ -20,7 +20,6 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels import gpu_layout as layout
-from amq.kernels import launch_table as tuning
 from amq.kernels.cuda_calls import REFUSALS, CallLibrary
 from amq.packing import PreparedWeight
 
@@ -31,8 +30,6 @@ INSUFFICIENT_DRIVER = 35
 """cudaErrorInsufficientDriver"""
 ALIGNMENT = 16
 """Of rows of x, in bytes."""
-MAX_WARPS, WARPS = 8, 4
-"""Warps of a block: what the kernels take, and what is assumed best: three such blocks fit a multiprocessor."""
 MAX_WEIGHTS = 4
 
 log = logging.getLogger(__name__)
@@ -90,7 +87,6 @@ class Library:
         bias: Tensor | None,
         activations: str,
         stream: int,
-        warps: int = 0,
     ) -> Tensor:
         """y [M, ΣN] = x [M, K] · Wᵀ + bias, in x's dtype; at most `max_rows` rows and MAX_WEIGHTS weights per launch.
 
@@ -212,19 +208,9 @@ def linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
     On CPU tensors it runs where AMQ_CUDA_LIBRARY is a build of the kernels for a CPU, as tests have one.
     """
     if not x.is_cuda:
-        return library().linear(x, weights, bias, activations, 0, _warps(x.shape[1]))
+        return library().linear(x, weights, bias, activations, 0)
     if x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
             return linear(x, weights, bias, activations)
     stream = torch.cuda.current_stream().cuda_stream
-    return library().linear(x, weights, bias, activations, stream, _warps(x.shape[1]))
-
-
-def _warps(in_features: int, gpu: str | None = None) -> int:
-    """Warps of a block, which share out the slabs: as measured on `gpu` (None: the one here), else the fewest that take
-    as few rounds as WARPS would."""
-    if measured := tuning.look_up(tuning.cuda_key(in_features), gpu):
-        return measured
-    slabs = -(-in_features // layout.SLAB)
-    rounds = -(-slabs // WARPS)
-    return -(-slabs // rounds)
+    return library().linear(x, weights, bias, activations, stream)

@@ -56,8 +56,6 @@ ROUNDS = 11
 """Timed replays of one graph."""
 UNTIMED = 2
 """Replays before those."""
-SHIM_WARPS = 4
-"""Of a smoke run, where amq cannot look the GPU up."""
 DENSE_ROWS = 2048
 """Rows dequantized at once: bounds the temporaries."""
 
@@ -158,18 +156,11 @@ class Device:
         weights: Sequence[PreparedWeight],
         bias: Tensor | None = None,
         activations: str = "fp32",
-        warps: int | None = None,
     ) -> Tensor:
-        """x · Wᵀ (+ bias) through `amq.kernels.cuda` or `amq.kernels.triton`, on the current stream.
-
-        warps: of a block of the CUDA kernel; None leaves them to amq.
-        """
+        """x · Wᵀ (+ bias) through `amq.kernels.cuda` or `amq.kernels.triton`, on the current stream."""
         if backend == "triton":
             return triton.linear(x, weights, bias)
-        if warps is None and not self.smoke:
-            return cuda.linear(x, weights, bias, activations)
-        stream = 0 if self.smoke else torch.cuda.current_stream().cuda_stream
-        return cuda.library().linear(x, weights, bias, activations, stream, warps or SHIM_WARPS)
+        return cuda.linear(x, weights, bias, activations)
 
     def capture(self, function: Callable[[], Tensor | None]) -> tuple[Callable[[], object], Tensor | None]:
         """Runs `function` once, then captures it in a CUDA graph. Returns what replays it, and what it returned while

@@ -190,7 +190,7 @@ def weights_of(device: Device, case: Case) -> tuple[list[PackedWeight], list[Pre
 
 
 def products(device: Device, case: Case) -> dict:
-    """Every number of rows, each third with a bias, and every number of warps in turn; then one-hot rows."""
+    """Every number of rows, each third with a bias; then one-hot rows."""
     packed, weights = weights_of(device, case)
     wide, narrow = dense(packed[0], torch.float32).double(), dense(packed[0], DTYPES[case.dtype])
     worst, (n, k) = 0.0, case.shape
@@ -199,7 +199,7 @@ def products(device: Device, case: Case) -> dict:
         bias = random_x(1, n, narrow.dtype, device.torch)[0] if rows % 3 == 0 else None
         if case.activations == "int8":
             x = without_ties(x, case.group_size)
-        y = run_poisoned(device, case, x, weights, bias, 1 + rows % 8)
+        y = run_poisoned(device, case, x, weights, bias)
         seen = quantize_activations(x.float(), case.group_size) if case.activations == "int8" else x.float()
         truth = seen.double() @ wide.T
         size = (seen.double().square() @ wide.square().T).sqrt()
@@ -215,13 +215,11 @@ def products(device: Device, case: Case) -> dict:
     return {"worst_of_allowed": round(worst, 3)}
 
 
-def run_poisoned(
-    device: Device, case: Case, x: Tensor, weights: list[PreparedWeight], bias: Tensor | None, warps: int
-) -> Tensor:
+def run_poisoned(device: Device, case: Case, x: Tensor, weights: list[PreparedWeight], bias: Tensor | None) -> Tensor:
     """y from memory that was NaN before, between NaN that must still be there; x and the bias between NaN too."""
     inner_bias = None if bias is None else guarded(bias, torch.nan)
     with poisoned_memory() as made:
-        y = device.multiply(case.backend, guarded(x, torch.nan), weights, inner_bias, case.activations, warps)
+        y = device.multiply(case.backend, guarded(x, torch.nan), weights, inner_bias, case.activations)
     device.synchronize()
     assert any(y is one for one in made), "y does not come from new_empty: its guards were not checked"
     for one in made:

@@ -39,31 +39,33 @@ SLAB_FEATURES = 512
 PROBE = """
 #include "linear.cuh"
 namespace amq {{
-// run_steps of one format, without what is done once per item or per block: x into shared memory, epilogues.
+// run_steps of one format, without what is done once per item or block (x into shared memory, epilogues), what one
+// thread does in `after`, and sums that several blocks share.
 template <int kBits, class Element, int kRows>  // kRows: for the reader of the compiled code
 __global__ void AMQ_REGISTERS(kRegisters, kThreads) probe(const __grid_constant__ LinearArguments arguments) {{
     __shared__ Shared shared;
     AMQ_SHARED_OF_LAUNCH(staged, kStageBytes);
     if (find_work(arguments, 0, shared) == 0) return;
     const Block block = {{arguments, shared, reinterpret_cast<char*>(staged)}};
+    begin_steps<Element, {group}>(block);
+    const StagedSlab slab = find_slab<Element, {group}>(block);
     Registers registers{{}};
-    load_slab<kBits, Element, {group}>(registers, find_place<{group}>(block, shared.steps[0]));
+    Place place = find_place<{group}>(shared.steps[0]);
+    load_slab<kBits, Element, {group}>(registers, place);
     for (int turn = 0; shared.steps[turn % kSteps].item >= 0; ++turn) {{
-        const Step& step = shared.steps[turn % kSteps];
-        const Place place = find_place<{group}>(block, step);
-        const Step after = block.after(step);
-        const Place next = find_place<{group}>(block, after);
-        if (this_thread() == 0) shared.steps[(turn + 1) % kSteps] = after;
-        for (auto& outputs : registers.outputs)
-            for (float& output : outputs) output = 0.0f;
-        multiply_slab<kBits, Element, {group}>(registers, find_slab<Element, {group}>(block, step), place, next);
-        add_up(registers, block, step, Element::kFinal, turn % 2);
+        __builtin_assume(arguments.splits == 1);
+        const Place next = find_place<{group}>(shared.steps[(turn + 1) % kSteps]);
+        if (threadIdx.x == 0) shared.steps[(turn + 2) % kSteps].item = --shared.last;
+        run_step<Element>(block, turn, kPairs<kBits>, registers, [&] {{
+            multiply_slab<kBits, Element, {group}>(registers, slab.at(shared.steps[turn % kSteps].staged), place, next);
+        }});
+        place = next;
     }}
 }}
+#define AMQ_PROBE_OF(bits, Element) \\
+    template __global__ void probe<bits, Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments);
 #define AMQ_PROBE(bits) \\
-    template __global__ void probe<bits, HalfElement, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments); \\
-    template __global__ void probe<bits, Bfloat16Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments); \\
-    template __global__ void probe<bits, Int8Element, kPairRows * pairs_of(bits)>(const __grid_constant__ LinearArguments);
+    AMQ_PROBE_OF(bits, HalfElement) AMQ_PROBE_OF(bits, Bfloat16Element) AMQ_PROBE_OF(bits, Int8Element)
 {probes}
 }}  // namespace amq
 """
@@ -97,8 +99,8 @@ SHAPES = ((4096, 4096), (14336, 4096))
 
 @dataclass(frozen=True)
 class Loop:
-    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows. plane_loads: of 16 bytes,
-    planes, and the scales of a row in one."""
+    """One format's loop over slabs. instructions: of one warp for one slab of `rows` output rows. plane_loads: of 16
+    bytes, planes, and the scales of a row in one."""
 
     format: str
     activations: str

@@ -5,11 +5,10 @@
 Shapes are those of Llama-2-7B, Llama-3.1-8B and Qwen2.5-7B, projections that share x fused as a decoder would run them,
 group 128, x and y fp16. One graph holds many launches that rotate over copies of the weight, together at least four
 times the L2 cache; a time is the graph's divided by its launches, so it holds what lies between two kernels, as in a
-decode step. For int8 activations it holds their rounding, a kernel of its own. Bandwidth is that of torch's copy and of
+decode step. Bandwidth is that of torch's copy and of
 torch's sum of 1 GiB, measured in the same run before, between and after; torch's fp16 products rotate likewise.
 
-A row is one shape, format, number of rows, backend and mode. The CUDA kernel is tried with what amq chooses and with
-each number of warps; the row holds the best, and all of them under `warps_tried`. Every row's product is checked
+A row is one shape, format, number of rows, backend and mode. Every row's product is checked
 against torch's with the dequantized weight before its time is taken: `error` is relative, and a wrong one fails the
 run. Cases come in the order of their worth, and what the time does not suffice for is listed in `left_out`.
 
@@ -60,7 +59,6 @@ FIRST = "Llama-3.1-8B"
 NARROW = tuple(name for name, fmt in FORMATS.items() if fmt.code_bits <= 4)
 WIDE = tuple(name for name in FORMATS if name not in NARROW)
 ROWS = (1, 2, 4, 8, 16, 512)
-WARPS = (2, 4, 8)
 COMPILERS = 14
 COMPILE_SHARE = 0.4
 """Of the part's time, at most, for compiling."""
@@ -315,7 +313,7 @@ class Bench:
         error = round(float((y - expected).norm() / expected.norm()), 5)
         checked = {**case, "error": error, "wrong": not error <= WRONG[mode]}
         base = self.time_torch(shape, len(x))
-        return self.row(checked, self.times(backend, mode, x, copies), base, shape)
+        return self.row(checked, self.product_time(backend, mode, x, copies), base, shape)
 
     def modes(self, job: Job, rows: int) -> Iterator[tuple[str, str]]:
         """(backend, activations) that can run; why another cannot is noted."""
@@ -326,21 +324,15 @@ class Bench:
             elif backend == "triton" or rows <= cuda.library().max_rows:
                 yield backend, mode
 
-    def times(self, backend: str, mode: str, x: torch.Tensor, copies: list) -> dict[int | None, Timing]:
-        """Number of warps → time; None is what amq chooses."""
-        count = self.launches(len(copies), len(x))
-        found = {}
-        for warps in (None, *WARPS) if backend == "cuda" else (None,):
-            calls = [lambda w=w, n=warps: self.device.multiply(backend, x, w, None, mode, n) for w in copies]
-            found[warps] = self.device.time(calls, count)
-        return found
+    def product_time(self, backend: str, mode: str, x: torch.Tensor, copies: list) -> Timing:
+        calls = [lambda w=w: self.device.multiply(backend, x, w, None, mode) for w in copies]
+        return self.device.time(calls, self.launches(len(copies), len(x)))
 
-    def row(self, case: dict, times: dict[int | None, Timing], base: Timing, shape: Shape) -> dict:
-        """`case` with the best of `times`, and what it means."""
-        warps, best = min(times.items(), key=lambda item: item[1].us or 0)
+    def row(self, case: dict, best: Timing, base: Timing, shape: Shape) -> dict:
+        """`case` with its time, and what that means."""
         weights = sum(shape.out_features) * shape.in_features
         gbps = ratio(case["weight_bytes"] / 1e3, best.us, 1)
-        row = {
+        return {
             **case,
             "bits_per_weight": round(8 * case["weight_bytes"] / weights, 4),
             **best.fields(),
@@ -349,9 +341,6 @@ class Bench:
             "torch_fp16_us": base.us,
             "times_torch_fp16": ratio(base.us, best.us),
         }
-        if case["backend"] == "cuda":
-            row |= {"warps": warps or "amq", "warps_tried": {str(n or "amq"): t.us for n, t in times.items()}}
-        return row
 
 
 def add_targets(rows: list[dict], copy: float | None) -> dict[str, dict]:
@@ -382,7 +371,7 @@ def add_targets(rows: list[dict], copy: float | None) -> dict[str, dict]:
 
 def show(rows: list[dict]) -> None:
     """The table of the log."""
-    print(f"{'shape':22} {'format':15} {'M':>3} {'backend':12} {'us':>9} {'GB/s':>7} of copy x torch warps")
+    print(f"{'shape':22} {'format':15} {'M':>3} {'backend':12} {'us':>9} {'GB/s':>7} of copy x torch")
     for r in rows:
         figures = ("us", "gbps", "share_of_copy", "times_torch_fp16")
         cells = " ".join(f"{'-' if r[f] is None else r[f]:>{w}}" for f, w in zip(figures, (9, 7, 7, 7), strict=True))
@@ -390,7 +379,7 @@ def show(rows: list[dict]) -> None:
         where = f"{r['backend']} {r['activations']}"
         wrong = f"WRONG: error {r['error']}" if r["wrong"] else ""
         case = f"{r['shape']:22} {r['format']:15} {r['rows']:>3} {where:12}"
-        print(case, cells, r.get("warps", " "), missed, wrong)
+        print(case, cells, missed, wrong)
 
 
 def save(results: Results, bench: Bench, compiling: dict, rivals: dict | None = None) -> dict:

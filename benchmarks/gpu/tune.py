@@ -24,9 +24,8 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, get_format
-from amq.kernels import cuda, triton
-from amq.kernels import gpu_layout as layout
 from amq.kernels import launch_table as tuning
+from amq.kernels import triton
 from amq.packing import PreparedWeight
 
 OUT_FEATURES, SMOKE_OUT_FEATURES = 4096, 16
@@ -76,13 +75,6 @@ class Tuner:
         say(f"{key}: {fastest} {timed[fastest]:.1f} µs of {len(timed)} tried")
         return {"parameters": candidates[fastest][0], "microseconds": timed[fastest], "tried": timed}
 
-    def cuda_candidates(self, in_features: int) -> dict[str, tuple[object, Product]]:
-        def product(warps: int) -> Product:
-            return lambda x, weight: self.device.multiply("cuda", x, [weight], warps=warps)
-
-        slabs = -(-in_features // layout.SLAB)
-        return {f"warps {n}": (n, product(n)) for n in (1, 2, 4, cuda.MAX_WARPS) if n <= slabs}
-
     def triton_candidates(self, rows: int, in_features: int, bits: int) -> dict[str, tuple[object, Product]]:
         """Variations of the launch that was reasoned out on paper, which is the first; all sum in its order."""
         paper = triton.choose(rows, self.out_features, in_features, bits)
@@ -126,9 +118,6 @@ def tune(
                 case = count, features, fmt.bits
                 key = tuning.triton_key(*case)
                 entries[key] = tuner.best(key, tuner.triton_candidates(*case), tuner.x(count, features), weights)
-            if fmt == formats[0] and tuner.device.unsupported_reason("cuda", fmt) is None:
-                key = tuning.cuda_key(features)
-                entries[key] = tuner.best(key, tuner.cuda_candidates(features), tuner.x(1, features), weights)
     entries[tuning.DENSE_KEY] = tuner.dense_rows(weights)
     return {key: entry for key, entry in entries.items() if entry is not None}
 

@@ -30,7 +30,7 @@ constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of 
 
 // Pairs of tiles (16 output rows, one fragment) that a warp takes at once: fewer for wider codes, so that a slab fits the
 // registers.
-AMQ_BOTH constexpr int pairs_of(int bits) { return kWeightRegisters / (2 * 4 * bits) >= 2 ? 2 : 1; }
+AMQ_BOTH constexpr int pairs_of(int bits) { return 2 * (2 * 4 * bits) <= kWeightRegisters ? 2 : 1; }
 template <int kBits>
 constexpr int kPairs = pairs_of(kBits);
 constexpr int kPairRows = 2 * kTileRows;
@@ -40,7 +40,7 @@ struct Lane {
     int row, column;  // of a tile, and of the four groups of four columns
 };
 
-AMQ_DEVICE Lane lane_of(int thread) { return {thread % kWarp / 4, thread % 4}; }
+AMQ_DEVICE Lane this_lane() { return {static_cast<int>(threadIdx.x) % kWarp / 4, static_cast<int>(threadIdx.x) % 4}; }
 
 // Codes and scales of a warp's slab as they come from memory, of whatever format, and its outputs.
 struct Registers {
@@ -91,15 +91,6 @@ struct Place {
     int32_t codes_stride, scales_stride;  // from tile to tile
     int tiles;
 };
-
-template <int kGroup>
-AMQ_DEVICE Place place_of(const Weight& weight, int first_row, int slab, Lane lane) {
-    const int64_t tile = first_row / kTileRows;
-    const int left = (weight.rows - 1) / kTileRows + 1 - static_cast<int>(tile);
-    return {weight.codes + (tile * weight.planes + slab * weight.bits) * kWarp + (4 * lane.row + lane.column),
-            weight.scales + ((tile * weight.slabs + slab) * kTileRows + lane.row) * kScaleWords<kGroup>,
-            weight.planes * kWarp, weight.slabs * kTileRows * kScaleWords<kGroup>, slab < weight.slabs ? left : 0};
-}
 
 // Plane `word` of all tiles. Planes that the last slab lacks are whatever follows: their codes meet zeros.
 template <class Work>
@@ -163,6 +154,10 @@ constexpr float kUnscale =
 struct StagedSlab {
     const uint4* x;       // of its row
     const float2* sums;   // of its two columns, kMaxRows / 2 for each group
+
+    AMQ_DEVICE StagedSlab at(int bytes) const {
+        return {x + bytes / static_cast<int>(sizeof *x), sums + bytes / static_cast<int>(sizeof *sums)};
+    }
 };
 
 // A group is done, of which kUnitIndex is the first unit: its sums become outputs.
@@ -185,7 +180,8 @@ AMQ_DEVICE void finish_group(Work& work, const StagedSlab& staged, int group) {
                     sum += kUnscale<Work, kOther> * static_cast<float>(work.sums[kOther % 2][pair][at]);
                 }
                 const float scale = v.x * (i ? x_scale.y : x_scale.x);
-                work.registers.outputs[pair][at] += scale * (sum - (v.y + kOffset) * (i ? x_sum.y : x_sum.x));
+                const float zero = kOffset == 0.0f ? v.y : v.y + kOffset;
+                work.registers.outputs[pair][at] += scale * (sum - zero * (i ? x_sum.y : x_sum.x));
             }
         }
     clear_sums(work);

@@ -30,13 +30,19 @@ struct LinearArguments {
     int resident;            // whether a block stages its ranges once
 };
 
-// A step of a block; the one that follows the last has item −1.
-struct Step {
+// A step of a block, and where its slabs are; the one that follows the last has item −1.
+struct alignas(16) Step {
     int32_t item, range, side, part;  // part: of an item whose rows are more than the format of its weight takes at once
     int32_t stale;                    // whether its x is not where the step before had it, and has to be staged
+    int32_t bits, row;                // of its weight; the first of its output rows
+    int32_t tiles, slabs;             // of its weight from that row, and of x from its range on
+    int32_t codes_stride, scales_stride;  // from tile to tile
+    int32_t staged;                   // bytes to its range of x
+    const uint4 *codes, *scales;      // of its first tile and slab
 };
 
-constexpr int kSteps = 4;  // that a block knows: what a thread reads behind a barrier, another one before the next must not replace
+// Steps that a block knows: one thread prepares them, two ahead. What others still read is not replaced.
+constexpr int kSteps = 4;
 
 constexpr int kOutputs = kMostRows * kMaxRows;  // of an item at most: i is row i / kMaxRows, column i % kMaxRows
 
@@ -66,30 +72,49 @@ struct Block {
         while (item < arguments.first_item[index]) --index;
         return index;
     }
-    AMQ_DEVICE const Weight& weight_of(const Step& step) const { return shared.weights[weight_of(step.item) + step.side]; }
-
-    // The first output row of an item, and of a step.
-    AMQ_DEVICE int row_of(int item, int bits) const {
-        const int rows = arguments.item_rows ? arguments.item_rows : kPairRows * pairs_of(bits);
-        return (item - arguments.first_item[weight_of(item)]) * rows;
+    AMQ_DEVICE int rows_of_item(int index) const {
+        return arguments.item_rows ? arguments.item_rows : kPairRows * pairs_of(shared.weights[index].bits);
     }
-    AMQ_DEVICE int row_of(const Step& step, int bits) const {
-        return row_of(step.item, bits) + step.part * kPairRows * pairs_of(bits);
-    }
-    AMQ_DEVICE Step after(Step step) const {
-        step.stale = 0;
-        if (kPairRows * pairs_of(weight_of(step).bits) * ++step.part < arguments.item_rows) return step;
-        step.part = 0;
-        if (++step.side < arguments.sides) return step;
-        step.side = 0;
-        step.stale = !arguments.resident;
-        if (++step.range < shared.end_range) return step;
-        step.range = shared.first_range;
-        step.item += arguments.blocks;
-        if (step.item >= items()) step.item = -1;
-        return step;
-    }
+    // The first output row of an item.
+    AMQ_DEVICE int row_of(int item, int index) const { return (item - arguments.first_item[index]) * rows_of_item(index); }
 };
+
+// Fills in what follows from item, range, side and part.
+template <class Element, int kGroup>
+AMQ_DEVICE Step locate(const Block& block, Step step) {
+    const int index = block.weight_of(step.item), slab = step.range * kWarps;
+    const Weight& weight = block.shared.weights[index + step.side];
+    step.bits = weight.bits;
+    step.row = block.row_of(step.item, index) + step.part * kPairRows * pairs_of(weight.bits);
+    const int64_t tile = step.row / kTileRows;
+    step.tiles = (weight.rows - 1) / kTileRows + 1 - static_cast<int>(tile);
+    step.slabs = weight.slabs - slab;
+    step.codes_stride = weight.planes * kWarp;
+    step.scales_stride = weight.slabs * kTileRows * kScaleWords<kGroup>;
+    step.staged = block.arguments.resident ? (step.range - block.shared.first_range) * Range<Element, kGroup>::bytes(block.shared.rows) : 0;
+    step.codes = weight.codes + tile * step.codes_stride + slab * weight.bits * kWarp;
+    step.scales = weight.scales + tile * step.scales_stride + slab * kTileRows * kScaleWords<kGroup>;
+    return step;
+}
+
+template <class Element, int kGroup>
+AMQ_DEVICE Step after(const Block& block, Step step) {
+    if (step.item < 0) return step;
+    step.stale = 0;
+    if (kPairRows * pairs_of(step.bits) * ++step.part >= block.arguments.item_rows) {
+        step.part = 0;
+        if (++step.side == block.arguments.sides) {
+            step.side = 0;
+            step.stale = !block.arguments.resident;
+            if (++step.range == block.shared.end_range) {
+                step.range = block.shared.first_range;
+                step.item += block.arguments.blocks;
+                if (step.item >= block.items()) return {-1};
+            }
+        }
+    }
+    return locate<Element, kGroup>(block, step);
+}
 
 // Rows first_row … of a prepared weight.
 AMQ_DEVICE Weight locate(const LinearWeight& rows, const void* data, const float* bias, int bits, int64_t column, int in_features,
@@ -137,7 +162,6 @@ AMQ_DEVICE int find_work(const LinearArguments& arguments, int number, Shared& s
         shared.rows = rows;
         shared.first_range = arguments.span * (blockIdx.x / arguments.blocks % arguments.splits);
         shared.end_range = min(shared.first_range + arguments.span, arguments.ranges);
-        shared.steps[0] = {static_cast<int32_t>(blockIdx.x % arguments.blocks), shared.first_range, 0, 0, 1};
     }
     if (t < rows) {
         shared.y_rows[t] = group ? group->entries[t] : t;
@@ -154,16 +178,15 @@ AMQ_DEVICE void stage_ranges(const Block& block, const Source& source, int first
     synchronize();
 }
 
-// Codes and scales of this warp's slab of a step into L2.
-AMQ_DEVICE void fetch(const Block& block, const Step& step) {
-    const Weight& weight = block.weight_of(step);
-    const int thread = this_thread(), slab = step.range * kWarps + thread / kWarp;
-    if (slab >= weight.slabs) return;
+// Codes of this warp's slab of a step into L2.
+AMQ_DEVICE void fetch(const Step& step) {
+    const int warp = threadIdx.x / kWarp;
+    if (warp >= step.slabs) return;
     constexpr int kLines = kWarp * sizeof(uint4) / 128;  // of a plane
-    const int first = block.row_of(step, weight.bits) / kTileRows, lines = kLines * weight.bits;
-    const int tiles = min(2 * pairs_of(weight.bits), (weight.rows - 1) / kTileRows + 1 - first);
-    for (int i = thread % kWarp; i < tiles * lines; i += kWarp)
-        prefetch(weight.codes + (static_cast<int64_t>(first + i / lines) * weight.planes + slab * weight.bits) * kWarp + i % lines * 8);
+    const int tiles = min(2 * pairs_of(step.bits), step.tiles);
+    const uint4* codes = step.codes + warp * step.bits * kWarp;
+    for (int i = threadIdx.x % kWarp; i < kLines * step.bits; i += kWarp)
+        for (int tile = 0; tile < tiles; ++tile) prefetch(codes + tile * step.codes_stride + i * (kWarp / kLines));
 }
 
 AMQ_DEVICE float with_bias(const Block& block, const Weight& weight, int row, float sum) {
@@ -217,28 +240,28 @@ AMQ_DEVICE bool gather(const Block& block, int item) {
 
 AMQ_DEVICE void finish_item(const Block& block, int item) {
     if (block.arguments.splits > 1 && !gather(block, item)) return;
-    const int index = block.weight_of(item), bits = block.shared.weights[index].bits, first = block.row_of(item, bits);
-    const int item_rows = block.arguments.item_rows ? block.arguments.item_rows : kPairRows * pairs_of(bits);
-    const int rows = min(item_rows, block.shared.weights[index].rows - first);
-    for (int i = this_thread(); i < rows * kMaxRows && i % kMaxRows < block.shared.rows; i += kThreads)
+    const int index = block.weight_of(item), first = block.row_of(item, index);
+    const int rows = min(block.rows_of_item(index), block.shared.weights[index].rows - first);
+    for (int i = threadIdx.x; i < rows * kMaxRows && i % kMaxRows < block.shared.rows; i += kThreads)
         store_output(block, index, first + i / kMaxRows, i % kMaxRows, block.shared.sums[0][i], block.shared.sums[1][i]);
 }
 
-// A step's outputs are added to the sums of its item.
-AMQ_DEVICE void add_up(const Registers& registers, const Block& block, const Step& step, float factor, int parity) {
-    const int thread = this_thread(), pairs = pairs_of(block.weight_of(step).bits);
-    const Lane lane = lane_of(thread);
+// A step's outputs are added to the sums of its item. pairs: of tiles, that its format takes at once.
+AMQ_DEVICE void add_up(const Registers& registers, const Block& block, const Step& step, int pairs, float factor, int parity) {
+    const Lane lane = this_lane();
     auto& partials = block.shared.partials[parity];
-    float* mine = partials[thread / kWarp] + lane.row * kMaxRows + 2 * lane.column;
+    float* mine = partials[threadIdx.x / kWarp] + lane.row * kMaxRows + 2 * lane.column;
     for (int pair = 0; pair < kMostRows / kPairRows; ++pair)
         for (int half = 0; half < 2 && pair < pairs; ++half)
             *reinterpret_cast<float2*>(mine + (2 * pair + half) * kTileRows * kMaxRows) = {registers.outputs[pair][2 * half],
                                                                                           registers.outputs[pair][2 * half + 1]};
     synchronize();
-    const int outputs = pairs * kPairRows * kMaxRows;
-    for (int i = thread; i < outputs && i % kMaxRows < block.shared.rows; i += kThreads) {
+    if (threadIdx.x % kMaxRows >= block.shared.rows) return;
+    static_assert(kPairRows * kMaxRows == kThreads, "a thread has an output of each pair");
+    for (int pair = 0; pair < kMostRows / kPairRows; ++pair) {
+        if (pair >= pairs) break;
+        const int i = pair * kThreads + threadIdx.x, to = step.part * pairs * kThreads + i;
         const float sum = ((partials[0][i] + partials[1][i]) + (partials[2][i] + partials[3][i])) * factor;
-        const int to = step.part * outputs + i;
         float& all = block.shared.sums[step.side][to];
         if (block.arguments.splits > 1) partial_of(block, step.item, step.range, step.side)[to] = sum;
         else all = (step.range == block.shared.first_range ? 0.0f : all) + sum;
@@ -253,69 +276,83 @@ AMQ_DEVICE void with_bits(int bits, const Call& call) {
     if constexpr (kBits < kMaxBits) with_bits<kBits + 1>(bits, call);
 }
 
-// The slab of x of this thread's warp and row.
+// What a thread reads of every staged range: the slab of its warp.
 template <class Element, int kGroup>
-AMQ_DEVICE StagedSlab find_slab(const Block& block, const Step& step) {
+AMQ_DEVICE StagedSlab find_slab(const Block& block) {
     using Sizes = Range<Element, kGroup>;
-    const int thread = this_thread(), warp = thread / kWarp;
-    const Lane lane = lane_of(thread);
-    const int rows = block.shared.rows, row = min(lane.row, rows - 1);
-    const int index = block.arguments.resident ? step.range - block.shared.first_range : 0;
-    const char* range = block.staged + index * Sizes::bytes(rows);
-    const char* x = range + Sizes::kHead + row * Sizes::kPitch + warp * kSlab * Sizes::kBytes;
-    const float* sums = reinterpret_cast<const float*>(range) + warp * (kSlab / kGroup) * kMaxRows;
+    const Lane lane = this_lane();
+    const int warp = threadIdx.x / kWarp, row = min(lane.row, block.shared.rows - 1);
+    const char* x = block.staged + Sizes::kHead + row * Sizes::kPitch + warp * kSlab * Sizes::kBytes;
+    const float* sums = reinterpret_cast<const float*>(block.staged) + warp * (kSlab / kGroup) * kMaxRows;
     return {reinterpret_cast<const uint4*>(x) + lane.column, reinterpret_cast<const float2*>(sums) + lane.column};
 }
 
 // Where this thread's warp finds its slab of a step.
 template <int kGroup>
-AMQ_DEVICE Place find_place(const Block& block, const Step& step) {
-    const Weight& weight = block.weight_of(step);
-    const int thread = this_thread();
-    return place_of<kGroup>(weight, block.row_of(step, weight.bits), step.range * kWarps + thread / kWarp, lane_of(thread));
+AMQ_DEVICE Place find_place(const Step& step) {
+    const Lane lane = this_lane();
+    const int warp = threadIdx.x / kWarp;
+    return {step.codes + (warp * step.bits * kWarp + static_cast<int>(threadIdx.x) % kWarp),
+            step.scales + (warp * kTileRows + lane.row) * kScaleWords<kGroup>,
+            step.codes_stride, step.scales_stride, warp < step.slabs ? step.tiles : 0};
 }
 
-// Before a step whose planes the step before has not loaded.
+// The first two steps, by the whole block.
 template <class Element, int kGroup>
-AMQ_DEVICE void begin_step(const Block& block, const Source& source, const Step& step, Registers& registers) {
-    if (step.stale) {
-        const int end = block.arguments.resident ? block.shared.end_range : step.range + 1;
-        stage_ranges<Element, kGroup>(block, source, step.range, end);
+AMQ_DEVICE void begin_steps(const Block& block) {
+    auto& steps = block.shared.steps;
+    if (threadIdx.x == 0) {
+        const Step first = {static_cast<int32_t>(blockIdx.x % block.arguments.blocks), block.shared.first_range, 0, 0, 1};
+        steps[0] = locate<Element, kGroup>(block, first);
+        steps[1] = after<Element, kGroup>(block, steps[0]);
     }
-    registers = {};
-    const Place place = find_place<kGroup>(block, step);
-    with_bits(block.weight_of(step).bits, [&](auto bits) { load_slab<decltype(bits)::value, Element, kGroup>(registers, place); });
+    synchronize();
 }
 
-// All steps of a block. Little is kept in registers from step to step beside what is being loaded.
+// Multiplies a step with `multiply`, and adds its outputs up.
+template <class Element, class Multiply>
+AMQ_DEVICE void run_step(const Block& block, int turn, int pairs, Registers& registers, const Multiply& multiply) {
+    for (auto& outputs : registers.outputs)
+        for (float& output : outputs) output = 0.0f;
+    multiply();
+    add_up(registers, block, block.shared.steps[turn % kSteps], pairs, Element::kFinal, turn % 2);
+}
+
+// All steps of a block.
 template <class Element, int kGroup>
 AMQ_DEVICE void run_steps(const Block& block, const Source& source) {
+    auto& steps = block.shared.steps;
+    const StagedSlab slab = find_slab<Element, kGroup>(block);
     Registers registers{};
     bool loaded = false;  // this warp's planes are in registers, or on their way
-    for (int turn = 0;; ++turn) {
-        Shared& shared = block.shared;
-        const Step& step = shared.steps[turn % kSteps];
-        if (step.item < 0) return;
-        const int bits = block.weight_of(step).bits;
-        if (!loaded) begin_step<Element, kGroup>(block, source, step, registers);
-        const Place place = find_place<kGroup>(block, step);
-        const Step after = block.after(step);
-        loaded = after.item >= 0 && !after.stale && block.weight_of(after).bits == bits;
-        Place next = place;
-        next.tiles = 0;
-        if (loaded) next = find_place<kGroup>(block, after);
-        else if (after.item >= 0) fetch(block, after);
-        if (this_thread() == 0) shared.steps[(turn + 1) % kSteps] = after;
-        for (auto& outputs : registers.outputs)
-            for (float& output : outputs) output = 0.0f;
-        if (place.tiles > 0) {
-            const StagedSlab slab = find_slab<Element, kGroup>(block, step);
-            with_bits(bits, [&](auto bits) { multiply_slab<decltype(bits)::value, Element, kGroup>(registers, slab, place, next); });
-        } else {
-            loaded = false;
+    for (int turn = 0; steps[turn % kSteps].item >= 0; ++turn) {
+        const Step &step = steps[turn % kSteps], &next_step = steps[(turn + 1) % kSteps];
+        const Place place = find_place<kGroup>(step);
+        if (!loaded) {
+            if (step.stale) {
+                const int end = block.arguments.resident ? block.shared.end_range : step.range + 1;
+                stage_ranges<Element, kGroup>(block, source, step.range, end);
+            }
+            registers = {};
+            with_bits(step.bits, [&](auto bits) { load_slab<decltype(bits)::value, Element, kGroup>(registers, place); });
         }
-        add_up(registers, block, step, Element::kFinal, turn % 2);
-        if (shared.steps[(turn + 1) % kSteps].item != step.item) finish_item(block, step.item);
+        loaded = next_step.item >= 0 && !next_step.stale && next_step.bits == step.bits;
+        Place next = place;
+        if (loaded) {
+            next = find_place<kGroup>(next_step);
+        } else {
+            next.tiles = 0;
+            if (next_step.item >= 0) fetch(next_step);
+        }
+        if (place.tiles <= 0) loaded = false;
+        if (threadIdx.x == 0) steps[(turn + 2) % kSteps] = after<Element, kGroup>(block, next_step);
+        run_step<Element>(block, turn, pairs_of(step.bits), registers, [&] {
+            if (place.tiles > 0)
+                with_bits(step.bits, [&](auto bits) {
+                    multiply_slab<decltype(bits)::value, Element, kGroup>(registers, slab.at(step.staged), place, next);
+                });
+        });
+        if (steps[(turn + 1) % kSteps].item != step.item) finish_item(block, step.item);
     }
 }
 
@@ -329,7 +366,8 @@ __global__ void AMQ_REGISTERS(kRegisters, kThreads) linear_kernel(const __grid_c
     const Block block = {arguments, shared, reinterpret_cast<char*>(staged)};
     const Source source = {call.x, call.x_stride, call.x_kind, call.in_features, call.norm, call.epsilon,
                            rows, shared.x_rows, shared.squares};
-    fetch(block, shared.steps[0]);
+    begin_steps<Element, kGroup>(block);
+    fetch(shared.steps[0]);
     if (call.norm) sum_squares(source);
     run_steps<Element, kGroup>(block, source);
 }

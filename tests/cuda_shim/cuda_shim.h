@@ -301,7 +301,6 @@ AMQ_DEVICE uint64_t multiply_high(uint64_t a, uint64_t b) {
 
 AMQ_DEVICE int32_t atomic_add(int32_t* address, int32_t value) { return __atomic_fetch_add(address, value, __ATOMIC_RELAXED); }
 AMQ_DEVICE void memory_fence() {}
-AMQ_DEVICE int this_thread() { return threadIdx.x; }
 AMQ_DEVICE float load_fresh(const float* address) { return cuda_shim::load(address, "load_fresh"); }
 
 AMQ_DEVICE void synchronize(CUDA_SHIM_HERE) { cuda_shim::block.synchronize(file, line); }
