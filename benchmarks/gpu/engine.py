@@ -132,7 +132,7 @@ def torch_engine(device: Device, folder: Path, backend: str, context: int) -> To
     how = AmqConfig(activations="fp32", backend=backend, verify=False)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=how, use_safetensors=True)
     model.to(device.torch).eval().requires_grad_(False)
-    return TorchEngine(model, context, capture=plain if device.smoke else None)
+    return TorchEngine(model, context, capture=plain if device.smoke or backend == "reference" else None)
 
 
 @dataclass(frozen=True)
