@@ -1,13 +1,14 @@
 #!/bin/bash
-# The GPU suite: checks every CUDA and Triton kernel on the device, runs both engines side by side, measures linears and a
-# decode, compares every family and what the search computes with the CPU's, and draws what was measured. benchmarks/gpu/README.md says how to read it.
+# The GPU suite: checks every CUDA and Triton kernel on the device, runs both engines side by side, measures linears and
+# a decode, compares every family and what the search computes with the CPU's, and draws what was measured.
+# benchmarks/gpu/README.md says how to read it.
 #
 #     benchmarks/gpu_suite.sh DIR [--smoke]
 #
 # Runs from a checkout with nothing installed: Python (PYTHON, python3 by default) with torch, triton, numpy, psutil and
-# transformers (part search wants msgspec, too), and nvcc unless a library is given. No network, no pip. At most six minutes (AMQ_SUITE_SECONDS): each part
-# has its share, leaves out what does not fit, and is ended where it does not leave by itself; parts for which nothing is
-# left do not start. DIR gets suite.json, correctness.json, speed.png, decode.png and log.txt, and is safe to use again.
+# transformers (part search wants msgspec, too), and nvcc unless a library is given. No network, no pip. At most six
+# minutes (AMQ_SUITE_SECONDS): each part has its share, leaves out what does not fit, and is ended where it does not leave
+# by itself; parts for which nothing is left do not start. DIR gets suite.json, correctness.json, speed.png, decode.png and log.txt, and is safe to use again.
 # suite.json is written after every row, so a suite that is ended early leaves what it had. The exit status is 1 if a check
 # failed or a part did not finish. --smoke runs the same code at tiny sizes on a CPU and measures nothing.
 #
@@ -64,9 +65,9 @@ build() {
     if [ -n "${AMQ_CUDA_LIBRARY:-}" ]; then echo "build: AMQ_CUDA_LIBRARY is $AMQ_CUDA_LIBRARY"; return; fi
     if [ -n "$smoke" ]; then
         export AMQ_CUDA_LIBRARY=$work/amq_cuda_plain.so
-        # Unoptimised: that compiles in 4 seconds instead of 18, and runs a second longer.
+        # As tests build it: what they have built of the same sources is used again.
         PYTHONPATH=$root/tests "$python" -c "import pathlib, sys, cuda_shim.build as b
-b.compile_shim(b.KERNELS, pathlib.Path(sys.argv[1]), '-O0 -shared -fPIC -fno-gnu-unique')" "$AMQ_CUDA_LIBRARY"
+b.build_shim(pathlib.Path(sys.argv[1]).parent)" "$AMQ_CUDA_LIBRARY"
         return
     fi
     if [ -e "$library" ] && [ -z "$(find kernels/cuda -type f -newer "$library")" ]; then echo "build: $library is up to date"; return; fi
