@@ -19,7 +19,8 @@ CACHES = {"float16": 0, "int8": 1}
 
 
 class Buffers:
-    """Rows of up to `rows` tokens. dtype: of what is multiplied, float16 or bfloat16; sums are float32.
+    """Rows of up to `rows` tokens. spans: of all rows, that an attention is cut into at most. dtype: of what is
+    multiplied, float16 or bfloat16; sums are float32.
 
     stream: the residual stream. input: norm(stream). wide: what an operator's first projection gives. wide_input: what
     its last one reads. token: a token's row of the per-layer embeddings. output: what is added to the stream, where
@@ -27,7 +28,7 @@ class Buffers:
     Those of mixtures have MOST_ROWS rows.
     """
 
-    def __init__(self, spec: DecoderSpec, rows: int, split_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: DecoderSpec, rows: int, spans: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows, self.dtype, self.device = rows, dtype, device
         attention, mixtures = spec.parts(Attention), spec.parts(Mixture)
         wide = [op.qkv for op in attention] + [op.in_ for kind in (DeltaNet, ShortConv, Mlp) for op in spec.parts(kind)]
@@ -46,7 +47,7 @@ class Buffers:
         heads = max((op.n_heads for op in attention), default=0)
         self.attention_counters = torch.zeros(rows * heads, dtype=torch.int32, device=device)
         most = max((op.n_heads * (op.head_dim + 2) for op in attention), default=0)
-        self.attention_partials = torch.empty(max(split_rows, rows) * most, device=device)
+        self.attention_partials = torch.empty(spans * most, device=device)
         self._of_mixtures(spec.hidden, mixtures)
 
     def _of_mixtures(self, hidden: int, mixtures: list[Mixture]) -> None:

@@ -22,12 +22,13 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.kernels import cuda
+from amq.kernels.cuda_calls import MOST_ROWS
 from amq.kernels.warming import warm
 from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
 from amq.runtime.cuda_graphs import Capture, cuda_graph
 from amq.runtime.cuda_own import OwnRows
-from amq.runtime.cuda_pass import SPLIT_ROWS, Many, PassBuilder, PassCalls
+from amq.runtime.cuda_pass import SPLITS, Many, PassBuilder, PassCalls
 from amq.runtime.cuda_weights import CudaWeights, check_supported
 from amq.runtime.engine import MAX_SCORED, Segment
 from amq.runtime.families import Unsupported, read_spec
@@ -74,7 +75,7 @@ class CudaEngine(PagedEngine):
         states = self._make_states(places.state_floats, max_sequences, n_pages * places.page_bytes, state_cache)
         super().__init__(spec, context, max_sequences, PAGE, places.page_bytes, states)
         self._inputs = Inputs(MAX_ROWS, max_sequences, -(-context // PAGE), self._device)
-        self._buffers = Buffers(spec, MAX_ROWS, SPLIT_ROWS, dtype, self._device)
+        self._buffers = Buffers(spec, MAX_ROWS, MOST_ROWS * SPLITS, dtype, self._device)
         memory = None if states is None else states.memory
         key_cache = KeyCache(places, n_pages, cache, self._device)
 
