@@ -88,7 +88,7 @@ def test_a_weight_is_prepared_for_the_gpu_that_it_is_on(gpus: Gpus) -> None:
 
 
 def test_launch_parameters_are_those_of_the_current_gpu(gpus: Gpus, cache: Path) -> None:
-    key = tuning.cuda_key(4096)
+    key = tuning.DENSE_KEY
     for name, warps in zip(NAMES, (8, 2), strict=True):
         tuning.save(name, {key: {"parameters": warps}}, {})
     assert tuning.look_up(key) == 8

@@ -122,7 +122,7 @@ def check_activations(backend: str, activations: str) -> None:
 
 def default_activations(backend: str) -> str:
     """What `backend` runs with where nobody says: int8 on the CPU, where it is several times faster; exact on a GPU,
-    where rounding x is one more launch for each linear (and Triton has no int8), and on `reference`."""
+    where memory is the limit and exact products take no longer (and Triton has no int8), and on `reference`."""
     return "int8" if backend == "cpu" else "fp32"
 
 

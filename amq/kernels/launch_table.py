@@ -58,11 +58,6 @@ def table_path(gpu: str) -> Path:
     return cache_dir() / "gpu" / ("".join(c if c.isalnum() else "-" for c in gpu) + ".json")
 
 
-def cuda_key(in_features: int) -> str:
-    """The CUDA gemv's warps per block. Of in_features alone, so that fused and separate launches sum in one order."""
-    return f"cuda in_features={in_features}"
-
-
 def triton_key(rows: int, in_features: int, bits: int) -> str:
     """A Triton launch: one for each class of rows, since each is a kernel that is compiled. What is tuned there does
     not change the order of sums."""
