@@ -24,7 +24,7 @@
 namespace amq {
 
 // Of a lane: two blocks of four warps fit a multiprocessor, each with a slab in its registers or on the way there.
-constexpr int kRegisters = 224;
+constexpr int kRegisters = 240;
 constexpr int kBlocksOfMultiprocessor = 2;
 constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of a warp's rows
 
@@ -84,8 +84,8 @@ struct Weight {
 template <int kGroup>
 constexpr int kScaleWords = kSlab / kGroup / 4;  // 16-byte words of a row of a slab
 
-// Where a lane finds the words of a slab. Tiles past `tiles` of them are not there, and 0 of them no slab: their registers stay as
-// they are, and their outputs are dropped.
+// Where a lane finds the words of a slab. Tiles past `tiles` of them are not there, and with 0 there is no slab: registers stay
+// as they are, and outputs are dropped.
 struct Place {
     const uint4 *codes, *scales;        // of the first tile
     int32_t codes_stride, scales_stride;  // from tile to tile
@@ -119,8 +119,8 @@ AMQ_DEVICE void load_slab(Registers& registers, const Place& place) {
     for (int word = kBits - 1; word >= 0; --word) load_plane(work, place, word);
 }
 
-// sums += codes · x of kCount units from kFirst on, which are fields of one byte word, for two columns of x's fragment: b0 and b1 of
-// each unit. shift: of the half (fp16, bf16); mask: of the bytes of a fragment that take part (int8).
+// sums += codes · x of kCount units from kFirst on, which are fields of one byte word, for two columns of x's fragment: b0 and
+// b1 of each unit. shift: of the half (fp16, bf16); mask: of the bytes of a fragment that take part (int8).
 template <int kFirst, int kCount, class Work>
 AMQ_DEVICE void multiply(Work& work, int column, int shift, uint32_t mask, const uint32_t (&b0)[kCount],
                          const uint32_t (&b1)[kCount]) {
@@ -207,8 +207,8 @@ AMQ_DEVICE void multiply_half(Work& work, const StagedSlab& staged) {
 template <class Work>
 constexpr int kTogether = Work::kGroup > kUnit && Fields<Work::kBits>::kPerByte > 1 ? 2 : 1;
 
-// Step kStep of a slab: kTogether units. It finishes groups that begin there, and loads what comes after: planes and scales of `next`
-// into the registers that are free.
+// Step kStep of a slab: kTogether units. It finishes groups that begin there, and loads what comes after: planes and scales of
+// `next` into the registers that are free.
 template <int kStep, class Work>
 AMQ_DEVICE void multiply_step(Work& work, const StagedSlab& staged, const Place& place, const Place& next) {
     constexpr int kCount = kTogether<Work>, kFirst = kStep * kCount, kGroup = Work::kGroup;

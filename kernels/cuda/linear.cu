@@ -178,7 +178,8 @@ AMQ_EXPORT int amq_cuda_linear(int n_weights, const int64_t* weights, const int6
         const int of_weight = static_cast<int>(out_features[i]);
         // Of `dtype`, which LinearArguments::bias_kind says.
         const auto* of_bias = bias ? reinterpret_cast<const float*>(static_cast<const char*>(bias) + 2 * column) : nullptr;
-        call.weights[i] = {reinterpret_cast<const void*>(weights[i]), of_bias, static_cast<int>(bits[i]), of_weight, 0, of_weight};
+        const auto* data = reinterpret_cast<const void*>(weights[i]);
+        call.weights[i] = {data, of_bias, static_cast<int>(bits[i]), of_weight, 0, of_weight};
         column += of_weight;
     }
     call.n_weights = n_weights;

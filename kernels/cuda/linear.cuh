@@ -58,6 +58,8 @@ struct Shared {
     int32_t last;
 };
 
+static_assert(sizeof(Shared) + kStageBytes <= 48 << 10, "what a block has without asking for more");
+
 // What a thread knows of its block.
 struct Block {
     const LinearArguments& arguments;
@@ -91,7 +93,8 @@ AMQ_DEVICE Step locate(const Block& block, Step step) {
     step.slabs = weight.slabs - slab;
     step.codes_stride = weight.planes * kWarp;
     step.scales_stride = weight.slabs * kTileRows * kScaleWords<kGroup>;
-    step.staged = block.arguments.resident ? (step.range - block.shared.first_range) * Range<Element, kGroup>::bytes(block.shared.rows) : 0;
+    const int staged = block.arguments.resident ? step.range - block.shared.first_range : 0;
+    step.staged = staged * Range<Element, kGroup>::bytes(block.shared.rows);
     step.codes = weight.codes + tile * step.codes_stride + slab * weight.bits * kWarp;
     step.scales = weight.scales + tile * step.scales_stride + slab * kTileRows * kScaleWords<kGroup>;
     return step;

@@ -309,7 +309,8 @@ template <class Arguments>
 cudaError_t launch(void (*kernel)(Arguments), int blocks, int threads, cudaStream_t, const Arguments& arguments,
                    int shared_bytes = 0) {
     static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) <= 4096, "as for a kernel on a GPU");
-    if (blocks < 1 || threads < 1 || threads > 1024 || shared_bytes < 0 || shared_bytes > 48 << 10) return cudaErrorInvalidConfiguration;
+    const bool shared_fits = shared_bytes >= 0 && shared_bytes <= 48 << 10;
+    if (blocks < 1 || threads < 1 || threads > 1024 || !shared_fits) return cudaErrorInvalidConfiguration;
     struct Call {
         void (*kernel)(Arguments);
         const Arguments& arguments;
