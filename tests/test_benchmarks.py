@@ -375,3 +375,19 @@ def test_a_model_larger_than_memory_smoke(tmp_path: Path, tiny_folder: Path) -> 
     with pytest.raises(AmqError, match=r"took 0\.\d\d GiB, more than 0\.0078125: "):
         code = "import time; x = bytearray(b'1') * (1 << 28); time.sleep(60)"  # it ends when it is seen, however late
         large.run_within([sys.executable, "-c", code], 8 << 20)
+
+
+def test_a_search_on_a_gpu_is_derived_from_the_code_as_it_is() -> None:
+    """Stages add up, a card of 24 GB holds it, and ten minutes on an RTX 4090 are not exceeded on paper."""
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "derive_search.py")]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **python_path()})
+    assert result.returncode == 0, result.stderr
+    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+    times = [[float(cell.split()[0]) for cell in cells] for _, *cells in rows if cells[-1].endswith((" s", " min"))]
+    *stages, together = times
+    assert len(stages) == 8
+    for column, minutes in enumerate(together):
+        assert abs(sum(stage[column] for stage in stages) / 60 - minutes) <= 0.05 + len(stages) / 120
+    assert together[1] <= 10
+    sizes = [float(cells[0]) for _, *cells in rows if len(cells) == 1 and cells[0] != "GiB"]
+    assert len(sizes) == 5 and all(15 <= size <= 22 for size in sizes)

@@ -147,7 +147,8 @@ def test_runs_of_earlier_versions_keep_their_settings() -> None:
     }
     read = parse_record(saved, SearchSettings, "run.json")
     assert (
-        read.json() == {**saved, "head": "auto", "untie": "", "load": "auto"} and SearchSettings.make(**saved) == read
+        read.json() == {**saved, "head": "auto", "untie": "", "load": "auto", "gpu_memory": None}
+        and SearchSettings.make(**saved) == read
     )
     with pytest.raises(AmqError, match="run.json: --windows must be at least 1, got 0"):
         parse_record({**saved, "windows": 0}, SearchSettings, "run.json")

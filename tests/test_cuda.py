@@ -2,7 +2,7 @@
 
 Fragment layouts, masks, shifts, tails, barriers and addresses are what runs here; speed, the compiler's SASS and the
 hardware's own rounding inside a tensor-core product are not. AMQ_TEST_CUDA_LIBRARY names another build:
-test_the_sanitizers runs this file again that way, under the address and the thread sanitizer.
+test_cuda_sanitizers.py runs parts of this file that way, under the address and the thread sanitizer.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, sanitizer_environment
-from helpers.nested import run_nested
+from cuda_shim.build import build_shim
 from helpers.packed import random_packed
 from torch import Tensor
 
@@ -253,15 +252,3 @@ def test_a_failed_nvcc_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     reason = cuda.unsupported_reason(FORMATS["int3"])
     cuda.library.cache_clear()
     assert "_cuda.so: nvcc failed (gemv.cuh(288): error: unknown attribute); install the CUDA toolkit" in reason
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "fused or rows_do_not or odd_addresses" + ("" if races else " or outputs_are or not_finite or one_hot")
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

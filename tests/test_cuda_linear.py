@@ -1,8 +1,6 @@
 """amq_cuda_linear_call on a CPU (kernels/cuda/linear.cuh through the shim): norms in front, epilogues, experts, rows of
 a weight, ranges of features that several blocks share. Against float64, and against itself to the bit where nothing may
 differ.
-
-test_the_sanitizers runs this file again under the address and the thread sanitizer, as in test_cuda.py.
 """
 
 from __future__ import annotations
@@ -13,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, sanitizer_environment
-from helpers.nested import run_nested
+from cuda_shim.build import build_shim
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -282,15 +279,3 @@ def test_refusals(library: cuda.Library) -> None:
     refused(-6, x=0)
     refused(-6, n_experts=2)
     assert run(library, [weight], x[:0], y, group_size=64, x=x) is y  # no rows, nothing to do
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Under ASan and UBSan with threads in reverse order; under TSan at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "test_experts or test_activations" + ("" if races else " or rows_of_a_weight or kinds or stream")
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -1,7 +1,7 @@
 """Routers and sums of mixtures of kernels/cuda on the shim: choices against csrc/cpu/decoder_router.cpp itself, sums
 against float64.
 
-AMQ_TEST_CUDA_LIBRARY names another build: test_the_sanitizers runs this file again that way.
+AMQ_TEST_CUDA_LIBRARY names another build: test_cuda_sanitizers.py runs parts of this file that way.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, runtime_library, sanitizer_environment
+from cuda_shim.build import build_shim, runtime_library
 from helpers import unchanged
-from helpers.nested import run_nested
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -365,15 +364,3 @@ def test_refused_sums(library: cuda.Library, name: str, value: int | None, statu
     setattr(call.struct, name, value)
     with pytest.raises(AmqError, match=rf"refuse the call \({status}: "):
         library.calls.run(call, 0)
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "rows_do_not_depend or are_listed or summed_by_themselves or nothing_to_do"
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, sanitizer_environment
-from helpers.nested import run_nested
+from cuda_shim.build import build_shim
 from helpers.packed import SYNTHETIC, assert_same_bits, guarded, random_packed
 from torch import Tensor
 
@@ -397,17 +396,3 @@ def test_refusals(library) -> None:
     for struct, fields, status in refused:
         with pytest.raises(AmqError, match=rf"{struct.__name__}: the kernels refuse the call \({status}: "):
             run(library, struct, **fields)
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """As in test_cuda.py: ASan and UBSan with threads in reverse order; TSan at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "orders" + (
-        "" if races else " or per_layer or softcap or activate or int3 or seven_bits or elements or (dense and x32)"
-    )
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

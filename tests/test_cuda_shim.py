@@ -14,7 +14,7 @@ import pytest
 from cuda_shim.build import ADDRESS, RACES, SHIM, compile_shim
 
 ORDERS = ("forward", "reverse", "random:7")
-RIGHT = "mma_f16 mma_bf16 mma_u8_s8 conversions reduction shuffles undefined_shared".split()
+RIGHT = "mma_f16 mma_bf16 mma_u8_s8 conversions reduction shuffles votes undefined_shared".split()
 
 # What each planted bug must be reported as; the threads of a block are not all at the same place in the first five.
 BUGS = {

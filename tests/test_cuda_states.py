@@ -1,7 +1,7 @@
 """DeltaNet and short convolutions of kernels/cuda on the shim: against the CPU engine and float64, and to the bit
 however texts are cut into passes and whatever lies beside them.
 
-AMQ_TEST_CUDA_LIBRARY names another build: test_the_sanitizers runs this file again that way.
+AMQ_TEST_CUDA_LIBRARY names another build: test_cuda_sanitizers.py runs parts of this file that way.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cuda_shim.build import build_shim, sanitizer_environment
-from helpers.nested import run_nested
+from cuda_shim.build import build_shim
 from helpers.state_models import EPSILON, OPERATORS, Model, delta_net, model, text
 from torch import Tensor
 
@@ -210,15 +209,3 @@ def test_refusals(library: cuda.Library, name: str, field: str, value: int | Non
     with pytest.raises(AmqError, match=rf"refuse the call \({status}: "):
         library.calls.run(call, 0)
     assert not out.any()
-
-
-@pytest.mark.skipif(BUILD in os.environ, reason="this is the run that it starts")
-@pytest.mark.parametrize("kind", ("addresses", "races"))
-def test_the_sanitizers(kind: str, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    """Under ASan and UBSan with threads in reverse order; under TSan, which sees races between barriers, at random."""
-    races = kind == "races"
-    build = build_shim(tmp_path, sanitize=not races, races=races)
-    environment = sanitizer_environment(races=races)
-    environment |= {BUILD: str(build), "AMQ_SHIM_ORDER": "random:7" if races else "reverse"}
-    chosen = "cuts_and_neighbours and (fused or one-head or wide or 9b)"
-    run_nested(subtests, "-x", __file__, "-k", chosen, environment=environment)

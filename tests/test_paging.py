@@ -15,12 +15,12 @@ from helpers.tiny_models import ARCHITECTURES, random_tokens
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model import open as models
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import KEPT_PART, check_weights, get_linear, take_inventory
+from amq.model.inventory import EMBEDDING, HEAD, KEPT_PART, check_weights, get_linear, take_inventory
 from amq.model.open import LoadedModel, load_folder, load_model, model_fingerprint
 from amq.model.paging import after_reading, holding, in_turn, named_weights, pager_of
 from amq.model.perplexity import negative_log_likelihood
@@ -130,6 +130,11 @@ def test_a_plan_counts_the_block_that_is_read(family_folder: Callable[[str], Pat
     space = SearchSpace.of(inventory, SearchSettings(model="tiny", output="run", target_bits=3))
     outer, block = (sum(s.numel for s in some) for some in (inventory.outer, inventory.in_block(0)))
     assert search_bytes(whole.model, space, 10) == 4 * (inventory.n_blocks * block + outer) + 30
+    assert search_bytes(whole.model, space, 10, whole=False) == 4 * (block + outer) + 30
+    codes = sum(linear_bytes(s, get_format("int4"), 128) for s in inventory.linears)  # the widest of the candidates
+    codes += sum(linear_bytes(s, get_format("int8"), 128) for s in inventory.outer if s.kind == HEAD)
+    looked_up = sum(4 * s.numel for s in inventory.outer if s.kind == EMBEDDING or s.tied)
+    assert search_bytes(whole.model, space, 10, "cuda") == codes + looked_up + 30
     assert search_bytes(paged.model, space, 10) == 4 * (block + outer) + 30 + max(pager_of(paged.model).sizes)
 
 

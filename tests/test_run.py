@@ -16,7 +16,7 @@ import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.search.__main__ import main
-from amq.search.run import _check_output
+from amq.search.run import _check_output, working_bytes
 from amq.search.run_folder import RunFolder
 from amq.search.settings import SearchSettings
 from amq.util.settings import run_command
@@ -349,6 +349,27 @@ def test_memory_budget_counts_everything(folder, tmp_path):
     assert kept.configuration.details.memory.total <= 64 * 1024 and "lm_head" not in kept.configuration.formats
     with pytest.raises(AmqError, match="it only fits with lm_head quantized too, which takes"):
         amq.search(str(folder), tmp_path / "c", **QUICK, memory="48KiB", context=32, head="16bit")
+
+
+def test_no_room_for_a_second_copy_of_the_model(folder, finished, tmp_path, monkeypatch, capsys):
+    """The same search with one block's working copies at a time; refused where not even these fit."""
+    monkeypatch.setattr("amq.report.write_report", lambda run: [])
+    asked = []
+
+    def working(*how, whole=True):
+        asked.append(working_bytes(*how, whole=whole))
+        return asked[-1]
+
+    monkeypatch.setattr("amq.search.run.working_bytes", working)
+    monkeypatch.setattr("amq.util.limits.free_memory", lambda: asked[0] - 1 if asked else 1 << 40)
+    run = tmp_path / "run"
+    status, _, said = command(folder, *flags(**QUICK, target_bits=3.4, output=run), capsys=capsys)
+    assert status == 0 and "(working copies of one block at a time)" in said
+    assert asked[1] < asked[0] and archive(run) == archive(finished)
+    asked.clear()
+    monkeypatch.setattr("amq.util.limits.free_memory", lambda: asked[-1] - 1 if asked else 1 << 40)
+    with pytest.raises(AmqError, match="not enough memory for the working copy of one block, --cache-memory and --gpu"):
+        amq.search(str(folder), tmp_path / "other", **QUICK, target_bits=3.4)
 
 
 def test_time_bound_stops_and_resume_goes_on(folder, tmp_path):

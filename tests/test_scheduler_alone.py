@@ -16,7 +16,7 @@ from helpers.scheduling import TOKENIZER, Clock, Reader, letter, run
 from helpers.tiny_models import byte_tokenizer
 
 from amq.runtime.engine import SamplingEngine
-from amq.runtime.scheduler import Piece, Scheduler
+from amq.runtime.scheduler import Piece, Scheduler, _Pace
 from amq.runtime.tokenizer import Tokenizer
 
 
@@ -200,7 +200,7 @@ def test_seeds() -> None:
     assert len(set(engine.seeds)) == 4
 
 
-def test_prompts_are_read_at_the_pace_of_passes_with_their_company() -> None:
+def test_prompts_are_read_at_the_pace_of_passes_with_their_company(monkeypatch: pytest.MonkeyPatch) -> None:
     """While texts decode on their own, prompts are cut as beside others; the first step, in which no pass is waited
     for, tells nothing of how long one takes."""
     engine = engine_of(context=4096, max_rows=512)
@@ -213,7 +213,14 @@ def test_prompts_are_read_at_the_pace_of_passes_with_their_company() -> None:
         return tokens
 
     engine.step = timed
-    scheduler = Scheduler(engine, TOKENIZER, clock=clock)
+    scheduler, seconds = Scheduler(engine, TOKENIZER, clock=clock), []
+    passed = _Pace.passed
+
+    def noted(pace: _Pace, took: float, rows: int, decoding: bool) -> None:
+        seconds.extend([] if rows else [took])
+        passed(pace, took, rows, decoding)
+
+    monkeypatch.setattr(_Pace, "passed", noted)
     stream, long = Reader("hello", max_new_tokens=400), Reader("l" * 2000, max_new_tokens=1)
     scheduler.submit(stream.request)
     for _ in range(8):
@@ -221,6 +228,7 @@ def test_prompts_are_read_at_the_pace_of_passes_with_their_company() -> None:
     scheduler.submit(long.request)
     while scheduler.step():
         pass
+    assert seconds == pytest.approx([0.01] * len(seconds)) and len(seconds) > 300
     read = [len(parts[0][0]) for parts in engine.passes[1:]]
     assert max(read) <= 128 and read[8:-1] == pytest.approx([50] * (len(read) - 9), rel=0.2) and len(read) > 9
     assert stream.text == stream.expected(400) and long.text == long.expected(1)

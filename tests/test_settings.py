@@ -289,3 +289,13 @@ def test_a_reader_that_has_gone_is_no_error() -> None:
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
     process.stderr.close()
+
+
+def test_gpu_memory_is_of_a_gpu() -> None:
+    from amq.search.settings import SearchSettings
+
+    given = {"model": "m", "output": "runs/m", "gpu_memory": "2GiB"}
+    assert SearchSettings.make(**given, device="cuda").gpu_bytes == 2 << 30
+    assert SearchSettings.make(model="m", output="runs/m").gpu_bytes is None
+    with pytest.raises(AmqError, match="--gpu-memory is of a GPU, and the model runs on cpu: give --device cuda too"):
+        SearchSettings.make(**given)

@@ -18,6 +18,7 @@ from amq.runtime.engine import Segment
 from amq.runtime.torch_attention import NAME, attention_of
 from amq.runtime.torch_captured import Shape, buckets, sizes
 from amq.runtime.torch_engine import TorchEngine
+from amq.runtime.torch_static import Store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -267,6 +268,35 @@ def test_steps_whose_logits_are_others_are_not_captured(
     assert "no CUDA graphs (its logits over a static cache are others" in engine.banner and "slower" in caplog.text
     slots = start(engine, (9,))
     assert_equal(step(engine, slots, [0]), alone(model, slots, [0]))
+
+
+def test_a_move_that_fails_halfway_ends_both_sequences_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build()
+    engine = engine_of(model, 3, 256)
+    slots, exchange = start(engine, (9, 20, 30)), Store.exchange
+
+    def fail(store: Store, a: int, b: int, length: int) -> None:
+        if store is engine._captured.stores[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        exchange(store, a, b, length)
+
+    monkeypatch.setattr(Store, "exchange", fail)
+    with pytest.raises(AmqError, match="out of memory on cpu: its caches hold 59 tokens of 3 sequences"):
+        step(engine, slots, [2])
+    monkeypatch.undo()
+    moved = next(slot for slot in slots[:2] if not slot.place.sound)
+    kept = next(i for i in (0, 1) if slots[i] is not moved)
+    for slot in (slots[2], moved):
+        with pytest.raises(AmqError, match="an earlier pass of a segment's slot failed"):
+            engine.forward([Segment(slot, [1])])
+        engine.close(slot)
+    assert_equal(step(engine, slots, [kept]), alone(model, slots, [kept]))
+    after = [engine.open(TEXTS[3 + i][:10], 5) for i in range(2)]
+    assert all(slot.length == 0 for slot in after)
+    for i, slot in enumerate(after):
+        engine.forward([Segment(slot, TEXTS[3 + i][:10])])
+    slots[3:] = after
+    assert_equal(step(engine, slots, [3, 4, kept]), alone(model, slots, [3, 4, kept]))
 
 
 class Failing(Recorded):

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 from helpers import unchanged
 from helpers.kernel_budgets import budget
+from helpers.nested import run_nested
 from helpers.processes import python_path
 
 from amq.formats import FORMATS
@@ -25,19 +26,21 @@ from amq.formats import FORMATS
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed: pip install triton")
 
 INPUTS = ("kernels/triton/*.py", "amq/kernels/*.py", "amq/packing.py", "amq/formats.py", "benchmarks/gpu/sass.py")
+COMPILE, WARMING = "tests/triton_compile.py", "tests/triton_warming.py"
 """What the machine code depends on, beside Triton's version and tests/triton_compile.py."""
 ALL = ("80", "86", "89", "90", "120", "gfx942")
 FEATURES = 14336  # 28 slabs: a loop of 7 trips, both in the gemv and in the gemm
 GEMV_BUDGET = {"int2": 3.4, "int3": 3.75, "int4": 3.57, "int5": 5.1, "int6": 5.05, "int8": 4.42}
 """Instructions per weight of the gemv at one row of x and group 128: 4 rows of W to a thread up to 4 bits, 2 above."""
-GEMM_BUDGET = {"int2": 5.2, "int3": 5.56, "int4": 5.43, "int5": 5.93, "int6": 5.88, "int8": 5.28}
+GEMM_BUDGET = {"int2": 5.0, "int3": 5.38, "int4": 5.15, "int5": 5.7, "int6": 5.66, "int8": 5.02}
 """The same of the gemm, for up to 16 rows of x."""
 GEMV_REGISTERS = 144
 """14 programs of one warp on an SM."""
-GEMM_REGISTERS = 128
-"""4 programs of four warps on an SM."""
-UNMEASURED_REGISTERS = 168
-"""3 such programs: for a format without a budget of its own."""
+GEMM_REGISTERS = 184
+"""Of four warps and 32 rows: 2 programs on an SM with 16 to 32 KiB of int2 to int8 under way."""
+ROWS_BUDGET = 35.0
+"""The same of the kernel that makes packed rows dense. Memory takes 2.4 bytes for each: an RTX 3090 issues 46 in that
+time, an RTX 4090 98."""
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +53,7 @@ def compiled() -> Callable[[str], list[dict]]:
         folder.mkdir()
         (folder / "rows.json").write_text(json.dumps(compile_all(requests)))
 
-    inputs = (*INPUTS, "tests/triton_compile.py", "tests/test_triton_compile.py")
+    inputs = (*INPUTS, COMPILE, "tests/test_triton_compile.py")
     key = unchanged.inputs_of(inputs, sys.version, unchanged.packages("triton"))
     rows = iter(json.loads((unchanged.built("triton", key, build) / "rows.json").read_text()))
     found = {name: [next(rows) for _ in group] for name, group in REQUESTS.items()}
@@ -59,8 +62,7 @@ def compiled() -> Callable[[str], list[dict]]:
 
 def compile_all(requests: list[dict]) -> list[dict]:
     """In as many processes as there are cores."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= python_path("benchmarks/gpu")
+    environment = compiling()
     script, workers = Path(__file__).with_name("triton_compile.py"), min(os.cpu_count(), len(requests))
     shares = [requests[worker::workers] for worker in range(workers)]
     processes = [
@@ -79,6 +81,12 @@ def compile_all(requests: list[dict]) -> list[dict]:
         assert process.returncode == 0, errors[-4000:]
         rows[worker::workers] = json.loads(output)
     return rows
+
+
+def compiling() -> dict[str, str]:
+    """The environment of a process in which Triton compiles."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return environment | python_path("benchmarks/gpu")
 
 
 def each(formats: list[list[str]], targets: tuple[str, ...], **more) -> list[dict]:
@@ -104,9 +112,10 @@ REQUESTS = {
     + each([["int4"]], ALL, kernel="gemm", dtype="bf16", rows=5, bias="fp32"),
     "others": [
         *each([["int4"]], ("86", "90"), kernel="gemm", rows=512),
-        *each([["int5"]], ("86",), kernel="gemm", rows=16, out_features=14336),
-        *(ODD | {"kernel": "gemv", "rows": 2}, ODD | {"kernel": "gemm", "rows": 3}),
+        *each([["int2", "int3", "int4"]], ("89",), kernel="gemm", rows=32),
+        *(ODD | {"kernel": "gemv"}, ODD | {"kernel": "gemm", "rows": 3}),
         *each(SINGLE, ("90",), kernel="dequantize"),
+        *each(SINGLE, ("89",), kernel="dequantize_rows", dtype="bf16"),
     ],
 }
 
@@ -123,7 +132,7 @@ def test_gemm_of_every_format(compiled: Callable[[str], list[dict]]) -> None:
     first, *rows = compiled("gemm")
     assert first["hash"] == rows[0]["hash"]
     for row in rows:
-        check(row, GEMM_REGISTERS if row["formats"][0] in GEMM_BUDGET else UNMEASURED_REGISTERS)
+        check(row, GEMM_REGISTERS)
         assert row["exchanges"] == 0 and row["instructions"]["HMMA"], row
         assert row["instructions_per_weight"] <= budget(GEMM_BUDGET, row["formats"][0]), row
 
@@ -147,7 +156,20 @@ def test_large_gemm_dequantize_and_odd_shapes(compiled: Callable[[str], list[dic
         if "in_features" in row:
             assert row["spilled"] == 0, row
             continue
+        if row["kernel"] == "dequantize_rows":  # memory, not instructions, bounds it: docs/gpu.md
+            assert row["spilled"] == 0 and row["registers"] <= 48, row
+            assert row["instructions_per_weight"] <= ROWS_BUDGET, row
+            continue
         check(row, 80 if row["kernel"] == "dequantize" else 200)
         if row["kernel"] == "gemm":
             assert row["instructions"]["HGMMA" if row["target"] == "90" else "HMMA"], row
             assert row["shared"] <= 48 * 1024, row
+
+
+def test_warming(subtests: pytest.Subtests, record_property: Callable) -> None:
+    """What is compiled at load is what a model asks for; how many kernels that is."""
+    inputs = unchanged.inputs_of((*INPUTS, COMPILE, WARMING), sys.version, unchanged.packages("triton", "torch"))
+    if unchanged.passed_before("triton warming", inputs, record_property):
+        return
+    cases, _ = run_nested(subtests, WARMING, environment=compiling())
+    unchanged.passed("triton warming", inputs, len(cases))

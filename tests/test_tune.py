@@ -49,13 +49,13 @@ def test_the_fastest_is_what_the_launchers_use(
     monkeypatch: pytest.MonkeyPatch, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of Triton's candidates the third; the second does not fit, and is named."""
-    monkeypatch.setattr(tuning, "_gpu", lambda: GPU)
+    monkeypatch.setattr(tuning, "current_gpu", lambda: GPU)
     entries = tune(Tuner(StoppedClock(3.0, 0.0, 1.0), 16, 128), [1024], [1], [FORMATS["int3"]])
     assert len(entries) == 2
     tuning.save(GPU, entries, {"torch": "0"})
-    paper, best = triton.choose(1, 16, 1024, 3), triton.measured(1, 16, 1024, 3)
+    paper, best = triton.choose(1, 1024, 3), triton.measured(1, 1024, 3)
     assert best != paper and (best.slabs_per_step, best.num_warps) == (paper.slabs_per_step, paper.num_warps)
-    assert triton.measured(1, 16, 2048, 3) == triton.choose(1, 16, 2048, 3)
+    assert triton.measured(1, 2048, 3) == triton.choose(1, 2048, 3)
     assert triton.dense_rows() == 2 * DENSE_ROWS[-1]  # equally fast: the gemm keeps everything
     assert "is left out: AmqError: out of resource: shared memory" in capsys.readouterr().out
     tuning._entries.cache_clear()

@@ -147,6 +147,28 @@ def test_paged_is_resident(setup: Setup, cache: Path, backend: str) -> None:
         evaluator.apply(configurations[0])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_one_block_of_copies_at_a_time(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resident model without room for a second copy of it: the same losses, never two blocks' copies, none after."""
+    setup = Setup("llama", num_hidden_layers=4)
+    configurations = [setup.mixed(seed) for seed in range(5)] + [dict.fromkeys(setup.names, "int2")] * 2
+    expected = flat(setup.evaluator(setup.copy(), backend=backend).evaluate_many(configurations))
+    evaluator = setup.evaluator(setup.model, backend=backend, whole=False)
+    swap, blocks = evaluator._swap, {s.name: s.block for s in setup.inventory.linears}
+    seen, run = [], Walk._run
+
+    def counted(self: Walk, *args: Any, **kwargs: Any) -> None:
+        seen.append({blocks[name] for name in swap._made if name in blocks})
+        run(self, *args, **kwargs)
+
+    monkeypatch.setattr(Walk, "_run", counted)
+    assert flat(evaluator.evaluate_many(configurations)) == expected
+    assert seen and all(len(some) <= 1 for some in seen)
+    assert not set(swap._made) & set(setup.names) and not set(swap._current) & set(setup.names)
+    with pytest.raises(AmqError, match="holds one block at a time: a configuration can be evaluated, not applied"):
+        evaluator.apply(configurations[0])
+
+
 def test_sensitivities_share_what_comes_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every change runs the blocks from its own on, and the base's blocks run once, over all chunks."""
     monkeypatch.setattr(evaluators, "TOGETHER", 3)

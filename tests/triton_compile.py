@@ -11,6 +11,7 @@ prints one JSON list with the row that `measure` returns for each request; witho
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import tempfile
@@ -23,10 +24,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from amq.formats import FORMATS
+from amq.formats import FORMATS, n_groups
 from amq.kernels import gpu_layout as layout
 from amq.kernels import triton as launcher
-from amq.packing import PreparedWeight
+from amq.packing import PackedWeight, PreparedWeight
 
 KERNELS = launcher._kernels()
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -76,7 +77,8 @@ def compile_one(
     """
     triton.runtime.driver.set_active(FakeDriver(target))
     compiled = []
-    stand_ins = {name: Compile(getattr(KERNELS, name), compiled) for name in ("gemv", "gemm", "dequantize")}
+    names = ("gemv", "gemm", "dequantize", "dequantize_rows")
+    stand_ins = {name: Compile(getattr(KERNELS, name), compiled) for name in names}
     launcher._kernels = lambda: SimpleNamespace(**stand_ins, interpreted=True)
     weights = []
     for name in formats:
@@ -86,8 +88,15 @@ def compile_one(
     if kernel == "dequantize":
         launcher.dequantize(weights[0], DTYPES[dtype])
         return compiled[0], {}
+    if kernel == "dequantize_rows":
+        fmt, groups = FORMATS[formats[0]], n_groups(in_features, group_size)
+        qweight = torch.empty(out_features, fmt.row_bytes(in_features), dtype=torch.uint8)
+        grid = [torch.empty(out_features, groups, dtype=torch.float16) for _ in range(2)]
+        packed = PackedWeight(fmt, in_features, group_size, qweight, *grid)
+        launcher.dequantize_rows(packed, torch.empty(out_features, in_features, dtype=DTYPES[dtype]))
+        return compiled[0], {}
     bits = max(FORMATS[name].bits for name in formats)
-    chosen = asdict(launcher.choose(rows, out_features * len(formats), in_features, bits)) | (launch or {})
+    chosen = asdict(launcher.choose(rows, in_features, bits)) | (launch or {})
     if (chosen["block_m"] == 0) != (kernel == "gemv"):
         raise SystemExit(f"{rows} rows take the {'gemv' if chosen['block_m'] == 0 else 'gemm'}, not the {kernel}")
     x = torch.empty(rows, in_features, dtype=DTYPES[dtype])
@@ -133,7 +142,8 @@ def measure(**request) -> dict:
     names = [text.split()[0] for text in loop]
     widths = (re.search(r"\.(U8|S8|U16|S16|64|128)\b", name) for name in names if name.startswith("LDG."))
     slab_rows = launch["block_n"] * launch["slabs_per_step"] if launch else launcher.DEQUANTIZE_ROWS
-    weights = slab_rows * layout.SLAB // (32 * metadata.num_warps)
+    block = math.prod(launcher.DEQUANTIZE_BLOCK) if request["kernel"] == "dequantize_rows" else slab_rows * layout.SLAB
+    weights = block // (32 * metadata.num_warps)
     return row | {
         "registers": resources["REG"],
         "spilled": resources["STACK"] + resources["LOCAL"],

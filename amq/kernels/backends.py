@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,8 +38,10 @@ log = logging.getLogger(__name__)
 class Backend:
     """What a backend can do.
 
-    unsupported_reason: format → None if it runs here, else the reason.
+    unsupported_reason: format → None if it runs here (on torch's current GPU), else the reason.
     prepare: packed weight → uint8 data on its device.
+    rows: (weight, ids [n] on its device, dtype) → those rows of W in dtype, [n, K], for an embedding that shares the
+        weight; each bit-equal to that of `amq.packing.dequantize`. None where the packed weight is read instead.
     linear: (x [M, K], weights, bias [ΣN] or None, activations) → y [M, ΣN]; x and bias contiguous, y of x's dtype, the
         bias of any in DTYPES, all on one device.
     grouped: (x [M, K], weights, sizes, biases, activations) → y [M, N] for weights of one shape, weight i times its
@@ -54,6 +58,7 @@ class Backend:
     activations: tuple[str, ...] = ACTIVATIONS
     device: str | None = None
     grouped: Callable[..., Tensor] | None = None
+    rows: Callable[[PreparedWeight, Tensor, torch.dtype], Tensor] | None = None
 
     def group(
         self,
@@ -79,12 +84,19 @@ def prepare(packed: PackedWeight, backend: str = "cpu") -> PreparedWeight:
     for 576).
     """
     chosen = get_backend(backend)
-    reason = chosen.unsupported_reason(packed.format)
+    with current(packed.qweight.device):
+        reason = chosen.unsupported_reason(packed.format)
     if reason is not None:
         raise AmqError(
             f"backend {backend} cannot run {packed.format.name}: {reason}; take backend reference, or another format"
         )
     return PreparedWeight.of(packed, backend, chosen.prepare(packed))
+
+
+def current(device: torch.device) -> torch.cuda.device | nullcontext:
+    """Makes `device` torch's current GPU, where it is one that torch can reach."""
+    reachable = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if reachable else nullcontext()
 
 
 def get_backend(name: str) -> Backend:
@@ -110,18 +122,19 @@ def check_activations(backend: str, activations: str) -> None:
 
 def default_activations(backend: str) -> str:
     """What `backend` runs with where nobody says: int8 on the CPU, where it is several times faster; exact on a GPU,
-    where rounding x is one more launch for each linear (and Triton has no int8), and on `reference`."""
+    where memory is the limit and exact products take no longer (and Triton has no int8), and on `reference`."""
     return "int8" if backend == "cpu" else "fp32"
 
 
 def choose_backend(formats: Iterable[str], device: str = "cpu", among: Sequence[Backend] = ()) -> str:
-    """The first backend of `device` ("cpu" or "cuda") that runs all of `formats`, of `among` or of all there are; what
-    it passes over, it logs as a warning."""
-    records = [get_format(name) for name in formats]
+    """The first backend of `device` ("cpu", "cuda" or "cuda:1") that runs all of `formats` there, of `among` or of all
+    there are; what it passes over, it logs as a warning."""
+    records, where = [get_format(name) for name in formats], torch.device(device)
     for backend in among or BACKENDS.values():
-        if backend.device not in (device, None):
+        if backend.device not in (where.type, None):
             continue
-        reasons = [(fmt.name, reason) for fmt in records if (reason := backend.unsupported_reason(fmt)) is not None]
+        with current(where):
+            reasons = [(fmt.name, reason) for fmt in records if (reason := backend.unsupported_reason(fmt)) is not None]
         if not reasons:
             return backend.name
         log.warning("backend %s is passed over: %s: %s", backend.name, *reasons[0])
@@ -147,6 +160,21 @@ def _reference_packed(weight: PreparedWeight) -> PackedWeight:
         scale.view(torch.float16).view(rows, groups),
         zero_point.view(torch.float16).view(rows, groups),
     )
+
+
+def _reference_rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes are gathered, and seen as fp16 in their own memory: in the weight's they may begin at an odd address."""
+    rows, pairs = weight.out_features, 2 * n_groups(weight.in_features, weight.group_size)
+    sizes = (rows * weight.format.row_bytes(weight.in_features), rows * pairs, rows * pairs)
+    qweight, *scales = (part.view(rows, -1).index_select(0, ids) for part in weight.data.split(sizes))
+    halves = (part.view(torch.float16) for part in scales)
+    return dequantize(PackedWeight(weight.format, weight.in_features, weight.group_size, qweight, *halves), dtype)
+
+
+def _gpu_rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
+    if weight.data.is_cuda and not torch.compiler.is_compiling():
+        return triton.rows(weight, ids, dtype)
+    return layout.rows(weight, ids).to(dtype)
 
 
 def quantize_activations(x: Tensor, group_size: int) -> Tensor:
@@ -212,15 +240,14 @@ def _cuda_unsupported_reason(fmt: BitFormat) -> str | None:
     return cuda.unsupported_reason(fmt) or triton.unsupported_reason(fmt)
 
 
+_GPU: dict[str, Any] = dict(device="cuda", rows=_gpu_rows)
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
         Backend("cpu", _cpu_unsupported_reason, cpu.prepare, _cpu_linear, device="cpu", grouped=_cpu_grouped),
-        Backend("cuda", _cuda_unsupported_reason, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), device="cuda"),
-        Backend(
-            "triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), device="cuda"
-        ),
-        Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear),
+        Backend("cuda", _cuda_unsupported_reason, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), **_GPU),
+        Backend("triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), **_GPU),
+        Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear, rows=_reference_rows),
     )
 }
 """Every backend by name; of those for one device, the fastest first."""

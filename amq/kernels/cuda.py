@@ -177,23 +177,30 @@ def unsupported_reason(fmt: BitFormat) -> str | None:
             return f"{library().path} was built without {fmt.bits}-bit codes; build it again with `pip install -e .`"
     except AmqError as error:
         return str(error)
-    return _no_device() or _not_loadable()
+    return _no_device() or _not_loadable(torch.cuda.current_device())
 
 
-@lru_cache(maxsize=1)
 def _no_device() -> str | None:
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():
         return "torch finds no NVIDIA GPU or driver; see nvidia-smi"
-    capability = torch.cuda.get_device_capability()
+    return _too_old(torch.cuda.current_device())
+
+
+@lru_cache
+def _too_old(device: int) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
     if capability < LOWEST_CAPABILITY:
-        return f"{torch.cuda.get_device_name()} has compute capability {capability}, and the kernels want 8.0 or newer"
+        has, wanted = (".".join(map(str, version)) for version in (capability, LOWEST_CAPABILITY))
+        name = torch.cuda.get_device_name(device)
+        return f"{name} (cuda:{device}) has compute capability {has}, and the kernels want {wanted} or newer"
     return None
 
 
-@lru_cache(maxsize=1)
-def _not_loadable() -> str | None:
+@lru_cache
+def _not_loadable(device: int) -> str | None:
+    """For the current device, which is `device`."""
     return library().unsupported_reason()
 
 

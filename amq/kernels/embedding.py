@@ -1,9 +1,9 @@
 """Embeddings whose rows are packed: of the head, where the two are tied and one copy is left of both, or their own.
 
-The looked-up rows are gathered as codes and dequantized, never the whole. What an embedding does to its rows besides
-(Gemma's scales them) is done by the embedding that stood there, which is given the gathered rows for a weight. The
-module stands where transformers expects an nn.Embedding and is none, so that nothing ties, resizes or initialises it
-as one; `dequantize()` makes one of it.
+The looked-up rows are gathered as codes and dequantized, never the whole; on a GPU from what the head multiplies with,
+so that one copy serves both. What an embedding does to its rows besides (Gemma's scales them) is done by the embedding
+that stood there, which is given the gathered rows for a weight. The module stands where transformers expects an
+nn.Embedding and is none, so that nothing ties, resizes or initialises it as one; `dequantize()` makes one of it.
 """
 
 from __future__ import annotations
@@ -98,9 +98,17 @@ class StoredEmbedding(nn.Module):
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight [ids, embedding_dim], as the model's dtype has them."""
+        head = self.head
+        if head is not None and self.shares(ids.device):
+            return head.rows(ids, self.like.dtype)
         packed = self.packed_on(ids.device).map(lambda part: part.index_select(0, ids))
         native = ids.device.type == "cpu" and not torch.compiler.is_compiling()
         return (dequantized(packed) if native else dequantize(packed)).to(self.like.dtype)
+
+    def shares(self, device: torch.device) -> bool:
+        """Whether rows are read from what the head multiplies with on `device`, so that one copy serves both; on a CPU
+        the packed weight is there anyway."""
+        return device.type == "cuda" and self.head is not None and self.head.lends_rows(device)
 
     def forward(self, ids: Tensor) -> Tensor:
         weight = self.rows(ids.reshape(-1))
@@ -118,7 +126,8 @@ class StoredEmbedding(nn.Module):
         return head.packed
 
     def packed_on(self, device: torch.device) -> PackedWeight:
-        """The packed weight on `device`: on the CPU the one that is stored, elsewhere a copy that is made once."""
+        """The packed weight on `device`: on the CPU the one that is stored, elsewhere a copy that is made once. For an
+        embedding without a head, or with one on another device."""
         packed = self.source()
         if device.type == "cpu":
             return packed

@@ -121,6 +121,43 @@ def _data_bytes(fmt: BitFormat, out_features: int, in_features: int, group_size:
     return layout_of(fmt, out_features, in_features, group_size).nbytes
 
 
+def rows(weight: PreparedWeight, ids: Tensor) -> Tensor:
+    """Rows `ids` (integers [n]) of a prepared weight, float32 [n, in_features]: bit-equal to those of
+    `amq.packing.dequantize`. In plain torch, where no kernel runs: on a CPU, and while torch.compile traces."""
+    size = layout_of(weight.format, weight.out_features, weight.in_features, weight.group_size)
+    words = weight.data[: size.code_bytes + size.scale_bytes].view(torch.int32)
+    planes, scales = words.split([size.code_bytes // 4, size.scale_bytes // 4])
+    tile, row = ids // TILE_ROWS, ids % TILE_ROWS
+    planes = planes.view(size.tiles, size.planes, TILE_ROWS, COLUMNS)[tile, :, row]
+    pairs = scales.view(size.tiles, size.slabs, TILE_ROWS, size.slab_groups)[tile, :, row].contiguous()
+    scale, zero_point = (
+        part.flatten(1).repeat_interleave(size.group_size, dim=1)
+        for part in pairs.view(torch.float16).unflatten(-1, (-1, 2)).float().unbind(-1)
+    )
+    return ((_codes(planes, size) - zero_point) * scale)[:, : size.in_features]
+
+
+def _codes(planes: Tensor, size: Layout) -> Tensor:
+    """int32 [n, planes, 16] of some rows → codes, float32 [n, slabs · 512]: the inverse of `_planes`."""
+    missing = size.slabs * size.bits - size.planes
+    words = torch.nn.functional.pad(planes, (0, 0, 0, missing)).unflatten(1, (size.slabs, size.bits))
+    words = _unfold_spare(words, size)
+    field, half, pair = (torch.arange(n, device=planes.device) for n in (size.fields, 2, 2))
+    shifts = size.bits * field.view(-1, 1, 1, 1) + 8 * half.view(-1, 1, 1) + 16 * pair  # f, h, c, p
+    codes = words[..., None, None, :, None] >> shifts & (1 << size.bits) - 1  # [n, slabs, w, f, h, c, p]
+    return codes.flatten(1).float()
+
+
+def _unfold_spare(planes: Tensor, size: Layout) -> Tensor:
+    """[…, planes, 16] → […, byte words, 16]: the inverse of `_fold_spare`."""
+    used = size.fields * size.bits
+    found = torch.zeros_like(planes[..., : size.byte_words - size.bits, :])
+    for bit in range((size.byte_words - size.bits) * used):
+        plane, top = divmod(bit, 8 - used)
+        found[..., bit // used, :] |= (planes[..., plane, :] >> (used + top) & 0x01010101) << bit % used
+    return torch.cat([planes, found], -2)
+
+
 PREPARE_ROWS = 512
 """Rows repacked at once: bounds the temporaries (16 bytes per code)."""
 

@@ -23,6 +23,9 @@ from amq.util.records import JsonFile, parse_record
 DENSE_KEY = "triton dense rows>="
 """Rows of x from which dequantizing and a torch product are faster than the gemm."""
 
+ROWS_CLASSES = (1, 16, 32)
+"""Rows of x up to which a Triton launch stays the same; and one for more than the last."""
+
 log = logging.getLogger(__name__)
 
 
@@ -55,20 +58,18 @@ def table_path(gpu: str) -> Path:
     return cache_dir() / "gpu" / ("".join(c if c.isalnum() else "-" for c in gpu) + ".json")
 
 
-def cuda_key(in_features: int) -> str:
-    """The CUDA gemv's warps per block. Of in_features alone, so that fused and separate launches sum in one order."""
-    return f"cuda in_features={in_features}"
-
-
 def triton_key(rows: int, in_features: int, bits: int) -> str:
-    """A Triton launch; rows in powers of two. What is tuned there does not change the order of sums."""
-    return f"triton rows<={1 << (rows - 1).bit_length()} in_features={in_features} bits={bits}"
+    """A Triton launch: one for each class of rows, since each is a kernel that is compiled. What is tuned there does
+    not change the order of sums."""
+    most = next((most for most in ROWS_CLASSES if rows <= most), None)
+    which = f"rows>{ROWS_CLASSES[-1]}" if most is None else f"rows<={most}"
+    return f"triton {which} in_features={in_features} bits={bits}"
 
 
 def look_up(key: str, gpu: str | None = None) -> Any:
     """The parameters measured best on the GPU called `gpu` (None: torch's current one), or None where nothing was
     measured."""
-    found = _entries(gpu or _gpu()).get(key)
+    found = _entries(gpu or current_gpu()).get(key)
     return found and found.parameters
 
 
@@ -85,9 +86,14 @@ def save(gpu: str, entries: dict[str, dict[str, Any]], versions: dict[str, str])
     return path
 
 
-@lru_cache(maxsize=1)
-def _gpu() -> str | None:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def current_gpu() -> str | None:
+    """The name of torch's current GPU, None without one. Kinds of GPU may be mixed in a machine."""
+    return _gpu_name(torch.cuda.current_device()) if torch.cuda.is_available() else None
+
+
+@lru_cache
+def _gpu_name(index: int) -> str:
+    return torch.cuda.get_device_name(index)
 
 
 @lru_cache

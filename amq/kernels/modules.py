@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.formats import BitFormat
-from amq.kernels.backends import check_activations, choose_backend, default_activations, prepare
-from amq.kernels.cpu import dequantized
+from amq.kernels.backends import check_activations, choose_backend, default_activations, get_backend, prepare
+from amq.kernels.dense import dequantize_into, dequantized
 from amq.kernels.ops import grouped_linear, linear
-from amq.packing import PARTS, PackedWeight, PreparedWeight, dequantize
+from amq.packing import PARTS, PackedWeight, PreparedWeight
 
 
 class QuantizedLinear(nn.Module):
@@ -107,12 +107,12 @@ class Execution:
 
     def backend_on(self, device: torch.device) -> str:
         """Raises AmqError where the backend lacks `activations`."""
-        name = self.backend or _choose(self.formats, device.type)
+        name = self.backend or _choose(self.formats, str(device))
         check_activations(name, self.activations)
         return name
 
 
-_choose = cache(choose_backend)  # it logs what it passes over: once per model and kind of device is enough
+_choose = cache(choose_backend)  # it logs what it passes over: once per model and device is enough
 
 
 class QuantizedWeight:
@@ -224,6 +224,21 @@ class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[mis
         self._weight, self.data, self.place = weight, weight.data, device
         return weight
 
+    def lends_rows(self, device: torch.device) -> bool:
+        """Whether an embedding on `device` can read the weight that this linear multiplies with: it is prepared there,
+        or nowhere yet, by a backend that can."""
+        weight = self._weight
+        if weight.backend and weight.data.device != device:
+            return False
+        return get_backend(weight.backend or self.execution.backend_on(device)).rows is not None
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows `ids` [n] of the prepared weight in `dtype`, [n, in_features]; where it `lends_rows` on their device."""
+        weight = self.prepared(ids.device)
+        look_up = get_backend(weight.backend).rows
+        assert look_up is not None
+        return look_up(weight, ids, dtype)
+
     @property
     def weight(self) -> QuantizedWeight | Tensor:  # type: ignore[override]  # the one lie of this nn.Linear
         """No numbers; while transformers loads, an empty tensor, for models that initialise weights by hand."""
@@ -295,5 +310,8 @@ class _Product(torch.autograd.Function):
 
 def _dense(packed: PackedWeight, like: Tensor) -> Tensor:
     """The weight [out_features, in_features] with the device and dtype of `like`."""
-    weight = dequantized(packed) if like.device.type == "cpu" else dequantize(packed.to(like.device))
-    return weight.to(like.dtype)
+    if like.device.type == "cpu":
+        return dequantized(packed).to(like.dtype)
+    weight = like.new_empty(packed.out_features, packed.in_features)
+    dequantize_into(packed, weight)
+    return weight

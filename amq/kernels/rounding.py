@@ -38,8 +38,9 @@ class GridSearch:
 class Compensation:
     """What error-compensated rounding needs to know of H [in_features, in_features] = M D Mᵀ, features in `order`.
 
-    hessian: float32, symmetric, in the model's order. factor: float32, symmetric, in `order`: M, unit upper triangular,
-    and its transpose below. pivots: float32 [in_features], D. order: int64 [in_features].
+    hessian: float32, symmetric, in the model's order. factor: float32, in `order`: M, unit upper triangular,
+    and its transpose below (which only the CPU's kernels read). pivots: float32 [in_features], D. order: int64
+    [in_features].
     """
 
     hessian: Tensor

@@ -1,9 +1,12 @@
 """Launches the Triton kernels (`kernels/triton/`) on weights in the layout of `amq/kernels/gpu_layout.py`.
 
 Up to four weights that share x go into one launch, each in its own format; more go into several. A call allocates its
-output and nothing else and never waits for the GPU, so that it can be captured in a CUDA graph. Triton compiles at the
-first use of each combination of formats, K, group size, dtypes and launch parameters, though not for each number of
-rows above the gemv's: run a model once before capturing it.
+output and nothing else and never waits for the GPU, so that it can be captured in a CUDA graph.
+
+Triton compiles a kernel at its first launch, seconds of a processor each. What it compiles for is K, the group size,
+x's dtype, the launch parameters and the set of widths that a kernel can read; not how many weights there are, in which
+order, of which sizes, nor (above one) how many rows x has. `amq.kernels.warming.warm` compiles all of a model at load,
+each kernel for all widths that the model has at that K: four kernels for each K, and one more for each format.
 
 Without a GPU the kernels run in Triton's interpreter, on CPU tensors, where TRITON_INTERPRET=1 is set before Triton is
 imported: for tests only.
@@ -11,12 +14,14 @@ imported: for tests only.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,15 +30,28 @@ from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.kernels import gpu_layout as layout
 from amq.kernels import launch_table as tuning
-from amq.packing import PreparedWeight, check_fused
+from amq.kernels.compilations import compilations
+from amq.packing import PackedWeight, PreparedWeight, check_fused
+from amq.util.files import cache_dir
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_WEIGHTS = 4
 """Weights in one launch."""
 MAX_GEMV_ROWS = 16
 """Rows of x that one gemv can hold."""
-DEQUANTIZE_ROWS = 32
-"""Rows that one program of `dequantize` writes, a slab of each."""
+ALIGNMENT = 16
+"""Bytes: Triton compiles another kernel for an x that does not begin at a multiple of them."""
+DEQUANTIZE_ROWS, LOOKUP_ROWS = 32, 8
+"""Rows that one program writes, a slab of each: of `dequantize`, with four warps, and of `rows`, with one."""
+DEQUANTIZE_BLOCK = (4, 512)
+"""Rows and features that one program of `dequantize_rows` writes."""
+CACHE = "TRITON_CACHE_DIR"
+CACHES = (CACHE, "TRITON_HOME")
+"""Variables that say where Triton keeps what it has compiled."""
+
+REMEDY = f"Triton needs a C compiler (CC) and a folder to write to ({CACHE}), and --backend reference needs no Triton"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,36 +73,39 @@ class Launch:
     num_stages: int
 
 
-Choose = Callable[[int, int, int, int], Launch]
-"""(rows of x, out_features together, in_features, bits at most) → the parameters of a launch."""
+Choose = Callable[[int, int, int], Launch]
+"""(rows of x, in_features, bits at most) → the parameters of a launch."""
 
 DENSE_ROWS = 256
 """Rows of x from which `linear` dequantizes and lets torch multiply, where `benchmarks/gpu/tune.py` measured no other
-number: on paper the dequantized weight then costs a quarter of the product's time, and less with every row more."""
+number: on paper the dequantized weight then costs a quarter of the product's time, and less with every row more. At 16
+rows the gemm waits for its weights alone, and to write and read them in 16 bits besides is nine times as much memory:
+no time that the compiler saves is worth that."""
 
 
-def choose(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
-    """The launch parameters for x of `rows` rows and weights of at most `bits` bits, out_features together.
+def choose(rows: int, in_features: int, bits: int) -> Launch:
+    """The launch parameters for x of `rows` rows and weights of at most `bits` bits: the same ones for all rows of a
+    class (`launch_table.ROWS_CLASSES`).
 
     Reasoned from compiled code, not measured. Per weight the gemv takes 3.3 to 5 instructions for one row of x and 2
-    more for each further row, the gemm 5.3 for up to 16 rows; so two rows are where they meet. Up to 32 rows of x,
-    warps divide K: a small weight has few rows. A large one takes more of them to a program, for x comes once to each.
+    more for each further row, the gemm 5 for up to 16 rows; so from two rows on the gemm takes no more. Up to 32 rows
+    of x, warps divide K: a small weight has few rows. Twice the rows of the weight to a program halve what comes
+    through the L2 cache of x, which at 16 rows is more than the weights; at 32 they would take too many registers.
     slabs_per_step depends on rows and in_features alone, so that fused and separate launches agree to the last bit.
     """
-    if rows <= 2:
+    if rows <= 1:
         slabs = _slabs_per_step(in_features, 8)
         return Launch(0, (4 if bits <= 4 else 2) * 8 // slabs, slabs, 1, 1)
     if rows <= 32:
         slabs = _slabs_per_step(in_features, 4)
-        block_n = 32 if rows <= 16 and out_features >= 8192 else 16
-        return Launch(16 if rows <= 16 else 32, block_n, slabs, slabs, 1)
+        return Launch(16, 32, slabs, slabs, 1) if rows <= 16 else Launch(32, 16, slabs, slabs, 1)
     return Launch(64, 64, 1, 4, 1)
 
 
-def measured(rows: int, out_features: int, in_features: int, bits: int) -> Launch:
+def measured(rows: int, in_features: int, bits: int) -> Launch:
     """What `benchmarks/gpu/tune.py` found fastest on this GPU, else what `choose` reasons."""
     found = tuning.look_up(tuning.triton_key(rows, in_features, bits))
-    return Launch(*found) if found else choose(rows, out_features, in_features, bits)
+    return Launch(*found) if found else choose(rows, in_features, bits)
 
 
 def dense_rows() -> int:
@@ -137,20 +158,23 @@ def linear(
     Raises AmqError, and computes nothing, where these do not fit together or Triton cannot compile or launch.
     """
     _check(x, weights, bias, activations, name)
-    if choose is None and x.shape[0] >= dense_rows():
-        return _dense_linear(x, weights, bias)
-    y = x.new_empty(x.shape[0], sum(w.out_features for w in weights))
+    if x.data_ptr() % ALIGNMENT:
+        x = x.clone()
     try:
-        linear_into(y, x, weights, bias, choose or measured)
+        with _on_device(x):
+            if choose is None and x.shape[0] >= dense_rows():
+                return _dense_linear(x, weights, bias)
+            y = x.new_empty(x.shape[0], sum(w.out_features for w in weights))
+            linear_into(y, x, weights, bias, choose or measured)
+            return y
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, _kernels().error) as error:
+    except errors() as error:
         formats = ", ".join(w.format.name for w in weights)
         raise AmqError(
             f"{name}: Triton cannot compile or launch {formats} for {len(x)} rows of {x.dtype} and {x.shape[1]} input "
-            f"features on {x.device}: {error}; Triton needs a C compiler (CC), and --backend reference needs no Triton"
+            f"features on {x.device}: {error}; {REMEDY}"
         ) from error
-    return y
 
 
 def _dense_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None) -> Tensor:
@@ -172,78 +196,174 @@ def linear_into(
     bias: Tensor | None = None,
     choose: Choose = choose,
 ) -> None:
-    """`linear` without its checks, into y [M, ΣN]: contiguous, of any float dtype."""
-    out_features = [w.out_features for w in weights]
-    bits = max(w.format.bits for w in weights)
-    launch = choose(x.shape[0], sum(out_features), x.shape[1], bits)
+    """`linear` without its checks, into y [M, ΣN]: contiguous, of any float dtype; x aligned to ALIGNMENT."""
     with _on_device(x):
-        for first in range(0, len(weights), MAX_WEIGHTS):
-            start = sum(out_features[:first])
-            some = slice(first, first + MAX_WEIGHTS)
-            part = None if bias is None else bias[start:]
-            _launch_weights(y[:, start:], x, weights[some], part, launch)
+        for call in linear_calls(y, x, weights, bias, choose):
+            _launch(call, x.shape[0], x)
+
+
+class Call(NamedTuple):
+    """A launch that is ready: of `blocks` programs of `kernel`, with these arguments."""
+
+    kernel: Any
+    blocks: int
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def linear_calls(
+    y: Tensor, x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, choose: Choose
+) -> list[Call]:
+    """The launches of `linear_into`, none where there is nothing to compute."""
+    widths = compilations.widths(x.shape[1], weights[0].group_size, (w.format.bits for w in weights))
+    launch = choose(x.shape[0], x.shape[1], widths[-1])
+    calls, column = [], 0
+    for first in range(0, len(weights), MAX_WEIGHTS):
+        some = weights[first : first + MAX_WEIGHTS]
+        if x.shape[0] and any(w.out_features for w in some):
+            calls.append(_weights_call(y, x, some, bias, column, widths, launch))
+        column += sum(w.out_features for w in some)
+    return calls
 
 
 def dequantize(weight: PreparedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """W [out_features, in_features] in `dtype` (a float), bit-equal to `amq.packing.dequantize`."""
-    if reason := layout.unsupported_reason(weight.format):
-        raise AmqError(f"dequantize {weight.format.name} with Triton: {reason}")
-    _check_data([weight], weight.data.device, "dequantize")
-    kernels = _kernels()
+    _check_prepared(weight, "dequantize")
     out = weight.data.new_empty(weight.out_features, weight.in_features, dtype=dtype)
-    blocks = -(-weight.out_features // DEQUANTIZE_ROWS) * -(-weight.in_features // layout.SLAB)
     with _on_device(out):
-        if blocks:
-            kernels.dequantize[(blocks,)](
-                out,
-                weight.data.view(torch.int32),
-                weight.out_features,
-                BITS=weight.format.bits,
-                K=weight.in_features,
-                GROUP_SIZE=weight.group_size,
-                BLOCK_N=DEQUANTIZE_ROWS,
-                num_warps=4,
-            )
+        _launch(dequantize_call(out, weight), len(out), out)
     return out
 
 
-def _launch_weights(
-    y: Tensor, x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, launch: Launch
-) -> None:
-    """One launch for up to MAX_WEIGHTS weights: writes the first ΣN columns of y [M, row stride of y]."""
+def rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Rows `ids` (int64 [n], on the weight's device) of W, [n, in_features]: bit-equal to those of `dequantize`.
+
+    An id that is no row of W gives NaN, and nothing outside W is read: the GPU is not asked.
+    """
+    _check_prepared(weight, "rows")
+    if ids.dtype != torch.int64 or ids.dim() != 1 or ids.device != weight.data.device:
+        raise AmqError(
+            f"rows: ids must be int64 of one dimension on {weight.data.device}, got {ids.dtype} {list(ids.shape)} on "
+            f"{ids.device}"
+        )
+    out = weight.data.new_empty(len(ids), weight.in_features, dtype=dtype)
+    with _on_device(out):
+        _launch(dequantize_call(out, weight, ids.contiguous()), len(out), out)
+    return out
+
+
+def dequantize_rows(packed: PackedWeight, out: Tensor) -> None:
+    """Writes W into `out` [out_features, in_features], contiguous, of any float dtype: bit-equal to
+    `amq.packing.dequantize`.
+
+    packed: of a dense format, contiguous, on the device of `out`; nothing is prepared and nothing else allocated.
+    """
+    if reason := layout.unsupported_reason(packed.format):
+        raise AmqError(f"dequantize {packed.format.name} with Triton: {reason}")
     kernels = _kernels()
-    shared = dict(
-        BITS=tuple(w.format.bits for w in weights),
-        K=x.shape[1],
-        GROUP_SIZE=weights[0].group_size,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+    rows, in_features = out.shape
+    block_n, block_k = DEQUANTIZE_BLOCK
+    blocks = -(-rows // block_n) * -(-in_features // block_k)
+    parts = [part.contiguous() for part in packed.parts.values()]
+    with _on_device(out):
+        if blocks:
+            kernels.dequantize_rows[(blocks,)](
+                out,
+                *parts,
+                rows,
+                in_features,
+                parts[0].shape[1],
+                parts[1].shape[1],
+                BITS=packed.format.bits,
+                GROUP_SIZE=packed.group_size,
+                BLOCK_N=block_n,
+                BLOCK_K=block_k,
+                num_warps=4,
+            )
+
+
+def dequantize_call(out: Tensor, weight: PreparedWeight, ids: Tensor | None = None) -> Call:
+    """The launch that writes W, or its rows `ids`, into out."""
+    size = layout.layout_of(weight.format, weight.out_features, weight.in_features, weight.group_size)
+    block_n, warps = (DEQUANTIZE_ROWS, 4) if ids is None else (LOOKUP_ROWS, 1)
+    arguments = (out, weight.data.view(torch.int32), ids, weight.out_features, len(out), weight.in_features)
+    options = dict(BITS=size.bits, GROUP_SIZE=weight.group_size, BLOCK_N=block_n, num_warps=warps)
+    blocks = -(-len(out) // block_n) * size.slabs if weight.out_features else 0
+    return Call(_kernels().dequantize, blocks, (*arguments, size.planes, size.slabs), options)
+
+
+def _weights_call(
+    y: Tensor,
+    x: Tensor,
+    weights: Sequence[PreparedWeight],
+    bias: Tensor | None,
+    column: int,
+    widths: tuple[int, ...],
+    launch: Launch,
+) -> Call:
+    """One launch for up to MAX_WEIGHTS weights, the columns of y from `column` on.
+
+    It always has MAX_WEIGHTS weights, those that are not there without rows, and a bias, if only x for a pointer: their
+    number and whether there is a bias would else make other kernels.
+    """
+    missing = MAX_WEIGHTS - len(weights)
+    arguments = (
+        *(x, y, x if bias is None else bias),
+        tuple(w.data.view(torch.int32) for w in (*weights, *[weights[0]] * missing)),
+        (*(w.out_features for w in weights), *missing * (0,)),
+        (*(w.format.bits for w in weights), *missing * widths[:1]),
+        *(column, int(bias is not None), y.stride(0)),
     )
+    options: dict[str, Any] = dict(WIDTHS=widths, K=x.shape[1], GROUP_SIZE=weights[0].group_size)
+    options |= dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
     blocks = sum(-(-w.out_features // launch.block_n) for w in weights)
-    arguments = (y, bias, tuple(w.data.view(torch.int32) for w in weights), tuple(w.out_features for w in weights))
-    if blocks == 0 or x.shape[0] == 0:
-        return
     if launch.block_m == 0:
         lane_rows = 8 * launch.num_warps // launch.slabs_per_step
         if x.shape[0] > MAX_GEMV_ROWS or lane_rows == 0 or launch.block_n % lane_rows:
             raise AmqError(f"a gemv of {x.shape[0]} rows cannot take {launch}; its docstring says what each may be")
-        shared |= dict(
+        options |= dict(
             M=x.shape[0], SLABS=launch.slabs_per_step, LANE_ROWS=lane_rows, THREAD_ROWS=launch.block_n // lane_rows
         )
-        kernels.gemv[(blocks,)](x, *arguments, y.stride(0), **shared)
-        return
+        return Call(_kernels().gemv, blocks, arguments, options)
     row_warps = launch.num_warps // launch.slabs_per_step
     if launch.slabs_per_step not in (1, launch.num_warps) or launch.block_n % (16 * row_warps):
         raise AmqError(f"a gemm cannot take {launch}; its docstring says what each may be")
+    options |= dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, WARPS=launch.num_warps, SLABS=launch.slabs_per_step)
     blocks *= -(-x.shape[0] // launch.block_m)
-    shared |= dict(BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, WARPS=launch.num_warps, SLABS=launch.slabs_per_step)
-    kernels.gemm[(blocks,)](x, *arguments, y.stride(0), x.shape[0], **shared)
+    return Call(_kernels().gemm, blocks, (*arguments, x.shape[0]), options)
+
+
+def _launch(call: Call, rows: int, on: Tensor) -> None:
+    """Runs `call`, and says so where Triton had to compile on a device whose kernels were compiled at load."""
+    if not call.blocks:
+        return
+    before = compilations.count
+    call.kernel[(call.blocks,)](*call.arguments, **call.options)
+    if compilations.count != before and on.device in compilations.warm_devices:
+        shape = {name: call.options[name] for name in ("WIDTHS", "BITS", "K", "GROUP_SIZE") if name in call.options}
+        log.warning(
+            "Triton compiled a kernel while the model was in use, which takes seconds: for %d rows of %s, %s; "
+            "warm() compiles what a model needs when it is loaded",
+            *(rows, on.dtype, ", ".join(f"{name} {value}" for name, value in shape.items())),
+        )
+
+
+def interpreted() -> bool:
+    """Whether the kernels run in Triton's interpreter, where nothing is compiled."""
+    return bool(_kernels().interpreted)
+
+
+def errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where it cannot compile or launch."""
+    return RuntimeError, OSError, _kernels().error
 
 
 @lru_cache(maxsize=1)
 def _kernels() -> SimpleNamespace:
     """The kernels, imported at first use: gemv, gemm, dequantize, whether they are interpreted, and the class of
-    Triton's errors."""
+    Triton's errors. What they compile to is kept in our cache, unless the environment says where."""
+    if not any(name in os.environ for name in CACHES):
+        os.environ[CACHE] = str(cache_dir() / "triton")
     try:
         import triton
         from triton.errors import TritonError
@@ -251,11 +371,15 @@ def _kernels() -> SimpleNamespace:
         raise AmqError(f"the package triton cannot be imported ({error}): pip install triton") from error
     from amq._triton import dequantize, gemm, gemv
 
+    interpreted = not isinstance(gemv.gemv, triton.JITFunction)
+    if not interpreted:
+        compilations.watch((gemv.gemv, gemm.gemm, dequantize.dequantize))
     return SimpleNamespace(
         gemv=gemv.gemv,
         gemm=gemm.gemm,
         dequantize=dequantize.dequantize,
-        interpreted=not isinstance(gemv.gemv, triton.JITFunction),
+        dequantize_rows=dequantize.dequantize_rows,
+        interpreted=interpreted,
         error=TritonError,
     )
 
@@ -294,13 +418,19 @@ def _check(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, ac
         )
 
 
+def _check_prepared(weight: PreparedWeight, name: str) -> None:
+    if reason := layout.unsupported_reason(weight.format):
+        raise AmqError(f"{name} {weight.format.name} with Triton: {reason}")
+    _check_data([weight], weight.data.device, name)
+
+
 def _check_data(weights: Sequence[PreparedWeight], device: torch.device, name: str) -> None:
     """That every weight is data of the layout, on `device`, and that the kernels can reach it there."""
     for weight in weights:
         if weight.data.device != device:
             raise AmqError(f"{name}: x is on {device}, its weight on {weight.data.device}; move one of them")
         layout.check_data(weight, name)
-        if weight.data.data_ptr() % 16:
+        if weight.data.data_ptr() % ALIGNMENT:
             raise AmqError(f"{name}: a weight's data must start at a multiple of 16 bytes; copy it with data.clone()")
     on_gpu = not _kernels().interpreted
     if on_gpu != (device.type == "cuda"):

@@ -57,7 +57,7 @@ FLOAT = 4
 class InputGroup:
     """Linears that read one tensor x, in the order in which they ran.
 
-    gram: float32 [in_features, in_features] on the CPU, the mean of x xᵀ over tokens.
+    gram: float32 [in_features, in_features] where the model is, the mean of x xᵀ over tokens.
     """
 
     linears: tuple[LinearSpec, ...]
@@ -228,11 +228,10 @@ class _Sum:
         self.count += len(rows)
 
     def mean(self, linear: str) -> Tensor:
-        """On the CPU, once. linear: whose inputs these were, for the error."""
+        """Once. linear: whose inputs these were, for the error."""
         assert self._total is not None
-        total, self._total = self._total.div_(self.count), None
-        mean = total.cpu()
-        if total.device.type == "cpu":
+        mean, self._total = self._total.div_(self.count), None
+        if mean.device.type == "cpu":
             mirror(mean)
         if not bool(torch.isfinite(mean).all()):
             raise AmqError(
@@ -278,7 +277,10 @@ class _Grams:
             log.warning(
                 "%s%s saw no calibration token: rounded as if their inputs were white noise", unseen[0].name, more
             )
-        return [*result, *(InputGroup((spec,), torch.eye(spec.in_features)) for spec in unseen)]
+        for spec in unseen:
+            eye = torch.eye(spec.in_features, device=self._modules[spec].weight.device)
+            result.append(InputGroup((spec,), eye))
+        return result
 
 
 class _ExpertGrams:

@@ -2,7 +2,7 @@
 
 Many configurations are measured together: they go through the blocks side by side (`amq.proxy.walk`), in a resident
 model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes. The
-loss is streamed: final hidden states of the models (a few MB each) are kept, logits exist for `TOKENS` tokens at a
+loss is streamed: final hidden states of the models (a few MB each) are kept, logits exist for `chunk_tokens` at a
 time, and the reference log-probabilities are cached only as far as `cache_memory` reaches and recomputed from the
 full-precision model's hidden states and head beyond that, once for all configurations that are measured together.
 
@@ -29,12 +29,18 @@ from amq.model.losses import LOSSES
 from amq.model.open import LoadedModel
 from amq.model.paging import pager_of
 from amq.model.states import StateStore
+from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
 from amq.proxy.walk import Formats, Walk
-from amq.quantize.bank import WeightBank
+from amq.util.limits import free_on
 
 ROWS = 16
-"""Tokens whose loss torch computes at once, so that its temporaries stay in the CPU's cache."""
+"""Tokens whose loss torch computes at once on a CPU, so that its temporaries stay in the cache."""
+SHARE, MOST_TOKENS = 8, 4096
+"""Of the free memory of another device an eighth is for logits, and another for what their losses take."""
+LOGITS_BYTES, LOSS_BYTES = 16, 48
+"""For each token and entry of the vocabulary: the reference's and the candidate's, as they come and as float32; and a
+dozen float32 that the divergence is computed with."""
 BATCH_TOKENS = 1024
 """Tokens run through the blocks at once."""
 TOGETHER, TOGETHER_PAGED = 4, 64
@@ -55,6 +61,8 @@ class Evaluator:
     backend, activations: what multiplies the candidates' linears; see `amq.proxy.swap`. The full-precision model is
         torch's, and so is what a configuration leaves in full precision.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
+    whole: whether all blocks of a resident model may hold a configuration's weights at once. If not, each gets its own
+        back before the next one's are made, as in a model whose blocks are in memory one at a time.
 
     `seconds` is the time spent on losses since construction and `seconds_in_model` that part of it in the model's own
     forward (blocks, norm and head); the rest is dequantization and the loss itself, softmax included.
@@ -64,24 +72,28 @@ class Evaluator:
         self,
         loaded: LoadedModel,
         inventory: Inventory,
-        bank: WeightBank,
+        bank: BankReader,
         windows: Mapping[str, Tensor],
         loss: str = "jsd",
         cache_memory: int = 256 << 20,
         backend: str = "reference",
         activations: str = "fp32",
         unscored: int = 0,
+        whole: bool = True,
     ) -> None:
         LOSSES[loss]  # noqa: B018 - raises on an unknown name
         self._bank, self._inventory, self._unscored, self._memory = bank, inventory, unscored, cache_memory
         self._runner = BlockRunner(loaded.model)
         self._paged = pager_of(loaded.model) is not None
+        self._whole = whole and not self._paged
         linears, outer = (s.name for s in inventory.linears), [s.name for s in inventory.outer]
         self._swap = LinearSwap(loaded.model, linears, backend, activations, outer, cache_memory)
         self._head = next((s.name for s in inventory.outer if s.kind == HEAD), None)
         self._blocks = {s.name: s.block for s in inventory.weights}
         device = embedding_weight(loaded.model).device
-        self._token_losses = token_losses(loss, device)
+        self._vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+        self._tokens, rows = chunk_tokens(device, self._vocabulary)
+        self._token_losses = token_losses(loss, device, rows)
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self.seconds = self.seconds_in_model = 0.0
         with torch.no_grad():
@@ -110,7 +122,7 @@ class Evaluator:
         size = self._windows[windows].numel() * self._reference[windows][0].nbytes
         count = TOGETHER_PAGED if self._paged else max(1, min(TOGETHER, self._memory // size))
         with StateStore(max(self._memory, 2 * size)) as store:
-            walk = Walk(self._runner, self._swap, self._inventory, self._bank, batches, store)
+            walk = Walk(self._runner, self._swap, self._inventory, self._bank, batches, store, self._whole)
             ways = [walk.way(formats) for formats in configurations]
             junction = None
             for first in range(0, len(ways), count):
@@ -138,8 +150,8 @@ class Evaluator:
 
     def apply(self, formats: Formats) -> None:
         """Puts the configuration's weights into a resident model, touching only those whose format changes."""
-        if self._paged:
-            raise AmqError("a model that is larger than memory holds one block at a time: it can only be evaluated")
+        if not self._whole:
+            raise AmqError("memory holds one block at a time: a configuration can be evaluated, not applied")
         self._swap.apply(formats, self._bank)
 
     def restore(self) -> None:
@@ -158,7 +170,7 @@ class Evaluator:
         batches = {name: self._batches(w) for name, w in self._windows.items()}
         with StateStore(self._memory) as store:
             flat = [tokens for some in batches.values() for tokens in some]
-            walk = Walk(self._runner, self._swap, self._inventory, self._bank, flat, store)
+            walk = Walk(self._runner, self._swap, self._inventory, self._bank, flat, store, self._whole)
             keys, _ = walk.advance([walk.way({})])
             states = iter(walk.take(keys[0]))
             return {name: self._scored([next(states) for _ in some]) for name, some in batches.items()}
@@ -181,8 +193,8 @@ class Evaluator:
         cache: dict[str, list[Tensor]] = {}
         for name, hidden in self._reference.items():
             cache[name] = []
-            for chunk in hidden.split(TOKENS):
-                size = 4 * len(chunk) * self._runner.model.get_output_embeddings().weight.shape[0]
+            for chunk in hidden.split(self._tokens):
+                size = 4 * len(chunk) * self._vocabulary
                 if size > cache_memory:
                     break
                 cache_memory -= size
@@ -207,29 +219,47 @@ class Evaluator:
         """candidates: final hidden states of one configuration each, [scored tokens, hidden_size]; head: its format."""
         totals = [0.0] * len(candidates)
         cached, reference = self._cache[windows], self._reference[windows]
-        for index, chunk in enumerate(reference.split(TOKENS)):
+        for index, chunk in enumerate(reference.split(self._tokens)):
             wanted = [i for i, total in enumerate(totals) if math.isfinite(total)]
             if not wanted:
                 break
             p = cached[index] if index < len(cached) else self._logits(chunk).log_softmax(-1)
-            rows = slice(index * TOKENS, (index + 1) * TOKENS)
+            rows = slice(index * self._tokens, (index + 1) * self._tokens)
             for i in wanted:
                 losses = self._token_losses(p, self._logits(candidates[i][rows], head))
                 totals[i] += float(losses.sum(dtype=torch.float64))
         return [total / len(reference) if math.isfinite(total) else total for total in totals]
 
 
-def token_losses(loss: str, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+def chunk_tokens(device: torch.device, vocabulary: int) -> tuple[int, int]:
+    """(tokens whose logits exist at once, tokens whose loss torch computes at once) of a vocabulary.
+
+    On a CPU what its caches hold. Elsewhere powers of two that take a `SHARE` of the memory that is free there: few
+    launches where there is much of it, and no failure where there is little.
+    """
+    if device.type == "cpu":
+        return TOKENS, ROWS
+    room = free_on(str(device)) // SHARE
+    logits, losses = (_power_of_two(room // (size * vocabulary)) for size in (LOGITS_BYTES, LOSS_BYTES))
+    return min(logits, MOST_TOKENS), min(losses, MOST_TOKENS)
+
+
+def _power_of_two(most: int) -> int:
+    """The largest up to `most`, at least 1."""
+    return 1 << max(0, most.bit_length() - 1)
+
+
+def token_losses(loss: str, device: torch.device, rows: int = ROWS) -> Callable[[Tensor, Tensor], Tensor]:
     """(reference log-probabilities, candidate logits), float32 [tokens, vocabulary] each → losses [tokens].
 
-    `amq.model.losses` is the specification; on CPU the default loss has a fused kernel, which takes a fifth of
-    torch's time.
+    rows: tokens whose loss torch computes at once. `amq.model.losses` is the specification; on CPU the default loss has
+    a fused kernel, which takes a fifth of torch's time.
     """
     if loss == "jsd" and device.type == "cpu":
         return jensen_shannon
 
     def by_torch(reference: Tensor, logits: Tensor) -> Tensor:
-        pairs = zip(reference.split(ROWS), logits.split(ROWS), strict=True)
+        pairs = zip(reference.split(rows), logits.split(rows), strict=True)
         return torch.cat([LOSSES[loss](p, x.log_softmax(-1)) for p, x in pairs])
 
     return by_torch

@@ -34,12 +34,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from amq.kernels.cpu import dequantize_into
+from amq.kernels.dense import dequantize_into
 from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
 from amq.model.paging import holding, pager_of
 from amq.model.states import StateStore
-from amq.quantize.bank import WeightBank
+from amq.proxy.resident import BankReader
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,7 +54,7 @@ model from disk twice."""
 def fisher_passes(
     model: PreTrainedModel,
     inventory: Inventory,
-    bank: WeightBank,
+    bank: BankReader,
     windows: Tensor,
     formats: Sequence[str],
     seed: int,
@@ -113,7 +113,7 @@ class _Scores:
         self,
         model: PreTrainedModel,
         inventory: Inventory,
-        bank: WeightBank,
+        bank: BankReader,
         formats: tuple[str, ...],
         unscored: int,
         memory: int,
@@ -284,7 +284,7 @@ class _Errors:
     keep: all formats stay; else each is written over the one before.
     """
 
-    def __init__(self, bank: WeightBank, name: str, weight: Tensor, keep: bool = False) -> None:
+    def __init__(self, bank: BankReader, name: str, weight: Tensor, keep: bool = False) -> None:
         self._bank, self._name, self._weight, self._keep = bank, name, weight, keep
         self._made: dict[str, Tensor] = {}
 

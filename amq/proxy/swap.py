@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.kernels.backends import check_activations
-from amq.kernels.cpu import dequantize_into
+from amq.kernels.dense import dequantize_into
 from amq.kernels.modules import QuantizedLinear
 from amq.model.inventory import get_weight
 from amq.packing import PackedWeight
-from amq.quantize.bank import WeightBank
+from amq.proxy.resident import BankReader
 
 
 @dataclass
@@ -68,7 +68,7 @@ class LinearSwap:
         self._full: dict[str, Tensor] = {}  # of those that are not in the model
         self._made: dict[str, dict[str, _Made]] = {}  # name → format → made, the one that was used last at the end
         self._spare = 0  # bytes of what is made, without the last of each weight
-        self._bank: WeightBank | None = None
+        self._bank: BankReader | None = None
         self._current: dict[str, str] = {}  # what is not here is in full precision
 
     def check(self, formats: Mapping[str, str]) -> None:
@@ -77,12 +77,12 @@ class LinearSwap:
         if odd:
             raise AmqError(f"the configuration and the model disagree about linear {odd[0]!r}")
 
-    def apply(self, formats: Mapping[str, str], bank: WeightBank) -> None:
+    def apply(self, formats: Mapping[str, str], bank: BankReader) -> None:
         """Puts {linear: format} into the model, weights taken from `bank`; those that are kept get their own again."""
         self.check(formats)
         self.put({**dict.fromkeys(self._outer, KEPT.name), **formats}, bank)
 
-    def put(self, formats: Mapping[str, str], bank: WeightBank) -> None:
+    def put(self, formats: Mapping[str, str], bank: BankReader) -> None:
         """Puts these weights into the model and leaves all others as they are."""
         if bank is not self._bank:
             self.release(self._modules)
@@ -95,7 +95,7 @@ class LinearSwap:
                 self._install(name, self._make(name, fmt, bank))
                 self._current[name] = fmt
 
-    def _make(self, name: str, fmt: str, bank: WeightBank) -> _Made:
+    def _make(self, name: str, fmt: str, bank: BankReader) -> _Made:
         """name: of a weight that is in full precision at the moment."""
         made = self._made.setdefault(name, {})
         if fmt not in made:

@@ -20,10 +20,10 @@ from torch import Tensor
 from amq.formats import KEPT
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import EMBEDDING, Inventory
-from amq.model.paging import holding, pager_of
+from amq.model.paging import holding
 from amq.model.states import StateStore
+from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
-from amq.quantize.bank import WeightBank
 
 Formats = Mapping[str, str]
 Part = tuple[str, ...]
@@ -45,15 +45,17 @@ class Junction:
 class Walk:
     """The way through one model; `batches` of tokens, int64 [windows, length] each, whose states `store` keeps.
 
+    whole: whether weights that were put into a block may stay there while the next ones are walked through.
     seconds: spent in the model's own forward.
     """
 
     runner: BlockRunner
     swap: LinearSwap
     inventory: Inventory
-    bank: WeightBank
+    bank: BankReader
     batches: Sequence[Tensor]
     store: StateStore
+    whole: bool
     seconds: float = 0.0
     _names: list[list[str]] = field(init=False)
     _keys: int = 0
@@ -64,7 +66,6 @@ class Walk:
             blocks[spec.block].append(spec.name)
         before = [s.name for s in self.inventory.outer if s.kind == EMBEDDING or s.tied]
         self._names = [before, *blocks]
-        self._paged = pager_of(self.runner.model) is not None
 
     def way(self, formats: Formats) -> Way:
         return tuple(tuple(formats.get(name, KEPT.name) for name in names) for names in self._names)
@@ -105,7 +106,7 @@ class Walk:
     def _stop(self, ways: Sequence[Way], block: int, branch: int) -> int:
         """The last boundary up to which one forward can go: further than a block where all ways are one."""
         stop = block + 1
-        if self._paged or any(way[0] != ways[0][0] for way in ways):
+        if not self.whole or any(way[0] != ways[0][0] for way in ways):
             return stop
         if any(way[1 : block + 2] != ways[0][1 : block + 2] for way in ways):
             return stop
@@ -130,7 +131,7 @@ class Walk:
                     left[key] -= 1
                     self._run(block, stop, key, target, last=not left[key] and key not in keep)
             finally:
-                (self.swap.release if self._paged else self.swap.trim)(names)
+                (self.swap.trim if self.whole else self.swap.release)(names)
         return [reached[part] for part in parts]
 
     def _put(self, before: Part, formats: Sequence[Part], block: int) -> None:

@@ -317,7 +317,7 @@ def _build_outer(model: nn.Module, folder: Path, missing: MissingOuter, group_si
         return
     with progress.stage("head and embeddings", sum(map(len, missing.values()))) as step, torch.no_grad():
         for spec, formats in missing.items():
-            weight = get_weight(model, spec.name).detach().cpu()
+            weight = get_weight(model, spec.name).detach()
             energy = square_error(weight, None) or 1.0
             for fmt in formats:
                 check_grid(spec, weight, fmt, group_size)
@@ -395,7 +395,7 @@ class _Block:
     def add(self, specs: Sequence[LinearSpec], gram: Tensor | None) -> None:
         """Quantizes linears that share an input, as many at once as memory is set aside for."""
         for stack in stacks(specs):
-            weights = [get_linear(self._model, s.name).weight.detach().cpu() for s in stack]
+            weights = [get_linear(self._model, s.name).weight.detach() for s in stack]
             for spec, weight in zip(stack, weights, strict=True):
                 for fmt in self._formats:
                     check_scales(spec.name, weight, fmt, self._group_size)

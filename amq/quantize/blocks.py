@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.formats import get_format
-from amq.kernels.cpu import dequantized
+from amq.kernels.dense import dequantized
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.model.paging import holding
@@ -156,7 +156,7 @@ class BlockQuantizer:
         for spec in self._quantized(specs):
             by_format.setdefault(self._formats[spec.name].name, []).append(spec)
         for name, stack in ((name, stack) for name, alike in by_format.items() for stack in stacks(alike)):
-            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in stack]
+            weights = [get_linear(self._model, s.name).weight.detach() for s in stack]
             try:
                 made = quantize(weights, [get_format(name)], self._group_size, gram, self._zero_points)
             except AmqError as error:
@@ -183,13 +183,14 @@ class BlockQuantizer:
                 continue
             rounded = self._quantized(group.linears)
             rounded = rounded[:: max(1, len(rounded) // SCALED)]
-            weights = [get_linear(self._model, s.name).weight.detach().float().cpu() for s in rounded]
+            weights = [get_linear(self._model, s.name).weight.detach() for s in rounded]
             formats = [self._formats[s.name] for s in rounded]
             scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
-            factors = torch.ones(int(fold.index.max()) + 1)
-            factors[fold.index] = 1 / scale
+            index = fold.index.to(scale.device)
+            factors = torch.ones(int(index.max()) + 1, device=scale.device)
+            factors[index] = 1 / scale
             factors = apply_fold(self._model, fold, group.linears, factors, self._stored)
-            scale = 1 / factors.cpu()[fold.index]
+            scale = 1 / factors.to(scale.device)[index]
             scaled.append(InputGroup(group.linears, group.gram / scale.unsqueeze(1) / scale))
             self._note_changes(fold, group.linears, result)
         return scaled
@@ -220,4 +221,5 @@ def relative_error(weight: Tensor, packed: PackedWeight, gram: Tensor | None) ->
     def energy(rows: Tensor) -> float:
         return float((rows @ gram).mul_(rows).sum(dtype=torch.float64))
 
-    return math.sqrt(max(energy(dequantized(packed).sub_(weight)), 0.0) / max(energy(weight), 1e-30))
+    weight = weight.float()
+    return math.sqrt(max(energy(dequantized(packed.to(weight.device)).sub_(weight)), 0.0) / max(energy(weight), 1e-30))

@@ -70,13 +70,13 @@ def quantize_outer(
     model: nn.Module, spec: LinearSpec, fmt: BitFormat, group_size: int, zero_points: str
 ) -> tuple[PackedWeight, float]:
     """Rounds a head or embedding, which `check_grid` has let pass, and leaves the result in `model`, what is tied to it
-    included; with it ‖W − Ŵ‖/‖W‖."""
+    included; it, on the CPU, and ‖W − Ŵ‖/‖W‖."""
     parameter = get_weight(model, spec.name)
-    weight = parameter.detach().cpu()
+    weight = parameter.detach()
     result = round_to_grid(weight, fmt, group_size, zero_points)
     error = relative_error(weight, result, None)
     put(parameter.data, result)
-    return result, error
+    return result.to("cpu"), error
 
 
 def round_to_grid(weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str) -> PackedWeight:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from amq.kernels.cpu import dequantized
+from amq.kernels.dense import dequantize_into, dequantized
 from amq.model.inventory import LinearSpec
 from amq.packing import PackedWeight
 
@@ -72,12 +72,12 @@ def pieces(weight: Tensor, packed: PackedWeight | None) -> Iterator[tuple[Tensor
     step = max(1, PIECE // max(1, weight.shape[1]))
     for start in range(0, len(weight), step):
         rows = weight[start : start + step]
-        rounded = None if packed is None else dequantized(packed.rows(start, start + len(rows)))
+        rounded = None if packed is None else dequantized(packed.rows(start, start + len(rows)).to(weight.device))
         yield rows.to(torch.float32, copy=True), rounded
 
 
 def square_error(weight: Tensor, packed: PackedWeight | None) -> float:
-    """‖W − Ŵ‖², summed in float64; ‖W‖² without `packed`. weight: [out_features, in_features], on the CPU."""
+    """‖W − Ŵ‖², summed in float64; ‖W‖² without `packed`. weight: [out_features, in_features]."""
     return sum(
         float((rows if rounded is None else rounded.sub_(rows)).square_().sum(dtype=torch.float64))
         for rows, rounded in pieces(weight, packed)
@@ -89,4 +89,8 @@ def put(target: Tensor, packed: PackedWeight) -> None:
     step = max(1, PIECE // max(1, target.shape[1]))
     for start in range(0, len(target), step):
         rows = target[start : start + step]
-        rows.copy_(dequantized(packed.rows(start, start + len(rows))))
+        part = packed.rows(start, start + len(rows))
+        if rows.device.type == "cpu" or not rows.is_contiguous():
+            rows.copy_(dequantized(part))
+        else:
+            dequantize_into(part, rows)

@@ -16,6 +16,7 @@ from amq.model.calibration import FLOAT, STATE_BYTES, gram_bytes, in_parts
 from amq.model.inventory import EXPERT, Inventory, embedding_weight, get_linear
 from amq.model.paging import block_bytes
 from amq.quantize.pieces import STACK
+from amq.quantize.quantizers.gptq import REFIT_BYTES, ROUND_BYTES
 from amq.quantize.shown import counts_text
 from amq.util.folders import real_folder
 from amq.util.limits import check_memory, free_memory
@@ -29,6 +30,8 @@ RESULT_COPIES = 2
 """Of a block's packed weights: as they are made, and as its file is written."""
 GRAM_COPIES = 2
 """The second moments of a block's inputs, and what is made of those that are worked with."""
+FACTOR_COPIES = 2
+"""On a GPU, where those are factorized outside of their place: the matrix in its order, and its factor."""
 HEADERS = 1 << 20
 """Bytes allowed for what files of tensors hold besides them, and for a log that grows."""
 
@@ -65,6 +68,9 @@ def working_bytes(
     states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
     states *= 1 + any(experts)  # what enters a layer of experts is kept, for those that few tokens reach
     needed += min(states, STATE_BYTES) + GRAM_COPIES * grams + FLOAT * max(experts) * scales
+    if embedding.device.type != "cpu":
+        widest = max(s.in_features for s in inventory.linears)
+        needed += FACTOR_COPIES * FLOAT * widest**2 + ROUND_BYTES + REFIT_BYTES
     return always + max(needed, written)
 
 

@@ -162,8 +162,10 @@ class WorkFolder:
         return sum(path.stat().st_size for path in self.folder.glob("block-*"))
 
     def save(self, block: int, result: BlockResult) -> None:
-        tensors = {f"packed/{n}.{p}": t.clone() for n, w in result.packed.items() for p, t in w.parts.items()}
-        tensors |= {f"changed/{name}": value.cpu().clone() for name, value in result.changed.items()}
+        tensors = {
+            f"packed/{n}.{p}": t.to("cpu", copy=True) for n, w in result.packed.items() for p, t in w.parts.items()
+        }
+        tensors |= {f"changed/{name}": value.to("cpu", copy=True) for name, value in result.changed.items()}
         facts = Facts(list(result.packed), result.errors, result.notes)
         save_tensors(self._path(block), tensors, {**hashes_metadata(tensors), "facts": json.dumps(to_json(facts))})
         self._saved.add(block)

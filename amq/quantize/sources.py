@@ -28,7 +28,7 @@ class BankSource:
         with holding(self._model, block):
             for spec in self._inventory.in_block(block):
                 packed = self._bank.get(spec.name, self._formats[spec.name])
-                weight = get_linear(self._model, spec.name).weight.detach().float().cpu()
+                weight = get_linear(self._model, spec.name).weight.detach()
                 result.packed[spec.name] = packed
                 result.errors[spec.name] = relative_error(weight, packed, None)
         return result

@@ -19,7 +19,8 @@ CACHES = {"float16": 0, "int8": 1}
 
 
 class Buffers:
-    """Rows of up to `rows` tokens. dtype: of what is multiplied, float16 or bfloat16; sums are float32.
+    """Rows of up to `rows` tokens. spans: of all rows, that an attention is cut into at most. dtype: of what is
+    multiplied, float16 or bfloat16; sums are float32.
 
     stream: the residual stream. input: norm(stream). wide: what an operator's first projection gives. wide_input: what
     its last one reads. token: a token's row of the per-layer embeddings. output: what is added to the stream, where
@@ -27,7 +28,7 @@ class Buffers:
     Those of mixtures have MOST_ROWS rows.
     """
 
-    def __init__(self, spec: DecoderSpec, rows: int, split_rows: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, spec: DecoderSpec, rows: int, spans: int, dtype: torch.dtype, device: torch.device) -> None:
         self.rows, self.dtype, self.device = rows, dtype, device
         attention, mixtures = spec.parts(Attention), spec.parts(Mixture)
         wide = [op.qkv for op in attention] + [op.in_ for kind in (DeltaNet, ShortConv, Mlp) for op in spec.parts(kind)]
@@ -46,7 +47,7 @@ class Buffers:
         heads = max((op.n_heads for op in attention), default=0)
         self.attention_counters = torch.zeros(rows * heads, dtype=torch.int32, device=device)
         most = max((op.n_heads * (op.head_dim + 2) for op in attention), default=0)
-        self.attention_partials = torch.empty(max(split_rows, rows) * most, device=device)
+        self.attention_partials = torch.empty(spans * most, device=device)
         self._of_mixtures(spec.hidden, mixtures)
 
     def _of_mixtures(self, hidden: int, mixtures: list[Mixture]) -> None:
@@ -88,6 +89,7 @@ class Inputs:
     def __init__(self, rows: int, places: int, pages: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._host = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
+        self._copied: torch.cuda.Event | None = None  # the latest copy out of `_host`
         self._all = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, device=device)
         self._all[1] = -1
         self.tokens, self.positions, self.slots, self.long_text = self._all[:4]
@@ -97,12 +99,16 @@ class Inputs:
 
     def write(self, rows: int, fields: dict[str, list[int]]) -> None:
         """Rows 0 … rows − 1 of every field; what `fields` leaves out, and is too short for, is 0, a position −1."""
+        if self._copied is not None:
+            self._copied.synchronize()
         host = self._host[:, :rows]
         host.zero_()
         host[1] = -1
         for name, values in fields.items():
             host[self.FIELDS.index(name), : len(values)] = torch.tensor(values, dtype=torch.int32)
         self._all[:, :rows].copy_(host, non_blocking=True)
+        if self._host.is_pinned():
+            self._copied = torch.cuda.current_stream(self._all.device).record_event()
 
     def attention_fields(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -22,11 +22,13 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.kernels import cuda
+from amq.kernels.cuda_calls import MOST_ROWS
+from amq.kernels.warming import warm
 from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
 from amq.runtime.cuda_graphs import Capture, cuda_graph
 from amq.runtime.cuda_own import OwnRows
-from amq.runtime.cuda_pass import SPLIT_ROWS, Many, PassBuilder, PassCalls
+from amq.runtime.cuda_pass import SPLITS, Many, PassBuilder, PassCalls
 from amq.runtime.cuda_weights import CudaWeights, check_supported
 from amq.runtime.engine import MAX_SCORED, Segment
 from amq.runtime.families import Unsupported, read_spec
@@ -73,7 +75,7 @@ class CudaEngine(PagedEngine):
         states = self._make_states(places.state_floats, max_sequences, n_pages * places.page_bytes, state_cache)
         super().__init__(spec, context, max_sequences, PAGE, places.page_bytes, states)
         self._inputs = Inputs(MAX_ROWS, max_sequences, -(-context // PAGE), self._device)
-        self._buffers = Buffers(spec, MAX_ROWS, SPLIT_ROWS, dtype, self._device)
+        self._buffers = Buffers(spec, MAX_ROWS, MOST_ROWS * SPLITS, dtype, self._device)
         memory = None if states is None else states.memory
         key_cache = KeyCache(places, n_pages, cache, self._device)
 
@@ -145,9 +147,11 @@ class CudaEngine(PagedEngine):
             return run
 
     def launch(self, calls: PassCalls) -> None:
-        on_gpu = self._device.type == "cuda"
-        with torch.cuda.device(self._device) if on_gpu else nullcontext():
-            calls.run(torch.cuda.current_stream().cuda_stream if on_gpu else 0)
+        """On the current stream; the device is the current one then (`_on_device`, or a capture)."""
+        calls.run(torch.cuda.current_stream().cuda_stream if self._device.type == "cuda" else 0)
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
 
     # -- passes
 
@@ -163,13 +167,15 @@ class CudaEngine(PagedEngine):
         for segment, plan in zip(segments, plans, strict=True):
             (singles if len(segment.tokens) == 1 else others).append((row, segment, plan))
             row += len(segment.tokens)
-        for begin in range(0, len(singles), BUCKETS[-1]):
-            self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
-        if any(plan for _, _, plan in others):
-            for one in others:
-                self._in_pieces(*one, places, logits)
-        elif others:
-            self._prompt([(first, segment.slot, segment.tokens, 0) for first, segment, _ in others], places, logits)
+        with self._on_device():
+            for begin in range(0, len(singles), BUCKETS[-1]):
+                self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
+            if any(plan for _, _, plan in others):
+                for one in others:
+                    self._in_pieces(*one, places, logits)
+            elif others:
+                parts = [(first, segment.slot, segment.tokens, 0) for first, segment, _ in others]
+                self._prompt(parts, places, logits)
 
     def _check_tokens(self, segments: Sequence[Segment[PagedSlot]]) -> None:
         rows = 0
@@ -191,9 +197,11 @@ class CudaEngine(PagedEngine):
         fields["tokens"] = [segment.tokens[0] for _, segment, _ in group]
         self._inputs.write(rows, fields)
         found = self._decodes[rows]()
-        for index, (row, segment, plan) in enumerate(group):
-            if row in places:
-                logits[places[row]].copy_(found[index])
+        wanted = [(index, places[row]) for index, (row, _, _) in enumerate(group) if row in places]
+        if wanted:
+            source, target = (list(each) for each in zip(*wanted, strict=True))
+            logits[target] = found[: len(group)].cpu()[source]
+        for _, segment, plan in group:
             self._take_snapshots(segment.slot, plan)
 
     def row_fields(self, slots: Sequence[PagedSlot], positions: Sequence[int]) -> dict[str, list[int]]:
@@ -290,7 +298,7 @@ class CudaEngine(PagedEngine):
 
     def step(self) -> dict[PagedSlot, int]:
         """See `SamplingEngine`."""
-        with self._alone():
+        with self._alone(), self._on_device():
             return self._own.step()
 
     def end(self, slot: PagedSlot) -> None:
@@ -347,6 +355,9 @@ def open_cuda(
     many = _many(activations == "int8") if place.type == "cuda" else None
     try:
         weights = CudaWeights(checkpoint, spec, context, place)
+        if many is not None:
+            groups = [[weight] for weight in weights.prepared.values()]
+            warm(groups, kind, MAX_ROWS, out=torch.float32)
         return CudaEngine(
             weights, context, max_sequences, kind, activations == "int8", cache, banner, capture, many, state_cache
         )

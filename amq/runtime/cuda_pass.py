@@ -42,9 +42,7 @@ OWN_NORM_ROWS = 2
 """Rows up to which a linear norms its input itself."""
 SPLITS = 32
 """Spans that attention is cut into at most: with 8 KV heads 256 blocks for a row, two for each of 128
-multiprocessors."""
-SPLIT_ROWS = 512
-"""Rows times spans: scratch of one attention."""
+multiprocessors. A row's bits depend on it: it is the same in every pass. Passes of more than 8 rows are not cut."""
 
 Many = Callable[[Tensor, Sequence[PreparedWeight], Tensor], None]
 """(x [rows, K] of 16 bits, weights, y float32 [rows, ΣN], rows of it strided) → y = x · Wᵀ, for more than 8 rows."""
@@ -322,7 +320,7 @@ class PassBuilder:
             "epsilon": self._spec.epsilon, "window": op.window, "qkv": b.wide, "qkv_stride": b.wide.stride(0),
             "q_norm": self._array(op.q_norm), "k_norm": self._array(op.k_norm), "v_norm": self._array(op.v_norm),
             "sinks": self._array(op.sinks), "out": b.wide_input, "out_stride": b.wide_input.stride(0),
-            "out_kind": self._dtype, "splits": max(1, min(SPLITS, SPLIT_ROWS // self._rows)),
+            "out_kind": self._dtype, "splits": SPLITS,
             "partials": b.attention_partials, "counters": b.attention_counters, **self._inputs.attention_fields(),
             **self._angles(op),
         }  # fmt: skip

@@ -43,8 +43,8 @@ class LoadSettings(RuntimeSettings):
     backend: a name in `amq.kernels.backends.BACKENDS`; None takes the fastest that runs the model's formats on the
         device.
     activations: `int8` (faster on a CPU) or `fp32` (exact); see `amq.kernels.ops.linear`. None takes int8 on backend
-        cpu, and fp32 on every other one: on a GPU int8 costs a launch for each linear. Triton and reference refuse
-        int8.
+        cpu, and fp32 on every other one: on a GPU memory is the limit, and exact products take no longer. Triton and
+        reference refuse int8.
     dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     device: where everything but packed weights goes; those are prepared there when they are first used.

@@ -26,6 +26,9 @@ NAME = "amq_decode"
 """Of our attention, among those of transformers."""
 CHUNK = 256
 """Positions that one block of threads reads: with eight heads of keys 8192 positions are 256 blocks."""
+SPLIT = 4 * CHUNK
+"""Positions from which on they are split: a block is through with fewer in about the time of the four launches that it
+takes to weigh the chunks' results (on paper)."""
 HIDDEN = -30000.0
 """Added to the scores of what is not seen: its exponential is 0 in float32, also where scores are thousands apart. Not
 −∞, nor the lowest number of a dtype, which becomes −∞ where a kernel takes powers of 2: a chunk of positions may have
@@ -126,7 +129,7 @@ def flash_decode(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale:
     shared, positions = key.shape[1], key.shape[2]
     group, rows = heads // shared, sequences * shared
     kernel = KERNELS.get(query.device.type)
-    chunks = positions // CHUNK if kernel is not None and positions % CHUNK == 0 else 1
+    chunks = positions // CHUNK if kernel is not None and positions >= SPLIT and positions % CHUNK == 0 else 1
 
     def chunked(tensor: Tensor) -> Tensor:
         """[chunks, sequences · key heads, positions of one, features]; a view, or an error."""

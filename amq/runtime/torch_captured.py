@@ -215,9 +215,11 @@ class CapturedSteps:
         for place in places:
             if place.row >= size:
                 other = low.pop()
+                sound, other.sound = other.sound, False  # a move that fails has moved some layers and others not
                 for store in self.stores:
                     store.exchange(place.row, other.row, max(place.reach, other.reach))
                 place.row, other.row = other.row, place.row
+                other.sound = sound
 
     def read(self, place: Captured, tokens: Sequence[int], every: bool) -> Tensor:
         """Several tokens of one sequence, as `Forward`."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from amq.errors import AmqError
 from amq.kernels.modules import QuantizedLinear, StoredLinear
+from amq.kernels.warming import warm_model
 from amq.model.experts import Layer, experts_of, top_k_of
 from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
@@ -96,6 +97,7 @@ class TorchEngine:
         choose_attention(model)
         self._config = model.config.get_text_config(decoder=True)
         self._device = model.device
+        warm_model(model, model.dtype, max_rows)
         self._use = try_cache(model, CACHE_ARGUMENTS)
         self._cached = CachedModel(self._forward, self._new_cache, self._device)
         self._tables = RotaryTables(self._config, self._run_short_text)

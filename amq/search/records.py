@@ -22,7 +22,7 @@ from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Invento
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
-from amq.util.machine import installed_versions
+from amq.util.machine import cpu_name, gpu_facts, installed_versions
 from amq.util.records import JsonFile, check_range, shorten
 
 KIND_NAMES = {"small": "norm_or_bias"}
@@ -61,11 +61,30 @@ class TextEntry:
 
 
 @dataclass(frozen=True)
+class GpuEntry:
+    """`amq.util.machine.gpu_facts`."""
+
+    name: str
+    capability: str
+    memory_bytes: int
+    driver: str = ""
+
+
+@dataclass(frozen=True)
 class MachineEntry:
+    """gpu: where `device` is one; runs before 2026-11-30 do not say."""
+
     cpu: str = ""
     system: str = ""
     threads: int | None = None
     device: str = ""
+    gpu: GpuEntry | None = None
+
+    @staticmethod
+    def of(device: str, threads: int) -> MachineEntry:
+        """This machine, for a run on `device`."""
+        gpu = gpu_facts(device)
+        return MachineEntry(cpu_name(), platform.platform(), threads, device, None if gpu is None else GpuEntry(**gpu))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ archive is written whole; see docs/format.md.
 
 from __future__ import annotations
 
-import platform
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -17,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import Inventory, LinearSpec, embedding_weight
+from amq.model.inventory import EMBEDDING, Inventory, LinearSpec, embedding_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.text import Corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
@@ -48,14 +49,15 @@ from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
-from amq.util.limits import check_memory
-from amq.util.machine import cpu_name
+from amq.util.limits import check_memory, fits
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+REFERENCE = "reference"
+"""The backend that multiplies with matrices in the model's own dtype."""
 CACHES = 3
 """What `--cache-memory` bounds, each for itself: reference distributions, hidden states, weights that are ready."""
 
@@ -64,13 +66,14 @@ CACHES = 3
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: its weights without those that are kept in 16 bits.
+    quantized: its weights without those that are kept in 16 bits. near: the bank for the device that the model is on.
     """
 
     opened: OpenModel
     quantized: Inventory
     space: SearchSpace
     bank: WeightBank
+    near: BankReader
     evaluator: Evaluator
     cost_windows: torch.Tensor
     corpus: Corpus
@@ -148,7 +151,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         inventory = opened.inventory
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
-        _say_memory(settings, opened, space, progress)
+        whole = _plan_memory(settings, opened, space, progress)
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
     with timings.measure("text"):
@@ -168,34 +171,62 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             fingerprint=fingerprint, outer=outer,
         )  # fmt: skip
     with timings.measure("reference"):
+        close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
-            opened.loaded, inventory, bank, windows, settings.loss, parse_size(settings.cache_memory), settings.backend,
-            settings.activations, corpus.unscored,
+            opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
+            settings.backend, settings.activations, corpus.unscored, whole,
         )  # fmt: skip
-    return _Stage(opened, quantized, space, bank, evaluator, cost_windows, corpus, windows_key, budget)
+    return _Stage(opened, quantized, space, bank, close, evaluator, cost_windows, corpus, windows_key, budget)
 
 
-def _say_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> None:
-    """Says what a search takes besides the loaded model; raises AmqError where that is not free."""
+def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> bool:
+    """Whether all blocks may hold working copies at once, or one block at a time; says what a search takes besides the
+    loaded model, and raises AmqError where that is not free."""
     import psutil
 
-    needed = working_bytes(opened.model, space, parse_size(settings.cache_memory))
-    check_memory(needed, "the working copy of what is searched and --cache-memory", settings.device)
+    how = (opened.model, space, parse_size(settings.cache_memory), settings.backend)
+    needed = working_bytes(*how) + (settings.gpu_bytes or 0)
+    whole = fits(needed, settings.device)
+    if not whole:
+        needed = working_bytes(*how, whole=False) + (settings.gpu_bytes or 0)
+        check_memory(needed, "the working copy of one block, --cache-memory and --gpu-memory", settings.device)
     resident = psutil.Process().memory_info().rss / 2**30
-    progress.say(f"plan: memory: {resident:.2f} GiB in use with the model, about {needed / 2**30:.2f} GiB more")
+    copies = "" if whole else " (working copies of one block at a time)"
+    progress.say(
+        f"plan: memory: {resident:.2f} GiB in use with the model, about {needed / 2**30:.2f} GiB more on "
+        f"{settings.device}{copies}"
+    )
     if text := memory_text(opened.model):
         progress.say(text)
+    return whole
 
 
-def working_bytes(model: PreTrainedModel, space: SearchSpace, cache_memory: int) -> int:
+def working_bytes(
+    model: PreTrainedModel, space: SearchSpace, cache_memory: int, backend: str = "reference", whole: bool = True
+) -> int:
     """A working copy of all weights that are in the model at once, what `cache_memory` bounds, and of a model that is
-    read block by block that block."""
+    read block by block that block.
+
+    whole: whether those are the weights of all blocks, or of one at a time as in a model that is read block by block.
+    """
+    size = embedding_weight(model).element_size()
     blocks: Counter[int] = Counter()
     for spec in space.weights:
-        blocks[spec.block] += 0 if is_outer(spec) else spec.numel
-    at_once = sum(blocks.values()) if pager_of(model) is None else max(blocks.values())
-    copies = (at_once + sum(spec.numel for spec in space.outer)) * embedding_weight(model).element_size()
-    return copies + CACHES * cache_memory + block_bytes(model)
+        blocks[spec.block] += 0 if is_outer(spec) else _copy_bytes(spec, space, size, backend)
+    at_once = sum(blocks.values()) if whole and pager_of(model) is None else max(blocks.values())
+    outer = sum(_copy_bytes(spec, space, size, backend) for spec in space.outer)
+    return at_once + outer + CACHES * cache_memory + block_bytes(model)
+
+
+def _copy_bytes(spec: LinearSpec, space: SearchSpace, size: int, backend: str) -> int:
+    """What a weight is made into at most: a matrix like itself, whose numbers have `size` bytes, or the codes that a
+    kernel multiplies with; a head that is tied to the embedding is both."""
+    dense = spec.numel * size
+    if backend == REFERENCE or spec.kind == EMBEDDING:
+        return dense
+    formats = (fmt for fmt in space.formats_of(spec) if isinstance(fmt, BitFormat))
+    codes = max((linear_bytes(spec, fmt, space.group_size) for fmt in formats), default=0)
+    return codes + (dense if spec.tied else 0)
 
 
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
@@ -267,7 +298,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
         stage.evaluator.full_precision(),
     ):
         passes = fisher_passes(
-            stage.opened.model, stage.quantized, stage.bank, stage.cost_windows, formats, settings.seed, done,
+            stage.opened.model, stage.quantized, stage.near, stage.cost_windows, formats, settings.seed, done,
             stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:
@@ -296,9 +327,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
             window_prefix=tuple(corpus.prefix_names),
         ),
         versions=versions(),
-        machine=MachineEntry(
-            cpu=cpu_name(), system=platform.platform(), threads=torch.get_num_threads(), device=settings.device
-        ),
+        machine=MachineEntry.of(settings.device, torch.get_num_threads()),
         bank=str(stage.bank.folder),
         linears=LinearEntry.of(parts.linears),
         outer=LinearEntry.of(parts.outer),

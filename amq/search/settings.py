@@ -143,6 +143,13 @@ class SearchSettings(LoadSettings, BudgetSettings):
         parse=parse_size,
         metavar="SIZE",
     )
+    gpu_memory: str | int | None = flag(
+        None,
+        "with a GPU as --device: memory there for the bank's weights, of which the others stay in the host's; default: "
+        "a quarter of what the model leaves free",
+        parse=parse_size,
+        metavar="SIZE",
+    )
     time: str | float | None = flag(
         None, "stop evaluating after this long, such as 10min", parse=parse_time, metavar="T"
     )
@@ -150,6 +157,8 @@ class SearchSettings(LoadSettings, BudgetSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_group_size(self.group_size)
+        if self.gpu_memory is not None and self.device.startswith("cpu"):
+            raise AmqError(f"--gpu-memory is of a GPU, and the model runs on {self.device}: give --device cuda too")
         if self.untie not in ("", EXPERTS):
             raise AmqError(f"--untie {self.untie}: expected {EXPERTS}; nothing else is tied unless --tie says so")
         if self.untied and EXPERTS in self.tie.split(","):
@@ -160,6 +169,11 @@ class SearchSettings(LoadSettings, BudgetSettings):
             from amq.kernels.backends import check_activations  # imports torch
 
             check_activations(self.backend, self.activations)
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """`gpu_memory` in bytes, where it is given."""
+        return None if self.gpu_memory is None else parse_size(self.gpu_memory)
 
     @property
     def bit_formats(self) -> tuple[BitFormat, ...]:
@@ -208,7 +222,9 @@ class SelectSettings(BudgetSettings):
             raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
 
 
-FREE_ON_RESUME = frozenset({"output", "time", "cache_memory", "refine", "iterations", "trust_remote_code", "load"})
+FREE_ON_RESUME = frozenset(
+    {"output", "time", "cache_memory", "gpu_memory", "refine", "iterations", "trust_remote_code", "load"}
+)
 """What may change between an interrupted run and its resumption: it alters no evaluation, only how many there are."""
 
 

@@ -59,8 +59,10 @@ def fits(needed: int, device: str = "cpu") -> bool:
 
 
 def free_on(device: str) -> int:
-    """Bytes that this process can still take on `device`."""
-    return torch.cuda.mem_get_info(device)[0] if torch.device(device).type == "cuda" else free_memory()
+    """Bytes that this process can still take on `device`; of a GPU with what torch holds there and does not use."""
+    if torch.device(device).type != "cuda":
+        return free_memory()
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def check_memory(needed: int, what: str, device: str = "cpu") -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import platform
+import re
 import resource
 import sys
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def cpu_name() -> str:
@@ -17,6 +21,29 @@ def cpu_name() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def gpu_facts(device: str, driver: Path = NVIDIA_DRIVER) -> dict[str, Any] | None:
+    """name, capability ("8.9"), memory_bytes and driver of the GPU `device` as torch names it, None for no GPU.
+
+    driver: the file in which NVIDIA's driver says what it is; without it the driver is "".
+    """
+    import torch
+
+    where = torch.device(device)
+    if where.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(where)
+    try:
+        release = re.search(r"\b\d+\.\d+(\.\d+)?\b", driver.read_text(encoding="utf-8"))
+    except OSError:
+        release = None
+    return {
+        "name": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "memory_bytes": found.total_memory,
+        "driver": release[0] if release else "",
+    }
 
 
 def peak_memory_bytes() -> int:

@@ -33,3 +33,11 @@ def parallel_map(function: Callable[[Item], Result], items: Sequence[Item]) -> l
             return list(pool.map(call, items))
         finally:
             torch.set_num_threads(threads)
+
+
+def each(function: Callable[[Item], Result], items: Sequence[Item], device: torch.device) -> list[Result]:
+    """`parallel_map` where the tensors are on a CPU; on another device one piece after the other, for each fills it."""
+    if device.type == "cpu":
+        return parallel_map(function, items)
+    with torch.no_grad():
+        return [function(item) for item in items]

@@ -36,7 +36,7 @@ from amq.kernels.cuda_calls import ACTIVATE, KINDS, Call, SampleCall  # noqa: E4
 from amq.kernels.gpu_layout import layout_of  # noqa: E402
 from amq.packing import PreparedWeight  # noqa: E402
 from amq.runtime.cuda_buffers import PAGE, Buffers, Inputs, KeyCache, StepPlaces  # noqa: E402
-from amq.runtime.cuda_pass import SPLIT_ROWS, PassBuilder  # noqa: E402
+from amq.runtime.cuda_pass import SPLITS, PassBuilder  # noqa: E402
 from amq.runtime.decoder_spec import Array, DecoderSpec, Linear  # noqa: E402
 from amq.runtime.families import read_spec  # noqa: E402
 
@@ -153,7 +153,7 @@ def decode_calls(weights: NoMemory, rows: int, int8: bool) -> list[Call]:
     """All calls of a decode step that chooses its tokens itself, as `amq.runtime.cuda_own` makes them."""
     library, spec, device = NoLibrary(), weights.spec, weights.device
     pages = -(-max(CONTEXTS) // PAGE)
-    buffers = Buffers(spec, max(ROWS), SPLIT_ROWS, torch.float16, device)
+    buffers = Buffers(spec, max(ROWS), max(ROWS) * SPLITS, torch.float16, device)
     cache = KeyCache(StepPlaces.of(spec, library, "float16"), 1, "float16", device)
     builder = PassBuilder(library, weights, buffers, Inputs(rows, rows, pages, device), cache, None, int8, None)
     logits = torch.empty(rows, spec.head.rows, device=device)

@@ -1,6 +1,6 @@
 """Measures launch parameters on this machine's GPU and writes them where `amq.kernels.launch_table` finds them.
 
-    python benchmarks/gpu/tune.py [--in-features 4096,14336] [--rows 1,2,4,16,64,512] [--formats LIST] [--smoke]
+    python benchmarks/gpu/tune.py [--in-features 4096,14336] [--rows 1,16,32,128] [--formats LIST] [--smoke]
 
 About a minute for the defaults, most of it compiling. Candidates are timed as the GPU suite times (common.py): weights
 cold in the L2 cache, many calls in one CUDA graph, the median of its replays. A candidate that does not fit the GPU
@@ -77,7 +77,7 @@ class Tuner:
 
     def triton_candidates(self, rows: int, in_features: int, bits: int) -> dict[str, tuple[object, Product]]:
         """Variations of the launch that was reasoned out on paper, which is the first; all sum in its order."""
-        paper = triton.choose(rows, self.out_features, in_features, bits)
+        paper = triton.choose(rows, in_features, bits)
         launches = [paper, replace(paper, block_n=2 * paper.block_n)]
         if paper.block_m == 0:
             launches += [replace(paper, block_n=paper.block_n // 2), replace(paper, block_n=4 * paper.block_n)]
@@ -125,7 +125,7 @@ def tune(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--in-features", default="4096,11008,14336", help="of the linears to tune for")
-    parser.add_argument("--rows", default="1,2,4,16,64,512")
+    parser.add_argument("--rows", default="1,16,32,128", help="of x: one of each class that has a launch of its own")
     parser.add_argument("--formats", default="int2,int3,int4")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--smoke", action="store_true", help="tiny sizes on a CPU: checks the code, writes nothing")

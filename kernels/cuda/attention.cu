@@ -15,8 +15,6 @@ auto with_cache(int kind, Call call) {
     return kind == 0 ? call(HalfCache{}) : call(Int8Cache{});
 }
 
-bool misaligned(int64_t bytes) { return bytes % 16 != 0; }
-
 bool has_shape(const AttentionCall& c) {
     return c.head_dim >= 16 && c.head_dim <= kMaxHeadDim && c.head_dim % 16 == 0 && c.n_kv_heads >= 1 &&
            c.n_heads >= c.n_kv_heads && c.n_heads % c.n_kv_heads == 0;
@@ -29,8 +27,8 @@ int check(const AttentionCall& c) {
     if (!has_shape(c) || c.rotary < 0 || c.rotary > c.head_dim || c.rotary % 2 || !has_angles) return kBadSize;
     if (c.q_stride < c.head_dim * (c.gated ? 2 : 1) || c.window < 0) return kBadSize;
     if (!c.qkv || !c.positions || !c.slots || !c.tables || !c.cache) return kBadSize;
-    if (misaligned(reinterpret_cast<uintptr_t>(c.cache)) || misaligned(c.page_bytes) || misaligned(c.cache_offset)) return kBadSize;
-    return kOk;
+    const bool odd = reinterpret_cast<uintptr_t>(c.cache) % 16 || c.page_bytes % 16 || c.cache_offset % 16;
+    return odd ? kBadSize : kOk;
 }
 
 AttentionArguments share_out(const AttentionCall& call) {

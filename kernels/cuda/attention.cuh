@@ -8,16 +8,16 @@
 //     scores [row, position] = queries · keysᵀ        a lane has row lane / 4, positions 2 · (lane % 4) and the next, of 8
 //     out [row, feature]     = weights · values       weights: the same places, a word for two positions
 //
-// Positions are cut into spans of 2ⁿ · 64, the smallest with at most `splits` of them between the first and the last position
-// that a row sees; a span is cut into one part for each group of warps, and a part into tiles of 16 positions. Warps of a
-// group (`kSlices`) have features of their own and add up their scores. A row's softmax is what its parts give, put together
-// part by part within a span, then span by span. All of it depends on the row's position alone, and a row with other rows
-// beside it sees its own tiles only; hence the same bits for a token in a prompt, which a block walks span by span, and for one
-// that is decoded, whose spans are blocks and which the last of them to arrive puts together.
+// Positions are cut into spans (attention_spans.cuh), a span into one part for each group of warps, and a part into tiles of
+// 16 positions. Warps of a group (`kSlices`) have features of their own and add up their scores. A row's softmax is what its
+// parts give, put together part by part within a span, then span by span; a row with other rows beside it sees its own tiles
+// only. Hence the same bits for a token of a prompt, which a block walks span by span, and for one that is decoded, whose
+// spans are blocks and which the last of them to arrive puts together.
 
 #pragma once
 
 #include "attention_cache.cuh"
+#include "attention_spans.cuh"
 
 namespace amq {
 
@@ -27,52 +27,22 @@ constexpr float kValueRange = 64.0f;  // weights times scales of int8 values, be
 
 struct AttentionArguments {
     AttentionCall call;
-    bool walks;     // a block has kQueries queries of `tile_rows` rows, and all of their spans; else all queries of one row, and
-                    // one of its spans
-    bool stores;
+    bool walks;     // a block has kQueries queries of its rows and all of their spans; else all of one row, and one of its spans
+    bool stores;    // keys and values of the row are to be put into the cache
     int tile_rows;  // rows of a block
     int parts;      // blocks for these rows and a KV head
 };
 
-// What a row attends to: positions first … last in spans of 1 << log2; last −1: nothing.
-struct Sight {
-    int first = 0, last = -1, log2 = 6;
-
-    Sight() = default;
-    AMQ_DEVICE Sight(const AttentionCall& c, int row) : last(c.positions[row]) {
-        if (c.window > 0) first = max(0, last - c.window + 1);
-        while ((last >> log2) - (first >> log2) >= c.splits) ++log2;
-    }
-    AMQ_DEVICE int spans() const { return (last >> log2) - (first >> log2) + 1; }
-};
-
-// Softmax over some positions, for the thread's row and features; as Partial and merge in csrc/cpu.
-template <int kCount>
-struct Softmax {
-    float largest = -INFINITY, sum = 0.0f, values[kCount] = {};
-
-    template <class Value>
-    AMQ_DEVICE void merge(float other_largest, float other_sum, Value value) {
-        if (other_sum == 0.0f) return;
-        const bool grows = !(other_largest <= largest);
-        const float factor = sum == 0.0f ? 0.0f : expf(grows ? largest - other_largest : other_largest - largest);
-        const float keep = grows ? factor : 1.0f, take = grows ? 1.0f : factor;
-        for (int j = 0; j < kCount; ++j) values[j] = fmaf(values[j], keep, value(j) * take);
-        sum = fmaf(sum, keep, other_sum * take);
-        if (grows) largest = other_largest;
-    }
-};
-
 template <class Cache, int kDims, int kSlices>
 struct Attention {
-    static constexpr int kAll = kDims * kSlices;                   // features that are computed with
+    static constexpr int kAll = kDims * kSlices;      // features that are computed with
     static constexpr int kWarps = kSlices > 4 ? kSlices : 4;
     static constexpr int kThreads = kWarps * kWarp;
-    static constexpr int kGroups = kWarps / kSlices;               // of warps, with positions of their own
+    static constexpr int kGroups = kWarps / kSlices;  // of warps, with positions of their own
     static constexpr int kUnit = Cache::kUnit;
-    static constexpr int kChunks = kDims / (4 * kUnit);            // 16-byte loads for a row of keys, by a lane of four
+    static constexpr int kChunks = kDims / (4 * kUnit);         // 16-byte loads for a row of keys, by a lane of four
     static constexpr int kPieces = kQueries * kAll / kThreads;  // features of a row that a thread puts together
-    static constexpr int kLanes = kThreads / kQueries;    // threads of such a row
+    static constexpr int kLanes = kThreads / kQueries;          // threads of such a row
 
     struct Shared {
         uint4 queries[kAll / 16][kWarp];  // fragments of 16 features
@@ -83,9 +53,9 @@ struct Attention {
         int is_last;
     };
 
-    struct Sums {                    // of a warp, over the tiles of its part
-        float largest = -INFINITY;   // of row lane / 4
-        float sum = 0.0f;            // the lane's positions only
+    struct Sums {                   // of a warp, over the tiles of its part
+        float largest = -INFINITY;  // of row lane / 4
+        float sum = 0.0f;           // the lane's positions only
         float values[kChunks][kUnit / 2][4] = {};
     };
 
@@ -96,11 +66,11 @@ struct Attention {
     const AttentionArguments& a;
     const AttentionCall& c;
     Shared& shared;
-    int first_row, rows, kv_head;    // of the block
-    int begin, count;                // queries that are worked on, which share what follows
-    int slot, log2;                  // their sequence, and Sight::log2
-    int low, high;                   // first and last position that any of them sees
-    Sight mine;                      // of query lane / 4
+    int first_row, kv_head;  // of the block
+    int begin, count;        // queries that are worked on, which share what follows
+    int slot, log2;          // their sequence, and Sight::log2
+    int low, high;           // first and last position that any of them sees
+    Sight mine;              // of query lane / 4
 
     AMQ_DEVICE Attention(const AttentionArguments& arguments, Shared& memory)
         : a(arguments), c(arguments.call), shared(memory) {}
@@ -141,8 +111,8 @@ struct Attention {
             for (float& x : made.x) largest = fmaxf(largest, fabsf(x *= scale));
             largest = warp_max(largest);
             if (largest > 0.0f && largest <= FLT_MAX) {
-                const int power = min(14 - ilogbf(largest), 126);
-                factor = ldexpf(1.0f, power), back = ldexpf(1.0f, -power);
+                const uint32_t exponent = min(127 + 14 - (static_cast<int>(word_of(largest) >> 23) - 127), 253);
+                factor = float_of(exponent << 23), back = float_of((254 - exponent) << 23);
             }
         }
         if (lane() == 0) shared.factors[index] = back;
@@ -375,12 +345,13 @@ struct Attention {
         const Query q = own_query();
         if (c.sinks && static_cast<int>(threadIdx.x) / kLanes < count)
             total.merge(c.sinks[q.head], 1.0f, [](int) { return 0.0f; });
+        const float inverse = 1.0f / total.sum;
         const float* gate = c.qkv + q.row * c.qkv_stride + q.head * c.q_stride + c.head_dim;
         const int64_t to = q.row * c.out_stride + q.head * c.head_dim;
         int feature;
         for (int j = 0; j < kPieces; ++j) {
             if (!own_feature(j, feature)) continue;
-            float y = total.values[j] / total.sum;
+            float y = total.values[j] * inverse;
             if (c.gated) y *= 1.0f / (1.0f + expf(-gate[feature]));
             store_element(c.out, c.out_kind, to + feature, y);
         }
@@ -389,6 +360,7 @@ struct Attention {
     AMQ_DEVICE void write_zeros() const {
         const Query q = own_query();
         int feature;
+#pragma unroll 1
         for (int j = 0; j < kPieces; ++j)
             if (own_feature(j, feature))
                 store_element(c.out, c.out_kind, q.row * c.out_stride + q.head * c.head_dim + feature, 0.0f);
@@ -408,7 +380,7 @@ struct Attention {
         to[1] = total.sum;
     }
 
-    // Queries begin … begin + count − 1: spans first … last of those that they see; `own_span` is where to keep what comes out,
+    // Queries begin … begin + count − 1: spans first … last of those that they see. `own_span` is where to keep what comes out;
     // −1: it is all there is.
     AMQ_DEVICE void attend(int first, int last, bool stores, int own_span) {
         prefetch_tile(first);
@@ -435,11 +407,11 @@ struct Attention {
     // Returns whether they see anything.
     AMQ_DEVICE bool take(int end) {
         const Sight sight(c, query(begin).row);
+        slot = c.slots[query(begin).row];
         count = 1;
         log2 = sight.log2, low = sight.first, high = sight.last;
         mine = lane() / 4 == 0 ? sight : Sight();
         if (high < 0) return false;
-        slot = c.slots[query(begin).row];
         for (; begin + count < end; ++count) {
             const int row = query(begin + count).row;
             const Sight other(c, row);
@@ -482,49 +454,37 @@ struct Attention {
         finish(total);
     }
 
-    // One span of a row, whose keys and values the block of the last span stores.
-    AMQ_DEVICE void run_span(int own_span) {
-        const Sight sight(c, first_row);
-        const int spans = sight.last < 0 ? 1 : sight.spans(), span = (sight.first >> sight.log2) + own_span;
-        if (own_span >= spans) return;
-        for (begin = 0; begin < heads(); begin += count) {
-            if (!take(min(begin + kQueries, heads())))
-                write_zeros();
-            else
-                attend(span, span, begin == 0 && own_span == spans - 1 && a.stores, spans > 1 ? own_span : -1);
-        }
-        if (spans == 1 || !is_last(spans)) return;
-        for (begin = 0; begin < heads(); begin += count) {
-            take(min(begin + kQueries, heads()));
-            finish_spans(spans);
-        }
-    }
-
-    // All spans of kQueries queries, which are in the cache already.
-    AMQ_DEVICE void run_chunk(int chunk) {
-        const int end = min((chunk + 1) * kQueries, rows * heads());
-        for (begin = chunk * kQueries; begin < end; begin += count) {
-            if (take(end))
-                attend(low >> log2, high >> log2, false, -1);
-            else
-                write_zeros();
-        }
-    }
-
+    // A block has one span of all queries of a row, and the last block of those that have any puts them together; or it walks all
+    // spans of kQueries queries. What computes is the same code, and so are the bits.
     AMQ_DEVICE void run() {
         const int part = blockIdx.x % a.parts, tile = blockIdx.x / a.parts;
         kv_head = tile % c.n_kv_heads;
         first_row = tile / c.n_kv_heads * a.tile_rows;
-        rows = min(a.tile_rows, c.rows - first_row);
-        if (a.walks)
-            run_chunk(part);
-        else
-            run_span(part);
+        const int rows = min(a.tile_rows, c.rows - first_row);
+        const Sight sight(c, first_row);
+        const int spans = a.walks || sight.last < 0 ? 1 : sight.spans();
+        if (!a.walks && part >= spans) return;
+        const int first = a.walks ? part * kQueries : 0, all = rows * heads();
+        const int end = a.walks ? min(first + kQueries, all) : all;
+        for (begin = first; begin < end; begin += count) {
+            if (!take(min(begin + kQueries, end))) {
+                write_zeros();
+                continue;
+            }
+            const int span = (low >> log2) + (a.walks ? 0 : part);
+            attend(span, a.walks ? high >> log2 : span, a.stores && begin == 0 && part == spans - 1, spans > 1 ? part : -1);
+        }
+        if (spans == 1 || !is_last(spans)) return;
+        for (begin = 0; begin < all; begin += count) {
+            take(min(begin + kQueries, all));
+            finish_spans(spans);
+        }
     }
 };
 
 template <class Cache, int kDims, int kSlices>
-__global__ void __launch_bounds__(Attention<Cache, kDims, kSlices>::kThreads) attention_kernel(AttentionArguments arguments) {
+__global__ void AMQ_REGISTERS(kDims <= 64 ? 168 : 240, (Attention<Cache, kDims, kSlices>::kThreads))
+    attention_kernel(AttentionArguments arguments) {
     using Work = Attention<Cache, kDims, kSlices>;
     __shared__ typename Work::Shared shared;
     Work(arguments, shared).run();

@@ -123,8 +123,8 @@ AMQ_DEVICE void store_row(const AttentionCall& c, int row, int position, int kv_
     const int head = kv_head + (is_value && !c.keys_are_values ? c.n_kv_heads : 0);
     const float* from = c.qkv + row * c.qkv_stride + c.n_heads * c.q_stride + head * c.head_dim;
     const Angles angles(c, row, position);
-    const Features<kPerLane> made = is_value ? prepare_row<kPerLane>(c, from, c.v_norm, nullptr, nullptr)
-                                             : prepare_row<kPerLane>(c, from, c.k_norm, angles.cos, angles.sin);
+    const Features<kPerLane> made = prepare_row<kPerLane>(c, from, is_value ? c.v_norm : c.k_norm,
+                                                          is_value ? nullptr : angles.cos, angles.sin);
     const HeadPage<Cache> page(c, c.slots[row], position, kv_head);
     float scale = 0.0f, factor = 0.0f;
     if constexpr (Cache::kScaled) {

@@ -172,7 +172,8 @@ struct AttentionCall {
     int32_t q_stride;         // between heads' queries in a row of qkv: head_dim, or twice that where each is followed by its gate
     int32_t gated, keys_are_values;
     int32_t own_keys;         // whether qkv has keys (and values): 0 where the cache is another step's
-    int32_t stored;           // whether keys and values of all rows are in the cache already (amq_cuda_store)
+    int32_t stored;           // whether keys and values of all rows are in the cache already (amq_cuda_store); else the rows
+                              // are of different sequences
     int32_t rotary, window, cache_kind;  // cache_kind: 0 fp16, 1 int8
     float scale, softcap, epsilon;
     int32_t out_kind;
@@ -188,9 +189,10 @@ struct AttentionCall {
     int64_t page_bytes, cache_offset;
     void* out;                // [rows, n_heads · head_dim] of out_kind
     int64_t out_stride;
-    float* partials;          // scratch: [rows, n_heads, splits, head_dim + 2]
-    int32_t* counters;        // scratch: [rows, n_heads], zeros before and after
-    int32_t splits, reserved; // spans of positions that a row is cut into at most
+    // Scratch, left alone by more than 8 rows that have nothing to store, and with 1 split.
+    float* partials;          // [rows, n_heads, splits, head_dim + 2]
+    int32_t* counters;        // [rows, n_heads], zeros before and after
+    int32_t splits, reserved; // spans of positions that a row is cut into at most: a row's bits depend on it, not on `rows`
 };
 
 // ---- states.cu: operators that carry a state on

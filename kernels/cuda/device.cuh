@@ -88,7 +88,10 @@ AMQ_DEVICE float shuffle_xor(float value, int lanes) { return __shfl_xor_sync(0x
 // The fp16 numbers in the low and high half of a word.
 AMQ_DEVICE float2 unpack_halves(uint32_t pair) { return __half22float2(*reinterpret_cast<const __half2*>(&pair)); }
 
-// Its inverse, each number rounded to the nearest.
+// The bits of a number, and back.
+AMQ_DEVICE uint32_t word_of(float v) { return __float_as_uint(v); }
+AMQ_DEVICE float float_of(uint32_t word) { return __uint_as_float(word); }
+// The inverse of unpack_halves, each number rounded to the nearest.
 AMQ_DEVICE uint32_t pack_halves(float low, float high) {
     const __half2 pair = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);

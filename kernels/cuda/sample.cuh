@@ -384,7 +384,8 @@ struct Bound {
     int32_t token;
 };
 
-AMQ_DEVICE Bound bound_of(const SampleArguments& arguments, const Filter& filter, int row, const Candidate* candidates, int count) {
+AMQ_DEVICE Bound bound_of(const SampleArguments& arguments, const Filter& filter, int row, const Candidate* candidates,
+                          int count) {
     Bound bound = {0, INT32_MAX};
     if (filter.top_k > 0 && filter.top_k < count)
         bound.key = key_at(candidates, count, filter.top_k, [](const Candidate&) { return uint64_t{1}; });

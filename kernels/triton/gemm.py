@@ -29,10 +29,11 @@ from .slabs import (
     SLAB,
     STEP_FEATURES,
     TILE_ROWS,
-    distinct,
     find_weight,
     load_byte_words,
     load_scales,
+    row_planes,
+    slabs_of,
     tile_pointers,
     weights,
 )
@@ -40,16 +41,22 @@ from .slabs import (
 GROUP_BLOCKS = tl.constexpr(8)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(
+    do_not_specialize=["rows", "bits", "column", "has_bias", "y_stride", "M"],
+    do_not_specialize_on_alignment=["y", "bias"],
+)
 def gemm(
     x,  # fp16 or bf16 [M, K]
-    y,  # [M, y_stride]; written: the columns of the weights, side by side
-    bias,  # [all rows of the weights], or None
+    y,  # [M, y_stride]; written: from `column` on, the columns of the weights, side by side
+    bias,  # [y_stride], added where has_bias is 1, not 0
     data,  # a tuple of int32 pointers: prepared weights
-    rows,  # a tuple: their output rows
+    rows,  # a tuple: their output rows, 0 for those that are not there
+    bits,  # a tuple: of their codes
+    column,
+    has_bias,
     y_stride,
     M,
-    BITS: tl.constexpr,  # a tuple: of each weight's codes
+    WIDTHS: tl.constexpr,  # a tuple: what bits may be
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -59,16 +66,15 @@ def gemm(
 ):
     """One program for each BLOCK_M rows of x and BLOCK_N rows of a weight; the order of summation is fixed."""
     blocks_n = 0
-    for s in tl.static_range(len(BITS)):
+    for s in tl.static_range(len(rows)):
         blocks_n += tl.cdiv(rows[s], BLOCK_N)
     block_n, block_m = _order(tl.program_id(0), blocks_n, tl.cdiv(M, BLOCK_M))
-    at, count, bits, block, before = find_weight(block_n, data, rows, BITS, BLOCK_N)
+    at, count, width, block, before = find_weight(block_n, data, rows, bits, column, BLOCK_N)
     first = block_m * BLOCK_M
-    m = first + tl.arange(0, BLOCK_M)
+    m = tl.arange(0, BLOCK_M)
     n = block * BLOCK_N + tl.arange(0, BLOCK_N)
-    WIDTHS: tl.constexpr = distinct(BITS)
     for i in tl.static_range(len(WIDTHS)):
-        if bits == WIDTHS[i]:
+        if width == WIDTHS[i]:
             acc = _dot(
                 x,
                 first,
@@ -84,10 +90,11 @@ def gemm(
                 WARPS,
                 SLABS,
             )
-            if bias is not None:
-                acc += tl.load(bias + before + n, mask=n < count, other=0.0).to(tl.float32)[:, None]
-            to = y + m[None, :].to(tl.int64) * y_stride + (before + n)[:, None]
-            tl.store(to, acc.to(y.dtype.element_ty), mask=(n < count)[:, None] & (m < M)[None, :])
+            added = tl.load(bias + before + n, mask=n < count * has_bias, other=0.0)
+            acc += added.to(tl.float32)[:, None]
+            to = y + tl.cast(first, tl.int64) * y_stride + before  # from here on 32 bits are enough
+            to += m[None, :] * y_stride + n[:, None]
+            tl.store(to, acc.to(y.dtype.element_ty), mask=(n < count)[:, None] & (first + m < M)[None, :])
 
 
 @triton.jit
@@ -123,7 +130,9 @@ def _dot(
     row = tl.arange(0, TILE_ROWS)[:, None, None, None] + rest % 2 * TILE_ROWS
     row += (warp + rest // 2 * ROW_WARPS) * (2 * TILE_ROWS)
     column = tl.arange(0, COLUMNS)[None, None, None, :]
-    codes, scales = tile_pointers(data, rows, row + block * BLOCK_N, column, BITS, K, GROUP_SIZE)
+    codes, scales = tile_pointers(
+        data, rows, row + block * BLOCK_N, column, row_planes(K, BITS), slabs_of(K), GROUP_SIZE
+    )
     if SLABS == 1:
         acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     else:
@@ -153,10 +162,10 @@ def _add_slabs(
     MASKED: tl.constexpr,
 ):
     slab = step * SLABS + (tl.arange(0, WARPS) % SLABS)[None, :, None, None]
-    words = load_byte_words(codes, slab, BITS, K, MASKED)
+    words = load_byte_words(codes, slab, row_planes(K, BITS), BITS, MASKED)
     STEPS: tl.constexpr = GROUP_SIZE // STEP_FEATURES
     for quad in tl.static_range(SLAB // GROUP_SIZE // 4):
-        pairs = load_scales(scales, slab, quad, K, GROUP_SIZE, MASKED)
+        pairs = load_scales(scales, slab, slabs_of(K), quad, GROUP_SIZE, MASKED)
         for s in tl.static_range(4 * STEPS):
             values = _x_operand(x, first, M, step, quad * 4 * STEPS + s, K, acc.shape[-1], SLABS, MASKED)
             w = _weight_operand(words, pairs[s // STEPS], quad * 4 * STEPS + s, BITS, x.dtype.element_ty, SLABS)

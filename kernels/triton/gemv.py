@@ -22,11 +22,12 @@ from .slabs import (
     SLAB,
     STEP_FEATURES,
     denormals,
-    distinct,
     field,
     find_weight,
     load_byte_words,
     load_scales,
+    row_planes,
+    slabs_of,
     tile_pointers,
     unpack_scales,
 )
@@ -35,15 +36,21 @@ PRESCALE = tl.constexpr(64)
 LEFT_OVER = tl.constexpr(149 - 64)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows", "bits", "column", "has_bias", "y_stride"],
+    do_not_specialize_on_alignment=["y", "bias"],
+)
 def gemv(
     x,  # fp16 or bf16 [M, K]
-    y,  # [M, y_stride]; written: the columns of the weights, side by side
-    bias,  # [all rows of the weights], or None
+    y,  # [M, y_stride]; written: from `column` on, the columns of the weights, side by side
+    bias,  # [y_stride], added where has_bias is 1, not 0
     data,  # a tuple of int32 pointers: prepared weights
-    rows,  # a tuple: their output rows
+    rows,  # a tuple: their output rows, 0 for those that are not there
+    bits,  # a tuple: of their codes
+    column,
+    has_bias,
     y_stride,
-    BITS: tl.constexpr,  # a tuple: of each weight's codes
+    WIDTHS: tl.constexpr,  # a tuple: what bits may be
     M: tl.constexpr,
     K: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -52,17 +59,16 @@ def gemv(
     THREAD_ROWS: tl.constexpr,
 ):
     """One program for each LANE_ROWS · THREAD_ROWS rows of each weight; the order of summation is fixed."""
-    at, count, bits, block, before = find_weight(tl.program_id(0), data, rows, BITS, LANE_ROWS * THREAD_ROWS)
+    BLOCK_N: tl.constexpr = LANE_ROWS * THREAD_ROWS
+    at, count, width, block, before = find_weight(tl.program_id(0), data, rows, bits, column, BLOCK_N)
     row = tl.arange(0, LANE_ROWS)[:, None] + LANE_ROWS * tl.arange(0, THREAD_ROWS)[None, :]
-    row += block * (LANE_ROWS * THREAD_ROWS)
-    WIDTHS: tl.constexpr = distinct(BITS)
+    row += block * BLOCK_N
     for i in tl.static_range(len(WIDTHS)):
-        if bits == WIDTHS[i]:
+        if width == WIDTHS[i]:
             acc = _dot(x, at, count, row, WIDTHS[i], M, K, GROUP_SIZE, SLABS)
             for m in tl.static_range(M):
-                out = tl.sum(tl.sum(acc[m], axis=3), axis=0)
-                if bias is not None:
-                    out += tl.load(bias + before + row, mask=row < count, other=0.0).to(tl.float32)
+                added = tl.load(bias + before + row, mask=row < count * has_bias, other=0.0)
+                out = tl.sum(tl.sum(acc[m], axis=3), axis=0) + added.to(tl.float32)
                 to = y + tl.cast(m, tl.int64) * y_stride + before + row
                 tl.store(to, out.to(y.dtype.element_ty), mask=row < count)
 
@@ -81,7 +87,9 @@ def _dot(
 ):
     """A tuple of M accumulators [slabs, lane rows, thread rows, 4], whose sums over slabs and columns are y."""
     column = tl.arange(0, COLUMNS)[None, None, None, :]
-    codes, scales = tile_pointers(data, rows, row[None, :, :, None], column, BITS, K, GROUP_SIZE)
+    codes, scales = tile_pointers(
+        data, rows, row[None, :, :, None], column, row_planes(K, BITS), slabs_of(K), GROUP_SIZE
+    )
     acc = ()
     for _ in tl.static_range(M):
         acc = acc + (tl.zeros([SLABS, row.shape[0], row.shape[1], 4], tl.float32),)
@@ -109,9 +117,9 @@ def _add_slabs(
 ):
     """`acc` plus the products of slabs `slab`, [slabs]. codes, scales: pointers to those of slab 0."""
     wide = slab[:, None, None, None]
-    words = load_byte_words(codes, wide, BITS, K, MASKED)
+    words = load_byte_words(codes, wide, row_planes(K, BITS), BITS, MASKED)
     for quad in tl.static_range(SLAB // GROUP_SIZE // 4):
-        pairs = load_scales(scales, wide, quad, K, GROUP_SIZE, MASKED)
+        pairs = load_scales(scales, wide, slabs_of(K), quad, GROUP_SIZE, MASKED)
         for group in tl.static_range(4):
             acc = _add_group(acc, words, pairs[group], x, slab, quad * 4 + group, BITS, K, GROUP_SIZE, MASKED)
     return acc

@@ -33,12 +33,6 @@ def row_planes(features, bits):
 
 
 @triton.constexpr_function
-def distinct(bits):
-    """Every width once, in the order in which they come."""
-    return tuple(dict.fromkeys(bits))
-
-
-@triton.constexpr_function
 def byte_words_of(bits):
     """Byte words of a row and column: 32 codes, 8 // bits of them in each of four bytes."""
     return 8 // (8 // bits)
@@ -61,42 +55,43 @@ def field(step, bits):
 
 
 @triton.jit
-def find_weight(block, data, rows, BITS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """The weight that row block `block` of the whole launch lies in.
+def find_weight(block, data, rows, bits, column, BLOCK_N: tl.constexpr):
+    """The weight that row block `block` of the whole launch lies in; those of no rows are never found.
 
-    Returns its data, rows, bits, the block's number in it, and the outputs of the weights before it.
+    Returns its data, rows, bits, the block's number in it, and its first column of y.
     """
     at = data[0]
     count = rows[0]
-    bits = BITS[0]
-    before = 0
+    width = bits[0]
+    before = column
     first = 0
     next_block = tl.cdiv(rows[0], BLOCK_N)
-    next_row = rows[0]
-    for s in tl.static_range(1, len(BITS)):
+    next_column = column + rows[0]
+    for s in tl.static_range(1, len(rows)):
         here = block >= next_block
         at = tl.where(here, data[s], at)
         count = tl.where(here, rows[s], count)
-        bits = tl.where(here, BITS[s], bits)
-        before = tl.where(here, next_row, before)
+        width = tl.where(here, bits[s], width)
+        before = tl.where(here, next_column, before)
         first = tl.where(here, next_block, first)
         next_block += tl.cdiv(rows[s], BLOCK_N)
-        next_row += rows[s]
-    return at, count, bits, block - first, before
+        next_column += rows[s]
+    return at, count, width, block - first, before
 
 
 @triton.jit
-def load_byte_words(at, slab, BITS: tl.constexpr, K: tl.constexpr, MASKED: tl.constexpr):
+def load_byte_words(at, slab, planes_of_row, BITS: tl.constexpr, MASKED: tl.constexpr):
     """The byte words of a tile, a tuple of uint32.
 
     at: pointers to plane 0 of slab 0; slab: the numbers of those to load, of a shape that broadcasts with that of `at`.
+    planes_of_row: `row_planes`.
     MASKED: whether planes of these slabs may be missing; they are then zero.
     """
     at += slab * (BITS * PLANE_WORDS)
     planes = ()
     for plane in tl.static_range(BITS):
         if MASKED:
-            there = tl.broadcast_to(slab * BITS + plane < row_planes(K, BITS), at.shape)
+            there = tl.broadcast_to(slab * BITS + plane < planes_of_row, at.shape)
             word = tl.load(at + plane * PLANE_WORDS, mask=there, other=0)
         else:
             word = tl.load(at + plane * PLANE_WORDS)
@@ -125,23 +120,23 @@ def _with_spare_bits(word, bits, WORD: tl.constexpr, PLANE: tl.constexpr, BITS: 
 
 
 @triton.jit
-def tile_pointers(data, rows, row, column, BITS: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+def tile_pointers(data, rows, row, column, planes, slabs, GROUP_SIZE: tl.constexpr):
     """Pointers to the codes (plane 0) and to the scales (groups 0 to 3, four times) of slab 0 at `row` and `column`.
 
-    row: int32 […, 1], past the last tile too: that one is then repeated; column: 0 to 15, [1, …, 16].
+    row: int […, 1], past the last tile too: that one is then repeated; column: 0 to 15, [1, …, 16].
+    planes, slabs: of a row; see `row_planes` and `slabs_of`.
     """
-    PLANES: tl.constexpr = row_planes(K, BITS)
     GROUPS: tl.constexpr = SLAB // GROUP_SIZE
     tiles = (rows + TILE_ROWS - 1) // TILE_ROWS
     tile = tl.minimum(row // TILE_ROWS, tiles - 1).to(tl.int64)
     row = row % TILE_ROWS
-    codes = data + tile * (PLANES * PLANE_WORDS) + (row * COLUMNS + column)
-    scales = data + tiles.to(tl.int64) * (PLANES * PLANE_WORDS)
-    return codes, scales + tile * (slabs_of(K) * TILE_ROWS * GROUPS) + (row * GROUPS + column % 4)
+    codes = data + tile * (planes * PLANE_WORDS) + (row * COLUMNS + column)
+    scales = data + tiles.to(tl.int64) * (planes * PLANE_WORDS)
+    return codes, scales + tile * (slabs * TILE_ROWS * GROUPS) + (row * GROUPS + column % 4)
 
 
 @triton.jit
-def load_scales(at, slab, QUAD: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.constexpr, MASKED: tl.constexpr):
+def load_scales(at, slab, slabs, QUAD: tl.constexpr, GROUP_SIZE: tl.constexpr, MASKED: tl.constexpr):
     """(scale, zero point) of four groups of a slab: a tuple of four int32 […, 4] that repeat them.
 
     at: pointers to the scales of slab 0. One 128-bit load a thread, and no exchange with the threads of other columns:
@@ -150,7 +145,7 @@ def load_scales(at, slab, QUAD: tl.constexpr, K: tl.constexpr, GROUP_SIZE: tl.co
     GROUPS: tl.constexpr = SLAB // GROUP_SIZE
     at += slab * (TILE_ROWS * GROUPS) + QUAD * 4
     if MASKED:
-        pairs = tl.load(at, mask=tl.broadcast_to(slab < slabs_of(K), at.shape), other=0)
+        pairs = tl.load(at, mask=tl.broadcast_to(slab < slabs, at.shape), other=0)
     else:
         pairs = tl.load(at)
     even, odd = tl.split(tl.reshape(pairs, pairs.shape[:-1] + [4, 2, 2]))

@@ -47,8 +47,8 @@ def runtime_library(name: str) -> Path:
 
 
 def compile_shim(source: Path, output: Path, flags: str) -> Path:
-    """Compiles a source file that includes device.cuh, or all of a folder, or copies what was compiled of the same inputs
-    before, and returns `output`; skips where that cannot work."""
+    """Compiles a source file that includes device.cuh, or all of a folder, or copies what was compiled of the same
+    inputs before, and returns `output`; skips where that cannot work."""
     runtime_library("libstdc++.so")
     for flag, library in (("=address", "libasan.so"), ("=thread", "libtsan.so")):
         if flag in flags:

@@ -155,6 +155,9 @@ AMQ_DEVICE float2 unpack_halves(uint32_t pair) {
     return {to_float(__half{static_cast<uint16_t>(pair)}), to_float(__half{static_cast<uint16_t>(pair >> 16)})};
 }
 
+using cuda_shim::float_of;
+using cuda_shim::word_of;
+
 AMQ_DEVICE uint32_t pack_halves(float low, float high) {
     __half pair[2];
     from_float(low, &pair[0]);

@@ -227,6 +227,27 @@ void shuffles() {
         for (int i = 0; i < 96; ++i) EXPECT(y[lanes * 96 + i] == x[i ^ lanes]);
 }
 
+// Who has an odd number says so; floats hold 24 bits exactly.
+__global__ void vote_all(Data data) {
+    const uint32_t odd = ballot(static_cast<int>(data.x[threadIdx.x]) % 2 != 0);
+    data.y[threadIdx.x] = static_cast<float>(odd >> threadIdx.x % 32 & 1);
+    data.y[96 + threadIdx.x] = static_cast<float>(count_bits(odd));
+    data.y[192 + threadIdx.x] = static_cast<float>(shuffle_xor(0xffffff00u + threadIdx.x, 3) & 0xffff);
+}
+
+void votes() {
+    const std::vector<float> x = numbers(96);
+    std::vector<float> y(3 * 96);
+    EXPECT(launch(&vote_all, 1, 96, nullptr, {x.data(), y.data(), 96}) == cudaSuccess);
+    for (int i = 0; i < 96; ++i) {
+        const auto is_odd = [&](int j) { return static_cast<int>(x[j]) % 2 != 0; };
+        int odd = 0;
+        for (int lane = 0; lane < 32; ++lane) odd += is_odd(i / 32 * 32 + lane);
+        EXPECT(y[i] == is_odd(i) && y[96 + i] == odd && y[192 + i] == 0xff00 + (i ^ 3));
+    }
+    EXPECT(multiply_high(~uint64_t{0}, ~uint64_t{0}) == ~uint64_t{0} - 1 && multiply_high(1u, ~uint64_t{0}) == 0);
+}
+
 // Shared memory is undefined when a block starts, also in a template and after another block.
 template <class T>
 __global__ void read_unwritten(Data data) {
@@ -372,6 +393,7 @@ int main(int count, char** arguments) {
         {"conversions", &conversions},
         {"reduction", &reduction},
         {"shuffles", &shuffles},
+        {"votes", &votes},
         {"undefined_shared", &undefined_shared},
         {"speed", &speed},
         {"divergent_barrier", [] { run<&divergent_barrier>(); }},

@@ -8,6 +8,19 @@ from __future__ import annotations
 
 COMPILES = (
     *("test_cuda", "test_cuda_compile", "test_cuda_shim", "test_gpu_suite", "test_package", "test_sanitizer"),
+    *(
+        "test_cuda_attention",
+        "test_cuda_attention_compile",
+        "test_cuda_engine",
+        "test_cuda_linear",
+        "test_cuda_mixture",
+        "test_cuda_rows",
+        "test_cuda_rows_compile",
+        "test_cuda_sample",
+        "test_cuda_sanitizers",
+        "test_cuda_states",
+        "test_cuda_states_compile",
+    ),
     *("test_setup", "test_triton", "test_triton_compile", "test_tune"),
 )
 """A compiler runs, or a wheel is built."""
@@ -21,7 +34,8 @@ LONG = (
     *("test_quantizers", "test_quiet", "test_report", "test_run", "test_runtime_experts", "test_scales"),
     *("test_serve_faults", "test_serve_page", "test_serve_queue", "test_shape", "test_skips", "test_solvers"),
     *("test_split_faults", "test_split_link", "test_split_report", "test_state_engine", "test_state_pool"),
-    *("test_torch_batch", "test_torch_engine", "test_torch_kept", "test_torch_sequences", "test_usable"),
+    *("test_torch_attention", "test_torch_batch", "test_torch_captured", "test_torch_engine", "test_torch_kept"),
+    *("test_torch_sequences", "test_usable"),
 )
 """Over three seconds of a processor's time, but for what everything rests on: test_linear, test_native, test_engine."""
 

@@ -7,6 +7,7 @@ does `AMQ_SWEEPS=all`. conftest.py says at the end of a run what was not run aga
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -57,10 +58,11 @@ def packages(*names: str) -> str:
 def built(name: str, inputs: str, build: Callable[[Path], None]) -> Path:
     """The folder that `build` has filled for these inputs, now or before; older ones of the same name go."""
     folder = FOLDER / f"{name}-{inputs}"
-    if folder.is_dir() and not _everything():
-        return folder
     FOLDER.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".build-", dir=FOLDER) as temporary:
+    with open(FOLDER / f".{name}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=FOLDER) as temporary:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that test at once would both build
+        if folder.is_dir() and not _everything():
+            return folder
         build(Path(temporary) / "new")
         for old in FOLDER.glob(f"{name}-*"):
             shutil.rmtree(old, ignore_errors=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from amq.formats import BitFormat
 from amq.quantize.quantizers.clip import clipped_grid, diagonal_blocks
 from amq.quantize.quantizers.grid import decode, encode, to_groups
-from amq.util.threads import parallel_map
+from amq.util.threads import each
 
 EXPONENTS = tuple(i / 16 for i in range(9))
 """α of the search; 0 leaves the weight alone."""
@@ -53,9 +53,10 @@ def candidate_scales(gram: Tensor, tie: Tensor | None = None) -> Tensor:
     """
     power = gram.diagonal().clamp(min=1e-12)
     if tie is not None:
-        sums = torch.zeros(int(tie.max()) + 1).index_add_(0, tie, power)
+        tie = tie.to(power.device)
+        sums = power.new_zeros(int(tie.max()) + 1).index_add_(0, tie, power)
         power = (sums / torch.bincount(tie).clamp(min=1))[tie]
-    scales = power.sqrt() ** torch.tensor(EXPONENTS).unsqueeze(1)
+    scales = power.sqrt() ** torch.tensor(EXPONENTS, device=power.device).unsqueeze(1)
     middle = (scales.amax(1, keepdim=True) * scales.amin(1, keepdim=True)).sqrt()
     return (scales / middle).clamp(1e-4, 1e4)
 
@@ -70,7 +71,7 @@ def scale_errors(
 ) -> Tensor:
     """What rounding to clipped ranges does to a linear's outputs under each of `scales`, as a share of their energy.
 
-    A share, because q and k, whose outputs are large, must not decide for v. Returns float64 [exponents].
+    A share, because q and k, whose outputs are large, must not decide for v. Returns float64 [exponents], on the CPU.
     """
     sample = weight.float()[:: max(1, len(weight) // SAMPLE)]
     blocks = diagonal_blocks(gram, group_size)
@@ -84,4 +85,4 @@ def scale_errors(
         return float(((error @ gram) * error).sum())
 
     energy = float(((sample @ gram) * sample).sum())
-    return torch.tensor(parallel_map(error_of, list(scales)), dtype=torch.float64) / max(energy, 1e-30)
+    return torch.tensor(each(error_of, list(scales), gram.device), dtype=torch.float64) / max(energy, 1e-30)

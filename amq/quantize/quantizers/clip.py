@@ -15,13 +15,13 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat, n_groups
 from amq.packing import PackedWeight
-from amq.quantize.quantizers.grid import decode, encode, packed, range_grid, to_groups
-from amq.util.threads import parallel_map
+from amq.quantize.quantizers.grid import decode, encode, packed, range_grid, stacked, to_groups
+from amq.util.threads import each
 
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52)
 """What each end of a group's range is tried at."""
-ROWS = 512
-"""Rows worked on at once, by one thread."""
+ROWS, ROWS_ON_GPU = 512, 4096
+"""Rows worked on at once: by one thread, and by a GPU."""
 
 
 def quantize(
@@ -39,14 +39,14 @@ def quantize(
 
 
 def _one(weight: Tensor, fmt: BitFormat, group_size: int, blocks: Tensor, zero_points: str) -> PackedWeight:
-    def solve(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def solve(rows: Tensor) -> PackedWeight:
         groups = to_groups(rows, group_size)
         scale, zero_point = clipped_grid(groups, blocks, fmt, zero_points)
-        return encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]], scale, zero_point
+        codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : rows.shape[1]]
+        return packed(codes, scale, zero_point, fmt, group_size)
 
-    parts = parallel_map(solve, weight.float().split(ROWS))
-    codes, scale, zero_point = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return packed(codes, scale, zero_point, fmt, group_size)
+    step = ROWS if weight.device.type == "cpu" else ROWS_ON_GPU
+    return stacked(each(solve, weight.split(step), weight.device))
 
 
 def diagonal_blocks(gram: Tensor, group_size: int) -> Tensor:
@@ -70,7 +70,7 @@ def clipped_grid(
     each group. Returns scale and zero_point, [rows, n_groups].
     """
     low, high = groups.amin(-1).clamp(max=0.0), groups.amax(-1).clamp(min=0.0)
-    best_error = torch.full(low.shape, torch.inf)
+    best_error = torch.full_like(low, torch.inf)
     best = range_grid(low, high, fmt, zero_points)
     alike = zero_points == "symmetric"  # the wider end of a range decides alone
     for low_shrink, high_shrink in zip(SHRINKS, SHRINKS, strict=True) if alike else product(SHRINKS, SHRINKS):

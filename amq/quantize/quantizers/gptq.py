@@ -1,8 +1,8 @@
 """Error-compensated rounding (GPTQ: Frantar et al., ICLR 2023) for several linears and formats at once.
 
 With H = E[x xᵀ] over calibration inputs, the output error of a row is (w − ŵ) H (w − ŵ)ᵀ. Input features are rounded
-one by one, in order of falling H[k, k]; after each, the features still open take up its error through the Cholesky
-factor of H⁻¹. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights
+one by one, in order of falling H[k, k]; each takes up the errors of those before it through the Cholesky
+factor of H. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights
 (`fitted_grid` with importance diag H), so the order is free; and once all codes are fixed, scale and zero point of all
 groups of a row are solved again for the least output error, a linear least-squares problem of 2·n_groups unknowns.
 
@@ -31,11 +31,12 @@ from amq.quantize.quantizers.grid import (
     expand,
     fitted_grid,
     packed,
+    stacked,
     storable,
     to_groups,
 )
 from amq.util.symmetric import cholesky, mirror
-from amq.util.threads import parallel_map
+from amq.util.threads import each
 
 Grid = tuple[Tensor, Tensor]
 """Scale and zero point, [rows, n_groups] each."""
@@ -50,7 +51,16 @@ reference."""
 BLOCK = 64
 """Input features whose errors are spread at once."""
 ROWS = 512
-"""Rows worked on at once: their block of features stays in the CPU's second-level cache."""
+"""Rows worked on at once on a CPU, whose second-level cache holds their block of features; at least, on a GPU."""
+ROUND_BYTES, ROUND_BYTES_PER_CODE = 1 << 30, 5
+"""Most bytes that rounding takes at once on a GPU, and what it takes for each code: its error and itself."""
+REFIT_BYTES, REFIT_BYTES_PER_CODE, REFIT_BYTES_PER_ENTRY = 512 << 20, 32, 28
+"""The same for fitting grids: for each code of a row eight float32, and for each entry of its matrix one, and
+three float64 that it is solved in."""
+RIDGE = 1e-6
+"""Added to the scaled diagonal of a row's matrix, as in csrc/cpu/quantize_refit.h."""
+MOST_ZERO = 1024.0
+"""Zero points stay below it."""
 
 
 def quantize(
@@ -80,24 +90,20 @@ def quantize_in_torch(
     gram: Tensor,
     zero_points: str = "fractional",
 ) -> list[dict[str, PackedWeight]]:
-    """`quantize` in plain torch: the specification of the kernels, and what runs where they do not.
+    """`quantize` in plain torch, on the device of `weights` and `gram`: the specification of the kernels, and what runs
+    where they do not.
 
     Codes may differ where rounding in float32 breaks a tie the other way, which changes what follows in that row;
     output errors agree as tests/test_quantize_gptq.py says.
     """
-    hessian, order, _ = _factorized(gram)
-    # Upper Cholesky factor of H⁻¹ in that order: row k tells how later features make up for an error at k.
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian[order][:, order]))
-    problem = _Problem(
-        hessian, order, torch.linalg.cholesky(inverse, upper=True), tuple(formats), group_size, zero_points
-    )
-    chunks = torch.cat([w.float() for w in weights]).split(ROWS)
-    solved = parallel_map(problem.solve, chunks)  # per chunk, per format: codes, scale, zero_point
+    if not weights or not formats:
+        return [{} for _ in weights]
+    problem = _Problem(compensation_of(gram), tuple(formats), group_size, check_zero_points(zero_points))
+    chunks = torch.cat([w.detach() for w in weights]).split(problem.rows_at_once)
+    solved = [*zip(*each(problem.solve, chunks, gram.device), strict=True)]  # per format, per chunk
     results: list[dict[str, PackedWeight]] = [{} for _ in weights]
-    for index, fmt in enumerate(formats):
-        codes, scale, zero_point = (torch.cat(parts) for parts in zip(*(chunk[index] for chunk in solved), strict=True))
-        whole = packed(codes, scale, zero_point, fmt, group_size)
-        start = 0
+    for fmt, parts in zip(formats, solved, strict=True):
+        whole, start = stacked(parts), 0
         for result, weight in zip(results, weights, strict=True):
             result[fmt.name] = whole.rows(start, start + weight.shape[0])
             start += weight.shape[0]
@@ -110,21 +116,21 @@ def damped(gram: Tensor) -> Tensor:
 
 
 def compensation_of(gram: Tensor) -> Compensation:
-    """What the kernels need of H: it, damped, and H = M D Mᵀ for its features in order of falling H[k, k].
+    """What rounding needs of H: it, damped, and H = M D Mᵀ for its features in order of falling H[k, k].
 
-    M D Mᵀ is U⁻¹ U⁻ᵀ with the factor of the reference, H⁻¹ = Uᵀ U, so that one Cholesky factor does for three and an
-    inverse.
+    All on the device of `gram`; on others than the CPU, what is below the diagonal of the factor is of no use.
     """
     hessian, order, upper = _factorized(gram)
     pivots = upper.diagonal().clone()
     upper /= pivots.unsqueeze(1)
-    mirror(upper)
-    return Compensation(hessian, upper.flip(0, 1), pivots.flip(0).square(), order)
+    if gram.device.type == "cpu":
+        mirror(upper)
+    return Compensation(hessian, upper.t().flip(0, 1), pivots.flip(0).square(), order)
 
 
 def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """gram, damped; its features in order of falling diagonal; and R, Rᵀ R = gram in the reverse order (above its
-    diagonal; on the CPU)."""
+    diagonal)."""
     if not bool(torch.isfinite(gram).all()):
         raise AmqError("the calibration inputs are not finite (NaN or infinity): load the model in a wider --dtype")
     mean = gram.diagonal().mean().clamp(min=1e-12)
@@ -134,8 +140,8 @@ def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         hessian.diagonal().add_(share * mean)
         order = hessian.diagonal().argsort(descending=True, stable=True)
         backwards = order.flip(0)
-        upper = hessian[backwards][:, backwards].cpu().contiguous()
-        if cholesky(upper):
+        upper = _upper_factor(hessian[backwards.unsqueeze(1), backwards])
+        if upper is not None:
             if share > DAMPING:
                 log.warning("the calibration inputs give a singular matrix: damping raised to %g of its mean", share)
             return hessian, order, upper
@@ -143,106 +149,144 @@ def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     raise AmqError("the calibration inputs give a singular matrix even with heavy damping: use more calibration text")
 
 
+def _upper_factor(matrix: Tensor) -> Tensor | None:
+    """R, Rᵀ R = matrix, above its diagonal, perhaps in the place of `matrix`; None where it is indefinite."""
+    if matrix.device.type == "cpu":
+        return matrix if cholesky(matrix) else None
+    upper, info = torch.linalg.cholesky_ex(matrix, upper=True)
+    return None if int(info) else upper
+
+
 @dataclass(frozen=True)
 class _Problem:
     """What all rows that read one input have in common."""
 
-    hessian: Tensor
-    order: Tensor
-    factor: Tensor
+    compensation: Compensation
     formats: tuple[BitFormat, ...]
     group_size: int
     zero_points: str
 
-    def solve(self, weight: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """(codes float32 [rows, in_features], scale, zero_point [rows, n_groups]) of some rows in every format."""
-        importance = to_groups(self.hessian.diagonal().unsqueeze(0), self.group_size)[0]
-        groups = to_groups(weight, self.group_size)
-        grids = [fitted_grid(groups, importance, fmt, self.zero_points) for fmt in self.formats]
+    @property
+    def rows_at_once(self) -> int:
+        """Rows whose codes are found together: on a GPU as many as `ROUND_BYTES` hold, since each feature is a dozen
+        launches however many rows there are."""
+        features = len(self.compensation.order)
+        if self.compensation.order.device.type == "cpu":
+            return ROWS
+        return max(ROWS, ROUND_BYTES // (ROUND_BYTES_PER_CODE * features * len(self.formats)))
+
+    def solve(self, weight: Tensor) -> list[PackedWeight]:
+        """Some rows in every format."""
+        step = self._rows_to_refit
+        importance = to_groups(self.compensation.hessian.diagonal().unsqueeze(0), self.group_size)[0]
+        found = []  # per piece, per format: scale, zero_point
+        for part in weight.split(step):
+            groups = to_groups(part, self.group_size)
+            found.append([fitted_grid(groups, importance, fmt, self.zero_points) for fmt in self.formats])
+        grids = []
+        for pieces in zip(*found, strict=True):
+            grids.append((torch.cat([scale for scale, _ in pieces]), torch.cat([zero for _, zero in pieces])))
         solutions = []
-        for grid, codes in zip(grids, self._round(weight, grids), strict=True):
-            refit = _refit_rows if self.zero_points == "fractional" else _refit_scales
-            solutions.append((codes, *refit(weight, codes, grid, self.group_size, self.hessian)))
+        for fmt, grid, codes in zip(self.formats, grids, self._round(weight, grids), strict=True):
+            parts = zip(*(tensor.split(step) for tensor in (weight, codes, *grid)), strict=True)
+            solutions.append(stacked([self._refit(w.float(), c, (s, z), fmt) for w, c, s, z in parts]))
         return solutions
 
-    def _round(self, weight: Tensor, grids: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
-        """Codes of every format by error-compensated rounding, float32 [rows, in_features] each."""
-        rows, in_features = weight.shape
-        order, factor = self.order, self.factor
+    @property
+    def _rows_to_refit(self) -> int:
+        """Rows whose grids are fitted and solved together."""
+        if self.compensation.order.device.type == "cpu":
+            return ROWS
+        features = len(self.compensation.order)
+        unknowns = 2 * n_groups(features, self.group_size)
+        return max(1, REFIT_BYTES // (REFIT_BYTES_PER_CODE * features + REFIT_BYTES_PER_ENTRY * unknowns**2))
+
+    def _refit(self, weight: Tensor, codes: Tensor, grid: Grid, fmt: BitFormat) -> PackedWeight:
+        """codes: uint8 [rows, in_features]."""
+        moves = self.zero_points == "fractional"
+        found = _refit(weight, codes.float(), grid, self.group_size, self.compensation.hessian, moves)
+        return packed(codes, *found, fmt, self.group_size)
+
+    def _round(self, weight: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
+        """Codes of every format by error-compensated rounding, uint8 [rows, in_features] each, views.
+
+        (w − ŵ) H (w − ŵ)ᵀ = Σ_k D[k] (e[k] + Σ_{j<k} M[j, k] e[j])² with e = w − ŵ: each feature in turn rounds what
+        makes its own term least.
+        """
+        (rows, in_features), device = weight.shape, weight.device
+        order, factor = self.compensation.order, self.compensation.factor
+        places = order.cpu().tolist()
         # Feature-major [in_features, formats·rows], so that one feature of all rows is contiguous.
-        work = weight.t()[order].repeat(1, len(self.formats))
-        wide = [expand(grid, self.group_size, in_features) for grid in grids]
-        scale = torch.cat([s.t()[order] for s, _ in wide], dim=1)
-        zero = torch.cat([z.t()[order] for _, z in wide], dim=1)
-        top = torch.cat([torch.full((rows,), float(f.max_code)) for f in self.formats])
-        codes = torch.empty_like(work)
+        scale, zero = (torch.cat([grid[i].t() for grid in grids], dim=1) for i in range(2))  # [n_groups, …]
+        top = torch.cat([torch.full((rows,), float(f.max_code), device=device) for f in self.formats])
+        codes = torch.empty(in_features, len(top), dtype=torch.uint8, device=device)
+        errors = torch.empty(in_features, len(top), device=device)
         for start in range(0, in_features, BLOCK):
             stop = min(start + BLOCK, in_features)
-            errors = torch.empty(stop - start, work.shape[1])
+            plain = weight[:, order[start:stop]].t().float().repeat(1, len(self.formats))
+            target = torch.addmm(plain, factor[:start, start:stop].t(), errors[:start])
             for k in range(start, stop):
-                code = codes[k]
-                torch.div(work[k], scale[k], out=code).add_(zero[k]).round_().clamp_(min=0.0).clamp_(max=top)
-                error = torch.sub(code, zero[k], out=errors[k - start]).mul_(scale[k]).sub_(work[k]).div_(-factor[k, k])
-                work[k + 1 : stop].addr_(factor[k, k + 1 : stop], error, alpha=-1)
-            work[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
-        unordered = torch.empty_like(codes)
-        unordered[order] = codes
-        return [part.t().contiguous() for part in unordered.split(rows, dim=1)]
+                group = places[k] // self.group_size
+                code = target[k - start].div(scale[group]).add_(zero[group]).round_().clamp_(min=0.0)
+                codes[places[k]] = torch.minimum(code, top, out=code)
+                error = torch.sub(zero[group], code, out=errors[k]).mul_(scale[group]).add_(plain[k - start])
+                target[k - start + 1 :].addr_(factor[k, k + 1 : stop], error)
+        return [part.t() for part in codes.split(rows, dim=1)]
 
 
-def _refit_rows(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Grid:
+def _refit(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor, zeros_move: bool) -> Grid:
     """Scale and zero point of every row's groups for the least output error at fixed codes.
 
-    ŵ = Σ_g scale_g·code_g + offset_g·1_g is linear in its 2·n_groups unknowns θ, so with Φ [in_features, 2·n_groups]
-    the optimum solves (Φᵀ H Φ) θ = Φᵀ H w. A row whose solution is not storable, or not better, keeps its grid.
+    Unknowns are a step along every group's rounded weights ŵ_g and, where zero points move, one along its ones: α_g and
+    β_g make of (c − z)·s the grid s' = s·(1 + α), z' = z − β / s'. With these Φ the optimum solves
+    (Φᵀ H Φ) δ = Φᵀ H (w − ŵ): so small an error is not lost beside w in float32. A row whose solution is not storable,
+    or not better, keeps its grid.
     """
-    rows, in_features = weight.shape
-    groups = n_groups(in_features, group_size)
-    columns = [slice(g * group_size, min((g + 1) * group_size, in_features)) for g in range(groups)]
-    normal = torch.empty(rows, 2, groups, 2, groups)
-    right = torch.empty(rows, 2, groups)
-    target = weight @ hessian
-    for g, span in enumerate(columns):
-        product = codes[:, span] @ hessian[span]  # [rows, in_features]
-        ones = hessian[span].sum(0)  # [in_features]
-        right[:, 0, g] = (codes[:, span] * target[:, span]).sum(-1)
-        right[:, 1, g] = target[:, span].sum(-1)
-        for other, at in enumerate(columns):
-            normal[:, 0, g, 0, other] = (product[:, at] * codes[:, at]).sum(-1)
-            normal[:, 0, g, 1, other] = product[:, at].sum(-1)
-            normal[:, 1, g, 0, other] = codes[:, at] @ ones[at]
-            normal[:, 1, g, 1, other] = ones[at].sum()
-    normal = normal.view(rows, 2 * groups, 2 * groups)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)
-    normal += torch.diag_embed(ridge.unsqueeze(-1).expand(-1, 2 * groups))
-    theta, info = torch.linalg.solve_ex(normal.double(), right.view(rows, -1, 1).double())
-    scale, offset = theta.view(rows, 2, groups).float().unbind(1)
-    zero_point = -offset / scale
-    good = (info == 0).unsqueeze(-1) & (scale > TINY) & torch.isfinite(zero_point) & (zero_point.abs() < 1024)
+    in_features = weight.shape[1]
+    scale, zero = expand(grid, group_size, in_features)
+    rounded = (codes - zero).mul_(scale)
+    del scale, zero
+    normal = _normal_matrix(rounded, group_size, hessian, zeros_move)
+    pushed = to_groups((weight - rounded) @ hessian, group_size)
+    right = [(to_groups(rounded, group_size) * pushed).sum(-1)] + [pushed.sum(-1)] * zeros_move
+    found, good = _solve(normal, torch.cat(right, dim=1))
+    steps = found.view(len(weight), len(right), -1)
+    scale = grid[0] * (1 + steps[:, 0])
+    zero = grid[1] - steps[:, 1] / scale if zeros_move else grid[1]
+    good = good & (scale > TINY) & torch.isfinite(zero) & (zero.abs() < MOST_ZERO)
     good = good.all(-1, keepdim=True)  # groups of a row were solved together: take all or none
-    new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero_point, grid[1]))
+    new = storable(torch.where(good, scale, grid[0]), torch.where(good, zero, grid[1]))
     return _better_rows(weight, codes, new, grid, group_size, hessian)
 
 
-def _refit_scales(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor) -> Grid:
-    """As `_refit_rows` with the zero points as they are: n_groups unknowns, one basis vector per group."""
-    rows, in_features = weight.shape
+def _normal_matrix(rounded: Tensor, group_size: int, hessian: Tensor, ones_too: bool) -> Tensor:
+    """Φᵀ H Φ of every row, float32 [rows, unknowns, unknowns]: all groups' ŵ_g, and all groups' ones after them."""
+    (rows, in_features), kinds = rounded.shape, 1 + ones_too
     groups = n_groups(in_features, group_size)
-    steps = to_groups(codes - expand(grid, group_size, in_features)[1], group_size)
-    target = to_groups(weight @ hessian, group_size)
-    normal = torch.empty(rows, groups, groups)
+    normal = torch.empty(rows, kinds, groups, kinds, groups, device=rounded.device)
+    parts = to_groups(rounded, group_size)
     for g in range(groups):
         span = slice(g * group_size, min((g + 1) * group_size, in_features))
-        product = to_groups(steps[:, g, : span.stop - span.start] @ hessian[span], group_size)
-        normal[:, g] = (product * steps).sum(-1)
-    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1)
-    normal += torch.diag_embed(ridge.unsqueeze(-1).expand(-1, groups))
-    right = (steps * target).sum(-1, keepdim=True)
-    scale, info = torch.linalg.solve_ex(normal.double(), right.double())
-    scale = scale.squeeze(-1).float()
-    good = ((info == 0).unsqueeze(-1) & (scale > TINY)).all(-1, keepdim=True)
-    new = storable(torch.where(good, scale, grid[0]), grid[1])
-    return _better_rows(weight, codes, new, grid, group_size, hessian)
+        product = to_groups(rounded[:, span] @ hessian[span], group_size)  # [rows, groups, group_size]
+        normal[:, 0, g, 0] = (product * parts).sum(-1)
+        if ones_too:
+            ones = to_groups(hessian[span].sum(0, keepdim=True), group_size)[0]  # [groups, group_size]
+            normal[:, 0, g, 1] = product.sum(-1)
+            normal[:, 1, g, 0] = (parts * ones).sum(-1)
+            normal[:, 1, g, 1] = ones.sum(-1)
+    return normal.view(rows, kinds * groups, kinds * groups)
+
+
+def _solve(normal: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """(δ float32 [rows, unknowns] of normal·δ = right, whether there is one [rows, 1]): by Cholesky in float64, the
+    diagonal scaled to one."""
+    diagonal = normal.diagonal(dim1=1, dim2=2).double()
+    size = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)
+    scaled = normal.double().mul_(size.unsqueeze(2)).mul_(size.unsqueeze(1))
+    scaled.diagonal(dim1=1, dim2=2).fill_(1 + RIDGE)
+    factor, info = torch.linalg.cholesky_ex(scaled)
+    found = torch.cholesky_solve((right.double() * size).unsqueeze(-1), factor).squeeze(-1) * size
+    return found.float(), (info == 0).unsqueeze(-1)
 
 
 def _better_rows(weight: Tensor, codes: Tensor, new: Grid, old: Grid, group_size: int, hessian: Tensor) -> Grid:

@@ -9,13 +9,14 @@ bounds zero_point to [0, max_code] and keeps it exact in fp16.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat, n_groups
-from amq.packing import PackedWeight, expand_groups, pack_codes
+from amq.packing import PARTS, PackedWeight, expand_groups, pack_codes
 from amq.quantize.quantizers import ZERO_POINTS
 
 TINY = 2.0**-20
@@ -50,7 +51,7 @@ def group_scales(weight: Tensor, fmt: BitFormat, group_size: int) -> Tensor:
         groups = to_groups(rows, group_size)
         return groups.amax(-1).clamp(min=0.0) - groups.amin(-1).clamp(max=0.0)
 
-    return torch.cat([ranges(rows) for rows in weight.detach().cpu().split(ROWS)]) / fmt.max_code
+    return torch.cat([ranges(rows) for rows in weight.detach().split(ROWS)]) / fmt.max_code
 
 
 def out_of_range(weight: Tensor, fmt: BitFormat, group_size: int) -> bool:
@@ -171,10 +172,19 @@ def _refit(
 
 
 def packed(codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: BitFormat, group_size: int) -> PackedWeight:
-    """codes float [rows, in_features] and a grid → PackedWeight."""
+    """codes [rows, in_features], float or uint8, and a grid → PackedWeight."""
     return PackedWeight(
         fmt, codes.shape[1], group_size, pack_codes(codes.to(torch.uint8), fmt), scale.half(), zero_point.half()
     )
+
+
+def stacked(parts: Sequence[PackedWeight]) -> PackedWeight:
+    """The rows of all `parts`, at least one, of one format and width."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    tensors = (torch.cat([getattr(part, name) for part in parts]) for name in PARTS)
+    return PackedWeight(first.format, first.in_features, first.group_size, *tensors)
 
 
 def expand(grid: tuple[Tensor, Tensor], group_size: int, in_features: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Half-quadratic quantization (Badri and Shaji, 2023), the paper's proxy, through the `hqq` library's own solver.
 
 Only the solver is used (`bitpack=False`): the library stores 3 bits in 3.2. Its solver wants whole groups, so a ragged
-last group is solved on its own.
+last group is solved on its own. Where the weights are on a CUDA device it works there, in fp16: that is its choice.
 """
 
 from __future__ import annotations

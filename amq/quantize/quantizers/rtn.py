@@ -14,7 +14,19 @@ from torch import Tensor
 from amq.formats import BitFormat, check_group_size
 from amq.kernels.rounding import GridSearch, quantize_rows
 from amq.packing import PackedWeight
-from amq.quantize.quantizers.grid import REFITS, SHRINKS, check_zero_points, encode, fitted_grid, packed, to_groups
+from amq.quantize.quantizers.grid import (
+    REFITS,
+    SHRINKS,
+    check_zero_points,
+    encode,
+    fitted_grid,
+    packed,
+    stacked,
+    to_groups,
+)
+
+PIECE = 1 << 24
+"""Weights that torch rounds at once: it takes some forty bytes for each."""
 
 
 def quantize(
@@ -64,8 +76,12 @@ def in_torch(
     weight: Tensor, fmt: BitFormat, group_size: int, zero_points: str, shrinks: tuple[float, ...], refits: int
 ) -> PackedWeight:
     """One weight in plain torch, on its device: what specifies csrc/cpu/quantize_grid.h."""
-    groups = to_groups(weight, group_size)
     importance = to_groups(torch.ones(1, weight.shape[1], device=weight.device), group_size)[0]
-    scale, zero_point = fitted_grid(groups, importance, fmt, zero_points, shrinks, refits)
-    codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : weight.shape[1]]
-    return packed(codes, scale, zero_point, fmt, group_size)
+
+    def solve(rows: Tensor) -> PackedWeight:
+        groups = to_groups(rows, group_size)
+        scale, zero_point = fitted_grid(groups, importance, fmt, zero_points, shrinks, refits)
+        codes = encode(groups, scale, zero_point, fmt).flatten(1)[:, : weight.shape[1]]
+        return packed(codes, scale, zero_point, fmt, group_size)
+
+    return stacked([solve(rows) for rows in weight.split(max(1, PIECE // max(1, weight.shape[1])))])
