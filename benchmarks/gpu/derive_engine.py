@@ -14,6 +14,7 @@ launch. Everything that is assumed is a constant below that says where it comes 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -56,11 +57,21 @@ attention position, page table, keys, values, then partial results and the count
 embedding the token and its row; of sampling, logits a few times over and what blocks hand on."""
 STAGING_BYTES = 64
 """That a multiprocessor takes from L2 per clock: the width of its port since Volta."""
-BLOCKS = 3
-"""Of a linear on a multiprocessor (kernels/cuda/linear.cu); each stages x for itself."""
-SHARED_BYTES = 36 * 1024
-"""Of x that a block stages at most (kernels/cuda/stage.cuh); where x is more, or items are fewer than multiprocessors,
-blocks share the features."""
+
+
+def constant(file: str, name: str) -> int:
+    """A `constexpr int` of kernels/cuda."""
+    found = re.search(rf"constexpr int {name} = (\d+)(?: << (\d+))?;", (roofline.KERNELS / file).read_text())
+    if found is None:
+        raise SystemExit(f"kernels/cuda/{file} has no constexpr int {name} with a number any more: mend {__file__}")
+    return int(found[1]) << int(found[2] or 0)
+
+
+BLOCKS = constant("gemv.cuh", "kBlocksOfMultiprocessor")
+"""Of a linear on a multiprocessor; each stages x for itself."""
+SHARED_BYTES = constant("stage.cuh", "kStageBytes")
+"""Of x that a block stages at most; where x is more, or items are fewer than multiprocessors, blocks share the
+features."""
 GATHER_TRIPS = 2
 """Of a linear whose features are shared: the counter, then what the other blocks found."""
 SAMPLE_READS = 3
