@@ -27,6 +27,7 @@ from amq.runtime.decoder_spec import Mixture
 from amq.runtime.engine import Segment
 from amq.runtime.families import FAMILIES, read_spec
 from amq.runtime.native_engine import open_native
+from amq.runtime.paged_engine import PagedSlot
 from amq.runtime.settings import Sampling
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,6 +139,57 @@ def test_sequences_decode_on_their_own(folder: Callable[[str], Path], name: str)
         engine.close(slot)
 
 
+def own_text(engine: CudaEngine, slot: PagedSlot, token: int, count: int) -> list[int]:
+    """`token`, and what the engine chooses behind it, `count` in all; other slots may decode beside it."""
+    engine.begin(slot, token, Sampling(), 0, count - 1)
+    found = [token]
+    while len(found) < count:
+        found += [token for own, token in engine.step().items() if own is slot]
+    engine.end(slot)
+    return found
+
+
+def test_a_sequence_that_begins_again_is_given_no_token_of_before(folder: Callable[[str], Path]) -> None:
+    engine = open_on_cpu(folder("llama"))
+    prompt, other = text(12), text(2, 7)
+    slot = engine.open(prompt, NEW + 10, reuse=False)
+    token = int(engine.forward([Segment(slot, prompt)])[0].argmax())
+    engine.begin(slot, token, Sampling(), 0, 5)
+    assert engine.step() == {}  # a pass is under way, whose token nobody reads
+    engine.end(slot)
+    first = int(engine.forward([Segment(slot, other)])[0].argmax())
+    found = own_text(engine, slot, first, NEW)
+    engine.close(slot)
+    assert found == greedy(engine, [*prompt, token, *other], NEW)
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(folder: Callable[[str], Path]) -> None:
+    """Of nine sequences eight share a pass that runs, and is not read, when the other one's fails."""
+    engine = open_on_cpu(folder("llama"), max_sequences=9)
+    expected = greedy(engine, text(12), NEW)
+    slots = [engine.open(text(3, seed), 8, reuse=False) for seed in range(9)]
+    for slot in slots:
+        engine.forward([Segment(slot, text(3))])
+        engine.begin(slot, 1, Sampling(), 0, 8)
+    engine.step()
+
+    def fails() -> Tensor:
+        raise AmqError("CUDA error")
+
+    rows = engine._own._passes[1]
+    works, rows._runs = rows._runs, dict.fromkeys(rows._runs, fails)
+    with pytest.raises(AmqError, match="CUDA error"):
+        engine.step()
+    rows._runs = works
+    assert [slot.length for slot in slots] == [5] * 8 + [4]  # the last one was not fed
+    for slot in slots:
+        engine.end(slot)
+        engine.close(slot)
+    slot = engine.open(text(12), NEW, reuse=False)
+    token = int(engine.forward([Segment(slot, text(12))])[0].argmax())
+    assert own_text(engine, slot, token, NEW) == expected
+
+
 def test_a_decode_pass_is_safe_to_capture(folder: Callable[[str], Path]) -> None:
     """It is calls alone: no Python between them, no operation of torch, nothing that allocates or waits."""
     for name in SHARING:
@@ -165,14 +217,15 @@ def test_other_kinds_of_numbers(folder: Callable[[str], Path], name: str) -> Non
         assert not torch.equal(found, expected)
 
 
-def test_prompts_through_another_product(folder: Callable[[str], Path]) -> None:
+def test_prompts_through_another_product(folder: Callable[[str], Path], tmp_path: Path) -> None:
     """What multiplies more than 8 rows on a GPU is Triton; here a dequantized weight stands in its place."""
     from amq.packing import dequantize
 
-    for name in ("llama-biased", "gemma3"):
+    scaled = tiny_checkpoint(CASES["granite"](), tmp_path / "model", head="int8")  # a factor behind a quantized head
+    for place in (folder("llama-biased"), folder("gemma3"), scaled):
         tokens = text(LENGTH)
-        expected = open_native(folder(name), "fp32", context=256).all_logits(tokens)
-        engine = open_on_cpu(folder(name))
+        expected = open_native(place, "fp32", context=256).all_logits(tokens)
+        engine = open_on_cpu(place)
         dense = {
             weight.data.data_ptr(): dequantize(engine._weights.checkpoint.packed(key))
             for key, weight in engine._weights.prepared.items()
@@ -185,8 +238,8 @@ def test_prompts_through_another_product(folder: Callable[[str], Path]) -> None:
 
         engine._builder._many = many
         slot = engine.open(tokens, 0)
-        assert close(engine.forward([Segment(slot, tokens)]), expected[-1:]), name
-        assert set(sizes) == {32}  # the pass of 28 rows is one of 32
+        assert close(engine.forward([Segment(slot, tokens, every=True)]), expected), place
+        assert set(sizes) == ({32, LENGTH} if place is scaled else {32})  # a pass of 28 rows is one of 32
 
 
 def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
@@ -196,7 +249,14 @@ def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
         engine.forward([Segment(slot, [engine.vocab_size])])
     with pytest.raises(AmqError, match="room for 64 positions"):
         engine.forward([Segment(slot, text(65))])
+    short = open_on_cpu(folder("llama"), context=100)  # its last page has more positions than the context
+    with pytest.raises(AmqError, match="room for 100 positions"):
+        short.forward([Segment(short.open(text(90), 10), text(101))])
+    with pytest.raises(AmqError, match="read its first token"):
+        engine.begin(slot, 3, Sampling(), 0, 2)
     engine.forward([Segment(slot, text(4))])
+    with pytest.raises(AmqError, match="token id is outside"):
+        engine.begin(slot, engine.vocab_size, Sampling(), 0, 2)
     engine.begin(slot, 3, Sampling(), 0, 2)
     with pytest.raises(AmqError, match="decodes on its own"):
         engine.forward([Segment(slot, [1])])

@@ -7,6 +7,7 @@ capture that CUDA calls invalid leaves behind).
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 from helpers.tiny_models import tiny_llama
 
-from amq.runtime.cuda_graphs import cuda_graph
+from amq.runtime.cuda_graphs import Step, cuda_graph
 from amq.runtime.torch_engine import TorchEngine
 from amq.runtime.torch_static import Store
 
@@ -96,6 +97,9 @@ class Graph:
         if self.ended:
             self.cuda.holders -= 1
 
+    def replay(self) -> None:
+        assert self.ended
+
 
 @pytest.fixture(params=(False, True), ids=("torch 2.11", "torch 2.12"))
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cuda:
@@ -152,6 +156,23 @@ def test_a_failed_second_capture_leaves_the_pool_to_the_first(cuda: Cuda) -> Non
     with pytest.raises(RuntimeError):
         capture(step_that(cuda, RuntimeError("no"), True))
     assert callable(replay) and cuda.holders >= 1 and not cuda.recording
+
+
+def test_a_graph_keeps_what_its_step_refers_to(cuda: Cuda) -> None:
+    """It writes into the scratch memory of its calls, which nobody but the step may hold."""
+
+    def step_with_scratch() -> tuple[Step, weakref.ref[torch.Tensor]]:
+        scratch = torch.zeros(4)
+        return lambda: scratch.sum(), weakref.ref(scratch)
+
+    step, scratch = step_with_scratch()
+    replay = cuda_graph(torch.device("cuda", 0))(step)
+    del step
+    gc.collect()
+    assert scratch() is not None and float(replay()) == 0
+    del replay
+    gc.collect()
+    assert scratch() is None
 
 
 def test_a_step_that_waits_for_the_gpu_is_refused_by_name_before_any_capture(cuda: Cuda) -> None:

@@ -19,6 +19,8 @@ TORCH = str(Path(torch.__file__).parent)
 def cuda_graph(device: torch.device) -> Capture:
     """Captures steps on `device` in CUDA graphs; they share their scratch memory, since they never run at once.
 
+    What comes back keeps the step, and with it the memory that only the step refers to: a graph knows addresses alone.
+
     A step runs once before it is captured, and one that waits for the GPU is refused then, by the place in it that
     does: CUDA would refuse the capture itself, and could not say where.
     A step that cannot be captured raises what stood in the way, and leaves the current stream, the allocator and the
@@ -45,7 +47,7 @@ def cuda_graph(device: torch.device) -> Capture:
                     raise
         graphs.append(graph)
 
-        def replay() -> Tensor:
+        def replay(kept: Step = step) -> Tensor:
             graph.replay()
             return result
 

@@ -104,16 +104,20 @@ class OwnPass:
         _fill(self._seed, [_signed(row.seed) for row in rows])
         self._step.zero_()
 
+    def forget(self) -> None:
+        """After a pass that failed: nothing is under way any more."""
+        self.rows, self._launched, self._unread = [], 0, 0
+
     def launch(self) -> None:
         """The next pass; what it chooses is read by `read`, at most LATE passes later."""
         if not self.rows:
             return
+        self._runs[self._size()]()
         for row in self.rows:
             if not self._unread:  # else it is fed what the pass before chooses, which `read` will find
                 self._engine.fed(row.slot, row.token)
             row.slot.length += 1
             row.passes -= 1
-        self._runs[self._size()]()
         place, count = self._launched % LATE, len(self.rows)
         begin = place * self._size()
         self._host[place, :count].copy_(self._out.view(-1)[begin : begin + count], non_blocking=True)
@@ -130,11 +134,14 @@ class OwnPass:
         if self._events[place] is not None:
             self._events[place].synchronize()
         self._unread -= 1
-        found = dict(zip((row.slot for row in self.rows), self._host[place].tolist(), strict=False))
-        for row in self.rows:
-            row.token = max(found[row.slot], 0)  # as the GPU feeds it
+        found: dict[PagedSlot, int] = {}
+        for row, token in zip(self.rows, self._host[place].tolist(), strict=False):
+            if row.ended:
+                continue
+            found[row.slot] = token
+            row.token = max(token, 0)  # as the GPU feeds it
             row.drawn += 1
-            if self._unread and not row.ended:
+            if self._unread:
                 self._engine.fed(row.slot, row.token)
         return found
 
@@ -157,7 +164,7 @@ class OwnRows:
 
     def __init__(self, engine: CudaEngine, builder: Callable[[Inputs], PassBuilder], sizes: Sequence[int]) -> None:
         self._passes = [OwnPass(engine, builder, sizes) for _ in range(-(-engine.max_sequences // max(sizes)))]
-        self._most = max(sizes)
+        self._most, self._vocabulary = max(sizes), engine.vocab_size
         self._rows: dict[PagedSlot, OwnRow] = {}
         self._changed = False
 
@@ -172,6 +179,10 @@ class OwnRows:
             raise AmqError("the sequence decodes on its own already")
         if not self.can_sample(how):
             raise AmqError("the GPU cannot choose the tokens of this text: ask can_sample first")
+        if not slot.length:  # every pass would begin its state anew
+            raise AmqError("a sequence cannot begin to decode on its own: read its first token with forward")
+        if not 0 <= token < self._vocabulary:
+            raise AmqError(f"token {token}: a token id is outside the model's vocabulary of {self._vocabulary}")
         if not 1 <= passes <= slot.capacity - slot.length:
             raise AmqError(
                 f"{passes} passes of a sequence that has room for {slot.capacity - slot.length} positions more"
@@ -184,6 +195,15 @@ class OwnRows:
             row.ended = self._changed = True
 
     def step(self) -> dict[PagedSlot, int]:
+        try:
+            return self._step()
+        except BaseException:  # passes are launched and not read, or neither: rows are dealt anew
+            for each in self._passes:
+                each.forget()
+            self._changed = True
+            raise
+
+    def _step(self) -> dict[PagedSlot, int]:
         found: dict[PagedSlot, int] = {}
         if self._changed:
             for each in self._passes:
@@ -196,4 +216,4 @@ class OwnRows:
         self._changed = any(not row.passes for each in self._passes for row in each.rows)
         for each in self._passes:
             found |= each.read(LATE - 1)
-        return {slot: token for slot, token in found.items() if slot in self._rows}
+        return found

@@ -221,7 +221,7 @@ class PassBuilder:
         packed = self._is_packed(projection)
         x, more = self._normed(step, stream, own=packed)
         if self._many is not None and self._rows > MOST_ROWS and packed:
-            return self._multiply_many(projection, x, y)
+            return self._multiply_many(projection, x, y, scale)
         column, group = 0, []
         for linear in projection.linears:
             if linear.name not in self._weights.prepared:
@@ -240,22 +240,20 @@ class PassBuilder:
                 column += sum(each.out_features for each in group)
                 group = []
 
-    def _multiply_many(self, projection: Projection, x: Tensor, y: Tensor) -> None:
-        weights = [self._weights.prepared[linear.name] for linear in projection.linears]
-        rows, total, many = self._rows, projection.out_features, self._many
+    def _multiply_many(self, projection: Projection, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+        rows, linears, many, elements = self._rows, projection.linears, self._many, self._weights.elements
         assert many is not None
-        biases: list[tuple[Tensor, Tensor]] = []  # with the columns that they are added to
-        column = 0
-        for linear in projection.linears:
-            if linear.bias:
-                bias = self._weights.elements[f"{linear.name}.bias"]
-                biases.append((y[:rows, column : column + linear.out_features], bias))
-            column += linear.out_features
+        weights = [self._weights.prepared[linear.name] for linear in linears]
+        x, y = x[:rows, : projection.in_features], y[:rows, : projection.out_features]
+        parts = y.split([linear.out_features for linear in linears], -1)
+        biases = [(part, elements[f"{each.name}.bias"]) for each, part in zip(linears, parts, strict=True) if each.bias]
 
         def run() -> None:
-            many(x[:rows, : projection.in_features], weights, y[:rows, :total])
-            for columns, bias in biases:
-                columns += bias
+            many(x, weights, y)
+            for part, bias in biases:
+                part += bias
+            if scale != 1:
+                y.mul_(scale)
 
         self._pass.parts.append(run)
 

@@ -43,7 +43,7 @@ class PagedSlot(Slot):
         is_long: bool,
     ) -> None:
         length = len(table.keys) * page
-        super().__init__(len(table.pages) * page, length)
+        super().__init__(min(len(table.pages) * page, engine.context), length)
         self._engine, self.table, self.on_disk, self.state, self.is_long = engine, table, on_disk, state, is_long
         self.tokens = list(table.prompt[:length])
 
