@@ -404,7 +404,7 @@ def test_loading(folders: dict[str, Path], tiny_folder: Path, cache: Path) -> No
     plain = load(folders["llama"]).engine
     assert plain.prompt_cache is None  # type: ignore[attr-defined]
     plain.shutdown()  # type: ignore[attr-defined]
-    with pytest.raises(AmqError, match="for the native engine, .* runs in transformers .it is not quantized"):
+    with pytest.raises(AmqError, match="for engines of our own, .* runs in transformers .it is not quantized"):
         load(tiny_folder, prompt_cache=1 << 30)
     with pytest.raises(AmqError, match="runs in transformers .the native engine is for device cpu"):
         load(folders["llama"], prompt_cache=1 << 30, dtype="bfloat16")
