@@ -209,6 +209,10 @@ def test_a_page_that_another_sequence_filled_too(folder: Callable[[str], Path]) 
         for slot, token in engine.step().items():
             found[slot].append(token)
     assert list(found.values()) == [expected, expected]
+    for slot in slots:
+        engine.end(slot)
+    first, second = (engine.forward([Segment(slot, [1])]).clone() for slot in slots)
+    assert torch.equal(first, second)  # they attend to all that was computed on the way
 
 
 def test_a_context_that_does_not_fit(
