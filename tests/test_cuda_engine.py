@@ -192,6 +192,14 @@ def test_a_pass_that_fails_leaves_nothing_behind(folder: Callable[[str], Path]) 
     assert own_text(engine, slot, token, NEW) == expected
 
 
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+def test_logits_of_a_whole_text(folder: Callable[[str], Path]) -> None:
+    """Of more rows than one product of the head has."""
+    tokens = text(100)
+    expected = open_native(folder("llama"), "fp32", context=256).all_logits(tokens)
+    assert close(open_on_cpu(folder("llama")).all_logits(tokens), expected)
+
+
 def test_a_page_that_another_sequence_filled_too(folder: Callable[[str], Path]) -> None:
     """Of two equal texts one page is kept; the other may be a third sequence's while both go on."""
     engine = open_on_cpu(folder("llama"), max_sequences=3)

@@ -97,7 +97,7 @@ class CudaEngine(PagedEngine):
         self._tables: dict[int, Any] = {}  # pages of each place, as the device has them
         self._prompts: dict[int, PassCalls] = {}
         self._heads: dict[int, tuple[PassCalls, Tensor]] = {}
-        self._picked = torch.zeros(MAX_SCORED + max_sequences, spec.hidden, device=self._device)
+        self._picked = torch.zeros(MAX_SCORED, spec.hidden, device=self._device)
         self._weights = weights
         self._capture = capture
         self.launches: dict[int, tuple[int, int]] = {}
@@ -290,11 +290,12 @@ class CudaEngine(PagedEngine):
             self._prompts[size] = self._builder.build(size, decode=False)
         self._inputs.write(size, fields)
         self.launch(self._prompts[size])
-        if source:
-            logits[target] = self._logits_of(source).cpu()
+        for begin in range(0, len(source), MAX_SCORED):
+            some = slice(begin, begin + MAX_SCORED)
+            logits[target[some]] = self._logits_of(source[some]).cpu()
 
     def _logits_of(self, rows: list[int]) -> Tensor:
-        """[len(rows), vocabulary] after these rows of the stream."""
+        """[len(rows), vocabulary] after these rows of the stream, up to MAX_SCORED of them."""
         count = len(rows)
         picked = self._picked[:count]
         torch.index_select(self._buffers.stream, 0, torch.tensor(rows, device=self._device), out=picked)
