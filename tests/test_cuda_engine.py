@@ -192,6 +192,14 @@ def test_a_pass_that_fails_leaves_nothing_behind(folder: Callable[[str], Path]) 
     assert own_text(engine, slot, token, NEW) == expected
 
 
+def test_experts_have_no_kernels_for_many_rows(folder: Callable[[str], Path]) -> None:
+    """They are multiplied 8 rows at a time; compiling for their shapes takes seconds of a start."""
+    weights = open_on_cpu(folder("qwen3_moe"))._weights
+    experts = {name for name in weights.prepared if ".experts." in name}
+    many = {id(weight) for weight in weights.of_many_rows()}
+    assert experts and many == {id(weight) for name, weight in weights.prepared.items() if name not in experts}
+
+
 @pytest.mark.filterwarnings("error:An output with one or more elements was resized")
 def test_logits_of_a_whole_text(folder: Callable[[str], Path]) -> None:
     """Of more rows than one product of the head has."""

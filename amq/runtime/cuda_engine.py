@@ -396,9 +396,10 @@ def open_cuda(
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
         raise AmqError(
             f"{checkpoint.folder} does not fit {place} with a context of {context} and {max_sequences} sequences "
-            f"({str(error).splitlines()[0]}): take fewer or shorter ones, or a model of fewer bits"
+            f"({reason}): take fewer or shorter ones, or a model of fewer bits"
         ) from error
 
 
