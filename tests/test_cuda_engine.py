@@ -20,12 +20,14 @@ from torch import Tensor
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.kernels.cuda_calls import Call
+from amq.kernels.cuda_calls import AttentionCall, Call, CallLibrary
+from amq.model import open as model_open
 from amq.runtime import cuda_engine, loading
+from amq.runtime.cuda_buffers import StepPlaces
 from amq.runtime.cuda_engine import CudaEngine, open_cuda
-from amq.runtime.decoder_spec import Mixture
+from amq.runtime.decoder_spec import DecoderSpec, Mixture
 from amq.runtime.engine import Segment
-from amq.runtime.families import FAMILIES, read_spec
+from amq.runtime.families import FAMILIES, Unsupported, read_spec
 from amq.runtime.native_engine import open_native
 from amq.runtime.paged_engine import PagedSlot
 from amq.runtime.settings import Sampling
@@ -190,6 +192,93 @@ def test_a_pass_that_fails_leaves_nothing_behind(folder: Callable[[str], Path]) 
     assert own_text(engine, slot, token, NEW) == expected
 
 
+def test_experts_have_no_kernels_for_many_rows(folder: Callable[[str], Path]) -> None:
+    """They are multiplied 8 rows at a time; compiling for their shapes takes seconds of a start."""
+    weights = open_on_cpu(folder("qwen3_moe"))._weights
+    experts = {name for name in weights.prepared if ".experts." in name}
+    many = {id(weight) for weight in weights.of_many_rows()}
+    assert experts and many == {id(weight) for name, weight in weights.prepared.items() if name not in experts}
+
+
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+def test_logits_of_a_whole_text(folder: Callable[[str], Path]) -> None:
+    """Of more rows than one product of the head has."""
+    tokens = text(100)
+    expected = open_native(folder("llama"), "fp32", context=256).all_logits(tokens)
+    assert close(open_on_cpu(folder("llama")).all_logits(tokens), expected)
+
+
+def test_a_page_that_another_sequence_filled_too(folder: Callable[[str], Path]) -> None:
+    """Of two equal texts one page is kept; the other may be a third sequence's while both go on."""
+    engine = open_on_cpu(folder("llama"), max_sequences=3)
+    prompt, count = text(60), 24
+    expected = greedy(engine, prompt, count)
+    slots = [engine.open(prompt, count) for _ in range(2)]
+    found = {slot: [int(engine.forward([Segment(slot, prompt)])[0].argmax())] for slot in slots}
+    for slot, tokens in found.items():
+        engine.begin(slot, tokens[0], Sampling(), 0, count - 1)
+    while len(found[slots[0]]) < count:
+        if len(found[slots[0]]) == 8:  # the first page is full
+            assert slots[0].pages[0] == slots[1].pages[0]
+            third = engine.open(text(100, 7), 0)
+            engine.forward([Segment(third, text(100, 7))])
+        for slot, token in engine.step().items():
+            found[slot].append(token)
+    assert list(found.values()) == [expected, expected]
+    for slot in slots:
+        engine.end(slot)
+    first, second = (engine.forward([Segment(slot, [1])]).clone() for slot in slots)
+    assert torch.equal(first, second)  # they attend to all that was computed on the way
+
+
+def test_a_context_that_does_not_fit(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Refused where somebody asked for it, else lowered; passes have memory beside the cache."""
+    whole = open_on_cpu(folder("llama"), max_sequences=2)
+    spec, page = whole._weights.spec, whole.cache_bytes // 8
+    free = cuda_engine._spare(spec) + 2 * 3 * page + page
+    monkeypatch.setattr(cuda_engine, "free_on", lambda device: free)
+    with pytest.raises(AmqError, match="192 tokens fit; give a smaller --context, fewer sequences, --cache int8"):
+        open_on_cpu(folder("llama"), max_sequences=2)
+    lowered = open_on_cpu(folder("llama"), max_sequences=2, context=None)
+    assert lowered.context == 192 and lowered.cache_bytes == 6 * page and "context 192" in lowered.banner
+    assert "192 tokens fit, which is the context now" in caplog.text
+    free = 0
+    with pytest.raises(AmqError, match="0 tokens fit"):
+        open_on_cpu(folder("llama"), context=None)
+
+
+def test_what_the_kernels_refuse_is_left_to_another_path(
+    folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes are asked for, and passes run, when a model is opened."""
+    call = Call(AttentionCall, {"head_dim": 24, "n_heads": 1, "n_kv_heads": 1}, "attention of step 0")
+
+    def places(spec: DecoderSpec, library: CallLibrary, cache: str) -> None:
+        library.size("amq_cuda_cache_bytes", call)
+
+    monkeypatch.setattr(StepPlaces, "of", places)
+    with pytest.raises(Unsupported, match="CUDA engine does not compute it: attention of step 0: .* out of range"):
+        open_on_cpu(folder("llama"))
+
+
+def test_a_pass_that_fails_is_no_graph_that_fails(folder: Callable[[str], Path]) -> None:
+    engine = open_on_cpu(folder("llama"))
+
+    def capture(error: Exception) -> Callable[..., Tensor]:
+        def fail(run: Callable[[], Tensor]) -> Tensor:
+            raise error
+
+        return fail
+
+    engine._capture = capture(AmqError("CUDA error"))
+    with pytest.raises(AmqError, match="CUDA error"):
+        engine.captured(lambda: None)
+    engine._capture = capture(RuntimeError("not permitted"))
+    assert engine.captured(capture) is capture and engine.banner.endswith("no CUDA graphs (not permitted)")
+
+
 def test_a_decode_pass_is_safe_to_capture(folder: Callable[[str], Path]) -> None:
     """It is calls alone: no Python between them, no operation of torch, nothing that allocates or waits."""
     for name in SHARING:
@@ -273,17 +362,23 @@ def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
 def test_device_cuda_picks_it(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a GPU; what the engine does not do is left to another path by name, or refused."""
     place = folder("llama")
-    monkeypatch.setattr(loading, "choose_backend", lambda formats, device: device)
+    monkeypatch.setattr(loading, "choose_backend", lambda formats, device: "cuda" if device == "cuda:1" else "triton")
+    with pytest.raises(AmqError, match="device 'cuda:1' cannot be used here"):
+        loading.load(place, device="cuda:1")
+    monkeypatch.setattr(model_open, "check_device", lambda device: None)
     monkeypatch.setattr(cuda_engine, "open_cuda", lambda checkpoint, device, *more: open_cuda(checkpoint, "cpu", *more))
     runtime = loading.load(place, device="cuda:1", context=64, cache="int8", dtype="bfloat16", activations="int8")
     assert isinstance(runtime.engine, CudaEngine) and runtime.device == "cuda:1"
     assert "CUDA engine (llama) on cpu: int2+" in runtime.engine.banner
     assert "bfloat16 rounded to int8, int8 cache, context 64" in runtime.engine.banner
     with pytest.raises(AmqError, match="leave --prompt-cache out with --device cuda"):
-        loading.load(place, device="cuda", prompt_cache=1 << 20)
+        loading.load(place, device="cuda:1", prompt_cache=1 << 20)
     settings = loading.LoadSettings.make(device="cuda", dtype="float32")
-    found, why = loading._load_own(open_checkpoint(place, verify=False), settings)
+    checkpoint = open_checkpoint(place, verify=False)
+    found, why = loading._load_own(checkpoint, settings)
     assert found is None and why == "the CUDA engine is for device cuda, backend cuda and float16 or bfloat16"
+    found, why = loading._load_own(checkpoint, loading.LoadSettings.make(device="cuda"))  # the first GPU is too old
+    assert found is None and why == "backend cuda does not run its formats here"
 
 
 def test_every_family_has_a_case() -> None:

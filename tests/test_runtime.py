@@ -161,6 +161,7 @@ def test_activations_where_nobody_says(
         seen.append(quantization_config.activations)
         raise AmqError("far enough")
 
+    monkeypatch.setattr("amq.model.open.check_device", lambda device: None)
     monkeypatch.setattr("amq.model.open.load_model", stop)
     with pytest.raises(AmqError, match="far enough"):
         load(folder, **options)

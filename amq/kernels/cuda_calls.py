@@ -254,6 +254,10 @@ def device_structs(structs: Sequence[Structure], device: torch.device) -> Tensor
     return torch.frombuffer(bytearray(array), dtype=torch.uint8).to(device)
 
 
+class Refused(AmqError):
+    """The kernels do not compute what a call asks for."""
+
+
 class CallLibrary:
     """The functions of calls.h in a library that ctypes has loaded."""
 
@@ -269,16 +273,19 @@ class CallLibrary:
         self._functions: dict[str, Any] = {}
 
     def run(self, call: Call, stream: int) -> None:
-        """Launches; raises AmqError where the library refuses."""
+        """Launches; raises Refused where the library does, AmqError where CUDA fails."""
         status = self._function(call.function)(ctypes.byref(call.struct), c_void_p(stream))
         if status:
-            raise AmqError(f"{call.label}: {self._reason(status)}")
+            raise self._error(call, status)
 
     def size(self, function: str, call: Call) -> int:
-        """What a function such as amq_cuda_linear_scratch says of a call."""
+        """What a function such as amq_cuda_linear_scratch says of a call; raises Refused where it refuses."""
         asked = getattr(self._library, function)
         asked.restype, asked.argtypes = c_int64, [c_void_p]
-        return int(asked(ctypes.byref(call.struct)))
+        size = int(asked(ctypes.byref(call.struct)))
+        if size < 0:
+            raise self._error(call, size)
+        return size
 
     def _function(self, name: str) -> Any:
         if name not in self._functions:
@@ -287,11 +294,12 @@ class CallLibrary:
             self._functions[name] = function
         return self._functions[name]
 
-    def _reason(self, status: int) -> str:
+    def _error(self, call: Call, status: int) -> AmqError:
         if status < 0:
-            return f"the kernels refuse the call ({status}: {REFUSALS.get(status, 'unknown status')})"
+            reason = REFUSALS.get(status, "unknown status")
+            return Refused(f"{call.label}: the kernels refuse the call ({status}: {reason})")
         self._library.amq_cuda_error.restype = ctypes.c_char_p
-        return f"CUDA error {status}: {self._library.amq_cuda_error(status).decode()}"
+        return AmqError(f"{call.label}: CUDA error {status}: {self._library.amq_cuda_error(status).decode()}")
 
 
 REFUSALS = {

@@ -81,7 +81,8 @@ class Inputs:
     """What a pass is told, in the device's memory: int32 [rows] each, but tables, the pages of every place for a
     sequence [places, pages]; and of segments, for recurrent models, [rows].
 
-    The host writes them through `write`, one copy for all.
+    The host writes them through `write`, one copy for all: of all rows, as rows of it alone would lie in pieces, which
+    torch gathers in memory that is not pinned.
     """
 
     FIELDS = ("tokens", "positions", "slots", "long_text", "first", "count", "state", "begins")
@@ -89,9 +90,9 @@ class Inputs:
     def __init__(self, rows: int, places: int, pages: int, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._host = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
+        self._host[1] = -1
         self._copied: torch.cuda.Event | None = None  # the latest copy out of `_host`
-        self._all = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, device=device)
-        self._all[1] = -1
+        self._all = self._host.to(device, copy=True)
         self.tokens, self.positions, self.slots, self.long_text = self._all[:4]
         self.first, self.count, self.state, self.begins = self._all[4:]
         self.tables = torch.zeros(places, pages, dtype=torch.int32, device=device)
@@ -106,7 +107,7 @@ class Inputs:
         host[1] = -1
         for name, values in fields.items():
             host[self.FIELDS.index(name), : len(values)] = torch.tensor(values, dtype=torch.int32)
-        self._all[:, :rows].copy_(host, non_blocking=True)
+        self._all.copy_(self._host, non_blocking=True)
         if self._host.is_pinned():
             self._copied = torch.cuda.current_stream(self._all.device).record_event()
 
@@ -142,7 +143,7 @@ class StepPlaces:
             op = step.op
             if isinstance(op, Attention) and op.cache_of is None:
                 page[index] = page_bytes
-                call = Call(AttentionCall, _heads(op) | {"cache_kind": CACHES[cache]})
+                call = Call(AttentionCall, _heads(op) | {"cache_kind": CACHES[cache]}, f"attention of step {index}")
                 page_bytes += -(-library.size("amq_cuda_cache_bytes", call) // 16) * 16
             elif isinstance(op, (DeltaNet, ShortConv)):
                 state[index] = floats

@@ -22,14 +22,16 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.kernels import cuda
-from amq.kernels.cuda_calls import MOST_ROWS
+from amq.kernels.backends import current
+from amq.kernels.cuda_calls import MOST_ROWS, Refused
 from amq.kernels.warming import warm
 from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
-from amq.runtime.cuda_graphs import Capture, cuda_graph
+from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.cuda_own import OwnRows
 from amq.runtime.cuda_pass import SPLITS, Many, PassBuilder, PassCalls
 from amq.runtime.cuda_weights import CudaWeights, check_supported
+from amq.runtime.decoder_spec import DecoderSpec, Linear
 from amq.runtime.engine import MAX_SCORED, Segment
 from amq.runtime.families import Unsupported, read_spec
 from amq.runtime.paged_engine import MAX_ROWS, PagedEngine, PagedSlot, check_state_cache, context_of
@@ -42,6 +44,9 @@ from amq.util.limits import free_on
 BUCKETS = (1, 2, 4, 8)
 """Rows that a decode pass is made for; a pass of fewer has empty ones."""
 
+WORKSPACE = 128 << 20
+"""Of the libraries, the graphs and the decode passes' logits, bytes."""
+
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +54,8 @@ class CudaEngine(PagedEngine):
     """See `PagedEngine`; made by `open_cuda`.
 
     dtype: of what is multiplied. int8: round it to 8 bits. cache: one of CACHES. capture: makes a pass into one that
-    runs without Python, or None. many: see `cuda_pass.Many`.
+    runs without Python, or None. many: see `cuda_pass.Many`. fixed: whether a context that does not fit is refused, not
+        lowered.
     launches: {rows: calls of a decode pass, and of its head}.
     """
 
@@ -65,17 +71,20 @@ class CudaEngine(PagedEngine):
         capture: Capture | None,
         many: Many | None = None,
         state_cache: int | None = None,
+        fixed: bool = True,
     ) -> None:
         spec, self._device = weights.spec, weights.device
-        self.banner, self.weight_bytes = banner, weights.bytes
+        self.weight_bytes = weights.bytes
         self._library = cuda.library().calls
         places = StepPlaces.of(spec, self._library, cache)
+        self._buffers = Buffers(spec, MAX_ROWS, MOST_ROWS * SPLITS, dtype, self._device)
+        free = free_on(str(self._device)) - _spare(spec) - max_sequences * places.state_floats * FLOAT
+        context = self._fitting(context, fixed, free // max_sequences // max(places.page_bytes, 1), places.page_bytes)
+        self.banner = f"{banner}, context {context}"
         n_pages = max_sequences * -(-context // PAGE)
-        self._check_room(places.page_bytes * n_pages, places.page_bytes, max_sequences)
-        states = self._make_states(places.state_floats, max_sequences, n_pages * places.page_bytes, state_cache)
+        states = self._make_states(places, max_sequences, n_pages, free, state_cache)
         super().__init__(spec, context, max_sequences, PAGE, places.page_bytes, states)
         self._inputs = Inputs(MAX_ROWS, max_sequences, -(-context // PAGE), self._device)
-        self._buffers = Buffers(spec, MAX_ROWS, MOST_ROWS * SPLITS, dtype, self._device)
         memory = None if states is None else states.memory
         key_cache = KeyCache(places, n_pages, cache, self._device)
 
@@ -88,7 +97,7 @@ class CudaEngine(PagedEngine):
         self._tables: dict[int, Any] = {}  # pages of each place, as the device has them
         self._prompts: dict[int, PassCalls] = {}
         self._heads: dict[int, tuple[PassCalls, Tensor]] = {}
-        self._picked = torch.zeros(MAX_SCORED + max_sequences, spec.hidden, device=self._device)
+        self._picked = torch.zeros(MAX_SCORED, spec.hidden, device=self._device)
         self._weights = weights
         self._capture = capture
         self.launches: dict[int, tuple[int, int]] = {}
@@ -99,24 +108,33 @@ class CudaEngine(PagedEngine):
 
     # -- making
 
-    def _check_room(self, needed: int, page_bytes: int, max_sequences: int) -> None:
-        if self._device.type != "cuda":
-            return
-        free = free_on(str(self._device))
-        if needed > free:
-            fit = free // max(page_bytes, 1) // max_sequences * PAGE
+    def _fitting(self, context: int, fixed: bool, pages: int, page_bytes: int) -> int:
+        """The context, or where that is not `fixed` less of it, of which each sequence has room for `pages`."""
+        if -(-context // PAGE) <= pages:
+            return context
+        reason = (
+            f"a KV cache of {context} tokens takes {-(-context // PAGE) * page_bytes / 2**30:.2f} GiB a sequence, and "
+            f"{self._device} has {max(pages, 0) * page_bytes / 2**30:.2f} GiB for each beside weights and passes: "
+            f"{max(pages, 0) * PAGE} tokens fit"
+        )
+        if fixed or pages <= 0:
             raise AmqError(
-                f"the KV cache takes {needed / 2**30:.1f} GiB and {self._device} has {free / 2**30:.1f} GiB left "
-                f"beside the weights: {fit} tokens for each of {max_sequences} sequences fit; give a smaller "
-                "--context, fewer sequences, or --cache int8"
+                f"{reason}; give a smaller --context, fewer sequences, --cache int8, or a model of fewer bits"
             )
+        log.warning("%s, which is the context now; with fewer sequences or --cache int8 it can be longer", reason)
+        return pages * PAGE
 
-    def _make_states(self, floats: int, running: int, cache_bytes: int, limit: int | None) -> RecurrentStates | None:
-        if not floats:
+    def _make_states(
+        self, places: StepPlaces, running: int, n_pages: int, free: int, limit: int | None
+    ) -> RecurrentStates | None:
+        size, cache_bytes = places.state_floats * FLOAT, n_pages * places.page_bytes
+        if not size:
             return None
-        n_kept = room_for(floats * FLOAT, running, cache_bytes, limit, free_on(str(self._device)))
-        self.banner += f", states: {floats * FLOAT / 1e6:.3g} MB a sequence, {n_kept} kept"
-        return RecurrentStates(floats, PAGE, running, n_kept, self._device)
+        n_kept = room_for(size, running, cache_bytes, limit, free)
+        if limit is None:
+            n_kept = min(n_kept, (free - cache_bytes) // size)
+        self.banner += f", states: {size / 1e6:.3g} MB a sequence, {n_kept} kept"
+        return RecurrentStates(places.state_floats, PAGE, running, n_kept, self._device)
 
     def _decode_pass(self, rows: int) -> Callable[[], Tensor]:
         """Launches a pass of up to `rows` tokens of as many sequences, and returns their logits, float32 [rows,
@@ -139,6 +157,8 @@ class CudaEngine(PagedEngine):
             return run
         try:
             return self._capture(run)
+        except AmqError:  # of the pass itself, which would fail without a graph too
+            raise
         except REFUSALS as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             log.warning("the decode step runs without CUDA graphs, which is slower: %s", reason)
@@ -167,15 +187,21 @@ class CudaEngine(PagedEngine):
         for segment, plan in zip(segments, plans, strict=True):
             (singles if len(segment.tokens) == 1 else others).append((row, segment, plan))
             row += len(segment.tokens)
-        with self._on_device():
-            for begin in range(0, len(singles), BUCKETS[-1]):
-                self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
-            if any(plan for _, _, plan in others):
-                for one in others:
-                    self._in_pieces(*one, places, logits)
-            elif others:
-                parts = [(first, segment.slot, segment.tokens, 0) for first, segment, _ in others]
-                self._prompt(parts, places, logits)
+        try:
+            with self._on_device():
+                for begin in range(0, len(singles), BUCKETS[-1]):
+                    self._decode(singles[begin : begin + BUCKETS[-1]], places, logits)
+                if any(plan for _, _, plan in others):
+                    for one in others:
+                        self._in_pieces(*one, places, logits)
+                elif others:
+                    parts = [(first, segment.slot, segment.tokens, 0) for first, segment, _ in others]
+                    self._prompt(parts, places, logits)
+        except torch.OutOfMemoryError as error:
+            raise AmqError(
+                f"out of memory on {self._device} in a pass of {row} tokens, where something else took memory since "
+                "the model was loaded: end that, or load with a smaller --context or fewer sequences"
+            ) from error
 
     def _check_tokens(self, segments: Sequence[Segment[PagedSlot]]) -> None:
         rows = 0
@@ -264,11 +290,12 @@ class CudaEngine(PagedEngine):
             self._prompts[size] = self._builder.build(size, decode=False)
         self._inputs.write(size, fields)
         self.launch(self._prompts[size])
-        if source:
-            logits[target] = self._logits_of(source).cpu()
+        for begin in range(0, len(source), MAX_SCORED):
+            some = slice(begin, begin + MAX_SCORED)
+            logits[target[some]] = self._logits_of(source[some]).cpu()
 
     def _logits_of(self, rows: list[int]) -> Tensor:
-        """[len(rows), vocabulary] after these rows of the stream."""
+        """[len(rows), vocabulary] after these rows of the stream, up to MAX_SCORED of them."""
         count = len(rows)
         picked = self._picked[:count]
         torch.index_select(self._buffers.stream, 0, torch.tensor(rows, device=self._device), out=picked)
@@ -309,7 +336,8 @@ class CudaEngine(PagedEngine):
     def fed(self, slot: PagedSlot, token: int) -> None:
         """`token` is the next of those that the slot has computed by itself."""
         slot.tokens.append(token)
-        self._pool.computed(slot.table, slot.tokens)
+        if self._pool.computed(slot.table, slot.tokens):
+            self.place_of(slot)  # the page may be another's now, with the same content, and its own be given away
 
 
 def _rounded(rows: int) -> int:
@@ -343,30 +371,35 @@ def open_cuda(
     check_state_cache(spec, checkpoint, state_cache)
     if cache not in CACHES:
         raise AmqError(f"the KV cache must be one of {', '.join(CACHES)}, got {cache}")
-    context, kind = context_of(spec, context), _dtype(checkpoint, dtype)
-    place = torch.device(device)
+    fixed, context, kind = context is not None, context_of(spec, context), _dtype(checkpoint, dtype)
+    place = _numbered(torch.device(device))
     formats = "+".join(sorted(set(record.formats.values())))
     short = str(kind).removeprefix("torch.")
     banner = (
         f"CUDA engine ({checkpoint.config.get('model_type')}) on {_name(place)}: {formats}, {short} "
-        f"{'rounded to int8' if activations == 'int8' else 'activations'}, {cache} cache, context {context}"
+        f"{'rounded to int8' if activations == 'int8' else 'activations'}, {cache} cache"
     )
     capture = cuda_graph(place) if place.type == "cuda" else None
     many = _many(activations == "int8") if place.type == "cuda" else None
     try:
-        weights = CudaWeights(checkpoint, spec, context, place)
-        if many is not None:
-            groups = [[weight] for weight in weights.prepared.values()]
-            warm(groups, kind, MAX_ROWS, out=torch.float32)
-        return CudaEngine(
-            weights, context, max_sequences, kind, activations == "int8", cache, banner, capture, many, state_cache
-        )
+        with current(place):
+            weights = CudaWeights(checkpoint, spec, context, place)
+            if many is not None:
+                warm([[weight] for weight in weights.of_many_rows()], kind, MAX_ROWS, out=torch.float32)
+                empty_cache(place)  # of what preparing weights took
+            return CudaEngine(
+                weights, context, max_sequences, kind, activations == "int8", cache, banner, capture, many,
+                state_cache, fixed,
+            )  # fmt: skip
+    except Refused as error:
+        raise Unsupported(f"the CUDA engine does not compute it: {error}") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error) and not isinstance(error, torch.OutOfMemoryError):
             raise
+        reason = (str(error).splitlines() or ["out of memory"])[0]
         raise AmqError(
             f"{checkpoint.folder} does not fit {place} with a context of {context} and {max_sequences} sequences "
-            f"({str(error).splitlines()[0]}): take fewer or shorter ones, or a model of fewer bits"
+            f"({reason}): take fewer or shorter ones, or a model of fewer bits"
         ) from error
 
 
@@ -380,6 +413,17 @@ def _dtype(checkpoint: Checkpoint, asked: str) -> torch.dtype:
     if said not in ("float16", "bfloat16"):
         raise Unsupported(f"the CUDA engine multiplies float16 or bfloat16, not {asked}")
     return torch.float16 if said == "float16" else torch.bfloat16
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Which GPU `cuda` is: each thread has a current one of its own, and the engine may be used from others."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
+def _spare(spec: DecoderSpec) -> int:
+    """Bytes that passes take for a while: the largest weight in 16 bits and its products, and WORKSPACE."""
+    sizes = [(2 * each.in_features + 4 * MAX_ROWS) * each.out_features for each in spec.parts(Linear)]
+    return max(sizes) + WORKSPACE
 
 
 def _name(device: torch.device) -> str:
@@ -399,6 +443,7 @@ def _many(int8: bool) -> Many:
             triton.linear_into(y, x, weights, None, triton.measured)
             return
         for weight, part in zip(weights, y.split([weight.out_features for weight in weights], -1), strict=True):
-            part.copy_(x @ triton.dequantize(weight, x.dtype).T)
+            # in float32, as all other sums: beyond 65504 float16 is infinite
+            part.copy_(torch.mm(x, triton.dequantize(weight, x.dtype).T, out_dtype=torch.float32))
 
     return multiply

@@ -32,6 +32,16 @@ class CudaWeights(Weights):
         self.elements: dict[str, Tensor] = {}
         super().__init__(checkpoint, spec, context)
 
+    def of_many_rows(self) -> list[PreparedWeight]:
+        """What passes multiply more than 8 rows by: not the experts."""
+        experts = {
+            linear.name
+            for mixture in self.spec.parts(Mixture)
+            for expert in mixture.experts
+            for linear in (*expert.in_.linears, *expert.down.linears)
+        }
+        return [weight for name, weight in self.prepared.items() if name not in experts]
+
     def _put_prepared(self, key: str, packed: PackedWeight) -> tuple[int, int]:
         data = gpu_layout.prepare(packed.to(self.device))
         self.prepared[key] = PreparedWeight.of(packed, "cuda", data)

@@ -83,7 +83,11 @@ def _load_own(checkpoint: Checkpoint, how: LoadSettings) -> tuple[NativeEngine |
     if how.backend not in (None, backend) or how.dtype not in dtypes:
         name = "CUDA" if on_gpu else "native"
         return None, f"the {name} engine is for device {backend}, backend {backend} and {' or '.join(dtypes[1:])}"
-    if choose_backend(sorted(set(checkpoint.record.formats.values())), backend) != backend:
+    if on_gpu:
+        from amq.model.open import check_device
+
+        check_device(how.device)
+    if choose_backend(sorted(set(checkpoint.record.formats.values())), how.device) != backend:
         return None, f"backend {backend} does not run its formats here"  # what it lacks has been logged
     from amq.runtime.families import Unsupported
 
