@@ -180,7 +180,9 @@ AMQ_DEVICE void finish_group(Work& work, const StagedSlab& staged, int group) {
                     sum += kUnscale<Work, kOther> * static_cast<float>(work.sums[kOther % 2][pair][at]);
                 }
                 const float scale = v.x * (i ? x_scale.y : x_scale.x);
-                work.registers.outputs[pair][at] += scale * (sum - (v.y + kOffset) * (i ? x_sum.y : x_sum.x));
+                // Fused by name: the compiler might choose otherwise for the other column, and a row's bits depend on its place.
+                sum = fmaf(-(v.y + kOffset), i ? x_sum.y : x_sum.x, sum);
+                work.registers.outputs[pair][at] = fmaf(scale, sum, work.registers.outputs[pair][at]);
             }
         }
     clear_sums(work);

@@ -123,12 +123,13 @@ AMQ_DEVICE void over_group(float (&half)[2], Combine combine) {
 
 AMQ_DEVICE float add(float a, float b) { return a + b; }
 
-AMQ_DEVICE void round_to_16_bits(int kind, Piece& piece) {
+template <class T>
+AMQ_DEVICE void round_to(Piece& piece) {
     for (auto& half : piece.v)
         for (float& value : half) {
-            uint16_t bits;
-            store_element(&bits, kind, 0, value);
-            value = load_element(&bits, kind, 0);
+            T rounded;
+            from_float(value, &rounded);
+            value = to_float(rounded);
         }
 }
 
@@ -182,7 +183,8 @@ AMQ_DEVICE void stage_units(const Source& source, int range, int row, int unit, 
     }
     float scales[2];
     if constexpr (kIsInt8<Element>) {
-        if (source.norm) round_to_16_bits(source.normed_kind, piece);
+        if (source.norm && source.normed_kind == kHalf) round_to<__half>(piece);
+        if (source.norm && source.normed_kind == kBfloat16) round_to<__nv_bfloat16>(piece);
         round_to_codes<kGroup>(piece, scales);
     }
     store_piece(piece, to + Sizes::kHead + row * Sizes::kPitch + unit * kUnit * Sizes::kBytes, j, Element());
