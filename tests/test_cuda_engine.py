@@ -118,6 +118,30 @@ def test_sequences_of_different_lengths_share_passes(folder: Callable[[str], Pat
     assert (of_rows.median() if mixes(folder(name)) else of_rows.max()) <= agrees(2, torch.float16)
 
 
+@pytest.mark.parametrize("name, activations", (("llama", "fp32"), ("llama", "int8"), ("qwen3_moe", "fp32")))
+def test_a_row_does_not_depend_on_the_rows_beside_it(
+    folder: Callable[[str], Path], name: str, activations: str
+) -> None:
+    """To the bit: who norms it, how inputs of linears are staged and blocks are shared out differ with the rows."""
+    engine = open_on_cpu(folder(name), max_sequences=4, activations=activations)
+    texts = [text(length, seed) for seed, length in enumerate((9, 3, 5, 4))]
+
+    def decoded(rows: int) -> Tensor:
+        """Logits of the last two tokens of all texts, `rows` sequences in a pass."""
+        found = []
+        for begin in range(0, len(texts), rows):
+            slots = [(engine.open(tokens, 0, reuse=False), tokens) for tokens in texts[begin : begin + rows]]
+            for slot, tokens in slots:
+                engine.forward([Segment(slot, tokens[:-2])])
+            passes = [[Segment(slot, [tokens[i]]) for slot, tokens in slots] for i in (-2, -1)]
+            found.append(torch.stack([engine.forward(segments).clone() for segments in passes], 1))
+            for slot, _ in slots:
+                engine.close(slot)
+        return torch.cat(found)
+
+    assert torch.equal(decoded(4), decoded(1))
+
+
 @pytest.mark.parametrize("name", ("llama", "lfm2", "qwen3_moe"))
 def test_sequences_decode_on_their_own(folder: Callable[[str], Path], name: str) -> None:
     """The GPU's own greedy text is the one that the host chooses from its logits, with others that come and go."""

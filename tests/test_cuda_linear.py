@@ -136,12 +136,34 @@ def test_a_norm_and_several_weights(library: cuda.Library, int8: bool, dtype: to
     more = {"norm": norm, "dtype": calls.KINDS[dtype], "int8": int8, "scale": 0.5}
     y = run(library, fields, padded, torch.full((5, 69), torch.nan), **more)
     row = normed(x, norm)
-    expected = 0.5 * torch.cat([linear.of(seen(row, int8, dtype)) for linear in linears], -1)
+    expected = 0.5 * torch.cat([linear.of(seen(row.to(dtype), int8, dtype)) for linear in linears], -1)
     size = 0.5 * torch.cat([size_of(row, linear) for linear in linears], -1)
     # A code of int8 may be rounded the other way where the norm's last bit differs: a step of a group's largest / 127.
     assert_near(y, expected, size * (1 + 4 * int8), dtype)
     whole = run(library, fields, padded, torch.full((5, 69), torch.nan), scratch=False, **more)
     assert torch.equal(y, whole)
+
+
+@INT8
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
+@pytest.mark.parametrize("in_features", (37, 1100, 4096))
+def test_a_norm_in_front_is_the_call_of_its_own(
+    library: cuda.Library, int8: bool, dtype: torch.dtype, in_features: int
+) -> None:
+    """To the bit: which of the two norms a row depends on how many rows its pass has."""
+    torch.manual_seed(5)
+    linear, norm, kind = Linear("int4", 24, in_features), torch.randn(in_features), calls.KINDS[dtype]
+    stride = -(-in_features // 8) * 8
+    x = (30 * torch.randn(8, stride))[:, :in_features]
+    before = torch.zeros(8, stride, dtype=dtype)[:, :in_features]
+    fields = {
+        "rows": 8, "features": in_features, "parts": 1, "y_kind": kind, "x": x, "x_stride": stride, "weight": norm,
+        "epsilon": EPSILON, "factor": 1.0, "y": before, "y_stride": stride,
+    }  # fmt: skip
+    library.calls.run(calls.Call(calls.NormCall, fields), 0)
+    more = {"dtype": kind, "int8": int8}
+    expected = run(library, [linear.fields()], before, torch.empty(8, 24), **more)
+    assert torch.equal(run(library, [linear.fields()], x, torch.empty(8, 24), norm=norm, **more), expected)
 
 
 @INT8

@@ -8,23 +8,19 @@ asked for, each must come back, which it does only if the survivors and their we
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-import roofline
-import sass
 import torch
-from cuda_shim.build import KERNELS, build_shim
+from cuda_shim.build import build_shim
+from helpers.cuda_kernels import check_resources, compile_kernels
 from scipy.stats import chi2
 from torch import Tensor
 
 from amq.errors import AmqError
-from amq.formats import native_header
 from amq.kernels import cuda
 from amq.kernels.cuda_calls import Call, SampleCall
 from amq.runtime.sampling import survivors
@@ -299,17 +295,5 @@ def test_what_nvcc_makes_of_it(tmp_path: Path) -> None:
     threads fits any multiprocessor."""
     if shutil.which("nvcc") is None:
         pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one")
-    (tmp_path / "amq_formats.h").write_text(native_header())
-    ptx = tmp_path / "sample.ptx"
-    options = f"-O3 -std=c++17 -I{tmp_path} -arch=compute_80 -ptx".split()
-    command = ["nvcc", *options, KERNELS / "sample.cu", "-o", ptx]
-    made = subprocess.run(command, capture_output=True, text=True)
-    assert (made.returncode, made.stderr) == (0, "")
-    for architecture in roofline.known_architectures():
-        target = [f"-arch=sm_{architecture}", "-o", tmp_path / "sample.cubin"]
-        subprocess.run(["ptxas", *target, ptx], check=True)
-        usage = sass.run("cuobjdump", "-res-usage", tmp_path / "sample.cubin")
-        found = re.findall(r"Function (\S*sample\S*):\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
-        assert len(found) == 3
-        for name, registers, *spilled in found:
-            assert int(registers) <= 128 and spilled == ["0", "0"], (architecture, name)
+    registers = dict.fromkeys(("sample_scan_kernel", "sample_gather_kernel", "sample_finish_kernel"), 128)
+    check_resources(compile_kernels(("sample.cu",), tmp_path), registers, shared=48 << 10)

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "attention.cuh"
+#include "checks.cuh"
 
 namespace amq {
 
@@ -27,7 +28,7 @@ int check(const AttentionCall& c) {
     if (!has_shape(c) || c.rotary < 0 || c.rotary > c.head_dim || c.rotary % 2 || !has_angles) return kBadSize;
     if (c.q_stride < c.head_dim * (c.gated ? 2 : 1) || c.window < 0) return kBadSize;
     if (!c.qkv || !c.positions || !c.slots || !c.tables || !c.cache) return kBadSize;
-    const bool odd = reinterpret_cast<uintptr_t>(c.cache) % 16 || c.page_bytes % 16 || c.cache_offset % 16;
+    const bool odd = !at_multiple(c.cache, 16) || c.page_bytes % 16 || c.cache_offset % 16;
     return odd ? kBadSize : kOk;
 }
 
@@ -48,7 +49,7 @@ int64_t blocks_of(const AttentionArguments& a) {
 
 int check_attention(const AttentionCall& c) {
     if (const int status = check(c)) return status;
-    if (c.out_kind != kHalf && c.out_kind != kBfloat16 && c.out_kind != kFloat) return kBadDType;
+    if (!is_kind(c.out_kind)) return kBadDType;
     if (c.splits < 1 || !c.out) return kBadSize;
     const AttentionArguments a = share_out(c);
     if (blocks_of(a) > INT32_MAX) return kBadSize;

@@ -432,6 +432,7 @@ struct Attention {
             if (shared.is_last) *counter = 0;
         }
         synchronize();
+        if (shared.is_last) memory_fence();  // before what the others kept is read
         return shared.is_last;
     }
 

@@ -72,7 +72,7 @@ struct LinearCall {
     int32_t y_kind;           // kHalf, kBfloat16 or kFloat
     const void* x;            // [rows, in_features], rows x_stride elements apart and at multiples of 16 bytes
     int64_t x_stride;
-    const float* norm;        // [in_features]: x, which is kFloat then, is RMS-normed first; or null
+    const float* norm;        // [in_features]: x, which is kFloat then, is RMS-normed first, as by a NormCall to `dtype`; or null
     float epsilon;            // of the norm
     float scale;
     int32_t epilogue;

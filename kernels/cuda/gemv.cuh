@@ -181,7 +181,9 @@ AMQ_DEVICE void finish_group(Work& work, const StagedSlab& staged, int group) {
                 }
                 const float scale = v.x * (i ? x_scale.y : x_scale.x);
                 const float zero = kOffset == 0.0f ? v.y : v.y + kOffset;
-                work.registers.outputs[pair][at] += scale * (sum - zero * (i ? x_sum.y : x_sum.x));
+                // Fused by name: the compiler might choose otherwise for the other column, and a row's bits depend on its place.
+                sum = fmaf(-zero, i ? x_sum.y : x_sum.x, sum);
+                work.registers.outputs[pair][at] = fmaf(scale, sum, work.registers.outputs[pair][at]);
             }
         }
     clear_sums(work);

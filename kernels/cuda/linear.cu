@@ -3,12 +3,11 @@
 
 #include <algorithm>
 
+#include "checks.cuh"
 #include "linear.cuh"
 
 namespace amq {
 namespace {
-
-bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
 
 int check_weights(const LinearCall& call) {
     if (call.n_weights < 1 || call.n_weights > kMaxWeights) return kBadWeights;
@@ -18,7 +17,7 @@ int check_weights(const LinearCall& call) {
         if (weight.rows > weight.all_rows - weight.first_row) return kBadSize;
         if (call.n_experts > 0) continue;
         if (weight.bits < 1 || weight.bits > kMaxBits || !is_compiled(weight.bits)) return kBadBits;
-        if (!weight.data || unaligned(weight.data)) return kBadSize;
+        if (bad(weight.data, 16)) return kBadSize;
     }
     return kOk;
 }
@@ -36,10 +35,10 @@ int check(const LinearCall& call) {
     if (call.group_size != 32 && call.group_size != 64 && call.group_size != 128) return kBadGroup;
     if (call.dtype != kHalf && call.dtype != kBfloat16) return kBadDType;
     if (call.x_kind != call.dtype && call.x_kind != kFloat) return kBadDType;
-    if (call.y_kind < kHalf || call.y_kind > kFloat || (call.norm && call.x_kind != kFloat)) return kBadDType;
+    if (!is_kind(call.y_kind) || (call.norm && call.x_kind != kFloat)) return kBadDType;
     const int per_line = call.x_kind == kFloat ? 4 : 8;  // elements in 16 bytes
-    if (call.in_features < 1 || !call.x || unaligned(call.x) || call.x_stride % per_line || unaligned(call.norm)) return kBadSize;
-    if (!call.y || unaligned(call.partials) || call.epilogue < kStore || call.epilogue > kActivate) return kBadSize;
+    if (call.in_features < 1 || bad(call.x, 16) || call.x_stride % per_line || !at_multiple(call.norm, 16)) return kBadSize;
+    if (!call.y || !at_multiple(call.partials, 16) || call.epilogue < kStore || call.epilogue > kActivate) return kBadSize;
     if (call.epilogue == kAdd && (call.n_weights != 1 || call.y_kind != kFloat)) return kBadWeights;
     if (call.epilogue != kActivate) return kOk;
     if (call.activation < kSilu || call.activation > kRelu2) return kBadSize;

@@ -206,8 +206,8 @@ AMQ_DEVICE void store_output(const Block& block, int index, int n, int m, float 
         const float up = block.arguments.sides == 2 ? with_bias(block, block.shared.weights[1], n, second) : 0.0f;
         return store_element(call.y, call.y_kind, to, activated(call.activation, value, up, call.limit));
     }
-    value *= call.scale;
-    if (call.epilogue == kAdd) value += static_cast<const float*>(call.y)[to];
+    if (call.epilogue == kAdd) value = fmaf(value, call.scale, static_cast<const float*>(call.y)[to]);
+    else value *= call.scale;
     store_element(call.y, call.y_kind, to, value);
 }
 
@@ -367,7 +367,7 @@ __global__ void AMQ_REGISTERS(kRegisters, kThreads) linear_kernel(const __grid_c
     const int rows = find_work(arguments, blockIdx.x / (arguments.blocks * arguments.splits), shared);
     if (rows == 0) return;
     const Block block = {arguments, shared, reinterpret_cast<char*>(staged)};
-    const Source source = {call.x, call.x_stride, call.x_kind, call.in_features, call.norm, call.epsilon,
+    const Source source = {call.x, call.x_stride, call.x_kind, call.in_features, call.norm, call.dtype, call.epsilon,
                            rows, shared.x_rows, shared.squares};
     begin_steps<Element, kGroup>(block);
     fetch(shared.steps[0]);

@@ -7,6 +7,7 @@
 
 #pragma once
 
+#include "activation.cuh"
 #include "device.cuh"
 
 namespace amq::mixture {
@@ -49,7 +50,7 @@ struct Choice {
             sum = warp_sum(sum);
         }
         for (int e = lane; e < call.experts; e += kMixtureLanes) {
-            made[e] = call.sigmoid ? 1.0f / (1.0f + expf(-scores[e])) : made[e] / sum;
+            made[e] = call.sigmoid ? sigmoid(scores[e]) : made[e] / sum;
             judged[e] = call.correction ? made[e] + call.correction[e] : made[e];
             if (judged[e] != judged[e]) odd = 1.0f;
         }
@@ -224,7 +225,7 @@ __global__ void __launch_bounds__(kMixtureThreads) combine_kernel(CombineArgumen
     const int start = blockIdx.x % arguments.blocks * kMixtureThreads + threadIdx.x, step = arguments.blocks * kMixtureThreads;
     const float* shared = call.shared ? call.shared + row * call.features : nullptr;
     float* y = call.y + row * call.features;
-    const float gate = call.shared_gate ? 1.0f / (1.0f + expf(-call.shared_gate[row * call.gate_stride])) : 1.0f;
+    const float gate = call.shared_gate ? sigmoid(call.shared_gate[row * call.gate_stride]) : 1.0f;
     const bool normed = call.routed_post_norm || call.shared_post_norm;
     float2 squares = {0.0f, 0.0f};
     for (int feature = start; feature < call.features; feature += step) {

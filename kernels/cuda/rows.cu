@@ -1,10 +1,11 @@
 // amq_cuda_norm, _embed, _activate, _finish, _per_layer, _softcap: checks of the arguments, and launches.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "calls.h"
+#include "checks.cuh"
 #include "rows.cuh"
-#include "rows_checks.cuh"
 #include "rows_embed.cuh"
 
 namespace amq::rows {
@@ -58,7 +59,9 @@ int amq_cuda_norm(const NormCall* call, void* stream) {
     // Threads read and write their own elements: in place these have to be the same bytes.
     if (call->y == call->x && (call->y_kind != kFloat || call->y_stride != call->x_stride)) return kBadSize;
     const int64_t pieces = static_cast<int64_t>(call->rows) * call->parts;
-    return launch_pieces(norm_kernel<kLongPieceWarps>, norm_kernel<1>, pieces, call->features, stream, *call);
+    // A whole row is added up as by linears that norm their input, however short it is.
+    const int length = call->parts == 1 ? std::max(call->features, kLongPiece) : call->features;
+    return launch_pieces(norm_kernel<kLongPieceWarps>, norm_kernel<1>, pieces, length, stream, *call);
 }
 
 int amq_cuda_embed(const EmbedCall* call, void* stream) {

@@ -3,12 +3,14 @@
 //
 // Norms take pieces: a row, or one of the equal parts that it is cut into. A block takes a long piece, a warp a short one; a
 // thread takes every so many-th element of it. Sums of squares are added in an order that depends on the piece's length
-// alone: a thread's own in order, then across its warp, then warp after warp.
+// alone: norm.cuh.
 
 #pragma once
 
+#include "activation.cuh"
 #include "calls.h"
 #include "device.cuh"
+#include "norm.cuh"
 
 namespace amq::rows {
 
@@ -32,13 +34,11 @@ struct Team {
 
     // The sum over the team, for each of its threads.
     AMQ_DEVICE float sum(float value, float (&partials)[kWarps]) const {
-        value = warp_sum(value);
+        value = warp_sum_upward(value);
         if constexpr (kWarps == 1) return value;
         if (thread % kLanes == 0) partials[thread / kLanes] = value;
         synchronize();
-        float all = 0.0f;
-        for (float partial : partials) all += partial;
-        return all;
+        return sum_upward(partials);
     }
 
     // What makes scale · x [features] a vector whose mean of squares is 1.
@@ -48,7 +48,7 @@ struct Team {
             const float v = scale * x[k];
             squares = fmaf(v, v, squares);
         }
-        return 1.0f / sqrtf(sum(squares, partials) / static_cast<float>(features) + epsilon);
+        return norm_factor(sum(squares, partials), features, epsilon);
     }
 };
 
@@ -96,24 +96,6 @@ __global__ void __launch_bounds__(kLongPieceThreads) per_layer_kernel(PerLayerCa
         const float v = call.norm[k] * (call.projection_scale * sum[k] * norm);
         sum[k] = call.sum_scale * fmaf(call.table_scale, token[k], v);
     }
-}
-
-// x · sigmoid(inner); 0 where e^(−inner) overflows.
-AMQ_DEVICE float gated(float x, float inner) { return x / (1.0f + expf(-inner)); }
-
-// Comparisons are such that what is not a number stays so.
-AMQ_DEVICE float activated(int activation, float gate, float up, float limit) {
-    if (activation == kSilu) return gated(gate, gate) * up;
-    if (activation == kGeluTanh) {  // (1 + tanh(x)) / 2 = sigmoid(2x)
-        constexpr float kTwice = 1.5957691216f;  // 2√(2/π)
-        return gated(gate, kTwice * fmaf(gate * gate * gate, 0.044715f, gate)) * up;
-    }
-    if (activation == kClampedSwiglu) {
-        const float g = gate > limit ? limit : gate;
-        const float u = up > limit ? limit : up < -limit ? -limit : up;
-        return gated(g, 1.702f * g) * (u + 1.0f);
-    }
-    return gate < 0.0f ? 0.0f : gate * gate;
 }
 
 // Blocks of kThreads features of a row.

@@ -3,7 +3,7 @@
 #include <cstdint>
 
 #include "calls.h"
-#include "rows_checks.cuh"
+#include "checks.cuh"
 #include "rows_dense.cuh"
 
 namespace amq::rows {

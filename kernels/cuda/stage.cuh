@@ -19,6 +19,7 @@
 #include <type_traits>
 
 #include "elements.cuh"
+#include "norm.cuh"
 #include "rounding.cuh"
 
 namespace amq {
@@ -48,6 +49,7 @@ struct Source {
     int64_t stride;
     int kind, in_features;
     const float* norm;  // or null
+    int normed_kind;    // 16 bits that a normed row is rounded to before it is rounded to 8, as where it comes from memory
     float epsilon;
     int rows;
     const int32_t* which;                // [rows]
@@ -84,17 +86,17 @@ AMQ_DEVICE void norm_features(const Source& source, float factor, int k, float (
     for (int i = 0; i < 4; ++i) v[i] = weight[i] * (v[i] * factor);
 }
 
-// Σx² of whole rows, to source.squares. By the whole block.
+// Σx² of whole rows, to source.squares, in the order of norm.cuh. By the whole block.
 AMQ_DEVICE void sum_squares(const Source& source) {
     const int warp = threadIdx.x / kWarp;
     for (int row = 0; row < source.rows; ++row) {
-        float sum = 0.0f;
+        float sums[4] = {};
         for (int k = 4 * threadIdx.x; k < source.in_features; k += 4 * kThreads) {
             float v[4];
             load_features(source, row, k, v);
-            sum += (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3]);
+            for (int i = 0; i < 4; ++i) sums[i] = fmaf(v[i], v[i], sums[i]);
         }
-        sum = warp_sum(sum);
+        const float sum = warp_sum_upward(sum_upward(sums));
         if (threadIdx.x % kWarp == 0) source.squares[row][warp] = sum;
     }
     synchronize();
@@ -102,9 +104,7 @@ AMQ_DEVICE void sum_squares(const Source& source) {
 
 // x of a row is multiplied with it before the norm's weight.
 AMQ_DEVICE float norm_factor(const Source& source, int row) {
-    const float* part = source.squares[row];
-    const float sum = (part[0] + part[1]) + (part[2] + part[3]);
-    return 1.0f / sqrtf(sum / static_cast<float>(source.in_features) + source.epsilon);
+    return norm_factor(sum_upward(source.squares[row]), source.in_features, source.epsilon);
 }
 
 // A lane's part of a unit: features 4·j … + 3 of each half, j = lane % 8, one unit per 8 lanes.
@@ -122,6 +122,16 @@ AMQ_DEVICE void over_group(float (&half)[2], Combine combine) {
 }
 
 AMQ_DEVICE float add(float a, float b) { return a + b; }
+
+template <class T>
+AMQ_DEVICE void round_to(Piece& piece) {
+    for (auto& half : piece.v)
+        for (float& value : half) {
+            T rounded;
+            from_float(value, &rounded);
+            value = to_float(rounded);
+        }
+}
 
 // The scales of the two halves of a unit; v becomes codes.
 template <int kGroup>
@@ -172,7 +182,11 @@ AMQ_DEVICE void stage_units(const Source& source, int range, int row, int unit, 
         if (source.norm) norm_features(source, factor, k, piece.v[half]);
     }
     float scales[2];
-    if constexpr (kIsInt8<Element>) round_to_codes<kGroup>(piece, scales);
+    if constexpr (kIsInt8<Element>) {
+        if (source.norm && source.normed_kind == kHalf) round_to<__half>(piece);
+        if (source.norm && source.normed_kind == kBfloat16) round_to<__nv_bfloat16>(piece);
+        round_to_codes<kGroup>(piece, scales);
+    }
     store_piece(piece, to + Sizes::kHead + row * Sizes::kPitch + unit * kUnit * Sizes::kBytes, j, Element());
     float sums[2];
     for (int half = 0; half < 2; ++half) {

@@ -1,13 +1,10 @@
 // The C functions of operators that carry a state on: what calls.h says of DeltaCall and ShortConvCall.
 
+#include "checks.cuh"
 #include "states_delta.cuh"
 
 namespace amq::states {
 namespace {
-
-bool unaligned(const void* address) { return reinterpret_cast<uintptr_t>(address) % 16 != 0; }
-
-bool is_kind(int kind) { return kind == kHalf || kind == kBfloat16 || kind == kFloat; }
 
 bool has_all(const Segments& segments) { return segments.first && segments.count && segments.state && segments.begins; }
 
@@ -16,8 +13,8 @@ bool is_head(int features) { return features >= 16 && features <= kMostStateHead
 
 // Whether S of every sequence begins at a multiple of 16 bytes, and so does a row of mixed.
 bool has_whole_vectors(const DeltaCall& call) {
-    return !unaligned(call.states) && call.state_floats % 4 == 0 && call.state_offset % 4 == 0 && !unaligned(call.mixed) &&
-           call.mixed_stride % 4 == 0;
+    return at_multiple(call.states, 16) && call.state_floats % 4 == 0 && call.state_offset % 4 == 0 &&
+           at_multiple(call.mixed, 16) && call.mixed_stride % 4 == 0;
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include "activation.cuh"
 #include "device.cuh"
 
 namespace amq::states {
@@ -23,8 +24,6 @@ AMQ_DEVICE Segment segment_of(const Segments& segments, int index, float* states
     return {segments.first[index], segments.count[index], segments.begins[index] != 0,
             states + segments.state[index] * state_floats + state_offset};
 }
-
-AMQ_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // One channel over the tokens of a segment.
 struct Convolution {

@@ -1,4 +1,4 @@
-// What the C functions of rows.cu and rows_dense.cu ask of their arguments.
+// What the C functions ask of their arguments.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 #include "calls.h"
 
-namespace amq::rows {
+namespace amq {
 
 inline bool is_kind(int kind) { return kind == kHalf || kind == kBfloat16 || kind == kFloat; }
 inline int element_bytes(int kind) { return kind == kFloat ? 4 : 2; }
@@ -18,4 +18,4 @@ inline bool bad(const void* address, int bytes) { return !address || !at_multipl
 inline bool bad(const float* address) { return bad(address, alignof(float)); }
 inline bool bad_if_any(const float* address) { return address && bad(address); }
 
-}  // namespace amq::rows
+}  // namespace amq
