@@ -231,6 +231,7 @@ def test_a_library_newer_than_the_driver_is_noticed(library: cuda.Library, monke
     monkeypatch.setenv("AMQ_SHIM_DRIVER", "12040")
     monkeypatch.setattr(cuda, "library", lambda: library)
     monkeypatch.setattr(cuda, "_no_device", lambda: None)  # as if torch had a GPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     cuda._not_loadable.cache_clear()
     reason = cuda.unsupported_reason(FORMATS["int3"])
     cuda._not_loadable.cache_clear()
