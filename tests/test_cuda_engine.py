@@ -27,7 +27,7 @@ from amq.runtime.cuda_buffers import StepPlaces
 from amq.runtime.cuda_engine import CudaEngine, open_cuda
 from amq.runtime.decoder_spec import DecoderSpec, Mixture
 from amq.runtime.engine import Segment
-from amq.runtime.families import FAMILIES, Unsupported, read_spec
+from amq.runtime.families import Unsupported, read_spec
 from amq.runtime.native_engine import open_native
 from amq.runtime.paged_engine import PagedSlot
 from amq.runtime.settings import Sampling
@@ -403,8 +403,3 @@ def test_device_cuda_picks_it(folder: Callable[[str], Path], monkeypatch: pytest
     assert found is None and why == "the CUDA engine is for device cuda, backend cuda and float16 or bfloat16"
     found, why = loading._load_own(checkpoint, loading.LoadSettings.make(device="cuda"))  # the first GPU is too old
     assert found is None and why == "backend cuda does not run its formats here"
-
-
-def test_every_family_has_a_case() -> None:
-    cased = {build().config.get_text_config(decoder=True).model_type for build in CASES.values()}
-    assert set(FAMILIES) == cased
