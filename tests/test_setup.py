@@ -54,8 +54,8 @@ def test_kernels_compile_for_an_nvcc_without_maxnreg(tmp_path: Path) -> None:
     """CUDA before 12.4, stood in for by the macro that device.cuh sets from its version; device code, no warning."""
     source = tmp_path / "one.cu"
     source.write_text(
-        '#include "gemv.cuh"\nnamespace amq {\n'
-        "template __global__ void linear_kernel<Int8Element, 128>(LinearArguments);\n}\n"
+        '#include "linear.cuh"\nnamespace amq {\n'
+        "template __global__ void linear_kernel<Int8Element, 128>(const __grid_constant__ LinearArguments);\n}\n"
     )
     (tmp_path / "amq_formats.h").write_text(native_header())
     kernels = ROOT / "kernels" / "cuda"
@@ -77,4 +77,4 @@ def test_kernels_compile_for_an_nvcc_without_maxnreg(tmp_path: Path) -> None:
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr[-3000:]
         ptx[has] = out.read_text()
-    assert ".maxnreg" in ptx[1] and ".maxnreg" not in ptx[0] and ".maxntid 256" in ptx[0]
+    assert ".maxnreg" in ptx[1] and ".maxnreg" not in ptx[0] and ".maxntid 128" in ptx[0]

@@ -387,12 +387,15 @@ def now() -> float:
 
 
 def leave_on_termination() -> None:
-    """SIGTERM, which `timeout` sends, leaves through every `finally`."""
+    """SIGTERM, which `timeout` sends, leaves through every `finally`; again each second, since an exception is lost where
+    it meets a callback of C code or a destructor."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        signal.setitimer(signal.ITIMER_REAL, 1.0)
+        raise SystemExit(128 + signal.SIGTERM)
 
     signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGALRM, leave)
 
 
 def say(text: str) -> None:

@@ -24,7 +24,7 @@
 namespace amq {
 
 // Of a lane: two blocks of four warps fit a multiprocessor, each with a slab in its registers or on the way there.
-constexpr int kRegisters = 240;
+constexpr int kRegisters = 255;
 constexpr int kBlocksOfMultiprocessor = 2;
 constexpr int kWeightRegisters = 48;  // of those, for the codes of one slab of a warp's rows
 
