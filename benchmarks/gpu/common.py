@@ -387,8 +387,8 @@ def now() -> float:
 
 
 def leave_on_termination() -> None:
-    """SIGTERM, which `timeout` sends, leaves through every `finally`; again each second, since an exception is lost where
-    it meets a callback of C code or a destructor."""
+    """SIGTERM, which `timeout` sends, leaves through every `finally`; again each second, since an exception is lost
+    where it meets a callback of C code or a destructor."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         signal.setitimer(signal.ITIMER_REAL, 1.0)
