@@ -73,13 +73,13 @@ def test_the_stand_in_refuses_what_a_gpu_does() -> None:
         assert torch.zeros(3, device=device).device == x.new_empty(2).device == device
 
 
-QUANTIZERS = [
+ROUNDED = [
     *((proxy, zero_points) for proxy in ("gptq", "clip", "rtn") for zero_points in ZERO_POINTS),
     ("hqq", "fractional"),  # what that library solves for
 ]
 
 
-@pytest.mark.parametrize("proxy, zero_points", QUANTIZERS)
+@pytest.mark.parametrize("proxy, zero_points", ROUNDED)
 def test_quantizers_work_where_the_weights_are(proxy: str, zero_points: str) -> None:
     """As torch's code on a CPU to the bit: for gptq that is the specification of the CPU's kernels, and rtn's agree."""
     gram = random_gram(IN_FEATURES) if proxy in NEEDS_GRAM else None
