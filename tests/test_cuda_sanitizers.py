@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 CASES = {
     "test_cuda": ("fused or rows_do_not or odd_addresses", "outputs_are or not_finite or one_hot"),
     "test_cuda_attention": ("test_decode and (uneven or gated or many) or long_texts", "positions or another_step"),
-    "test_cuda_engine": ("share_passes and (gemma3 or qwen3_moe) or on_their_own and lfm2", ""),
+    "test_cuda_engine": ("on_their_own and lfm2", "share_passes and (gemma3 or qwen3_moe)"),
     "test_cuda_linear": ("test_experts or test_activations or norm_in_front", "rows_of_a_weight or kinds or stream"),
     "test_cuda_mixture": ("rows_do_not_depend or are_listed or summed_by_themselves or nothing_to_do", ""),
     "test_cuda_rows": (
