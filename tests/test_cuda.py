@@ -7,13 +7,12 @@ test_cuda_sanitizers.py runs parts of this file that way, under the address and 
 
 from __future__ import annotations
 
-import os
 from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 from helpers.packed import random_packed
 from torch import Tensor
 
@@ -23,7 +22,6 @@ from amq.kernels import backends, cuda
 from amq.kernels import gpu_layout as layout
 from amq.packing import PackedWeight, PreparedWeight, dequantize, unpack_codes
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 DTYPES = (torch.float16, torch.bfloat16)
 SHAPES = ((24, 1100, 64, 1), (13, 577, 32, 3), (40, 512, 128, 8), (70, 2600, 128, 5), (9, 64, 32, 2))
 """out_features, in_features, group_size, rows."""
@@ -35,8 +33,7 @@ every_mode = pytest.mark.parametrize("mode", backends.ACTIVATIONS)
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda.Library:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim")))
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim")))
 
 
 def prepared(packed: PackedWeight) -> PreparedWeight:

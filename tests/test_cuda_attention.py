@@ -7,21 +7,18 @@ as in test_cuda.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 from torch import Tensor
 
 from amq.errors import AmqError
 from amq.kernels import cuda
 from amq.kernels.cuda_calls import KINDS, STORE_KEYS, AttentionCall, Call, CallLibrary
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 PAGE, CONTEXT = 64, 1024
 CACHES = ("fp16", "int8")
 NOT_WRITTEN = -12345.0
@@ -31,8 +28,7 @@ every_cache = pytest.mark.parametrize("cache", CACHES)
 
 @pytest.fixture(scope="session")
 def calls(tmp_path_factory: pytest.TempPathFactory) -> CallLibrary:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim"))).calls
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim"))).calls
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,11 @@ differ.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 from torch import Tensor
 
 from amq.errors import AmqError
@@ -21,7 +19,6 @@ from amq.kernels import cuda_calls as calls
 from amq.kernels import gpu_layout as layout
 from amq.packing import PackedWeight, PreparedWeight, dequantize, pack_codes
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 EPSILON = 1e-5
 INT8 = pytest.mark.parametrize("int8", (False, True), ids=("exact", "int8"))
 ACTIVATIONS = {
@@ -36,8 +33,7 @@ ACTIVATIONS = {
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda.Library:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim")))
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim")))
 
 
 class Linear:

@@ -7,7 +7,6 @@ AMQ_TEST_CUDA_LIBRARY names another build: test_cuda_sanitizers.py runs parts of
 from __future__ import annotations
 
 import ctypes
-import os
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from cuda_shim.build import build_shim, runtime_library
+from cuda_shim.build import chosen_build, runtime_library
 from helpers import unchanged
 from torch import Tensor
 
@@ -24,7 +23,6 @@ from amq.formats import native_header
 from amq.kernels import cuda
 from amq.kernels.cuda_calls import Call, ChooseCall, CombineCall, ExpertRows
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 U = torch.finfo(torch.float32).eps / 2
 LANES, MOST_ROWS = 32, 8
 EPSILON = 1e-6
@@ -54,8 +52,7 @@ extern "C" void choose(int experts, int top_k, int sigmoid, int normalized, int 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda.Library:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim")))
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim")))
 
 
 @pytest.fixture(scope="session")

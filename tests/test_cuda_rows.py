@@ -7,14 +7,12 @@ most the additions that a term goes through times u times the sum of magnitudes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 from helpers.packed import SYNTHETIC, assert_same_bits, guarded, random_packed
 from torch import Tensor
 
@@ -24,7 +22,6 @@ from amq.kernels import cuda, cuda_calls, gpu_layout
 from amq.kernels.cuda_calls import ACTIVATIONS, KINDS, PACKED_ROWS, PREPARED, Call
 from amq.packing import dequantize
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 U = 2.0**-24
 ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 0.0), torch.float32: (0.0, 2.0**-126)}
 """Of a last conversion: relative to the result, and of its subnormal numbers; float32's may be zeros."""
@@ -37,8 +34,7 @@ every_kind = pytest.mark.parametrize("dtype", KINDS, ids=("fp16", "bf16", "fp32"
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda_calls.CallLibrary:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim"))).calls
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim"))).calls
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ asked for, each must come back, which it does only if the survivors and their we
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 from helpers.cuda_kernels import check_resources, compile_kernels
 from scipy.stats import chi2
 from torch import Tensor
@@ -26,7 +25,6 @@ from amq.kernels.cuda_calls import Call, SampleCall
 from amq.runtime.sampling import survivors
 from amq.runtime.settings import Sampling
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 GOLDEN, FACTORS, WORD = 0x9E3779B97F4A7C15, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB), 2**64
 ERROR = 2**-20
 """Of a running sum of weights, as a share of their total: each of the two float32 exponentials is within 2 ulp (2^-22),
@@ -36,8 +34,7 @@ STEPS = 3
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda.Library:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim")))
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim")))
 
 
 def mixed(v: int) -> int:

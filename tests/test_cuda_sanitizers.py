@@ -8,8 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from cuda_shim.build import build_shim, sanitizer_environment
-from helpers.cuda_on_cpu import BUILD
+from cuda_shim.build import BUILD, build_shim, sanitizer_environment
 from helpers.nested import run_nested
 
 TESTS = Path(__file__).parent

@@ -6,16 +6,14 @@ AMQ_TEST_CUDA_LIBRARY names another build: test_cuda_sanitizers.py runs parts of
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 from helpers.state_models import EPSILON, OPERATORS, Model, delta_net, model, text
 from torch import Tensor
 
@@ -24,7 +22,6 @@ from amq.kernels import cuda
 from amq.kernels.cuda_calls import KINDS, Call, DeltaCall, ShortConvCall
 from amq.runtime.decoder_spec import DeltaNet, Heads
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
 STATES, FIRST = 6, 4
 """States of a pool; floats of other steps before this one's part of each."""
 EPS = torch.finfo(torch.float32).eps
@@ -38,8 +35,7 @@ WIDE = {
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda.Library:
-    path = os.environ.get(BUILD)
-    return cuda.Library(Path(path) if path else build_shim(tmp_path_factory.mktemp("shim")))
+    return cuda.Library(chosen_build(tmp_path_factory.mktemp("shim")))
 
 
 @cache

@@ -18,7 +18,6 @@ ITS_OWN = {
     "gpu/plot.py": "writes suite.json again, for people",
     "gpu/correctness.py": "has the section of suite.json in its file",
     "gpu/roofline.py": "a source file for nvcc",
-    "gpu/attention_cost.py": "a header for nvcc",
     "attacks/bench.py": "a chat template of a copy of the checkpoint",
     "serve_lm_eval.py": "the task that lm-eval reads",
     "export_matrix.py": "the tokens that its loaders read",

@@ -78,8 +78,9 @@ def _mixed(op: DeltaNet) -> int:
 
 
 class Inputs:
-    """What a pass is told, in the device's memory: int32 [rows] each, but tables, the pages of every place for a
-    sequence [places, pages]; and of segments, for recurrent models, [rows].
+    """What a pass is told, in the device's memory: int32 [rows] each, of segments, for recurrent models, too.
+
+    tables: int32 [places, pages], the pages of every place for a sequence; other inputs may share it.
 
     The host writes them through `write`, one copy for all: of all rows, as rows of it alone would lie in pieces, which
     torch gathers in memory that is not pinned.
@@ -87,7 +88,8 @@ class Inputs:
 
     FIELDS = ("tokens", "positions", "slots", "long_text", "first", "count", "state", "begins")
 
-    def __init__(self, rows: int, places: int, pages: int, device: torch.device) -> None:
+    def __init__(self, rows: int, tables: Tensor) -> None:
+        device = tables.device
         pinned = device.type == "cuda"
         self._host = torch.zeros(len(self.FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
         self._host[1] = -1
@@ -95,8 +97,7 @@ class Inputs:
         self._all = self._host.to(device, copy=True)
         self.tokens, self.positions, self.slots, self.long_text = self._all[:4]
         self.first, self.count, self.state, self.begins = self._all[4:]
-        self.tables = torch.zeros(places, pages, dtype=torch.int32, device=device)
-        self.places = places
+        self.tables = tables
 
     def write(self, rows: int, fields: dict[str, list[int]]) -> None:
         """Rows 0 … rows − 1 of every field; what `fields` leaves out, and is too short for, is 0, a position −1."""
@@ -120,7 +121,7 @@ class Inputs:
     def segment_fields(self, rows: int, decode: bool) -> dict[str, Any]:
         """A segment for each row of a decode pass; in a prompt at most one for each place for a sequence."""
         return {
-            "n": rows if decode else min(rows, self.places), "longest": 1 if decode else rows, "first": self.first,
+            "n": rows if decode else min(rows, len(self.tables)), "longest": 1 if decode else rows, "first": self.first,
             "count": self.count, "state": self.state, "begins": self.begins,
         }  # fmt: skip
 

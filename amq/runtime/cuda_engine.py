@@ -84,14 +84,15 @@ class CudaEngine(PagedEngine):
         n_pages = max_sequences * -(-context // PAGE)
         states = self._make_states(places, max_sequences, n_pages, free, state_cache)
         super().__init__(spec, context, max_sequences, PAGE, places.page_bytes, states)
-        self._inputs = Inputs(MAX_ROWS, max_sequences, -(-context // PAGE), self._device)
+        pages = torch.zeros(max_sequences, -(-context // PAGE), dtype=torch.int32, device=self._device)
+        self.inputs = Inputs(MAX_ROWS, pages)
         memory = None if states is None else states.memory
         key_cache = KeyCache(places, n_pages, cache, self._device)
 
         def builder(inputs: Inputs) -> PassBuilder:
             return PassBuilder(self._library, weights, self._buffers, inputs, key_cache, memory, int8, many)
 
-        self._builder = builder(self._inputs)
+        self._builder = builder(self.inputs)
         self._free_places = list(range(max_sequences - 1, -1, -1))
         self._places: dict[PagedSlot, int] = {}
         self._tables: dict[int, Any] = {}  # pages of each place, as the device has them
@@ -137,12 +138,19 @@ class CudaEngine(PagedEngine):
         return RecurrentStates(places.state_floats, PAGE, running, n_kept, self._device)
 
     def _decode_pass(self, rows: int) -> Callable[[], Tensor]:
-        """Launches a pass of up to `rows` tokens of as many sequences, and returns their logits, float32 [rows,
-        vocabulary], valid until the next pass."""
-        body = self._builder.build(rows, decode=True)
-        logits = torch.zeros(rows, self.vocab_size, device=self._device)
-        head = self._builder.build_head(self._buffers.stream[:rows], logits)
+        body, head, logits = self.decode_calls(self._builder, rows)
         self.launches[rows] = len(body.parts), len(head.parts)
+        return self.decode_run(body, head, logits)
+
+    def decode_calls(self, builder: PassBuilder, rows: int) -> tuple[PassCalls, PassCalls, Tensor]:
+        """Of a pass of up to `rows` tokens of as many sequences, and of its head; and the logits that they give,
+        float32 [rows, vocabulary]."""
+        body = builder.build(rows, decode=True)
+        logits = torch.zeros(rows, self.vocab_size, device=self._device)
+        return body, builder.build_head(self._buffers.stream[:rows], logits), logits
+
+    def decode_run(self, body: PassCalls, head: PassCalls, logits: Tensor) -> Callable[[], Tensor]:
+        """What launches a decode pass and returns its logits, valid until the next pass."""
 
         def run() -> Tensor:
             self.launch(body)
@@ -221,7 +229,7 @@ class CudaEngine(PagedEngine):
         slots = [segment.slot for _, segment, _ in group]
         fields = self.row_fields(slots, [slot.length for slot in slots])
         fields["tokens"] = [segment.tokens[0] for _, segment, _ in group]
-        self._inputs.write(rows, fields)
+        self.inputs.write(rows, fields)
         found = self._decodes[rows]()
         wanted = [(index, places[row]) for index, (row, _, _) in enumerate(group) if row in places]
         if wanted:
@@ -247,7 +255,7 @@ class CudaEngine(PagedEngine):
         known = self._tables.get(place)
         if known is None or not np.array_equal(known, slot.pages):
             self._tables[place] = slot.pages.copy()
-            self._inputs.tables[place, : len(slot.pages)] = torch.from_numpy(self._tables[place])
+            self.inputs.tables[place, : len(slot.pages)] = torch.from_numpy(self._tables[place])
         return place
 
     def _in_pieces(
@@ -288,7 +296,7 @@ class CudaEngine(PagedEngine):
         size = _rounded(rows)
         if size not in self._prompts:
             self._prompts[size] = self._builder.build(size, decode=False)
-        self._inputs.write(size, fields)
+        self.inputs.write(size, fields)
         self.launch(self._prompts[size])
         for begin in range(0, len(source), MAX_SCORED):
             some = slice(begin, begin + MAX_SCORED)

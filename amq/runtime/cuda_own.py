@@ -48,9 +48,7 @@ class OwnPass:
     def __init__(self, engine: CudaEngine, builder: Callable[[Inputs], PassBuilder], sizes: Sequence[int]) -> None:
         self._engine, device = engine, engine._device
         most = max(sizes)
-        self.inputs = Inputs(most, 0, 0, device)
-        self.inputs.tables = engine._inputs.tables
-        self.inputs.places = engine._inputs.places
+        self.inputs = Inputs(most, engine.inputs.tables)
         self._floats = {name: torch.zeros(most, device=device) for name in ("temperature", "top_p", "min_p")}
         self._top_k, self._drawn = (torch.zeros(most, dtype=torch.int32, device=device) for _ in range(2))
         self._seed = torch.zeros(most, dtype=torch.int64, device=device)
@@ -58,16 +56,14 @@ class OwnPass:
         self._step = torch.zeros(1, dtype=torch.int32, device=device)
         self._host = torch.zeros(LATE, most, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._builder = builder(self.inputs)
-        self._runs = {rows: engine.captured(self._make(rows)) for rows in sizes}
+        self._runs = {rows: self._make(rows) for rows in sizes}
         self.rows: list[OwnRow] = []
         self._launched = self._unread = 0
         self._events: list[Any] = [None] * LATE
 
     def _make(self, rows: int) -> Callable[[], Tensor]:
         engine = self._engine
-        body = self._builder.build(rows, decode=True)
-        logits = torch.zeros(rows, engine.vocab_size, device=engine._device)
-        head = self._builder.build_head(engine._buffers.stream[:rows], logits)
+        body, head, logits = engine.decode_calls(self._builder, rows)
         fields = {
             "rows": rows, "vocabulary": engine.vocab_size, "logits": logits, "tokens": self.inputs.tokens,
             "positions": self.inputs.positions, **self._floats, "top_k": self._top_k, "seed": self._seed,
@@ -80,13 +76,7 @@ class OwnPass:
         call.struct.scratch = scratch.data_ptr()
         call.keep.append(scratch)
         head.parts.append(call)
-
-        def run() -> Tensor:
-            engine.launch(body)
-            engine.launch(head)
-            return logits
-
-        return run
+        return engine.decode_run(body, head, logits)
 
     def deal(self, rows: list[OwnRow]) -> None:
         """The rows of the passes from now on; nothing may be unread."""

@@ -22,7 +22,7 @@ from amq.kernels import cuda_calls as calls
 from amq.kernels.cuda_calls import KINDS, MOST_ROWS, MOST_WEIGHTS, Call, CallLibrary
 from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import Buffers, Inputs, KeyCache
-from amq.runtime.cuda_weights import CudaWeights, ExpertTables, expert_tables
+from amq.runtime.cuda_weights import CudaWeights, ExpertTables, expert_tables, gate_and_up, in_whole_tiles
 from amq.runtime.decoder_spec import (
     RELU2,
     Array,
@@ -387,12 +387,10 @@ class PassBuilder:
 
     def _pair(self, op: Mlp) -> list[dict[str, Any]] | None:
         """Gate and up as the weights of one call; None where they are not all packed, or meet within a tile."""
-        wide, linears = op.down.in_features, op.in_.linears
-        if not self._is_packed(op.in_):
+        windows = gate_and_up(op)
+        if not self._is_packed(op.in_) or not in_whole_tiles(windows):
             return None
-        if len(linears) == 2 or op.activation == RELU2:
-            return [self._weight(linear) for linear in linears]
-        return [self._weight(linears[0], 0, wide), self._weight(linears[0], wide, wide)] if wide % 8 == 0 else None
+        return [self._weight(*window) for window in windows]
 
     def _activate(self, activation: str, limit: float, gate: Tensor, up: Tensor, features: int) -> None:
         y = self._b.wide_input

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +13,9 @@ from amq.checkpoint.store import Checkpoint
 from amq.kernels import gpu_layout
 from amq.kernels.cuda_calls import ExpertWeight, device_structs
 from amq.packing import PackedWeight, PreparedWeight
-from amq.runtime.decoder_spec import DecoderSpec, Mixture, Mlp, Projection
+from amq.runtime.decoder_spec import DecoderSpec, Linear, Mixture, Mlp
 from amq.runtime.families import Unsupported
-from amq.runtime.weights import Weights
+from amq.runtime.weights import Weights, expert_linears
 
 
 class CudaWeights(Weights):
@@ -34,12 +34,7 @@ class CudaWeights(Weights):
 
     def of_many_rows(self) -> list[PreparedWeight]:
         """What passes multiply more than 8 rows by: not the experts."""
-        experts = {
-            linear.name
-            for mixture in self.spec.parts(Mixture)
-            for expert in mixture.experts
-            for linear in (*expert.in_.linears, *expert.down.linears)
-        }
+        experts = {linear.name for mixture in self.spec.parts(Mixture) for linear in expert_linears(mixture)}
         return [weight for name, weight in self.prepared.items() if name not in experts]
 
     def _put_prepared(self, key: str, packed: PackedWeight) -> tuple[int, int]:
@@ -75,36 +70,46 @@ class ExpertTables:
     down_table: Tensor
 
 
+Window = tuple[Linear, int, int]
+"""Rows of a linear's weight: the first, and how many."""
+
+
+def gate_and_up(op: Mlp) -> list[Window]:
+    """Gate and up, or up alone (relu2), whatever linears hold them."""
+    wide = op.down.in_features
+    if len(op.in_.linears) == 1 and op.in_.out_features != wide:
+        return [(op.in_.linears[0], begin, wide) for begin in (0, wide)]
+    return [(linear, 0, linear.out_features) for linear in op.in_.linears]
+
+
+def in_whole_tiles(windows: list[Window]) -> bool:
+    return all(begin % gpu_layout.TILE_ROWS == 0 for _, begin, _ in windows)
+
+
 def expert_tables(weights: CudaWeights, op: Mixture) -> ExpertTables:
-    return ExpertTables(*_table(weights, op, lambda expert: expert.in_), *_table(weights, op, lambda e: e.down))
+    down = [[(expert.down.linears[0], 0, expert.down.out_features)] for expert in op.experts]
+    return ExpertTables(*_table(weights, [gate_and_up(expert) for expert in op.experts]), *_table(weights, down))
 
 
-def _table(
-    weights: CudaWeights, op: Mixture, projection: Callable[[Mlp], Projection]
-) -> tuple[list[dict[str, Any]], Tensor]:
-    first, wide = projection(op.experts[0]), op.experts[0].down.in_features
-    windows = [(linear, 0, linear.out_features) for linear in first.linears]
-    if first is op.experts[0].in_ and len(first.linears) == 1 and first.out_features == 2 * wide:
-        windows = [(first.linears[0], begin, wide) for begin in (0, wide)]
-    shapes = [{"all_rows": linear.out_features, "first_row": begin, "rows": rows} for linear, begin, rows in windows]
+def _table(weights: CudaWeights, experts: list[list[Window]]) -> tuple[list[dict[str, Any]], Tensor]:
+    shapes = [{"all_rows": linear.out_features, "first_row": begin, "rows": rows} for linear, begin, rows in experts[0]]
     table = []
-    for expert in op.experts:
-        linears = projection(expert).linears
-        for i, (_, begin, _) in enumerate(windows):
-            linear = linears[i % len(linears)]
-            prepared = weights.prepared[linear.name]
-            bias = weights.elements[f"{linear.name}.bias"].data_ptr() + 4 * begin if linear.bias else None
-            table.append(ExpertWeight(prepared.data.data_ptr(), bias, prepared.format.bits))
+    for linear, begin, _ in (window for windows in experts for window in windows):
+        prepared = weights.prepared[linear.name]
+        bias = weights.elements[f"{linear.name}.bias"].data_ptr() + 4 * begin if linear.bias else None
+        table.append(ExpertWeight(prepared.data.data_ptr(), bias, prepared.format.bits))
     return shapes, device_structs(table, weights.device)
 
 
 def check_supported(spec: DecoderSpec, formats: Container[str]) -> None:
     """Raises Unsupported for what the CUDA engine lacks. formats: names of the linears that are quantized."""
     for mixture in spec.parts(Mixture):
-        for expert in mixture.experts:
-            for linear in (*expert.in_.linears, *expert.down.linears):
-                if linear.name not in formats:
-                    raise Unsupported(f"the CUDA engine wants experts quantized, {linear.name} is not")
-        wide = mixture.experts[0].down.in_features
-        if len(mixture.experts[0].in_.linears) == 1 and mixture.experts[0].in_.out_features != wide and wide % 8:
-            raise Unsupported(f"the CUDA engine wants experts of a width that divides by 8, not {wide}")
+        for linear in expert_linears(mixture):
+            if linear.name not in formats:
+                raise Unsupported(f"the CUDA engine wants experts quantized, {linear.name} is not")
+        first = mixture.experts[0]
+        if not in_whole_tiles(gate_and_up(first)):
+            raise Unsupported(
+                f"the CUDA engine wants experts of a width that divides by {gpu_layout.TILE_ROWS}, not "
+                f"{first.down.in_features}"
+            )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -194,10 +193,11 @@ class Weights:
             sizes[self._known[array.key]] = 1.0
         for mixture in self.spec.parts(Mixture):
             share = mixture.router.top_k / len(mixture.experts)
-            for linear in (linear for expert in mixture.experts for linear in _linears(expert)):
+            for linear in expert_linears(mixture):
                 sizes[self._known[linear.name]] = share
         return round(sum(size * share for (address, size), share in sizes.items() if address not in looked_up))
 
 
-def _linears(expert: Any) -> tuple[Linear, ...]:
-    return (*expert.in_.linears, *expert.down.linears)
+def expert_linears(mixture: Mixture) -> list[Linear]:
+    """Of all experts but a shared one."""
+    return [linear for expert in mixture.experts for linear in (*expert.in_.linears, *expert.down.linears)]

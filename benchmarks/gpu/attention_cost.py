@@ -9,7 +9,6 @@ docs/gpu.md. Nothing runs on a GPU. The gates of tests/test_cuda_attention_compi
 from __future__ import annotations
 
 import re
-import subprocess
 import sys
 import tempfile
 from collections import Counter
@@ -17,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import sass
-from roofline import GPUS, ISSUE_SLOTS, KERNELS, Gpu, known_architectures
-
-from amq.formats import native_header
+from roofline import GPUS, ISSUE_SLOTS, KERNELS, Gpu, compile_source, known_architectures, sections
 
 TILE = 16
 """Positions of a tile (kTile of attention.cuh)."""
@@ -70,23 +67,14 @@ def position_bytes(cache: str, features: int) -> int:
 def read_kernels(architectures: tuple[int, ...]) -> list[Kernel]:
     """Every kernel of attention, compiled from one PTX for each of `architectures`."""
     with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "attention.ptx")
-        Path(folder, "amq_formats.h").write_text(native_header())
-        options = ["-O3", "-std=c++17", f"-I{folder}", "-arch=compute_80", "-Werror=all-warnings", "-ptx"]
-        subprocess.run(["nvcc", *options, str(KERNELS / "attention.cu"), "-o", str(ptx)], check=True)
-        kernels = []
-        for architecture in architectures:
-            cubin = Path(folder, f"{architecture}.cubin")
-            sass.run("ptxas", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin)
-            kernels += _read_cubin(cubin, architecture)
-        return kernels
+        made = compile_source(KERNELS / "attention.cu", Path(folder), architectures, "-Werror=all-warnings")
+        return [kernel for architecture, cubin in made for kernel in _read_cubin(cubin, architecture)]
 
 
 def _read_cubin(cubin: Path, architecture: int) -> list[Kernel]:
-    usage, code = sass.run("cuobjdump", "-res-usage", cubin), sass.run("nvdisasm", "-c", cubin)
+    usage = sass.run("cuobjdump", "-res-usage", cubin)
     kernels = []
-    for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
-        name = section.split(",")[0].strip()
+    for name, section in sections(cubin).items():
         match = re.search(r"attention_kernelINS_\d+(\w+?Cache)ELi(\d+)ELi(\d+)E", name)
         if not match:
             continue

@@ -166,7 +166,8 @@ def decode_calls(weights: NoMemory, rows: int, int8: bool) -> list[Call]:
     pages = -(-max(CONTEXTS) // PAGE)
     buffers = Buffers(spec, max(ROWS), max(ROWS) * SPLITS, torch.float16, device)
     cache = KeyCache(StepPlaces.of(spec, library, "float16"), 1, "float16", device)
-    builder = PassBuilder(library, weights, buffers, Inputs(rows, rows, pages, device), cache, None, int8, None)
+    inputs = Inputs(rows, torch.zeros(rows, pages, dtype=torch.int32, device=device))
+    builder = PassBuilder(library, weights, buffers, inputs, cache, None, int8, None)
     logits = torch.empty(rows, spec.head.rows, device=device)
     body, head = builder.build(rows, decode=True), builder.build_head(buffers.stream[:rows], logits)
     return [*body.parts, *head.parts, Call(SampleCall, {"rows": rows, "vocabulary": spec.head.rows})]

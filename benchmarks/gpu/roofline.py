@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -128,37 +129,41 @@ def known_architectures() -> tuple[int, ...]:
 def read_loops(architectures: tuple[int, ...]) -> list[Loop]:
     """Every format and kind of activation, compiled from one PTX for each of `architectures`."""
     with tempfile.TemporaryDirectory() as folder:
-        source, ptx = Path(folder, "probe.cu"), Path(folder, "probe.ptx")
+        source = Path(folder, "probe.cu")
         probes = "\n".join(f"AMQ_PROBE({bits})" for bits in BY_BITS)
         source.write_text(PROBE.format(group=GROUP_SIZE, probes=probes))
-        Path(folder, "amq_formats.h").write_text(native_header())
-        compile_ptx = [
-            "nvcc",
-            "-O3",
-            "-std=c++17",
-            f"-I{KERNELS}",
-            f"-I{folder}",
-            "-arch=compute_80",
-            "-ptx",
-            str(source),
-            "-o",
-            str(ptx),
-        ]
-        subprocess.run(compile_ptx, check=True)
         loops = []
-        for architecture in architectures:
-            cubin = Path(folder, f"{architecture}.cubin")
-            sass.run("ptxas", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin)
+        for architecture, cubin in compile_source(source, Path(folder), architectures):
             loops += _read_cubin(cubin, architecture)
         return loops
 
 
+def compile_source(
+    source: Path, folder: Path, architectures: tuple[int, ...], *options: str
+) -> Iterator[tuple[int, Path]]:
+    """(architecture, cubin) of one PTX of a source that includes kernels/cuda; everything is written into `folder`."""
+    (folder / "amq_formats.h").write_text(native_header())
+    ptx = folder / f"{source.stem}.ptx"
+    flags = ["-O3", "-std=c++17", f"-I{KERNELS}", f"-I{folder}", "-arch=compute_80", "-ptx", *options]
+    result = subprocess.run(["nvcc", *flags, str(source), "-o", str(ptx)], capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"nvcc cannot compile {source.name}: {result.stderr[-3000:]}")
+    for architecture in architectures:
+        cubin = folder / f"{source.stem}.{architecture}.cubin"
+        sass.run("ptxas", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin)
+        yield architecture, cubin
+
+
+def sections(cubin: Path) -> dict[str, str]:
+    """{name of a kernel, as compiled: what nvdisasm prints of it}."""
+    parts = re.split(r"\n\s*\.section\s+\.text\.", sass.run("nvdisasm", "-c", cubin))[1:]
+    return {part.split(",")[0].strip(): part for part in parts}
+
+
 def _read_cubin(cubin: Path, architecture: int) -> list[Loop]:
     usage = sass.run("cuobjdump", "-res-usage", cubin)
-    code = sass.run("nvdisasm", "-c", cubin)
     loops = []
-    for section in re.split(r"\n\s*\.section\s+\.text\.", code)[1:]:
-        name = section.split(",")[0].strip()
+    for name, section in sections(cubin).items():
         match = re.search(r"probeILi(\d+)ENS_\d+(\w+?Element)ELi(\d+)E", name)
         if not match:
             continue

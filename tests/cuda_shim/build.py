@@ -13,6 +13,8 @@ from helpers import unchanged
 
 from amq.formats import native_header
 
+BUILD = "AMQ_TEST_CUDA_LIBRARY"
+"""Names another build than the plain one, as runs under sanitizers do."""
 SHIM = Path(__file__).resolve().parent
 KERNELS = SHIM.parents[1] / "kernels" / "cuda"
 
@@ -83,6 +85,11 @@ def build_shim(folder: Path, sanitize: bool = False, races: bool = False) -> Pat
     """
     name, flags = ("races", RACES) if races else ("sanitized", ADDRESS) if sanitize else ("plain", PLAIN)
     return compile_shim(KERNELS, folder / f"amq_cuda_{name}.so", f"{flags} -shared -fPIC -fno-gnu-unique")
+
+
+def chosen_build(folder: Path) -> Path:
+    """The library that tests load: the one that BUILD names, else a plain one in `folder`."""
+    return Path(os.environ[BUILD]) if BUILD in os.environ else build_shim(folder)
 
 
 def sanitizer_environment(races: bool = False) -> dict[str, str]:

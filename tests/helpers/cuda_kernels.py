@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import roofline
 import sass
-
-from amq.formats import native_header
 
 
 class Kernel(NamedTuple):
@@ -43,25 +40,17 @@ class Kernel(NamedTuple):
 
 def compile_kernels(sources: tuple[str, ...], folder: Path) -> list[Kernel]:
     """For every architecture that this nvcc knows; a warning is an error."""
-    (folder / "amq_formats.h").write_text(native_header())
     found = []
     for source in sources:
-        ptx = folder / f"{source}.ptx"
-        command = ["nvcc", "-O3", "-std=c++17", f"-I{folder}", "-arch=compute_80", "-ptx", "-o", str(ptx)]
-        command += ["-Werror=all-warnings", "-Xcompiler=-Wall,-Werror", str(roofline.KERNELS / source)]
-        result = subprocess.run(command, capture_output=True, text=True)
-        assert result.returncode == 0, result.stderr[-3000:]
-        for architecture in roofline.known_architectures():
-            cubin = folder / f"{source}.{architecture}.cubin"
-            sass.run("ptxas", "-O3", f"-arch=sm_{architecture}", ptx, "-o", cubin)
+        path, warnings = roofline.KERNELS / source, ("-Werror=all-warnings", "-Xcompiler=-Wall,-Werror")
+        for architecture, cubin in roofline.compile_source(path, folder, roofline.known_architectures(), *warnings):
             found += _read(cubin, architecture)
     return found
 
 
 def _read(cubin: Path, architecture: int) -> list[Kernel]:
     usage = sass.run("cuobjdump", "-res-usage", cubin)
-    sections = re.split(r"\n\s*\.section\s+\.text\.", sass.run("nvdisasm", "-c", cubin))[1:]
-    code = {section.split(",")[0].strip(): section for section in sections}
+    code = roofline.sections(cubin)
     pattern = r"Function (\S+):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     return [Kernel(name, architecture, *map(int, numbers), code[name]) for name, *numbers in re.findall(pattern, usage)]
 

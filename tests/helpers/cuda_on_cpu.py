@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cuda_shim.build import build_shim
+from cuda_shim.build import chosen_build
 
 from amq.checkpoint.store import open_checkpoint
 from amq.kernels import cuda
 from amq.runtime.cuda_engine import CudaEngine, open_cuda
 
-BUILD = "AMQ_TEST_CUDA_LIBRARY"
-"""Names another build than the plain one, as runs under sanitizers do."""
 ROUNDINGS = 16
 """Of 16-bit numbers in a layer, one behind another."""
 
@@ -26,7 +24,7 @@ ROUNDINGS = 16
 def cuda_library(folder: Path) -> Iterator[cuda.Library]:
     """`cuda.library()` is a build for a CPU."""
     before = os.environ.get("AMQ_CUDA_LIBRARY")
-    os.environ["AMQ_CUDA_LIBRARY"] = os.environ.get(BUILD) or str(build_shim(folder))
+    os.environ["AMQ_CUDA_LIBRARY"] = str(chosen_build(folder))
     cuda.library.cache_clear()
     try:
         yield cuda.library()
