@@ -18,8 +18,10 @@ BUILD = "AMQ_TEST_CUDA_LIBRARY"
 SHIM = Path(__file__).resolve().parent
 KERNELS = SHIM.parents[1] / "kernels" / "cuda"
 
-COMMON = f"-x c++ -std=c++17 -DAMQ_CUDA_SHIM -I{SHIM} -I{KERNELS} -fno-strict-aliasing"
-"""The kernels read numbers through pointers of other types, as nvcc lets them: hence no strict aliasing."""
+COMMON = f"-x c++ -std=c++17 -DAMQ_CUDA_SHIM -I{SHIM} -I{KERNELS} -fno-strict-aliasing -ffp-contract=off"
+"""The kernels read numbers through pointers of other types, as nvcc lets them: hence no strict aliasing. Results
+must be equal to the bit whatever the processor: a compiler may fuse products and sums here and not there, where it has
+the instruction."""
 
 INPUTS = ("kernels/cuda/*", "tests/cuda_shim/*.*")
 """Of every build: the kernels and the shim."""
