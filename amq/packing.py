@@ -3,7 +3,7 @@
     W[n, k] ≈ (codes[n, k] − zero_point[n, k // group_size]) · scale[n, k // group_size]
 
 `codes` are uint8 in `[0, levels)`; `scale` and `zero_point` are fp16, and zero_point is in code units and may be
-fractional. The bytes of `qweight` follow `amq/formats.py`. This file is the slow obvious version: kernels are tested
+fractional. Of a rotated weight this is W H instead of W, with H of `amq.rotation`. The bytes of `qweight` follow `amq/formats.py`. This file is the slow obvious version: kernels are tested
 against it, and the on-disk format (docs/format.md) is what it writes.
 """
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, n_groups
+from amq.rotation import ROTATIONS, check_width, rotate
 
 PARTS = ("qweight", "scale", "zero_point")
 """The tensors of a packed weight, fields of `PackedWeight`; files call them `LINEAR.PART`."""
@@ -36,6 +37,7 @@ class PackedWeight:
     qweight: uint8 [out_features, format.row_bytes(in_features)].
     scale: fp16 [out_features, n_groups].
     zero_point: fp16 [out_features, n_groups], in code units.
+    rotation: 0, or the width of the blocks of H where the codes are of W H; a width divides `in_features` then.
     """
 
     format: BitFormat
@@ -44,8 +46,10 @@ class PackedWeight:
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor
+    rotation: int = 0
 
     def __post_init__(self) -> None:
+        check_rotation(self.rotation, self.in_features, f"{self.format.name} weight")
         rows = self.qweight.shape[0] if self.qweight.ndim == 2 else -1
         groups = n_groups(self.in_features, check_group_size(self.group_size))
         expected = {
@@ -85,7 +89,7 @@ class PackedWeight:
     def map(self, change: Callable[[Tensor], Tensor]) -> PackedWeight:
         """The weight with `change` applied to each part; row n of a part must stay a row."""
         parts = (change(tensor) for tensor in self.parts.values())
-        return PackedWeight(self.format, self.in_features, self.group_size, *parts)
+        return PackedWeight(self.format, self.in_features, self.group_size, *parts, rotation=self.rotation)
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class PreparedWeight:
 
     backend: a name in `amq.kernels.backends.BACKENDS`.
     data: uint8, one dimension; the layout is the backend's own.
+    rotation: of the packed weight; who multiplies rotates x.
     """
 
     backend: str
@@ -102,15 +107,25 @@ class PreparedWeight:
     in_features: int
     group_size: int
     data: Tensor
+    rotation: int = 0
 
     @classmethod
     def of(cls, packed: PackedWeight, backend: str, data: Tensor) -> PreparedWeight:
         """`packed`, of which `backend` made `data`."""
-        return cls(backend, packed.format, packed.out_features, packed.in_features, packed.group_size, data)
+        shape = packed.out_features, packed.in_features
+        return cls(backend, packed.format, *shape, packed.group_size, data, packed.rotation)
 
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+
+def check_rotation(rotation: int, in_features: int, name: str) -> None:
+    """Raises AmqError unless inputs of `in_features` features can be rotated by `rotation`."""
+    if rotation not in ROTATIONS:
+        raise AmqError(f"{name}: a rotation is {' or '.join(map(str, ROTATIONS))} features wide, got {rotation}")
+    if rotation:
+        check_width(in_features, name)
 
 
 def check_fused(weights: Sequence[PreparedWeight], fields: Sequence[str], name: str) -> None:
@@ -158,8 +173,9 @@ def expand_groups(per_group: Tensor, group_size: int, in_features: int) -> Tenso
 
 
 def dequantize(packed: PackedWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weight [out_features, in_features], computed in float32 and rounded once to `dtype`."""
+    """Weight [out_features, in_features], rotated back where it is rotated; in float32, rounded once to `dtype`."""
     codes = unpack_codes(packed.qweight, packed.format, packed.in_features).float()
     scale = expand_groups(packed.scale.float(), packed.group_size, packed.in_features)
     zero_point = expand_groups(packed.zero_point.float(), packed.group_size, packed.in_features)
-    return ((codes - zero_point) * scale).to(dtype)
+    weight = (codes - zero_point) * scale
+    return (rotate(weight) if packed.rotation else weight).to(dtype)

@@ -13,14 +13,15 @@ from amq.errors import AmqError
 from amq.formats import KEPT, BitFormat, check_group_size, get_format
 from amq.model.experts import split_expert
 from amq.model.inventory import LinearSpec
-from amq.packing import PackedWeight
+from amq.packing import PackedWeight, check_rotation
 from amq.util.records import MOST, parse_record, to_json
 
 METHOD = "amq"
 """`quant_method` in config.json."""
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 """1: only linears are packed. 2: an embedding is read from the packed head, which a reader of version 1 would look for
-in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own.
+in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own. 4: weights
+are rotated, which an older reader would multiply as if they were not.
 A file has the lowest that says what is in it."""
 
 
@@ -37,6 +38,8 @@ class QuantizationRecord:
         embedding has no tensor of its own. One that is packed by itself is named for itself, and is in `formats`.
     kept: {linear: (out_features, in_features)} of the linears, head and embeddings that were left in 16 bits by choice:
         plain tensors under their own names, counted in bits per weight.
+    rotation: {linear: width} of those whose codes are of W H (`amq.rotation`); others are not rotated. Linears of a
+        group of `shared_inputs` agree. Head and embeddings are not rotated.
 
     An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
     agree once (`amq.configuration.compact`).
@@ -50,6 +53,7 @@ class QuantizationRecord:
     head: str = ""
     embedding: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    rotation: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, shape in (*self.shapes.items(), *self.kept.items()):
@@ -89,6 +93,8 @@ class QuantizationRecord:
 
     @property
     def version(self) -> int:
+        if self.rotation:
+            return 4
         if self.own_embeddings or self.has_experts:
             return 3
         return 2 if self.embedding else 1
@@ -101,9 +107,10 @@ class QuantizationRecord:
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
         }
         file = self  # readers of earlier versions know each linear by its own name alone
-        if self.version == 3:
-            file = replace(self, formats=compact(self.formats), shapes=compact(self.shapes), kept=compact(self.kept))
-        optional = ("head", "embedding", "kept")
+        if self.version >= 3:
+            parts = ("formats", "shapes", "kept", "rotation")
+            file = replace(self, **{part: compact(getattr(self, part)) for part in parts})
+        optional = ("head", "embedding", "kept", "rotation")
         return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 
     @staticmethod
@@ -124,16 +131,18 @@ class QuantizationRecord:
         record._check(parse_record(data, _Records, where).records, source)
         if record.version > version:
             what = "experts" if record.has_experts else "packed embeddings like these"
+            what = "rotations" if record.rotation else what
             raise AmqError(f"{source}: version {version} has no {what}; the file is damaged or was edited")
         return record
 
     def _expanded(self, source: str) -> QuantizationRecord:
         """This record, read from the file `source`, with a name for each expert."""
         try:
-            formats, shapes, kept = expand(self.formats), expand(self.shapes), expand(self.kept)
+            parts = ("formats", "shapes", "kept", "rotation")
+            expanded = {part: expand(getattr(self, part)) for part in parts}
         except ValueError as error:
             raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
-        return replace(self, formats=formats, shapes=shapes, kept=kept)
+        return replace(self, **expanded)
 
     def _check(self, records: Mapping[str, Any], source: str) -> None:
         """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats.
@@ -157,8 +166,22 @@ class QuantizationRecord:
                 raise AmqError(f"{source}: {key} names {name!r}, which has no format; the file is damaged")
         if self.head in self.own_embeddings:
             raise AmqError(f"{source}: {self.head!r} is the head and an embedding; the file is damaged")
+        self._check_rotation(source)
         if both := sorted(self.formats.keys() & self.kept.keys()):
             raise AmqError(f"{source}: linear {both[0]!r} has a format and is kept as well; the file is damaged")
+
+    def _check_rotation(self, source: str) -> None:
+        outer = {self.head, *self.own_embeddings}
+        for name, width in self.rotation.items():
+            if name not in self.formats or name in outer:
+                why = "a head or embedding, which is never rotated" if name in outer else "which has no format"
+                raise AmqError(f"{source}: rotation names {name!r}, {why}; the file is damaged")
+            check_rotation(width, self.shapes[name][1], f"{source}: {name}")
+        for group in self.shared_inputs:
+            if len({self.rotation.get(name, 0) for name in group}) > 1:
+                raise AmqError(
+                    f"{source}: {group[0]!r} and other linears that read its input are not rotated alike; the file is damaged"
+                )
 
 
 @dataclass(frozen=True)
@@ -181,8 +204,9 @@ def check_parts(
     out_features, in_features = record.shapes[linear]
     try:
         packed = PackedWeight(
-            get_format(record.formats[linear]), in_features, record.group_size, qweight, scale, zero_point
-        )
+            get_format(record.formats[linear]), in_features, record.group_size, qweight, scale, zero_point,
+            rotation=record.rotation.get(linear, 0),
+        )  # fmt: skip
     except AmqError as error:
         raise AmqError(f"{linear}: {error}; the checkpoint is damaged") from None
     if packed.out_features != out_features:

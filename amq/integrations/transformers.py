@@ -315,7 +315,9 @@ def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord
     """An empty StoredLinear in place of the nn.Linear `name`, or an error where the two are not of one shape."""
     fmt = get_format(record.formats[name])
     if name == record.head and name not in dict(model.named_modules()):  # of a base model, whose embedding reads it
-        return StoredLinear(fmt, record.shapes[name], record.group_size, execution, name=name)
+        return StoredLinear(
+            fmt, record.shapes[name], record.group_size, execution, name=name, rotation=record.rotation.get(name, 0)
+        )
     linear = get_linear(model, name)
     shape = (linear.out_features, linear.in_features)
     if shape != record.shapes[name]:
@@ -323,7 +325,8 @@ def _stored_linear(model: PreTrainedModel, name: str, record: QuantizationRecord
             f"{name}: the model's config.json makes it {list(shape)}, the checkpoint has {list(record.shapes[name])}: "
             "config.json was altered, or belongs to another model"
         )
-    return StoredLinear(fmt, shape, record.group_size, execution, linear.bias, name)
+    rotation = record.rotation.get(name, 0)
+    return StoredLinear(fmt, shape, record.group_size, execution, linear.bias, name, rotation)
 
 
 def _stored_embedding(model: nn.Module, name: str, record: QuantizationRecord) -> StoredEmbedding:

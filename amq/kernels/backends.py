@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,6 +48,8 @@ class Backend:
         sizes[i] rows of x, in one call; None where `group` makes a call for each weight: on GPUs, and `reference`.
     dtypes, activations: what x may be, and what may be done to it.
     device: the type of device that it multiplies on, None for any.
+    rotates: whether `linear` and `grouped` rotate x themselves where the weights are rotated; if not, they are given it
+        rotated.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Backend:
     device: str | None = None
     grouped: Callable[..., Tensor] | None = None
     rows: Callable[[PreparedWeight, Tensor, torch.dtype], Tensor] | None = None
+    rotates: bool = False
 
     def group(
         self,
@@ -159,6 +162,7 @@ def _reference_packed(weight: PreparedWeight) -> PackedWeight:
         qweight.view(rows, weight.format.row_bytes(weight.in_features)),
         scale.view(torch.float16).view(rows, groups),
         zero_point.view(torch.float16).view(rows, groups),
+        rotation=weight.rotation,
     )
 
 
@@ -168,7 +172,10 @@ def _reference_rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype) -> 
     sizes = (rows * weight.format.row_bytes(weight.in_features), rows * pairs, rows * pairs)
     qweight, *scales = (part.view(rows, -1).index_select(0, ids) for part in weight.data.split(sizes))
     halves = (part.view(torch.float16) for part in scales)
-    return dequantize(PackedWeight(weight.format, weight.in_features, weight.group_size, qweight, *halves), dtype)
+    return dequantize(
+        PackedWeight(weight.format, weight.in_features, weight.group_size, qweight, *halves, rotation=weight.rotation),
+        dtype,
+    )
 
 
 def _gpu_rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor:
@@ -194,10 +201,12 @@ def quantize_activations(x: Tensor, group_size: int) -> Tensor:
 
 
 def _reference_linear(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str) -> Tensor:
+    """Multiplies with what is stored: of rotated weights W H, whose x comes rotated."""
     rows = x.float()
     if activations == "int8":
         rows = quantize_activations(rows, weights[0].group_size)
-    y = torch.cat([rows @ dequantize(_reference_packed(weight)).T for weight in weights], dim=-1)
+    stored = [dequantize(_reference_packed(replace(weight, rotation=0))) for weight in weights]
+    y = torch.cat([rows @ weight.T for weight in stored], dim=-1)
     return (y if bias is None else y + bias.float()).to(x.dtype)
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import BitFormat
 from amq.packing import PackedWeight, PreparedWeight, dequantize
+from amq.rotation import rotate
 from amq.util.native import NO_MEMORY as NO_MEMORY
 from amq.util.native import cpu_module as cpu_module
 from amq.util.native import memory as memory
@@ -43,6 +44,8 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
         return
     _check_packed(packed, "dequantize")
     _dequantize_rows(packed, out)
+    if packed.rotation:
+        out.copy_(rotate(out))
 
 
 def dequantized(packed: PackedWeight) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.kernels import cpu, triton
 from amq.packing import PackedWeight, dequantize
+from amq.rotation import rotate
 
 PIECE = 1 << 22
 """Weights that plain torch makes on a GPU at once, at ninety bytes each."""
@@ -44,6 +45,8 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
         reason = triton.unsupported_reason(packed.format)
         if reason is None:
             triton.dequantize_rows(packed, out)
+            if packed.rotation:
+                out.copy_(rotate(out))
             return
         _warn(reason)
     step = max(1, PIECE // max(1, packed.in_features))

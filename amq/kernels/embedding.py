@@ -181,11 +181,11 @@ class OwnEmbedding(PackedState, StoredEmbedding):
     def __init__(self, original: nn.Embedding, fmt: BitFormat, group_size: int, name: str) -> None:
         super().__init__(original, None)
         self.packed, self.name = None, name
-        self.layout = (fmt, self.embedding_dim, group_size)
+        self.layout = (fmt, self.embedding_dim, group_size, 0)
         self.register_buffer("data", self._size(), persistent=False)  # footprints count buffers
 
     def _size(self) -> Tensor:
-        fmt, features, group_size = self.layout
+        fmt, features, group_size, _ = self.layout
         return unprepared(fmt, (self.num_embeddings, features), group_size)
 
     def store(self, packed: PackedWeight) -> None:

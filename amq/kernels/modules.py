@@ -141,11 +141,11 @@ class PackedState(nn.Module):
     """What saves and loads a packed weight as three tensors of the state dict: `qweight`, `scale` and `zero_point`.
 
     packed: the weight on the CPU, not copied and never moved; None until the model is loaded.
-    layout: its format, in_features and group size.
+    layout: its format, in_features, group size and rotation.
     """
 
     packed: PackedWeight | None
-    layout: tuple[BitFormat, int, int]
+    layout: tuple[BitFormat, int, int, int]
 
     def store(self, packed: PackedWeight) -> None:
         """Takes the weight, which has the format and shape that this module was made for."""
@@ -170,8 +170,8 @@ class PackedState(nn.Module):
         if missing:
             missing_keys.extend(missing if strict else [])
         else:
-            fmt, in_features, group_size = self.layout
-            self.store(PackedWeight(fmt, in_features, group_size, *(state_dict[name].cpu() for name in names)))
+            *shape, rotation = self.layout
+            self.store(PackedWeight(*shape, *(state_dict[name].cpu() for name in names), rotation=rotation))
         rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
 
@@ -194,10 +194,11 @@ class StoredLinear(PackedState, QuantizedLinear, nn.Linear):  # type: ignore[mis
         execution: Execution,
         bias: Tensor | None = None,
         name: str = "linear",
+        rotation: int = 0,
     ) -> None:
-        stored = PreparedWeight("", fmt, *shape, group_size, unprepared(fmt, shape, group_size))
+        stored = PreparedWeight("", fmt, *shape, group_size, unprepared(fmt, shape, group_size), rotation)
         QuantizedLinear.__init__(self, stored, bias, execution.activations, name)
-        self.execution, self.packed, self.layout = execution, None, (fmt, shape[1], group_size)
+        self.execution, self.packed, self.layout = execution, None, (fmt, shape[1], group_size, rotation)
         self.place = torch.device("cpu")
 
     def store(self, packed: PackedWeight) -> None:

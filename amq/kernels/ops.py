@@ -16,16 +16,17 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format
 from amq.kernels.backends import ACTIVATIONS, DTYPES, default_activations, get_backend
-from amq.packing import PreparedWeight, check_fused
+from amq.packing import PreparedWeight, check_fused, check_rotation
+from amq.rotation import rotate
 
 _LIBRARY = torch.library.Library("amq", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor[] weights, str[] formats, int[] out_features, int group_size, Tensor? bias, "
-    "str activations, str backend) -> Tensor"
+    "str activations, str backend, int rotation) -> Tensor"
 )
 _LIBRARY.define(
     "grouped_linear(Tensor x, Tensor[] weights, str[] formats, int[] sizes, int out_features, int group_size, "
-    "Tensor?[] biases, str activations, str backend) -> Tensor"
+    "Tensor?[] biases, str activations, str backend, int rotation) -> Tensor"
 )
 OP = "torch.ops.amq.linear"
 GROUPED = "torch.ops.amq.grouped_linear"
@@ -43,7 +44,9 @@ def linear(
     x: float32, bfloat16 or float16 [..., K], on the device of the weights; copied if it is not contiguous. y has its
         dtype. GPU backends take bfloat16 and float16 only. Products of codes are exact and summed in float32, but for
         Triton's at many rows, which multiplies with weights rounded to x's dtype, as torch does.
-    weights: of one backend, in_features (K) and group size; each in its own format. One call, one parallel region.
+    weights: of one backend, in_features (K), group size and rotation; each in its own format. One call, one parallel
+        region. Rotated weights multiply x rotated (`amq.rotation`), which is done here or in the backend; int8 rounds x
+        after that.
     bias: [ΣN], any of the dtypes, or None.
     activations: `fp32` multiplies x as it is; NaN and infinity in x propagate as in torch (a group is summed before it
         is scaled, so that x beyond 1e34 may overflow where torch does not; on a GPU, an infinity may give NaN). `int8`
@@ -53,7 +56,7 @@ def linear(
     name: what to call this linear in errors.
     Raises AmqError, and computes nothing, where these do not fit together.
     """
-    check_fused(weights, ("backend", "in_features", "group_size"), name)
+    check_fused(weights, ("backend", "in_features", "group_size", "rotation"), name)
     activations = activations or default_activations(weights[0].backend)
     _check_input(x, weights, bias, activations, name)
     if type(x) is Tensor and not torch.compiler.is_compiling():
@@ -67,6 +70,7 @@ def linear(
         bias,
         activations,
         weights[0].backend,
+        weights[0].rotation,
     )
 
 
@@ -86,7 +90,7 @@ def grouped_linear(
     biases: [N] each, or None.
     x, activations, name and errors: as `linear` has them.
     """
-    check_fused(weights, ("backend", "in_features", "out_features", "group_size"), name)
+    check_fused(weights, ("backend", "in_features", "out_features", "group_size", "rotation"), name)
     biases = [None] * len(weights) if biases is None else list(biases)
     activations = activations or default_activations(weights[0].backend)
     _check_groups(x, weights, sizes, biases, name)
@@ -105,6 +109,7 @@ def grouped_linear(
         biases,
         activations,
         weights[0].backend,
+        weights[0].rotation,
     )
 
 
@@ -138,6 +143,7 @@ def _check_input(
             )
     if x.ndim == 0 or x.shape[-1] != in_features:
         raise AmqError(f"{name}: x must be [..., {in_features}], got {list(x.shape)}")
+    check_rotation(weights[0].rotation, in_features, name)
     backend = get_backend(weights[0].backend)
     if x.dtype not in backend.dtypes:
         able = " or ".join(str(dtype).removeprefix("torch.") for dtype in backend.dtypes)
@@ -183,6 +189,7 @@ def _linear(
     bias: Tensor | None,
     activations: str,
     backend: str,
+    rotation: int,
 ) -> Tensor:
     if not len(weights) == len(formats) == len(out_features) > 0 or x.ndim == 0:
         raise AmqError(
@@ -191,7 +198,7 @@ def _linear(
         )
     in_features, group_size = x.shape[-1], check_group_size(group_size)
     prepared = [
-        PreparedWeight(backend, get_format(fmt), n, in_features, group_size, data)
+        PreparedWeight(backend, get_format(fmt), n, in_features, group_size, data, rotation)
         for data, fmt, n in zip(weights, formats, out_features, strict=True)
     ]
     _check_input(x, prepared, bias, activations, OP)
@@ -208,6 +215,7 @@ def _grouped_linear(
     biases: Sequence[Tensor | None],
     activations: str,
     backend: str,
+    rotation: int,
 ) -> Tensor:
     if not len(weights) == len(formats) == len(sizes) > 0 or x.ndim != 2:
         raise AmqError(
@@ -217,7 +225,7 @@ def _grouped_linear(
         )
     group_size = check_group_size(group_size)
     prepared = [
-        PreparedWeight(backend, get_format(fmt), out_features, x.shape[1], group_size, data)
+        PreparedWeight(backend, get_format(fmt), out_features, x.shape[1], group_size, data, rotation)
         for data, fmt in zip(weights, formats, strict=True)
     ]
     _check_groups(x, prepared, sizes, biases, GROUPED)
@@ -237,19 +245,26 @@ def _run_grouped(
 ) -> Tensor:
     flat = [None if bias is None else bias.contiguous() for bias in biases]
     try:
-        return get_backend(weights[0].backend).group(x.contiguous(), weights, sizes, flat, activations)
+        return get_backend(weights[0].backend).group(_rotated(x, weights).contiguous(), weights, sizes, flat, activations)
     except AmqError as error:
         raise AmqError(f"{name}: {error}") from error
 
 
 def _run(x: Tensor, weights: Sequence[PreparedWeight], bias: Tensor | None, activations: str, name: str) -> Tensor:
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = _rotated(x.reshape(-1, x.shape[-1]), weights).contiguous()
     bias = None if bias is None else bias.contiguous()
     try:
         y = get_backend(weights[0].backend).linear(rows, weights, bias, activations)
     except AmqError as error:  # of bytes that are not those of a weight's shape, say
         raise AmqError(f"{name}: {error}") from error
     return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _rotated(x: Tensor, weights: Sequence[PreparedWeight]) -> Tensor:
+    """What the backend of `weights` is given for x."""
+    if not weights[0].rotation or get_backend(weights[0].backend).rotates:
+        return x
+    return rotate(x)
 
 
 def _fake_linear(

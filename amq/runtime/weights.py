@@ -70,6 +70,8 @@ class Weights:
         """Compares names before anything is read. What the spec has no place for means that the model is another one
         than it seems."""
         spec = self.spec
+        if self.checkpoint.record.rotation:
+            raise Unsupported("this engine does not rotate inputs yet")
         routers = {router.weight.name for router in spec.parts(Router)}
         for linear in spec.parts(Linear):
             quantized = linear.name in self.formats

@@ -184,7 +184,7 @@ def stacked(parts: Sequence[PackedWeight]) -> PackedWeight:
     if len(parts) == 1:
         return first
     tensors = (torch.cat([getattr(part, name) for part in parts]) for name in PARTS)
-    return PackedWeight(first.format, first.in_features, first.group_size, *tensors)
+    return PackedWeight(first.format, first.in_features, first.group_size, *tensors, rotation=first.rotation)
 
 
 def expand(grid: tuple[Tensor, Tensor], group_size: int, in_features: int) -> tuple[Tensor, Tensor]:
