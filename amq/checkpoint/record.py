@@ -20,9 +20,9 @@ METHOD = "amq"
 """`quant_method` in config.json."""
 VERSIONS = (1, 2, 3, 4)
 """1: only linears are packed. 2: an embedding is read from the packed head, which a reader of version 1 would look for
-in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own. 4: weights
-are rotated, which an older reader would multiply as if they were not.
-A file has the lowest that says what is in it."""
+in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own.
+4: weights are rotated, which an older reader would multiply as if they were not. A file has the lowest that says what
+is in it."""
 
 
 @dataclass(frozen=True)
@@ -108,8 +108,8 @@ class QuantizationRecord:
         }
         file = self  # readers of earlier versions know each linear by its own name alone
         if self.version >= 3:
-            parts = ("formats", "shapes", "kept", "rotation")
-            file = replace(self, **{part: compact(getattr(self, part)) for part in parts})
+            formats, shapes, kept = compact(self.formats), compact(self.shapes), compact(self.kept)
+            file = replace(self, formats=formats, shapes=shapes, kept=kept, rotation=compact(self.rotation))
         optional = ("head", "embedding", "kept", "rotation")
         return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 
@@ -138,11 +138,11 @@ class QuantizationRecord:
     def _expanded(self, source: str) -> QuantizationRecord:
         """This record, read from the file `source`, with a name for each expert."""
         try:
-            parts = ("formats", "shapes", "kept", "rotation")
-            expanded = {part: expand(getattr(self, part)) for part in parts}
+            formats, shapes, kept = expand(self.formats), expand(self.shapes), expand(self.kept)
+            rotation = expand(self.rotation)
         except ValueError as error:
             raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
-        return replace(self, **expanded)
+        return replace(self, formats=formats, shapes=shapes, kept=kept, rotation=rotation)
 
     def _check(self, records: Mapping[str, Any], source: str) -> None:
         """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats.
@@ -180,7 +180,8 @@ class QuantizationRecord:
         for group in self.shared_inputs:
             if len({self.rotation.get(name, 0) for name in group}) > 1:
                 raise AmqError(
-                    f"{source}: {group[0]!r} and other linears that read its input are not rotated alike; the file is damaged"
+                    f"{source}: {group[0]!r} and other linears that read its input are not rotated alike; the file is "
+                    "damaged"
                 )
 
 

@@ -31,8 +31,8 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if record.rotation:
         raise AmqError(
-            f"{source} holds rotated weights ({next(iter(record.rotation))} and {len(record.rotation) - 1} more), which no "
-            "other program multiplies: quantize again with `amq quantize … --rotation none`, and export that"
+            f"{source} holds {len(record.rotation)} rotated weights, such as {next(iter(record.rotation))}, which "
+            "no other program multiplies: quantize again with `amq quantize … --rotation none`, and export that"
         )
     if record.has_experts and not target.experts:
         raise AmqError(

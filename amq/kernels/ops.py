@@ -245,7 +245,9 @@ def _run_grouped(
 ) -> Tensor:
     flat = [None if bias is None else bias.contiguous() for bias in biases]
     try:
-        return get_backend(weights[0].backend).group(_rotated(x, weights).contiguous(), weights, sizes, flat, activations)
+        return get_backend(weights[0].backend).group(
+            _rotated(x, weights).contiguous(), weights, sizes, flat, activations
+        )
     except AmqError as error:
         raise AmqError(f"{name}: {error}") from error
 
