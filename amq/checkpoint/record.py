@@ -181,12 +181,11 @@ class QuantizationRecord:
         for name in self.formats if self.rotation else ():
             if found := split_expert(name):
                 layers.setdefault(found[0], []).append(name)
-        for group in (*self.shared_inputs, *layers.values()):
+        alike = [(group, "other linears that read its input") for group in self.shared_inputs]
+        alike += [(tuple(experts), "other experts of its layer") for experts in layers.values()]
+        for group, others in alike:
             if len({self.rotation.get(name, 0) for name in group}) > 1:
-                raise AmqError(
-                    f"{source}: {group[0]!r} and others that are multiplied in one call with it are not rotated alike; "
-                    "the file is damaged"
-                )
+                raise AmqError(f"{source}: {group[0]!r} and {others} are not rotated alike; the file is damaged")
 
 
 @dataclass(frozen=True)

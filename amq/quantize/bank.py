@@ -38,7 +38,7 @@ from amq.model.own_text import open_sampler
 from amq.model.paging import holding
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
-from amq.quantize.methods import NO_ROTATION, rotation_of
+from amq.quantize.methods import AUTO, NO_ROTATION, rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
@@ -206,7 +206,7 @@ class WeightBank:
         file = self._open(path)
         try:
             parts = [file.get_tensor(n) for n in part_names(linear)]
-            rotation = 0 if linear in self._outer else int(file.get_tensor(f"{linear}.{ROTATION}"))
+            rotation = 0 if linear in self._outer else int(file.get_tensor(f"{linear}.{ROTATION}").item())
             packed = PackedWeight(get_format(fmt), spec.in_features, self.group_size, *parts, rotation=rotation)
         except (SafetensorError, AmqError, RuntimeError) as error:  # RuntimeError: of a tensor with several elements
             raise _damaged(path, error) from error
@@ -221,7 +221,7 @@ class WeightBank:
             for fmt in self.formats_of(name):
                 path = self._path(spec, fmt)
                 try:
-                    errors[name][fmt.name] = float(self._open(path).get_tensor(f"{name}.{ERROR}"))
+                    errors[name][fmt.name] = float(self._open(path).get_tensor(f"{name}.{ERROR}").item())
                 except (SafetensorError, RuntimeError) as error:  # of a tensor with several elements
                     raise _damaged(path, error) from error
         return errors
@@ -374,7 +374,8 @@ def _build(
                 continue
             start = time.monotonic()
             linears, notes = inventory.in_block(block), list[str]()
-            made = _Block(model, linears, wanted, settings, _rotations(folder, block, linears))
+            decided = _rotations(folder, block, linears) if settings.rotates == AUTO else {}
+            made = _Block(model, linears, wanted, settings, decided)
             with holding(model, block):
                 if stream is None:
                     made.add(linears, None)
@@ -403,7 +404,7 @@ def _rotations(folder: Path, block: int, linears: Sequence[LinearSpec]) -> dict[
         return {}
     file = _open_file(path)
     try:
-        return {s.name: int(file.get_tensor(f"{s.name}.{ROTATION}")) for s in linears}
+        return {s.name: int(file.get_tensor(f"{s.name}.{ROTATION}").item()) for s in linears}
     except (SafetensorError, RuntimeError) as error:
         raise _damaged(path, error) from error
 
