@@ -39,7 +39,7 @@ class QuantizationRecord:
     kept: {linear: (out_features, in_features)} of the linears, head and embeddings that were left in 16 bits by choice:
         plain tensors under their own names, counted in bits per weight.
     rotation: {linear: width} of those whose codes are of W H (`amq.rotation`); others are not rotated. Linears of a
-        group of `shared_inputs` agree. Head and embeddings are not rotated.
+        group of `shared_inputs` agree, and so do the experts of a layer and role. Head and embeddings are not rotated.
 
     An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
     agree once (`amq.configuration.compact`).
@@ -177,12 +177,15 @@ class QuantizationRecord:
                 why = "a head or embedding, which is never rotated" if name in outer else "which has no format"
                 raise AmqError(f"{source}: rotation names {name!r}, {why}; the file is damaged")
             check_rotation(width, self.shapes[name][1], f"{source}: {name}")
-        for group in self.shared_inputs:
+        layers: dict[str, list[str]] = {}
+        for name in self.formats if self.rotation else ():
+            if found := split_expert(name):
+                layers.setdefault(found[0], []).append(name)
+        alike = [(group, "other linears that read its input") for group in self.shared_inputs]
+        alike += [(tuple(experts), "other experts of its layer") for experts in layers.values()]
+        for group, others in alike:
             if len({self.rotation.get(name, 0) for name in group}) > 1:
-                raise AmqError(
-                    f"{source}: {group[0]!r} and other linears that read its input are not rotated alike; the file is "
-                    "damaged"
-                )
+                raise AmqError(f"{source}: {group[0]!r} and {others} are not rotated alike; the file is damaged")
 
 
 @dataclass(frozen=True)

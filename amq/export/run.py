@@ -29,7 +29,7 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
     record = stored.record
     facts: dict[str, Any] = {}
-    if record.rotation:
+    if record.rotation and target.weights:
         raise AmqError(
             f"{source} holds {len(record.rotation)} rotated weights, such as {next(iter(record.rotation))}, which "
             "no other program multiplies: quantize again with `amq quantize … --rotation none`, and export that"
