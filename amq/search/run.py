@@ -27,10 +27,12 @@ from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.text import Corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
 from amq.quantize.methods import rotation_of
 from amq.quantize.rotate import check_widths
+from amq.runtime.families import Unsupported
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
 from amq.search.conduct import SearchResult, Timings, conduct
@@ -48,7 +50,7 @@ from amq.search.records import (
 )
 from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import COSTS, SearchSettings, differences
+from amq.search.settings import AUTO, COSTS, NATIVE, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
 from amq.util.limits import check_memory, fits
@@ -69,6 +71,7 @@ class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
     quantized: its weights without those that are kept in 16 bits. near: the bank for the device that the model is on.
+    measured_by: what `evaluator` runs candidates on.
     """
 
     opened: OpenModel
@@ -77,6 +80,7 @@ class _Stage:
     bank: WeightBank
     near: BankReader
     evaluator: Evaluator
+    measured_by: str
     cost_windows: torch.Tensor
     corpus: Corpus
     windows_key: str
@@ -145,6 +149,11 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
             f"--resume: the text {settings.calibration!r} gives other windows of tokens than when {output} was begun: "
             f"the tokenizer of {settings.model} or the version of amq has changed; use another --output"
         )
+    if previous.measured_by not in ("", stage.measured_by):
+        raise AmqError(
+            f"--resume: the configurations of {output} were measured by the {previous.measured_by}, now they would be "
+            f"by the {stage.measured_by}: give --backend and --activations as they were, or use another --output"
+        )
 
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:
@@ -154,7 +163,8 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
         check_widths(rotation_of(settings.proxy, settings.rotation), _quantized(inventory, space).linears)
-        whole = _plan_memory(settings, opened, space, progress)
+        engine = _engine(settings, opened, space, progress)
+        whole = _plan_memory(settings, opened, space, engine, progress)
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
     with timings.measure("text"):
@@ -177,18 +187,69 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
             opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
-            settings.backend, settings.activations, corpus.unscored, whole,
+            engine.backend, engine.activations, corpus.unscored, whole, engine.native,
         )  # fmt: skip
-    return _Stage(opened, quantized, space, bank, close, evaluator, cost_windows, corpus, windows_key, budget)
+    name, where = engine.name, windows_key
+    return _Stage(opened, quantized, space, bank, close, evaluator, name, cost_windows, corpus, where, budget)
 
 
-def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> bool:
+@dataclass(frozen=True)
+class _Engine:
+    """What runs the candidates: `native`, whose head `backend` multiplies, or `backend` alone within the model."""
+
+    backend: str
+    activations: str
+    native: NativeStates | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend if self.native is None else 'native'} engine with {self.activations} activations"
+
+
+def _engine(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> _Engine:
+    """What `--backend` and `--activations` stand for with this model; says so, with the reason where `auto` is not
+    native, and raises AmqError where what was asked for cannot be had."""
+    activations = settings.activations
+    if settings.backend not in (AUTO, NATIVE):
+        engine = _Engine(settings.backend, "fp32" if activations == AUTO else activations)
+        progress.say(f"plan: evaluations by the {engine.name}")
+        return engine
+    try:
+        native = _native(settings, opened, space)
+    except Unsupported as error:
+        if settings.backend == NATIVE or activations == "int8":
+            other = "reference" if activations != "int8" else "cpu, which runs within the model's own modules"
+            raise AmqError(
+                f"--backend {settings.backend} --activations {activations}: {error}; take --backend {other}"
+            ) from error
+        engine = _Engine(REFERENCE, "fp32")
+        progress.say(f"plan: evaluations by the {engine.name}: {error}")
+        return engine
+    engine = _Engine("cpu", native.activations, native)
+    progress.say(f"plan: evaluations by the {engine.name}")
+    return engine
+
+
+def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> NativeStates:
+    """Raises Unsupported where the native engine is not for this model or device."""
+    if not settings.device.startswith("cpu"):
+        raise Unsupported(f"the native engine is for CPUs, and the model is on {settings.device}")
+    activations = "int8" if settings.activations == AUTO else settings.activations
+    return NativeStates(
+        opened.loaded, _quantized(opened.inventory, space), settings.group_size, settings.window_length, activations
+    )
+
+
+def _plan_memory(
+    settings: SearchSettings, opened: OpenModel, space: SearchSpace, engine: _Engine, progress: Progress
+) -> bool:
     """Whether all blocks may hold working copies at once, or one block at a time; says what a search takes besides the
     loaded model, and raises AmqError where that is not free."""
     import psutil
 
-    how = (opened.model, space, parse_size(settings.cache_memory), settings.backend)
-    needed = working_bytes(*how) + (settings.gpu_bytes or 0)
+    how = (opened.model, space, parse_size(settings.cache_memory), engine.backend)
+    ready = 0 if engine.native is None else min(engine.native.room, _all_codes(space))
+    needed = working_bytes(*how) + ready + (settings.gpu_bytes or 0)
     whole = fits(needed, settings.device)
     if not whole:
         needed = working_bytes(*how, whole=False) + (settings.gpu_bytes or 0)
@@ -230,6 +291,16 @@ def _copy_bytes(spec: LinearSpec, space: SearchSpace, size: int, backend: str) -
     formats = (fmt for fmt in space.formats_of(spec) if isinstance(fmt, BitFormat))
     codes = max((linear_bytes(spec, fmt, space.group_size) for fmt in formats), default=0)
     return codes + (dense if spec.tied else 0)
+
+
+def _all_codes(space: SearchSpace) -> int:
+    """Bytes of all weights in all their formats."""
+    return sum(
+        linear_bytes(spec, fmt, space.group_size)
+        for spec in space.quantized
+        for fmt in space.formats_of(spec)
+        if isinstance(fmt, BitFormat)
+    )
 
 
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
@@ -332,6 +403,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
         versions=versions(),
         machine=MachineEntry.of(settings.device, torch.get_num_threads()),
         bank=str(stage.bank.folder),
+        measured_by=stage.measured_by,
         linears=LinearEntry.of(parts.linears),
         outer=LinearEntry.of(parts.outer),
         others=tuple(OtherEntry(o.name, o.kind, o.numel, o.reason) for o in parts.others),
