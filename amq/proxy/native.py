@@ -114,7 +114,7 @@ class NativeStates:
             scales, zero_points = map(memory, parts[1:])
         else:
             parts, scales, zero_points = [prepare(packed)], NO_MEMORY, NO_MEMORY
-        return (packed.format.name, memory(parts[0]), scales, zero_points), parts
+        return (packed.format.name, memory(parts[0]), scales, zero_points, packed.rotation), parts
 
     def _decoder(self, held: Mapping[str, Held], exact: bool = False) -> Any:
         """exact: with activations of float32 in any case."""

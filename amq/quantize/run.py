@@ -15,7 +15,7 @@ from torch import Tensor
 from amq.checkpoint.record import QuantizationRecord
 from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
-from amq.formats import BitFormat, get_format
+from amq.formats import FORMATS, BitFormat, get_format
 from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
@@ -154,7 +154,10 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
 
 
 def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
-    """What is asked for, else what the configuration was searched with, else `auto`; of a bank what it has."""
+    """What is asked for, else what the configuration was searched with, else `auto`; of a bank what it has.
+
+    `auto` goes by the formats that the linears have, and not by the one that decided for the search's bank.
+    """
     provenance = configuration.details.provenance
     found = provenance.rotation if provenance else None
     if settings.method == "bank":
@@ -164,6 +167,8 @@ def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
                 f"--rotation {settings.rotation}: the bank that the configuration was searched on has {found}: "
                 "leave --rotation out, or use --method gptq"
             )
+    elif found in FORMATS:
+        found = AUTO
     return rotation_of(settings.method, settings.rotation or found or AUTO, settings.zero_points)
 
 

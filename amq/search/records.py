@@ -204,10 +204,10 @@ class Evaluations:
 class RunFile(JsonFile):
     """run.json: what was searched, how, and how far it came.
 
-    status: running, stopped (by `--time`) or finished; measured_by: what ran the candidates; runs before 2026-12-01 do
-    not say. linears: of the blocks, the experts of a layer and role in one entry. outer: head and embeddings, which
-    `--head 16bit` leaves out of the search. pinned: {linear: format} by the user and by pruning. timings: {stage:
-    seconds} and `evaluations` are known at the end.
+    status: running, stopped (by `--time`) or finished; measured_by: what ran the candidates, which runs before 2026-12-01
+    do not say; rotation: of the bank, one of `BANK_ROTATIONS`; linears: of the blocks, the experts of a layer and role
+    in one entry. outer: head and embeddings, which `--head 16bit` leaves out of the search. pinned: {linear: format} by
+    the user and by pruning. timings: {stage: seconds} and `evaluations` are known at the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/3", "amq/run/2", "amq/run/1")
@@ -224,6 +224,7 @@ class RunFile(JsonFile):
     machine: MachineEntry
     bank: str = ""
     measured_by: str = ""
+    rotation: str = NO_ROTATION
     linears: tuple[LinearEntry, ...]
     outer: tuple[LinearEntry, ...] = ()
     others: tuple[OtherEntry, ...]
@@ -267,7 +268,7 @@ class RunFile(JsonFile):
         of = self.settings
         return Provenance(
             proxy=of.proxy, calibration=of.calibration, window_length=of.window_length, bank_windows=of.bank_windows,
-            seed=of.seed, rotation=of.rotation, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
+            seed=of.seed, rotation=self.rotation, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
             window_prefix=self.calibration.window_prefix, model_fingerprint=self.model.fingerprint, amq=amq.__version__,
         )  # fmt: skip
 

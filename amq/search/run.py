@@ -30,7 +30,7 @@ from amq.proxy.fisher import fisher_passes
 from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
-from amq.quantize.methods import rotation_of
+from amq.quantize.methods import AUTO, rotation_of
 from amq.quantize.rotate import check_widths
 from amq.runtime.families import Unsupported
 from amq.search.archive import Archive
@@ -50,7 +50,7 @@ from amq.search.records import (
 )
 from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import AUTO, COSTS, NATIVE, SearchSettings, differences
+from amq.search.settings import COSTS, NATIVE, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
 from amq.util.limits import check_memory, fits
@@ -70,14 +70,15 @@ CACHES = 3
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: its weights without those that are kept in 16 bits. near: the bank for the device that the model is on.
-    measured_by: what `evaluator` runs candidates on.
+    quantized: its weights without those that are kept in 16 bits. rotation: of the bank. near: the bank for the device
+    that the model is on. measured_by: what `evaluator` runs candidates on.
     """
 
     opened: OpenModel
     quantized: Inventory
     space: SearchSpace
     bank: WeightBank
+    rotation: str
     near: BankReader
     evaluator: Evaluator
     measured_by: str
@@ -179,7 +180,8 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
     formats, outer = bank_formats(space)
     with timings.measure("bank"):
-        of = BankSettings(settings.proxy, settings.group_size, bank_windows, settings.rotation)
+        rotation = bank_rotation(settings, space, budget)
+        of = BankSettings(settings.proxy, settings.group_size, bank_windows, rotation)
         bank = open_bank(
             opened.model, quantized, formats, of, progress, fingerprint=fingerprint, outer=outer,
         )  # fmt: skip
@@ -190,7 +192,18 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             engine.backend, engine.activations, corpus.unscored, whole, engine.native,
         )  # fmt: skip
     name, where = engine.name, windows_key
-    return _Stage(opened, quantized, space, bank, close, evaluator, name, cost_windows, corpus, where, budget)
+    return _Stage(opened, quantized, space, bank, rotation, close, evaluator, name, cost_windows, corpus, where, budget)
+
+
+def bank_rotation(settings: SearchSettings, space: SearchSpace, budget: Budget) -> str:
+    """Of `BANK_ROTATIONS`: for `auto` the candidate whose size is nearest to the budget, since what gains at 3 bits may
+    lose at 5; the middle one where there is no size."""
+    if settings.rotation != AUTO:
+        return settings.rotation
+    if budget.bits is None:
+        return space.formats[len(space.formats) // 2].name
+    bits = budget.bits - 32 / settings.group_size
+    return min(settings.bit_formats, key=lambda fmt: abs(fmt.code_bits - bits)).name
 
 
 @dataclass(frozen=True)
@@ -404,6 +417,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
         machine=MachineEntry.of(settings.device, torch.get_num_threads()),
         bank=str(stage.bank.folder),
         measured_by=stage.measured_by,
+        rotation=stage.rotation,
         linears=LinearEntry.of(parts.linears),
         outer=LinearEntry.of(parts.outer),
         others=tuple(OtherEntry(o.name, o.kind, o.numel, o.reason) for o in parts.others),
