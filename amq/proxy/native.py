@@ -32,12 +32,9 @@ from amq.quantize.output import config_as_found, other_tensors
 from amq.runtime.decoder_spec import DecoderSpec, Linear, Table
 from amq.runtime.families import Unsupported, read_spec
 from amq.runtime.native_weights import Held, NativeWeights
-from amq.util.limits import free_memory
 
 MAX_ROWS = 512
 """Tokens of a pass: what the kernels lay out at once."""
-SHARE = 4
-"""Of the free memory, a quarter may be prepared weights."""
 CHECKED, TOLERANCE = 32, 0.02
 """Tokens whose states are compared with those of the model's own forward, and the relative difference that half of them
 may exceed: rounding in 16 bits stays well below it, another computation is far above."""
@@ -49,7 +46,7 @@ class NativeStates:
     """Final hidden states of configurations of one model, by `amq._cpu.Decoder`.
 
     length: of the longest window. activations: `int8`, with keys and values of 16 bits, or `fp32`, exact.
-    memory: bytes of prepared weights that are kept; None: a `SHARE` of what is free. `room` is what is left of it.
+    memory: bytes of prepared weights that are kept; `room` is what is left of it.
 
     Raises Unsupported where the engine does not know the model, or computes something else than it does.
     """
@@ -61,7 +58,7 @@ class NativeStates:
         group_size: int,
         length: int,
         activations: str = "int8",
-        memory: int | None = None,
+        memory: int = 1 << 30,
     ) -> None:
         self._model, self._group_size, self._length = loaded.model, group_size, length
         self.activations, self._int8 = activations, activations == "int8"
@@ -70,8 +67,8 @@ class NativeStates:
         self._places = _places(self._spec, inventory)
         # what nothing multiplies by: embeddings whose rows are read as the bank has them
         self._looked_up = {table.name for table in self._spec.parts(Table)} - {self._spec.head.name}
-        self._is_long = 0 < max((rope.border for rope in self._spec.ropes), default=0) < length
-        self.room = free_memory() // SHARE if memory is None else memory
+        self._border = max((rope.border for rope in self._spec.ropes), default=0)
+        self.room = memory
         self._bank: BankReader | None = None
         self._kept: dict[tuple[str, str], tuple[Held, list[Tensor]]] = {}
         decoder = self._decoder(self._weights.held, exact=True)
@@ -127,20 +124,20 @@ class NativeStates:
         """float32 [windows, length, hidden_size] of int64 [windows, length]: whole windows in one pass where they are
         short, else one window in several."""
         states = torch.empty(*tokens.shape, self._spec.hidden)
-        ids = tokens.to(torch.int32)
+        ids, is_long = tokens.to(torch.int32), 0 < self._border < tokens.shape[1]
         for first in range(0, len(tokens), self._sequences):
             windows = slice(first, first + self._sequences)
             for begin in range(0, tokens.shape[1], MAX_ROWS):
                 rows = slice(begin, begin + MAX_ROWS)
-                states[windows, rows] = self._pass(decoder, ids[windows, rows].contiguous(), begin)
+                states[windows, rows] = self._pass(decoder, ids[windows, rows].contiguous(), begin, is_long)
         return states
 
-    def _pass(self, decoder: Any, ids: Tensor, begin: int) -> Tensor:
+    def _pass(self, decoder: Any, ids: Tensor, begin: int, is_long: bool) -> Tensor:
         """ids: int32 [windows, tokens] of windows whose first `begin` positions are in the cache."""
         states = torch.empty(*ids.shape, self._spec.hidden)
         plan: list[tuple[int, int]] = []  # no snapshots of recurrent states
         segments = [
-            (ids.shape[1], begin, memory(self._pages[number]), self._is_long, number, plan)
+            (ids.shape[1], begin, memory(self._pages[number]), is_long, number, plan)
             for number in range(len(ids))
         ]
         decoder.forward(

@@ -53,7 +53,7 @@ from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, NATIVE, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
-from amq.util.limits import check_memory, fits
+from amq.util.limits import check_memory, fits, free_memory
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
 
@@ -64,6 +64,8 @@ REFERENCE = "reference"
 """The backend that multiplies with matrices in the model's own dtype."""
 CACHES = 3
 """What `--cache-memory` bounds, each for itself: reference distributions, hidden states, weights that are ready."""
+READY_SHARE = 4
+"""Of the free memory, a quarter may be weights that are ready for the native engine, in all of their formats."""
 
 
 @dataclass
@@ -248,9 +250,15 @@ def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
     if not settings.device.startswith("cpu"):
         raise Unsupported(f"the native engine is for CPUs, and the model is on {settings.device}")
     activations = "int8" if settings.activations == AUTO else settings.activations
+    needed, free = working_bytes(opened.model, space, parse_size(settings.cache_memory), "cpu"), free_memory()
+    if needed > free:
+        raise Unsupported(
+            f"the native engine needs {needed / 2**30:.2f} GiB for all blocks' codes, and {free / 2**30:.2f} are free"
+        )
     return NativeStates(
-        opened.loaded, _quantized(opened.inventory, space), settings.group_size, settings.window_length, activations
-    )
+        opened.loaded, _quantized(opened.inventory, space), settings.group_size, settings.window_length, activations,
+        min(free // READY_SHARE, free - needed),
+    )  # fmt: skip
 
 
 def _plan_memory(
