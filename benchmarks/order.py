@@ -33,7 +33,7 @@ from amq.model.calibration import CalibrationStream, InputGroup
 from amq.model.inventory import LinearSpec, get_linear
 from amq.model.opened import open_model
 from amq.packing import dequantize
-from amq.proxy.evaluator import token_losses
+from amq.proxy.meter import token_losses
 from amq.quantize.fold import find_fold
 from amq.quantize.methods import METHODS, Method
 from amq.quantize.quantizers import QUANTIZERS

@@ -28,8 +28,9 @@ from amq.model.calibration import CalibrationStream
 from amq.model.inventory import take_inventory
 from amq.model.open import LoadedModel
 from amq.packing import PARTS, PackedWeight, dequantize
-from amq.proxy.evaluator import Evaluator, chunk_tokens
+from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.meter import chunk_tokens
 from amq.proxy.resident import ResidentBank, near
 from amq.quantize.bank import BankSettings, open_bank
 from amq.quantize.blocks import BlockQuantizer
@@ -46,7 +47,7 @@ IN_FEATURES, GROUP_SIZE = 100, 32
 @pytest.fixture(autouse=True)
 def free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stand-in has a GiB."""
-    monkeypatch.setattr("amq.proxy.evaluator.free_on", lambda device: 1 << 30)
+    monkeypatch.setattr("amq.proxy.meter.free_on", lambda device: 1 << 30)
 
 
 def weights() -> list[Tensor]:
@@ -264,7 +265,7 @@ class CpuGenerator(torch.Generator):
 
 
 def test_chunks_of_a_loss_follow_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    free: Callable[[int], Any] = lambda size: monkeypatch.setattr("amq.proxy.evaluator.free_on", lambda device: size)  # noqa: E731
+    free: Callable[[int], Any] = lambda size: monkeypatch.setattr("amq.proxy.meter.free_on", lambda device: size)  # noqa: E731
     cpu = torch.device("cpu")
     free(1)
     assert chunk_tokens(DEVICE, 128_256) == (1, 1)

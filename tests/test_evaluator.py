@@ -157,8 +157,7 @@ def test_cache_memory_changes_nothing_but_time(setup: Setup) -> None:
     losses = []
     for memory in (0, one_chunk - 1, one_chunk, 2 * one_chunk, 1 << 30):
         evaluator = setup.evaluator(cache_memory=memory)
-        cached = sum(t.numel() * t.element_size() for chunks in evaluator._cache.values() for t in chunks)
-        assert cached <= memory
+        assert evaluator._meter.cached_bytes <= memory
         losses.append([evaluator.evaluate(formats, windows) for windows in WINDOWS])
         evaluator.restore()
     for loss in losses[1:]:

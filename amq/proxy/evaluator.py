@@ -1,10 +1,8 @@
 """Evaluator: configurations → losses, the mean divergence per token from the full-precision model.
 
 Many configurations are measured together: they go through the blocks side by side (`amq.proxy.walk`), in a resident
-model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes. The
-loss is streamed: final hidden states of the models (a few MB each) are kept, logits exist for `chunk_tokens` at a
-time, and the reference log-probabilities are cached only as far as `cache_memory` reaches and recomputed from the
-full-precision model's hidden states and head beyond that, once for all configurations that are measured together.
+model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes.
+What comes out behind the last block is measured by a `Meter`.
 
 A linear's sensitivity (this linear in another format, all others as they are) is the loss of such a configuration;
 in the order of blocks, each shares with the others all that comes before its own block.
@@ -12,9 +10,8 @@ in the order of blocks, each shares with the others all that comes before its ow
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -22,25 +19,17 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import KEPT
-from amq.kernels.cpu import jensen_shannon
-from amq.model.blocks import TOKENS, BlockRunner
+from amq.model.blocks import BlockRunner
 from amq.model.inventory import HEAD, Inventory, embedding_weight
 from amq.model.losses import LOSSES
 from amq.model.open import LoadedModel
 from amq.model.paging import pager_of
 from amq.model.states import StateStore
+from amq.proxy.meter import Divergence, Meter, chunk_tokens
 from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
 from amq.proxy.walk import Formats, Walk
-from amq.util.limits import free_on
 
-ROWS = 16
-"""Tokens whose loss torch computes at once on a CPU, so that its temporaries stay in the cache."""
-SHARE, MOST_TOKENS = 8, 4096
-"""Of the free memory of another device an eighth is for logits, and another for what their losses take."""
-LOGITS_BYTES, LOSS_BYTES = 16, 48
-"""For each token and entry of the vocabulary: the reference's and the candidate's, as they come and as float32; and a
-dozen float32 that the divergence is computed with."""
 BATCH_TOKENS = 1024
 """Tokens run through the blocks at once."""
 TOGETHER, TOGETHER_PAGED = 4, 64
@@ -91,15 +80,15 @@ class Evaluator:
         self._head = next((s.name for s in inventory.outer if s.kind == HEAD), None)
         self._blocks = {s.name: s.block for s in inventory.weights}
         device = embedding_weight(loaded.model).device
-        self._vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
-        self._tokens, rows = chunk_tokens(device, self._vocabulary)
-        self._token_losses = token_losses(loss, device, rows)
+        vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
+        tokens, rows = chunk_tokens(device, vocabulary)
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self.seconds = self.seconds_in_model = 0.0
         with torch.no_grad():
             self._runner.check(next(iter(self._windows.values()))[:1, :32])
-            self._reference = self._reference_hidden()
-            self._cache = self._cache_reference(cache_memory)
+            measure, reference = Divergence(loss, device, rows), self._reference_hidden()
+            self._state_bytes = next(iter(reference.values()))[0].nbytes
+            self._meter = Meter(self._logits, reference, measure, vocabulary, tokens, cache_memory)
         self.seconds = self.seconds_in_model = 0.0  # without the reference's forwards above
 
     def evaluate(self, formats: Formats, windows: str = "search") -> float:
@@ -119,7 +108,7 @@ class Evaluator:
             self._swap.check(formats)
         start = time.perf_counter()
         batches = self._batches(self._windows[windows])
-        size = self._windows[windows].numel() * self._reference[windows][0].nbytes
+        size = self._windows[windows].numel() * self._state_bytes
         count = TOGETHER_PAGED if self._paged else max(1, min(TOGETHER, self._memory // size))
         with StateStore(max(self._memory, 2 * size)) as store:
             walk = Walk(self._runner, self._swap, self._inventory, self._bank, batches, store, self._whole)
@@ -188,78 +177,16 @@ class Evaluator:
         self.seconds_in_model += time.perf_counter() - begin
         return logits.float().contiguous()
 
-    def _cache_reference(self, cache_memory: int) -> dict[str, list[Tensor]]:
-        """Reference log-probabilities of the first chunks of each window set, as many as fit."""
-        cache: dict[str, list[Tensor]] = {}
-        for name, hidden in self._reference.items():
-            cache[name] = []
-            for chunk in hidden.split(self._tokens):
-                size = 4 * len(chunk) * self._vocabulary
-                if size > cache_memory:
-                    break
-                cache_memory -= size
-                cache[name].append(self._logits(chunk).log_softmax(-1))
-        return cache
-
     def _losses(self, walk: Walk, keys: Sequence[int], configurations: Sequence[Formats], windows: str) -> list[float]:
         """Of configurations whose final states are in the walk's store under `keys`."""
         heads = [formats.get(self._head, KEPT.name) if self._head else KEPT.name for formats in configurations]
         losses = [0.0] * len(keys)
         for head in sorted(set(heads)):
             chosen = [index for index, own in enumerate(heads) if own == head]
-            together = max(1, self._memory // self._reference[windows].nbytes)
+            together = max(1, self._memory // self._meter.nbytes(windows))
             for first in range(0, len(chosen), together):
                 part = chosen[first : first + together]
-                found = self._mean_losses([self._scored(walk.take(keys[i])) for i in part], head, windows)
+                found = self._meter.losses(windows, [self._scored(walk.take(keys[i])) for i in part], head)
                 for index, loss in zip(part, found, strict=True):
                     losses[index] = loss
         return losses
-
-    def _mean_losses(self, candidates: Sequence[Tensor], head: str, windows: str) -> list[float]:
-        """candidates: final hidden states of one configuration each, [scored tokens, hidden_size]; head: its format."""
-        totals = [0.0] * len(candidates)
-        cached, reference = self._cache[windows], self._reference[windows]
-        for index, chunk in enumerate(reference.split(self._tokens)):
-            wanted = [i for i, total in enumerate(totals) if math.isfinite(total)]
-            if not wanted:
-                break
-            p = cached[index] if index < len(cached) else self._logits(chunk).log_softmax(-1)
-            rows = slice(index * self._tokens, (index + 1) * self._tokens)
-            for i in wanted:
-                losses = self._token_losses(p, self._logits(candidates[i][rows], head))
-                totals[i] += float(losses.sum(dtype=torch.float64))
-        return [total / len(reference) if math.isfinite(total) else total for total in totals]
-
-
-def chunk_tokens(device: torch.device, vocabulary: int) -> tuple[int, int]:
-    """(tokens whose logits exist at once, tokens whose loss torch computes at once) of a vocabulary.
-
-    On a CPU what its caches hold. Elsewhere powers of two that take a `SHARE` of the memory that is free there: few
-    launches where there is much of it, and no failure where there is little.
-    """
-    if device.type == "cpu":
-        return TOKENS, ROWS
-    room = free_on(str(device)) // SHARE
-    logits, losses = (_power_of_two(room // (size * vocabulary)) for size in (LOGITS_BYTES, LOSS_BYTES))
-    return min(logits, MOST_TOKENS), min(losses, MOST_TOKENS)
-
-
-def _power_of_two(most: int) -> int:
-    """The largest up to `most`, at least 1."""
-    return 1 << max(0, most.bit_length() - 1)
-
-
-def token_losses(loss: str, device: torch.device, rows: int = ROWS) -> Callable[[Tensor, Tensor], Tensor]:
-    """(reference log-probabilities, candidate logits), float32 [tokens, vocabulary] each → losses [tokens].
-
-    rows: tokens whose loss torch computes at once. `amq.model.losses` is the specification; on CPU the default loss has
-    a fused kernel, which takes a fifth of torch's time.
-    """
-    if loss == "jsd" and device.type == "cpu":
-        return jensen_shannon
-
-    def by_torch(reference: Tensor, logits: Tensor) -> Tensor:
-        pairs = zip(reference.split(rows), logits.split(rows), strict=True)
-        return torch.cat([LOSSES[loss](p, x.log_softmax(-1)) for p, x in pairs])
-
-    return by_torch
