@@ -81,7 +81,7 @@ class Details:
     """What a configuration says besides: its figures and its origin, None where they are not known.
 
     bytes: of what `formats` names. bytes_read: of weights, by one token. loss, loss_confirm (on held-out windows),
-    predicted_loss: nats per token.
+    predicted_loss: nats per token, or in the unit of the objective that `provenance.loss` names.
     """
 
     model: str | None = None

@@ -16,6 +16,7 @@ import numpy as np
 from amq.configuration import Configuration
 from amq.formats import BitFormat, Kept
 from amq.model.inventory import EXPERT
+from amq.model.losses import LN2
 from amq.search.archive import Record
 from amq.search.choose import Budget, choose, to_configuration
 from amq.search.front import pareto_indices
@@ -70,14 +71,14 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     solution, status = _solve(problem, settings, timings, deadline)
     _write_tables(folder, solution, problem)
     records, budget = problem.archive.records, Budget(problem.budget, problem.max_loss)
-    fit = fit_records(records, solution.table) if solution.table else None
+    fit = fit_records(records, solution.table, problem.objective.ceiling) if solution.table else None
     chosen = choose(budget, problem.space, records, solution.table, fit)
     with timings.measure("confirm"):
         on_front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, problem.space, records, solution.table, fit)
     configuration = to_configuration(chosen, run, settings.context)
     folder.write_configuration(configuration)
-    front = make_front(problem, on_front, solution.table, fit)
+    front = make_front(problem, on_front, solution.table, fit, settings.loss)
     folder.write(front)
     seconds = {k: round(v, 3) for k, v in (*timings.seconds.items(), ("total", time.monotonic() - started))}
     pruned = problem.space.widest(solution.sensitivity.pinned if solution.sensitivity else ())
@@ -158,7 +159,8 @@ def _names(formats: Iterable[BitFormat | Kept]) -> str:
 def _write_tables(folder: RunWriter, solution: Solution, problem: Problem) -> None:
     if solution.table is not None and not (folder.path / NAMES[Cost]).is_file():
         kind = "sensitivity" if any(r.phase == "sensitivity" for r in problem.archive.records) else "weight"
-        unit = "−ln(1 − loss/ln 2)" if kind == "sensitivity" else "sum of squares"
+        ceiling = "ln 2" if problem.objective.ceiling == LN2 else f"{problem.objective.ceiling:g}"
+        unit = f"−ln(1 − loss/{ceiling})" if kind == "sensitivity" else "sum of squares"
         folder.write(Cost(kind=kind, unit=unit, cost=solution.table))
     if solution.sensitivity is not None:
         folder.write(solution.sensitivity)

@@ -19,12 +19,15 @@ import torch
 from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat
+from amq.model.answers import SEARCHED, open_answers
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import EMBEDDING, Inventory, LinearSpec, embedding_weight
+from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.text import Corpus
+from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.proxy.resident import BankReader, near
@@ -97,6 +100,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
             stage.space, folder.archive, stage.evaluator, settings.solver, settings.seed, progress=progress
         )
         problem.budget, problem.max_loss = stage.budget.bits, stage.budget.max_loss
+        problem.objective = OBJECTIVES[settings.loss]
         problem.cost_tables = _cost_tables(settings, stage, problem, folder, timings)
         return conduct(problem, run, folder, timings, started)
 
@@ -141,7 +145,8 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
     if previous.calibration.windows not in ("", stage.windows_key):
         raise AmqError(
             f"--resume: the text {settings.calibration!r} gives other windows of tokens than when {output} was begun: "
-            f"the tokenizer of {settings.model} or the version of amq has changed; use another --output"
+            f"the tokenizer of {settings.model} or the version of amq has changed, or, with --objective {ANSWERS}, the "
+            "model answered anew on another processor; use another --output"
         )
 
 
@@ -163,7 +168,9 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         cost_windows = sampler.take(settings.cost_passes)
         BlockRunner(opened.model).check(windows["search"][:1, :32].to(embedding.device))  # not after hours of banking
         fingerprint = opened.fingerprint
-        windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
+        answers = _answers(settings, opened, progress)
+        hashed = windows if answers is None else answers.hashed
+        windows_key = content_hash([*hashed.items(), ("bank", bank_windows), ("cost", cost_windows)])
     formats, outer = bank_formats(space)
     with timings.measure("bank"):
         bank = open_bank(
@@ -174,9 +181,21 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
             opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
-            settings.backend, settings.activations, corpus.unscored, whole,
+            settings.backend, settings.activations, corpus.unscored, whole, answers,
         )  # fmt: skip
     return _Stage(opened, quantized, space, bank, close, evaluator, cost_windows, corpus, windows_key, budget)
+
+
+def _answers(settings: SearchSettings, opened: OpenModel, progress: Progress) -> Agreement | None:
+    """What `--objective answers` measures on; the full-precision model answers here, before anything is swapped in."""
+    if settings.loss != ANSWERS:
+        return None
+    count = 2 * settings.answers
+    found = open_answers(
+        opened.loaded, count, settings.answer_tokens, settings.seed, opened.fingerprint, SEARCHED, progress
+    )
+    parts = {"search": found.items[: settings.answers], "confirm": found.items[settings.answers :]}
+    return Agreement({name: AnswerWindows.of(items) for name, items in parts.items()})
 
 
 def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> bool:
