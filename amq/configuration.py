@@ -36,13 +36,15 @@ OTHER_BYTES = 2
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a configuration came from: what names its bank (proxy to seed, and the model), and how it was searched."""
+    """Where a configuration came from: what names its bank (proxy to rotation, and the model), and how it was
+    searched."""
 
     proxy: str | None = None
     calibration: str | None = None
     window_length: int | None = None
     bank_windows: int | None = None
     seed: int | None = None
+    rotation: str | None = None
     solver: str | None = None
     cost: str | None = None
     formats: str | None = None

@@ -3,14 +3,15 @@
     W[n, k] ≈ (codes[n, k] − zero_point[n, k // group_size]) · scale[n, k // group_size]
 
 `codes` are uint8 in `[0, levels)`; `scale` and `zero_point` are fp16, and zero_point is in code units and may be
-fractional. Of a rotated weight this is W H instead of W, with H of `amq.rotation`. The bytes of `qweight` follow `amq/formats.py`. This file is the slow obvious version: kernels are tested
-against it, and the on-disk format (docs/format.md) is what it writes.
+fractional. Of a rotated weight this is W H instead of W, with H of `amq.rotation`. The bytes of `qweight` follow
+`amq/formats.py`. This file is the slow obvious version: kernels are tested against it, and the on-disk format
+(docs/format.md) is what it writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ class PackedWeight:
     qweight: Tensor
     scale: Tensor
     zero_point: Tensor
-    rotation: int = 0
+    rotation: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         check_rotation(self.rotation, self.in_features, f"{self.format.name} weight")
@@ -57,12 +58,12 @@ class PackedWeight:
             "scale": (torch.float16, (rows, groups)),
             "zero_point": (torch.float16, (rows, groups)),
         }
-        for field, tensor in self.parts.items():
-            dtype, shape = expected[field]
+        for part, tensor in self.parts.items():
+            dtype, shape = expected[part]
             if tensor.dtype != dtype or tuple(tensor.shape) != shape:
                 raise AmqError(
                     f"{self.format.name} weight with {self.in_features} input features at group {self.group_size}: "
-                    f"{field} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
+                    f"{part} must be {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}"
                 )
 
     @property
@@ -133,10 +134,10 @@ def check_fused(weights: Sequence[PreparedWeight], fields: Sequence[str], name: 
     if not weights:
         raise AmqError(f"{name}: expected at least one weight, got none")
     for weight in weights[1:]:
-        for field in fields:
-            expected, got = getattr(weights[0], field), getattr(weight, field)
+        for shared in fields:
+            expected, got = getattr(weights[0], shared), getattr(weight, shared)
             if got != expected:
-                raise AmqError(f"{name}: fused linears must share {field}; expected {expected}, got {got}")
+                raise AmqError(f"{name}: fused linears must share {shared}; expected {expected}, got {got}")
 
 
 def pack_codes(codes: Tensor, fmt: BitFormat) -> Tensor:

@@ -5,8 +5,8 @@ symmetric and its own inverse: what rotates W and x rotates them back. An outlie
 quantization group or over two, so that groups are nearer to normal. The idea is QuaRot's (arXiv 2404.00456); here
 it costs no stored byte and no matrix: a packed weight holds codes of W H, and x is rotated on its way into the product.
 
-The order of additions is part of the definition: stages of width 1, 2, 4, … 32, then one product with 1/8, which is exact.
-Every kernel gives the bits of `rotate`.
+The order of additions is part of the definition: stages of width 1, 2, 4, … 32, then one product with 1/8, which is
+exact. Every kernel gives the bits of `rotate`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def rotate(x: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     half = 1
     while half < WIDTH:
-        low, high = wide.reshape(*x.shape[:-1], -1, 2, half).unbind(-2)
+        low, high = wide.reshape(*x.shape[:-1], x.shape[-1] // (2 * half), 2, half).unbind(-2)
         wide = torch.stack((low + high, low - high), -2)
         half *= 2
     return wide.mul_(SCALE).view(x.shape).to(x.dtype)
@@ -46,6 +46,6 @@ def check_width(in_features: int, name: str = "rotation") -> None:
     """Raises AmqError where `WIDTH` does not divide `in_features`."""
     if not divides(in_features):
         raise AmqError(
-            f"{name}: {in_features} input features cannot be rotated {WIDTH} at a time, because {WIDTH} does not divide "
-            "them: take --rotation auto, which leaves such inputs as they are, or none"
+            f"{name}: {in_features} input features cannot be rotated {WIDTH} at a time, because {WIDTH} does not "
+            "divide them: take --rotation auto, which leaves such inputs as they are, or none"
         )

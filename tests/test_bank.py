@@ -321,9 +321,9 @@ def test_grams_are_mean_x_xt_of_shared_inputs(name: str, banks: Path, monkeypatc
     seen: list[tuple[list[torch.Tensor], torch.Tensor]] = []
 
     def record(original: Any) -> Any:
-        def quantize(weights: Any, formats: Any, group_size: int, gram: torch.Tensor) -> Any:
+        def quantize(weights: Any, formats: Any, group_size: int, gram: torch.Tensor, *rest: Any) -> Any:
             seen.append((weights, gram))
-            return original(weights, formats, group_size, gram)
+            return original(weights, formats, group_size, gram, *rest)
 
         return quantize
 

@@ -116,7 +116,7 @@ def test_a_missing_shard_is_named(tiny_llama: torch.nn.Module, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"version": 4}, "checkpoint version 4 is not known to this amq"),
+        ({"version": 5}, "checkpoint version 5 is not known to this amq"),
         ({"version": None}, "checkpoint version None"),
         ({"quant_method": "gptq"}, "expected quantization_config.quant_method 'amq', found 'gptq'"),
         ({"group_size": 48}, "group size 48 is not supported"),

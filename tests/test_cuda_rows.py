@@ -21,6 +21,7 @@ from amq.formats import FORMATS, BitFormat
 from amq.kernels import cuda, cuda_calls, gpu_layout
 from amq.kernels.cuda_calls import ACTIVATIONS, KINDS, PACKED_ROWS, PREPARED, Call
 from amq.packing import dequantize
+from amq.rotation import rotate
 
 U = 2.0**-24
 ROUNDING = {torch.float16: (2.0**-11, 2.0**-25), torch.bfloat16: (2.0**-8, 0.0), torch.float32: (0.0, 2.0**-126)}
@@ -114,6 +115,19 @@ def test_norm_of_zeros_and_nan(library) -> None:
         weight=torch.ones(600), epsilon=1e-6, y=y, y_stride=600,
     )  # fmt: skip
     assert not y[0].any() and y[1].isnan().all() and (y[2] - 1).abs().max() < 1e-5
+
+
+@every_kind
+@pytest.mark.parametrize(("rows", "features"), ((1, 64), (3, 576), (2, 2112)))
+def test_rotation_is_that_of_the_definition(library, dtype: torch.dtype, rows: int, features: int) -> None:
+    """To the bit, into other memory and in place."""
+    x = (10 * torch.randn(rows, features + 5)).to(dtype)[:, :features]
+    expected = rotate(x)
+    fields = {"rows": rows, "features": features, "kind": KINDS[dtype], "x": x, "x_stride": x.stride(0)}
+    found = written(library, cuda_calls.RotateCall, fields, (rows, features), dtype)
+    assert_same_bits(found.float(), expected.float())
+    run(library, cuda_calls.RotateCall, **fields, y=x, y_stride=x.stride(0))
+    assert_same_bits(x.float(), expected.float())
 
 
 @every_kind
@@ -352,7 +366,9 @@ def test_refusals(library) -> None:
     gated = {"rows": 1, "features": 8, "activation": 0, "y_kind": 2, "gate": x, "up": x, "y": x}
     finish = {"rows": 1, "features": 8, "stream": x, "y": x}
     layers = {"rows": 1, "columns": 8, "width": 4, "sum": x, "token": x, "norm": x}
+    turn = {"rows": 1, "features": 64, "kind": 2, "x": x, "x_stride": 64, "y": x, "y_stride": 64}
     kinds = (cuda_calls.NormCall, norm), (cuda_calls.EmbedCall, embed), (cuda_calls.DenseCall, small)
+    kinds += ((cuda_calls.RotateCall, turn),)
     kinds += (cuda_calls.ActivateCall, gated), (cuda_calls.FinishCall, finish), (cuda_calls.PerLayerCall, layers)
     for struct, fields in kinds:
         run(library, struct, **fields)
@@ -365,6 +381,11 @@ def test_refusals(library) -> None:
             for changed in ({"x": None}, {"y": odd}, {"parts": 0}, {"weight": odd})
         ),
         (cuda_calls.NormCall, norm | {"y_kind": 3}, -5),
+        (cuda_calls.RotateCall, turn | {"kind": 3}, -5),
+        *(
+            (cuda_calls.RotateCall, turn | changed, -6)
+            for changed in ({"features": 96}, {"x": odd}, {"y": None}, {"y_stride": 72})
+        ),
         (cuda_calls.NormCall, norm | {"y_kind": 0}, -6),
         (cuda_calls.NormCall, norm | {"y_stride": 9}, -6),
         *(

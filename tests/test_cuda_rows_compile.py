@@ -14,7 +14,7 @@ if shutil.which("nvcc") is None:
     pytest.skip("no nvcc on this machine: the CUDA kernels are compiled where there is one", allow_module_level=True)
 
 REGISTERS = {"dense_kernel": 128, "norm_kernel": 40, "finish_kernel": 48, "per_layer_kernel": 40}
-REGISTERS |= {"embed_kernel": 40, "activate_kernel": 32, "softcap_kernel": 32}
+REGISTERS |= {"embed_kernel": 40, "activate_kernel": 32, "softcap_kernel": 32, "rotate_kernel": 40}
 """Of a lane: two blocks of dense products fit a multiprocessor, four of 512 threads of the longest of the others."""
 SHARED = 35 * 1024
 """Bytes of shared memory at most: two blocks of dense products fit the 100 KB of a multiprocessor of sm_86."""

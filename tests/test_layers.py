@@ -10,7 +10,18 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    *("errors", "formats", "rotation", "packing", "util", "model", "configuration", "checkpoint", "kernels", "integrations"),
+    *(
+        "errors",
+        "formats",
+        "rotation",
+        "packing",
+        "util",
+        "model",
+        "configuration",
+        "checkpoint",
+        "kernels",
+        "integrations",
+    ),
     *("quantize", "proxy", "search", "report", "eval", "export", "split", "runtime", "bench", "serve", "generate"),
     "cli",
 )

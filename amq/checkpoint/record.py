@@ -20,9 +20,9 @@ METHOD = "amq"
 """`quant_method` in config.json."""
 VERSIONS = (1, 2, 3, 4)
 """1: only linears are packed. 2: an embedding is read from the packed head, which a reader of version 1 would look for
-in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own. 4: weights
-are rotated, which an older reader would multiply as if they were not.
-A file has the lowest that says what is in it."""
+in vain. 3: there are experts, by names that older readers do not find, or an embedding with a packed weight of its own.
+4: weights are rotated, which an older reader would multiply as if they were not. A file has the lowest that says what
+is in it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class QuantizationRecord:
     kept: {linear: (out_features, in_features)} of the linears, head and embeddings that were left in 16 bits by choice:
         plain tensors under their own names, counted in bits per weight.
     rotation: {linear: width} of those whose codes are of W H (`amq.rotation`); others are not rotated. Linears of a
-        group of `shared_inputs` agree. Head and embeddings are not rotated.
+        group of `shared_inputs` agree, and so do the experts of a layer and role. Head and embeddings are not rotated.
 
     An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
     agree once (`amq.configuration.compact`).
@@ -108,8 +108,8 @@ class QuantizationRecord:
         }
         file = self  # readers of earlier versions know each linear by its own name alone
         if self.version >= 3:
-            parts = ("formats", "shapes", "kept", "rotation")
-            file = replace(self, **{part: compact(getattr(self, part)) for part in parts})
+            formats, shapes, kept = compact(self.formats), compact(self.shapes), compact(self.kept)
+            file = replace(self, formats=formats, shapes=shapes, kept=kept, rotation=compact(self.rotation))
         optional = ("head", "embedding", "kept", "rotation")
         return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 
@@ -138,11 +138,11 @@ class QuantizationRecord:
     def _expanded(self, source: str) -> QuantizationRecord:
         """This record, read from the file `source`, with a name for each expert."""
         try:
-            parts = ("formats", "shapes", "kept", "rotation")
-            expanded = {part: expand(getattr(self, part)) for part in parts}
+            formats, shapes, kept = expand(self.formats), expand(self.shapes), expand(self.kept)
+            rotation = expand(self.rotation)
         except ValueError as error:
             raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
-        return replace(self, **expanded)
+        return replace(self, formats=formats, shapes=shapes, kept=kept, rotation=rotation)
 
     def _check(self, records: Mapping[str, Any], source: str) -> None:
         """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats.
@@ -177,11 +177,15 @@ class QuantizationRecord:
                 why = "a head or embedding, which is never rotated" if name in outer else "which has no format"
                 raise AmqError(f"{source}: rotation names {name!r}, {why}; the file is damaged")
             check_rotation(width, self.shapes[name][1], f"{source}: {name}")
-        for group in self.shared_inputs:
+        layers: dict[str, list[str]] = {}
+        for name in self.formats if self.rotation else ():
+            if found := split_expert(name):
+                layers.setdefault(found[0], []).append(name)
+        alike = [(group, "other linears that read its input") for group in self.shared_inputs]
+        alike += [(tuple(experts), "other experts of its layer") for experts in layers.values()]
+        for group, others in alike:
             if len({self.rotation.get(name, 0) for name in group}) > 1:
-                raise AmqError(
-                    f"{source}: {group[0]!r} and other linears that read its input are not rotated alike; the file is damaged"
-                )
+                raise AmqError(f"{source}: {group[0]!r} and {others} are not rotated alike; the file is damaged")
 
 
 @dataclass(frozen=True)

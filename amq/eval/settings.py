@@ -10,6 +10,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
+from amq.quantize.methods import AUTO, ROTATION_HELP, ROTATIONS
 from amq.quantize.quantizers import QUANTIZERS
 from amq.util.settings import CHOOSE, MEASURE, REQUIRED, Settings, flag
 
@@ -61,7 +62,7 @@ class EvalSettings(LoadSettings, TaskSettings):
 
     model: one or several; a folder that amq quantized runs as it is, any other model in full precision.
     configurations: files written by the search; each is assembled from the very bank it was searched on.
-    uniform: comma-separated formats, from the first configuration's bank, else the one that `proxy` to `seed` name.
+    uniform: comma-separated formats, from the first configuration's bank, else the one that `proxy` to `rotation` name.
     backend, activations: what multiplies the quantized linears; see `amq.proxy.swap`. None: `reference` for banks,
         and for checkpoints the fastest on `device` that runs their formats.
     full: the model in full precision too. dequantized: every checkpoint also as plain torch linears.
@@ -91,6 +92,7 @@ class EvalSettings(LoadSettings, TaskSettings):
     calibration: str = flag("pydoc", f"calibration text: {CALIBRATION_TEXTS}", BANK, metavar="TEXT")
     bank_windows: int = flag(24, "calibration windows", BANK, least=1, metavar="N")
     seed: int = flag(0, "of the choice of windows", BANK, least=0, metavar="N")
+    rotation: str = flag(AUTO, ROTATION_HELP, BANK, choices=ROTATIONS)
     text: str | None = flag(
         None,
         "a text file, wikitext2, c4, pydoc or docstrings (default; with --tasks or --answers, none)",

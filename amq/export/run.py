@@ -29,10 +29,10 @@ def run_export(settings: ExportSettings) -> dict[str, Any]:
     module = importlib.import_module(f"amq.export.{to.replace('-', '_')}")
     record = stored.record
     facts: dict[str, Any] = {}
-    if record.rotation:
+    if record.rotation and target.weights:
         raise AmqError(
-            f"{source} holds rotated weights ({next(iter(record.rotation))} and {len(record.rotation) - 1} more), which no "
-            "other program multiplies: quantize again with `amq quantize … --rotation none`, and export that"
+            f"{source} holds {len(record.rotation)} rotated weights, such as {next(iter(record.rotation))}, which "
+            "no other program multiplies: quantize again with `amq quantize … --rotation none`, and export that"
         )
     if record.has_experts and not target.experts:
         raise AmqError(

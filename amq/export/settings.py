@@ -13,7 +13,7 @@ from amq.util.settings import REACH, REQUIRED, Settings, flag
 class Export:
     """help: one line. model_folder: whether the result is a Hugging Face folder, with the tokenizer in it.
     head: whether it holds quantized embeddings and a head; where not, the export gets them as plain tensors.
-    experts: whether it holds them; experts_reason: why not.
+    experts: whether it holds them; experts_reason: why not. weights: whether it holds any, or names and formats alone.
     """
 
     help: str
@@ -21,6 +21,7 @@ class Export:
     head: bool = False
     experts: bool = False
     experts_reason: str = ""
+    weights: bool = True
 
 
 EXPORTS: Registry[Export] = Registry(
@@ -40,6 +41,7 @@ EXPORTS: Registry[Export] = Registry(
             "settings for people who quantize with llama.cpp, AutoRound or GPTQModel",
             model_folder=False,
             head=True,
+            weights=False,
             experts_reason="AutoRound and GPTQModel have names of their own for them, which were not compared",
         ),
     },

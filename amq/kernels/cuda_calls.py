@@ -72,7 +72,7 @@ class LinearCall(_Called):
         *(*_addresses("x"), *_longs("x_stride"), *_addresses("norm"), *_floats("epsilon scale")),
         *(*_integers("epilogue activation"), *_floats("limit"), *_integers("n_experts")),
         *(*_addresses("y"), *_longs("y_stride"), *_addresses("partials experts groups n_groups")),
-        *_integers("most_groups x_share"),
+        *_integers("most_groups x_share rotated reserved"),
     ]
 
 
@@ -82,6 +82,14 @@ class NormCall(_Called):
         *_integers("rows features parts y_kind"),
         *(*_addresses("x"), *_longs("x_stride"), *_addresses("weight"), *_floats("epsilon factor")),
         *(*_addresses("y"), *_longs("y_stride")),
+    ]
+
+
+class RotateCall(_Called):
+    FUNCTION = "amq_cuda_rotate"
+    _fields_ = [
+        *(*_integers("rows features kind reserved"), *_addresses("x"), *_longs("x_stride"), *_addresses("y")),
+        *_longs("y_stride"),
     ]
 
 

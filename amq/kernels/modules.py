@@ -170,8 +170,9 @@ class PackedState(nn.Module):
         if missing:
             missing_keys.extend(missing if strict else [])
         else:
-            *shape, rotation = self.layout
-            self.store(PackedWeight(*shape, *(state_dict[name].cpu() for name in names), rotation=rotation))
+            fmt, in_features, group_size, rotation = self.layout
+            parts = (state_dict[name].cpu() for name in names)
+            self.store(PackedWeight(fmt, in_features, group_size, *parts, rotation=rotation))
         rest = {name: tensor for name, tensor in state_dict.items() if name not in names}
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, *args)
 

@@ -22,11 +22,11 @@ from amq.rotation import rotate
 _LIBRARY = torch.library.Library("amq", "DEF")
 _LIBRARY.define(
     "linear(Tensor x, Tensor[] weights, str[] formats, int[] out_features, int group_size, Tensor? bias, "
-    "str activations, str backend, int rotation) -> Tensor"
+    "str activations, str backend, int rotation=0) -> Tensor"
 )
 _LIBRARY.define(
     "grouped_linear(Tensor x, Tensor[] weights, str[] formats, int[] sizes, int out_features, int group_size, "
-    "Tensor?[] biases, str activations, str backend, int rotation) -> Tensor"
+    "Tensor?[] biases, str activations, str backend, int rotation=0) -> Tensor"
 )
 OP = "torch.ops.amq.linear"
 GROUPED = "torch.ops.amq.grouped_linear"
@@ -189,7 +189,7 @@ def _linear(
     bias: Tensor | None,
     activations: str,
     backend: str,
-    rotation: int,
+    rotation: int = 0,
 ) -> Tensor:
     if not len(weights) == len(formats) == len(out_features) > 0 or x.ndim == 0:
         raise AmqError(
@@ -215,7 +215,7 @@ def _grouped_linear(
     biases: Sequence[Tensor | None],
     activations: str,
     backend: str,
-    rotation: int,
+    rotation: int = 0,
 ) -> Tensor:
     if not len(weights) == len(formats) == len(sizes) > 0 or x.ndim != 2:
         raise AmqError(
@@ -245,7 +245,9 @@ def _run_grouped(
 ) -> Tensor:
     flat = [None if bias is None else bias.contiguous() for bias in biases]
     try:
-        return get_backend(weights[0].backend).group(_rotated(x, weights).contiguous(), weights, sizes, flat, activations)
+        return get_backend(weights[0].backend).group(
+            _rotated(x, weights).contiguous(), weights, sizes, flat, activations
+        )
     except AmqError as error:
         raise AmqError(f"{name}: {error}") from error
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat, check_group_size, get_format
-from amq.model.calibration import CalibrationStream, in_parts
+from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
@@ -38,9 +38,11 @@ from amq.model.own_text import open_sampler
 from amq.model.paging import holding
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
+from amq.quantize.methods import AUTO, NO_ROTATION, rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
-from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS, Quantizer
+from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
+from amq.quantize.rotate import Rotator, check_widths
 from amq.util.files import cache_dir, make_folder
 from amq.util.progress import Progress
 from amq.util.records import JsonFile
@@ -50,11 +52,15 @@ from amq.util.tensors import hashes_metadata, save_tensors, verify_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 4
+VERSION = 5
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 INDEX = "bank.json"
-ERROR = "weight_error"
-"""Beside the three parts of each linear: ‖W − Ŵ‖², float64, a tensor so that its hash is kept as theirs are."""
+ERROR, ROTATION = "weight_error", "rotation"
+"""Beside the three parts of each linear: ‖W − Ŵ‖², float64, and `PackedWeight.rotation`, int64 (not of head and
+embeddings); tensors, so that their hashes are kept as those of the others are."""
+DECIDING = ("int2", "int4")
+"""Formats that decide with `--rotation auto`, whichever a bank is opened for: its formats are added one by one, and
+linears that share an input are rotated alike in all of them."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,13 @@ class BankSettings:
     group_size: int = 128
     calibration: Tensor | None = None
     """int64 [windows, length]; used by quantizers that need activations."""
+    rotation: str = NO_ROTATION
+    """Of `ROTATIONS`."""
+
+    @property
+    def rotates(self) -> str:
+        """`rotation` as far as the quantizer has something to decide it by."""
+        return rotation_of(self.proxy, self.rotation)
 
     @property
     def windows(self) -> Tensor | None:
@@ -77,7 +90,8 @@ class BankSettings:
 
     def key(self, fingerprint_of_model: str, linears: Iterable[str] = ()) -> str:
         """linears: the names of those that the bank holds; kept ones are not built."""
-        parts = [f"amq-bank-{VERSION}", self.proxy, str(self.group_size), fingerprint_of_model, *linears]
+        how = (self.proxy, str(self.group_size), self.rotates)
+        parts = [f"amq-bank-{VERSION}", *how, fingerprint_of_model, *linears]
         if (windows := self.windows) is not None:
             parts.append(content_hash([("calibration", windows)]))
         return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()
@@ -87,7 +101,8 @@ class BankSettings:
 class BankIndex(JsonFile):
     """bank.json, for people: what a bank is of. Programs find a bank by its key, and its content by its files' names.
 
-    model: the class; linears: how many; outer: head and embeddings in it, as far as it was built for them.
+    rotation: what was asked for; model: the class; linears: how many; outer: head and embeddings in it, as far as it
+    was built for them.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bank/1",)
@@ -95,6 +110,7 @@ class BankIndex(JsonFile):
     schema: str = SCHEMAS[0]
     proxy: str
     group_size: int
+    rotation: str = NO_ROTATION
     model: str
     linears: int
     outer: tuple[str, ...] = ()
@@ -110,11 +126,16 @@ class BankRecipe:
     bank_windows: int
     window_length: int
     seed: int
+    rotation: str = NO_ROTATION
 
     def of(self, configuration: Configuration) -> BankRecipe:
-        """The bank that a configuration was searched on; what its provenance does not say is taken from here."""
-        names = ("proxy", "calibration", "bank_windows", "window_length", "seed")
-        found = {n: getattr(configuration.details.provenance, n, None) for n in names}
+        """The bank that a configuration was searched on; what its provenance does not say is taken from here. One that
+        names a bank and no rotation is of a time when there was none."""
+        names = ("proxy", "calibration", "bank_windows", "window_length", "seed", "rotation")
+        provenance = configuration.details.provenance
+        found = {n: getattr(provenance, n, None) for n in names}
+        if provenance and provenance.proxy and provenance.rotation is None:
+            found["rotation"] = NO_ROTATION
         given = {n: getattr(self, n) if value is None else value for n, value in found.items()}
         return BankRecipe(group_size=configuration.group_size, **given)
 
@@ -134,7 +155,7 @@ class BankRecipe:
         count = self.bank_windows
         sampler = open_sampler(loaded, self.calibration, self.window_length, self.seed, count, fingerprint, progress)
         windows = sampler.take(count)
-        settings = BankSettings(self.proxy, self.group_size, windows)
+        settings = BankSettings(self.proxy, self.group_size, windows, self.rotation)
         others = {name: _records(names) for name, names in (outer or {}).items()}
         return open_bank(
             loaded.model, inventory, _records(formats), settings, progress, fingerprint=fingerprint, outer=others
@@ -184,10 +205,10 @@ class WeightBank:
         path = self._path(spec, get_format(fmt))
         file = self._open(path)
         try:
-            packed = PackedWeight(
-                get_format(fmt), spec.in_features, self.group_size, *(file.get_tensor(n) for n in part_names(linear))
-            )
-        except (SafetensorError, AmqError) as error:
+            parts = [file.get_tensor(n) for n in part_names(linear)]
+            rotation = 0 if linear in self._outer else int(file.get_tensor(f"{linear}.{ROTATION}").item())
+            packed = PackedWeight(get_format(fmt), spec.in_features, self.group_size, *parts, rotation=rotation)
+        except (SafetensorError, AmqError, RuntimeError) as error:  # RuntimeError: of a tensor with several elements
             raise _damaged(path, error) from error
         if packed.out_features != spec.out_features:
             raise _damaged(path, f"{linear} has {packed.out_features} rows, expected {spec.out_features}")
@@ -200,7 +221,7 @@ class WeightBank:
             for fmt in self.formats_of(name):
                 path = self._path(spec, fmt)
                 try:
-                    errors[name][fmt.name] = float(self._open(path).get_tensor(f"{name}.{ERROR}"))
+                    errors[name][fmt.name] = float(self._open(path).get_tensor(f"{name}.{ERROR}").item())
                 except (SafetensorError, RuntimeError) as error:  # of a tensor with several elements
                     raise _damaged(path, error) from error
         return errors
@@ -257,6 +278,7 @@ def open_bank(
     """
     QUANTIZERS[settings.proxy]  # noqa: B018 - raises on an unknown name
     check_group_size(settings.group_size)
+    check_widths(settings.rotates, inventory.linears)
     progress = progress or Progress()
     folder = (cache or cache_dir() / "banks") / settings.key(
         fingerprint or model_fingerprint(model), (s.name for s in inventory.linears)
@@ -272,7 +294,7 @@ def open_bank(
         _check_disk(folder, _bytes(inventory, missing, missing_outer, settings.group_size), progress)
         make_folder(folder, "point AMQ_CACHE at a folder that can be written")
         index = BankIndex(
-            proxy=settings.proxy, group_size=settings.group_size, model=type(model).__name__,
+            proxy=settings.proxy, group_size=settings.group_size, rotation=settings.rotates, model=type(model).__name__,
             linears=len(inventory.linears), outer=tuple(s.name for s in wanted),
         )  # fmt: skip
         index.write(folder / INDEX)
@@ -352,60 +374,86 @@ def _build(
                 continue
             start = time.monotonic()
             linears, notes = inventory.in_block(block), list[str]()
-            made = _Block(model, linears, wanted, settings)
+            decided = _rotations(folder, block, linears) if settings.rotates == AUTO else {}
+            made = _Block(model, linears, wanted, settings, decided)
             with holding(model, block):
-                for group in _groups(stream, linears, notes):
-                    made.add(*group)
+                if stream is None:
+                    made.add(linears, None)
+                else:
+                    for groups in _parts(stream, linears, notes):
+                        made.add_inputs(groups)
             made.save(folder, block)
-            said = "".join(f"; {note}" for note in notes)
+            said = "".join(f"; {note}" for note in (*filter(None, [made.rotator.text]), *notes))
             step(f"block {block} {names}: relative error {made.errors()}, {time.monotonic() - start:.1f} s{said}")
 
 
-def _groups(
-    stream: CalibrationStream | None, linears: Sequence[LinearSpec], notes: list[str]
-) -> Iterator[tuple[Sequence[LinearSpec], Tensor | None]]:
-    """The linears of the next block by their inputs, with these inputs' second moments; nothing is measured without a
-    stream, which goes on behind the block. notes: what there is to say of them is added."""
-    if stream is None:
-        yield linears, None
-        return
+def _parts(stream: CalibrationStream, linears: Sequence[LinearSpec], notes: list[str]) -> Iterator[list[InputGroup]]:
+    """The linears of the next block by their inputs, as many as are measured at once; the stream goes on behind the
+    block. notes: what there is to say of them is added."""
     parts = in_parts(linears)
     for number, part in enumerate(parts, 1):
         groups = stream.measure(part, advance=number == len(parts))
         notes += stream.notes
-        while groups:  # a group's matrix goes when it has been used
-            group = groups.pop(0)
-            yield group.linears, group.gram
+        yield groups
+
+
+def _rotations(folder: Path, block: int, linears: Sequence[LinearSpec]) -> dict[str, int]:
+    """{linear: rotation} that the block's other formats have, which an earlier run built; empty without any."""
+    path = next(iter(sorted(folder.glob(f"block-{block:03d}.*.safetensors"))), None)
+    if path is None:
+        return {}
+    file = _open_file(path)
+    try:
+        return {s.name: int(file.get_tensor(f"{s.name}.{ROTATION}").item()) for s in linears}
+    except (SafetensorError, RuntimeError) as error:
+        raise _damaged(path, error) from error
 
 
 class _Block:
     """The files of one block, one per format, as they fill."""
 
     def __init__(
-        self, model: nn.Module, linears: Sequence[LinearSpec], formats: Sequence[BitFormat], settings: BankSettings
+        self,
+        model: nn.Module,
+        linears: Sequence[LinearSpec],
+        formats: Sequence[BitFormat],
+        settings: BankSettings,
+        rotations: Mapping[str, int],
     ) -> None:
         self._model, self._formats, self._group_size = model, formats, settings.group_size
-        self._quantize: Quantizer = QUANTIZERS[settings.proxy]
+        self.rotator = Rotator(settings.rotates, QUANTIZERS[settings.proxy], settings.group_size, known=rotations)
         sizes = {f.name: sum(linear_bytes(s, f, settings.group_size) for s in linears) for f in formats}
-        numbers = torch.float64.itemsize * len(linears)
-        tensors = (len(PARTS) + 1) * len(linears)
+        numbers = (torch.float64.itemsize + torch.int64.itemsize) * len(linears)
+        tensors = (len(PARTS) + 2) * len(linears)
         self._rooms = {n: Room(Room.needed(size + numbers, tensors)) for n, size in sizes.items()}
         self._errors, self._energy = dict.fromkeys(sizes, 0.0), 0.0
+
+    def add_inputs(self, groups: list[InputGroup]) -> None:
+        """Decides which of these inputs are rotated, and quantizes the linears that read them. Empties `groups`."""
+        formats = [get_format(name) for name in DECIDING]
+        self.rotator.decide(groups, self._weight, lambda spec: formats)
+        while groups:  # a group's matrix goes when it has been used
+            group = groups.pop(0)
+            self.add(group.linears, group.gram)
+
+    def _weight(self, spec: LinearSpec) -> Tensor:
+        return get_linear(self._model, spec.name).weight.detach()
 
     def add(self, specs: Sequence[LinearSpec], gram: Tensor | None) -> None:
         """Quantizes linears that share an input, as many at once as memory is set aside for."""
         for stack in stacks(specs):
-            weights = [get_linear(self._model, s.name).weight.detach() for s in stack]
+            weights = [self._weight(s) for s in stack]
             for spec, weight in zip(stack, weights, strict=True):
                 for fmt in self._formats:
                     check_scales(spec.name, weight, fmt, self._group_size)
-            results = self._quantize(weights, self._formats, self._group_size, gram)
+            results = self.rotator.quantize(stack, weights, self._formats, gram)
             for spec, weight, result in zip(stack, weights, results, strict=True):
                 self._energy += square_error(weight, None)
                 for name, packed in result.items():
                     error = square_error(weight, packed)
                     self._errors[name] += error
-                    for part, tensor in {**packed.parts, **_error(error)}.items():
+                    rotation = {ROTATION: torch.tensor(packed.rotation)}
+                    for part, tensor in {**packed.parts, **_error(error), **rotation}.items():
                         self._rooms[name].keep(f"{spec.name}.{part}", tensor)
 
     def save(self, folder: Path, block: int) -> None:

@@ -26,11 +26,12 @@ from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
-from amq.quantize.methods import Method
+from amq.quantize.methods import NO_ROTATION, Method
 from amq.quantize.pieces import put, square_error, stacks
 from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale
 from amq.quantize.quantizers.grid import check_scales
+from amq.quantize.rotate import Rotator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,7 +70,7 @@ class BlockQuantizer:
     formats: {linear: format name}; the inventory's other linears keep their weights, but for scales that are folded
         into the producer of an input that they share.
     windows: int64 [windows, length]; methods without calibration look at the first alone, and only for odd weights.
-    stored: dtype that norms will have in the checkpoint.
+    stored: dtype that norms will have in the checkpoint. rotation: of `ROTATIONS`, as far as the method knows them.
     """
 
     def __init__(
@@ -82,11 +83,12 @@ class BlockQuantizer:
         windows: Tensor,
         zero_points: str = "fractional",
         stored: torch.dtype = torch.float32,
+        rotation: str = NO_ROTATION,
     ) -> None:
         self._model, self._inventory = model, inventory
         self._formats = {name: get_format(fmt) for name, fmt in formats.items()}
         self._group_size, self._method, self._zero_points, self._stored = group_size, method, zero_points, stored
-        self._windows = windows
+        self._windows, self._rotation = windows, rotation
         self._shape = ModelShape.of(model.config)
 
     @cached_property
@@ -106,8 +108,9 @@ class BlockQuantizer:
         linears = self._inventory.in_block(block)
         if small_or_large := unfit(self._model, self._quantized(linears), self._formats, self._group_size):
             self._move_exponents(block, small_or_large, result)
+        rotator = Rotator(self._rotation, QUANTIZERS[self._method.rounding], self._group_size, self._zero_points)
         if self._stream is None:
-            self._round(linears, None, result)
+            self._round(linears, None, rotator, result)
             return
         # Scales are searched on the block as it was, so all inputs are measured before the first is moved.
         for part in [linears] if self._method.scales else in_parts(self._quantized(linears)):
@@ -115,9 +118,11 @@ class BlockQuantizer:
             result.notes += self._stream.notes
             if self._method.scales:
                 groups = self._scale(block, groups, self._stream.sample, result)
+            rounded = [InputGroup(tuple(self._quantized(group.linears)), group.gram) for group in groups]
+            rotator.decide(rounded, self._weight, lambda spec: [self._formats[spec.name]])
             while groups:  # a group's matrix goes when it has been used
                 group = groups.pop(0)
-                self._round(group.linears, group.gram, result)
+                self._round(group.linears, group.gram, rotator, result)
 
     def _move_exponents(self, block: int, names: set[str], result: BlockResult) -> None:
         """Makes the linears `names` of the next block fit, or raises AmqError; rare, so it may take its time."""
@@ -149,16 +154,18 @@ class BlockQuantizer:
         if self._stream is not None:
             self._stream.advance()
 
-    def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, result: BlockResult) -> None:
+    def _weight(self, spec: LinearSpec) -> Tensor:
+        return get_linear(self._model, spec.name).weight.detach()
+
+    def _round(self, specs: Sequence[LinearSpec], gram: Tensor | None, rotator: Rotator, result: BlockResult) -> None:
         """Rounds linears that share an input: those of one format together, as many as memory is set aside for."""
-        quantize = QUANTIZERS[self._method.rounding]
         by_format: dict[str, list[LinearSpec]] = {}
         for spec in self._quantized(specs):
             by_format.setdefault(self._formats[spec.name].name, []).append(spec)
         for name, stack in ((name, stack) for name, alike in by_format.items() for stack in stacks(alike)):
-            weights = [get_linear(self._model, s.name).weight.detach() for s in stack]
+            weights = [self._weight(s) for s in stack]
             try:
-                made = quantize(weights, [get_format(name)], self._group_size, gram, self._zero_points)
+                made = rotator.quantize(stack, weights, [get_format(name)], gram)
             except AmqError as error:
                 raise AmqError(f"{stack[0].name}: {error}") from None
             for spec, weight, packed in zip(stack, weights, made, strict=True):
@@ -183,7 +190,7 @@ class BlockQuantizer:
                 continue
             rounded = self._quantized(group.linears)
             rounded = rounded[:: max(1, len(rounded) // SCALED)]
-            weights = [get_linear(self._model, s.name).weight.detach() for s in rounded]
+            weights = [self._weight(s) for s in rounded]
             formats = [self._formats[s.name] for s in rounded]
             scale, _ = search_scale(weights, formats, self._group_size, group.gram, self._zero_points, fold.index)
             index = fold.index.to(scale.device)

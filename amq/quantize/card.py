@@ -20,7 +20,7 @@ tags: [amq, quantized, mixed-bit]
 
 {model}, {count} quantized by [amq](https://pypi.org/project/{distribution}/) {version} (method `{method}`,
 group size {group_size}) to {bits:.3f} bits per weight on average, scales and zero points counted.
-{outer}{unusable}
+{outer}{rotated}{unusable}
 | format | linears |
 |---|---|
 {formats}
@@ -70,6 +70,7 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: Quantiz
         group_size=record.group_size,
         bits=log.bits_per_weight,
         outer=_outer(log),
+        rotated=_rotated(log),
         unusable=_unusable(log.not_quantized),
         formats="\n".join(f"| {fmt} | {counts[fmt]} |" for fmt in sorted(counts)),
         experts=_experts(log.experts),
@@ -119,6 +120,16 @@ def _range(experts: ExpertsOutcome) -> str:
     if experts.least_error is None or experts.most_error is None:
         return "kept"
     return f"{experts.least_error:.3f} to {experts.most_error:.3f}"
+
+
+def _rotated(log: QuantizationLog) -> str:
+    widths = [linear.rotation for linear in log.linears.values() if linear.rotation]
+    if not widths:
+        return ""
+    return (
+        f"{len(widths)} of the linears are stored rotated: their inputs pass through a Walsh–Hadamard matrix of "
+        f"{widths[0]} features, which amq's kernels do and other programs do not.\n"
+    )
 
 
 def _unusable(reasons: dict[str, str]) -> str:

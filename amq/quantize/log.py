@@ -22,11 +22,13 @@ class SourceEntry:
 
 @dataclass(frozen=True)
 class LinearOutcome:
-    """relative_error: ‖W − Ŵ‖/‖W‖, of what the method measures; None for a kept linear, and before it is known."""
+    """relative_error: ‖W − Ŵ‖/‖W‖, of what the method measures; None for a kept linear, and before it is known.
+    rotation: the width, where its input is rotated."""
 
     format: str
     shape: tuple[int, int]
     relative_error: float | None = None
+    rotation: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amq.errors import AmqError
 from amq.quantize.quantizers import NEEDS_GRAM
 from amq.util.lazy import Registry
 
@@ -39,3 +40,33 @@ OTHER_METHODS = {
     "autoround": "the package auto-round, tuned block by block",
 }
 """Those that take weights that others made (amq/quantize/run.py), each in a few words."""
+
+AUTO, NO_ROTATION = "auto", "none"
+ROTATIONS = (AUTO, "64", NO_ROTATION)
+"""What `--rotation` may say: see `amq.quantize.rotate`."""
+ROTATION_HELP = (
+    "inputs that are rotated 64 features at a time before they are multiplied, at no stored byte: auto, those where it "
+    "lowers the error on calibration text (none of quantizers without calibration); 64, all"
+)
+
+
+def rotation_of(method: str, given: str, zero_points: str = "fractional") -> str:
+    """What `--rotation` `given` means for a method: of `ROTATIONS`, `auto` only where there is something to decide by.
+
+    Other programs hold no rotation, so `auto` is none where zero points are as these need them. Raises AmqError where a
+    method cannot rotate.
+    """
+    rounds = METHODS.get(method)
+    if given == NO_ROTATION or method == "bank":
+        return given
+    if rounds is None or rounds.scales:
+        if given == AUTO:
+            return NO_ROTATION
+        why = "its scales belong to single input features" if rounds else "it rounds weights as it finds them"
+        raise AmqError(
+            f"--rotation {given}: --method {method} does not rotate, because {why}: "
+            "use --method gptq, or --rotation none"
+        )
+    if given == AUTO and (not rounds.calibrated or zero_points != "fractional"):
+        return NO_ROTATION
+    return given

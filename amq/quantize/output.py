@@ -12,7 +12,7 @@ import logging
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -103,7 +103,8 @@ class CheckpointOutput:
         return sum(path.stat().st_size for path in folder.rglob("*") if path.name != HOLLOW)
 
     def write(self, packed: Mapping[str, PackedWeight], log: QuantizationLog) -> None:
-        """Writes the folder, whole or not at all, and opens it once."""
+        """Writes the folder, whole or not at all, and opens it once. The record takes its rotations from `packed`."""
+        record = replace(self.record, rotation={n: w.rotation for n, w in packed.items() if w.rotation})
 
         def extras(folder: Path) -> None:
             self._describe(folder, log)
@@ -112,7 +113,7 @@ class CheckpointOutput:
         write_checkpoint(
             self.folder,
             self.config,
-            self.record,
+            record,
             packed,
             self._stored(),
             extras,

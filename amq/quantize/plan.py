@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 WEIGHT_COPIES = 4
 """Of what is rounded at once, in float32: itself, its codes, its errors, its result."""
+ROTATED_COPIES = 1
+"""More of both where they may be rotated: of what is rounded at once in float32, and of one input's second moments."""
 RESULT_COPIES = 2
 """Of a block's packed weights: as they are made, and as its file is written."""
 GRAM_COPIES = 2
@@ -44,13 +46,15 @@ def working_bytes(
     windows: Tensor,
     calibrated: bool,
     scales: bool = False,
+    rotates: bool = False,
 ) -> int:
     """Bytes needed besides the loaded model: hidden states, one block's second moments, copies of what is rounded, one
     block's results, packed head and embeddings, and of a model that is read block by block that block; or what is held
     in 16 bits for a file, where that is more.
 
     sharing: groups of linears that read one tensor. windows: int64 [windows, length]. scales: whether AWQ's are
-    searched, for which a block is measured as a whole and a layer of experts kept twice.
+    searched, for which a block is measured as a whole and a layer of experts kept twice. rotates: whether inputs may be
+    rotated.
     """
     largest = max(s.numel for s in inventory.linears)
     experts = [sum(s.numel for s in inventory.in_block(b) if s.kind == EXPERT) for b in range(inventory.n_blocks)]
@@ -58,7 +62,7 @@ def working_bytes(
     results = RESULT_COPIES * max(configuration.bytes(inventory.in_block(b)) for b in range(inventory.n_blocks))
     always = configuration.bytes(inventory.outer) + block_bytes(model)
     written = _written_bytes(inventory, configuration)
-    needed = WEIGHT_COPIES * FLOAT * stacked + results
+    needed = (WEIGHT_COPIES + ROTATED_COPIES * rotates) * FLOAT * stacked + results
     if not calibrated:
         return always + max(needed, written)
     followers = {name for group in sharing for name in group[1:]}
@@ -68,8 +72,9 @@ def working_bytes(
     states = (windows.numel() + windows.shape[1]) * model_width(model, inventory) * embedding.element_size()
     states *= 1 + any(experts)  # what enters a layer of experts is kept, for those that few tokens reach
     needed += min(states, STATE_BYTES) + GRAM_COPIES * grams + FLOAT * max(experts) * scales
+    widest = max(s.in_features for s in inventory.linears)
+    needed += ROTATED_COPIES * rotates * FLOAT * widest**2
     if embedding.device.type != "cpu":
-        widest = max(s.in_features for s in inventory.linears)
         needed += FACTOR_COPIES * FLOAT * widest**2 + ROUND_BYTES + REFIT_BYTES
     return always + max(needed, written)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ IDENTITY = "identity.json"
 
 @dataclass(frozen=True)
 class Facts:
-    """What a block's file says besides its tensors; errors: {linear: relative error}."""
+    """What a block's file says besides its tensors; errors: {linear: relative error}; rotation: {linear: width} where
+    it is rotated."""
 
     linears: list[str]
     errors: dict[str, float]
     notes: list[str]
+    rotation: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +41,8 @@ class Identity:
     """identity.json: what a finished block depends on, which a resumed run must have the same.
 
     Before the model is loaded only settings are known; model (a fingerprint), formats, group_size and inputs follow.
-    inputs: hashes of what names in the settings stand for, such as the calibration text.
+    inputs: hashes of what names in the settings stand for, such as the calibration text. rotation: with what the
+        configuration and the method say.
     """
 
     method: str
@@ -53,6 +56,7 @@ class Identity:
     model: str | None = None
     formats: dict[str, str] | None = None
     group_size: int | None = None
+    rotation: str | None = None
     inputs: dict[str, str] | None = None
 
     @staticmethod
@@ -126,7 +130,8 @@ class WorkFolder:
             )
 
     def begin(self, identity: Identity, record: QuantizationRecord) -> None:
-        """identity: what a block depends on, all of it. record: of the checkpoint that the blocks are for."""
+        """identity: what a block depends on, all of it. record: of the checkpoint that the blocks are for, which know
+        their rotations themselves."""
         if self._begun:
             self._check(identity)
         write_json(self.folder / IDENTITY, to_json(identity))
@@ -166,7 +171,8 @@ class WorkFolder:
             f"packed/{n}.{p}": t.to("cpu", copy=True) for n, w in result.packed.items() for p, t in w.parts.items()
         }
         tensors |= {f"changed/{name}": value.to("cpu", copy=True) for name, value in result.changed.items()}
-        facts = Facts(list(result.packed), result.errors, result.notes)
+        rotation = {name: packed.rotation for name, packed in result.packed.items() if packed.rotation}
+        facts = Facts(list(result.packed), result.errors, result.notes, rotation)
         save_tensors(self._path(block), tensors, {**hashes_metadata(tensors), "facts": json.dumps(to_json(facts))})
         self._saved.add(block)
 
@@ -182,6 +188,7 @@ class WorkFolder:
         facts, record = parse_facts((file.metadata() or {}).get("facts", "")), self._record
         if record is None:
             raise AmqError("a block was read before `begin` said what it is for")
+        record = replace(record, rotation=facts.rotation)
 
         def packed(linear: str) -> PackedWeight:
             if linear not in record.formats:

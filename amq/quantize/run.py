@@ -30,10 +30,11 @@ from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
-from amq.quantize.methods import METHODS
+from amq.quantize.methods import AUTO, METHODS, NO_ROTATION, rotation_of
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.resume import Identity, WorkFolder
+from amq.quantize.rotate import check_widths
 from amq.quantize.settings import QuantizeSettings
 from amq.quantize.shown import errors_text, experts_outcomes, warn_of
 from amq.quantize.sources import BankSource
@@ -72,14 +73,14 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         perplexities.measure(settings.method)
         for result in results:
             errors |= result.errors
+        for result in results:
+            packed |= result.packed
         log = replace(
-            log, perplexity=perplexities.figures, **_outcomes(job, errors),
+            log, perplexity=perplexities.figures, **_outcomes(job, errors, packed),
             notes=tuple(sorted({note for result in results for note in result.notes})),
             seconds=round(time.monotonic() - started, 1),
             peak_memory_bytes=peak_memory_bytes(),
         )  # fmt: skip
-        for result in results:
-            packed |= result.packed
         job.output.write(packed, log)
         work.remove()
     return QuantizeResult(output, log)
@@ -89,7 +90,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
 class _Job:
     """A loaded model with all that is decided about it before the first block.
 
-    windows: int64 [windows, length], of the calibration text.
+    windows: int64 [windows, length], of the calibration text. rotation: of `ROTATIONS`, what it comes to.
     """
 
     opened: OpenModel
@@ -98,6 +99,7 @@ class _Job:
     windows: Tensor
     record: QuantizationRecord
     output: CheckpointOutput
+    rotation: str
 
     @property
     def inventory(self) -> Inventory:
@@ -131,7 +133,8 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
     windows = sampler.take(count)
     for spec, fmt in _outer_formats(configuration, inventory).items():
         check_grid(spec, get_weight(model, spec.name).detach(), fmt, configuration.group_size)
-    quantized = inventory.only(configuration.quantized)
+    quantized, rotation = inventory.only(configuration.quantized), _rotation(settings, configuration)
+    check_widths(rotation, quantized.linears)
     sharing = shared_inputs(model, quantized.linears, windows[:1, :SHARING_TOKENS].to(settings.device))
     record = _record(configuration, inventory, settings.method, sharing)
     dtype = stored_dtype(opened.folder, model)
@@ -147,7 +150,29 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
         settings.trust_remote_code,
         opened.unused.kept,
     )
-    return _Job(opened, configuration, sampler.corpus, windows, record, files)
+    return _Job(opened, configuration, sampler.corpus, windows, record, files, rotation)
+
+
+def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
+    """What is asked for, else what the configuration was searched with, else `auto`; of a bank what it has."""
+    provenance = configuration.details.provenance
+    found = provenance.rotation if provenance else None
+    if settings.method == "bank":
+        found = _bank(settings, configuration).rotation
+        if settings.rotation not in (None, found):
+            raise AmqError(
+                f"--rotation {settings.rotation}: the bank that the configuration was searched on has {found}: "
+                "leave --rotation out, or use --method gptq"
+            )
+    return rotation_of(settings.method, settings.rotation or found or AUTO, settings.zero_points)
+
+
+def _bank(settings: QuantizeSettings, configuration: Configuration) -> BankRecipe:
+    """Of `--method bank`."""
+    return BankRecipe(
+        "gptq", configuration.group_size, settings.calibration, settings.windows, settings.window_length, settings.seed,
+        settings.rotation or AUTO,
+    ).of(configuration)  # fmt: skip
 
 
 def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Identity:
@@ -158,7 +183,8 @@ def _identity(settings: QuantizeSettings, job: _Job, source: BlockSource) -> Ide
         inputs["bank"] = source.key
     formats, group_size = dict(job.record.formats), job.record.group_size
     of = job.opened.fingerprint
-    return replace(Identity.of(settings), model=of, formats=formats, group_size=group_size, inputs=inputs)
+    known, rotation = Identity.of(settings), job.rotation
+    return replace(known, model=of, formats=formats, group_size=group_size, rotation=rotation, inputs=inputs)
 
 
 def _say_plan(
@@ -177,8 +203,9 @@ def _say_plan(
     calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
     scales = method is not None and method.scales
     memory = working_bytes(
-        job.opened.model, job.inventory, job.configuration, job.record.shared_inputs, job.windows, calibrated, scales
-    )
+        job.opened.model, job.inventory, job.configuration, job.record.shared_inputs, job.windows, calibrated, scales,
+        job.rotation != NO_ROTATION,
+    )  # fmt: skip
     checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
@@ -211,9 +238,11 @@ def _outer(job: _Job, zero_points: str) -> tuple[dict[str, PackedWeight], dict[s
     return {name: packed for name, (packed, _) in made.items()}, {name: error for name, (_, error) in made.items()}
 
 
-def _outcomes(job: _Job, errors: Mapping[str, float]) -> dict[str, Any]:
+def _outcomes(
+    job: _Job, errors: Mapping[str, float], packed: Mapping[str, PackedWeight] | None = None
+) -> dict[str, Any]:
     """What quantization.json says of every weight. errors: relative ones of linears, head and embeddings, as far as
-    they are known."""
+    they are known. packed: what has been made of them."""
     formats, linears = job.configuration.formats, job.inventory.linears
 
     def outer(spec: LinearSpec, fmt: BitFormat) -> OuterOutcome:
@@ -223,11 +252,14 @@ def _outcomes(job: _Job, errors: Mapping[str, float]) -> dict[str, Any]:
             relative_error=errors.get(spec.name), embedding=spec.tied or None,
         )  # fmt: skip
 
+    def linear(spec: LinearSpec) -> LinearOutcome:
+        made = packed.get(spec.name) if packed else None
+        rotation = made.rotation or None if made else None
+        return LinearOutcome(formats[spec.name], (spec.out_features, spec.in_features), errors.get(spec.name), rotation)
+
     head = [outer(spec, fmt) for spec, fmt in job.outer.items() if spec.kind == HEAD]
     return {
-        "linears": {
-            s.name: LinearOutcome(formats[s.name], (s.out_features, s.in_features), errors.get(s.name)) for s in linears
-        },
+        "linears": {s.name: linear(s) for s in linears},
         "experts": experts_outcomes(linears, formats, errors),
         "head": head[0] if head else None,
         "embeddings": tuple(outer(spec, fmt) for spec, fmt in job.outer.items() if spec.kind == EMBEDDING),
@@ -302,13 +334,12 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
     quantized = job.inventory.only(formats)
     if settings.method in METHODS:
         method, dtype = METHODS[settings.method], job.output.dtype
-        return BlockQuantizer(model, job.inventory, formats, group_size, method, windows, zero_points, dtype)
+        return BlockQuantizer(
+            model, job.inventory, formats, group_size, method, windows, zero_points, dtype, job.rotation
+        )
     if settings.method == "bank":
-        names = ("calibration", "window_length", "seed")
-        recipe = BankRecipe(
-            "gptq", group_size, bank_windows=settings.windows, **{n: getattr(settings, n) for n in names}
-        ).of(job.configuration)
-        bank = recipe.open(loaded, quantized, set(formats.values()), progress, job.opened.fingerprint)
+        recipe, wanted = _bank(settings, job.configuration), set(formats.values())
+        bank = recipe.open(loaded, quantized, wanted, progress, job.opened.fingerprint)
         return BankSource(model, quantized, formats, bank)
     iterations = settings.autoround_iterations
     return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format, get_stored
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
-from amq.quantize.methods import METHODS, OTHER_METHODS
+from amq.quantize.methods import METHODS, OTHER_METHODS, ROTATION_HELP, ROTATIONS, rotation_of
 from amq.quantize.quantizers import ZERO_POINTS
 from amq.util.settings import REACH, REQUIRED, flag
 
@@ -47,6 +47,10 @@ class QuantizeSettings(LoadSettings):
     zero_points: str = flag(
         "fractional", "other tools' formats need integer or symmetric ones", ROUND, choices=ZERO_POINTS
     )
+    rotation: str | None = flag(
+        None, f"{ROTATION_HELP}; without it as the configuration's search had it, else auto. Only gptq, clip, hqq and "
+        "rtn rotate; where --zero-points are as other tools need them, auto is none", ROUND, choices=ROTATIONS,
+    )  # fmt: skip
     autoround_iterations: int = flag(
         50, "tuning steps per block of autoround, whose own default is 200", ROUND, least=1, metavar="N"
     )
@@ -68,6 +72,8 @@ class QuantizeSettings(LoadSettings):
         if self.uniform:
             get_format(self.uniform)
             check_group_size(self.group_size)
+        if self.rotation:
+            rotation_of(self.method, self.rotation)
         for given in (self.head, self.embeddings):
             if given not in ("", NO_HEAD):
                 get_stored(given)

@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from amq.model.inventory import EXPERT, LinearSpec
-from amq.quantize.blocks import BlockResult
 from amq.quantize.log import ExpertsOutcome
+
+if TYPE_CHECKING:
+    from amq.quantize.blocks import BlockResult
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +42,9 @@ def errors_text(result: BlockResult, specs: Mapping[str, LinearSpec]) -> str:
         least, most = _spread(result.errors[n] for n in names)
         role = ".".join(layer.rsplit(".", 2)[1:])
         shown.append(f"{role} {_formats(result, names)} {least:.3f} to {most:.3f}")
-    return "relative error " + " ".join(shown)
+    rotated = sum(packed.rotation > 0 for packed in result.packed.values())
+    more = f"; {rotated} of {len(result.packed)} linears rotated" if rotated else ""
+    return "relative error " + " ".join(shown) + more
 
 
 def warn_of(result: BlockResult, specs: Mapping[str, LinearSpec]) -> None:

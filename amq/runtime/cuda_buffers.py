@@ -24,11 +24,19 @@ class Buffers:
 
     stream: the residual stream. input: norm(stream). wide: what an operator's first projection gives. wide_input: what
     its last one reads. token: a token's row of the per-layer embeddings. output: what is added to the stream, where
-    that takes a call of its own. mixed: see DeltaCall.
+    that takes a call of its own. mixed: see DeltaCall. rotated: what `many` rows of rotated linears read (`rotates`).
     Those of mixtures have MOST_ROWS rows.
     """
 
-    def __init__(self, spec: DecoderSpec, rows: int, spans: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        rows: int,
+        spans: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        rotates: bool = False,
+    ) -> None:
         self.rows, self.dtype, self.device = rows, dtype, device
         attention, mixtures = spec.parts(Attention), spec.parts(Mixture)
         wide = [op.qkv for op in attention] + [op.in_ for kind in (DeltaNet, ShortConv, Mlp) for op in spec.parts(kind)]
@@ -41,7 +49,9 @@ class Buffers:
         self.stream, self.output = self._floats(rows, spec.hidden), self._floats(rows, spec.hidden)
         self.input = self._room(rows, spec.hidden, dtype)
         self.wide = self._floats(rows, widest)
-        self.wide_input = self._room(rows, max(last.in_features for last in lasts), dtype)
+        widest_input = max(last.in_features for last in lasts)
+        self.wide_input = self._room(rows, widest_input, dtype)
+        self.rotated = self._room(rows if rotates else 0, max(spec.hidden, widest_input), dtype)
         self.per_layer, self.token = (self._floats(rows, columns, False) for _ in range(2))
         self.mixed = self._floats(rows, mixed)
         heads = max((op.n_heads for op in attention), default=0)

@@ -77,7 +77,8 @@ class CudaEngine(PagedEngine):
         self.weight_bytes = weights.bytes
         self._library = cuda.library().calls
         places = StepPlaces.of(spec, self._library, cache)
-        self._buffers = Buffers(spec, MAX_ROWS, MOST_ROWS * SPLITS, dtype, self._device)
+        rotates = bool(weights.checkpoint.record.rotation)
+        self._buffers = Buffers(spec, MAX_ROWS, MOST_ROWS * SPLITS, dtype, self._device, rotates)
         free = free_on(str(self._device)) - _spare(spec) - max_sequences * places.state_floats * FLOAT
         context = self._fitting(context, fixed, free // max_sequences // max(places.page_bytes, 1), places.page_bytes)
         self.banner = f"{banner}, context {context}"
@@ -375,7 +376,7 @@ def open_cuda(
     spec = read_spec(
         checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
     )
-    check_supported(spec, record.formats)
+    check_supported(spec, record)
     check_state_cache(spec, checkpoint, state_cache)
     if cache not in CACHES:
         raise AmqError(f"the KV cache must be one of {', '.join(CACHES)}, got {cache}")

@@ -194,11 +194,15 @@ class PassBuilder:
             "first_row": first, "rows": rows or weight.out_features,
         }  # fmt: skip
 
-    def _linear(self, weights: Sequence[dict[str, Any]], x: Tensor, y: Tensor, label: str, **more: Any) -> None:
-        """A LinearCall for each 8 of the rows."""
+    def _linear(
+        self, linears: Sequence[Linear], x: Tensor, y: Tensor, parts: Sequence[dict[str, Any]] = (), **more: Any
+    ) -> None:
+        """A LinearCall for each 8 of the rows, of whole linears or of `parts` of them."""
+        weights, label = parts or [self._weight(each) for each in linears], ", ".join(each.name for each in linears)
+        more |= {"in_features": linears[0].in_features, "rotated": self._is_rotated(linears[0])}
         for begin in range(0, self._rows, MOST_ROWS):
             fields = {
-                "weights": list(weights), "n_weights": len(weights), "rows": min(MOST_ROWS, self._rows - begin),
+                "weights": weights, "n_weights": len(weights), "rows": min(MOST_ROWS, self._rows - begin),
                 "group_size": self._group_size, "dtype": self._dtype, "int8": self._int8, "x_kind": KINDS[x.dtype],
                 "x": x[begin:], "x_stride": x.stride(0), "y": y[begin:], "y_stride": y.stride(0),
                 "y_kind": KINDS[y.dtype], "epsilon": self._spec.epsilon, "scale": 1.0, "x_share": 1, **more,
@@ -232,11 +236,7 @@ class PassBuilder:
             last = linear is projection.linears[-1]
             following = None if last else projection.linears[projection.linears.index(linear) + 1]
             if len(group) == MOST_WEIGHTS or following is None or following.name not in self._weights.prepared:
-                weights = [self._weight(each) for each in group]
-                self._linear(
-                    weights, x, y[:, column:], ", ".join(each.name for each in group), in_features=linear.in_features,
-                    scale=scale, epilogue=calls.STORE, **more,
-                )  # fmt: skip
+                self._linear(group, x, y[:, column:], scale=scale, epilogue=calls.STORE, **more)
                 column += sum(each.out_features for each in group)
                 group = []
 
@@ -245,6 +245,8 @@ class PassBuilder:
         assert many is not None
         weights = [self._weights.prepared[linear.name] for linear in linears]
         x, y = x[:rows, : projection.in_features], y[:rows, : projection.out_features]
+        if weights[0].rotation:
+            x = self._rotate(x)
         parts = y.split([linear.out_features for linear in linears], -1)
         biases = [(part, elements[f"{each.name}.bias"]) for each, part in zip(linears, parts, strict=True) if each.bias]
 
@@ -256,6 +258,19 @@ class PassBuilder:
                 y.mul_(scale)
 
         self._pass.parts.append(run)
+
+    def _is_rotated(self, linear: Linear) -> bool:
+        return bool(self._weights.prepared[linear.name].rotation)
+
+    def _rotate(self, x: Tensor) -> Tensor:
+        """x rotated, in memory that all passes share."""
+        y = self._b.rotated[: len(x), : x.shape[1]]
+        fields = {
+            "rows": len(x), "features": x.shape[1], "kind": KINDS[x.dtype], "x": x, "x_stride": x.stride(0), "y": y,
+            "y_stride": y.stride(0),
+        }  # fmt: skip
+        self._pass.add(calls.RotateCall, fields, "rotation")
+        return y
 
     def _dense(self, linear: Linear, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
         weight = self._weights.elements[linear.name]
@@ -285,10 +300,7 @@ class PassBuilder:
         linear, plain = projection.linears[0], step.post_norm is None and self._after(step) == 1
         packed = self._is_packed(projection)
         if plain and packed and (self._rows <= MOST_ROWS or self._many is None):
-            self._linear(
-                [self._weight(linear)], x, self._b.stream, linear.name, in_features=linear.in_features,
-                scale=step.scale, epilogue=calls.ADD,
-            )  # fmt: skip
+            self._linear([linear], x, self._b.stream, scale=step.scale, epilogue=calls.ADD)
             return
         self._output_of(projection, x, self._b.output)
         self._finish(step, self._b.output)
@@ -300,9 +312,7 @@ class PassBuilder:
         elif self._many is not None and self._rows > MOST_ROWS:
             self._multiply_many(projection, x, y)
         else:
-            self._linear(
-                [self._weight(linear)], x, y, linear.name, in_features=linear.in_features, epilogue=calls.STORE
-            )
+            self._linear([linear], x, y, epilogue=calls.STORE)
 
     # -- operators
 
@@ -381,8 +391,8 @@ class PassBuilder:
             return self._activate(op.activation, op.limit, b.wide, b.wide[:, op.in_.out_features - wide :], wide)
         x, more = self._normed(step, b.stream, own=True)
         self._linear(
-            pair, x, b.wide_input, ", ".join(each.name for each in op.in_.linears), in_features=op.in_.in_features,
-            epilogue=calls.ACTIVATE, activation=calls.ACTIVATIONS[op.activation], limit=op.limit, **more,
+            op.in_.linears, x, b.wide_input, pair, epilogue=calls.ACTIVATE, limit=op.limit,
+            activation=calls.ACTIVATIONS[op.activation], **more,
         )  # fmt: skip
 
     def _pair(self, op: Mlp) -> list[dict[str, Any]] | None:
@@ -431,11 +441,13 @@ class PassBuilder:
         more = {"n_experts": len(op.experts), "groups": b.expert_groups, "n_groups": b.n_groups,
                 "most_groups": min(len(op.experts), self._rows * top_k)}  # fmt: skip
         self._linear_of_experts(experts.gate_and_up, x, b.expert_input, more | {
-            "in_features": hidden, "experts": experts.gate_and_up_table, "x_share": top_k, "epilogue": calls.ACTIVATE,
+            "in_features": hidden, "rotated": self._is_rotated(first.in_.linears[0]),
+            "experts": experts.gate_and_up_table, "x_share": top_k, "epilogue": calls.ACTIVATE,
             "activation": calls.ACTIVATIONS[first.activation], "limit": first.limit,
         }, f"experts' gate and up of step {index}")  # fmt: skip
         self._linear_of_experts(experts.down, b.expert_input, b.expert_output, more | {
-            "in_features": first.down.in_features, "experts": experts.down_table, "x_share": 1, "epilogue": calls.STORE,
+            "in_features": first.down.in_features, "rotated": self._is_rotated(first.down.linears[0]),
+            "experts": experts.down_table, "x_share": 1, "epilogue": calls.STORE,
         }, f"experts' down of step {index}")  # fmt: skip
         if op.shared is not None:
             self._gate_and_up(step, op.shared)

@@ -20,6 +20,7 @@ from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
+from amq.quantize.methods import NO_ROTATION
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.machine import cpu_name, gpu_facts, installed_versions
@@ -238,8 +239,11 @@ class RunFile(JsonFile):
     @classmethod
     def parse(cls, data: Any, source: str) -> RunFile:
         """As for every file; a setting that this version does not know is an error too, not ignored. Runs before schema
-        3 searched without the head."""
+        3 searched without the head, and those that name no rotation without one."""
         settings = data.get("settings") if isinstance(data, dict) else None
+        if isinstance(settings, dict):
+            settings = {"rotation": NO_ROTATION, **settings}
+            data = {**data, "settings": settings}
         if isinstance(settings, dict) and data.get("schema") in cls.SCHEMAS[1:]:
             settings = {"head": KEPT.name, **settings}
             data = {**data, "settings": settings}
@@ -261,7 +265,7 @@ class RunFile(JsonFile):
         of = self.settings
         return Provenance(
             proxy=of.proxy, calibration=of.calibration, window_length=of.window_length, bank_windows=of.bank_windows,
-            seed=of.seed, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
+            seed=of.seed, rotation=of.rotation, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
             window_prefix=self.calibration.window_prefix, model_fingerprint=self.model.fingerprint, amq=amq.__version__,
         )  # fmt: skip
 

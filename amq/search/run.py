@@ -32,6 +32,8 @@ from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
+from amq.quantize.methods import rotation_of
+from amq.quantize.rotate import check_widths
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
 from amq.search.conduct import SearchResult, Timings, conduct
@@ -156,6 +158,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         inventory = opened.inventory
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
+        check_widths(rotation_of(settings.proxy, settings.rotation), _quantized(inventory, space).linears)
         whole = _plan_memory(settings, opened, space, progress)
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
@@ -173,9 +176,9 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         windows_key = content_hash([*hashed.items(), ("bank", bank_windows), ("cost", cost_windows)])
     formats, outer = bank_formats(space)
     with timings.measure("bank"):
+        of = BankSettings(settings.proxy, settings.group_size, bank_windows, settings.rotation)
         bank = open_bank(
-            opened.model, quantized, formats, BankSettings(settings.proxy, settings.group_size, bank_windows), progress,
-            fingerprint=fingerprint, outer=outer,
+            opened.model, quantized, formats, of, progress, fingerprint=fingerprint, outer=outer,
         )  # fmt: skip
     with timings.measure("reference"):
         close = near(bank, embedding.device, settings.gpu_bytes)

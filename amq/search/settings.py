@@ -10,6 +10,7 @@ from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_format
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
+from amq.quantize.methods import NO_ROTATION, ROTATION_HELP, ROTATIONS
 from amq.quantize.quantizers import QUANTIZERS
 from amq.search.solvers import SOLVERS
 from amq.search.surrogates import SURROGATES
@@ -25,7 +26,7 @@ PAPER: dict[str, Any] = {
     "solver": "paper", "proxy": "hqq", "surrogate": "rbf", "initial": 250, "population": 200, "generations": 20,
     "crossover": 0.9, "mutation": 0.1, "per_iteration": 50, "iterations": 200, "prune": 2.0,
     "formats": "int2,int3,int4",
-    "group_size": 128, "loss": "jsd", "head": KEPT.name,
+    "group_size": 128, "loss": "jsd", "head": KEPT.name, "rotation": NO_ROTATION,
 }  # fmt: skip
 """The setting of AMQ (arXiv 2509.12019), §4.1 and appendix."""
 PRESETS: dict[str, dict[str, Any]] = {"paper": PAPER}
@@ -105,6 +106,7 @@ class SearchSettings(LoadSettings, BudgetSettings):
     )
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", MEASURE, choices=QUANTIZERS)
+    rotation: str = flag(AUTO, ROTATION_HELP, MEASURE, choices=ROTATIONS)
     calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", MEASURE, metavar="TEXT")
     window_length: int = flag(
         512, "tokens per window, BOS included where the tokenizer puts one", MEASURE, least=2, metavar="N"

@@ -88,6 +88,8 @@ struct LinearCall {
     const int32_t* n_groups;   // on the device
     int32_t most_groups;       // what the grid is made for
     int32_t x_share;           // entry e reads row e / x_share of x; it writes row e of y
+    int32_t rotated;           // whether x, which is of 16 bits where it is normed, is rotated as by a RotateCall, in float32
+    int32_t reserved;
 };
 
 // ---- rows.cu: what is computed row by row
@@ -99,6 +101,16 @@ struct NormCall {             // y = rms_norm(factor · x) · weight, over each 
     const float* weight;      // [features]; null: x is converted only
     float epsilon, factor;
     void* y;                  // may be x
+    int64_t y_stride;
+};
+
+struct RotateCall {           // y = x · blockdiag(H), 64 features at a time: amq/rotation.py
+    int32_t rows, features;   // a multiple of 64
+    int32_t kind;             // of x and y
+    int32_t reserved;
+    const void* x;            // may be y
+    int64_t x_stride;
+    void* y;
     int64_t y_stride;
 };
 
@@ -293,6 +305,7 @@ AMQ_EXPORT int64_t amq_cuda_struct_bytes(int index);
 AMQ_EXPORT int amq_cuda_linear_call(const amq::LinearCall*, void* stream);
 AMQ_EXPORT int64_t amq_cuda_linear_scratch(const amq::LinearCall*);
 AMQ_EXPORT int amq_cuda_norm(const amq::NormCall*, void* stream);
+AMQ_EXPORT int amq_cuda_rotate(const amq::RotateCall*, void* stream);
 AMQ_EXPORT int amq_cuda_embed(const amq::EmbedCall*, void* stream);
 AMQ_EXPORT int amq_cuda_dense(const amq::DenseCall*, void* stream);
 AMQ_EXPORT int amq_cuda_activate(const amq::ActivateCall*, void* stream);

@@ -38,6 +38,7 @@ int check(const LinearCall& call) {
     if (!is_kind(call.y_kind) || (call.norm && call.x_kind != kFloat)) return kBadDType;
     const int per_line = call.x_kind == kFloat ? 4 : 8;  // elements in 16 bytes
     if (call.in_features < 1 || bad(call.x, 16) || call.x_stride % per_line || !at_multiple(call.norm, 16)) return kBadSize;
+    if (call.rotated && call.in_features % kUnit) return kBadSize;
     if (!call.y || !at_multiple(call.partials, 16) || call.epilogue < kStore || call.epilogue > kActivate) return kBadSize;
     if (call.epilogue == kAdd && (call.n_weights != 1 || call.y_kind != kFloat)) return kBadWeights;
     if (call.epilogue != kActivate) return kOk;

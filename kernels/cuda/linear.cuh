@@ -368,7 +368,7 @@ __global__ void AMQ_REGISTERS(kRegisters, kThreads) linear_kernel(const __grid_c
     if (rows == 0) return;
     const Block block = {arguments, shared, reinterpret_cast<char*>(staged)};
     const Source source = {call.x, call.x_stride, call.x_kind, call.in_features, call.norm, call.dtype, call.epsilon,
-                           rows, shared.x_rows, shared.squares};
+                           call.rotated, rows, shared.x_rows, shared.squares};
     begin_steps<Element, kGroup>(block);
     fetch(shared.steps[0]);
     if (call.norm) sum_squares(source);

@@ -1,4 +1,4 @@
-// amq_cuda_norm, _embed, _activate, _finish, _per_layer, _softcap: checks of the arguments, and launches.
+// amq_cuda_norm, _rotate, _embed, _activate, _finish, _per_layer, _softcap: checks of the arguments, and launches.
 
 #include <algorithm>
 #include <cstdint>
@@ -62,6 +62,17 @@ int amq_cuda_norm(const NormCall* call, void* stream) {
     // A whole row is added up as by linears that norm their input, however short it is.
     const int length = call->parts == 1 ? std::max(call->features, kLongPiece) : call->features;
     return launch_pieces(norm_kernel<kLongPieceWarps>, norm_kernel<1>, pieces, length, stream, *call);
+}
+
+int amq_cuda_rotate(const RotateCall* call, void* stream) {
+    if (call->rows == 0) return kOk;
+    if (call->rows < 0) return kBadRows;
+    if (!is_kind(call->kind)) return kBadDType;
+    const int bytes = element_bytes(call->kind);
+    if (call->features < 1 || call->features % kUnit || bad(call->x, bytes) || bad(call->y, bytes)) return kBadSize;
+    // Threads read and write their own elements: in place these have to be the same bytes.
+    if (call->y == call->x && call->y_stride != call->x_stride) return kBadSize;
+    return launch_columns(rotate_kernel, call->rows, call->features / 8, stream, *call);
 }
 
 int amq_cuda_embed(const EmbedCall* call, void* stream) {

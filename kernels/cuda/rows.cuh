@@ -11,6 +11,7 @@
 #include "calls.h"
 #include "device.cuh"
 #include "norm.cuh"
+#include "rotation.cuh"
 
 namespace amq::rows {
 
@@ -103,6 +104,23 @@ AMQ_DEVICE int64_t column_of(int features, int64_t* row) {
     const int spans = (features + kThreads - 1) / kThreads;
     *row = blockIdx.x / spans;
     return static_cast<int64_t>(blockIdx.x % spans) * kThreads + threadIdx.x;
+}
+
+// 8 neighbouring threads rotate a unit.
+__global__ void __launch_bounds__(kThreads) rotate_kernel(RotateCall call) {
+    int64_t row;
+    const int64_t k = column_of(call.features / 8, &row);
+    const bool is_there = k < call.features / 8;  // of all 8 or of none; all take part in what lanes exchange
+    const int j = threadIdx.x % 8;
+    const int64_t first = k / 8 * kUnit + 4 * j;
+    Piece piece{};
+    for (int half = 0; half < 2 && is_there; ++half)
+        for (int i = 0; i < 4; ++i)
+            piece.v[half][i] = load_element(call.x, call.kind, row * call.x_stride + first + half * kUnit / 2 + i);
+    rotate(piece, j);
+    for (int half = 0; half < 2 && is_there; ++half)
+        for (int i = 0; i < 4; ++i)
+            store_element(call.y, call.kind, row * call.y_stride + first + half * kUnit / 2 + i, piece.v[half][i]);
 }
 
 __global__ void __launch_bounds__(kThreads) activate_kernel(ActivateCall call) {

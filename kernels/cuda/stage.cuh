@@ -1,5 +1,5 @@
-// x into shared memory, in the order in which fragments want it, with what else depends on x alone: Σx of each group, and for
-// int8 activations the rounding.
+// x into shared memory, in the order in which fragments want it, with what else depends on x alone: its norm and its rotation,
+// Σx of each group, and for int8 activations the rounding.
 //
 // x is cut into ranges of kRange features. A range of some rows is
 //
@@ -20,6 +20,7 @@
 
 #include "elements.cuh"
 #include "norm.cuh"
+#include "rotation.cuh"
 #include "rounding.cuh"
 
 namespace amq {
@@ -49,8 +50,9 @@ struct Source {
     int64_t stride;
     int kind, in_features;
     const float* norm;  // or null
-    int normed_kind;    // 16 bits that a normed row is rounded to before it is rounded to 8, as where it comes from memory
+    int normed_kind;    // 16 bits that a normed row has before it is rotated or rounded to 8, as where it comes from memory
     float epsilon;
+    int rotated;        // whether features are rotated, kUnit at a time, behind the norm
     int rows;
     const int32_t* which;                // [rows]
     float (*squares)[kWarps];            // [rows]: Σx² of each warp's part
@@ -106,11 +108,6 @@ AMQ_DEVICE void sum_squares(const Source& source) {
 AMQ_DEVICE float norm_factor(const Source& source, int row) {
     return norm_factor(sum_upward(source.squares[row]), source.in_features, source.epsilon);
 }
-
-// A lane's part of a unit: features 4·j … + 3 of each half, j = lane % 8, one unit per 8 lanes.
-struct Piece {
-    float v[2][4];
-};
 
 // `combine` of what the lanes of a group have for each half.
 template <int kGroup, class Combine>
@@ -182,11 +179,12 @@ AMQ_DEVICE void stage_units(const Source& source, int range, int row, int unit, 
         if (source.norm) norm_features(source, factor, k, piece.v[half]);
     }
     float scales[2];
-    if constexpr (kIsInt8<Element>) {
-        if (source.norm && source.normed_kind == kHalf) round_to<__half>(piece);
-        if (source.norm && source.normed_kind == kBfloat16) round_to<__nv_bfloat16>(piece);
-        round_to_codes<kGroup>(piece, scales);
+    if (source.norm && (kIsInt8<Element> || source.rotated)) {
+        if (source.normed_kind == kHalf) round_to<__half>(piece);
+        if (source.normed_kind == kBfloat16) round_to<__nv_bfloat16>(piece);
     }
+    if (source.rotated) rotate(piece, j);
+    if constexpr (kIsInt8<Element>) round_to_codes<kGroup>(piece, scales);
     store_piece(piece, to + Sizes::kHead + row * Sizes::kPitch + unit * kUnit * Sizes::kBytes, j, Element());
     float sums[2];
     for (int half = 0; half < 2; ++half) {
