@@ -76,8 +76,7 @@ class EvalSettings(LoadSettings, TaskSettings):
     ABOUT: ClassVar[str] = "measures perplexity, task figures and greedy answers of models and of their quantized forms"
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "amq eval smollm2 --configuration runs/smollm2/configuration.json --uniform int3,int4",
-        "amq eval smollm2-4bit smollm2 --tasks arc_easy --limit 200 --json table.json",
-        "amq eval smollm2 smollm2-4bit --answers 32",
+        "amq eval smollm2 smollm2-4bit --answers 32 --tasks arc_easy --limit 200 --json table.json",
     )
 
     model: tuple[str, ...] = flag(REQUIRED, MODEL + "; a folder that amq quantized runs as it is", positional=True)
