@@ -27,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from amq.configuration import Configuration, linear_bytes
+from amq.configuration import NO_ROTATION, Configuration, linear_bytes
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, check_group_size, get_format
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
@@ -38,7 +38,7 @@ from amq.model.own_text import open_sampler
 from amq.model.paging import holding
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
-from amq.quantize.methods import AUTO, NO_ROTATION, rotation_of
+from amq.quantize.methods import AUTO, rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales

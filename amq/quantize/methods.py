@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.quantize.quantizers import NEEDS_GRAM
@@ -42,7 +43,7 @@ OTHER_METHODS = {
 }
 """Those that take weights that others made (amq/quantize/run.py), each in a few words."""
 
-AUTO, NO_ROTATION = "auto", "none"
+AUTO = "auto"
 ROTATIONS = (AUTO, "64", NO_ROTATION)
 """What `--rotation` may say: see `amq.quantize.rotate`."""
 BANK_ROTATIONS = (*ROTATIONS, *FORMATS)

@@ -16,12 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from amq.configuration import NO_ROTATION
 from amq.formats import FORMATS, BitFormat
 from amq.kernels.dense import dequantized
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec
 from amq.packing import PackedWeight
-from amq.quantize.methods import AUTO, NO_ROTATION
+from amq.quantize.methods import AUTO
 from amq.quantize.pieces import PIECE
 from amq.quantize.quantizers import Quantizer
 from amq.quantize.quantizers.grid import check_scales, out_of_range

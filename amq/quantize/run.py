@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import Configuration, Memory, memory_items, parse_pins
+from amq.configuration import NO_ROTATION, Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
 from amq.formats import FORMATS, BitFormat, get_format
 from amq.model.calibration import shared_inputs
@@ -30,7 +30,7 @@ from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
-from amq.quantize.methods import AUTO, METHODS, NO_ROTATION, rotation_of
+from amq.quantize.methods import AUTO, METHODS, rotation_of
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.resume import Identity, WorkFolder
