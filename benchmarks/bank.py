@@ -27,6 +27,7 @@ from amq.model.inventory import get_linear
 from amq.model.opened import OpenModel, open_model
 from amq.model.text import WindowSampler
 from amq.quantize.bank import BankSettings, open_bank
+from amq.quantize.methods import BANK_ROTATIONS
 from amq.quantize.quantizers.gptq import quantize, quantize_in_torch
 from amq.util.files import check_place
 from amq.util.settings import add_flags, flag, run_command
@@ -41,6 +42,7 @@ class BankBenchSettings:
     formats: str = flag("int2,int3,int4,int8", "formats of the bank", metavar="LIST")
     group_size: int = flag(128, "input features per scale", metavar="G")
     blocks: int = flag(3, "blocks that the torch loop is timed on", metavar="N", least=1)
+    rotation: str = flag("auto", "of the whole bank that --total builds", choices=BANK_ROTATIONS)
     total: bool = flag(False, "time a whole bank too, as a search builds it")
     calibration: str = flag("pydoc", "text", metavar="TEXT")
     bank_windows: int = flag(24, "windows that the quantizer sees", metavar="N")
@@ -133,7 +135,7 @@ def _total(
 ) -> dict[str, float]:
     seconds, fingerprint = Seconds(), opened.fingerprint
     with tempfile.TemporaryDirectory(prefix="amq-bench-") as folder, seconds.measured():
-        bank = BankSettings("gptq", settings.group_size, windows)
+        bank = BankSettings("gptq", settings.group_size, windows, settings.rotation)
         open_bank(opened.model, opened.inventory, formats, bank, cache=Path(folder), fingerprint=fingerprint)
     return asdict(seconds)
 

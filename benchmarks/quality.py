@@ -26,7 +26,7 @@ from amq.model.text import WindowSampler, fixed_windows, load_corpus
 from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockSource
 from amq.quantize.head import quantize_outer
-from amq.quantize.methods import METHODS
+from amq.quantize.methods import METHODS, ROTATIONS, rotation_of
 from amq.quantize.sources import BankSource
 from amq.util.files import read_json
 from amq.util.progress import Progress
@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=64, help="calibration windows of 512 tokens")
     parser.add_argument("--calibration", default="pydoc")
+    parser.add_argument("--rotation", default="auto", choices=ROTATIONS, help="of gptq, clip and uniform banks")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
@@ -85,7 +86,8 @@ def measure(args: argparse.Namespace, content: dict[str, Any]) -> None:
     for name, configuration in jobs:
         for method in args.method.split(","):
             key = {"name": name, "method": method, "group_size": configuration.group_size,
-                   "windows": args.windows, "calibration": args.calibration, "seed": args.seed, **begin}  # fmt: skip
+                   "windows": args.windows, "calibration": args.calibration, "seed": args.seed,
+                   "rotation": rotation_of(method, args.rotation), **begin}  # fmt: skip
             if done(**key):
                 continue
             with untouched(loaded.model):
@@ -107,10 +109,11 @@ def block_source(
     quantized, group_size = parts.only(configuration.quantized), configuration.group_size
     formats = {spec.name: configuration.formats[spec.name] for spec in quantized.linears}
     if method == "bank":
-        recipe = BankRecipe("gptq", group_size, args.calibration, 24, 512, args.seed).of(configuration)
+        recipe = BankRecipe("gptq", group_size, args.calibration, 24, 512, args.seed, args.rotation).of(configuration)
         bank = recipe.open(loaded, quantized, set(formats.values()), Progress(), fingerprint)
         return BankSource(loaded.model, quantized, formats, bank)
-    return BlockQuantizer(loaded.model, parts, formats, group_size, METHODS[method], calibration)
+    rotation = rotation_of(method, args.rotation)
+    return BlockQuantizer(loaded.model, parts, formats, group_size, METHODS[method], calibration, rotation=rotation)
 
 
 @contextmanager

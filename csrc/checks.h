@@ -13,6 +13,7 @@
 #include <tuple>
 
 #include "cpu/isa.h"
+#include "cpu/rotation.h"
 
 namespace amq {
 
@@ -44,6 +45,11 @@ inline int require_threads(int threads) {
     require(threads >= 1, "threads", "at least 1", threads);
     require(threads <= 1 << 16, "threads", "at most 65536", threads);
     return threads;
+}
+
+inline void require_rotation(bool rotated, int64_t in_features) {
+    require(!rotated || in_features % kRotation == 0, "in_features of a rotated weight", "a multiple of " + std::to_string(kRotation),
+            in_features);
 }
 
 // The product of numbers that are not negative.

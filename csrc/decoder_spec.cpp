@@ -23,6 +23,7 @@ constexpr const char* kElements[] = {"float32", "float16", "bfloat16"};
 struct Held {
     std::string kind;
     Memory data, scale, zero_point;
+    int64_t rotation;
 };
 
 class Reader {
@@ -53,7 +54,8 @@ private:
     Held held(const std::string& name) const {
         if (!weights_.contains(name.c_str())) throw std::invalid_argument(name + ": it was not read");
         const auto fields = weights_[name.c_str()].cast<py::tuple>();
-        return {fields[0].cast<std::string>(), fields[1].cast<Memory>(), fields[2].cast<Memory>(), fields[3].cast<Memory>()};
+        return {fields[0].cast<std::string>(), fields[1].cast<Memory>(), fields[2].cast<Memory>(), fields[3].cast<Memory>(),
+                fields[4].cast<int64_t>()};
     }
     const float* floats(const std::string& name, int64_t count) const {
         return exact_address_of<float>(held(name).data, name.c_str(), product({count, 4}, name.c_str()));
@@ -71,6 +73,7 @@ private:
     }
 
     LinearPart linear(const py::handle& record) const;
+    bool rotated(const std::string& linear, int64_t in_features) const;
     Projection projection(const py::handle& record, const char* name, int64_t in_features, int64_t out_features) const;
     Projection last(const py::handle& record, const char* name, int64_t in_features) const;
     Table table(const py::handle& record) const;
@@ -112,13 +115,27 @@ LinearPart Reader::linear(const py::handle& record) const {
     return part;
 }
 
+// Whether the weight of a linear that is quantized is.
+bool Reader::rotated(const std::string& linear, int64_t in_features) const {
+    const int64_t width = held(linear).rotation;
+    require(width == 0 || width == kRotation, linear.c_str(), "a rotation of 0 or " + std::to_string(kRotation), width);
+    require_rotation(width != 0, in_features);
+    return width != 0;
+}
+
 Projection Reader::projection(const py::handle& record, const char* name, int64_t in_features, int64_t out_features) const {
     Projection made;
     made.in_features = in_features;
+    bool quantized = false;
     for (const py::handle& each : record.attr(name).attr("linears")) {
         require(size(each, "in_features") == in_features, text(each, "name").c_str(), std::to_string(in_features) + " in_features",
                 size(each, "in_features"));
         made.parts.push_back(linear(each));
+        if (made.parts.back().format < 0) continue;
+        const std::string linear = text(each, "name");
+        const bool one = rotated(linear, in_features);
+        require(!quantized || one == made.rotated, linear.c_str(), "to be rotated as the linears beside it", one);
+        made.rotated = one, quantized = true;
     }
     require(!made.parts.empty(), name, "at least one linear", 0);
     require(out_features == 0 || made.out_features() == out_features, name, std::to_string(out_features) + " out_features",

@@ -8,7 +8,7 @@
 
 namespace amq {
 
-// spec: a DecoderSpec. weights: {name: (kind, memory, memory of scales, memory of zero points)} of every tensor that it names,
+// spec: a DecoderSpec. weights: {name: (kind, memory, memory of scales, memory of zero points, rotation)} of every tensor that it names,
 // kind being a format, of tiles, or of packed rows where there are scales, or an element (float32, float16, bfloat16); vectors and arrays
 // are float32. Addresses must outlive the result.
 // Throws std::invalid_argument that names the field or tensor where a size does not fit.

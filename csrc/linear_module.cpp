@@ -79,8 +79,9 @@ void prepare(const std::string& format, const Memory& qweight, const Memory& sca
 // Checks everything that the kernels rely on; an empty `parts` of the result means that there is nothing to compute.
 amq::LinearCall make_call(const std::vector<Part>& parts, const Memory& x, const Memory& bias, const Memory& y,
                           int64_t rows, int64_t in_features, int64_t group_size, int64_t x_stride, int64_t y_stride,
-                          bool int8, int threads) {
+                          bool int8, int threads, bool rotated) {
     check_sizes(in_features, group_size, threads);
+    amq::require_rotation(rotated, in_features);
     require_size(rows, "rows", 0);
     amq::LinearCall call;
     int64_t columns = 0;
@@ -103,15 +104,16 @@ amq::LinearCall make_call(const std::vector<Part>& parts, const Memory& x, const
     call.x_stride = x_stride;
     call.y_stride = y_stride;
     call.mode = int8 ? amq::Mode::int8 : amq::Mode::fp32;
+    call.rotated = rotated;
     return call;
 }
 
 void linear(const std::vector<Part>& parts, const Memory& x, const Memory& bias, const Memory& y, int64_t rows,
             int64_t in_features, int64_t group_size, int64_t x_stride, int64_t y_stride, bool int8, int threads,
-            const std::string& isa_name) {
+            const std::string& isa_name, bool rotated) {
     const amq::Isa& isa = find_isa(isa_name);
     const amq::LinearCall call =
-        make_call(parts, x, bias, y, rows, in_features, group_size, x_stride, y_stride, int8, threads);
+        make_call(parts, x, bias, y, rows, in_features, group_size, x_stride, y_stride, int8, threads, rotated);
     if (call.parts.empty()) return;
     py::gil_scoped_release release;
     amq::linear(call, isa, threads);
@@ -119,11 +121,12 @@ void linear(const std::vector<Part>& parts, const Memory& x, const Memory& bias,
 
 // One call per part, all into the same y, as an engine without Python between its linears makes them.
 void linear_each(const std::vector<Part>& parts, const Memory& x, const Memory& y, int64_t rows, int64_t in_features,
-                 int64_t group_size, int64_t y_stride, bool int8, int threads, const std::string& isa_name) {
+                 int64_t group_size, int64_t y_stride, bool int8, int threads, const std::string& isa_name, bool rotated) {
     const amq::Isa& isa = find_isa(isa_name);
     std::vector<amq::LinearCall> calls;
     for (const Part& part : parts)
-        calls.push_back(make_call({part}, x, {0, 0}, y, rows, in_features, group_size, in_features, y_stride, int8, threads));
+        calls.push_back(
+            make_call({part}, x, {0, 0}, y, rows, in_features, group_size, in_features, y_stride, int8, threads, rotated));
     py::gil_scoped_release release;
     for (const amq::LinearCall& call : calls)
         if (!call.parts.empty()) amq::linear(call, isa, threads);
@@ -133,7 +136,7 @@ void linear_each(const std::vector<Part>& parts, const Memory& x, const Memory& 
 // each, (0, 0) where there is none.
 void linear_grouped(const std::vector<Part>& parts, const std::vector<int64_t>& sizes, const Memory& x,
                     const std::vector<Memory>& biases, const Memory& y, int64_t in_features, int64_t group_size, bool int8,
-                    int threads, const std::string& isa_name) {
+                    int threads, const std::string& isa_name, bool rotated) {
     const amq::Isa& isa = find_isa(isa_name);
     const int64_t n = static_cast<int64_t>(parts.size());
     require(static_cast<int64_t>(sizes.size()) == n && n > 0, "sizes", "one for each weight", sizes.size());
@@ -155,7 +158,8 @@ void linear_grouped(const std::vector<Part>& parts, const std::vector<int64_t>& 
             return Memory{std::get<0>(whole) + first * width * 4, sizes[i] * width * 4};
         };
         amq::LinearCall call = make_call({parts[i]}, at(x, in_features), biases.empty() ? Memory{0, 0} : biases[i],
-                                         at(y, columns), sizes[i], in_features, group_size, in_features, columns, int8, threads);
+                                         at(y, columns), sizes[i], in_features, group_size, in_features, columns, int8, threads,
+                                         rotated);
         if (!call.parts.empty()) calls.push_back(std::move(call));
     }
     py::gil_scoped_release release;
@@ -197,13 +201,14 @@ void bind_linear(py::module_& m) {
           "Packed rows -> tiles; see csrc/cpu/prepare.h");
     m.def("linear", &linear, py::arg("parts"), py::arg("x"), py::arg("bias"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("x_stride"), py::arg("y_stride"), py::arg("int8"),
-          py::arg("threads"), py::arg("isa") = "", "Linears that share x; see csrc/cpu/linear.h");
+          py::arg("threads"), py::arg("isa") = "", py::arg("rotated") = false,
+          "Linears that share x; see csrc/cpu/linear.h");
     m.def("linear_grouped", &linear_grouped, py::arg("parts"), py::arg("sizes"), py::arg("x"), py::arg("biases"),
           py::arg("y"), py::arg("in_features"), py::arg("group_size"), py::arg("int8"), py::arg("threads"),
-          py::arg("isa") = "", "Linears with rows of x of their own; see csrc/cpu/linear.h");
+          py::arg("isa") = "", py::arg("rotated") = false, "Linears with rows of x of their own; see csrc/cpu/linear.h");
     m.def("linear_each", &linear_each, py::arg("parts"), py::arg("x"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("y_stride"), py::arg("int8"), py::arg("threads"),
-          py::arg("isa") = "", "One call of linear per part, into the same y: what benchmarks time");
+          py::arg("isa") = "", py::arg("rotated") = false, "One call of linear per part, into the same y: what benchmarks time");
     m.def("read_bytes", &read_bytes, py::arg("data"), py::arg("threads"),
           "Reads memory, for its bandwidth; see csrc/cpu/bandwidth.h");
 }

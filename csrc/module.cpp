@@ -38,13 +38,14 @@ const amq::FormatKernels& find_format(const std::string& name) {
 
 void dequantize(const std::string& format_name, const Memory& qweight, const Memory& scale, const Memory& zero_point,
                 const Memory& out, int64_t qweight_stride, int64_t group_stride, int64_t out_stride, int64_t rows,
-                int64_t in_features, int64_t group_size, int threads, const std::string& isa_name) {
+                int64_t in_features, int64_t group_size, int threads, const std::string& isa_name, bool rotated) {
     const amq::FormatKernels& format = find_format(format_name);
     const amq::Isa& isa = find_isa(isa_name);
     require_size(rows, "rows", 0);
     require_size(in_features, "in_features", 1);
     require(group_size >= 1 && group_size <= amq::kMost && group_size % amq::kChunk == 0, "group_size",
             "a positive multiple of " + std::to_string(amq::kChunk), group_size);
+    amq::require_rotation(rotated, in_features);
     require_threads(threads);
     if (rows == 0) return;  // an empty tensor may have no address
     const int64_t row_bytes = format.row_bytes(in_features), groups = (in_features - 1) / group_size + 1;
@@ -57,7 +58,7 @@ void dequantize(const std::string& format_name, const Memory& qweight, const Mem
         address_of<uint16_t>(scale, "scale", group_bytes),
         address_of<uint16_t>(zero_point, "zero_point", group_bytes),
         address_of<float>(out, "out", strided_bytes(rows, in_features, out_stride, 4, "out")),
-        qweight_stride, group_stride, out_stride, rows, in_features, group_size};
+        qweight_stride, group_stride, out_stride, rows, in_features, group_size, rotated};
     py::gil_scoped_release release;
     amq::dequantize(format, isa, args, threads);
 }
@@ -108,7 +109,7 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("dequantize", &dequantize, py::kw_only(), py::arg("format"), py::arg("qweight"), py::arg("scale"),
           py::arg("zero_point"), py::arg("out"), py::arg("qweight_stride"), py::arg("group_stride"),
           py::arg("out_stride"), py::arg("rows"), py::arg("in_features"), py::arg("group_size"), py::arg("threads"),
-          py::arg("isa") = "", "Packed rows at the given addresses -> float32 rows; see csrc/cpu/dequantize.h");
+          py::arg("isa") = "", py::arg("rotated") = false, "Packed rows at the given addresses -> float32 rows; see csrc/cpu/dequantize.h");
     m.def("jensen_shannon", &jensen_shannon, py::kw_only(), py::arg("reference"), py::arg("logits"),
           py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("threads"), py::arg("isa") = "",
           "Log-probabilities and logits -> float64 divergence per row; see csrc/cpu/divergence.h");

@@ -64,7 +64,7 @@ class Model:
         for index, rope in enumerate(spec.ropes):
             shapes |= {f"rope.{index}.{name}": (CONTEXT, rope.rotary // 2) for name in ("cos", "sin")}
         self.tensors = {name: torch.ones(tuple(shape)) for name, shape in shapes.items()}
-        held = {name: ("float32", memory(tensor), NO_MEMORY, NO_MEMORY) for name, tensor in self.tensors.items()}
+        held = {name: ("float32", memory(tensor), NO_MEMORY, NO_MEMORY, 0) for name, tensor in self.tensors.items()}
         self.decoder = cpu_module().Decoder(
             spec=spec, weights=held, context=CONTEXT, group_size=32, int8=False, half_cache=False, max_rows=8, threads=2
         )

@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat
 from amq.kernels import cpu as native
 from amq.packing import PackedWeight, dequantize, pack_codes
+from amq.rotation import ROTATIONS, divides
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 IN_FEATURES = (1, 7, 8, 31, 32, 33, 64, 100, 129, 576, 1536)
@@ -31,10 +33,11 @@ ISAS = native.cpu_module().isas()
 @pytest.mark.parametrize("name", FORMATS)
 def test_bit_equal_to_reference(name: str, group_size: int, isa: str) -> None:
     for in_features in IN_FEATURES:
-        packed = random_packed(FORMATS[name], 5, in_features, group_size)
-        out = torch.full((5, in_features), torch.nan)
-        native._dequantize_rows(packed, out, isa)
-        assert_same_bits(out, dequantize(packed))
+        for rotation in ROTATIONS if divides(in_features) else (0,):
+            packed = replace(random_packed(FORMATS[name], 5, in_features, group_size), rotation=rotation)
+            out = torch.full((5, in_features), torch.nan)
+            native._dequantize_rows(packed, out, isa)
+            assert_same_bits(out, dequantize(packed))
 
 
 @pytest.mark.parametrize("name", FORMATS)

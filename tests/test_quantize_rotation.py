@@ -23,11 +23,10 @@ from amq.checkpoint.store import open_checkpoint
 from amq.configuration import Configuration, Details, Provenance
 from amq.errors import AmqError
 from amq.export import export
-from amq.formats import FORMATS, get_format
+from amq.formats import FORMATS
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec, take_inventory
 from amq.packing import dequantize
-from amq.quantize import bank as bank_module
 from amq.quantize import quantize
 from amq.quantize.bank import BankRecipe, BankSettings, WeightBank, open_bank
 from amq.quantize.methods import ROTATIONS, rotation_of
@@ -35,8 +34,11 @@ from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.resume import WorkFolder
 from amq.quantize.rotate import Rotator
 from amq.rotation import WIDTH, rotate
+from amq.search.choose import Budget
 from amq.search.records import RunFile
+from amq.search.run import bank_rotation
 from amq.search.settings import SearchSettings
+from amq.search.space import SearchSpace
 from amq.util.progress import Progress
 from amq.util.tensors import hashes_metadata
 
@@ -238,9 +240,11 @@ def test_a_format_that_is_added_is_rotated_as_the_others_are(tmp_path: Path, mon
 
 
 def test_the_formats_of_a_bank_do_not_decide(tmp_path: Path) -> None:
-    """Else two tables that open one bank with other formats would get other weights."""
+    """Else two tables that open one bank with other formats would get other weights. One may be named."""
     banks = [bank_of(tmp_path / fmt.name, "auto", [fmt]) for fmt in (INT2, INT4)]
     assert rotations(banks[0], "int2") == rotations(banks[1], "int4")
+    named = bank_of(tmp_path / "int4", "int3", [INT4])
+    assert named.folder == banks[1].folder != bank_of(tmp_path / "int4", "int4", [INT4]).folder
 
 
 @pytest.mark.parametrize("value", [torch.tensor(32), torch.tensor([64, 64]), None])
@@ -360,6 +364,9 @@ def test_the_configuration_says_how_it_was_searched(folder: Path, tmp_path: Path
     with_provenance(configuration, rotation="none")
     assert not open_checkpoint(run(folder, tmp_path / "a", configuration)).record.rotation
     assert open_checkpoint(run(folder, tmp_path / "b", configuration, rotation="64")).record.rotation
+    with_provenance(configuration, rotation="int3")
+    auto = open_checkpoint(run(folder, tmp_path / "auto", configuration)).record.rotation
+    assert auto and DOWN not in auto
     with_provenance(configuration, rotation="64")
     with pytest.raises(AmqError, match="--rotation 64: --method awq does not rotate"):
         run(folder, tmp_path / "c", configuration, method="awq")
@@ -414,7 +421,12 @@ def test_a_recipe_holds_no_weights(folder: Path, tmp_path: Path, configuration: 
 def test_settings_of_a_search() -> None:
     assert SearchSettings.make(model="m", output="r").rotation == "auto"
     assert SearchSettings.preset("paper", model="m", output="r").rotation == "none"
-    assert get_format(bank_module.DECIDING[0]) is INT2
+    of = SearchSettings.make(model="m", output="r", formats="int2,int3,int4,int6", group_size=64)
+    space = SearchSpace.of(take_inventory(tiny_llama()), of)
+    by = {3.4: "int3", 4.3: "int4", 2.5: "int2", 9.0: "int6"}
+    assert {bits: bank_rotation(of, space, Budget(bits)) for bits in by} == by
+    assert bank_rotation(of, space, Budget(max_loss=0.1)) == "int4"
+    assert bank_rotation(replace(of, rotation="64"), space, Budget(3.4)) == "64"
 
 
 def test_runs_that_name_no_rotation_had_none() -> None:
@@ -426,5 +438,6 @@ def test_runs_that_name_no_rotation_had_none() -> None:
         "linears": [{"name": "a", "block": 0, "role": "a", "out_features": 1, "in_features": 64}], "others": [],
         "head_is_tied": True, "kv_cache": {}, "pinned": {},
     }  # fmt: skip
-    assert RunFile.parse(data, "run.json").provenance.rotation == "none"
-    assert RunFile.parse({**data, "settings": {**settings, "rotation": "64"}}, "run.json").provenance.rotation == "64"
+    old = RunFile.parse(data, "run.json")
+    assert old.provenance.rotation == old.settings.rotation == "none"
+    assert RunFile.parse({**data, "rotation": "int3"}, "run.json").provenance.rotation == "int3"

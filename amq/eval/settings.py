@@ -10,7 +10,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
-from amq.quantize.methods import AUTO, ROTATION_HELP, ROTATIONS
+from amq.quantize.methods import AUTO, BANK_ROTATIONS, ROTATION_HELP
 from amq.quantize.quantizers import QUANTIZERS
 from amq.util.settings import CHOOSE, MEASURE, REQUIRED, Settings, flag
 
@@ -91,7 +91,9 @@ class EvalSettings(LoadSettings, TaskSettings):
     calibration: str = flag("pydoc", f"calibration text: {CALIBRATION_TEXTS}", BANK, metavar="TEXT")
     bank_windows: int = flag(24, "calibration windows", BANK, least=1, metavar="N")
     seed: int = flag(0, "of the choice of windows", BANK, least=0, metavar="N")
-    rotation: str = flag(AUTO, ROTATION_HELP, BANK, choices=ROTATIONS)
+    rotation: str = flag(
+        AUTO, f"{ROTATION_HELP}; a format, auto by that one's error instead of int3's", BANK, choices=BANK_ROTATIONS
+    )
     text: str | None = flag(
         None,
         "a text file, wikitext2, c4, pydoc or docstrings (default; with --tasks or --answers, none)",

@@ -253,7 +253,9 @@ _GPU: dict[str, Any] = dict(device="cuda", rows=_gpu_rows)
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        Backend("cpu", _cpu_unsupported_reason, cpu.prepare, _cpu_linear, device="cpu", grouped=_cpu_grouped),
+        Backend(
+            "cpu", _cpu_unsupported_reason, cpu.prepare, _cpu_linear, device="cpu", grouped=_cpu_grouped, rotates=True
+        ),
         Backend("cuda", _cuda_unsupported_reason, layout.prepare, _cuda_linear, tuple(cuda.DTYPES), **_GPU),
         Backend("triton", triton.unsupported_reason, layout.prepare, _triton_linear, triton.DTYPES, ("fp32",), **_GPU),
         Backend("reference", lambda fmt: None, _reference_prepare, _reference_linear, rows=_reference_rows),

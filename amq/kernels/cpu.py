@@ -21,8 +21,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.formats import BitFormat
-from amq.packing import PackedWeight, PreparedWeight, dequantize
-from amq.rotation import rotate
+from amq.packing import PackedWeight, PreparedWeight, check_fused, dequantize
 from amq.util.native import NO_MEMORY as NO_MEMORY
 from amq.util.native import cpu_module as cpu_module
 from amq.util.native import memory as memory
@@ -44,8 +43,6 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
         return
     _check_packed(packed, "dequantize")
     _dequantize_rows(packed, out)
-    if packed.rotation:
-        out.copy_(rotate(out))
 
 
 def dequantized(packed: PackedWeight) -> Tensor:
@@ -79,7 +76,9 @@ def check_compiled(fmt: BitFormat) -> None:
 
 def _dequantize_rows(packed: PackedWeight, out: Tensor, isa: str = "") -> None:
     """The call itself; `isa` forces one of `cpu_module().isas()`, the empty string means the best."""
-    cpu_module().dequantize(**_packed_arguments(packed), out=memory(out), out_stride=out.shape[1], isa=isa)
+    cpu_module().dequantize(
+        **_packed_arguments(packed), out=memory(out), out_stride=out.shape[1], isa=isa, rotated=packed.rotation > 0
+    )
 
 
 def _packed_arguments(packed: PackedWeight) -> dict[str, Any]:
@@ -137,10 +136,12 @@ def linear(
 ) -> Tensor:
     """y [M, ΣN] = x [M, K] · Wᵀ + bias for weights that `prepare` made; float32, contiguous, on CPU.
 
+    x: where the weights are rotated, it is rotated on its way in, before int8 rounds it.
     activations: `fp32` or `int8`, as in `amq.kernels.ops.linear`, which checks what it is given; the module checks
         the sizes.
     isa: one of `cpu_module().isas()`; the empty string means AMQ_CPU_ISA or the best.
-    Raises AmqError where a weight has not the bytes of its shape, or the bias not those of all columns.
+    Raises AmqError where a weight has not the bytes of its shape, the bias not those of all columns, or where weights
+    are not rotated alike.
     """
     rows, in_features = x.shape
     parts = [(w.format.name, *memory(w.data), w.out_features) for w in weights]
@@ -150,6 +151,7 @@ def linear(
         cpu_module().linear(
             parts, memory(x), NO_MEMORY if bias is None else memory(bias), memory(y), rows, in_features,
             weights[0].group_size, in_features, columns, activations == "int8", torch.get_num_threads(), isa,
+            _rotated(weights),
         )  # fmt: skip
     except ValueError as error:
         raise AmqError(f"linear of {in_features} features in {columns} columns: {error}") from error
@@ -178,7 +180,7 @@ def grouped_linear(
     try:
         cpu_module().linear_grouped(
             parts, list(sizes), memory(x), vectors, memory(y), in_features, weights[0].group_size,
-            activations == "int8", torch.get_num_threads(), isa,
+            activations == "int8", torch.get_num_threads(), isa, _rotated(weights),
         )  # fmt: skip
     except ValueError as error:
         raise AmqError(f"linears of {in_features} features in {columns} columns: {error}") from error
@@ -195,9 +197,15 @@ def linear_each(x: Tensor, weights: Sequence[PreparedWeight], activations: str, 
     y = torch.empty(rows, weights[0].out_features)
     cpu_module().linear_each(
         parts, memory(x), memory(y), rows, in_features, weights[0].group_size, y.shape[1],
-        activations == "int8", torch.get_num_threads(), isa,
+        activations == "int8", torch.get_num_threads(), isa, _rotated(weights),
     )  # fmt: skip
     return y
+
+
+def _rotated(weights: Sequence[PreparedWeight]) -> bool:
+    """What the module is told of all weights of a call."""
+    check_fused(weights, ("rotation",), "linear")
+    return weights[0].rotation > 0
 
 
 def read_bytes(tensor: Tensor) -> None:

@@ -27,9 +27,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from amq.configuration import Configuration, linear_bytes
+from amq.configuration import NO_ROTATION, Configuration, linear_bytes
 from amq.errors import AmqError
-from amq.formats import BitFormat, check_group_size, get_format
+from amq.formats import FORMATS, BitFormat, check_group_size, get_format
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
@@ -38,7 +38,7 @@ from amq.model.own_text import open_sampler
 from amq.model.paging import holding
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
-from amq.quantize.methods import AUTO, NO_ROTATION, rotation_of
+from amq.quantize.methods import AUTO, rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
 from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
@@ -58,9 +58,9 @@ INDEX = "bank.json"
 ERROR, ROTATION = "weight_error", "rotation"
 """Beside the three parts of each linear: ‖W − Ŵ‖², float64, and `PackedWeight.rotation`, int64 (not of head and
 embeddings); tensors, so that their hashes are kept as those of the others are."""
-DECIDING = ("int2", "int4")
-"""Formats that decide with `--rotation auto`, whichever a bank is opened for: its formats are added one by one, and
-linears that share an input are rotated alike in all of them."""
+DECIDING = "int3"
+"""The format whose error decides with `--rotation auto`, whichever a bank is opened for: formats are added one by one,
+and linears that share an input are rotated alike in all. A search names that nearest to its budget instead."""
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,13 @@ class BankSettings:
     calibration: Tensor | None = None
     """int64 [windows, length]; used by quantizers that need activations."""
     rotation: str = NO_ROTATION
-    """Of `ROTATIONS`."""
+    """Of `BANK_ROTATIONS`."""
 
     @property
     def rotates(self) -> str:
-        """`rotation` as far as the quantizer has something to decide it by."""
-        return rotation_of(self.proxy, self.rotation)
+        """`rotation` as far as the quantizer has something to decide it by: 64, none, or the format that decides."""
+        found = rotation_of(self.proxy, self.rotation)
+        return DECIDING if found == AUTO else found
 
     @property
     def windows(self) -> Tensor | None:
@@ -101,8 +102,8 @@ class BankSettings:
 class BankIndex(JsonFile):
     """bank.json, for people: what a bank is of. Programs find a bank by its key, and its content by its files' names.
 
-    rotation: what was asked for; model: the class; linears: how many; outer: head and embeddings in it, as far as it
-    was built for them.
+    rotation: 64, none, or the format that decided; model: the class; linears: how many; outer: head and embeddings in
+    it, as far as it was built for them.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bank/1",)
@@ -374,7 +375,7 @@ def _build(
                 continue
             start = time.monotonic()
             linears, notes = inventory.in_block(block), list[str]()
-            decided = _rotations(folder, block, linears) if settings.rotates == AUTO else {}
+            decided = _rotations(folder, block, linears) if settings.rotates in FORMATS else {}
             made = _Block(model, linears, wanted, settings, decided)
             with holding(model, block):
                 if stream is None:
@@ -421,7 +422,10 @@ class _Block:
         rotations: Mapping[str, int],
     ) -> None:
         self._model, self._formats, self._group_size = model, formats, settings.group_size
-        self.rotator = Rotator(settings.rotates, QUANTIZERS[settings.proxy], settings.group_size, known=rotations)
+        quantize, rotation = QUANTIZERS[settings.proxy], settings.rotates
+        self._deciding = [FORMATS[rotation]] if rotation in FORMATS else []
+        setting = AUTO if self._deciding else rotation
+        self.rotator = Rotator(setting, quantize, settings.group_size, known=rotations)
         sizes = {f.name: sum(linear_bytes(s, f, settings.group_size) for s in linears) for f in formats}
         numbers = (torch.float64.itemsize + torch.int64.itemsize) * len(linears)
         tensors = (len(PARTS) + 2) * len(linears)
@@ -430,8 +434,7 @@ class _Block:
 
     def add_inputs(self, groups: list[InputGroup]) -> None:
         """Decides which of these inputs are rotated, and quantizes the linears that read them. Empties `groups`."""
-        formats = [get_format(name) for name in DECIDING]
-        self.rotator.decide(groups, self._weight, lambda spec: formats)
+        self.rotator.decide(groups, self._weight, lambda spec: self._deciding)
         while groups:  # a group's matrix goes when it has been used
             group = groups.pop(0)
             self.add(group.linears, group.gram)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
+from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.kernels.dense import dequantized
@@ -26,7 +27,7 @@ from amq.model.shape import ModelShape
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
-from amq.quantize.methods import NO_ROTATION, Method
+from amq.quantize.methods import Method
 from amq.quantize.pieces import put, square_error, stacks
 from amq.quantize.quantizers import QUANTIZERS
 from amq.quantize.quantizers.awq import search_scale

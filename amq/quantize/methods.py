@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
+from amq.formats import FORMATS
 from amq.quantize.quantizers import NEEDS_GRAM
 from amq.util.lazy import Registry
 
@@ -41,9 +43,11 @@ OTHER_METHODS = {
 }
 """Those that take weights that others made (amq/quantize/run.py), each in a few words."""
 
-AUTO, NO_ROTATION = "auto", "none"
+AUTO = "auto"
 ROTATIONS = (AUTO, "64", NO_ROTATION)
 """What `--rotation` may say: see `amq.quantize.rotate`."""
+BANK_ROTATIONS = (*ROTATIONS, *FORMATS)
+"""What a bank may have: a format is `auto`, decided by the errors of that format."""
 ROTATION_HELP = (
     "inputs that are rotated 64 features at a time before they are multiplied, at no stored byte: auto, those where it "
     "lowers the error on calibration text (none of quantizers without calibration); 64, all"
@@ -51,7 +55,8 @@ ROTATION_HELP = (
 
 
 def rotation_of(method: str, given: str, zero_points: str = "fractional") -> str:
-    """What `--rotation` `given` means for a method: of `ROTATIONS`, `auto` only where there is something to decide by.
+    """What `--rotation` `given` means for a method: where there is nothing to decide by, none instead of `auto` (or a
+    format).
 
     Other programs hold no rotation, so `auto` is none where zero points are as these need them. Raises AmqError where a
     method cannot rotate.
@@ -60,13 +65,13 @@ def rotation_of(method: str, given: str, zero_points: str = "fractional") -> str
     if given == NO_ROTATION or method == "bank":
         return given
     if rounds is None or rounds.scales:
-        if given == AUTO:
+        if given != "64":
             return NO_ROTATION
         why = "its scales belong to single input features" if rounds else "it rounds weights as it finds them"
         raise AmqError(
             f"--rotation {given}: --method {method} does not rotate, because {why}: "
             "use --method gptq, or --rotation none"
         )
-    if given == AUTO and (not rounds.calibrated or zero_points != "fractional"):
+    if given != "64" and (not rounds.calibrated or zero_points != "fractional"):
         return NO_ROTATION
     return given

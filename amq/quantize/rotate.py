@@ -4,25 +4,25 @@
 Whether it pays differs between inputs: q, k, v and down gain 20 to 25 % of their output error on SmolLM2, gate and up
 6 %, and a model whose weights lie on a grid already loses. `auto` tries both on a sample of rows, since rows do not
 interact, and decides once for all linears that read one tensor, for they are multiplied in one call; likewise for the
-experts of a layer and role. What counts is the ratio of the two output errors (w − ŵ) G (w − ŵ)ᵀ, in its logarithm,
-summed over linears and formats: so formats count alike, though the errors of the narrowest are many times the others'.
+experts of a layer and role. What counts are output errors (w − ŵ) G (w − ŵ)ᵀ, each as a share of w G wᵀ, summed over
+linears: those in narrow formats, which have most to lose, decide.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from amq.configuration import NO_ROTATION
 from amq.formats import FORMATS, BitFormat
 from amq.kernels.dense import dequantized
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec
 from amq.packing import PackedWeight
-from amq.quantize.methods import AUTO, NO_ROTATION
+from amq.quantize.methods import AUTO
 from amq.quantize.pieces import PIECE
 from amq.quantize.quantizers import Quantizer
 from amq.quantize.quantizers.grid import check_scales, out_of_range
@@ -33,8 +33,6 @@ ROWS, LEAST = 64, 8
 """Rows that are tried of all linears that read one tensor, and at least of each of them."""
 LINEARS, INPUTS = 16, 4
 """Linears of an input, and inputs of a layer of experts, that are tried, evenly spread."""
-NOTHING = 1e-9
-"""Share of a weight's energy below which errors do not count: of weights that a format holds exactly."""
 
 WeightOf = Callable[[LinearSpec], Tensor]
 FormatsOf = Callable[[LinearSpec], Sequence[BitFormat]]
@@ -43,7 +41,7 @@ FormatsOf = Callable[[LinearSpec], Sequence[BitFormat]]
 class Rotator:
     """What is decided of the inputs of one block, and the quantizer that follows it.
 
-    setting: `auto`, which needs `decide` before anything is quantized; `64` for all; `none`.
+    setting: of `ROTATIONS`: `auto`, which needs `decide` before anything is quantized; `64` for all; `none`.
     quantize: what rounds. known: {linear: rotation}, decided by an earlier process.
     """
 
@@ -113,7 +111,7 @@ class Rotator:
         return gain > 0 and all(self._fits(weight_of(spec)) for group in groups for spec in group.linears)
 
     def _gain(self, group: InputGroup, inputs: int, weight_of: WeightOf, formats_of: FormatsOf) -> float:
-        """Σ log(error as it is / error rotated) over a sample of the group's linears and their formats."""
+        """Relative error as it is, less that of rotated weights, summed over a sample of the group's linears."""
         specs = group.linears[:: -(-len(group.linears) // LINEARS)]
         rows = max(LEAST, ROWS // (len(specs) * inputs))
         alike: dict[tuple[BitFormat, ...], list[Tensor]] = {}
@@ -123,20 +121,19 @@ class Rotator:
             alike.setdefault(tuple(formats_of(spec)), []).append(sample)
         gain, turned_gram = 0.0, _both_sides(group.gram)
         for formats, weights in alike.items():
-            plain = self._errors(weights, formats, group.gram)
-            rotated = self._errors([rotate(weight) for weight in weights], formats, turned_gram)
-            gain += sum(math.log(p / r) for p, r in zip(plain, rotated, strict=True))
+            gain += self._error(weights, formats, group.gram)
+            gain -= self._error([rotate(weight) for weight in weights], formats, turned_gram)
         return gain
 
-    def _errors(self, weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor) -> list[float]:
-        """(w − ŵ) G (w − ŵ)ᵀ, summed over the rows, of every weight in every format; never zero."""
+    def _error(self, weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor) -> float:
+        """(w − ŵ) G (w − ŵ)ᵀ over w G wᵀ, both summed over the rows of a weight; the sum over weights and formats."""
         group_size, zero_points = self._how
-        found = []
+        total = 0.0
         made = self._quantize(weights, formats, group_size, gram, zero_points)
         for weight, results in zip(weights, made, strict=True):
-            least = NOTHING * _energy(weight, gram) + 1e-30
-            found += [_energy(dequantized(results[f.name]).sub_(weight), gram) + least for f in formats]
-        return found
+            energy = max(_energy(weight, gram), 1e-30)
+            total += sum(_energy(dequantized(results[f.name]).sub_(weight), gram) / energy for f in formats)
+        return total
 
     def _fits(self, weight: Tensor) -> bool:
         """Whether its scales fit fp16 when it is rotated, in every format: they may be eight times what they were."""
@@ -146,7 +143,7 @@ class Rotator:
 
 def check_widths(setting: str, linears: Sequence[LinearSpec]) -> None:
     """Raises AmqError where `64` is asked for and does not divide the inputs of one of `linears`."""
-    for spec in linears if setting not in (AUTO, NO_ROTATION) else ():
+    for spec in linears if setting == str(WIDTH) else ():
         check_width(spec.in_features, spec.name)
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import Configuration, Memory, memory_items, parse_pins
+from amq.configuration import NO_ROTATION, Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
-from amq.formats import BitFormat, get_format
+from amq.formats import FORMATS, BitFormat, get_format
 from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
@@ -30,7 +30,7 @@ from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
-from amq.quantize.methods import AUTO, METHODS, NO_ROTATION, rotation_of
+from amq.quantize.methods import AUTO, METHODS, rotation_of
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.resume import Identity, WorkFolder
@@ -154,7 +154,10 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
 
 
 def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
-    """What is asked for, else what the configuration was searched with, else `auto`; of a bank what it has."""
+    """What is asked for, else what the configuration was searched with, else `auto`; of a bank what it has.
+
+    `auto` goes by the formats that the linears have, and not by the one that decided for the search's bank.
+    """
     provenance = configuration.details.provenance
     found = provenance.rotation if provenance else None
     if settings.method == "bank":
@@ -164,6 +167,8 @@ def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
                 f"--rotation {settings.rotation}: the bank that the configuration was searched on has {found}: "
                 "leave --rotation out, or use --method gptq"
             )
+    elif found in FORMATS:
+        found = AUTO
     return rotation_of(settings.method, settings.rotation or found or AUTO, settings.zero_points)
 
 

@@ -16,8 +16,8 @@ from amq.runtime.weights import Weights
 ALIGNMENT = 64
 """Of weights in memory: a cache line."""
 
-Held = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int]]
-"""(format or dtype, memory, memory of scales, of zero points): csrc/decoder_spec.h."""
+Held = tuple[str, tuple[int, int], tuple[int, int], tuple[int, int], int]
+"""(format or dtype, memory, memory of scales, of zero points, rotation): csrc/decoder_spec.h."""
 
 
 class NativeWeights(Weights):
@@ -29,6 +29,8 @@ class NativeWeights(Weights):
     pages, which single weights of a small model would not fill. Rows of embeddings stay in the checkpoint's files.
     """
 
+    ROTATES = True
+
     def _begin(self) -> None:
         self.held: dict[str, Held] = {}
         self.keep: list[Any] = []
@@ -39,7 +41,7 @@ class NativeWeights(Weights):
         size = prepared_bytes(packed.format, packed.out_features, packed.in_features, packed.group_size)
         data = cpu.prepare(packed, self._memory[:size])
         self._memory = self._memory[room:]
-        return self._hold(key, packed.format.name, data)
+        return self._hold(key, packed.format.name, data, rotation=packed.rotation)
 
     def _put_rows(self, key: str, packed: PackedWeight) -> tuple[int, int]:
         parts = [part.contiguous() for part in (packed.qweight, packed.scale, packed.zero_point)]
@@ -51,10 +53,10 @@ class NativeWeights(Weights):
     def _put_again(self, key: str, name: str) -> None:
         self.held[key] = self.held[name]
 
-    def _hold(self, key: str, kind: str, data: Tensor, *more: Tensor) -> tuple[int, int]:
+    def _hold(self, key: str, kind: str, data: Tensor, *more: Tensor, rotation: int = 0) -> tuple[int, int]:
         self.keep += [data, *more]
         scales, zero_points = map(memory, more) if more else (NO_MEMORY, NO_MEMORY)
-        self.held[key] = (kind, memory(data), scales, zero_points)
+        self.held[key] = (kind, memory(data), scales, zero_points, rotation)
         return memory(data)
 
     def _tiled(self) -> list[str]:

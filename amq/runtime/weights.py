@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.packing import PackedWeight
-from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Mixture, Router, Table
+from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Mixture, Projection, Router, Table
 from amq.runtime.families import Unsupported
 
 FLOATS = ("F32", "F16", "BF16")
@@ -21,10 +22,13 @@ class Weights:
     """Everything that `spec` names, read from a checkpoint; where it goes, subclasses say.
 
     tables: of rotary angles, which are made here for `context` positions. bytes: that a decoded token reads.
+    ROTATES: whether the engine multiplies rotated weights (`amq.rotation`), those of a projection alike.
 
     Raises Unsupported where the checkpoint holds something that the spec has no place for outside of the blocks,
     AmqError where it lacks something, or has it in another shape.
     """
+
+    ROTATES: ClassVar[bool] = False
 
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, context: int) -> None:
         self.checkpoint, self.spec, self.formats = checkpoint, spec, checkpoint.record.formats
@@ -70,8 +74,7 @@ class Weights:
         """Compares names before anything is read. What the spec has no place for means that the model is another one
         than it seems."""
         spec = self.spec
-        if self.checkpoint.record.rotation:
-            raise Unsupported("this engine does not rotate inputs yet")
+        self._check_rotation()
         routers = {router.weight.name for router in spec.parts(Router)}
         for linear in spec.parts(Linear):
             quantized = linear.name in self.formats
@@ -93,6 +96,16 @@ class Weights:
                 if ".layers." in name:
                     raise self._edited(f"holds the {what} {name}, which the model of config.json has no place for")
                 raise Unsupported(f"the native engine has no place for the {what} {name}")
+
+    def _check_rotation(self) -> None:
+        """That the engine rotates, and can rotate each input once: x of a projection for all of its linears."""
+        rotation = self.checkpoint.record.rotation
+        if rotation and not self.ROTATES:
+            raise Unsupported("this engine does not rotate inputs")
+        for projection in self.spec.parts(Projection) if rotation else ():
+            names = [linear.name for linear in projection.linears if linear.name in self.formats]
+            if len({rotation.get(name, 0) for name in names}) > 1:
+                raise Unsupported(f"{', '.join(names)} share an input, and are not rotated alike")
 
     def _want(self, tensors: Sequence[str]) -> None:
         for tensor in tensors:

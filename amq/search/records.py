@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import amq
-from amq.configuration import Provenance, compact, expand_name
+from amq.configuration import NO_ROTATION, Provenance, compact, expand_name
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
-from amq.quantize.methods import NO_ROTATION
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.machine import cpu_name, gpu_facts, installed_versions
@@ -204,9 +203,10 @@ class Evaluations:
 class RunFile(JsonFile):
     """run.json: what was searched, how, and how far it came.
 
-    status: running, stopped (by `--time`) or finished; linears: of the blocks, the experts of a layer and role in
-    one entry. outer: head and embeddings, which `--head 16bit` leaves out of the search. pinned: {linear: format} by
-    the user and by pruning. timings: {stage: seconds} and `evaluations` are known at the end.
+    status: running, stopped (by `--time`) or finished; rotation: of the bank, one of `BANK_ROTATIONS`; linears: of the
+    blocks, the experts of a layer and role in one entry. outer: head and embeddings, which `--head 16bit` leaves out of
+    the search. pinned: {linear: format} by the user and by pruning. timings: {stage: seconds} and `evaluations` are
+    known at the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/3", "amq/run/2", "amq/run/1")
@@ -222,6 +222,7 @@ class RunFile(JsonFile):
     versions: dict[str, str]
     machine: MachineEntry
     bank: str = ""
+    rotation: str = NO_ROTATION
     linears: tuple[LinearEntry, ...]
     outer: tuple[LinearEntry, ...] = ()
     others: tuple[OtherEntry, ...]
@@ -265,7 +266,7 @@ class RunFile(JsonFile):
         of = self.settings
         return Provenance(
             proxy=of.proxy, calibration=of.calibration, window_length=of.window_length, bank_windows=of.bank_windows,
-            seed=of.seed, rotation=of.rotation, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
+            seed=of.seed, rotation=self.rotation, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
             window_prefix=self.calibration.window_prefix, model_fingerprint=self.model.fingerprint, amq=amq.__version__,
         )  # fmt: skip
 

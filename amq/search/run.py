@@ -32,7 +32,7 @@ from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
-from amq.quantize.methods import rotation_of
+from amq.quantize.methods import AUTO, rotation_of
 from amq.quantize.rotate import check_widths
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
@@ -71,13 +71,15 @@ CACHES = 3
 class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
-    quantized: its weights without those that are kept in 16 bits. near: the bank for the device that the model is on.
+    quantized: its weights without those that are kept in 16 bits. rotation: of the bank. near: the bank for the device
+    that the model is on.
     """
 
     opened: OpenModel
     quantized: Inventory
     space: SearchSpace
     bank: WeightBank
+    rotation: str
     near: BankReader
     evaluator: Evaluator
     cost_windows: torch.Tensor
@@ -176,7 +178,8 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         windows_key = content_hash([*hashed.items(), ("bank", bank_windows), ("cost", cost_windows)])
     formats, outer = bank_formats(space)
     with timings.measure("bank"):
-        of = BankSettings(settings.proxy, settings.group_size, bank_windows, settings.rotation)
+        rotation = bank_rotation(settings, space, budget)
+        of = BankSettings(settings.proxy, settings.group_size, bank_windows, rotation)
         bank = open_bank(
             opened.model, quantized, formats, of, progress, fingerprint=fingerprint, outer=outer,
         )  # fmt: skip
@@ -186,7 +189,18 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
             settings.backend, settings.activations, corpus.unscored, whole, answers,
         )  # fmt: skip
-    return _Stage(opened, quantized, space, bank, close, evaluator, cost_windows, corpus, windows_key, budget)
+    return _Stage(opened, quantized, space, bank, rotation, close, evaluator, cost_windows, corpus, windows_key, budget)
+
+
+def bank_rotation(settings: SearchSettings, space: SearchSpace, budget: Budget) -> str:
+    """Of `BANK_ROTATIONS`: for `auto` the candidate whose size is nearest to the budget, since what gains at 3 bits may
+    lose at 5; the middle one where there is no size."""
+    if settings.rotation != AUTO:
+        return settings.rotation
+    if budget.bits is None:
+        return space.formats[len(space.formats) // 2].name
+    bits = budget.bits - 32 / settings.group_size
+    return min(settings.bit_formats, key=lambda fmt: abs(fmt.code_bits - bits)).name
 
 
 def _answers(settings: SearchSettings, opened: OpenModel, progress: Progress) -> Agreement | None:
@@ -351,6 +365,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
         versions=versions(),
         machine=MachineEntry.of(settings.device, torch.get_num_threads()),
         bank=str(stage.bank.folder),
+        rotation=stage.rotation,
         linears=LinearEntry.of(parts.linears),
         outer=LinearEntry.of(parts.outer),
         others=tuple(OtherEntry(o.name, o.kind, o.numel, o.reason) for o in parts.others),

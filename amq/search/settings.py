@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
-from amq.quantize.methods import NO_ROTATION, ROTATION_HELP, ROTATIONS
+from amq.quantize.methods import ROTATION_HELP, ROTATIONS
 from amq.quantize.quantizers import QUANTIZERS
 from amq.search.solvers import SOLVERS
 from amq.search.surrogates import SURROGATES

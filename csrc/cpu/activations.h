@@ -1,4 +1,4 @@
-// Rows of x → the panels that a kernel reads (linear.h), rounded to int8 per group or copied.
+// Rows of x → the panels that a kernel reads (linear.h), rotated where the weights are, then rounded to int8 per group or copied.
 
 #pragma once
 
@@ -21,6 +21,7 @@ struct ActivationArgs {
     Panels panels;
     void* out;                // int8 or float
     float *x_scale, *x_sum;   // int8 only
+    bool rotated;             // x · H in the place of x (rotation.h); kRotation divides in_features
 
     const float* row(int64_t m) const { return x + (x_rows ? x_rows[m] : m) * x_stride; }
 };
@@ -32,6 +33,6 @@ struct ActivationArgs {
 void quantize_rows(const Isa& isa, const ActivationArgs& args, int64_t begin, int64_t end);
 
 // Panels begin … end − 1.
-void copy_panels(const ActivationArgs& args, int64_t begin, int64_t end);
+void copy_panels(const Isa& isa, const ActivationArgs& args, int64_t begin, int64_t end);
 
 }  // namespace amq

@@ -48,7 +48,7 @@ void unpack_row(const Table& table, int64_t row, int64_t group_size, const Isa& 
     const FormatKernels& format = compiled_formats()[table.format];
     const int64_t groups = ceil_div(table.columns, group_size), bytes = format.row_bytes(table.columns);
     const DequantizeArgs args = {table.data + row * bytes, table.scale + row * groups, table.zero_point + row * groups, out,
-                                 bytes, groups, table.columns, 1, table.columns, group_size};
+                                 bytes, groups, table.columns, 1, table.columns, group_size, false};
     format.dequantize_rows[isa.avx2_loops](args, 0, 1);
 }
 

@@ -30,6 +30,7 @@ namespace amq {
 struct Projection {
     std::vector<LinearPart> parts;
     int64_t in_features = 0;
+    bool rotated = false;  // as LinearCall has it
 
     int64_t out_features() const;
 };

@@ -206,13 +206,15 @@ private:
         std::vector<int64_t> units(jobs.size());
         int64_t total = 0;
         const float* made = nullptr;
+        bool rotated = false;
         char* place = nullptr;
         for (size_t i = 0; i < jobs.size(); ++i) {
             LinearJob& job = jobs.jobs[i];
             const std::vector<LinearPart>& parts = jobs.calls[i].parts;
             if (std::all_of(parts.begin(), parts.end(), [](const LinearPart& part) { return part.format < 0; })) continue;
-            if (rows_ > 1 || jobs.calls[i].x != made) {
-                made = jobs.calls[i].x, place = memory;
+            const LinearCall& call = jobs.calls[i];
+            if (rows_ > 1 || call.x != made || call.rotated != rotated) {
+                made = call.x, rotated = call.rotated, place = memory;
                 memory += ceil_div(static_cast<int64_t>(job.memory_bytes()), kLine) * kLine;
                 total += units[i] = job.padded_rows() / job.row_unit();
             }

@@ -91,6 +91,7 @@ private:
         made.x_stride = x_stride;
         made.y_stride = y_stride;
         made.mode = m_.mode;
+        made.rotated = projection.rotated;
         return made;
     }
 

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "amq_formats.h"
+#include "rotation.h"
 #include "threads.h"
 #include "unit.h"
 
@@ -63,6 +64,10 @@ AMQ_INLINE void dequantize_range(const DequantizeArgs& a, int64_t begin, int64_t
             dequantize_dense<L>(a, qweight, row * a.group_stride, a.out + row * a.out_stride);
         else
             dequantize_digits<L>(a, qweight, row * a.group_stride, a.out + row * a.out_stride);
+        for (int64_t k = 0; a.rotated && k < a.in_features; k += kRotation) {
+            float* out = a.out + row * a.out_stride + k;
+            rotate_block(out, out);
+        }
     }
 }
 

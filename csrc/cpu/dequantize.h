@@ -2,6 +2,7 @@
 //
 //     out[n, k] = (float(code[n, k]) − zero_point[n, g]) · scale[n, g],   g = k / group_size
 //
+// and of rotated weights each row of that rotated back (rotation.h), while it is in the first cache.
 // The subtraction and the product are rounded separately (no fused multiply-add), as torch does.
 // The formats come from amq/formats.py: setup.py writes them into amq_formats.h.
 
@@ -27,6 +28,7 @@ struct DequantizeArgs {
     int64_t rows;
     int64_t in_features;  // any positive number: the last unit and the last group may be ragged
     int64_t group_size;   // a positive multiple of kChunk (unit.h)
+    bool rotated;         // kRotation divides in_features then
 };
 
 struct FormatKernels {

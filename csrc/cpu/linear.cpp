@@ -98,9 +98,9 @@ void LinearJob::make_input(int64_t begin, int64_t end) const {
     if (!packed_) return;  // the rest reads x itself
     const ActivationArgs args = {call_.x, call_.x_stride, call_.x_rows, call_.rows, call_.in_features,
                                  call_.group_size, task_.n_groups(), task_.panels, const_cast<void*>(task_.x),
-                                 const_cast<float*>(task_.x_scale), const_cast<float*>(task_.x_sum)};
+                                 const_cast<float*>(task_.x_scale), const_cast<float*>(task_.x_sum), call_.rotated};
     if (call_.mode == Mode::int8) return quantize_rows(isa_, args, begin, end);
-    copy_panels(args, begin / task_.panels.rows, end / task_.panels.rows);
+    copy_panels(isa_, args, begin / task_.panels.rows, end / task_.panels.rows);
 }
 
 int64_t LinearJob::tile_cost(const LinearPart& part) const {

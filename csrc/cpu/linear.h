@@ -95,6 +95,7 @@ struct LinearCall {
     int64_t rows, in_features, group_size, x_stride, y_stride;
     Mode mode;
     const int32_t* x_rows = nullptr;  // [rows]: which row of x each one is; nullptr: in order
+    bool rotated = false;  // quantized parts hold W · H and read x · H (rotation.h); others read x itself
 };
 
 // What a tile of a call's part costs beside those of other calls: its bytes, and its rows, of which some eight take as long as
