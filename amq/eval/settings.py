@@ -126,7 +126,7 @@ class EvalSettings(LoadSettings, TaskSettings):
         if odd := next((name for name in self.model if self.model.count(name) > 1), None):
             raise AmqError(f"model {odd} is given twice")
         if not self.measured_text and not self.task_names and not self.answers:
-            raise AmqError("nothing to measure: give a text, tasks or a number of answers")
+            raise AmqError("nothing to measure: give a text or tasks, or a number of --answers")
         if self.answer_tokens != EvalSettings.answer_tokens and not self.answers:
             raise AmqError("--answer-tokens needs --answers")
 
