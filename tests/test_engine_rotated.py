@@ -86,9 +86,3 @@ def test_the_module_refuses_rotations_that_do_not_fit(folders: dict[str, Path]) 
                 spec=weights.spec, weights=held, context=64, group_size=32, int8=False, half_cache=False,
                 max_rows=MAX_ROWS, threads=1,
             )  # fmt: skip
-
-
-def test_an_engine_that_does_not_rotate_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NativeWeights, "ROTATES", False)
-    with pytest.raises(Unsupported, match="this engine does not rotate inputs"):
-        open_native(folders["llama"])

@@ -25,8 +25,6 @@ class CudaWeights(Weights):
     checkpoint has them. elements: everything else; of a linear `name.weight` under `name`.
     """
 
-    ROTATES = True
-
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, context: int, device: torch.device) -> None:
         self.device = device
         self.prepared: dict[str, PreparedWeight] = {}
