@@ -128,6 +128,17 @@ def test_fisher_passes_resume_where_they_stopped(folder, tmp_path):
     assert mine["passes"] == theirs["passes"] == 2 and mine["cost"] == theirs["cost"]
 
 
+def test_a_fisher_table_of_before_runs_is_not_taken_up(folder, tmp_path):
+    run = amq.search(str(folder), tmp_path / "run", **QUICK).output
+    old = (run / "cost.json").read_text().replace("amq/cost/2", "amq/cost/1")
+    (run / "cost.json").write_text(old)
+    with pytest.raises(AmqError, match=r"amq/cost/1.*do not compare: delete it"):
+        amq.search(str(folder), run, resume=True, **QUICK)
+    assert (run / "cost.json").read_text() == old
+    (run / "cost.json").unlink()
+    amq.search(str(folder), run, resume=True, **QUICK)
+
+
 def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     amq.search(str(folder), run, **QUICK, target_bits=3.4)
