@@ -64,6 +64,7 @@ def test_the_run_folder_is_complete_and_true(folder, tmp_path, capsys):
     status, out, err = command(folder, "--output", run, *flags(**QUICK, target_bits=3.4), capsys=capsys)
     assert status == 0, err
     assert "chosen: " in out and "plan: 14 linears" in err and "hypervolume" in err
+    assert "40 of --refine if the linears get less than 2.7 bits per weight" in err
     for name in (
         "configuration.json",
         "front.json",
