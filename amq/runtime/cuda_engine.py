@@ -377,7 +377,7 @@ def open_cuda(
     spec = read_spec(
         checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
     )
-    check_supported(spec, record)
+    check_supported(spec, record.formats)
     check_state_cache(spec, checkpoint, state_cache)
     if cache not in CACHES:
         raise AmqError(f"the KV cache must be one of {', '.join(CACHES)}, got {cache}")

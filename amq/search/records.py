@@ -275,7 +275,8 @@ class RunFile(JsonFile):
 class Cost(JsonFile):
     """cost.json: {linear: {format: cost}}; passes: backward passes that a Fisher table is the mean of."""
 
-    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/cost/1",)
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/cost/2", "amq/cost/1")
+    """Fisher scores of schema 1 are sums of squares position by position; those of schema 2 are of `fisher.RUNS`."""
     REMEDY: ClassVar[str] = AGAIN
 
     schema: str = SCHEMAS[0]

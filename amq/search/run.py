@@ -323,6 +323,11 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     total: Table = {}
     saved = read_cost(folder.path, stage.space)
     if saved:
+        if saved.schema != Cost.SCHEMAS[0]:
+            raise AmqError(
+                f"--resume: {folder.path / NAMES[Cost]} is of schema {saved.schema!r}, this amq computes scores of "
+                f"{Cost.SCHEMAS[0]!r}, and the two do not compare: delete it, or use another --output"
+            )
         if saved.kind != "fisher" or saved.passes is None or saved.passes > settings.cost_passes:
             raise AmqError(
                 f"{folder.path / NAMES[Cost]}: expected a Fisher table of at most {settings.cost_passes} passes, got "

@@ -136,8 +136,13 @@ class SearchSettings(LoadSettings, BudgetSettings):
     cost_passes: int = flag(16, "backward passes (one window each) of --cost fisher", SEARCH, least=1, metavar="N")
     points: int = flag(12, "points of the front that are truly evaluated", SEARCH, least=0, metavar="N")
     exact: bool = flag(False, "solve every budget by integer programming instead of the Lagrangian with fill", SEARCH)
-    refine: int = flag(
-        0, "further true evaluations spent on local moves around the budget", SEARCH, least=0, metavar="N"
+    refine: int | None = flag(
+        None,
+        "further true evaluations spent on moves around the budget; default: 40 where the linears of the blocks get "
+        "less than 2.7 bits per weight there, else 0",
+        SEARCH,
+        least=0,
+        metavar="N",
     )
     prune: float = flag(
         2.0, "paper and random: pin linears whose sensitivity exceeds this multiple of the median", SEARCH, metavar="X"
