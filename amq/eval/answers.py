@@ -76,8 +76,8 @@ class AnswerRunner:
         own, first = find_beginnings(loaded), self._prepared.beginnings
         if (own.prefix, own.openings) != (first.prefix, first.openings):
             raise AmqError(
-                f"{loaded.name} gives the questions of --answers other tokens than the first model, by its tokenizer or "
-                "its chat template, so that answers do not compare: evaluate them apart"
+                f"{loaded.name} gives the questions of --answers other tokens than the first model, by its tokenizer "
+                "or its chat template, so that answers do not compare: evaluate them apart"
             )
 
     def run(self, loaded: LoadedModel, name: str) -> AnswerRow:
