@@ -70,7 +70,7 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         source = _source(settings, job, progress)
         work.begin(_identity(settings, job, source), job.record)
         if tuner is not None:
-            tuner.learn()
+            tuner.learn(progress)
         perplexities.measure("full")
         packed, errors = _outer(job, settings.zero_points)
         results = _blocks(source, work, job, progress)

@@ -58,6 +58,7 @@ class _Grid:
         gradient, weight = self.parameter.grad, self.parameter.detach()
         self.parameter.grad = None
         assert gradient is not None
+        gradient = gradient.float()
         if self._rotate:
             gradient, weight = rotate(gradient), rotate(weight)
         size = self._packed.group_size
@@ -116,7 +117,8 @@ class Tunable:
         zero_points: bool = True,
     ) -> None:
         self._grids = {n: _Grid(get_weight(model, n), weight, zero_points) for n, weight in packed.items()}
-        self._all = [*self._grids.values(), *(_Vector(model.get_parameter(name), stored) for name in vectors)]
+        self._all: list[_Grid | _Vector] = list(self._grids.values())
+        self._all += [_Vector(model.get_parameter(name), stored) for name in vectors]
         self._values = [value for part in self._all for value in part.values]
         gradients = (gradient for part in self._all for gradient in part.gradients)
         for value, gradient in zip(self._values, gradients, strict=True):

@@ -141,14 +141,16 @@ class Tuner:
         logits = LOGIT_COPIES * FLOAT * TOKENS * head.weight.shape[0]
         return Tunable.working_bytes(groups, vectors, largest) + logits + self._activations // self._segments
 
-    def learn(self) -> None:
+    def learn(self, progress: Progress | None = None) -> None:
         """Runs the model, which is in full precision, on the windows: on as many as there is time for."""
         began = self._clock()
-        self._measured = [self._distillation.learn(window) for window in self._held_out]
-        for window in self._windows:
-            self._learned.append(self._distillation.learn(window))
-            if self._clock() - began > LEARNING * self._left:
-                break
+        with (progress or Progress()).stage("full precision", len(self._windows)) as step:
+            self._measured = [self._distillation.learn(window) for window in self._held_out]
+            for window in self._windows:
+                self._learned.append(self._distillation.learn(window))
+                step()
+                if self._clock() - began > LEARNING * self._left:
+                    break
         self._left -= self._clock() - began
 
     def run(
