@@ -120,8 +120,8 @@ class Tunable:
         self._all: list[_Grid | _Vector] = list(self._grids.values())
         self._all += [_Vector(model.get_parameter(name), stored) for name in vectors]
         self._values = [value for part in self._all for value in part.values]
-        gradients = (gradient for part in self._all for gradient in part.gradients)
-        for value, gradient in zip(self._values, gradients, strict=True):
+        self._gradients = [gradient for part in self._all for gradient in part.gradients]
+        for value, gradient in zip(self._values, self._gradients, strict=True):
             value.grad = gradient
         self._adam = torch.optim.Adam(self._values, betas=BETAS)
         self._write()
@@ -151,7 +151,7 @@ class Tunable:
         """One step of Adam by the gradients that were added up since the last one."""
         self._adam.param_groups[0]["lr"] = rate
         self._adam.step()
-        torch._foreach_zero_([value.grad for value in self._values])
+        torch._foreach_zero_(self._gradients)
         self._write()
 
     def snapshot(self) -> list[Tensor]:
