@@ -54,6 +54,10 @@ class QuantizeSettings(LoadSettings):
     autoround_iterations: int = flag(
         50, "tuning steps per block of autoround, whose own default is 200", ROUND, least=1, metavar="N"
     )
+    tune: float | None = flag(
+        None, "minutes of tuning scales, zero points and norms end to end, on text that the model writes itself",
+        ROUND, above=0, metavar="MINUTES",
+    )  # fmt: skip
     calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", ROUND, metavar="TEXT")
     windows: int = flag(64, "calibration windows", ROUND, least=1, metavar="N")
     window_length: int = flag(
