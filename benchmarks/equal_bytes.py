@@ -37,7 +37,7 @@ from amq.util.settings import run_command
 SCHEMA = "amq/equal_bytes/1"
 FULL = "full precision"
 KINDS = {
-    llama_cpp.NAME: "Q2_K,Q3_K_S,Q3_K_M,Q4_K_S,Q4_K_M,Q5_K_S,"
+    llama_cpp.NAME: "Q2_0,Q2_K,Q3_K_S,Q3_K_M,Q4_K_S,Q4_K_M,Q5_K_S,"
     "IQ2_XXS,IQ2_XS,IQ2_S,IQ2_M,IQ3_XXS,IQ3_S,IQ3_M,IQ4_XS,IQ4_NL",
     ik_llama.NAME: "IQ2_KS,IQ2_K,IQ3_KS,IQ3_K,IQ4_KS,IQ4_K,IQ5_KS,IQ2_KT,IQ3_KT,IQ4_KT",
     AUTOROUND: "int2,int3,int4",
@@ -48,11 +48,10 @@ NICE = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse(argv)
-    content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "model": args.model, "rows": []}
-    if content.get("schema") != SCHEMA or content["model"] != args.model:
-        raise AmqError(
-            f"{args.json} holds results of {content.get('model')}: expected those of {args.model}, or no file"
-        )
+    model = Path(args.model).name
+    content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "model": model, "rows": []}
+    if content.get("schema") != SCHEMA or content["model"] != model:
+        raise AmqError(f"{args.json} holds results of {content.get('model')}: expected those of {model}, or no file")
     if args.speed:
         measure_speeds(content, args)
         save(args.json, content)
@@ -109,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     parser.add_argument("--rows", default="*", metavar="LIST", help="patterns of names, such as 'llama.cpp Q*,amq *'")
-    parser.add_argument("--bits", default="2.5,3.0,3.5,4.0,4.5,5.0", metavar="LIST", help="of ours")
+    parser.add_argument("--bits", default="2.5,3.0,3.5,4.0,4.5,5.0,5.5,6.0", metavar="LIST", help="of ours")
     parser.add_argument(
         "--search", default="--formats int2,int3,int4,int5,int6", metavar="FLAGS", help="of amq search, for ours"
     )

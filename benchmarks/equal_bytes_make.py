@@ -17,6 +17,7 @@ from typing import Any
 
 from peers import ik_llama, llama_cpp
 from peers.source import write_source
+from provenance import write_results
 
 from amq.bench.own import OwnEngine
 from amq.bench.worker import ChildFailed, ChildProcess
@@ -25,7 +26,7 @@ from amq.errors import AmqError
 from amq.eval.checkpoints import weight_bytes
 from amq.model.open import ALIASES, alias_file, resolve
 from amq.model.text import fixed_windows, load_corpus
-from amq.util.files import make_folder, read_json, write_json
+from amq.util.files import make_folder, read_json
 
 OURS, AUTOROUND = "amq", "auto-round"
 CONFIGURATIONS = {
@@ -53,13 +54,13 @@ class Workshop:
         make_folder(self.folder)
         self.source = self.folder / "source.gguf"
         self._facts = self.folder / "source.json"
-        given = {"model": args.model, "on_grid": args.on_grid, "seed": args.seed}
+        given = {"model": Path(args.model).name, "on_grid": args.on_grid, "seed": args.seed}
         if not self._facts.is_file():
             file = alias_file(args.model) if args.model in ALIASES else Path(args.model)
             if not file.is_file():
                 raise AmqError(f"{args.model} is neither a GGUF file nor one of {', '.join(ALIASES)}")
             weights = write_source(file, self.source, args.on_grid, args.seed)
-            write_json(self._facts, {**given, "weights": weights, "types": types(file)})
+            write_results(self._facts, {**given, "weights": weights, "types": types(file)})
         self._source = read_json(self._facts)
         if other := [f"{key} {self._source[key]}" for key in given if self._source[key] != given[key]]:
             raise AmqError(f"{self.folder} is of {', '.join(other)}: give another --work")
@@ -68,7 +69,7 @@ class Workshop:
         """What all rows have in common, for JSON; makes the importance matrix where it is missing."""
         args = self._args
         return {
-            "source": self._source,
+            "source": without_provenance(self._source),
             "protocol": {
                 "text": Path(args.text).name,
                 "tokens": sum(map(len, self.windows)),
@@ -76,7 +77,7 @@ class Workshop:
                 "calibration": Path(args.calibration).name,
                 **{key: getattr(args, key) for key in ("window_length", "windows", "seed", "threads")},
             },
-            "importance_matrix": read_json(self._matrix_facts),
+            "importance_matrix": without_provenance(read_json(self._matrix_facts)),
         }  # fmt: skip
 
     @cached_property
@@ -86,7 +87,7 @@ class Workshop:
             args, matrix = self._args, self.folder / "imatrix.dat"
             command = ["-m", "peers.imatrix", self.source, matrix, args.calibration, args.windows, args.window_length,
                        args.seed]  # fmt: skip
-            write_json(path, self._timed("imatrix", command))
+            write_results(path, self._timed("imatrix", command))
         return path
 
     @cached_property
@@ -226,6 +227,11 @@ class Workshop:
             "seconds": round(time.perf_counter() - start, 1), "peak_bytes": 1024 * usage.ru_maxrss,
             "processor_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         }  # fmt: skip
+
+
+def without_provenance(content: dict[str, Any]) -> dict[str, Any]:
+    """A part of other results, which say themselves what made them."""
+    return {key: value for key, value in content.items() if key != "provenance"}
 
 
 def types(file: Path) -> dict[str, dict[str, int]]:
