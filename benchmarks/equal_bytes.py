@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -63,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_rows(content: dict[str, Any], args: argparse.Namespace) -> None:
-    """Adds the rows that are missing, and writes FILE after each; one that fails is told and left out."""
-    wanted = [name for name in names(args) if any(fnmatch(name, pattern) for pattern in args.rows.split(","))]
+    """Adds the missing rows, in the order of --rows, and writes FILE after each; one that fails is told and left
+    out."""
+    patterns = args.rows.split(",")
+    wanted = list(dict.fromkeys(name for pattern in patterns for name in names(args) if fnmatch(name, pattern)))
     if not wanted:
         raise AmqError(f"--rows {args.rows}: no such row; there are {', '.join(names(args))}")
     workshop = Workshop(args)
@@ -90,7 +91,7 @@ def make_rows(content: dict[str, Any], args: argparse.Namespace) -> None:
 
 
 def names(args: argparse.Namespace) -> list[str]:
-    """Every row that there can be, in the order in which they are made."""
+    """Every row that there can be."""
     variant = f" {args.variant}" if args.variant else ""
     peers = [f"{engine} {kind}" for engine, kinds in KINDS.items() for kind in kinds.split(",")]
     return [FULL, f"{llama_cpp.NAME} F32", *peers, *(f"{OURS} {bits}{variant}" for bits in args.bits.split(","))]
@@ -122,7 +123,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--calibration", default="pydoc", metavar="TEXT", help="of peers' importance matrix and auto-round"
     )
     parser.add_argument("--windows", type=int, default=64, metavar="N", help="of it")
-    parser.add_argument("--iterations", type=int, default=200, metavar="N", help="auto-round's tuning steps per block")
+    parser.add_argument(
+        "--autoround", default="--autoround-iterations 200", metavar="FLAGS", help="of amq quantize, for auto-round"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--threads", type=int, default=1, metavar="N")
     parser.add_argument("--speed", action="store_true")
@@ -130,7 +133,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens of --speed")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(argv)
-    args.search_flags, args.quantize_flags = shlex.split(args.search), shlex.split(args.quantize)
     return args
 
 

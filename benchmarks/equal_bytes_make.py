@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -150,12 +151,15 @@ class Workshop:
         }  # fmt: skip
 
     def _auto_round(self, name: str, kind: str) -> dict[str, Any]:
-        args, path = self._args, self._place(name)
+        args = self._args
         outer = ["--head", HEAD, *(["--embeddings", HEAD] if self._untied else [])]
-        flags = ["--uniform", kind, "--method", "autoround", "--autoround-iterations", args.iterations, *outer,
-                 "--windows", args.windows, "--window-length", args.window_length, "--calibration", args.calibration,
-                 "--seed", args.seed]  # fmt: skip
-        return self._quantized(name, path, flags, {}) | {"iterations": args.iterations, "head": HEAD}
+        calibration = ["--windows", args.windows, "--window-length", args.window_length, "--calibration",
+                       args.calibration, "--seed", args.seed]  # fmt: skip
+        flags = ["--uniform", kind, "--method", "autoround", *outer, *calibration, *shlex.split(args.autoround)]
+        return self._quantized(name, self._place(name), flags, {}) | {
+            "flags": {"quantize": args.autoround},
+            "head": HEAD,
+        }
 
     @property
     def _untied(self) -> bool:
@@ -165,10 +169,10 @@ class Workshop:
 
     def _ours(self, name: str, bits: str) -> dict[str, Any]:
         run = self._place(f"{name} search")
-        flags = self._args.search_flags
+        flags = shlex.split(self._args.search)
         search = ["-m", "amq.search", self.source, "--target-bits", bits, "--output", run, *flags]
         made = {"search": self._timed(f"{name} search", search)}
-        flags = ["--configuration", run / "configuration.json", *self._args.quantize_flags]
+        flags = ["--configuration", run / "configuration.json", *shlex.split(self._args.quantize)]
         given = {"search": self._args.search, "quantize": self._args.quantize}
         return self._quantized(name, self._place(name), flags, made) | {"flags": given}
 
