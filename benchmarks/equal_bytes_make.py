@@ -143,11 +143,10 @@ class Workshop:
             command = ["-m", "peers.gguf_quantize", engine, self.source, part, kind, matrix, self._args.threads]
             made = {"quantize": self._timed(name, command)}
             part.replace(path)
-        found = types(path)
+        arguments = (ENGINES[engine], str(path), self._args.threads, CONFIGURATIONS[engine], 0)
         return {
-            "bytes": sum(entry["bytes"] for entry in found.values()), "types": found, "made": made,
-            "perplexity": self._perplexity(ENGINES[engine], str(path), self._args.threads, CONFIGURATIONS[engine], 0),
-            "path": str(path.relative_to(self.folder)),
+            "bytes": self._calls(*arguments, method="model_bytes")[0], "types": types(path), "made": made,
+            "perplexity": self._perplexity(*arguments), "path": str(path.relative_to(self.folder)),
         }  # fmt: skip
 
     def _auto_round(self, name: str, kind: str) -> dict[str, Any]:
@@ -193,15 +192,19 @@ class Workshop:
 
     def _perplexity(self, make: Any, *arguments: Any) -> float:
         """By the engine that it is for, on the tokens that `amq.model.perplexity` counts."""
-        windows, total = self.windows, 0.0
+        windows = self.windows
         at_once = SLOTS if make is OwnEngine else AT_ONCE
+        parts = [(windows[start : start + at_once], self.unscored) for start in range(0, len(windows), at_once)]
+        total = sum(self._calls(make, *arguments, method="log_likelihood", calls=parts))
+        return math.exp(min(700.0, -total / sum(len(window) - 1 - self.unscored for window in windows)))
+
+    def _calls(self, make: Any, *arguments: Any, method: str, calls: Sequence[tuple[Any, ...]] = ((),)) -> list[Any]:
+        """What `method` of an engine in its own process returns for each of `calls`."""
         try:
             with ChildProcess(make, *arguments) as worker:
-                for start in range(0, len(windows), at_once):
-                    total += worker.call("log_likelihood", windows[start : start + at_once], self.unscored)
+                return [worker.call(method, *given) for given in calls]
         except ChildFailed as error:
-            raise AmqError(f"it could not be evaluated: {error}") from error
-        return math.exp(min(700.0, -total / sum(len(window) - 1 - self.unscored for window in windows)))
+            raise AmqError(f"it does not run: {error}") from error
 
     def _place(self, name: str, suffix: str = "") -> Path:
         """Where something of that name is made; what an interrupted run left there is removed."""
@@ -238,12 +241,16 @@ def without_provenance(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "provenance"}
 
 
-def types(file: Path) -> dict[str, dict[str, int]]:
-    """{type: {tensors, weights, bytes}} of a GGUF file."""
+def types(file: Path) -> dict[str, dict[str, int]] | None:
+    """{type: {tensors, weights, bytes}} of a GGUF file; None where it has types that the gguf package does not know."""
     import gguf
 
+    try:
+        tensors = gguf.GGUFReader(file).tensors
+    except ValueError:
+        return None
     found: dict[str, dict[str, int]] = {}
-    for tensor in gguf.GGUFReader(file).tensors:
+    for tensor in tensors:
         entry = found.setdefault(tensor.tensor_type.name, {"tensors": 0, "weights": 0, "bytes": 0})
         for key, value in (("tensors", 1), ("weights", tensor.n_elements), ("bytes", tensor.n_bytes)):
             entry[key] += int(value)

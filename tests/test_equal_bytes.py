@@ -128,6 +128,39 @@ def test_rows_are_added_once_and_failures_told(
         equal_bytes.main(["another.gguf", *arguments[1:]])
 
 
+def test_ours_from_the_file_to_the_speed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Searched, quantized, measured both ways and timed; a wrong size of the whole would show."""
+    file, text = written(tmp_path / "model.gguf", "qwen2"), tmp_path / "text.txt"
+    text.write_text("the heather on the other thorn " * 60)
+    monkeypatch.setattr(equal_bytes.os, "nice", lambda _: 0)
+    small = f"--calibration {text} --window-length 32"
+    search = (
+        f"--formats int2,int3 --group-size 32 --windows 1 --confirm-windows 1 --bank-windows 1 --cost-passes 1 {small}"
+    )
+    arguments = [
+        *(
+            str(file),
+            "--work",
+            str(tmp_path / "work"),
+            "--json",
+            str(tmp_path / "results.json"),
+            "--rows",
+            "full*,amq*",
+        ),
+        *("--text", str(text), "--max-tokens", "256", "--window-length", "32", "--windows", "1", "--generate", "4"),
+        *("--calibration", str(text), "--bits", "4.0", "--search", f"{search} --points 2", "--rounds", "1"),
+        *("--quantize", f"{small} --windows 1"),
+    ]
+    assert equal_bytes.main(arguments) == 0
+    assert equal_bytes.main([*arguments, "--speed"]) == 0
+    full, ours = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert full["bits_per_weight"] == 16 and 3.5 < ours["bits_per_weight"] < 8
+    assert ours["perplexity"] == pytest.approx(ours["perplexity_exact"], rel=0.05)
+    assert full["perplexity"] < 1.5 * ours["perplexity"] and ours["speed"]["tokens_per_second"] > 0
+    assert set(ours["made"]) == {"search", "quantize"} and ours["made"]["search"]["peak_bytes"] > 1e8
+    assert "speed" not in full
+
+
 def test_the_table_compares_at_equal_bytes() -> None:
     """Half way between two of ours the logarithm is half way; beyond the ends nothing is said."""
     step = {"seconds": 9.0, "processor_seconds": 5.0, "peak_bytes": 2**30}
