@@ -1,4 +1,6 @@
-"""Making and measuring the rows of `equal_bytes.py`: each quantization and each measurement in its own process."""
+"""Making and measuring the rows of `equal_bytes.py`: each quantization and each measurement in its own process.
+
+Those processes import this file: what needs torch is imported where it is used."""
 
 from __future__ import annotations
 
@@ -22,11 +24,7 @@ from provenance import write_results
 
 from amq.bench.own import OwnEngine
 from amq.bench.worker import ChildFailed, ChildProcess
-from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
-from amq.eval.checkpoints import weight_bytes
-from amq.model.open import ALIASES, alias_file, resolve
-from amq.model.text import fixed_windows, load_corpus
 from amq.util.files import make_folder, read_json
 
 OURS, AUTOROUND = "amq", "auto-round"
@@ -57,6 +55,8 @@ class Workshop:
         self._facts = self.folder / "source.json"
         given = {"model": Path(args.model).name, "on_grid": args.on_grid, "seed": args.seed}
         if not self._facts.is_file():
+            from amq.model.open import ALIASES, alias_file
+
             file = alias_file(args.model) if args.model in ALIASES else Path(args.model)
             if not file.is_file():
                 raise AmqError(f"{args.model} is neither a GGUF file nor one of {', '.join(ALIASES)}")
@@ -95,12 +95,18 @@ class Workshop:
     def _corpus(self) -> Any:
         from transformers import AutoConfig, AutoTokenizer
 
+        from amq.model.open import resolve
+        from amq.model.text import load_corpus
+
         folder = resolve(str(self.source))
         rows = AutoConfig.from_pretrained(folder).vocab_size
         return load_corpus(self._args.text, AutoTokenizer.from_pretrained(folder), rows)
 
-    @property
+    @cached_property
     def windows(self) -> list[list[int]]:
+        """Token ids of the text, window by window."""
+        from amq.model.text import fixed_windows
+
         return fixed_windows(self._corpus, self._args.window_length, self._args.max_tokens).tolist()
 
     @property
@@ -143,10 +149,11 @@ class Workshop:
             command = ["-m", "peers.gguf_quantize", engine, self.source, part, kind, matrix, self._args.threads]
             made = {"quantize": self._timed(name, command)}
             part.replace(path)
-        arguments = (ENGINES[engine], str(path), self._args.threads, CONFIGURATIONS[engine], 0)
+        arguments = (str(path), self._args.threads, CONFIGURATIONS[engine], 0)
+        size, *parts = self._calls(ENGINES[engine], *arguments, calls=[("model_bytes",), *self._parts(AT_ONCE)])
         return {
-            "bytes": self._calls(*arguments, method="model_bytes")[0], "types": types(path), "made": made,
-            "perplexity": self._perplexity(*arguments), "path": str(path.relative_to(self.folder)),
+            "bytes": size, "types": types(path), "made": made, "perplexity": self._perplexity(parts),
+            "path": str(path.relative_to(self.folder)),
         }  # fmt: skip
 
     def _auto_round(self, name: str, kind: str) -> dict[str, Any]:
@@ -177,32 +184,40 @@ class Workshop:
 
     def _quantized(self, name: str, path: Path, flags: Sequence[Any], made: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of ours by `amq quantize`, and how it runs: with 8-bit activations, and exactly."""
+        from amq.checkpoint.store import open_checkpoint
+        from amq.eval.checkpoints import weight_bytes
+
         command = ["-m", "amq.quantize", self.source, "--output", path, "--perplexity", "none", *flags]
         made["quantize"] = self._timed(name, command)
         checkpoint = open_checkpoint(path)
         formats = Counter(checkpoint.record.formats.values())
-        options = {"context": self._args.window_length + 1, "max_sequences": SLOTS, "threads": self._args.threads}
         return {
             "bytes": weight_bytes(checkpoint), "formats": dict(sorted(formats.items())), "made": made,
             "rotated": len(checkpoint.record.rotation),
-            "perplexity": self._perplexity(OwnEngine, str(path), 0, options),
-            "perplexity_exact": self._perplexity(OwnEngine, str(path), 0, options | {"activations": "fp32"}),
+            "perplexity": self._own(path),
+            "perplexity_exact": self._own(path, activations="fp32"),
             "path": str(path.relative_to(self.folder)),
         }  # fmt: skip
 
-    def _perplexity(self, make: Any, *arguments: Any) -> float:
-        """By the engine that it is for, on the tokens that `amq.model.perplexity` counts."""
-        windows = self.windows
-        at_once = SLOTS if make is OwnEngine else AT_ONCE
-        parts = [(windows[start : start + at_once], self.unscored) for start in range(0, len(windows), at_once)]
-        total = sum(self._calls(make, *arguments, method="log_likelihood", calls=parts))
-        return math.exp(min(700.0, -total / sum(len(window) - 1 - self.unscored for window in windows)))
+    def _own(self, path: Path, **options: Any) -> float:
+        """The perplexity of a checkpoint in our engine."""
+        room = {"context": self._args.window_length + 1, "max_sequences": SLOTS, "threads": self._args.threads}
+        return self._perplexity(self._calls(OwnEngine, str(path), 0, room | options, calls=self._parts(SLOTS)))
 
-    def _calls(self, make: Any, *arguments: Any, method: str, calls: Sequence[tuple[Any, ...]] = ((),)) -> list[Any]:
-        """What `method` of an engine in its own process returns for each of `calls`."""
+    def _parts(self, size: int) -> list[tuple[Any, ...]]:
+        """Calls of an engine's `log_likelihood`, each of so many windows."""
+        starts = range(0, len(self.windows), size)
+        return [("log_likelihood", self.windows[start : start + size], self.unscored) for start in starts]
+
+    def _perplexity(self, parts: Sequence[float]) -> float:
+        """Of what those calls returned, over the tokens that `amq.model.perplexity` counts."""
+        return math.exp(min(700.0, -sum(parts) / sum(len(window) - 1 - self.unscored for window in self.windows)))
+
+    def _calls(self, make: Any, *arguments: Any, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """What methods of an engine in its own process return."""
         try:
             with ChildProcess(make, *arguments) as worker:
-                return [worker.call(method, *given) for given in calls]
+                return [worker.call(*call) for call in calls]
         except ChildFailed as error:
             raise AmqError(f"it does not run: {error}") from error
 

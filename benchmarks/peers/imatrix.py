@@ -17,18 +17,12 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from amq.errors import AmqError
-from amq.model.gguf.families import find_family
-from amq.model.gguf.keys import n_layers
-from amq.model.gguf.places import Places
-from amq.model.inventory import EXPERT, LinearSpec, get_linear
-from amq.model.opened import open_model
 from amq.util.files import write_atomic
-from amq.util.progress import terminal_progress
 
 
 def measure(model: str, calibration: str, windows: int, length: int, seed: int) -> dict[str, np.ndarray]:
@@ -36,6 +30,15 @@ def measure(model: str, calibration: str, windows: int, length: int, seed: int) 
 
     model, calibration, windows, length, seed: as `amq quantize` takes them, and the same windows.
     """
+    import torch  # here, so that who only reads a file need not wait for it
+
+    from amq.model.gguf.families import find_family
+    from amq.model.gguf.keys import n_layers
+    from amq.model.gguf.places import Places
+    from amq.model.inventory import EXPERT, get_linear
+    from amq.model.opened import open_model
+    from amq.util.progress import terminal_progress
+
     opened = open_model(model)
     linears = opened.inventory.linears
     if expert := next((spec for spec in linears if spec.kind == EXPERT), None):
@@ -44,7 +47,7 @@ def measure(model: str, calibration: str, windows: int, length: int, seed: int) 
     places = Places(find_family(config), config, n_layers(config))
     sums = {spec: torch.zeros(spec.in_features, dtype=torch.float64) for spec in linears}
 
-    def add(spec: LinearSpec, x: torch.Tensor) -> None:
+    def add(spec: Any, x: torch.Tensor) -> None:
         sums[spec] += x.reshape(-1, spec.in_features).square().sum(dim=0)
 
     for spec in linears:
