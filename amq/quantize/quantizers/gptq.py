@@ -3,10 +3,10 @@
 With H = E[x xᵀ] over calibration inputs, the output error of a row is (w − ŵ) H (w − ŵ)ᵀ. Input features are rounded
 one by one, in order of falling H[k, k]; each takes up the errors of those before it through the Cholesky
 factor of H. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights
-(`fitted_grid` with importance diag H), so the order is free. And what is left when all features are rounded is lowered
-further: every code is looked at again, `SWEEPS` times, with the errors of all other features as they are (coordinate
-descent, as QuantEase does), and then scale and zero point of all groups of a row are solved for the least output error, a
-linear least-squares problem of 2·n_groups unknowns.
+(`fitted_grid` with importance diag H), so the order is free. And once all features are rounded, every code is looked at
+again, `SWEEPS` times, with the errors of all others as they are (coordinate descent: QuantEase, arXiv 2309.01885); then
+scale and zero point of all groups of a row are solved again for the least output error, a linear least-squares problem
+of 2·n_groups unknowns.
 
 Rows do not interact, so linears that share an input, at all their formats, are stacked into one tall matrix and one
 loop over the input features serves them all.
@@ -50,8 +50,10 @@ DAMPING = 0.1
 paper's 0.01, because calibration text is not what the model will read: on SmolLM2, calibrated on the language reference
 and measured on WikiText, 0.1 lowers the output error at int2 and int3 by 4 to 5 %, and raises it by 2 to 3 % on the
 reference."""
-SWEEPS = 1
-"""How often every code is looked at again, before the grids are solved."""
+SWEEPS = 4
+"""How often every code is looked at again, before the grids are solved. On SmolLM2, rotated, group 64, blocks 1, 4 and
+7: the output error on calibration text falls by 5 % at the first, 10 % (int2) and 9 % (int3) after four; on two other
+texts by 4 and 2 %, 3 and 1.5 %. A sweep costs a twentieth of the whole."""
 BLOCK = 64
 """Input features whose errors are spread at once."""
 ROWS = 512
