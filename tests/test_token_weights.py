@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.mixtures import mixture
-from helpers.tiny_models import random_tokens, tiny_llama
+from helpers.tiny_models import random_tokens
 from torch import Tensor, nn
 
 from amq.formats import FORMATS
