@@ -30,6 +30,8 @@ MOST_NAMES = 1 << 20
 """That one file may stand for: a model of 128 experts in 100 layers has 38,400 linears of experts."""
 CACHE = "KV cache"
 """What `memory_items` calls it."""
+NO_ROTATION = "none"
+"""`Provenance.rotation` of what is searched on weights as they are."""
 OTHER_BYTES = 2
 """Weights that stay unquantized are counted in 16 bits: what the model ships and runs in."""
 
@@ -83,7 +85,7 @@ class Details:
     """What a configuration says besides: its figures and its origin, None where they are not known.
 
     bytes: of what `formats` names. bytes_read: of weights, by one token. loss, loss_confirm (on held-out windows),
-    predicted_loss: nats per token.
+    predicted_loss: nats per token, or in the unit of the objective that `provenance.loss` names.
     """
 
     model: str | None = None

@@ -2,10 +2,10 @@
 
     python benchmarks/native_evaluations.py MODEL --json benchmarks/results/FILE.json
 
-Configurations of the search's own space are measured by the reference (torch, float32), and natively with activations of
-8 bits and of 32, in turns, so that what else the machine does falls on all three alike. Half of them are spread over all
-budgets; the other half are made of one by exchanging formats at equal size, which is what a search has to tell apart.
-Times are of the processor, per evaluation; those on the wall are there too.
+Configurations of the search's own space are measured by the reference (torch, float32), and natively with activations
+of 8 bits and of 32, in turns, so that what else the machine does falls on all three alike. Half of them are spread over
+all budgets; the others are one that exchanges formats at equal size, which is what a search has to tell apart. Times
+are of the processor, per evaluation; those on the wall are there too.
 """
 
 from __future__ import annotations
@@ -74,10 +74,7 @@ class _NoTimings:
 
 def native(stage, settings: SearchSettings, activations: str) -> Evaluator:
     opened = stage.opened
-    length = settings.window_length
-    states = NativeStates(
-        opened.loaded, _quantized(opened.inventory, stage.space), settings.group_size, length, activations
-    )
+    states = NativeStates(opened.loaded, _quantized(opened.inventory, stage.space), settings.group_size, activations)
     windows = {"search": stage.evaluator._windows["search"]}
     return Evaluator(
         opened.loaded, opened.inventory, stage.near, windows, settings.loss, parse_size(settings.cache_memory), "cpu",

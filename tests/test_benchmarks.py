@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import ablation
 import bank
 import calibration
 import compare_solvers
@@ -193,6 +194,32 @@ def test_calibration_texts_are_compared_and_a_second_call_adds_what_is_missing(
     rows = json.loads(results.read_text())["rows"]
     assert rows[:7] == first and [row["seed"] for row in rows[7:]] == [1] * 6
     assert "| self | self |  | " in capsys.readouterr().out
+
+
+def test_ablation_adds_what_is_missing_and_leaves_out_what_it_has_no_setting_of(
+    tiny_folder: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of variant on a tiny model, and one of another version."""
+    results, text = tmp_path / "ablation.json", tmp_path / "text.txt"
+    text.write_text("".join(chr(97 + (i * i + i // 7) % 26) for i in range(5_000)))
+    monkeypatch.setitem(ablation.VARIANTS, "of tomorrow", ablation.Variant({"of_tomorrow": True}))
+    arguments = f"--model {tiny_folder} --text {text} --max-tokens 256 --bits 3.6 --group-size 32 --bank-windows 2 "
+    arguments += f"--passes 2 --windows 1 --window-length 32 --json {results} --variants"
+    given = arguments.split()
+    variants = ["none of them", "Fisher runs", "refine", "rows", "of tomorrow"]
+    ablation.main([*given, ",".join(variants[:2])])
+    first = json.loads(results.read_text())["rows"]
+    ablation.main([*given, ",".join(variants)])
+    rows = json.loads(results.read_text())["rows"]
+    assert rows[:3] == first and [row["variant"] for row in rows] == ["full precision", *variants[:-1]]
+    assert all(row["bits"] <= 3.6 + 1e-6 and row["perplexity"]["text"] > 1 for row in rows[1:])
+    refined = rows[3]
+    assert refined["search_refined"] <= refined["search_start"]
+    assert refined["confirm_refined"] <= refined["confirm_start"]
+    assert rows[4]["perplexity"] != rows[1]["perplexity"], "blocks of rows choose otherwise than whole linears"
+    assert rows[1]["steps"]["bank"]["seconds"] > 0
+    shown, said = capsys.readouterr()
+    assert "| rows | " in shown and "left out: of tomorrow" in said
 
 
 def run_smoke(script: str, tmp_path: Path, *arguments: str) -> tuple[dict[str, Any], str]:

@@ -146,8 +146,9 @@ def test_runs_of_earlier_versions_keep_their_settings() -> None:
         **{"cache_memory": "256MiB", "time": None},
     }
     read = parse_record(saved, SearchSettings, "run.json")
+    since = {"answers": 32, "answer_tokens": 64, "rotation": "auto"}
     assert (
-        read.json() == {**saved, "head": "auto", "untie": "", "load": "auto", "gpu_memory": None}
+        read.json() == {**saved, "head": "auto", "untie": "", "load": "auto", "gpu_memory": None, **since}
         and SearchSettings.make(**saved) == read
     )
     with pytest.raises(AmqError, match="run.json: --windows must be at least 1, got 0"):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.engine_cases import CASES
-from helpers.engine_cases_mixture import ROUTED, model_of
+from helpers.engine_cases_rotated import ROTATED
 from helpers.engines import last_rows, text, transformers_logits
-from helpers.tiny_models import ARCHITECTURES
-from torch import nn
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -23,23 +20,6 @@ from amq.runtime.native_weights import NativeWeights
 from amq.runtime.paged_engine import MAX_ROWS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-EXPERTS = {**ROUTED, "moe_intermediate_size": 64}
-ROTATED: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "llama": (lambda: ARCHITECTURES["llama"].build(intermediate_size=128), "."),
-    "llama, attention alone": (CASES["llama-biased"], "self_attn"),
-    "qwen3_moe": (model_of("Qwen3Moe", **EXPERTS, num_experts=8, norm_topk_prob=True), "."),
-    "qwen2_moe, experts alone": (
-        model_of("Qwen2Moe", **EXPERTS, num_experts=6, shared_expert_intermediate_size=128), r"\.experts\."
-    ),
-    "qwen2_moe, not the experts": (CASES["qwen2_moe"], r"self_attn|shared_expert"),
-    "gpt_oss": (CASES["gpt_oss"], "."),
-    "granitemoehybrid": (CASES["granitemoehybrid"], "."),
-    "qwen3_5": (CASES["qwen3_5"], "."),
-    "lfm2_moe": (CASES["lfm2_moe"], "."),
-    "gemma4": (CASES["gemma4"], "."),
-}  # fmt: skip
-"""{case: (model, linears that are rotated where 64 divides their inputs)}: every operator of csrc/cpu/decoder.h."""
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +86,3 @@ def test_the_module_refuses_rotations_that_do_not_fit(folders: dict[str, Path]) 
                 spec=weights.spec, weights=held, context=64, group_size=32, int8=False, half_cache=False,
                 max_rows=MAX_ROWS, threads=1,
             )  # fmt: skip
-
-
-def test_an_engine_that_does_not_rotate_says_so(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(NativeWeights, "ROTATES", False)
-    with pytest.raises(Unsupported, match="this engine does not rotate inputs"):
-        open_native(folders["llama"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,16 @@ def passes(model: nn.Module, bank: Any, windows: Tensor = WINDOWS, seed: int = 3
 
 
 def brute_force(
-    model: nn.Module, bank: FakeBank, window: Tensor, generator: torch.Generator, unscored: int = 0
+    model: nn.Module,
+    bank: FakeBank,
+    window: Tensor,
+    generator: torch.Generator,
+    unscored: int = 0,
+    runs: tuple[int, ...] = fisher.RUNS,
 ) -> dict[str, dict[str, float]]:
     """One graph through the whole model, every linear's input and output gradient kept, scores in float64.
 
-    unscored: leading positions without a label; the mean is over the others.
+    unscored: leading positions without a label; the mean is over the others. runs: of positions; an expert's is 1.
     """
     ran: list[tuple[str, Tensor, Tensor]] = []
 
@@ -79,8 +85,15 @@ def brute_force(
                 weight = get_weight(model, n).double()
                 change = error[x.flatten()] * (output.detach().flatten(0, -2) / weight[x.flatten()]).median()
             g = output.grad.flatten(0, -2).double()
-            table[n][fmt] += float((g * change).sum(-1).square().sum()) / (len(window) - unscored) / 8
+            expert = next(s.kind == EXPERT for s in inventory.weights if s.name == n)
+            table[n][fmt] += mean_of_runs((g * change).sum(-1), (1,) if expert else runs) / (len(window) - unscored) / 8
     return table
+
+
+def mean_of_runs(change: Tensor, runs: tuple[int, ...]) -> float:
+    """Geometric mean of the sums of squares over runs of each length."""
+    sums = [sum(float(change[i : i + run].sum()) ** 2 for i in range(0, len(change), run)) for run in runs]
+    return math.exp(sum(math.log(s) for s in sums) / len(sums)) if min(sums) > 0 else 0.0
 
 
 def head_by_differences(model: nn.Module, name: str, error: Tensor, window: Tensor, unscored: int) -> float:
@@ -203,6 +216,33 @@ def test_leading_positions_without_a_loss(tiny_llama: nn.Module, unscored: int) 
     assert found[0] != passes(tiny_llama, bank, WINDOWS[:1])[0]
 
 
+def test_runs_of_positions() -> None:
+    """Each position for itself, all in one run, and runs that the window ends in the middle of."""
+    change = torch.tensor([1.0, 2.0, -4.0, 8.0, 16.0])
+    assert fisher.squares(change, (1,)) == 1 + 4 + 16 + 64 + 256
+    assert fisher.squares(change, (64,)) == 23**2
+    assert fisher.squares(change, (2,)) == 3**2 + 4**2 + 16**2
+    assert fisher.squares(change, (1, 64)) == pytest.approx(math.sqrt(341 * 529))
+    assert fisher.squares(torch.tensor([1.0, -1.0]), (1, 2)) == 0
+    assert fisher.squares(torch.zeros(0), (1, 16)) == 0
+
+
+def test_runs_see_what_attention_adds_up(tiny_llama: nn.Module) -> None:
+    """Errors of many tokens' values meet in one output. A run as long as the window is what they cost in the end."""
+    inventory, bank, windows = take_inventory(tiny_llama), FakeBank(tiny_llama, NAMES), random_tokens(64, 48, seed=8)
+    name = "model.layers.1.self_attn.v_proj"
+    found = {
+        runs: sum(t[name]["int8"] for t in passes(tiny_llama, bank, windows, runs=runs)) / len(windows)
+        for runs in ((1,), (48,), fisher.RUNS)
+    }
+    kept = dict.fromkeys((s.name for s in inventory.linears), "16bit")
+    evaluator = Evaluator(LoadedModel(tiny_llama, None, "tiny"), inventory, bank, {"search": windows})
+    loss = evaluator.evaluate({**kept, name: "int8"})
+    found = {runs: score / loss for runs, score in found.items()}
+    assert found[48,] == pytest.approx(1, abs=0.35)  # the mean of 64 squares of normal numbers is off by 18 %
+    assert found[1,] < 0.3 and 1.5 * found[1,] < found[fisher.RUNS] < 1, found
+
+
 def test_passes_depend_on_seed_and_index_only(tiny_llama: nn.Module) -> None:
     bank = FakeBank(tiny_llama, NAMES)
     whole = passes(tiny_llama, bank)
@@ -250,10 +290,11 @@ def test_small_errors_are_predicted_by_the_sum(name: str) -> None:
 
 
 def test_one_linear_s_score_is_its_loss(tiny_llama: nn.Module) -> None:
-    """One linear at int8 behind the last mixing of tokens, all others exact: only label sampling is between the two."""
+    """One linear at int8 behind the last mixing of tokens, all others exact: only label sampling is between the two.
+    Position by position, where there is least of it."""
     bank = FakeBank(tiny_llama, NAMES)
     windows = random_tokens(16, 128, seed=8)
-    tables = passes(tiny_llama, bank, windows)
+    tables = passes(tiny_llama, bank, windows, runs=(1,))
     linears = take_inventory(tiny_llama).linears
     evaluator = Evaluator(LoadedModel(tiny_llama, None, "tiny"), take_inventory(tiny_llama), bank, {"search": windows})
     evaluator.apply({s.name: "int8" for s in linears})

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers.packed import assert_same_bits, random_packed
-from helpers.reference import MODES, Weight, every_isa_and_mode, make_weight, random_x, run, torch_threads
+from helpers.reference import Weight, every_isa_and_mode, make_weight, random_x, run, torch_threads
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES
@@ -72,19 +72,14 @@ def test_several_linears_and_grouped_ones(isa: str, mode: str) -> None:
             assert_same_bits(each, run(seen[:3], weights[-1:], mode, isa))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_op_multiplies_by_the_weight_itself(mode: str) -> None:
-    """Rotated x on codes of W H is x on W; int8 rounds x H, which the backend `reference` does as well."""
+def test_the_op_multiplies_by_the_weight_itself() -> None:
+    """Rotated x on codes of W H is x on W."""
     for i, (name, group_size) in enumerate(itertools.product(FORMATS, GROUP_SIZES)):
         packed = replace(random_packed(FORMATS[name], 33, 576, group_size), rotation=64)
-        x = random_x(5, 576, i)
-        y, expected = (
-            ops.linear(x, [backends.prepare(packed, backend)], activations=mode) for backend in ("cpu", "reference")
-        )
-        size = x.norm(dim=1)[:, None] * dequantize(packed).norm(dim=1)
-        assert ((y - expected).abs() / size).max() < 1e-6
-        if mode == "fp32":
-            assert ((y - x @ dequantize(packed).T).abs() / size).max() < 1e-6
+        x, weight = random_x(5, 576, i), dequantize(packed)
+        y = ops.linear(x, [backends.prepare(packed)], activations="fp32")
+        size = x.norm(dim=1)[:, None] * weight.norm(dim=1)
+        assert ((y - x @ weight.T).abs() / size).max() < 1e-6
 
 
 def test_what_does_not_fit_is_refused() -> None:

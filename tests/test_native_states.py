@@ -35,8 +35,7 @@ class Setup:
         self.windows = {"search": random_tokens(6, length, seed=1), "confirm": random_tokens(2, length, seed=2)}
 
     def native(self, activations: str = "fp32", **options: Any) -> NativeStates:
-        length = self.windows["search"].shape[1]
-        return NativeStates(self.loaded, self.inventory, 32, length, activations, **options)
+        return NativeStates(self.loaded, self.inventory, 32, activations, **options)
 
     def evaluator(self, native: NativeStates | None = None, **options: Any) -> Evaluator:
         if native is not None:

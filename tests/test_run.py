@@ -64,6 +64,7 @@ def test_the_run_folder_is_complete_and_true(folder, tmp_path, capsys):
     status, out, err = command(folder, "--output", run, *flags(**QUICK, target_bits=3.4), capsys=capsys)
     assert status == 0, err
     assert "chosen: " in out and "plan: 14 linears" in err and "hypervolume" in err
+    assert "40 of --refine if the linears get less than 2.7 bits per weight" in err
     for name in (
         "configuration.json",
         "front.json",
@@ -126,6 +127,17 @@ def test_fisher_passes_resume_where_they_stopped(folder, tmp_path):
     amq.search(str(folder), part, resume=True, **QUICK)
     mine, theirs = (json.loads((p / "cost.json").read_text()) for p in (part, whole.output))
     assert mine["passes"] == theirs["passes"] == 2 and mine["cost"] == theirs["cost"]
+
+
+def test_a_fisher_table_of_before_runs_is_not_taken_up(folder, tmp_path):
+    run = amq.search(str(folder), tmp_path / "run", **QUICK).output
+    old = (run / "cost.json").read_text().replace("amq/cost/2", "amq/cost/1")
+    (run / "cost.json").write_text(old)
+    with pytest.raises(AmqError, match=r"amq/cost/1.*do not compare: delete it"):
+        amq.search(str(folder), run, resume=True, **QUICK)
+    assert (run / "cost.json").read_text() == old
+    (run / "cost.json").unlink()
+    amq.search(str(folder), run, resume=True, **QUICK)
 
 
 def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypatch):

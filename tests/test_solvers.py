@@ -164,6 +164,33 @@ def test_refine_keeps_only_what_the_held_out_windows_confirm(tmp_path):
 
     contrary = make(tmp_path / "b.jsonl", settings(), Contrary(of))
     assert refine(contrary, costs, start, 3.3, 20) == start
+    records = contrary.archive.records
+    assert any(r.loss < records[0].loss for r in records if r.phase == "refine" and r.windows == "search")
+    assert choose(Budget(3.3), of, records).formats == start, "better on the search windows alone is no reason"
+    assert choose(Budget(3.3), of, problem.archive.records).formats == best
+
+
+@pytest.mark.parametrize(("bits", "given", "spent"), [
+    (2.6, None, True), (3.6, None, False), (2.6, 0, False), (3.6, 5, True), (None, None, False),
+])  # fmt: skip
+def test_refinement_is_the_default_where_costs_do_not_add_up(tmp_path, bits, given, spent):
+    """2.5 bits of budget are scales and codes of int2, at group 64."""
+    options = settings(refine=given)
+    problem = make(tmp_path / "a.jsonl", options, budget=bits, max_loss=None if bits else 0.2)
+    said = []
+    problem.progress.say = said.append
+    SOLVERS["additive"](problem, options)
+    phases = {r.phase for r in problem.archive.records}
+    assert ("refine" in phases) is spent
+    assert bool(said) is (spent and given is None)
+    if said:
+        assert "40 more evaluations" in said[0] and "--refine 0" in said[0]
+
+
+def test_what_the_linears_get_is_without_the_head():
+    of = space(outer=untied_head())
+    formats = {s.name: "int8" if s in untied_head() else "int2" for s in of.weights}
+    assert of.bits_of_linears(formats) == space().bits_of(space().uniform(space().formats[0])) < 3 < of.bits_of(formats)
 
 
 def test_time_is_up_stops_between_evaluations(tmp_path):

@@ -1,4 +1,4 @@
-"""Evaluation: perplexity and tasks of full-precision models, uniform banks, configurations and checkpoints."""
+"""Evaluation: perplexity, tasks and answers of full-precision models, uniform banks, configurations and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 from amq.util.lazy import lazy
 
 if TYPE_CHECKING:
+    from amq.eval.answers import AnswerRow
     from amq.eval.result import Evaluation, Row, table
     from amq.eval.tasks import TaskRow
     from amq.model.perplexity import negative_log_likelihood, perplexity
     from amq.util.progress import Progress
 
 __all__ = [
-    "Evaluation", "Row", "TaskRow", "evaluate", "negative_log_likelihood", "perplexity", "table",
+    "AnswerRow", "Evaluation", "Row", "TaskRow", "evaluate", "negative_log_likelihood", "perplexity", "table",
 ]  # fmt: skip
 __getattr__ = lazy(
     __name__,
     {
+        "AnswerRow": "amq.eval.answers",
         "Evaluation": "amq.eval.result",
         "Row": "amq.eval.result",
         "table": "amq.eval.result",
@@ -38,7 +40,7 @@ def evaluate(
     progress: Progress | None = None,
     **settings: Any,
 ) -> Evaluation:
-    """Perplexities on one text, and figures of tasks.
+    """Perplexities on one text, figures of tasks, and agreement of greedy answers.
 
     settings: further fields of `amq.eval.settings.EvalSettings`, which says what they do.
     Raises AmqError for unusable input before anything is computed; for a tokenizer unlike the first when it is loaded.

@@ -1,4 +1,4 @@
-"""What is measured of every form of a model: perplexity on one text, and tasks."""
+"""What is measured of every form of a model: perplexity on one text, tasks, and answers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from amq.errors import AmqError
+from amq.eval.answers import AnswerRow, AnswerRunner
 from amq.eval.result import Row
 from amq.eval.tasks import TaskRow, TaskRunner
 from amq.model.blocks import BlockRunner
@@ -30,15 +31,17 @@ class Form:
 
 @dataclass
 class Measure:
-    """text: empty for no perplexity. tasks: None for no tasks. The first model's tokenizer sets the windows."""
+    """text: empty for no perplexity. tasks, answers: None for none. The first model's tokenizer sets the windows."""
 
     text: str
     window_length: int
     max_tokens: int
     tasks: TaskRunner | None
+    answers: AnswerRunner | None
     progress: Progress
     rows: list[Row] = field(default_factory=list)
     task_rows: list[TaskRow] = field(default_factory=list)
+    answer_rows: list[AnswerRow] = field(default_factory=list)
     windows: Tensor | None = None
     window_prefix: tuple[str, ...] = ()
     """Tokens that every window begins with; they are not scored."""
@@ -63,7 +66,8 @@ class Measure:
         BlockRunner(loaded.model).check(windows[:1, :32].to(embedding_weight(loaded.model).device))
 
     def run(self, loaded: LoadedModel, forms: Sequence[Form]) -> None:
-        with self.progress.stage("perplexity" if self.text else "tasks", len(forms)) as step:
+        what = "perplexity" if self.text else "tasks" if self.tasks else "answers"
+        with self.progress.stage(what, len(forms)) as step:
             for form in forms:
                 form.apply()
                 loss = self._loss(loaded)
@@ -72,6 +76,8 @@ class Measure:
                 self.rows.append(Row(form.name, bits, perplexity, loss, form.weight_bytes))
                 if self.tasks:
                     self.task_rows += self.tasks.run(loaded, form.name)
+                if self.answers:
+                    self.answer_rows.append(self.answers.run(loaded, form.name))
                 step(form.name if perplexity is None else f"{form.name}: {perplexity:.3f}")
 
     def _loss(self, loaded: LoadedModel) -> float | None:

@@ -1,4 +1,4 @@
-"""What an evaluation gives: rows of perplexities and of task figures, as JSON and as a table."""
+"""What an evaluation gives: rows of perplexities, of task figures and of answers, as JSON and as a table."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from amq.eval.answers import AnswerRow
 from amq.eval.tasks import TaskRow
 from amq.quantize.bank import BankRecipe
 from amq.util.files import write_json
@@ -20,6 +21,7 @@ class EvaluationSettings:
 
     window_prefix: tokens that every window begins with, not scored. bank: what the quantized forms of a plain model
     came from, None where checkpoints were measured. tasks: the settings of the tasks, and lm-eval's version.
+    answers: how many there are, of how many tokens at most, to which prompts.
     """
 
     model: str
@@ -32,6 +34,7 @@ class EvaluationSettings:
     activations: str
     bank: BankRecipe | None = None
     tasks: dict[str, Any] | None = None
+    answers: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,8 @@ class Evaluation(JsonFile):
 
     rows: per model as given: full, uniform formats, configurations; or a checkpoint in the runtime, dequantized.
 
-    settings: text, window, tokens and bank. tasks: every figure of every task, for each row in order.
+    settings: text, window, tokens and bank. tasks: every figure of every task, for each row in order. answers: one row
+    for each of `rows`, where they were asked for.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/eval/1",)
@@ -63,6 +67,7 @@ class Evaluation(JsonFile):
     settings: EvaluationSettings
     rows: tuple[Row, ...]
     tasks: tuple[TaskRow, ...] = ()
+    answers: tuple[AnswerRow, ...] = ()
 
     def write(self, path: Path) -> None:
         """JSON has no infinity: a figure that is not finite is written as null."""
@@ -77,7 +82,7 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
 
 def table(result: Evaluation) -> str:
     """The rows as aligned text."""
-    return "\n".join([*_perplexities(result), *_task_figures(result)])
+    return "\n".join([*_perplexities(result), *_task_figures(result), *_answers(result)])
 
 
 def _perplexities(result: Evaluation) -> Iterator[str]:
@@ -108,3 +113,18 @@ def _task_figures(result: Evaluation) -> Iterator[str]:
         notes += [row.filter] if row.filter != "none" else []
         value = f"{'broken':>8}" if row.value is None else f"{row.value:8.4f}"
         yield f"{names}  {value}{error}  ({', '.join(notes)})"
+
+
+def _answers(result: Evaluation) -> Iterator[str]:
+    if not result.answers:
+        return
+    of = result.settings.answers or {}
+    yield f"greedy answers to {of.get('count')} prompts ({of.get('kind')}), of at most {of.get('limit')} tokens"
+    width = max(len(row.model) for row in result.answers)
+    thinks = any(row.thoughts for row in result.answers)
+    yield f"{'':{width}}  until first difference  equal   ended" + "  thoughts closed" * thinks
+    for row in result.answers:
+        error = "" if row.stderr is None else f"± {row.stderr:.1f} "
+        closed = f"  {'' if row.closed is None else f'{row.closed:.1%}':>15}" * thinks
+        agreed = f"{row.until_difference:.1f} {error}of {row.tokens:.1f}"
+        yield f"{row.model:{width}}  {agreed:>22}  {row.equal:5.1%}  {row.ended:6.1%}{closed}"

@@ -1,4 +1,4 @@
-"""`run_evaluate`: models, their quantized forms and checkpoints on one text and on tasks, in one table."""
+"""`run_evaluate`: models, their quantized forms and checkpoints on one text, on tasks and by answers, in one table."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from amq.checkpoint.store import Checkpoint, is_checkpoint
 from amq.configuration import Configuration, memory_items
 from amq.errors import AmqError
 from amq.eval import checkpoints
+from amq.eval.answers import AnswerRunner
 from amq.eval.banks import Banks
 from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation, EvaluationSettings
@@ -38,9 +39,11 @@ def run_evaluate(settings: EvalSettings, progress: Progress | None = None) -> Ev
     recipe = recipe.of(found[0][1]) if found else recipe
     if opened:
         backend = checkpoints.runtime_backend(opened.values(), backend, settings.activations, device)
-    runner = TaskRunner(settings) if settings.task_names else None
+    runner, progress = TaskRunner(settings) if settings.task_names else None, progress or Progress()
+    of = (settings.answers, settings.answer_tokens, settings.seed, progress)
+    answers = AnswerRunner(*of) if settings.answers else None
     window_length, text = settings.window_length, settings.measured_text
-    measure = Measure(text, window_length, settings.max_tokens, runner, progress or Progress())
+    measure = Measure(text, window_length, settings.max_tokens, runner, answers, progress)
     run = _Run(measure, settings, backend or "reference")
     for name, label in zip(names, _labels(names, opened), strict=True):
         if name in opened:
@@ -51,9 +54,10 @@ def run_evaluate(settings: EvalSettings, progress: Progress | None = None) -> Ev
         model=", ".join(names), text=text, tokens=measure.tokens, window_length=window_length,
         stride=window_length - len(measure.window_prefix), window_prefix=tuple(measure.window_prefix),
         backend=run.backend, activations=settings.activations, bank=None if opened else recipe,
-        tasks=runner.settings if runner else None,
+        tasks=runner.settings if runner else None, answers=answers.settings if answers else None,
     )  # fmt: skip
-    return Evaluation(settings=facts, rows=tuple(measure.rows), tasks=tuple(measure.task_rows))
+    rows, tasks = tuple(measure.rows), tuple(measure.task_rows)
+    return Evaluation(settings=facts, rows=rows, tasks=tasks, answers=tuple(measure.answer_rows))
 
 
 def _check(settings: EvalSettings, opened: dict[str, Checkpoint]) -> None:
@@ -64,6 +68,11 @@ def _check(settings: EvalSettings, opened: dict[str, Checkpoint]) -> None:
         raise AmqError(f"--configuration and --uniform want one model, got {len(names)}: {', '.join(names)}")
     if settings.dequantized and not opened:
         raise AmqError(f"--dequantized wants a folder that amq quantized, {names[0]} is not one")
+    if settings.answers and names[0] in opened:
+        raise AmqError(
+            f"--answers compares with the full-precision model's answers, and {names[0]} is quantized: name that model "
+            f"first, as in `amq eval MODEL {names[0]} --answers {settings.answers}`"
+        )
 
 
 def _labels(names: Sequence[str], opened: dict[str, Checkpoint]) -> list[str]:
@@ -100,6 +109,8 @@ class _Run:
                 "memory, or quantize it (amq quantize) and evaluate the checkpoint"
             )
         self.measure.prepare(opened.loaded)
+        if self.measure.answers:
+            self.measure.answers.prepare(opened)
         linears, outer = (s.name for s in inventory.linears), (s.name for s in inventory.outer)
         swap = LinearSwap(opened.model, linears, self.backend, how.activations, outer)
         banks = Banks(opened, swap, self.measure.progress)
@@ -126,4 +137,6 @@ class _Run:
         elif how.dequantized:
             forms.append(plain)
         self.measure.prepare(loaded)
+        if self.measure.answers:
+            self.measure.answers.check(loaded)
         self.measure.run(loaded, forms)

@@ -15,6 +15,7 @@ from amq.quantize.quantizers import QUANTIZERS
 from amq.util.settings import CHOOSE, MEASURE, REQUIRED, Settings, flag
 
 TASKS = "tasks of lm-eval"
+ANSWERS = "answers to the model's own prompts"
 BANK = "of which bank --uniform is, without --configuration"
 
 
@@ -57,7 +58,7 @@ def is_file(task: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSettings(LoadSettings, TaskSettings):
-    """Perplexities on one text, and figures of tasks.
+    """Perplexities on one text, figures of tasks, and agreement of greedy answers.
 
     model: one or several; a folder that amq quantized runs as it is, any other model in full precision.
     configurations: files written by the search; each is assembled from the very bank it was searched on.
@@ -66,14 +67,16 @@ class EvalSettings(LoadSettings, TaskSettings):
         and for checkpoints the fastest on `device` that runs their formats.
     full: the model in full precision too. dequantized: every checkpoint also as plain torch linears.
     text: a file, or a name that `load_text` knows, of which the first `max_tokens` tokens are used; empty for none;
-        None for docstrings, and for none where there are tasks.
+        None for docstrings, and for none where there are tasks or answers.
+    answers: greedy answers of `answer_tokens` tokens at most that are compared with the full-precision model's, which
+        is the first MODEL then; see `amq.model.answers`.
     """
 
     VERB: ClassVar[str] = "eval"
-    ABOUT: ClassVar[str] = "measures perplexity and task figures of models and of their quantized forms"
+    ABOUT: ClassVar[str] = "measures perplexity, task figures and greedy answers of models and of their quantized forms"
     EXAMPLES: ClassVar[tuple[str, ...]] = (
         "amq eval smollm2 --configuration runs/smollm2/configuration.json --uniform int3,int4",
-        "amq eval smollm2-4bit smollm2 --tasks arc_easy --limit 200 --json table.json",
+        "amq eval smollm2 smollm2-4bit --answers 32 --tasks arc_easy --limit 200 --json table.json",
     )
 
     model: tuple[str, ...] = flag(REQUIRED, MODEL + "; a folder that amq quantized runs as it is", positional=True)
@@ -92,10 +95,22 @@ class EvalSettings(LoadSettings, TaskSettings):
         AUTO, f"{ROTATION_HELP}; a format, auto by that one's error instead of int3's", BANK, choices=BANK_ROTATIONS
     )
     text: str | None = flag(
-        None, "a text file, wikitext2, c4, pydoc or docstrings (default; with --tasks, none)", MEASURE, metavar="TEXT"
+        None,
+        "a text file, wikitext2, c4, pydoc or docstrings (default; with --tasks or --answers, none)",
+        MEASURE,
+        metavar="TEXT",
     )
     max_tokens: int = flag(16384, "tokens of the text to use", MEASURE, least=1, metavar="N")
     window_length: int = flag(512, "tokens per window, BOS included", MEASURE, least=2, metavar="N")
+    answers: int = flag(
+        0,
+        "greedy answers to compare with the full-precision model's, which is the first MODEL: tokens until the first "
+        "difference, share of equal answers, and whether they end (default none)",
+        ANSWERS,
+        least=0,
+        metavar="N",
+    )
+    answer_tokens: int = flag(128, "tokens that an answer may have", ANSWERS, least=1, metavar="N")
     backend: str | None = flag(
         None,
         "what multiplies quantized linears (default: reference for --configuration and --uniform, the device's fastest "
@@ -110,14 +125,16 @@ class EvalSettings(LoadSettings, TaskSettings):
             raise AmqError("no model is given")
         if odd := next((name for name in self.model if self.model.count(name) > 1), None):
             raise AmqError(f"model {odd} is given twice")
-        if not self.measured_text and not self.task_names:
-            raise AmqError("nothing to measure: give a text or tasks")
+        if not self.measured_text and not self.task_names and not self.answers:
+            raise AmqError("nothing to measure: give a text or tasks, or a number of --answers")
+        if self.answer_tokens != EvalSettings.answer_tokens and not self.answers:
+            raise AmqError("--answer-tokens needs --answers")
 
     @property
     def measured_text(self) -> str:
         """Empty for none."""
         if self.text is None:
-            return "" if self.task_names else "docstrings"
+            return "" if self.task_names or self.answers else "docstrings"
         return self.text
 
 

@@ -28,6 +28,8 @@ CHARACTERS = 4_000_000
 """Of text that is taken from a file; what stands behind is not read."""
 LINE = 64 * 2**20
 """Characters that a line may have."""
+THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+"""What models write around their thoughts."""
 EXPECTED = 'expected an object with "messages" (a list of {"role", "content"}) or with "text" (a string)'
 
 

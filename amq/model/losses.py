@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from amq.util.lazy import Registry
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 LN2 = math.log(2.0)
 """The largest value of the Jensen–Shannon divergence."""
+ANSWERS = "answers"
+"""Objective: how early greedy answers differ from the full-precision model's."""
 
 
 def jensen_shannon(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -55,3 +58,34 @@ def _weighted(weight: Tensor, value: Tensor) -> Tensor:
 LOSSES: Registry[Callable[[Tensor, Tensor], Tensor]] = Registry(
     "loss", {"jsd": jensen_shannon, "kl": kullback_leibler, "ce": cross_entropy}
 )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a search minimises, for people and for curves. unit: of its losses. ceiling: about where they saturate."""
+
+    title: str
+    unit: str = "nats/token"
+    ceiling: float = LN2
+
+    @property
+    def label(self) -> str:
+        """Of an axis."""
+        return f"loss, {self.unit}"
+
+
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective",
+    {
+        "jsd": Objective("Jensen–Shannon divergence from the full-precision model in nats per token"),
+        "kl": Objective("Kullback–Leibler divergence from the full-precision model in nats per token"),
+        "ce": Objective("cross-entropy under the full-precision model in nats per token"),
+        ANSWERS: Objective(
+            "share of a greedy answer that is lost behind its first difference from the full-precision model's, made "
+            "smooth; the mean over prompts",
+            "of an answer",
+            1.0,
+        ),
+    },
+)
+"""What `--objective` offers: the divergences of `LOSSES`, and agreement of answers (`amq.proxy.answers`)."""

@@ -111,22 +111,25 @@ class Beginnings:
     never: tuple[int, ...]
 
     @staticmethod
-    def of(loaded: LoadedModel, kinds: Sequence[str] = KINDS) -> Beginnings:
-        """Raises AmqError where a beginning has no tokens, or one without a row in the model's embedding."""
+    def of(loaded: LoadedModel, kinds: Sequence[str] = KINDS, what: str = f"--calibration {SELF}") -> Beginnings:
+        """Raises AmqError where a beginning has no tokens, or one without a row in the model's embedding.
+
+        what: wants them, in errors.
+        """
         tokenizer, rows = loaded.tokenizer, loaded.embedding_rows
         encode, spell = encoder(tokenizer), tokenizer.convert_ids_to_tokens
         prefix = tuple(find_prefix(encode, " ".join(WORDS)))
         texts = {"plain": list(WORDS)}
         if getattr(tokenizer, "chat_template", None):
             asked = ([{"role": "user", "content": question}] for question in QUESTIONS)
-            texts["chat"] = [render(tokenizer, messages, f"--calibration {SELF}", answer=True) for messages in asked]
+            texts["chat"] = [render(tokenizer, messages, what, answer=True) for messages in asked]
         openings = {}
         for kind in (kind for kind in kinds if kind in texts):
             tokens = [tuple(encode(text, False)) for text in texts[kind]]
-            check_rows([*prefix, *sum(tokens, ())], spell, rows, "a document begins with", f"do without {SELF!r}")
+            check_rows([*prefix, *sum(tokens, ())], spell, rows, "a document begins with", f"do without {what}")
             openings[kind] = tuple(t[len(prefix) :] if prefix and t[: len(prefix)] == prefix else t for t in tokens)
             if not all(openings[kind]):
-                raise AmqError(f"the tokenizer has no token for the {kind} openings of --calibration {SELF}")
+                raise AmqError(f"the tokenizer has no token for the {kind} openings of {what}")
         if not openings:
             raise AmqError(f"{loaded.name} has no chat template, so that it writes no conversations")
         never = {*prefix, *range(len(tokenizer), rows), *_placeholders(loaded.config)}
@@ -212,18 +215,28 @@ def own_corpus(
 
 
 def _check_model(loaded: LoadedModel, length: int) -> None:
-    if pager_of(loaded.model) is not None or any(parameter.is_meta for parameter in loaded.model.parameters()):
+    if not in_memory(loaded.model):
         raise AmqError(
             f"--calibration {SELF}: {loaded.name} is not in memory as a whole, and would read its weights from disk "
             "for every token it writes: give another text, or a file of texts that the model wrote elsewhere"
         )
+    check_cache(loaded.model, length, ROWS, f"windows of --calibration {SELF}")
+
+
+def in_memory(model: PreTrainedModel) -> bool:
+    """Whether all of it is: one that is read from disk would be for every token that it writes."""
+    return pager_of(model) is None and not any(parameter.is_meta for parameter in model.parameters())
+
+
+def check_cache(model: PreTrainedModel, length: int, rows: int, what: str) -> None:
+    """Raises AmqError where no memory is free for the cache of `rows` texts of `length` tokens; what: they are."""
     try:
-        caches = ModelShape.of(loaded.config).caches
+        caches = ModelShape.of(model.config).caches
     except AmqError:  # a cache that cannot be sized is not compared with the memory that is free
         return
-    embedding = embedding_weight(loaded.model)
-    needed = ROWS * sum(cache.bytes(length) for cache in caches) * embedding.dtype.itemsize // CACHE_BYTES
-    check_memory(needed, f"the keys and values of {ROWS} windows of --calibration {SELF}", str(embedding.device))
+    embedding = embedding_weight(model)
+    needed = rows * sum(cache.bytes(length) for cache in caches) * embedding.dtype.itemsize // CACHE_BYTES
+    check_memory(needed, f"the keys and values of {rows} {what}", str(embedding.device))
 
 
 def _write(
@@ -295,25 +308,25 @@ def write_round(
         tokens[:, position] = torch.tensor([row.next(d) for row, d in zip(rows, drawn, strict=True)])
         if position + 1 < length:
             output = model(input_ids=tokens[:, position : position + 1].to(device), use_cache=True, **cache)
-            cache = _cache(output)
-            if not cache:
-                raise AmqError(f"--calibration {SELF}: {type(model).__name__} writes without a cache: give a text")
-            drawn = _draw(output["logits"][:, -1].float(), never, generator)
+            cache = next_cache(output, model, f"--calibration {SELF}")
+            drawn = draw(output["logits"][:, -1].float(), never, generator, f"--calibration {SELF}")
         step()
     return tokens
 
 
-def _cache(output: Any) -> dict[str, Any]:
-    """What a model's next call gets of this one's output: nothing from a model without a cache."""
+def next_cache(output: Any, model: PreTrainedModel, what: str) -> dict[str, Any]:
+    """What a model's next call gets of this one's output; raises AmqError, which `what` begins, for one without any."""
     name = next((name for name in CACHE_NAMES if output.get(name) is not None), None)
-    return {} if name is None else {name: output[name]}
+    if name is None:
+        raise AmqError(f"{what}: {type(model).__name__} writes without a cache: do without, or use another model")
+    return {name: output[name]}
 
 
-def _draw(logits: Tensor, never: Tensor, generator: torch.Generator) -> list[int]:
-    """One token of each row at temperature 1. logits: float32 [rows, vocabulary]."""
+def draw(logits: Tensor, never: Tensor, generator: torch.Generator, what: str) -> list[int]:
+    """One token of each row at temperature 1. logits: float32 [rows, vocabulary], changed. what: begins errors."""
     logits[:, never[never < logits.shape[1]]] = -torch.inf
     probabilities = logits.softmax(-1)
     if not bool(probabilities.isfinite().all()):
-        raise AmqError(f"--calibration {SELF}: the model's logits are not finite: load it in a wider --dtype")
+        raise AmqError(f"{what}: the model's logits are not finite: load it in a wider --dtype")
     drawn: list[int] = torch.multinomial(probabilities, 1, generator=generator)[:, 0].tolist()
     return drawn

@@ -1,4 +1,4 @@
-"""Evaluator: configurations → losses, the mean divergence per token from the full-precision model.
+"""Evaluator: configurations → losses, mostly the mean divergence per token from the full-precision model.
 
 Many configurations are measured together: they go through the blocks side by side (`amq.proxy.walk`), in a resident
 model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes; or
@@ -27,7 +27,8 @@ from amq.model.losses import LOSSES
 from amq.model.open import LoadedModel
 from amq.model.paging import pager_of
 from amq.model.states import StateStore
-from amq.proxy.meter import Divergence, Meter, chunk_tokens
+from amq.proxy.answers import Agreement
+from amq.proxy.meter import Divergence, Measure, Meter, chunk_tokens
 from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
@@ -50,12 +51,13 @@ class Evaluator:
     are in full precision.
 
     windows: {name: int64 [windows, length]}, such as `search` and `confirm`.
-    loss: `jsd`, `kl` or `ce` (see `amq.model.losses`).
+    loss: one of `amq.model.losses.OBJECTIVES`.
     cache_memory: bytes that cached reference log-probabilities may take, over all window sets; and, each for itself,
         hidden states in memory (those of one configuration always are), and weights that are ready and not in use.
     backend, activations: what multiplies the candidates' linears; see `amq.proxy.swap`. The full-precision model is
         torch's, and so is what a configuration leaves in full precision.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
+    answers: for the loss `answers`, what is measured instead of `windows`.
     native: what makes the candidates' hidden states in the place of the model; `backend` is the head's then.
     whole: whether all blocks of a resident model may hold a configuration's weights at once. If not, each gets its own
         back before the next one's are made, as in a model whose blocks are in memory one at a time.
@@ -76,10 +78,12 @@ class Evaluator:
         activations: str = "fp32",
         unscored: int = 0,
         whole: bool = True,
+        answers: Agreement | None = None,
         native: NativeStates | None = None,
     ) -> None:
-        LOSSES[loss]  # noqa: B018 - raises on an unknown name
-        self._bank, self._inventory, self._unscored, self._memory = bank, inventory, unscored, cache_memory
+        if answers is None:
+            LOSSES[loss]  # noqa: B018 - raises on an unknown name
+        self._bank, self._inventory, self._memory = bank, inventory, cache_memory
         self._runner, self._native = BlockRunner(loaded.model), native
         self._paged = pager_of(loaded.model) is not None
         self._whole = whole and not self._paged
@@ -90,17 +94,23 @@ class Evaluator:
         device = embedding_weight(loaded.model).device
         vocabulary = loaded.model.get_output_embeddings().weight.shape[0]
         tokens, rows = chunk_tokens(device, vocabulary)
+        if answers is not None:
+            windows, masks = answers.tokens, answers.scored
+        else:
+            masks = {name: _behind(w, unscored) for name, w in windows.items()}
         self._windows = {name: w.to(device) for name, w in windows.items()}
+        self._masks = {name: mask.to(device) for name, mask in masks.items()}
         self.seconds = self.seconds_in_model = 0.0
         with torch.no_grad():
             self._runner.check(next(iter(self._windows.values()))[:1, :32])
-            measure, reference = Divergence(loss, device, rows), self._reference_hidden()
+            measure: Measure = answers or Divergence(loss, device, rows)
+            reference = self._reference_hidden()
             self._state_bytes = next(iter(reference.values()))[0].nbytes
-            self._meter = Meter(self._logits, reference, measure, vocabulary, tokens, cache_memory)
+            self._meter = Meter(self._logits, reference, measure, tokens, cache_memory)
         self.seconds = self.seconds_in_model = 0.0  # without the reference's forwards above
 
     def evaluate(self, formats: Formats, windows: str = "search") -> float:
-        """Mean loss per scored token (nats) of a configuration {linear: format}.
+        """Loss of a configuration {linear: format}, in the unit of the objective: mostly nats per scored token.
 
         NaN or infinity where the model overflows.
         """
@@ -191,11 +201,12 @@ class Evaluator:
             walk = Walk(self._runner, self._swap, self._inventory, self._bank, flat, store, self._whole)
             keys, _ = walk.advance([walk.way({})])
             states = iter(walk.take(keys[0]))
-            return {name: self._scored([next(states) for _ in some]) for name, some in batches.items()}
+            return {name: self._scored([next(states) for _ in some], name) for name, some in batches.items()}
 
-    def _scored(self, batches: Sequence[Tensor]) -> Tensor:
+    def _scored(self, batches: Sequence[Tensor], windows: str) -> Tensor:
         """Of hidden states [windows, length, hidden_size] those that have a loss, [tokens, hidden_size]."""
-        return torch.cat([batch[:, self._unscored :].flatten(0, 1) for batch in batches])
+        pairs = zip(batches, self._batches(self._masks[windows]), strict=True)
+        return torch.cat([batch[scored] for batch, scored in pairs])
 
     def _logits(self, hidden: Tensor, head: str = KEPT.name) -> Tensor:
         """float32 [tokens, vocabulary], contiguous, by the head in that format."""
@@ -215,7 +226,14 @@ class Evaluator:
             together = max(1, self._memory // self._meter.nbytes(windows))
             for first in range(0, len(chosen), together):
                 part = chosen[first : first + together]
-                found = self._meter.losses(windows, [self._scored(take(i)) for i in part], head)
+                found = self._meter.losses(windows, [self._scored(take(i), windows) for i in part], head)
                 for index, loss in zip(part, found, strict=True):
                     losses[index] = loss
         return losses
+
+
+def _behind(windows: Tensor, unscored: int) -> Tensor:
+    """bool [windows, length]: all but the leading positions."""
+    scored = torch.ones_like(windows, dtype=torch.bool)
+    scored[:, :unscored] = False
+    return scored

@@ -3,8 +3,11 @@
 With labels sampled from the full-precision model's own next-token distribution, g[t] the gradient of their summed
 log-likelihood at a linear's output for token t, x[t] its input and δW = W − Ŵ the bank's error, the score is
 
-    ⅛ · Σ over t of (g[t] · δW x[t])² / (tokens that have a loss)          nats per token
+    ⅛ · Σ over runs of (Σ over t in the run of g[t] · δW x[t])² / (tokens that have a loss)          nats per token
 
+of which the score is the geometric mean over runs of RUNS positions. Errors of neighbours act on the same later tokens
+by attention, and add up there or cancel: what runs of one position leave out. The whole window would be the quadratic
+form itself, of which there are too few draws; long runs have less bias, short ones less noise.
 At the positions of a window's prefix (BOS) no label is drawn, since no loss counts there. Their x stay in the sum, as
 what later tokens read there is wrong with δW too. An expert's sum is over the tokens that are routed to it; one that no
 token of a pass reaches scores 0 there. What an embedding adds at token t is the row of its δW, scaled as its module
@@ -26,6 +29,7 @@ activations of. What a pass gives does not depend on the others.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,7 +40,7 @@ from torch import Tensor, nn
 
 from amq.kernels.dense import dequantize_into
 from amq.model.blocks import TOKENS, BlockRunner
-from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
+from amq.model.inventory import EMBEDDING, EXPERT, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
 from amq.model.paging import holding, pager_of
 from amq.model.states import StateStore
 from amq.proxy.resident import BankReader
@@ -46,6 +50,8 @@ if TYPE_CHECKING:
 
 Table = dict[str, dict[str, float]]
 """{linear: {format: cost}}"""
+RUNS = (1, 16, 64)
+"""Positions whose contributions are summed before they are squared; see above."""
 TOGETHER = 4
 """Passes of a group in a model that is in memory: what a killed search computes again. All, where every group reads the
 model from disk twice."""
@@ -61,6 +67,7 @@ def fisher_passes(
     start: int = 0,
     unscored: int = 0,
     memory: int = 256 << 20,
+    runs: Sequence[int] = RUNS,
 ) -> Iterator[Table]:
     """One table per window (a pass), from window `start` on; their mean is the cost table.
 
@@ -68,8 +75,9 @@ def fisher_passes(
     inventory: what is scored is its `weights`, all of them in the bank, each in those of `formats` that it has there.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
     memory: bytes that hidden states, the activations of one block and the head's errors may take, each for itself.
+    runs: positions in a run, for each of those whose geometric mean a score is.
     """
-    scores = _Scores(model, inventory, bank, tuple(formats), unscored, memory)
+    scores = _Scores(model, inventory, bank, tuple(formats), unscored, memory, tuple(runs))
     device = embedding_weight(model).device
     together = len(windows) if pager_of(model) is not None else TOGETHER
     for first in range(start, len(windows), together):
@@ -117,9 +125,10 @@ class _Scores:
         formats: tuple[str, ...],
         unscored: int,
         memory: int,
+        runs: tuple[int, ...],
     ) -> None:
         self._model, self._runner, self._inventory, self._bank = model, BlockRunner(model), inventory, bank
-        self._unscored, self._memory = unscored, memory
+        self._unscored, self._memory, self._runs = unscored, memory, runs
         known = {s.name: {f.name for f in bank.formats_of(s.name)} for s in inventory.weights}
         self._formats = {name: [fmt for fmt in formats if fmt in own] for name, own in known.items()}
         self._head = next((s for s in inventory.outer if s.kind == HEAD), None)
@@ -275,7 +284,15 @@ class _Scores:
         """change: that of the log-likelihood, to first order, by each token's error, [rows]."""
         scored = one.tokens.shape[1] - self._unscored
         row = one.table.setdefault(spec.name, self.zeros(spec.name))
-        row[fmt] += float(change.float().square_().sum()) / scored / 8
+        runs = (1,) if spec.kind == EXPERT else self._runs  # an expert's rows are not neighbours in the window
+        row[fmt] += squares(change.float(), runs) / scored / 8
+
+
+def squares(change: Tensor, runs: Sequence[int]) -> float:
+    """Geometric mean over `runs` of the summed squares of change [rows] summed over so many rows in a row; the last run
+    is what is left."""
+    sums = [nn.functional.pad(change, (0, -len(change) % run)).view(-1, run).sum(-1) for run in runs]
+    return math.prod(float(s.square_().sum()) ** (1 / len(runs)) for s in sums)
 
 
 class _Errors:

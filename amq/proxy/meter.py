@@ -1,8 +1,9 @@
 """Meter: final hidden states of configurations → losses against the full-precision model.
 
-The loss is streamed: hidden states (a few MB each) are kept, logits exist for `chunk_tokens` at a time, and the
-reference log-probabilities are cached only as far as memory for them reaches and recomputed from the full-precision
-model's hidden states and head beyond that, once for all candidates that are measured together.
+The loss is streamed: hidden states (a few MB each) are kept, logits exist for `chunk_tokens` at a time, and what a
+measure compares them with (of a divergence the reference log-probabilities) is cached only as far as memory for it
+reaches and recomputed from the full-precision model's hidden states and head beyond that, once for all candidates that
+are measured together.
 """
 
 from __future__ import annotations
@@ -35,11 +36,17 @@ Logits = Callable[[Tensor, str], Tensor]
 class Measure(Protocol):
     """What a loss is: of every scored token, and of a window set as a whole."""
 
+    def of_reference(self, windows: str, rows: slice, logits: Tensor) -> Tensor:
+        """What candidates are compared with at the scored tokens `rows` of a window set.
+
+        logits: float32 [tokens, vocabulary], of the full-precision model.
+        """
+        ...
+
     def of_tokens(self, windows: str, rows: slice, reference: Tensor, logits: Tensor) -> Tensor:
         """[tokens] of the scored tokens `rows` of a window set.
 
-        reference, logits: float32 [tokens, vocabulary], log-probabilities of the full-precision model and logits of a
-        candidate, which may be changed.
+        reference: from `of_reference`. logits: float32 [tokens, vocabulary], of a candidate; they may be changed.
         """
         ...
 
@@ -54,6 +61,9 @@ class Divergence:
     def __init__(self, loss: str, device: torch.device, rows: int = ROWS) -> None:
         self._token_losses = token_losses(loss, device, rows)
 
+    def of_reference(self, windows: str, rows: slice, logits: Tensor) -> Tensor:
+        return logits.log_softmax(-1)
+
     def of_tokens(self, windows: str, rows: slice, reference: Tensor, logits: Tensor) -> Tensor:
         return self._token_losses(reference, logits)
 
@@ -65,29 +75,23 @@ class Meter:
     """Losses of candidates on window sets, whose full-precision final hidden states are at hand.
 
     logits: by the candidates' head. reference: {windows: hidden states of the scored tokens, [tokens, hidden_size]}.
-    tokens: whose logits exist at once, of `chunk_tokens`. cache_memory: bytes that cached reference log-probabilities
+    tokens: whose logits exist at once, of `chunk_tokens`. cache_memory: bytes that the measure's view of the reference
     may take, over all window sets.
     """
 
     def __init__(
-        self,
-        logits: Logits,
-        reference: Mapping[str, Tensor],
-        measure: Measure,
-        vocabulary: int,
-        tokens: int,
-        cache_memory: int,
+        self, logits: Logits, reference: Mapping[str, Tensor], measure: Measure, tokens: int, cache_memory: int
     ) -> None:
         self._logits, self._reference, self._measure, self._tokens = logits, reference, measure, tokens
         self._cache: dict[str, list[Tensor]] = {name: [] for name in reference}
-        """Reference log-probabilities of the first chunks of each window set, as many as fit."""
+        """`Measure.of_reference` of the first chunks of each window set, as many as fit."""
         for name, hidden in reference.items():
-            for chunk in hidden.split(tokens):
-                size = 4 * len(chunk) * vocabulary
-                if size > cache_memory:
+            for index in range(-(-len(hidden) // tokens)):
+                compared = self._of_reference(name, index)
+                if compared.nbytes > cache_memory:
                     break
-                cache_memory -= size
-                self._cache[name].append(self._log_probabilities(chunk))
+                cache_memory -= compared.nbytes
+                self._cache[name].append(compared)
 
     @property
     def cached_bytes(self) -> int:
@@ -105,13 +109,13 @@ class Meter:
         """
         found: list[list[Tensor]] = [[] for _ in candidates]
         failed: dict[int, float] = {}
-        for index, chunk in enumerate(self._reference[windows].split(self._tokens)):
+        cached = self._cache[windows]
+        for index in range(-(-len(self._reference[windows]) // self._tokens)):
             wanted = [i for i in range(len(candidates)) if i not in failed]
             if not wanted:
                 break
-            cached = self._cache[windows]
-            reference = cached[index] if index < len(cached) else self._log_probabilities(chunk)
-            rows = slice(index * self._tokens, index * self._tokens + len(chunk))
+            reference = cached[index] if index < len(cached) else self._of_reference(windows, index)
+            rows = self._rows(index)
             for i in wanted:
                 losses = self._measure.of_tokens(windows, rows, reference, self._logits(candidates[i][rows], head))
                 found[i].append(losses)
@@ -122,8 +126,12 @@ class Meter:
             for i, parts in enumerate(found)
         ]
 
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        return self._logits(hidden, KEPT.name).log_softmax(-1)
+    def _rows(self, index: int) -> slice:
+        return slice(index * self._tokens, (index + 1) * self._tokens)
+
+    def _of_reference(self, windows: str, index: int) -> Tensor:
+        rows = self._rows(index)
+        return self._measure.of_reference(windows, rows, self._logits(self._reference[windows][rows], KEPT.name))
 
 
 def chunk_tokens(device: torch.device, vocabulary: int) -> tuple[int, int]:

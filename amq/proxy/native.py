@@ -11,7 +11,8 @@ often as of a packed one, which torch multiplies faster.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 class NativeStates:
     """Final hidden states of configurations of one model, by `amq._cpu.Decoder`.
 
-    length: of the longest window. activations: `int8`, with keys and values of 16 bits, or `fp32`, exact.
+    activations: `int8`, with keys and values of 16 bits, or `fp32`, exact.
     memory: bytes of prepared weights that are kept; `room` is what is left of it.
 
     Raises Unsupported where the engine does not know the model, or computes something else than it does.
@@ -56,33 +57,42 @@ class NativeStates:
         loaded: LoadedModel,
         inventory: Inventory,
         group_size: int,
-        length: int,
         activations: str = "int8",
         memory: int = 1 << 30,
     ) -> None:
-        self._model, self._group_size, self._length = loaded.model, group_size, length
+        self._model, self._group_size, self.room = loaded.model, group_size, memory
         self.activations, self._int8 = activations, activations == "int8"
-        self._weights = _full_precision(loaded, inventory.head_is_tied, group_size, length)
-        self._spec: DecoderSpec = self._weights.spec
+        self._source = _InMemory(loaded, group_size)
+        with _unsupported():
+            config = config_as_found(loaded.config.to_dict(), inventory.head_is_tied)
+            self._spec = read_spec(config, f"the config of {loaded.name}", self._source.other_names)
         self._places = _places(self._spec, inventory)
         # what nothing multiplies by: embeddings whose rows are read as the bank has them
         self._looked_up = {table.name for table in self._spec.parts(Table)} - {self._spec.head.name}
         self._border = max((rope.border for rope in self._spec.ropes), default=0)
-        self.room = memory
         self._bank: BankReader | None = None
         self._kept: dict[tuple[str, str], tuple[Held, list[Tensor]]] = {}
-        decoder = self._decoder(self._weights.held, exact=True)
-        page = cpu_module().PAGE
-        self._sequences = max(1, MAX_ROWS // length)
-        table = torch.arange(self._sequences * -(-length // page), dtype=torch.int32)
-        self._pages = table.view(self._sequences, -1)
-        self._cache = empty_bytes(table.numel() * decoder.page_bytes)
+        self._length = 0
+        with _unsupported():
+            self._fit(CHECKED)
+        self._check()
+
+    def _fit(self, length: int) -> None:
+        """Makes what depends on the longest window: angles, and the cache of as many sequences as a pass has."""
+        if length <= self._length:
+            return
+        self._length, self._sequences = length, max(1, MAX_ROWS // length)
+        self._weights = NativeWeights(self._source, self._spec, length)
+        decoder = self._decoder(self._weights.held)
+        pages = -(-length // cpu_module().PAGE)
+        self._pages = torch.arange(self._sequences * pages, dtype=torch.int32).view(self._sequences, pages)
+        self._cache = empty_bytes(self._pages.numel() * decoder.page_bytes)
         self._states = torch.empty(self._sequences * decoder.state_floats)
-        self._check(decoder)
 
     def final(self, formats: Mapping[str, str], bank: BankReader, batches: Sequence[Tensor]) -> list[Tensor]:
         """Of a configuration, behind its last block: [windows, length, hidden_size] in the model's dtype for each of
-        `batches`, int64 [windows, length] of windows up to the length that this was made for."""
+        `batches`, int64 [windows, length]."""
+        self._fit(max(tokens.shape[1] for tokens in batches))
         if bank is not self._bank:
             self.room += sum(_nbytes(parts) for _, parts in self._kept.values())
             self._kept.clear()
@@ -137,8 +147,7 @@ class NativeStates:
         states = torch.empty(*ids.shape, self._spec.hidden)
         plan: list[tuple[int, int]] = []  # no snapshots of recurrent states
         segments = [
-            (ids.shape[1], begin, memory(self._pages[number]), is_long, number, plan)
-            for number in range(len(ids))
+            (ids.shape[1], begin, memory(self._pages[number]), is_long, number, plan) for number in range(len(ids))
         ]
         decoder.forward(
             memory(ids), segments, list(range(ids.numel())), memory(states), memory(self._cache), memory(self._states),
@@ -146,14 +155,13 @@ class NativeStates:
         )  # fmt: skip
         return states
 
-    def _check(self, decoder: Any) -> None:
-        """decoder: of the full-precision model. Raises Unsupported unless it computes what transformers does."""
-        count = min(CHECKED, self._length)
-        tokens = (torch.arange(count) * self._spec.vocabulary // count).unsqueeze(0)
+    def _check(self) -> None:
+        """Raises Unsupported unless the full-precision model's states are what transformers computes."""
+        tokens = (torch.arange(CHECKED) * self._spec.vocabulary // CHECKED).unsqueeze(0)
         runner = BlockRunner(self._model)
         with torch.no_grad():
             expected = runner.hidden(tokens, runner.n_blocks)[0].float()
-            found = self._run(decoder, tokens)[0]
+            found = self._run(self._decoder(self._weights.held, exact=True), tokens)[0]
         errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
         if not float(errors.median()) <= TOLERANCE:
             raise Unsupported(
@@ -166,6 +174,8 @@ class _InMemory:
     """A model in memory as `NativeWeights` reads a checkpoint, of which nothing is packed."""
 
     def __init__(self, loaded: LoadedModel, group_size: int) -> None:
+        if pager_of(loaded.model) is not None:
+            raise Unsupported("the native engine wants a whole model in memory, this one is read block by block")
         self.folder = Path(loaded.name)
         self.record = QuantizationRecord({}, {}, group_size)
         self._tensors = other_tensors(loaded.model, (), {})
@@ -185,18 +195,14 @@ class _InMemory:
         raise AssertionError(f"{linear} is not packed")
 
 
-def _full_precision(loaded: LoadedModel, tied: bool, group_size: int, length: int) -> NativeWeights:
-    """The model's own weights, where it has them."""
-    if pager_of(loaded.model) is not None:
-        raise Unsupported("the native engine wants a whole model in memory, this one is read block by block")
-    source = _InMemory(loaded, group_size)
+@contextmanager
+def _unsupported() -> Iterator[None]:
+    """What would be damage of a checkpoint: here the model runs, and is another one than the engine knows."""
     try:
-        config = config_as_found(loaded.config.to_dict(), tied)
-        spec = read_spec(config, f"the config of {loaded.name}", source.other_names)
-        return NativeWeights(source, spec, length)
+        yield
     except Unsupported:
         raise
-    except AmqError as error:  # of a checkpoint it would be damage; here the model runs, and is another than we know
+    except AmqError as error:
         raise Unsupported(str(error)) from error
 
 

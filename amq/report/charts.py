@@ -29,7 +29,6 @@ from amq.report.look import (
 )
 from amq.report.maps import bits_chart, cost_chart
 
-LOSSES = {"jsd": "Jensen–Shannon divergence", "kl": "Kullback–Leibler divergence", "ce": "cross-entropy"}
 KINDS = {
     "evaluated": (GREY, "circle", 20),
     "front": (BLUE, "circle", 60),
@@ -87,7 +86,7 @@ def front_chart(run: Shown) -> Chart:
     if not rows:
         return Missing("no configuration has a loss yet")
     x = alt.X("bits:Q").title("bits per weight").scale(zero=False, nice=False, padding=14).axis(tickCount=10)
-    y = alt.Y("loss:Q").title("loss, nats/token").scale(log_scale(row["loss"] for row in rows))
+    y = alt.Y("loss:Q").title(run.objective.label).scale(log_scale(row["loss"] for row in rows))
     front, layers = run.folder.front, []
     if front is not None and front.band is not None:
         edges = [(p.bits_per_weight, *front.band.around(p.loss)) for p in front.front if p.loss > 0]
@@ -150,7 +149,7 @@ def _agreement(
     low, high = slopes or (1.0, 1.0)
     domain = log_scale(row[name] for row in rows for name in (across, up))
     ends = table({across: end, up: end, "low": end * low, "high": end * high} for end in domain["domain"])
-    x = alt.X(f"{across}:Q").title(f"{across}, nats/token").scale(domain).axis(tickCount=5)
+    x = alt.X(f"{across}:Q").title(f"{across}, {run.objective.unit}").scale(domain).axis(tickCount=5)
     y = alt.Y(f"{up}:Q").scale(domain)
     layers = [ends.mark_line(**DASHED).encode(x, y), _points(rows, x, y, f"{across}:Q", f"{up}:Q")]
     if slopes:

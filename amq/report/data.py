@@ -1,7 +1,7 @@
 """What the report shows of a run folder: its points and what they take, and how figures read.
 
-Everything is read through `RunFolder.open`. Losses are nats/token, sizes bytes; bits are bits per weight, scales and
-zero points included.
+Everything is read through `RunFolder.open`. Losses are in the objective's unit, sizes bytes; bits are bits per weight,
+scales and zero points included.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from amq.configuration import CACHE, Configuration, MemoryItem, bytes_read, comp
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, get_format
 from amq.model.inventory import EXPERT
+from amq.model.losses import OBJECTIVES, Objective
 from amq.search.archive import Record
 from amq.search.run_folder import RunFolder
 from amq.search.space import is_outer
@@ -57,6 +58,10 @@ class Shown:
     """A run folder as the page and its charts see it. Its files are read, and damage to them named, when asked for."""
 
     folder: RunFolder
+
+    @property
+    def objective(self) -> Objective:
+        return OBJECTIVES[self.folder.settings.loss]
 
     @cached_property
     def cells(self) -> list[Cell]:

@@ -88,7 +88,7 @@ def cost_chart(run: Shown) -> Chart:
     """Measured sensitivities, or where the run has none the solver's cost at the lowest format."""
     adds_up = run.folder.sensitivity is None
     if run.folder.sensitivity is not None:
-        title, unit = f"Sensitivity of each linear at {run.folder.sensitivity.lowest}", "nats/token"
+        title, unit = f"Sensitivity of each linear at {run.folder.sensitivity.lowest}", run.objective.unit
         found: dict[str, float | None] = {**run.folder.sensitivity.loss}
     elif run.folder.cost is not None:
         lowest = next(iter(sort_formats(name for row in run.folder.cost.cost.values() for name in row)), "")

@@ -33,7 +33,7 @@ def _values(run: Shown) -> dict[str, Any]:
     chosen = next((i for i, p in enumerate(run.choices) if run.is_chosen(p)), None)
     return {
         "shown": run, "run": run.folder.run, "settings": run.folder.settings, "front": run.folder.front,
-        "sensitivity": run.folder.sensitivity, "loss_name": charts.LOSSES.get(run.folder.settings.loss, "loss"),
+        "sensitivity": run.folder.sensitivity, "objective": run.objective,
         "tiles": _tiles(run), "uniform": _uniform_rows(run), "memory": _memory_rows(run),
         "steps": [] if chosen is None else _step_rows(run, chosen), "points": _point_rows(run), "chosen": chosen,
         "reads": _reads(run),
@@ -54,7 +54,7 @@ def _tiles(run: Shown) -> list[tuple[str, str, str]]:
     found = [
         ("bits per weight", f"{chosen.bits:.2f}", aim),
         ("memory" if run.memory else "memory of the linears", show_bytes(size), share),
-        ("loss, nats/token", show_loss(chosen.lost), "predicted" if chosen.loss is None else "on the search windows"),
+        (run.objective.label, show_loss(chosen.lost), "predicted" if chosen.loss is None else "on the search windows"),
         ("held-out loss", show_loss(chosen.heldout), heldout),
     ]
     rivals = [p for p in run.uniform if p.loss is not None and p.bits <= chosen.bits + EPSILON]

@@ -29,7 +29,8 @@ from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
 from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.cuda_own import OwnRows
-from amq.runtime.cuda_pass import SPLITS, Many, PassBuilder, PassCalls
+from amq.runtime.cuda_parts import PassCalls
+from amq.runtime.cuda_pass import SPLITS, Many, PassBuilder
 from amq.runtime.cuda_weights import CudaWeights, check_supported
 from amq.runtime.decoder_spec import DecoderSpec, Linear
 from amq.runtime.engine import MAX_SCORED, Segment
@@ -376,7 +377,7 @@ def open_cuda(
     spec = read_spec(
         checkpoint.config, str(checkpoint.folder / "config.json"), {*checkpoint.other_names, *record.formats}
     )
-    check_supported(spec, record)
+    check_supported(spec, record.formats)
     check_state_cache(spec, checkpoint, state_cache)
     if cache not in CACHES:
         raise AmqError(f"the KV cache must be one of {', '.join(CACHES)}, got {cache}")

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from amq.kernels import cuda_calls as calls
-from amq.kernels.cuda_calls import KINDS, MOST_ROWS, MOST_WEIGHTS, Call, CallLibrary
+from amq.kernels.cuda_calls import KINDS, MOST_ROWS, MOST_WEIGHTS, CallLibrary
 from amq.packing import PreparedWeight
 from amq.runtime.cuda_buffers import Buffers, Inputs, KeyCache
+from amq.runtime.cuda_parts import PassCalls
 from amq.runtime.cuda_weights import CudaWeights, ExpertTables, expert_tables, gate_and_up, in_whole_tiles
 from amq.runtime.decoder_spec import (
     RELU2,
@@ -46,33 +47,6 @@ multiprocessors. A row's bits depend on it: it is the same in every pass. Passes
 
 Many = Callable[[Tensor, Sequence[PreparedWeight], Tensor], None]
 """(x [rows, K] of 16 bits, weights, y float32 [rows, ΣN], rows of it strided) → y = x · Wᵀ, for more than 8 rows."""
-Part = Call | Callable[[], None]
-
-
-class PassCalls:
-    """The parts of a pass of `rows` rows, in order. run: launches them on a stream."""
-
-    def __init__(self, library: CallLibrary) -> None:
-        self._library = library
-        self.parts: list[Part] = []
-
-    def add(self, kind: Any, fields: dict[str, Any], label: str, function: str = "") -> None:
-        self.parts.append(Call(kind, fields, label, function))
-
-    def share_scratch(self, device: torch.device) -> None:
-        """Gives all linears, which run one after another, the scratch of the largest."""
-        linears = [part for part in self.parts if isinstance(part, Call) and isinstance(part.struct, calls.LinearCall)]
-        most = max((self._library.size("amq_cuda_linear_scratch", call) for call in linears), default=0)
-        self._scratch = torch.zeros(most, dtype=torch.uint8, device=device)
-        for call in linears:
-            call.struct.partials = self._scratch.data_ptr()
-
-    def run(self, stream: int) -> None:
-        for part in self.parts:
-            if isinstance(part, Call):
-                self._library.run(part, stream)
-            else:
-                part()
 
 
 class PassBuilder:

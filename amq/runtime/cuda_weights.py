@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import Checkpoint
 from amq.kernels import gpu_layout
 from amq.kernels.cuda_calls import ExpertWeight, device_structs
@@ -24,8 +24,6 @@ class CudaWeights(Weights):
     prepared: in the layout of amq.kernels.gpu_layout. rows: of embeddings that nothing multiplies by, packed as the
     checkpoint has them. elements: everything else; of a linear `name.weight` under `name`.
     """
-
-    ROTATES = True
 
     def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, context: int, device: torch.device) -> None:
         self.device = device
@@ -103,20 +101,13 @@ def _table(weights: CudaWeights, experts: list[list[Window]]) -> tuple[list[dict
     return shapes, device_structs(table, weights.device)
 
 
-def check_supported(spec: DecoderSpec, record: QuantizationRecord) -> None:
-    """Raises Unsupported for what the CUDA engine lacks."""
+def check_supported(spec: DecoderSpec, formats: Container[str]) -> None:
+    """Raises Unsupported for what the CUDA engine lacks. formats: names of the linears that are quantized."""
     for mixture in spec.parts(Mixture):
         for linear in expert_linears(mixture):
-            if linear.name not in record.formats:
+            if linear.name not in formats:
                 raise Unsupported(f"the CUDA engine wants experts quantized, {linear.name} is not")
         first = mixture.experts[0]
-        for expert in mixture.experts:
-            for linear, like in (
-                (expert.in_.linears[0], first.in_.linears[0]),
-                (expert.down.linears[0], first.down.linears[0]),
-            ):
-                if record.rotation.get(linear.name) != record.rotation.get(like.name):
-                    raise Unsupported(f"the CUDA engine wants experts rotated alike, not {like.name} and {linear.name}")
         if not in_whole_tiles(gate_and_up(first)):
             raise Unsupported(
                 f"the CUDA engine wants experts of a width that divides by {gpu_layout.TILE_ROWS}, not "

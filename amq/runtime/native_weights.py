@@ -29,8 +29,6 @@ class NativeWeights(Weights):
     pages, which single weights of a small model would not fill. Rows of embeddings stay in the checkpoint's files.
     """
 
-    ROTATES = True
-
     def _begin(self) -> None:
         self.held: dict[str, Held] = {}
         self.keep: list[Any] = []

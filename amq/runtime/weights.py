@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,13 +39,10 @@ class Weights:
     """Everything that `spec` names, read from a checkpoint; where it goes, subclasses say.
 
     tables: of rotary angles, which are made here for `context` positions. bytes: that a decoded token reads.
-    ROTATES: whether the engine multiplies rotated weights (`amq.rotation`), those of a projection alike.
 
     Raises Unsupported where the checkpoint holds something that the spec has no place for outside of the blocks,
     AmqError where it lacks something, or has it in another shape.
     """
-
-    ROTATES: ClassVar[bool] = False
 
     def __init__(self, checkpoint: Source, spec: DecoderSpec, context: int) -> None:
         self.checkpoint, self.spec, self.formats = checkpoint, spec, checkpoint.record.formats
@@ -115,10 +112,8 @@ class Weights:
                 raise Unsupported(f"the native engine has no place for the {what} {name}")
 
     def _check_rotation(self) -> None:
-        """That the engine rotates, and can rotate each input once: x of a projection for all of its linears."""
+        """That x of a projection is rotated for all of its linears, or for none."""
         rotation = self.checkpoint.record.rotation
-        if rotation and not self.ROTATES:
-            raise Unsupported("this engine does not rotate inputs")
         for projection in self.spec.parts(Projection) if rotation else ():
             names = [linear.name for linear in projection.linears if linear.name in self.formats]
             if len({rotation.get(name, 0) for name in names}) > 1:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amq.errors import AmqError
+from amq.model.losses import OBJECTIVES
 from amq.search.settings import SearchCommand, SearchSettings, SelectSettings
 from amq.util.settings import parse_command, run_command
 
@@ -38,10 +39,11 @@ def _search(argv: Sequence[str]) -> int:
 def summary(configuration: Configuration) -> str:
     """The chosen configuration in a few lines, memory itemised."""
     details = configuration.details
+    unit = OBJECTIVES[(details.provenance and details.provenance.loss) or "jsd"].unit
     if details.loss is not None:
-        loss = f"loss {details.loss:.5f} nats/token"
+        loss = f"loss {details.loss:.5f} {unit}"
     else:
-        loss = f"predicted loss {details.predicted_loss:.5f} nats/token (not evaluated)"
+        loss = f"predicted loss {details.predicted_loss:.5f} {unit} (not evaluated)"
     if details.loss_confirm is not None:
         loss += f" ({details.loss_confirm:.5f} on held-out windows)"
     lines = [f"chosen: {details.bits_per_weight:.4f} bits per weight, {loss}"]

@@ -36,7 +36,8 @@ BITS_DIGITS = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """One evaluation, a line of an archive; loss: nats per token, None where the candidate was infeasible."""
+    """One evaluation, a line of an archive; loss: in the unit of the run's objective, None where the
+    candidate was infeasible."""
 
     index: int
     solver: str

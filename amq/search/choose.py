@@ -18,6 +18,7 @@ from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Table
 from amq.search.records import RunFile
+from amq.search.refine import PHASE as REFINE
 from amq.search.space import SearchSpace
 
 
@@ -108,7 +109,12 @@ def choose(
     if budget.max_loss is not None:
         return _within_loss(budget.max_loss, search, confirm)
     bits = check_bits(budget.bits if budget.bits is not None else space.bits_range[1], space)
-    candidates = [_from_record(r, confirm) for r in search.values() if r.bits_per_weight <= bits + 1e-6]
+    refined = _refined(records, bits)
+    candidates = [
+        _from_record(r, confirm)
+        for key, r in search.items()
+        if r.bits_per_weight <= bits + 1e-6 and (r.phase != REFINE or key == refined)
+    ]
     if table is not None and fit is not None:
         formats = space.decode(select(space.variable_costs(table), space.sizes, space.capacity(bits)))
         if not any(r.configuration == formats for r in records):  # an infeasible one must not come back as a prediction
@@ -117,6 +123,14 @@ def choose(
     if not candidates:
         raise AmqError(f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget")
     return min(candidates, key=_expected_loss)
+
+
+def _refined(records: Sequence[Record], bits: float) -> str | None:
+    """The key of what refinement kept last: the best on the held-out windows of what it measured there. Its other moves
+    are no candidates; one that is better on the search windows alone is so by chance, after so many tries."""
+    phases = (REFINE, "budget")
+    measured = [r for r in records if r.windows == "confirm" and r.phase in phases and r.bits_per_weight <= bits + 1e-6]
+    return min(measured, key=lambda r: r.ranked).key if measured else None
 
 
 def _expected_loss(candidate: Chosen) -> float:

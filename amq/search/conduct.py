@@ -16,6 +16,7 @@ import numpy as np
 from amq.configuration import Configuration
 from amq.formats import BitFormat, Kept
 from amq.model.inventory import EXPERT
+from amq.model.losses import LN2
 from amq.search.archive import Record
 from amq.search.choose import Budget, choose, to_configuration
 from amq.search.front import pareto_indices
@@ -23,6 +24,7 @@ from amq.search.front_file import FrontPoint, UniformPoint, make_front
 from amq.search.loss_curve import fit_records
 from amq.search.problem import Problem, TimeIsUp
 from amq.search.records import Cost, Evaluations, RunFile
+from amq.search.refine import AUTO_BITS, AUTO_EVALUATIONS
 from amq.search.run_folder import NAMES, RunWriter
 from amq.search.settings import SearchSettings
 from amq.search.solvers import SOLVERS
@@ -70,14 +72,14 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     solution, status = _solve(problem, settings, timings, deadline)
     _write_tables(folder, solution, problem)
     records, budget = problem.archive.records, Budget(problem.budget, problem.max_loss)
-    fit = fit_records(records, solution.table) if solution.table else None
+    fit = fit_records(records, solution.table, problem.objective.ceiling) if solution.table else None
     chosen = choose(budget, problem.space, records, solution.table, fit)
     with timings.measure("confirm"):
         on_front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, problem.space, records, solution.table, fit)
     configuration = to_configuration(chosen, run, settings.context)
     folder.write_configuration(configuration)
-    front = make_front(problem, on_front, solution.table, fit)
+    front = make_front(problem, on_front, solution.table, fit, settings.loss)
     folder.write(front)
     seconds = {k: round(v, 3) for k, v in (*timings.seconds.items(), ("total", time.monotonic() - started))}
     pruned = problem.space.widest(solution.sensitivity.pinned if solution.sensitivity else ())
@@ -95,7 +97,7 @@ def _solve(
     progress, planned = problem.progress, _planned_evaluations(settings, problem.space)
     with timings.measure("evaluate"):  # the trial evaluation; every solver starts with it
         trial = problem.evaluate(problem.space.uniform(problem.space.formats[-1]), "uniform")
-    progress.say(_plan(problem, planned, trial.seconds))
+    progress.say(_plan(problem, planned, _plan_refine(settings), trial.seconds))
     problem.deadline = deadline
     solution, status = Solution(), "finished"
     with timings.measure("solve"), progress.stage("search", planned) as problem.step:
@@ -115,11 +117,20 @@ def _planned_evaluations(settings: SearchSettings, space: SearchSpace) -> int:
     uniform = len(space.formats)
     if settings.solver == "additive":
         sensitivities = int((space.counts - 1).sum()) if settings.cost == "sensitivity" else 0
-        return uniform + 1 + settings.points + settings.refine + sensitivities
+        return uniform + 1 + settings.points + sensitivities
     return uniform + len(space.variables) + settings.initial + settings.iterations * settings.per_iteration
 
 
-def _plan(problem: Problem, planned: int, seconds: float) -> str:
+def _plan_refine(settings: SearchSettings) -> str:
+    """What comes to the planned evaluations."""
+    if settings.solver != "additive" or settings.refine == 0 or (settings.refine is None and settings.max_loss):
+        return ""
+    if settings.refine is not None:
+        return f", {settings.refine} of --refine"
+    return f", {AUTO_EVALUATIONS} of --refine if the linears get less than {AUTO_BITS} bits per weight"
+
+
+def _plan(problem: Problem, planned: int, refine: str, seconds: float) -> str:
     import psutil
 
     space = problem.space
@@ -129,8 +140,8 @@ def _plan(problem: Problem, planned: int, seconds: float) -> str:
     return (
         f"plan: {describe(space)}, "
         f"10^{space.log10_size:.0f} configurations of {low:.3f} to {high:.3f} bits per weight; budget {target}\n"
-        f"plan: about {planned} evaluations of {seconds:.2f} s (measured) = {planned * seconds / 60:.1f} min, "
-        f"and the confirmation of the front; {resident:.2f} GiB resident"
+        f"plan: about {planned} evaluations of {seconds:.2f} s (measured) = {planned * seconds / 60:.1f} min"
+        f"{refine}, and the confirmation of the front; {resident:.2f} GiB resident"
     )
 
 
@@ -158,7 +169,8 @@ def _names(formats: Iterable[BitFormat | Kept]) -> str:
 def _write_tables(folder: RunWriter, solution: Solution, problem: Problem) -> None:
     if solution.table is not None and not (folder.path / NAMES[Cost]).is_file():
         kind = "sensitivity" if any(r.phase == "sensitivity" for r in problem.archive.records) else "weight"
-        unit = "−ln(1 − loss/ln 2)" if kind == "sensitivity" else "sum of squares"
+        ceiling = "ln 2" if problem.objective.ceiling == LN2 else f"{problem.objective.ceiling:g}"
+        unit = f"−ln(1 − loss/{ceiling})" if kind == "sensitivity" else "sum of squares"
         folder.write(Cost(kind=kind, unit=unit, cost=solution.table))
     if solution.sensitivity is not None:
         folder.write(solution.sensitivity)

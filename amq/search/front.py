@@ -6,8 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from amq.model.losses import LN2
+
 REFERENCE_LOSS = 0.70
-"""Just above ln 2, the largest loss: the hypervolume's reference, together with the largest bits per weight."""
+"""Just above ln 2, the largest divergence: the hypervolume's reference, together with the largest bits per weight."""
+
+
+def reference_loss(ceiling: float) -> float:
+    """As far above another objective's largest loss."""
+    return REFERENCE_LOSS * ceiling / LN2
 
 
 def pareto_indices(points: np.ndarray) -> list[int]:
@@ -21,14 +28,14 @@ def pareto_indices(points: np.ndarray) -> list[int]:
     return front
 
 
-def hypervolume(points: np.ndarray, bits_range: tuple[float, float]) -> float:
-    """Dominated share of the box [low bits, high bits] × [0, REFERENCE_LOSS]; points float [n, 2] (bits, loss)."""
+def hypervolume(points: np.ndarray, bits_range: tuple[float, float], reference: float = REFERENCE_LOSS) -> float:
+    """Dominated share of the box [low bits, high bits] × [0, reference]; points float [n, 2] (bits, loss)."""
     from pymoo.indicators.hv import HV
 
     low, high = bits_range
     if not len(points) or high <= low:
         return 0.0
-    scaled = np.column_stack([(points[:, 0] - low) / (high - low), points[:, 1] / REFERENCE_LOSS])
+    scaled = np.column_stack([(points[:, 0] - low) / (high - low), points[:, 1] / reference])
     # a point on the reference itself dominates nothing, so the right end gets a hair of room
     return float(HV(ref_point=np.array([1.0 + 1e-9, 1.0]))(scaled))
 

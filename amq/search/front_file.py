@@ -12,7 +12,7 @@ import numpy as np
 
 from amq.configuration import compact, expand
 from amq.search.archive import Record
-from amq.search.front import hypervolume
+from amq.search.front import hypervolume, reference_loss
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Problem, Table
@@ -80,12 +80,14 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Front(JsonFile):
-    """front.json. curve, fit: None without a cost table; band: None where `band_missing` says why."""
+    """front.json. objective: what losses are, of `amq.model.losses.OBJECTIVES`. curve, fit: None without a cost table;
+    band: None where `band_missing` says why."""
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/front/1",)
     REMEDY: ClassVar[str] = "run the search again"
 
     schema: str = SCHEMAS[0]
+    objective: str = "jsd"
     bits_range: tuple[float, float]
     hypervolume: float
     uniform: tuple[UniformPoint, ...]
@@ -102,8 +104,10 @@ class Front(JsonFile):
         write_json(path, data)
 
 
-def make_front(problem: Problem, front: Sequence[Record], table: Table | None, fit: LossFit | None) -> Front:
-    """front: the archive's records on the Pareto front, by rising bits."""
+def make_front(
+    problem: Problem, front: Sequence[Record], table: Table | None, fit: LossFit | None, objective: str = "jsd"
+) -> Front:
+    """front: the archive's records on the Pareto front, by rising bits. objective: by its name."""
     space, archive = problem.space, problem.archive
 
     def confirmed(formats: dict[str, str]) -> float | None:
@@ -124,8 +128,9 @@ def make_front(problem: Problem, front: Sequence[Record], table: Table | None, f
     pairs = np.array([(p.bits_per_weight, p.loss) for p in points]).reshape(-1, 2)
     band = make_band(points)
     return Front(
+        objective=objective,
         bits_range=space.bits_range,
-        hypervolume=hypervolume(pairs, space.front_range),
+        hypervolume=hypervolume(pairs, space.front_range, reference_loss(problem.objective.ceiling)),
         uniform=tuple(
             UniformPoint(
                 name=name, bits_per_weight=r.bits_per_weight, loss=r.loss, loss_confirm=confirmed(r.configuration)

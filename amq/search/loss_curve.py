@@ -1,7 +1,7 @@
-"""From additive cost to loss: loss ≈ ln 2 · (1 − exp(−a · s^p)), with s the sum of a configuration's costs.
+"""From additive cost to loss: loss ≈ c · (1 − exp(−a · s^p)), with s the sum of a configuration's costs.
 
-Two parameters, monotone, zero at zero and bounded by ln 2 as the Jensen–Shannon divergence is. With
-T = −ln(1 − loss/ln 2) it is a line in log–log: ln T = ln a + p · ln s.
+Two parameters, monotone, zero at zero and bounded by the objective's ceiling c, of the Jensen–Shannon divergence ln 2.
+With T = −ln(1 − loss/c) it is a line in log–log: ln T = ln a + p · ln s.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from amq.model.losses import LN2
 from amq.search.archive import Record
 
 
-def saturation(loss: np.ndarray) -> np.ndarray:
-    """T = −ln(1 − loss/ln 2): additive where the loss itself saturates. Losses at the ceiling give a large number."""
-    return -np.log1p(-np.minimum(np.asarray(loss, dtype=float) / LN2, 1 - 1e-9))
+def saturation(loss: np.ndarray, ceiling: float = LN2) -> np.ndarray:
+    """T = −ln(1 − loss/ceiling): additive where the loss itself saturates, and large where it is the ceiling."""
+    return -np.log1p(-np.minimum(np.asarray(loss, dtype=float) / ceiling, 1 - 1e-9))
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,14 @@ class LossFit:
     rmse: float
     spearman: float
     kendall: float
+    ceiling: float = LN2
 
     def predict(self, cost: np.ndarray | float) -> np.ndarray:
         """Loss at summed cost ≥ 0."""
-        return LN2 * -np.expm1(-self.a * np.maximum(cost, 0.0) ** self.p)
+        return self.ceiling * -np.expm1(-self.a * np.maximum(cost, 0.0) ** self.p)
 
 
-def fit_loss(cost: np.ndarray, loss: np.ndarray) -> LossFit | None:
+def fit_loss(cost: np.ndarray, loss: np.ndarray, ceiling: float = LN2) -> LossFit | None:
     """Least squares in log–log over evaluations with cost, loss > 0 (both [n]); None below two distinct ones.
 
     Where the data would make the curve fall (p ≤ 0: noise among near-equal costs) p is 1 and only `a` is fitted.
@@ -49,13 +50,13 @@ def fit_loss(cost: np.ndarray, loss: np.ndarray) -> LossFit | None:
     cost, loss = cost[use], loss[use]
     if len(np.unique(cost)) < 2:
         return None
-    x, y = np.log(cost), np.log(saturation(loss))
+    x, y = np.log(cost), np.log(saturation(loss, ceiling))
     p = float(np.cov(x, y, bias=True)[0, 1] / x.var())
     if p <= 0:
         p = 1.0
     a = float(np.exp((y - p * x).mean()))
-    predicted = LN2 * -np.expm1(-a * cost**p)
-    return LossFit(a, p, len(cost), **quality(loss, predicted))
+    predicted = ceiling * -np.expm1(-a * cost**p)
+    return LossFit(a, p, len(cost), **quality(loss, predicted), ceiling=ceiling)
 
 
 def table_cost(table: Mapping[str, Mapping[str, float]], formats: Mapping[str, str]) -> float:
@@ -63,7 +64,10 @@ def table_cost(table: Mapping[str, Mapping[str, float]], formats: Mapping[str, s
     return sum(table[name][fmt] for name, fmt in quantized_formats(formats).items())
 
 
-def fit_records(records: Sequence[Record], table: Mapping[str, Mapping[str, float]]) -> LossFit | None:
+def fit_records(
+    records: Sequence[Record], table: Mapping[str, Mapping[str, float]], ceiling: float = LN2
+) -> LossFit | None:
     """The fit over feasible archive records on the search windows."""
     used = [r for r in records if r.windows == "search" and r.loss is not None]
-    return fit_loss(np.array([table_cost(table, r.configuration) for r in used]), np.array([r.loss for r in used]))
+    costs = np.array([table_cost(table, r.configuration) for r in used])
+    return fit_loss(costs, np.array([r.loss for r in used]), ceiling)

@@ -14,8 +14,9 @@ import numpy as np
 
 from amq.configuration import compact, configuration_key
 from amq.errors import AmqError
+from amq.model.losses import OBJECTIVES, Objective
 from amq.search.archive import Archive, Record
-from amq.search.front import hypervolume, pareto_indices
+from amq.search.front import hypervolume, pareto_indices, reference_loss
 from amq.search.records import SurrogateScores
 from amq.search.space import SearchSpace
 from amq.util.progress import Progress, Step
@@ -27,7 +28,7 @@ Change = tuple[tuple[str, ...], str]
 
 
 class Losses(Protocol):
-    """configuration → loss in nats per token, on a named set of windows.
+    """configuration → loss in the objective's unit, on a named set of windows.
 
     seconds, seconds_in_model: spent on losses so far, and the part of it in the model's own forward.
     """
@@ -58,6 +59,7 @@ class Problem:
     seed: int
     budget: float | None = None
     max_loss: float | None = None
+    objective: Objective = OBJECTIVES["jsd"]
     cost_tables: Mapping[str, Callable[[], Table]] = field(default_factory=dict)
     progress: Progress = field(default_factory=Progress)
     deadline: float | None = None
@@ -174,7 +176,9 @@ class Problem:
 
     def hypervolume(self) -> float:
         points = self.points()
-        return hypervolume(points[pareto_indices(points)], self.space.front_range)
+        return hypervolume(
+            points[pareto_indices(points)], self.space.front_range, reference_loss(self.objective.ceiling)
+        )
 
     def status(self) -> str:
         best = self.best_at(self.budget)

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import amq
-from amq.configuration import Provenance, compact, expand_name
+from amq.configuration import NO_ROTATION, Provenance, compact, expand_name
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
-from amq.quantize.methods import NO_ROTATION
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.machine import cpu_name, gpu_facts, installed_versions
@@ -277,7 +276,8 @@ class RunFile(JsonFile):
 class Cost(JsonFile):
     """cost.json: {linear: {format: cost}}; passes: backward passes that a Fisher table is the mean of."""
 
-    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/cost/1",)
+    SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/cost/2", "amq/cost/1")
+    """Fisher scores of schema 1 are sums of squares position by position; those of schema 2 are of `fisher.RUNS`."""
     REMEDY: ClassVar[str] = AGAIN
 
     schema: str = SCHEMAS[0]

@@ -19,12 +19,15 @@ import torch
 from amq.configuration import linear_bytes
 from amq.errors import AmqError
 from amq.formats import BitFormat
+from amq.model.answers import SEARCHED, open_answers
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import EMBEDDING, Inventory, LinearSpec, embedding_weight
+from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.text import Corpus
+from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
 from amq.proxy.native import NativeStates
@@ -106,6 +109,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
             stage.space, folder.archive, stage.evaluator, settings.solver, settings.seed, progress=progress
         )
         problem.budget, problem.max_loss = stage.budget.bits, stage.budget.max_loss
+        problem.objective = OBJECTIVES[settings.loss]
         problem.cost_tables = _cost_tables(settings, stage, problem, folder, timings)
         return conduct(problem, run, folder, timings, started)
 
@@ -150,7 +154,8 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
     if previous.calibration.windows not in ("", stage.windows_key):
         raise AmqError(
             f"--resume: the text {settings.calibration!r} gives other windows of tokens than when {output} was begun: "
-            f"the tokenizer of {settings.model} or the version of amq has changed; use another --output"
+            f"the tokenizer of {settings.model} or the version of amq has changed, or, with --objective {ANSWERS}, the "
+            "model answered anew on another processor; use another --output"
         )
     if previous.measured_by not in ("", stage.measured_by):
         raise AmqError(
@@ -179,7 +184,9 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         cost_windows = sampler.take(settings.cost_passes)
         BlockRunner(opened.model).check(windows["search"][:1, :32].to(embedding.device))  # not after hours of banking
         fingerprint = opened.fingerprint
-        windows_key = content_hash([*windows.items(), ("bank", bank_windows), ("cost", cost_windows)])
+        answers = _answers(settings, opened, progress)
+        hashed = windows if answers is None else answers.hashed
+        windows_key = content_hash([*hashed.items(), ("bank", bank_windows), ("cost", cost_windows)])
     formats, outer = bank_formats(space)
     with timings.measure("bank"):
         rotation = bank_rotation(settings, space, budget)
@@ -191,7 +198,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
             opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
-            engine.backend, engine.activations, corpus.unscored, whole, engine.native,
+            engine.backend, engine.activations, corpus.unscored, whole, answers, engine.native,
         )  # fmt: skip
     name, where = engine.name, windows_key
     return _Stage(opened, quantized, space, bank, rotation, close, evaluator, name, cost_windows, corpus, where, budget)
@@ -206,6 +213,18 @@ def bank_rotation(settings: SearchSettings, space: SearchSpace, budget: Budget) 
         return space.formats[len(space.formats) // 2].name
     bits = budget.bits - 32 / settings.group_size
     return min(settings.bit_formats, key=lambda fmt: abs(fmt.code_bits - bits)).name
+
+
+def _answers(settings: SearchSettings, opened: OpenModel, progress: Progress) -> Agreement | None:
+    """What `--objective answers` measures on; the full-precision model answers here, before anything is swapped in."""
+    if settings.loss != ANSWERS:
+        return None
+    count = 2 * settings.answers
+    found = open_answers(
+        opened.loaded, count, settings.answer_tokens, settings.seed, opened.fingerprint, SEARCHED, progress
+    )
+    parts = {"search": found.items[: settings.answers], "confirm": found.items[settings.answers :]}
+    return Agreement({name: AnswerWindows.of(items) for name, items in parts.items()})
 
 
 @dataclass(frozen=True)
@@ -256,7 +275,7 @@ def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
             f"the native engine needs {needed / 2**30:.2f} GiB for all blocks' codes, and {free / 2**30:.2f} are free"
         )
     return NativeStates(
-        opened.loaded, _quantized(opened.inventory, space), settings.group_size, settings.window_length, activations,
+        opened.loaded, _quantized(opened.inventory, space), settings.group_size, activations,
         min(free // READY_SHARE, free - needed),
     )  # fmt: skip
 
@@ -382,6 +401,11 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     total: Table = {}
     saved = read_cost(folder.path, stage.space)
     if saved:
+        if saved.schema != Cost.SCHEMAS[0]:
+            raise AmqError(
+                f"--resume: {folder.path / NAMES[Cost]} is of schema {saved.schema!r}, this amq computes scores of "
+                f"{Cost.SCHEMAS[0]!r}, and the two do not compare: delete it, or use another --output"
+            )
         if saved.kind != "fisher" or saved.passes is None or saved.passes > settings.cost_passes:
             raise AmqError(
                 f"{folder.path / NAMES[Cost]}: expected a Fisher table of at most {settings.cost_passes} passes, got "

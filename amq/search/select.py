@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from amq.configuration import Configuration
+from amq.model.losses import OBJECTIVES
 from amq.search.choose import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.loss_curve import fit_records
 from amq.search.run_folder import RunFolder
@@ -29,6 +30,6 @@ def select(settings: SelectSettings) -> Configuration:
     elif settings.target_bits is not None:
         bits = check_bits(settings.target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None
-    fit = fit_records(folder.archive, table) if table else None
+    fit = fit_records(folder.archive, table, OBJECTIVES[folder.settings.loss].ceiling) if table else None
     chosen = choose(Budget(bits, settings.max_loss), folder.space, folder.archive, table, fit)
     return to_configuration(chosen, folder.run, settings.context)

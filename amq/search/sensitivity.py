@@ -82,7 +82,8 @@ def sensitivity_costs(problem: Problem) -> Table:
     """
     space = problem.space
     base = space.decode(space.largest)
-    zero = float(saturation(np.array(problem.evaluate(base, "sensitivity").ranked)))
+    ceiling = problem.objective.ceiling
+    zero = float(saturation(np.array(problem.evaluate(base, "sensitivity").ranked), ceiling))
     changes = [
         (tuple(s.name for s in v), fmt.name)
         for v, choices in zip(space.variables, space.choices, strict=True)
@@ -92,7 +93,7 @@ def sensitivity_costs(problem: Problem) -> Table:
     table: Table = {s.name: {f.name: 0.0 for f in space.formats_of(s) if f is not KEPT} for s in space.quantized}
     numel = {s.name: s.numel for s in space.quantized}
     for (names, fmt), record in records.items():
-        cost = max(0.0, float(saturation(np.array(record.ranked))) - zero)
+        cost = max(0.0, float(saturation(np.array(record.ranked), ceiling)) - zero)
         size = sum(numel[name] for name in names)
         for name in names:
             table[name][fmt] += cost * numel[name] / size

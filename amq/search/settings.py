@@ -5,16 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
-from amq.model.losses import LOSSES
+from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
-from amq.quantize.methods import NO_ROTATION, ROTATION_HELP, ROTATIONS
+from amq.quantize.methods import ROTATION_HELP, ROTATIONS
 from amq.quantize.quantizers import QUANTIZERS
 from amq.search.solvers import SOLVERS
 from amq.search.surrogates import SURROGATES
-from amq.util.settings import CHOOSE, MEASURE, REACH, REQUIRED, RUN, Settings, flag, parse_size, parse_time
+from amq.util.settings import CHOOSE, MEASURE, REACH, REQUIRED, RUN, Settings, declared, flag, parse_size, parse_time
 
 SEARCH = "how to search"
 COSTS = ("fisher", "sensitivity", "weight")
@@ -51,7 +52,10 @@ class BudgetSettings(Settings):
         0, "tokens of KV cache that --memory must hold besides the weights", REACH, least=0, metavar="N"
     )
     max_loss: float | None = flag(
-        None, "budget: the smallest model whose loss stays below this (nats per token)", REACH, metavar="L"
+        None,
+        "budget: the smallest model whose loss stays below this (nats per token, or what --objective measures in)",
+        REACH,
+        metavar="L",
     )
 
     def __post_init__(self) -> None:
@@ -114,15 +118,32 @@ class SearchSettings(LoadSettings, BudgetSettings):
         4, "windows held out of the search, for error bars and --refine", MEASURE, least=1, metavar="N"
     )
     bank_windows: int = flag(24, "windows that calibrate the gptq bank", MEASURE, least=1, metavar="N")
-    loss: str = flag("jsd", "divergence from the full-precision model", MEASURE, choices=LOSSES)
+    loss: str = flag(
+        "jsd",
+        "what is minimised: divergence from the full-precision model on windows of --calibration, or how early greedy "
+        "answers to the model's own prompts differ from its (answers)",
+        MEASURE,
+        choices=OBJECTIVES,
+        name="objective",
+    )
+    answers: int = flag(
+        32, "--objective answers: prompts that the loss is measured on, and as many held out", MEASURE, least=1,
+        metavar="N",
+    )  # fmt: skip
+    answer_tokens: int = flag(64, "--objective answers: tokens that an answer may have", MEASURE, least=1, metavar="N")
     # how to search
     solver: str = flag("additive", "search strategy", SEARCH, choices=SOLVERS)
     cost: str = flag("fisher", "cost table of the additive solver", SEARCH, choices=COSTS)
     cost_passes: int = flag(16, "backward passes (one window each) of --cost fisher", SEARCH, least=1, metavar="N")
     points: int = flag(12, "points of the front that are truly evaluated", SEARCH, least=0, metavar="N")
     exact: bool = flag(False, "solve every budget by integer programming instead of the Lagrangian with fill", SEARCH)
-    refine: int = flag(
-        0, "further true evaluations spent on local moves around the budget", SEARCH, least=0, metavar="N"
+    refine: int | None = flag(
+        None,
+        "further true evaluations spent on moves around the budget; default: 40 where the linears of the blocks get "
+        "less than 2.7 bits per weight there, else 0",
+        SEARCH,
+        least=0,
+        metavar="N",
     )
     prune: float = flag(
         2.0, "paper and random: pin linears whose sensitivity exceeds this multiple of the median", SEARCH, metavar="X"
@@ -175,6 +196,10 @@ class SearchSettings(LoadSettings, BudgetSettings):
             raise AmqError(f"--untie {self.untie}: expected {EXPERTS}; nothing else is tied unless --tie says so")
         if self.untied and EXPERTS in self.tie.split(","):
             raise AmqError("experts are either tied or not: give --tie experts or --untie experts")
+        if self.loss != ANSWERS:
+            given = [n for n in ("answers", "answer_tokens") if getattr(self, n) != getattr(SearchSettings, n)]
+            if given:
+                raise AmqError(f"--{given[0].replace('_', '-')} is of --objective {ANSWERS}, got {self.loss}")
         if len(self.bit_formats) < 2:
             raise AmqError(f"--formats {self.formats}: a search needs at least two formats to choose from")
         if self.activations != AUTO and self.backend not in (AUTO, NATIVE):
@@ -242,5 +267,6 @@ FREE_ON_RESUME = frozenset(
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Settings that forbid resuming, as `--name was X, is Y`."""
+    flags = declared(SearchSettings)
     names = [n for n in new if n not in FREE_ON_RESUME and old.get(n) != new[n]]
-    return [f"--{n.replace('_', '-')} was {old.get(n)}, is {new[n]}" for n in names]
+    return [f"{flags[n].spelling} was {old.get(n)}, is {new[n]}" for n in names]

@@ -217,6 +217,11 @@ class SearchSpace:
         """Bits per weight of any configuration of these weights."""
         return 8 * sum(self.weight_sizes[name][fmt] for name, fmt in formats.items()) / self.numel
 
+    def bits_of_linears(self, formats: Mapping[str, str]) -> float:
+        """`bits_of` without head and embeddings."""
+        linears = [s for s in self.weights if not is_outer(s)]
+        return 8 * sum(self.weight_sizes[s.name][formats[s.name]] for s in linears) / sum(s.numel for s in linears)
+
     def check(self, formats: Mapping[str, str]) -> None:
         """Raises ValueError unless `formats` gives every weight, and no other, a format of this space."""
         sizes = self.weight_sizes

@@ -21,6 +21,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from amq.errors import AmqError
+from amq.model.conversations import THINKING
 from amq.runtime.chat import ChatOptions, Messages
 from amq.runtime.grammar import Grammar, GrammarCompiler
 from amq.runtime.sampling import Constraint
@@ -42,7 +43,7 @@ from amq.serve.protocol import (
     TokenizeRequest,
     parse,
 )
-from amq.serve.replies.formats import THINKING, format_of
+from amq.serve.replies.formats import format_of
 from amq.serve.responses import Capabilities, Health, ModelCard, ModelList, TypedResponse
 from amq.serve.settings import ServeSettings
 from amq.serve.worker import EngineThread

@@ -4,7 +4,8 @@
 2. For each of `points` budgets over the reachable range (the uniform formats' costs among them), and for the wanted
    budget, the knapsack optimum.
 3. True evaluation of those, and a two-parameter fit from summed cost to loss for everything in between.
-4. `refine` more evaluations by local moves around the wanted budget (see `refine.py`).
+4. `refine` more evaluations by moves around the wanted budget (see `refine.py`), by default only where that is so small
+   that costs do not add up.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import numpy as np
 
 from amq.search.knapsack import select, select_exact
 from amq.search.problem import Problem
-from amq.search.refine import refine
+from amq.search.refine import AUTO_BITS, AUTO_EVALUATIONS, refine
 from amq.search.sensitivity import measure
 from amq.search.solvers.base import Solution, uniform_configurations
 from amq.search.space import SearchSpace
@@ -46,9 +47,8 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     problem.evaluate_many(wanted)
     if problem.max_loss is not None:
         _bisect(problem, problem.max_loss, configuration)
-    if options.refine:
-        budget = problem.budget if problem.budget is not None else (low + high) / 2
-        refine(problem, costs, configuration(budget), budget, options.refine)
+    budget = problem.budget if problem.budget is not None else (low + high) / 2
+    _refine(problem, options, costs, configuration(budget), budget)
     if options.cost != "sensitivity":
         return Solution(table=table)
     measured = measure(problem, options.prune)  # every loss is in the archive already; this solver pins nothing
@@ -67,6 +67,24 @@ def front_budgets(space: SearchSpace, points: int) -> list[float]:
         if low < cost < high:
             budgets[np.abs(budgets - cost).argmin()] = cost
     return [float(b) for b in budgets]
+
+
+def _refine(problem: Problem, options: SearchSettings, costs: np.ndarray, start: dict[str, str], budget: float) -> None:
+    """By as many evaluations as `--refine` says, or as are worth it from `start`, the knapsack's choice."""
+    evaluations = options.refine
+    if evaluations is None:
+        bits = problem.space.bits_of_linears(start)
+        evaluations = AUTO_EVALUATIONS if problem.budget is not None and bits < AUTO_BITS else 0
+        if evaluations:
+            problem.progress.say(
+                f"plan: the linears get {bits:.3f} bits per weight, where costs do not add up: {evaluations} more "
+                "evaluations, and those on held-out windows of what gains (--refine 0: none)"
+            )
+    if evaluations:
+        with problem.progress.stage("refine", evaluations) as step:
+            before, problem.step = problem.step, step
+            refine(problem, costs, start, budget, evaluations)
+            problem.step = before
 
 
 def _bisect(problem: Problem, max_loss: float, configuration: Callable[[float], dict[str, str]]) -> None:

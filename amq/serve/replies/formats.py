@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from amq.model.conversations import THINKING
+
 if TYPE_CHECKING:
     from amq.runtime.tokenizer import Tokenizer
 
@@ -81,7 +83,6 @@ class ToolFormat:
 
 ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
 """Of Mistral: between a call's name, its id and its arguments."""
-THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 TAGS = Marker("<tool_call>", "</tool_call>")
 LOOSE = (
     Marker("<tools>", "</tools>", strict=True),

@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from amq.errors import AmqError
+from amq.model.conversations import THINKING
 from amq.runtime.closed_schemas import closed
 from amq.runtime.grammar import WHITESPACE, Grammar
 from amq.serve.replies.calls import MAX_NAME, NAME, types_of
-from amq.serve.replies.formats import THINKING, ToolFormat
+from amq.serve.replies.formats import ToolFormat
 
 Special = Callable[[str], int | None]
 """Tokenizer.added_named: the id of the added token that is exactly this text.
@@ -25,7 +26,7 @@ llguidance takes all of these for special, also those that the tokenizer does no
 and no pattern matches the text of a special token.
 """
 Thoughts = Literal["none", "allowed", "open"]
-"""Before the reply: none, some between the markers of formats.THINKING, or the rest of some that the prompt opened."""
+"""Before the reply: none, some between the markers of THINKING, or the rest of some that the prompt opened."""
 
 CALL_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """As Python's json writes it, which is what models read in training."""

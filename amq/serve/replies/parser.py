@@ -12,8 +12,9 @@ from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
+from amq.model.conversations import THINKING
 from amq.serve.replies.calls import Calls, Types, read_calls
-from amq.serve.replies.formats import BARE, THINKING, Marker, ToolFormat
+from amq.serve.replies.formats import BARE, Marker, ToolFormat
 from amq.serve.replies.parts import CallStart, Content, Part, Reasoning
 from amq.serve.replies.reading import Broken, Reading, Waiting
 
