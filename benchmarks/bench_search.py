@@ -24,6 +24,7 @@ from amq.model.open import load_model
 from amq.model.text import WindowSampler, load_corpus
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.native import NativeStates
 from amq.quantize.bank import BankSettings, open_bank
 from amq.search.space import SearchSpace
 
@@ -63,15 +64,22 @@ def test_bank_build_and_open(stage, benchmark):
     assert opened.get(name, "int3").nbytes == stage.bank.get(name, "int3").nbytes
 
 
-@pytest.mark.parametrize(("backend", "activations"), [("reference", "fp32"), ("cpu", "fp32"), ("cpu", "int8")])
+@pytest.mark.parametrize(
+    ("backend", "activations"),
+    [("reference", "fp32"), ("cpu", "fp32"), ("cpu", "int8"), ("native", "int8"), ("native", "fp32")],
+)
 def test_evaluation(stage, benchmark, backend, activations):
     """One configuration in which every linear changes, as on a front; share of time outside the model's forward."""
     rng = np.random.default_rng(0)
     points = itertools.cycle(rng.integers(0, 3, (7, len(stage.space.variables))))
     stage.evaluator.restore()
+    native = None
+    if backend == "native":
+        group_size = stage.settings.group_size
+        native, backend = NativeStates(stage.loaded, stage.inventory, group_size, activations), "cpu"
     evaluator = Evaluator(
         stage.loaded, stage.inventory, stage.bank, stage.windows, backend=backend, activations=activations,
-        unscored=stage.corpus.unscored,
+        unscored=stage.corpus.unscored, native=native,
     )  # fmt: skip
     first = evaluator.evaluate(stage.space.decode(next(points)))
     model, total = evaluator.seconds_in_model, evaluator.seconds

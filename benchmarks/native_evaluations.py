@@ -11,6 +11,7 @@ are of the processor, per evaluation; those on the wall are there too.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from contextlib import nullcontext
@@ -30,17 +31,14 @@ from amq.util.settings import parse_size
 ENGINES = ("reference", "native int8", "native fp32")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
-    parser.add_argument("--windows", type=int, default=4)
-    parser.add_argument("--rotation", default="auto")
+    parser.add_argument("--settings", type=json.loads, default={}, help="further settings of the search, as JSON")
     parser.add_argument("--configurations", type=int, default=24)
     parser.add_argument("--json", type=Path, required=True)
-    args = parser.parse_args()
-    settings = SearchSettings.make(
-        model=args.model, output="unused", windows=args.windows, rotation=args.rotation, backend="reference"
-    )
+    args = parser.parse_args(arguments)
+    settings = SearchSettings.make(model=args.model, output="unused", backend="reference", **args.settings)
     stage = _prepare(settings, LineProgress(), _NoTimings())
     evaluators = {"reference": stage.evaluator, **{f"native {a}": native(stage, settings, a) for a in ("int8", "fp32")}}
     configurations = spread(stage.space, args.configurations // 2) + alike(stage.space, args.configurations // 2)

@@ -43,24 +43,26 @@ STYLES = (("#D55E00", "s"), ("#0072B2", "o"), ("#009E73", "D"), ("#CC79A7", "^")
 """Okabe and Ito's colours, and shapes for who sees none."""
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="+", metavar="NAME=RUN[,RUN…]")
     parser.add_argument("--text", required=True, help="held-out text, as --calibration of amq.search takes it")
-    parser.add_argument("--windows", type=int, default=4, help="held-out windows of 512 tokens")
+    parser.add_argument("--windows", type=int, default=4, help="held-out windows")
+    parser.add_argument("--length", type=int, default=512, help="tokens of each")
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--plot", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     runs = {name: [RunFolder.open(Path(p)) for p in paths.split(",")] for name, paths in map(_pair, args.methods)}
     check_alike([run for some in runs.values() for run in some])
-    measured = Measured(next(iter(runs.values()))[0], args.text, args.windows)
+    measured = Measured(next(iter(runs.values()))[0], args.text, args.windows, args.length)
     uniform = [measured.losses(dict(measured.space.uniform(fmt))) for fmt in measured.space.formats]
     rows = {}
     for name, some in runs.items():
-        points = [measured.losses(formats) for formats in (best(some, budget, measured) for budget in BUDGETS)]
+        points = [measured.losses(formats) for formats in (best(some, budget, measured) for budget in args.budgets)]
         rows[name] = {
             **effort(some),
-            "points": [{"budget": budget, **point} for budget, point in zip(BUDGETS, points, strict=True)],
+            "points": [{"budget": budget, **point} for budget, point in zip(args.budgets, points, strict=True)],
             **{
                 f"hv6_{kind}": measured.volume([*points, uniform[0], uniform[-1]], kind)
                 for kind in ("search", "held_out")
@@ -68,7 +70,7 @@ def main() -> int:
         }
         print(name, rows[name], flush=True)
     settings = {name: getattr(measured.run.settings, name) for name in ALIKE}
-    held_out = {"text": Path(args.text).name, "windows": args.windows, "length": 512}
+    held_out = {"text": Path(args.text).name, "windows": args.windows, "length": args.length}
     content = {"settings": settings, "held_out": held_out, "uniform": uniform, "methods": rows}
     write_results(args.json, content)
     if args.plot:
@@ -95,14 +97,14 @@ def check_alike(runs: list[RunFolder]) -> None:
 
 
 class Measured:
-    """Losses by the reference, on the windows of `run`'s search and on `count` windows of `text`."""
+    """Losses by the reference, on the windows of `run`'s search and on `count` windows of `length` tokens of `text`."""
 
-    def __init__(self, run: RunFolder, text: str, count: int) -> None:
+    def __init__(self, run: RunFolder, text: str, count: int, length: int) -> None:
         self.run = run
         settings = replace(run.settings, backend="reference", activations="fp32")
         stage = _prepare(settings, LineProgress(), _NoTimings())
         self.space = stage.space
-        held_out = stage.opened.sampler(text, 512, 0, count)
+        held_out = stage.opened.sampler(text, length, 0, count)
         self._search = stage.evaluator
         self._held_out = Evaluator(
             stage.opened.loaded, stage.opened.inventory, stage.near, {"held out": held_out.take(count)},
