@@ -27,9 +27,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from amq.configuration import NO_ROTATION, Configuration, linear_bytes
+from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, check_group_size, get_format
+from amq.formats import FORMATS, NO_ROTATION, BitFormat, check_group_size, get_format
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import NO_ROTATION, get_format
 from amq.kernels.dense import dequantized
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear

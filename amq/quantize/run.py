@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import NO_ROTATION, Configuration, Memory, memory_items, parse_pins
+from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, get_format
+from amq.formats import FORMATS, NO_ROTATION, BitFormat, get_format
 from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
