@@ -42,7 +42,7 @@ from amq.util.progress import Progress, Step
 if TYPE_CHECKING:
     from torch import nn
 
-RATE = 1e-3
+RATE = 3e-3
 """Of Adam: what a scale changes by in a step, as a factor, and a zero point in code units."""
 RISE = 0.1
 """Of the time, in which the rate goes up."""
