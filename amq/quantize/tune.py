@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 RATE = 3e-3
-"""Of Adam: what a scale changes by in a step, as a factor, and a zero point in code units."""
+"""Of Adam: about what a step moves a group's outermost weights by, in codes. On SmolLM2 in int2, 16 steps of 256 tokens
+each, three times as much ended above the start."""
 RISE = 0.1
 """Of the time, in which the rate goes up."""
 HELD_OUT = 8
