@@ -3,8 +3,8 @@
 A weight W = (codes − zero_point)·scale has, per group, a factor e^(2θ/max_code) on its scale and a shift of its zero
 point by codes: 1 of either moves the outermost weights of a group by about one code, so that the change is in
 proportion to what rounding did, whatever the format. A norm or bias has a shift in units of its own root mean square.
-Only these changes are held in float32: the model always has the weights that would be stored, of scales and zero points in fp16
-(norms and biases in the checkpoint's 16 bits), and gradients pass straight through the rounding. A loss that is
+Only these changes are held in float32: the model always has the weights that would be stored, of scales and zero points
+in fp16 (norms and biases in the checkpoint's 16 bits), and gradients pass straight through the rounding. A loss that is
 measured is that of the checkpoint.
 
 No linear is replaced. While autograd runs, the dense gradient G of a weight is taken from it as soon as it is complete
