@@ -274,16 +274,18 @@ def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | 
     bands = [band for b in budgets if len(band := [row["losses"] for row in rows if row["budget"] == b]) > 2]
 
     def coefficient(of: Any, losses: Sequence[dict[str, float]], name: str) -> float:
-        return float(of([x[name] for x in losses], [x[judge] for x in losses]).statistic)
+        pair = [x[name] for x in losses], [x[judge] for x in losses]
+        return float(of(*pair).statistic) if all(len(set(some)) > 1 for some in pair) else math.nan
 
     found: dict[str, dict[str, float | None]] = {}
     everything = [row["losses"] for row in rows]
     for name in everything[0] if len(rows) > 2 else ():
         within = [coefficient(spearmanr, band, name) for band in bands]
+        known = [value for value in within if math.isfinite(value)]
         figures = {
             "spearman": coefficient(spearmanr, everything, name),
             "kendall": coefficient(kendalltau, everything, name),
-            "spearman_within_budgets": float(np.mean(within)) if within else math.nan,
+            "spearman_within_budgets": float(np.mean(known)) if known else math.nan,
         }
         found[name] = {k: round(v, 4) if math.isfinite(v) else None for k, v in figures.items()}
     return found
