@@ -52,8 +52,8 @@ language reference, two sweeps at 0.3 leave an output error 1.4 % below those at
 WikiText, at int2 and int3; on the reference itself it is 7 % above."""
 SWEEPS = 4
 """How often every code is looked at again, before the grids are solved. On SmolLM2, rotated, group 64, blocks 1, 4 and
-7: the output error on calibration text falls by 6 and 5 % at the first, 10 % (int2) and 9 % (int3) after four; on two other
-texts by 4 and 2 %, 3 and 1.5 %. A sweep costs a twentieth of the whole."""
+7: the output error on calibration text falls by 6 % (int2) and 5 % (int3) at the first, 10 and 9 % after four; on two
+other texts by 4 and 2 %, 3 and 1.5 %. A sweep costs a twentieth of the whole."""
 BLOCK = 64
 """Input features whose errors are spread at once."""
 ROWS = 512
