@@ -91,13 +91,14 @@ const int64_t* checked_order(const Memory& memory, int64_t in_features) {
 // hessian (0, 0): to nearest.
 void quantize(const std::vector<Weight>& weights, const std::vector<Layout>& formats, int64_t in_features,
               int64_t group_size, const std::string& zero_points, const Memory& importance, const Memory& shrinks,
-              int refits, const Memory& hessian, const Memory& factor, const Memory& pivots, const Memory& order,
-              const Memory& sums, const Memory& totals, int threads, const std::string& isa_name) {
+              int refits, int sweeps, const Memory& hessian, const Memory& factor, const Memory& order, const Memory& sums,
+              const Memory& totals, int threads, const std::string& isa_name) {
     const amq::Isa& isa = amq::find_isa(isa_name);
     require_size(in_features, "in_features", 1);
     require(group_size >= 1 && group_size <= amq::kDepth && (group_size <= amq::kColumns || group_size % amq::kColumns == 0),
             "group_size", "at most " + std::to_string(amq::kDepth) + ", in whole blocks", group_size);
     require(refits >= 0 && refits <= 1000, "refits", "0 to 1000", refits);
+    require(sweeps >= 0 && sweeps <= 1000, "sweeps", "0 to 1000", sweeps);
     amq::require_threads(threads);
     const int64_t groups = (in_features - 1) / group_size + 1, tried = std::get<1>(shrinks) / 4;
     require(tried >= 1 && tried <= 1000, "shrinks", "1 to 1000 numbers", tried);
@@ -107,11 +108,11 @@ void quantize(const std::vector<Weight>& weights, const std::vector<Layout>& for
     problem.importance = exact_address_of<float>(importance, "importance", in_features * 4);
     problem.shrinks = exact_address_of<float>(shrinks, "shrinks", tried * 4);
     problem.n_shrinks = static_cast<int>(tried), problem.refits = refits;
+    problem.sweeps = sweeps;
     if (std::get<0>(hessian)) {
         const int64_t square = product({in_features, in_features, 4}, "hessian");
         problem.hessian = exact_address_of<float>(hessian, "hessian", square);
         problem.factor = exact_address_of<float>(factor, "factor", square);
-        problem.pivots = exact_address_of<float>(pivots, "pivots", in_features * 4);
         problem.order = checked_order(order, in_features);
         problem.sums = exact_address_of<float>(sums, "sums", in_features * groups * 4);
         problem.totals = exact_address_of<double>(totals, "totals", groups * groups * 8);
@@ -157,7 +158,7 @@ void mirror(const Memory& matrix, int64_t size, int threads) {
 void bind_quantize(py::module_& m) {
     m.def("quantize", &quantize, py::kw_only(), py::arg("weights"), py::arg("formats"), py::arg("in_features"),
           py::arg("group_size"), py::arg("zero_points"), py::arg("importance"), py::arg("shrinks"), py::arg("refits"),
-          py::arg("hessian"), py::arg("factor"), py::arg("pivots"), py::arg("order"), py::arg("sums"), py::arg("totals"),
+          py::arg("sweeps"), py::arg("hessian"), py::arg("factor"), py::arg("order"), py::arg("sums"), py::arg("totals"),
           py::arg("threads"), py::arg("isa") = "", "Weights -> packed rows; see csrc/cpu/quantize.h");
     m.def("add_gram", &add_gram, py::kw_only(), py::arg("x"), py::arg("tokens"), py::arg("features"), py::arg("gram"),
           py::arg("threads"), py::arg("isa") = "", "The upper triangle of gram += x^T x; see csrc/cpu/symmetric.h");

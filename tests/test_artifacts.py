@@ -25,7 +25,7 @@ from amq.kernels.launch_table import Entry, LaunchTable
 from amq.model.gguf.convert import Manifest
 from amq.model.own_text import OwnTextIndex
 from amq.quantize.bank import BankIndex, BankRecipe
-from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
+from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry, Tuning
 from amq.quantize.resume import Facts, Identity
 from amq.quantize.settings import QuantizeSettings
 from amq.search.archive import read_archive
@@ -116,6 +116,17 @@ LOG = QuantizationLog(
     linears={"a": LinearOutcome("16bit", (8, 64)), "b": LinearOutcome("int4", (8, 64), 0.125)},
     not_quantized={"c": "its weight is shared"},
     head=OuterOutcome(name="lm_head", format="int8", shape=(256, 64), bytes=64, relative_error=0.01),
+    tuning=Tuning(
+        text="self",
+        windows=64,
+        held_out=8,
+        start=0.5,
+        best=0.25,
+        steps=9,
+        best_step=9,
+        seconds=60.5,
+        end="the time was over",
+    ),
     notes=("a note",),
     seconds=1.5,
     peak_memory_bytes=1 << 20,

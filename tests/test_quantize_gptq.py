@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,9 +16,9 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
 from amq.kernels.cpu import NO_MEMORY, cpu_module, memory
 from amq.kernels.rounding import GridSearch, quantize_rows
-from amq.packing import PARTS, PackedWeight, pack_codes, unpack_codes
+from amq.packing import PARTS, PackedWeight, dequantize, pack_codes, unpack_codes
 from amq.quantize.quantizers import ZERO_POINTS
-from amq.quantize.quantizers.gptq import compensation_of, quantize, quantize_in_torch
+from amq.quantize.quantizers.gptq import SWEEPS, compensation_of, quantize, quantize_in_torch
 from amq.quantize.quantizers.grid import REFITS, SHRINKS
 from amq.quantize.quantizers.rtn import in_torch
 from amq.quantize.quantizers.rtn import quantize as rtn
@@ -29,9 +31,10 @@ one_thread = pytest.mark.usefixtures("one_thread")
 
 
 def on_isa(
-    weights: list[Tensor], formats: tuple[BitFormat, ...], group_size: int, gram: Tensor, zero_points: str, isa: str
-) -> list[dict[str, PackedWeight]]:
-    compensation = compensation_of(gram)
+    weights: list[Tensor], formats: tuple[BitFormat, ...], group_size: int, gram: Tensor, zero_points: str, isa: str,
+    sweeps: int = SWEEPS,
+) -> list[dict[str, PackedWeight]]:  # fmt: skip
+    compensation = replace(compensation_of(gram), sweeps=sweeps)
     search = GridSearch(compensation.hessian.diagonal(), zero_points, SHRINKS, REFITS)
     return quantize_rows(weights, formats, group_size, search, compensation, isa)
 
@@ -156,6 +159,32 @@ def test_refits_lower_the_output_error() -> None:
     assert bool((ours <= old * (1 + 1e-5)).all()) and float(ours.sum()) < 0.98 * float(old.sum())
 
 
+@by_isa
+@by_zero_points
+@one_thread
+@pytest.mark.parametrize(("in_features", "group_size"), [(200, 32), (256, 128)])
+def test_sweeps_lower_the_output_error(isa: str, zero_points: str, in_features: int, group_size: int) -> None:
+    """On the grid that codes are found on no row's error rises, and in the end no code alone can be better."""
+    weight, gram, fmt = random_weight(40, in_features), random_gram(in_features), FORMATS["int3"]
+    hessian = compensation_of(gram).hessian
+    search = GridSearch(hessian.diagonal(), zero_points, SHRINKS, REFITS)
+    grid = quantize_rows([weight], (fmt,), group_size, search, None, isa)[0][fmt.name]
+    errors = []
+    for sweeps in (0, 1, 2, 40):
+        packed = on_isa([weight], (fmt,), group_size, gram, zero_points, isa, sweeps)[0][fmt.name]
+        before = replace(packed, scale=grid.scale, zero_point=grid.zero_point)
+        errors.append(output_error(weight, before, hessian))
+    for earlier, later in pairwise(errors):
+        assert bool((later <= earlier * (1 + 1e-5)).all())
+    assert float(errors[1].sum()) < 0.985 * float(errors[0].sum())
+    spread = torch.arange(in_features) // group_size
+    scale, zero = (part[:, spread].double() for part in (before.scale, before.zero_point))
+    codes, rounded = unpack_codes(before.qweight, fmt, in_features), dequantize(before).double()
+    best = rounded + (weight.double() - rounded) @ hessian.double() / hessian.diagonal()
+    aim = (best / scale + zero).clamp(0, fmt.max_code)
+    assert float((aim - codes).abs().max()) < 0.501
+
+
 def test_nothing_to_do() -> None:
     empty = quantize([torch.empty(0, 64), random_weight(3, 64)], SOME, 64, random_gram(64))
     assert [r["int2"].out_features for r in empty] == [0, 3]
@@ -167,8 +196,8 @@ def arguments(**changed: object) -> dict[str, object]:
     keep = [torch.ones(64), torch.ones(1)]
     given = {
         "weights": [], "formats": [(4, 4, 1)], "in_features": 64, "group_size": 64, "zero_points": "fractional",
-        "importance": memory(keep[0]), "shrinks": memory(keep[1]), "refits": 3, "threads": 1,
-        **dict.fromkeys(("hessian", "factor", "pivots", "order", "sums", "totals"), NO_MEMORY),
+        "importance": memory(keep[0]), "shrinks": memory(keep[1]), "refits": 3, "sweeps": 1, "threads": 1,
+        **dict.fromkeys(("hessian", "factor", "order", "sums", "totals"), NO_MEMORY),
     }  # fmt: skip
     return given | changed
 
@@ -186,6 +215,7 @@ def arguments(**changed: object) -> dict[str, object]:
         ({"importance": (8, 12)}, "importance: expected 256 bytes, got 12"),
         ({"shrinks": (8, 0)}, "shrinks: expected 1 to 1000 numbers, got 0"),
         ({"refits": -1}, "refits: expected 0 to 1000, got -1"),
+        ({"sweeps": -1}, "sweeps: expected 0 to 1000, got -1"),
         ({"hessian": (8, 4)}, "hessian: expected 16384 bytes, got 4"),
         ({"weights": [((8, 4), "float32", 1, [])]}, "results: expected 1, got 0"),
         ({"weights": [((8, 4), "int8", 1, [])]}, "weight: expected float32, float16 or bfloat16, got 'int8'"),
@@ -199,9 +229,9 @@ def test_the_module_refuses(changed: dict[str, object], message: str) -> None:
 
 
 def test_an_order_that_is_none_is_refused() -> None:
-    square, line, order = torch.eye(64), torch.ones(64), torch.arange(64)
+    square, order = torch.eye(64), torch.arange(64)
     order[3] = 5
-    given = {"hessian": square, "factor": square, "pivots": line, "order": order}
+    given = {"hessian": square, "factor": square, "order": order}
     given |= {"sums": torch.ones(64, 1), "totals": torch.ones(1, 1, dtype=torch.float64)}
     with pytest.raises(ValueError, match="order: expected every feature once, got 5"):
         cpu_module().quantize(**arguments(**{name: memory(tensor) for name, tensor in given.items()}))

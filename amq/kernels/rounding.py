@@ -38,15 +38,14 @@ class GridSearch:
 class Compensation:
     """What error-compensated rounding needs to know of H [in_features, in_features] = M D Mᵀ, features in `order`.
 
-    hessian: float32, symmetric, in the model's order. factor: float32, in `order`: M, unit upper triangular,
-    and its transpose below (which only the CPU's kernels read). pivots: float32 [in_features], D. order: int64
-    [in_features].
+    hessian: float32, symmetric, in the model's order. factor: float32, in `order`: M, unit upper triangular, anything
+    below. order: int64 [in_features]. sweeps: how often all codes are looked at again.
     """
 
     hessian: Tensor
     factor: Tensor
-    pivots: Tensor
     order: Tensor
+    sweeps: int
 
 
 def quantize_rows(
@@ -70,7 +69,7 @@ def quantize_rows(
     results = [{fmt.name: _empty(len(w), in_features, group_size, fmt) for fmt in formats} for w in rows]
     importance, shrinks = search.importance.float().contiguous(), torch.tensor(search.shrinks)
     given = [t.contiguous() for t in _tensors(compensation, group_size)] if compensation is not None else []
-    names = ("hessian", "factor", "pivots", "order", "sums", "totals")
+    names = ("hessian", "factor", "order", "sums", "totals")
     try:
         cpu_module().quantize(
             weights=[
@@ -84,6 +83,7 @@ def quantize_rows(
             importance=memory(importance),
             shrinks=memory(shrinks),
             refits=search.refits,
+            sweeps=compensation.sweeps if compensation is not None else 0,
             **(dict(zip(names, map(memory, given), strict=True)) if given else dict.fromkeys(names, NO_MEMORY)),
             threads=torch.get_num_threads(),
             isa=isa,
@@ -111,4 +111,4 @@ def _tensors(of: Compensation, group_size: int) -> tuple[Tensor, ...]:
     groups = n_groups(in_features, group_size)
     sums = torch.zeros(in_features, groups).index_add_(1, group, of.hessian)
     totals = torch.zeros(groups, groups, dtype=torch.float64).index_add_(0, group, sums.double())
-    return of.hessian, of.factor, of.pivots, of.order, sums, totals
+    return of.hessian, of.factor, of.order, sums, totals

@@ -17,7 +17,7 @@ linear makes of them is read by all tokens after them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -68,11 +68,19 @@ class CalibrationStream:
     """Hidden states of `windows` (int64 [windows, length]) at the boundary before block `boundary`.
 
     memory: bytes of them that stay in memory.
+    weights: {linear: how much each token counts, [windows, length]}, from `token_weights`; those of linears that it
+    does not name count alike.
     notes: of the last `measure`: which experts saw few tokens.
     """
 
-    def __init__(self, model: PreTrainedModel, windows: Tensor, memory: int = STATE_BYTES) -> None:
-        self._model, self.runner = model, BlockRunner(model)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        memory: int = STATE_BYTES,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._model, self.runner, self._weights = model, BlockRunner(model), weights or {}
         device = embedding_weight(model).device
         self._windows = [w.unsqueeze(0).to(device) for w in windows]
         self._states = StateStore(memory)
@@ -85,7 +93,7 @@ class CalibrationStream:
 
         advance: keep the block's outputs as the new hidden states, as `advance` does.
         """
-        grams = _Grams(self._model, [s for s in linears if not _of_experts(s)])
+        grams = _Grams(self._model, [s for s in linears if not _of_experts(s)], self._weights)
         layers = [_ExpertGrams(self._model, *layer, self._states) for layer in _layers(self._model, linears)]
         with holding(self._model, self.boundary):
             with _hooked(grams, *layers):
@@ -210,22 +218,25 @@ def _hooked(*measured: _Grams | _ExpertGrams) -> Iterator[None]:
 
 
 class _Sum:
-    """Σ x xᵀ and how many x there were."""
+    """Σ w x xᵀ and Σ w; every w is 1, and so the sum how many x there were, unless weights are given."""
 
     def __init__(self) -> None:
         self._total: Tensor | None = None
-        self.count = 0
+        self.count: float = 0
 
-    def add(self, x: Tensor) -> None:
-        """x: [..., in_features]."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """x: [..., in_features]; weights: of each of them, at least 0."""
         rows = x.reshape(-1, x.shape[-1]).float()
+        count = float(len(rows))
+        if weights is not None:
+            rows, count = rows * weights.sqrt().unsqueeze(1), float(weights.sum())
         if self._total is None:
             self._total = torch.zeros(rows.shape[1], rows.shape[1], device=x.device)
         if x.device.type == "cpu":
             add_gram(self._total, rows.contiguous())
         else:
             self._total.addmm_(rows.t(), rows)
-        self.count += len(rows)
+        self.count += count
 
     def mean(self, linear: str) -> Tensor:
         """Once. linear: whose inputs these were, for the error."""
@@ -244,8 +255,9 @@ class _Sum:
 class _Grams:
     """Sums x xᵀ per distinct input tensor of a set of linears."""
 
-    def __init__(self, model: nn.Module, linears: Sequence[LinearSpec]) -> None:
+    def __init__(self, model: nn.Module, linears: Sequence[LinearSpec], weights: Mapping[str, Tensor]) -> None:
         self._modules = {s: get_linear(model, s.name) for s in linears}
+        self._weights, self._window = weights, 0
         self._leaders: dict[LinearSpec, LinearSpec] = {}  # linear → the first linear that read the same tensor
         self._sums: dict[LinearSpec, _Sum] = {}
         self._seen: dict[tuple[Any, ...], tuple[LinearSpec, Tensor]] = {}  # holds inputs alive, so pointers stay unique
@@ -261,10 +273,12 @@ class _Grams:
         if self._leaders.setdefault(spec, leader) != leader:
             raise AmqError(f"{spec.name} shared its input with {self._leaders[spec].name} once and not another time")
         if leader is spec:
-            self._sums.setdefault(spec, _Sum()).add(x)
+            weights = self._weights.get(spec.name)
+            self._sums.setdefault(spec, _Sum()).add(x, None if weights is None else weights[self._window])
 
     def end_of_window(self) -> None:
         self._seen.clear()
+        self._window += 1
 
     def groups(self) -> list[InputGroup]:
         result = []

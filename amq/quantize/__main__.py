@@ -37,6 +37,12 @@ def summary(result: QuantizeResult) -> str:
     if figures := log.perplexity:
         rows = ", ".join(f"{name} {'broken' if v is None else f'{v:.3f}'}" for name, v in figures.rows.items())
         lines.append(f"perplexity on {figures.tokens} tokens of {figures.text}: {rows}")
+    if tuned := log.tuning:
+        start, best = ("not finite" if loss is None else f"{loss:.4f}" for loss in (tuned.start, tuned.best))
+        lines.append(
+            f"tuned in {tuned.seconds:.0f} s: divergence on {tuned.held_out} held-out windows {start}, then {best} "
+            f"nats per token at step {tuned.best_step} of {tuned.steps}; {tuned.end}"
+        )
     lines += [f"note: {note}" for note in log.notes]
     lines.append(f"wrote {result.output}: python -m amq.generate {result.output} --prompt …")
     return "\n".join(lines)

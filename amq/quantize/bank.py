@@ -27,20 +27,21 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from amq.configuration import NO_ROTATION, Configuration, linear_bytes
+from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, check_group_size, get_format
+from amq.formats import FORMATS, NO_ROTATION, BitFormat, check_group_size, get_format
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.own_text import open_sampler
 from amq.model.paging import holding
+from amq.model.token_weights import token_weights
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
 from amq.quantize.methods import AUTO, rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
-from amq.quantize.quantizers import NEEDS_GRAM, QUANTIZERS
+from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
 from amq.quantize.rotate import Rotator, check_widths
 from amq.util.files import cache_dir, make_folder
@@ -52,7 +53,7 @@ from amq.util.tensors import hashes_metadata, save_tensors, verify_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 5
+VERSION = 7
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 INDEX = "bank.json"
 ERROR, ROTATION = "weight_error", "rotation"
@@ -363,7 +364,10 @@ def _build(
     settings: BankSettings,
     progress: Progress,
 ) -> None:
-    stream = None if settings.windows is None else CalibrationStream(model, settings.windows)
+    stream = None
+    if settings.windows is not None:
+        weights = token_weights(model, inventory, settings.windows) if settings.proxy in NEEDS_WEIGHTS else None
+        stream = CalibrationStream(model, settings.windows, weights=weights)
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():
         for block in range(max(missing) + 1):

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import NO_ROTATION, get_format
 from amq.kernels.dense import dequantized
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.model.paging import holding
 from amq.model.shape import ModelShape
+from amq.model.token_weights import token_weights
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
@@ -95,7 +95,10 @@ class BlockQuantizer:
     @cached_property
     def _stream(self) -> CalibrationStream | None:
         """Starts with the first block: what the embedding holds then counts."""
-        return CalibrationStream(self._model, self._windows) if self._method.calibrated else None
+        if not self._method.calibrated:
+            return None
+        weights = token_weights(self._model, self._inventory, self._windows) if self._method.weighted else None
+        return CalibrationStream(self._model, self._windows, weights=weights)
 
     @torch.no_grad()
     def make(self, block: int) -> BlockResult:
@@ -151,9 +154,10 @@ class BlockQuantizer:
     @torch.no_grad()
     def finish(self, result: BlockResult) -> None:
         """Leaves that block's dequantized weights in the model and goes on; `result` may be of an earlier run."""
+        stream = self._stream  # which weighs tokens by the model as it was
         install(self._model, result)
-        if self._stream is not None:
-            self._stream.advance()
+        if stream is not None:
+            stream.advance()
 
     def _weight(self, spec: LinearSpec) -> Tensor:
         return get_linear(self._model, spec.name).weight.detach()

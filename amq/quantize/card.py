@@ -49,7 +49,7 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 Without `import amq` transformers fills the linears with random numbers and only warns.
 
 `configuration.json` says which linear has which format, `quantization.json` how each of them came out. Made with
-{windows} calibration windows of {window_length} tokens of `{calibration}`, seed {seed}.
+{windows} calibration windows of {window_length} tokens of `{calibration}`, seed {seed}.{tuning}
 """
 
 
@@ -80,6 +80,7 @@ def write_card(folder: Path, name: str, record: QuantizationRecord, log: Quantiz
         window_length=settings.window_length,
         calibration=settings.calibration,
         seed=settings.seed,
+        tuning=_tuning(log),
     )
     write_text(folder / "README.md", text)
 
@@ -140,6 +141,15 @@ def _unusable(reasons: dict[str, str]) -> str:
     return (
         f"{len(reasons)} more linears are not counted in that and stay in 16 bits, such as `{name}`: {reason}. "
         "`quantization.json` lists them.\n"
+    )
+
+
+def _tuning(log: QuantizationLog) -> str:
+    if log.tuning is None:
+        return ""
+    return (
+        f"\nScales, zero points and norms were tuned for {log.settings.tune:g} minutes on text that the model wrote "
+        f"({log.tuning.steps} steps): `tuning` in `quantization.json`.\n"
     )
 
 

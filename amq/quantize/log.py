@@ -67,12 +67,31 @@ class PerplexityFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What --tune did: `steps` on so many windows of a text, in `seconds`, and why it ended.
+
+    start, best: KL divergence from the full-precision model on held-out windows, nats per token, of what was quantized
+    and of what was kept; None where it was not finite. best_step: when that was seen, 0 for what was quantized.
+    """
+
+    text: str
+    windows: int
+    held_out: int
+    start: float | None
+    best: float | None
+    steps: int
+    best_step: int
+    seconds: float
+    end: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class QuantizationLog(JsonFile):
     """not_quantized: {linear: why it could not be}; window_prefix: tokens that every calibration window begins with.
 
     bits_per_weight: of linears, head and embeddings that have a format. experts: {layer and role: what `linears` says
-    of each of them}. embeddings: those that are quantized and not tied to the head. head, perplexity: None where there
-    is none. seconds, peak_memory_bytes: 0 until the end.
+    of each of them}; errors are those before tuning. embeddings: those that are quantized and not tied to the head.
+    head, perplexity, tuning: None where there is none. seconds, peak_memory_bytes: 0 until the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/quantization/1",)
@@ -90,6 +109,7 @@ class QuantizationLog(JsonFile):
     experts: dict[str, ExpertsOutcome] = field(default_factory=dict)
     head: OuterOutcome | None = None
     embeddings: tuple[OuterOutcome, ...] = ()
+    tuning: Tuning | None = None
     notes: tuple[str, ...] = ()
     seconds: float = 0.0
     peak_memory_bytes: int = 0

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
-from amq.formats import FORMATS
-from amq.quantize.quantizers import NEEDS_GRAM
+from amq.formats import FORMATS, NO_ROTATION
+from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS
 from amq.util.lazy import Registry
 
 
@@ -24,12 +23,18 @@ class Method:
     def calibrated(self) -> bool:
         return self.scales or self.rounding in NEEDS_GRAM
 
+    @property
+    def weighted(self) -> bool:
+        """Whether tokens count by what they do to the loss."""
+        return self.rounding in NEEDS_WEIGHTS
+
 
 METHODS: Registry[Method] = Registry(
     "method",
     {
         "awq": Method("clip", True, "activation-aware scales and asymmetric clipping"),
         "gptq": Method("gptq", False, "error-compensated rounding, block by block"),
+        "guided": Method("guided", False, "gptq, tokens weighted by what they do to the loss (a backward pass each)"),
         "awq+gptq": Method("gptq", True, "activation-aware scales, then error-compensated rounding"),
         "clip": Method("clip", False, "asymmetric clipping alone"),
         "hqq": Method("hqq", False, "half-quadratic quantization, no calibration"),

@@ -16,8 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from amq.configuration import NO_ROTATION
-from amq.formats import FORMATS, BitFormat
+from amq.formats import FORMATS, NO_ROTATION, BitFormat
 from amq.kernels.dense import dequantized
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec

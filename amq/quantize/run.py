@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import NO_ROTATION, Configuration, Memory, memory_items, parse_pins
+from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, get_format
+from amq.formats import FORMATS, NO_ROTATION, BitFormat, get_format
 from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
@@ -38,6 +38,7 @@ from amq.quantize.rotate import check_widths
 from amq.quantize.settings import QuantizeSettings
 from amq.quantize.shown import errors_text, experts_outcomes, warn_of
 from amq.quantize.sources import BankSource
+from amq.quantize.tune import Tuner
 from amq.util.folders import check_new_folder
 from amq.util.machine import peak_memory_bytes
 from amq.util.progress import Progress
@@ -64,19 +65,25 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         perplexities = _Perplexities(settings, job.opened, progress)
         log = _log(settings, job, perplexities)
         small = job.output.try_out(log)
-        _say_plan(settings, job, work, perplexities, small, progress)
+        tuner = None if settings.tune is None else _tuner(settings, job, progress)
+        _say_plan(settings, job, work, perplexities, small, progress, tuner)
         source = _source(settings, job, progress)
         work.begin(_identity(settings, job, source), job.record)
+        if tuner is not None:
+            tuner.learn(progress)
         perplexities.measure("full")
         packed, errors = _outer(job, settings.zero_points)
         results = _blocks(source, work, job, progress)
         perplexities.measure(settings.method)
         for result in results:
             errors |= result.errors
-        for result in results:
             packed |= result.packed
+        tuning = None
+        if tuner is not None:
+            packed, tuning = tuner.run(packed, progress)
+            perplexities.measure(f"{settings.method}, tuned")
         log = replace(
-            log, perplexity=perplexities.figures, **_outcomes(job, errors, packed),
+            log, perplexity=perplexities.figures, **_outcomes(job, errors, packed), tuning=tuning,
             notes=tuple(sorted({note for result in results for note in result.notes})),
             seconds=round(time.monotonic() - started, 1),
             peak_memory_bytes=peak_memory_bytes(),
@@ -199,6 +206,7 @@ def _say_plan(
     perplexities: _Perplexities,
     small: int,
     progress: Progress,
+    tuner: Tuner | None,
 ) -> None:
     """Says what is going to happen; raises AmqError where memory or disk do not suffice.
 
@@ -211,6 +219,8 @@ def _say_plan(
         job.opened.model, job.inventory, job.configuration, job.record.shared_inputs, job.windows, calibrated, scales,
         job.rotation != NO_ROTATION,
     )  # fmt: skip
+    if tuner is not None:
+        memory = tuner.kept_bytes + max(memory, tuner.working_bytes)
     checkpoint = _memory(job).total
     needed = checkpoint + job.configuration.bytes(job.inventory.linears) + small + HEADERS - work.nbytes
     disk = needed, check_disk(Path(settings.output), needed)
@@ -219,6 +229,8 @@ def _say_plan(
     )
     if text := memory_text(job.opened.model):
         progress.say(text)
+    if tuner is not None:
+        progress.say(tuner.plan())
     progress.say(perplexities.plan())
     done = work.finished(job.inventory.n_blocks)
     there = (
@@ -348,6 +360,10 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
         return BankSource(model, quantized, formats, bank)
     iterations = settings.autoround_iterations
     return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
+
+
+def _tuner(settings: QuantizeSettings, job: _Job, progress: Progress) -> Tuner:
+    return Tuner(settings, job.opened, job.configuration, job.output.dtype, progress)
 
 
 def _blocks(source: BlockSource, work: WorkFolder, job: _Job, progress: Progress) -> list[BlockResult]:

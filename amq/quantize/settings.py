@@ -48,12 +48,16 @@ class QuantizeSettings(LoadSettings):
         "fractional", "other tools' formats need integer or symmetric ones", ROUND, choices=ZERO_POINTS
     )
     rotation: str | None = flag(
-        None, f"{ROTATION_HELP}; without it as the configuration's search had it, else auto. Only gptq, clip, hqq and "
-        "rtn rotate; where --zero-points are as other tools need them, auto is none", ROUND, choices=ROTATIONS,
+        None, f"{ROTATION_HELP}; without it as the configuration's search had it, else auto. Only gptq, guided, clip, "
+        "hqq and rtn rotate; where --zero-points are as other tools need them, auto is none", ROUND, choices=ROTATIONS,
     )  # fmt: skip
     autoround_iterations: int = flag(
         50, "tuning steps per block of autoround, whose own default is 200", ROUND, least=1, metavar="N"
     )
+    tune: float | None = flag(
+        None, "minutes of tuning scales, zero points and norms end to end, on text that the model writes itself",
+        ROUND, above=0, metavar="MINUTES",
+    )  # fmt: skip
     calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", ROUND, metavar="TEXT")
     windows: int = flag(64, "calibration windows", ROUND, least=1, metavar="N")
     window_length: int = flag(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
-from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
+from amq.formats import FORMATS, KEPT, NO_ROTATION, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings

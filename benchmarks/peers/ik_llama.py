@@ -20,7 +20,7 @@ from amq.bench.machine import OtherWork, memory
 from amq.errors import AmqError
 
 from .base import missing_module
-from .llama_cpp import BATCH, MICRO_BATCH, PAD, Batch, prompt_batches
+from .llama_cpp import BATCH, MICRO_BATCH, PAD, Batch, prompt_batches, score
 
 NAME = "ik_llama.cpp"
 PROJECT = "ik-llama-cpp-python"
@@ -101,6 +101,22 @@ class IkLlama:
         for batch in batches:
             self._run(batch)
         return {"seconds": time.perf_counter() - start, "others": others.share()}
+
+    def log_likelihood(self, windows: list[list[int]], unscored: int) -> float:
+        """As `LlamaCpp.log_likelihood`."""
+        import numpy as np
+
+        logits = self._api._lib.llama_get_logits
+        logits.restype, logits.argtypes = ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]
+        total = 0.0
+        for window in windows:
+            self._prepare(1, len(window))
+            batch = Batch(self._api, len(window))
+            batch.fill([0] * len(window), 0, window, logits=len(window))
+            self._run(batch)
+            rows = np.ctypeslib.as_array(logits(self._context), (len(window), self._vocabulary))
+            total += score(rows, window, unscored)
+        return total
 
     def _prepare(self, sequences: int, positions: int) -> None:
         """An empty cache for so many sequences, in a context just large enough."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,9 +133,7 @@ class LlamaCpp:
             self._run(batch.raw)
             address = self._api.llama_get_logits(self._context)
             rows = np.ctypeslib.as_array(address, (len(window), self._vocabulary))
-            for logits, target in zip(rows[unscored:], window[unscored + 1 :], strict=False):
-                largest = logits.max()
-                total += float(logits[target] - largest - np.log(np.exp(logits - largest).sum(dtype=np.float64)))
+            total += score(rows, window, unscored)
         return total
 
     def _prepare(self, sequences: int, positions: int, all_logits: bool) -> None:
@@ -162,6 +161,20 @@ class LlamaCpp:
         if status:
             raise AmqError(f"llama_decode returned {status} for {batch.n_tokens} tokens ({self._configuration})")
         self._api.llama_synchronize(self._context)
+
+
+def score(rows: Any, window: Sequence[int], unscored: int) -> float:
+    """Sum of the log-probabilities of window[unscored + 1 :].
+
+    rows: float32 [len(window), vocabulary], the logits after each of its tokens.
+    """
+    import numpy as np
+
+    total = 0.0
+    for logits, target in zip(rows[unscored:], window[unscored + 1 :], strict=False):
+        largest = logits.max()
+        total += float(logits[target] - largest - np.log(np.exp(logits - largest).sum(dtype=np.float64)))
+    return total
 
 
 class Batch:
@@ -213,10 +226,12 @@ def _repacked_buffers() -> Any:
     return (_Override * 2)(_Override(LINEARS, make()))
 
 
-def quantize_file(source: str, output: str, kind: str, threads: int) -> None:
-    """llama.cpp's own quantizer, without an importance matrix; a file that is quantized already is quantized again.
+def quantize_file(
+    source: str, output: str, kind: str, threads: int, importance: Mapping[str, Any] | None = None
+) -> None:
+    """llama.cpp's own quantizer; a file that is quantized already is quantized again.
 
-    kind: `Q4_0`, `Q4_K_M`, … as llama.cpp names them.
+    kind: `Q4_0`, `Q4_K_M`, … as llama.cpp names them. importance: {tensor: float32 [in_features]}, `peers.imatrix`.
     """
     api = _library()
     code = getattr(api, f"LLAMA_FTYPE_MOSTLY_{kind.upper()}", None)
@@ -225,6 +240,12 @@ def quantize_file(source: str, output: str, kind: str, threads: int) -> None:
         raise AmqError(f"--gguf {kind}: neither a .gguf file nor a type of llama.cpp, which knows {', '.join(known)}")
     parameters = api.llama_model_quantize_default_params()
     parameters.ftype, parameters.nthread, parameters.allow_requantize = code, threads, True
+    entries = (api.llama_model_imatrix_data * (len(importance or ()) + 1))()  # an empty one ends it
+    for entry, (name, values) in zip(entries, (importance or {}).items(), strict=False):
+        entry.name, entry.size = name.encode(), len(values)
+        entry.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
+    if importance:
+        parameters.imatrix = entries
     if api.llama_model_quantize(source.encode(), output.encode(), ctypes.byref(parameters)):
         raise AmqError(f"llama.cpp could not quantize {source} to {kind}")
 

@@ -52,7 +52,7 @@ public:
         row_ = take<float>(features);
         if (!p.hessian) return;
         slab_.errors = take<float>(features * lanes);
-        slab_.spread = take<float>(features * lanes);
+        slab_.off = take<float>(features * lanes);
         slab_.sums = take<float>(kColumns * lanes);
         slab_.panel = take<float>(kDepth * kColumns);
         slab_.inner = take<float>(groups * groups * lanes);

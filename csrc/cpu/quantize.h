@@ -7,9 +7,9 @@
 //     (w − ŵ) H (w − ŵ)ᵀ = Σ_k D[k] · (aim[k] − ŵ[k])²,     aim[k] = w[k] + Σ_{j<k} (w[j] − ŵ[j]) · M[j, k]
 //
 // so that rounding `aim` feature by feature is what the reference does with the factor of H⁻¹, without the inverse. After it,
-// scale and zero point of all groups of a row are solved again. In the basis of a group's rounded weights ŵ_g and of ones,
-// Φ, a step δ of the grid changes the error by −2 δᵀ Φᵀ H (w − ŵ) + δᵀ (Φᵀ H Φ) δ, which is never the difference of two large
-// numbers; H (w − ŵ) = M (D · (aim − ŵ)) is triangular too.
+// codes change one by one where that lowers the error (quantize_sweep.h), and scale and zero point of all groups of a row are
+// solved again. In the basis of a group's rounded weights ŵ_g and of ones, Φ, a step δ of the grid changes the error by
+// −2 δᵀ Φᵀ H (w − ŵ) + δᵀ (Φᵀ H Φ) δ, which is never the difference of two large numbers.
 //
 // 32 rows lie side by side (a *tile*), feature after feature, so that every step is a loop over lanes: no row sees another,
 // and the result depends neither on the rows beside it nor on the number of threads.
@@ -54,9 +54,9 @@ struct RoundingProblem {
     int n_shrinks, refits;    // and how often each is refitted
 
     // Null for rounding to nearest.
+    int sweeps;               // after rounding: how often every code is looked at again
     const float* hessian;     // [in_features, in_features]
-    const float* factor;      // [in_features, in_features], in order: M above the diagonal, Mᵀ below, ones on it
-    const float* pivots;      // [in_features], in order: D
+    const float* factor;      // [in_features, in_features], in order: M, on and above its diagonal
     const int64_t* order;     // [in_features]: which feature comes k-th
     const float* sums;        // [in_features, n_groups]: Σ of H's columns of each group
     const double* totals;     // [n_groups, n_groups]: Σ of `sums` over rows of each group
@@ -67,7 +67,7 @@ struct Slab {
     int tiles;
     float* values;   // [in_features]: weights, then rounded weights
     float* errors;   // [in_features], in order: w − ŵ
-    float* spread;   // [in_features], in order: D · (aim − ŵ)
+    float* off;      // [in_features]: w − ŵ
     uint8_t* codes;  // [in_features]
     float* scale;    // [n_groups]
     float* zero;     // [n_groups]

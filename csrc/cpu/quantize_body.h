@@ -9,28 +9,11 @@
 #include "quantize_grid.h"
 #include "quantize_panel.h"
 #include "quantize_refit.h"
+#include "quantize_sweep.h"
 #include "symmetric_body.h"
 
 namespace amq {
 namespace {
-
-AMQ_INLINE void clear_sums(const Slab& slab) {
-    std::memset(slab.sums, 0, sizeof(float) * kColumns * kTile * slab.tiles);
-}
-
-// Adds to every tile's sums the product of the features `from` … `to` − 1 of x [tiles][in_features][kTile] with `columns`
-// columns of `matrix` from `first` on.
-template <class S>
-AMQ_INLINE void add_products(const Slab& slab, int64_t in_features, const float* matrix, int64_t stride, int64_t first,
-                             int64_t columns, const float* x, int64_t from, int64_t to) {
-    for (int64_t j = from; j < to; j += kDepth) {
-        const int64_t rows = to - j < kDepth ? to - j : kDepth;
-        pack_panel<S>(matrix + j * stride + first, stride, rows, columns, false, slab.panel);
-        for (int t = 0; t < slab.tiles; ++t)
-            multiply_panel<S>(slab.panel, rows, 0, rows, 0, strips<S>(columns), x + (t * in_features + j) * kTile,
-                              slab.sums + t * kColumns * kTile);
-    }
-}
 
 // Rounds the k-th feature of one tile; sum: Σ_{j<k} (w[j] − ŵ[j]) · M[j, k], [kTile].
 template <class S>
@@ -38,14 +21,14 @@ AMQ_INLINE void round_feature(const RoundingProblem& p, const Slab& slab, int ti
     const int64_t feature = p.order[k], at = (tile * p.in_features + feature) * kTile;
     const int64_t ordered = (tile * p.in_features + k) * kTile;
     const int64_t group = (tile * p.n_groups + feature / p.group_size) * kTile;
-    const auto pivot = S::splat(p.pivots[k]);
     for (int v = 0; v < kTile; v += 16) {
         const auto weight = S::load_float(slab.values + at + v), aim = S::add(weight, S::load_float(sum + v));
         const auto scale = S::load_float(slab.scale + group + v), zero = S::load_float(slab.zero + group + v);
         const auto code = nearest_code<S>(aim, scale, zero, S::load_float(slab.top + tile * kTile + v));
         const auto rounded = S::mul(S::sub(code, zero), scale);
-        S::store(slab.errors + ordered + v, S::sub(weight, rounded));
-        S::store(slab.spread + ordered + v, S::mul(pivot, S::sub(aim, rounded)));
+        const auto error = S::sub(weight, rounded);
+        S::store(slab.errors + ordered + v, error);
+        S::store(slab.off + at + v, error);
         S::store(slab.values + at + v, rounded);
         store_codes<S>(slab.codes + at + v, code);
     }
@@ -79,7 +62,7 @@ AMQ_INLINE void round_all(const RoundingProblem& p, const Slab& slab) {
         const int64_t count = p.in_features - start < kColumns ? p.in_features - start : kColumns;
         clear_sums(slab);
         add_products<S>(slab, p.in_features, p.factor, p.in_features, start, count, slab.errors, 0, start);
-        pack_panel<S>(p.factor + start * p.in_features + start, p.in_features, count, count, false, slab.panel);
+        pack_panel<S>(p.factor + start * p.in_features + start, p.in_features, count, count, slab.panel);
         for (int t = 0; t < slab.tiles; ++t) round_block<S>(p, slab, t, start, count);
     }
 }
@@ -93,21 +76,17 @@ AMQ_INLINE void add_lanes(float* to, const float* a, const float* b) {
     }
 }
 
-// → push, from H (w − ŵ) = M · spread.
+// → push.
 template <class S>
 AMQ_INLINE void collect_push(const RoundingProblem& p, const Slab& slab) {
     std::memset(slab.push, 0, sizeof(float) * 2 * p.n_groups * kTile * slab.tiles);
     for (int64_t start = 0; start < p.in_features; start += kColumns) {
-        const int64_t stop = p.in_features - start < kColumns ? p.in_features : start + kColumns, count = stop - start;
+        const int64_t count = p.in_features - start < kColumns ? p.in_features - start : kColumns;
         clear_sums(slab);
-        pack_panel<S>(p.factor + start * p.in_features + start, p.in_features, count, count, true, slab.panel);
-        for (int t = 0; t < slab.tiles; ++t)
-            multiply_panel<S>(slab.panel, count, 0, count, 0, strips<S>(count),
-                              slab.spread + (t * p.in_features + start) * kTile, slab.sums + t * kColumns * kTile);
-        add_products<S>(slab, p.in_features, p.factor, p.in_features, start, count, slab.spread, stop, p.in_features);
+        add_products<S>(slab, p.in_features, p.hessian, p.in_features, start, count, slab.off, 0, p.in_features);
         for (int t = 0; t < slab.tiles; ++t)
             for (int64_t c = 0; c < count; ++c) {
-                const int64_t feature = p.order[start + c];
+                const int64_t feature = start + c;
                 const float* sum = slab.sums + (t * kColumns + c) * kTile;
                 float* push = slab.push + (t * p.n_groups + feature / p.group_size) * 2 * kTile;
                 add_lanes<S>(push, sum, slab.values + (t * p.in_features + feature) * kTile);
@@ -157,6 +136,7 @@ AMQ_INLINE void collect_mixed(const RoundingProblem& p, const Slab& slab) {
 template <class S>
 void compensated(const RoundingProblem& p, const Slab& slab) {
     round_all<S>(p, slab);
+    for (int sweep = 0; sweep < p.sweeps; ++sweep) sweep_all<S>(p, slab);
     collect_push<S>(p, slab);
     collect_inner<S>(p, slab);
     if (p.zero_points == ZeroPoints::fractional) collect_mixed<S>(p, slab);

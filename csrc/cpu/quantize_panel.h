@@ -11,9 +11,8 @@ namespace amq {
 namespace {
 
 // Panels: `rows` rows of a matrix and `columns` columns, as strips of kGemmRows columns, zeros after the last.
-// Where `lower` is set, zeros stand above the diagonal of this square too.
 template <class S>
-AMQ_INLINE void pack_panel(const float* matrix, int64_t stride, int64_t rows, int64_t columns, bool lower, float* panel) {
+AMQ_INLINE void pack_panel(const float* matrix, int64_t stride, int64_t rows, int64_t columns, float* panel) {
     constexpr int kStrip = S::kGemmRows;
     for (int64_t c = 0; c < columns; c += kStrip, panel += rows * kStrip) {
         const int64_t width = columns - c < kStrip ? columns - c : kStrip;
@@ -24,8 +23,6 @@ AMQ_INLINE void pack_panel(const float* matrix, int64_t stride, int64_t rows, in
                 std::memcpy(to, from, sizeof(float) * kStrip);
             else
                 for (int i = 0; i < kStrip; ++i) to[i] = i < width ? from[i] : 0.0f;
-            if (lower)
-                for (int i = 0; i < kStrip; ++i) to[i] = j >= c + i ? to[i] : 0.0f;
         }
     }
 }
@@ -66,6 +63,24 @@ AMQ_INLINE void multiply_panel(const float* panel, int64_t panel_rows, int64_t s
 template <class S>
 AMQ_INLINE int64_t strips(int64_t columns) {
     return (columns + S::kGemmRows - 1) / S::kGemmRows;
+}
+
+AMQ_INLINE void clear_sums(const Slab& slab) {
+    std::memset(slab.sums, 0, sizeof(float) * kColumns * kTile * slab.tiles);
+}
+
+// Adds to every tile's sums the product of the features `from` … `to` − 1 of x [tiles][in_features][kTile] with `columns`
+// columns of `matrix` from `first` on.
+template <class S>
+AMQ_INLINE void add_products(const Slab& slab, int64_t in_features, const float* matrix, int64_t stride, int64_t first,
+                             int64_t columns, const float* x, int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; j += kDepth) {
+        const int64_t rows = to - j < kDepth ? to - j : kDepth;
+        pack_panel<S>(matrix + j * stride + first, stride, rows, columns, slab.panel);
+        for (int t = 0; t < slab.tiles; ++t)
+            multiply_panel<S>(slab.panel, rows, 0, rows, 0, strips<S>(columns), x + (t * in_features + j) * kTile,
+                              slab.sums + t * kColumns * kTile);
+    }
 }
 
 }  // namespace

@@ -15,7 +15,7 @@ void multiply_columns(const ColumnProduct& p, const ProductMemory& memory) {
     std::memset(memory.sums, 0, sizeof(float) * tiles * kColumns * kTile);
     for (int64_t j = p.from; j < p.to; j += kDepth) {
         const int64_t rows = p.to - j < kDepth ? p.to - j : kDepth;
-        pack_panel<S>(p.matrix + j * p.stride + p.first, p.stride, rows, p.columns, false, memory.panel);
+        pack_panel<S>(p.matrix + j * p.stride + p.first, p.stride, rows, p.columns, memory.panel);
         for (int64_t t = 0; t < tiles; ++t) {
             const int64_t lane = p.lane + t * kTile, left = p.lane + p.lanes - lane, width = left < kTile ? left : kTile;
             float* x = memory.lanes + t * kDepth * kTile;

@@ -14,14 +14,24 @@ Quantizer = Callable[..., "list[dict[str, PackedWeight]]"]
 """quantize(weights, formats, group_size, gram, zero_points="fractional") -> one {format name: PackedWeight} per weight.
 
 weights: the linears that share one input, [out_features_i, in_features] each, any float dtype.
-gram: float32 [in_features, in_features], the mean of x xᵀ over calibration tokens, or None where `NEEDS_GRAM` is False.
+gram: float32 [in_features, in_features], the mean of x xᵀ over calibration tokens, weighted for those in
+    `NEEDS_WEIGHTS`; or None where a quantizer is not in `NEEDS_GRAM`.
 zero_points: one of `ZERO_POINTS`.
 """
 
 QUANTIZERS: Registry[Quantizer] = Registry(
-    "quantizer", {name: f"amq.quantize.quantizers.{name}:quantize" for name in ("gptq", "clip", "hqq", "rtn")}
+    "quantizer",
+    {
+        "gptq": "amq.quantize.quantizers.gptq:quantize",
+        "guided": "amq.quantize.quantizers.gptq:quantize",
+        "clip": "amq.quantize.quantizers.clip:quantize",
+        "hqq": "amq.quantize.quantizers.hqq:quantize",
+        "rtn": "amq.quantize.quantizers.rtn:quantize",
+    },
 )
-NEEDS_GRAM = frozenset({"gptq", "clip"})
+NEEDS_GRAM = frozenset({"gptq", "guided", "clip"})
+NEEDS_WEIGHTS = frozenset({"guided"})
+"""Their tokens count by `amq.model.token_weights`."""
 ZERO_POINTS = ("fractional", "integer", "symmetric")
 """What a zero point may be: any fp16 number; a whole code; levels // 2 everywhere. Other tools' formats need the last
 two."""

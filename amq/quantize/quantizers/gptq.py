@@ -3,8 +3,10 @@
 With H = E[x xᵀ] over calibration inputs, the output error of a row is (w − ŵ) H (w − ŵ)ᵀ. Input features are rounded
 one by one, in order of falling H[k, k]; each takes up the errors of those before it through the Cholesky
 factor of H. Two things differ from the paper's algorithm. The grids are fitted first, to the original weights
-(`fitted_grid` with importance diag H), so the order is free; and once all codes are fixed, scale and zero point of all
-groups of a row are solved again for the least output error, a linear least-squares problem of 2·n_groups unknowns.
+(`fitted_grid` with importance diag H), so the order is free. And once all features are rounded, every code is looked at
+again, `SWEEPS` times, with the errors of all others as they are (coordinate descent: QuantEase, arXiv 2309.01885); then
+scale and zero point of all groups of a row are solved again for the least output error, a linear least-squares problem
+of 2·n_groups unknowns.
 
 Rows do not interact, so linears that share an input, at all their formats, are stacked into one tall matrix and one
 loop over the input features serves them all.
@@ -35,7 +37,7 @@ from amq.quantize.quantizers.grid import (
     storable,
     to_groups,
 )
-from amq.util.symmetric import cholesky, mirror
+from amq.util.symmetric import cholesky
 from amq.util.threads import each
 
 Grid = tuple[Tensor, Tensor]
@@ -43,17 +45,21 @@ Grid = tuple[Tensor, Tensor]
 
 log = logging.getLogger(__name__)
 
-DAMPING = 0.1
+DAMPING = 0.3
 """Added to the diagonal of H, as a share of its mean; raised tenfold until the Cholesky factor exists. More than the
-paper's 0.01, because calibration text is not what the model will read: on SmolLM2, calibrated on the language reference
-and measured on WikiText, 0.1 lowers the output error at int2 and int3 by 4 to 5 %, and raises it by 2 to 3 % on the
-reference."""
+paper's 0.01, because calibration text is not what the model will read. On SmolLM2, calibrated on 16 windows of the
+language reference, two sweeps at 0.3 leave an output error 1.4 % below those at 0.1 on docstrings, and 5 % on
+WikiText, at int2 and int3; on the reference itself it is 7 % above."""
+SWEEPS = 4
+"""How often every code is looked at again, before the grids are solved. On SmolLM2, rotated, group 64, blocks 1, 4 and
+7: the output error on calibration text falls by 6 and 5 % at the first, 10 % (int2) and 9 % (int3) after four; on two other
+texts by 4 and 2 %, 3 and 1.5 %. A sweep costs a twentieth of the whole."""
 BLOCK = 64
 """Input features whose errors are spread at once."""
 ROWS = 512
 """Rows worked on at once on a CPU, whose second-level cache holds their block of features; at least, on a GPU."""
-ROUND_BYTES, ROUND_BYTES_PER_CODE = 1 << 30, 5
-"""Most bytes that rounding takes at once on a GPU, and what it takes for each code: its error and itself."""
+ROUND_BYTES, ROUND_BYTES_PER_CODE = 1 << 30, 9
+"""Most bytes that rounding takes at once on a GPU, and what it takes for each code: its error, twice, and itself."""
 REFIT_BYTES, REFIT_BYTES_PER_CODE, REFIT_BYTES_PER_ENTRY = 512 << 20, 32, 28
 """The same for fitting grids: for each code of a row eight float32, and for each entry of its matrix one, and
 three float64 that it is solved in."""
@@ -118,14 +124,11 @@ def damped(gram: Tensor) -> Tensor:
 def compensation_of(gram: Tensor) -> Compensation:
     """What rounding needs of H: it, damped, and H = M D Mᵀ for its features in order of falling H[k, k].
 
-    All on the device of `gram`; on others than the CPU, what is below the diagonal of the factor is of no use.
+    All on the device of `gram`; what is below the diagonal of the factor is of no use.
     """
     hessian, order, upper = _factorized(gram)
-    pivots = upper.diagonal().clone()
-    upper /= pivots.unsqueeze(1)
-    if gram.device.type == "cpu":
-        mirror(upper)
-    return Compensation(hessian, upper.t().flip(0, 1), pivots.flip(0).square(), order)
+    upper /= upper.diagonal().clone().unsqueeze(1)
+    return Compensation(hessian, upper.t().flip(0, 1), order, SWEEPS)
 
 
 def _factorized(gram: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,7 +234,33 @@ class _Problem:
                 codes[places[k]] = torch.minimum(code, top, out=code)
                 error = torch.sub(zero[group], code, out=errors[k]).mul_(scale[group]).add_(plain[k - start])
                 target[k - start + 1 :].addr_(factor[k, k + 1 : stop], error)
+        if self.compensation.sweeps:
+            errors[order] = errors.clone()  # in the model's order from here on
+            for _ in range(self.compensation.sweeps):
+                self._sweep(codes, errors, scale, zero, top)
         return [part.t() for part in codes.split(rows, dim=1)]
+
+    def _sweep(self, codes: Tensor, errors: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> None:
+        """Changes codes one by one where that lowers the output error, and the errors w − ŵ with them.
+
+        Both feature-major, [in_features, rows], in the model's order; scale, zero: [n_groups, rows]; top: [rows].
+        With all else as it is, e[k] is best where (e H)[k] = 0, so the best code is that nearest to
+        ŵ[k] + (e H)[k] / H[k, k].
+        """
+        hessian, in_features = self.compensation.hessian, len(codes)
+        curvature = hessian.diagonal().tolist()
+        for start in range(0, in_features, BLOCK):
+            stop = min(start + BLOCK, in_features)
+            push = hessian[start:stop] @ errors
+            for k in range(start, stop):
+                group = k // self.group_size
+                rounded = (codes[k] - zero[group]).mul_(scale[group])
+                code = push[k - start].div(curvature[k]).add_(rounded)
+                code = code.div_(scale[group]).add_(zero[group]).round_().clamp_(min=0.0)
+                codes[k] = torch.minimum(code, top, out=code)
+                move = rounded.sub_(code.sub_(zero[group]).mul_(scale[group]))
+                errors[k] += move
+                push[k - start + 1 :].addr_(hessian[k, k + 1 : stop], move)
 
 
 def _refit(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor, zeros_move: bool) -> Grid:
