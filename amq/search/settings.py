@@ -118,7 +118,7 @@ class SearchSettings(LoadSettings, BudgetSettings):
     bank_windows: int = flag(24, "windows that calibrate the gptq bank", MEASURE, least=1, metavar="N")
     loss: str = flag(
         "jsd",
-        "what is minimised: divergence from the full-precision model on windows of --calibration, or how early greedy "
+        "what is minimised: divergence from the full-precision model on windows of --calibration, or how far greedy "
         "answers to the model's own prompts differ from its (answers)",
         MEASURE,
         choices=OBJECTIVES,
