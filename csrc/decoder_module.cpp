@@ -84,7 +84,7 @@ void check_states(const std::vector<amq::Segment>& segments) {
 
 void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<SegmentTuple>& segments,
              std::vector<int64_t> wanted, const Memory& logits, const Memory& cache, const Memory& states, int threads,
-             const std::string& isa_name) {
+             const std::string& isa_name, bool final) {
     const amq::DecoderModel& m = decoder.model();
     amq::Pass pass{};
     if (m.page_bytes > 0) pass.cache = address_of<uint8_t>(cache, "cache", m.page_bytes);
@@ -109,8 +109,9 @@ void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<Segm
     pass.wanted = std::move(wanted);
     const int64_t n_wanted = static_cast<int64_t>(pass.wanted.size());
     require(n_wanted <= pass.rows, "wanted rows", "at most those of the pass", n_wanted);
-    const int64_t logits_bytes = product({n_wanted, m.vocabulary, 4}, "logits");
-    pass.logits = n_wanted == 0 ? nullptr : address_of<float>(logits, "logits", logits_bytes);
+    const int64_t logits_bytes = product({n_wanted, final ? m.hidden : m.vocabulary, 4}, "logits");
+    float* const out = n_wanted == 0 ? nullptr : address_of<float>(logits, "logits", logits_bytes);
+    (final ? pass.final : pass.logits) = out;
     require_threads(threads);
     const amq::Isa& isa = amq::find_isa(isa_name);
     py::gil_scoped_release release;
@@ -127,5 +128,6 @@ void bind_decoder(py::module_& m) {
         .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes; })
         .def_property_readonly("state_floats", [](const amq::Decoder& d) { return d.model().state_floats; })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),
-             py::arg("cache"), py::arg("states"), py::arg("threads"), py::arg("isa") = "", "One pass over rows of several sequences");
+             py::arg("cache"), py::arg("states"), py::arg("threads"), py::arg("isa") = "", py::arg("final") = false,
+             "One pass over rows of several sequences; final: float32 [wanted, hidden], the stream behind the last step, goes to `logits`");
 }

@@ -22,7 +22,7 @@ LAYERS = (
         "kernels",
         "integrations",
     ),
-    *("quantize", "proxy", "search", "report", "eval", "export", "split", "runtime", "bench", "serve", "generate"),
+    *("runtime", "quantize", "proxy", "search", "report", "eval", "export", "split", "bench", "serve", "generate"),
     "cli",
 )
 """From the top of the house down: a folder or file of amq/ imports only what stands before it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny_models import byte_tokenizer, tiny_llama
+from helpers.tiny_models import ARCHITECTURES, byte_tokenizer, tiny_llama
 
 import amq
 from amq.configuration import Configuration
@@ -363,8 +363,9 @@ def test_memory_budget_counts_everything(folder, tmp_path):
         amq.search(str(folder), tmp_path / "c", **QUICK, memory="48KiB", context=32, head="16bit")
 
 
-def test_no_room_for_a_second_copy_of_the_model(folder, finished, tmp_path, monkeypatch, capsys):
+def test_no_room_for_a_second_copy_of_the_model(folder, tmp_path, monkeypatch, capsys):
     """The same search with one block's working copies at a time; refused where not even these fit."""
+    plenty = amq.search(str(folder), tmp_path / "plenty", **QUICK, target_bits=3.4, backend="reference").path
     monkeypatch.setattr("amq.report.write_report", lambda run: [])
     asked = []
 
@@ -373,11 +374,13 @@ def test_no_room_for_a_second_copy_of_the_model(folder, finished, tmp_path, monk
         return asked[-1]
 
     monkeypatch.setattr("amq.search.run.working_bytes", working)
-    monkeypatch.setattr("amq.util.limits.free_memory", lambda: asked[0] - 1 if asked else 1 << 40)
+    monkeypatch.setattr("amq.util.limits.free_memory", lambda: asked[1] - 1 if asked[1:] else 1 << 40)
+    monkeypatch.setattr("amq.search.run.free_memory", lambda: 0)
     run = tmp_path / "run"
     status, _, said = command(folder, *flags(**QUICK, target_bits=3.4, output=run), capsys=capsys)
     assert status == 0 and "(working copies of one block at a time)" in said
-    assert asked[1] < asked[0] and archive(run) == archive(finished)
+    assert "the native engine needs" in said
+    assert asked[2] < asked[1] and archive(run) == archive(plenty)
     asked.clear()
     monkeypatch.setattr("amq.util.limits.free_memory", lambda: asked[-1] - 1 if asked else 1 << 40)
     with pytest.raises(AmqError, match="not enough memory for the working copy of one block, --cache-memory and --gpu"):
@@ -502,3 +505,42 @@ def test_bf16_search_runs(folder, tmp_path):
 def test_unknown_setting_in_python_is_an_error(tmp_path):
     with pytest.raises(AmqError, match="unknown search setting 'bits'"):
         amq.search("smollm2", tmp_path, bits=3)
+
+
+def test_auto_is_the_native_engine_and_says_so(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    status, _, err = command(folder, "--output", run, *flags(**QUICK, target_bits=3.3), capsys=capsys)
+    assert status == 0 and "plan: evaluations by the native engine with int8 activations" in err
+    assert RunFolder.open(run).run.measured_by == "native engine with int8 activations"
+    plain = amq.search(str(folder), tmp_path / "plain", **QUICK, target_bits=3.3, backend="reference")
+    assert RunFolder.open(plain.path).run.measured_by == "reference engine with fp32 activations"
+    exact = amq.search(str(folder), tmp_path / "exact", **QUICK, target_bits=3.3, activations="fp32")
+    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in (plain.path, exact.path, run)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
+    assert losses[0] != losses[2] and losses[0] == pytest.approx(losses[2], rel=0.1)
+
+
+def test_a_run_is_not_resumed_by_another_engine(folder, tmp_path, capsys):
+    run = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.3).path
+    state = json.loads((run / "run.json").read_text())
+    state["measured_by"] = "reference engine with fp32 activations"
+    (run / "run.json").write_text(json.dumps(state))
+    before = (run / "archive.jsonl").read_bytes()
+    status, _, err = command(folder, "--output", run, "--resume", *flags(**QUICK, target_bits=3.3), capsys=capsys)
+    assert (
+        status == 2 and "measured by the reference engine with fp32 activations, now they would be by the native" in err
+    )
+    assert (run / "archive.jsonl").read_bytes() == before
+
+
+def test_a_family_that_the_native_engine_lacks(tmp_path, capsys):
+    ARCHITECTURES["opt"].build().save_pretrained(tmp_path / "opt")
+    byte_tokenizer().save_pretrained(tmp_path / "opt")
+    given = flags(**{**QUICK, "group_size": 32}, target_bits=3.4)
+    status, _, err = command(tmp_path / "opt", "--output", tmp_path / "run", *given, capsys=capsys)
+    assert status == 0, err
+    assert "plan: evaluations by the reference engine with fp32 activations: the native engine runs " in err
+    for more in (("--backend", "native"), ("--activations", "int8")):
+        status, _, err = command(tmp_path / "opt", "--output", tmp_path / "other", *given, *more, capsys=capsys)
+        assert status == 2 and "not opt" in err and "take --backend" in err
+        assert not (tmp_path / "other").exists()

@@ -1,17 +1,19 @@
 """Evaluator: configurations → losses, mostly the mean divergence per token from the full-precision model.
 
 Many configurations are measured together: they go through the blocks side by side (`amq.proxy.walk`), in a resident
-model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes.
-What comes out behind the last block is measured by a `Meter`.
+model or in one whose blocks are in memory one at a time, and `LinearSwap` puts in the weights whose format changes; or
+they are passes of the engine for CPUs (`amq.proxy.native`), one configuration after the other. What comes out behind
+the last block is measured by a `Meter`.
 
 A linear's sensitivity (this linear in another format, all others as they are) is the loss of such a configuration;
-in the order of blocks, each shares with the others all that comes before its own block.
+in the order of blocks, each shares with the others all that comes before its own block, unless passes are native: those
+are whole ones, in the time of a walk through half the blocks.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -27,6 +29,7 @@ from amq.model.paging import pager_of
 from amq.model.states import StateStore
 from amq.proxy.answers import Agreement
 from amq.proxy.meter import Divergence, Measure, Meter, chunk_tokens
+from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader
 from amq.proxy.swap import LinearSwap
 from amq.proxy.walk import Formats, Walk
@@ -36,6 +39,9 @@ BATCH_TOKENS = 1024
 TOGETHER, TOGETHER_PAGED = 4, 64
 """Configurations that advance together at most: what a killed search measures again, and a `--time` overruns. More
 where every walk reads the model from disk; their hidden states may go there too."""
+
+Take = Callable[[int], Sequence[Tensor]]
+"""Final hidden states of a configuration, [windows, length, hidden_size] of each batch."""
 
 
 class Evaluator:
@@ -52,6 +58,7 @@ class Evaluator:
         torch's, and so is what a configuration leaves in full precision.
     unscored: leading positions of every window that have no loss, `Corpus.unscored`.
     answers: for the loss `answers`, what is measured instead of `windows`.
+    native: what makes the candidates' hidden states in the place of the model; `backend` is the head's then.
     whole: whether all blocks of a resident model may hold a configuration's weights at once. If not, each gets its own
         back before the next one's are made, as in a model whose blocks are in memory one at a time.
 
@@ -72,11 +79,12 @@ class Evaluator:
         unscored: int = 0,
         whole: bool = True,
         answers: Agreement | None = None,
+        native: NativeStates | None = None,
     ) -> None:
         if answers is None:
             LOSSES[loss]  # noqa: B018 - raises on an unknown name
         self._bank, self._inventory, self._memory = bank, inventory, cache_memory
-        self._runner = BlockRunner(loaded.model)
+        self._runner, self._native = BlockRunner(loaded.model), native
         self._paged = pager_of(loaded.model) is not None
         self._whole = whole and not self._paged
         linears, outer = (s.name for s in inventory.linears), [s.name for s in inventory.outer]
@@ -120,6 +128,19 @@ class Evaluator:
         batches = self._batches(self._windows[windows])
         size = self._windows[windows].numel() * self._state_bytes
         count = TOGETHER_PAGED if self._paged else max(1, min(TOGETHER, self._memory // size))
+        states = self._computed if self._native is not None else self._walked
+        for part, take in states(configurations, batches, count, size):
+            losses = self._losses(take, part, windows)
+            self._swap.trim(s.name for s in self._inventory.outer)
+            self.seconds += time.perf_counter() - start
+            yield losses
+            start = time.perf_counter()
+
+    def _walked(
+        self, configurations: Sequence[Formats], batches: Sequence[Tensor], count: int, size: int
+    ) -> Iterator[tuple[Sequence[Formats], Take]]:
+        """`count` configurations at a time, with what gives the final states of each by its place among them, which
+        are there until the next step. size: of the states of one, in bytes."""
         with StateStore(max(self._memory, 2 * size)) as store:
             walk = Walk(self._runner, self._swap, self._inventory, self._bank, batches, store, self._whole)
             ways = [walk.way(formats) for formats in configurations]
@@ -127,15 +148,23 @@ class Evaluator:
             for first in range(0, len(ways), count):
                 part, following = slice(first, first + count), ways[first + count : first + 2 * count]
                 keys, junction = walk.advance(ways[part], junction, following)
-                losses = self._losses(walk, keys, configurations[part], windows)
-                for key in set(keys) - {junction.key if junction else None}:
-                    walk.drop(key)
-                self._swap.trim(s.name for s in self._inventory.outer)
                 self.seconds_in_model += walk.seconds
                 walk.seconds = 0.0
-                self.seconds += time.perf_counter() - start
-                yield losses
-                start = time.perf_counter()
+                yield configurations[part], lambda i: walk.take(keys[i])  # noqa: B023 - used before the next step
+                for key in set(keys) - {junction.key if junction else None}:
+                    walk.drop(key)
+
+    def _computed(
+        self, configurations: Sequence[Formats], batches: Sequence[Tensor], count: int, size: int
+    ) -> Iterator[tuple[Sequence[Formats], Take]]:
+        """As `_walked`, natively."""
+        assert self._native is not None
+        for first in range(0, len(configurations), count):
+            part = configurations[first : first + count]
+            start = time.perf_counter()
+            finals = [self._native.final(formats, self._bank, batches) for formats in part]
+            self.seconds_in_model += time.perf_counter() - start
+            yield part, finals.__getitem__
 
     def sensitivities(
         self, base: Formats, changes: Iterable[tuple[str, str]], windows: str = "search"
@@ -188,16 +217,16 @@ class Evaluator:
         self.seconds_in_model += time.perf_counter() - begin
         return logits.float().contiguous()
 
-    def _losses(self, walk: Walk, keys: Sequence[int], configurations: Sequence[Formats], windows: str) -> list[float]:
-        """Of configurations whose final states are in the walk's store under `keys`."""
+    def _losses(self, take: Take, configurations: Sequence[Formats], windows: str) -> list[float]:
+        """take: gives the final states of each of `configurations`, by its place."""
         heads = [formats.get(self._head, KEPT.name) if self._head else KEPT.name for formats in configurations]
-        losses = [0.0] * len(keys)
+        losses = [0.0] * len(heads)
         for head in sorted(set(heads)):
             chosen = [index for index, own in enumerate(heads) if own == head]
             together = max(1, self._memory // self._meter.nbytes(windows))
             for first in range(0, len(chosen), together):
                 part = chosen[first : first + together]
-                found = self._meter.losses(windows, [self._scored(walk.take(keys[i]), windows) for i in part], head)
+                found = self._meter.losses(windows, [self._scored(take(i), windows) for i in part], head)
                 for index, loss in zip(part, found, strict=True):
                     losses[index] = loss
         return losses

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from amq.checkpoint.store import Checkpoint
+from amq.checkpoint.record import QuantizationRecord
 from amq.errors import AmqError
 from amq.packing import PackedWeight
 from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Mixture, Projection, Router, Table
@@ -15,6 +17,22 @@ from amq.runtime.families import Unsupported
 
 FLOATS = ("F32", "F16", "BF16")
 """What tensors that are not packed may be, as safetensors spells it."""
+
+
+class Source(Protocol):
+    """What weights are read from: an `amq.checkpoint.store.Checkpoint`, or what answers as one does."""
+
+    folder: Path
+    record: QuantizationRecord
+
+    @property
+    def other_names(self) -> list[str]: ...
+
+    def described(self, name: str) -> tuple[str, list[int]]: ...
+
+    def tensor(self, name: str) -> Tensor: ...
+
+    def packed(self, linear: str) -> PackedWeight: ...
 
 
 class Weights:
@@ -26,7 +44,7 @@ class Weights:
     AmqError where it lacks something, or has it in another shape.
     """
 
-    def __init__(self, checkpoint: Checkpoint, spec: DecoderSpec, context: int) -> None:
+    def __init__(self, checkpoint: Source, spec: DecoderSpec, context: int) -> None:
         self.checkpoint, self.spec, self.formats = checkpoint, spec, checkpoint.record.formats
         self.tables: list[Tensor] = []
         self._known: dict[str, tuple[int, int]] = {}  # by name: address and bytes

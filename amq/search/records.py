@@ -203,10 +203,10 @@ class Evaluations:
 class RunFile(JsonFile):
     """run.json: what was searched, how, and how far it came.
 
-    status: running, stopped (by `--time`) or finished; rotation: of the bank, one of `BANK_ROTATIONS`; linears: of the
-    blocks, the experts of a layer and role in one entry. outer: head and embeddings, which `--head 16bit` leaves out of
-    the search. pinned: {linear: format} by the user and by pruning. timings: {stage: seconds} and `evaluations` are
-    known at the end.
+    status: running, stopped (by `--time`) or finished; measured_by: what ran the candidates, which runs before
+    2026-12-01 do not say; rotation: of the bank, one of `BANK_ROTATIONS`; linears: of the blocks, the experts of a
+    layer and role in one entry. outer: head and embeddings, which `--head 16bit` leaves out of the search. pinned:
+    {linear: format} by the user and by pruning. timings: {stage: seconds} and `evaluations` are known at the end.
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/run/3", "amq/run/2", "amq/run/1")
@@ -222,6 +222,7 @@ class RunFile(JsonFile):
     versions: dict[str, str]
     machine: MachineEntry
     bank: str = ""
+    measured_by: str = ""
     rotation: str = NO_ROTATION
     linears: tuple[LinearEntry, ...]
     outer: tuple[LinearEntry, ...] = ()

@@ -30,10 +30,12 @@ from amq.model.text import Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import fisher_passes
+from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
 from amq.quantize.methods import AUTO, rotation_of
 from amq.quantize.rotate import check_widths
+from amq.runtime.families import Unsupported
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
 from amq.search.conduct import SearchResult, Timings, conduct
@@ -51,10 +53,10 @@ from amq.search.records import (
 )
 from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import COSTS, SearchSettings, differences
+from amq.search.settings import COSTS, NATIVE, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
-from amq.util.limits import check_memory, fits
+from amq.util.limits import check_memory, fits, free_memory
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
 
@@ -65,6 +67,8 @@ REFERENCE = "reference"
 """The backend that multiplies with matrices in the model's own dtype."""
 CACHES = 3
 """What `--cache-memory` bounds, each for itself: reference distributions, hidden states, weights that are ready."""
+READY_SHARE = 4
+"""Of the free memory, a quarter may be weights that are ready for the native engine, in all of their formats."""
 
 
 @dataclass
@@ -72,7 +76,7 @@ class _Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
     quantized: its weights without those that are kept in 16 bits. rotation: of the bank. near: the bank for the device
-    that the model is on.
+    that the model is on. measured_by: what `evaluator` runs candidates on.
     """
 
     opened: OpenModel
@@ -82,6 +86,7 @@ class _Stage:
     rotation: str
     near: BankReader
     evaluator: Evaluator
+    measured_by: str
     cost_windows: torch.Tensor
     corpus: Corpus
     windows_key: str
@@ -152,6 +157,11 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
             f"the tokenizer of {settings.model} or the version of amq has changed, or, with --objective {ANSWERS}, the "
             "model answered anew on another processor; use another --output"
         )
+    if previous.measured_by not in ("", stage.measured_by):
+        raise AmqError(
+            f"--resume: the configurations of {output} were measured by the {previous.measured_by}, now they would be "
+            f"by the {stage.measured_by}: give --backend and --activations as they were, or use another --output"
+        )
 
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:
@@ -161,7 +171,8 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
         check_widths(rotation_of(settings.proxy, settings.rotation), _quantized(inventory, space).linears)
-        whole = _plan_memory(settings, opened, space, progress)
+        engine = _engine(settings, opened, space, progress)
+        whole = _plan_memory(settings, opened, space, engine, progress)
         quantized = _quantized(inventory, space)
         budget = _budget(settings, opened, space)
     with timings.measure("text"):
@@ -187,9 +198,10 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
             opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
-            settings.backend, settings.activations, corpus.unscored, whole, answers,
+            engine.backend, engine.activations, corpus.unscored, whole, answers, engine.native,
         )  # fmt: skip
-    return _Stage(opened, quantized, space, bank, rotation, close, evaluator, cost_windows, corpus, windows_key, budget)
+    name, where = engine.name, windows_key
+    return _Stage(opened, quantized, space, bank, rotation, close, evaluator, name, cost_windows, corpus, where, budget)
 
 
 def bank_rotation(settings: SearchSettings, space: SearchSpace, budget: Budget) -> str:
@@ -215,13 +227,69 @@ def _answers(settings: SearchSettings, opened: OpenModel, progress: Progress) ->
     return Agreement({name: AnswerWindows.of(items) for name, items in parts.items()})
 
 
-def _plan_memory(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> bool:
+@dataclass(frozen=True)
+class _Engine:
+    """What runs the candidates: `native`, whose head `backend` multiplies, or `backend` alone within the model."""
+
+    backend: str
+    activations: str
+    native: NativeStates | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend if self.native is None else 'native'} engine with {self.activations} activations"
+
+
+def _engine(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> _Engine:
+    """What `--backend` and `--activations` stand for with this model; says so, with the reason where `auto` is not
+    native, and raises AmqError where what was asked for cannot be had."""
+    activations = settings.activations
+    if settings.backend not in (AUTO, NATIVE):
+        engine = _Engine(settings.backend, "fp32" if activations == AUTO else activations)
+        progress.say(f"plan: evaluations by the {engine.name}")
+        return engine
+    try:
+        native = _native(settings, opened, space)
+    except Unsupported as error:
+        if settings.backend == NATIVE or activations == "int8":
+            other = "reference" if activations != "int8" else "cpu, which runs within the model's own modules"
+            raise AmqError(
+                f"--backend {settings.backend} --activations {activations}: {error}; take --backend {other}"
+            ) from error
+        engine = _Engine(REFERENCE, "fp32")
+        progress.say(f"plan: evaluations by the {engine.name}: {error}")
+        return engine
+    engine = _Engine("cpu", native.activations, native)
+    progress.say(f"plan: evaluations by the {engine.name}")
+    return engine
+
+
+def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> NativeStates:
+    """Raises Unsupported where the native engine is not for this model or device."""
+    if not settings.device.startswith("cpu"):
+        raise Unsupported(f"the native engine is for CPUs, and the model is on {settings.device}")
+    activations = "int8" if settings.activations == AUTO else settings.activations
+    needed, free = working_bytes(opened.model, space, parse_size(settings.cache_memory), "cpu"), free_memory()
+    if needed > free:
+        raise Unsupported(
+            f"the native engine needs {needed / 2**30:.2f} GiB for all blocks' codes, and {free / 2**30:.2f} are free"
+        )
+    return NativeStates(
+        opened.loaded, _quantized(opened.inventory, space), settings.group_size, activations,
+        min(free // READY_SHARE, free - needed),
+    )  # fmt: skip
+
+
+def _plan_memory(
+    settings: SearchSettings, opened: OpenModel, space: SearchSpace, engine: _Engine, progress: Progress
+) -> bool:
     """Whether all blocks may hold working copies at once, or one block at a time; says what a search takes besides the
     loaded model, and raises AmqError where that is not free."""
     import psutil
 
-    how = (opened.model, space, parse_size(settings.cache_memory), settings.backend)
-    needed = working_bytes(*how) + (settings.gpu_bytes or 0)
+    how = (opened.model, space, parse_size(settings.cache_memory), engine.backend)
+    ready = 0 if engine.native is None else min(engine.native.room, _all_codes(space))
+    needed = working_bytes(*how) + ready + (settings.gpu_bytes or 0)
     whole = fits(needed, settings.device)
     if not whole:
         needed = working_bytes(*how, whole=False) + (settings.gpu_bytes or 0)
@@ -263,6 +331,16 @@ def _copy_bytes(spec: LinearSpec, space: SearchSpace, size: int, backend: str) -
     formats = (fmt for fmt in space.formats_of(spec) if isinstance(fmt, BitFormat))
     codes = max((linear_bytes(spec, fmt, space.group_size) for fmt in formats), default=0)
     return codes + (dense if spec.tied else 0)
+
+
+def _all_codes(space: SearchSpace) -> int:
+    """Bytes of all weights in all their formats."""
+    return sum(
+        linear_bytes(spec, fmt, space.group_size)
+        for spec in space.quantized
+        for fmt in space.formats_of(spec)
+        if isinstance(fmt, BitFormat)
+    )
 
 
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
@@ -370,6 +448,7 @@ def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
         versions=versions(),
         machine=MachineEntry.of(settings.device, torch.get_num_threads()),
         bank=str(stage.bank.folder),
+        measured_by=stage.measured_by,
         rotation=stage.rotation,
         linears=LinearEntry.of(parts.linears),
         outer=LinearEntry.of(parts.outer),

@@ -20,6 +20,7 @@ SEARCH = "how to search"
 COSTS = ("fisher", "sensitivity", "weight")
 """Kinds of cost table; `amq.search.run` makes them."""
 AUTO = "auto"
+NATIVE = "native"
 EXPERTS = "experts"
 
 PAPER: dict[str, Any] = {
@@ -156,8 +157,17 @@ class SearchSettings(LoadSettings, BudgetSettings):
     mutation: float = flag(0.1, "paper: mutation probability per variable", SEARCH, least=0, most=1, metavar="P")
     seed: int = flag(0, "seed of everything random", SEARCH, least=0, metavar="N")
     # how to run
-    backend: str = flag("reference", "what multiplies the candidates' linears", choices=BACKENDS)
-    activations: str = flag("fp32", "int8 rounds activations as deployed; needs --backend cpu", choices=ACTIVATIONS)
+    backend: str = flag(
+        AUTO,
+        "what runs the candidates: native is the engine for CPUs, reference torch on dequantized weights, the others "
+        "multiply within the model's own modules; auto: native where it knows the model, else reference",
+        choices=(AUTO, NATIVE, *BACKENDS),
+    )
+    activations: str = flag(
+        AUTO,
+        "int8 rounds activations as deployed; auto: int8 with --backend native, else fp32",
+        choices=(AUTO, *ACTIVATIONS),
+    )
     cache_memory: str | int = flag(
         "256MiB",
         "memory for each of three: reference distributions, hidden states (more of these goes to disk), and weights "
@@ -191,7 +201,7 @@ class SearchSettings(LoadSettings, BudgetSettings):
                 raise AmqError(f"--{given[0].replace('_', '-')} is of --objective {ANSWERS}, got {self.loss}")
         if len(self.bit_formats) < 2:
             raise AmqError(f"--formats {self.formats}: a search needs at least two formats to choose from")
-        if self.activations != "fp32":
+        if self.activations != AUTO and self.backend not in (AUTO, NATIVE):
             from amq.kernels.backends import check_activations  # imports torch
 
             check_activations(self.backend, self.activations)

@@ -64,6 +64,7 @@ void DecoderPass::run() {
     embed();
     if (m_.per_layer.width > 0) per_layer_embeddings();
     for (const Step& step : m_.steps) std::visit([&](const auto& op) { apply(step, op); }, step.op);
+    if (pass_.final) return final_states();
     logits();
 }
 
@@ -101,6 +102,12 @@ void DecoderPass::per_layer_embeddings() {
         for (int64_t k = 0; k < columns; ++k) sum[k] = p.sum_scale * (sum[k] + p.table_scale * token[k]);
     }
     team_.wait();
+}
+
+void DecoderPass::final_states() {
+    const int64_t rows = static_cast<int64_t>(pass_.wanted.size());
+    for (int64_t row = team_.begin(rows); row < team_.end(rows); ++row)
+        std::copy_n(stream(pass_.wanted[row]), m_.hidden, pass_.final + row * m_.hidden);
 }
 
 void DecoderPass::logits() {

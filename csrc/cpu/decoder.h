@@ -220,7 +220,8 @@ struct Pass {
     const int32_t* tokens;          // [rows]
     int64_t rows;
     std::vector<int64_t> wanted;    // rows whose logits are wanted
-    float* logits;                  // [wanted, vocabulary]
+    float* logits;                  // [wanted, vocabulary]; nullptr with `final`
+    float* final;                   // [wanted, hidden]: the stream behind the last step, in the place of logits
     uint8_t* cache;                 // pages
     float* states;                  // [.., state_floats]
 };

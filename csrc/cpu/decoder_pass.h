@@ -29,6 +29,7 @@ private:
     // decoder.cpp
     void embed();
     void per_layer_embeddings();
+    void final_states();
     void logits();
     void read_row(const Table& table, int64_t row, float* out) const;
 
