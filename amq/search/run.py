@@ -152,6 +152,12 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
             f"the tokenizer of {settings.model} or the version of amq has changed, or, with --objective {ANSWERS}, the "
             "model answered anew on another processor; use another --output"
         )
+    if previous.bank and Path(previous.bank).name != stage.bank.folder.name:
+        raise AmqError(
+            f"--resume: {output} was measured on weights of the bank {Path(previous.bank).name}, this amq makes "
+            f"others of the same settings ({stage.bank.folder.name}), since its quantizers have changed: use another "
+            "--output"
+        )
 
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:
