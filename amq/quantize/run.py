@@ -169,7 +169,7 @@ def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
     found = provenance.rotation if provenance else None
     if settings.method == "bank":
         found = _bank(settings, configuration).rotation
-        if settings.rotation not in (None, found):
+        if settings.rotation not in (None, AUTO if found in FORMATS else found):
             raise AmqError(
                 f"--rotation {settings.rotation}: the bank that the configuration was searched on has {found}: "
                 "leave --rotation out, or use --method gptq"
