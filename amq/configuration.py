@@ -30,8 +30,6 @@ MOST_NAMES = 1 << 20
 """That one file may stand for: a model of 128 experts in 100 layers has 38,400 linears of experts."""
 CACHE = "KV cache"
 """What `memory_items` calls it."""
-NO_ROTATION = "none"
-"""`Provenance.rotation` of what is searched on weights as they are."""
 OTHER_BYTES = 2
 """Weights that stay unquantized are counted in 16 bits: what the model ships and runs in."""
 

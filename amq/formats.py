@@ -133,6 +133,8 @@ class Kept:
 KEPT = Kept()
 STORED: dict[str, BitFormat | Kept] = {**FORMATS, KEPT.name: KEPT}
 """Everything that a configuration may say of a linear, by name, cheapest first."""
+NO_ROTATION = "none"
+"""What files and flags call that no input is rotated (`amq.rotation`)."""
 
 
 def get_stored(name: str) -> BitFormat | Kept:

@@ -149,10 +149,11 @@ class Workshop:
             command = ["-m", "peers.gguf_quantize", engine, self.source, part, kind, matrix, self._args.threads]
             made = {"quantize": self._timed(name, command)}
             part.replace(path)
+        found = types(path)
         arguments = (str(path), self._args.threads, CONFIGURATIONS[engine], 0)
-        size, *parts = self._calls(ENGINES[engine], *arguments, calls=[("model_bytes",), *self._parts(AT_ONCE)])
         return {
-            "bytes": size, "types": types(path), "made": made, "perplexity": self._perplexity(parts),
+            "bytes": sum(entry["bytes"] for entry in found.values()), "types": found, "made": made,
+            "perplexity": self._perplexity(ENGINES[engine], *arguments, at_once=AT_ONCE),
             "path": str(path.relative_to(self.folder)),
         }  # fmt: skip
 
@@ -202,24 +203,21 @@ class Workshop:
     def _own(self, path: Path, **options: Any) -> float:
         """The perplexity of a checkpoint in our engine."""
         room = {"context": self._args.window_length + 1, "max_sequences": SLOTS, "threads": self._args.threads}
-        return self._perplexity(self._calls(OwnEngine, str(path), 0, room | options, calls=self._parts(SLOTS)))
+        return self._perplexity(OwnEngine, str(path), 0, room | options, at_once=SLOTS)
 
-    def _parts(self, size: int) -> list[tuple[Any, ...]]:
-        """Calls of an engine's `log_likelihood`, each of so many windows."""
-        starts = range(0, len(self.windows), size)
-        return [("log_likelihood", self.windows[start : start + size], self.unscored) for start in starts]
+    def _perplexity(self, make: Any, *arguments: Any, at_once: int) -> float:
+        """By an engine in its own process, on the tokens that `amq.model.perplexity` counts.
 
-    def _perplexity(self, parts: Sequence[float]) -> float:
-        """Of what those calls returned, over the tokens that `amq.model.perplexity` counts."""
-        return math.exp(min(700.0, -sum(parts) / sum(len(window) - 1 - self.unscored for window in self.windows)))
-
-    def _calls(self, make: Any, *arguments: Any, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """What methods of an engine in its own process return."""
+        at_once: windows of one call.
+        """
+        starts = range(0, len(self.windows), at_once)
+        parts = [self.windows[start : start + at_once] for start in starts]
         try:
             with ChildProcess(make, *arguments) as worker:
-                return [worker.call(*call) for call in calls]
+                total = sum(worker.call("log_likelihood", part, self.unscored) for part in parts)
         except ChildFailed as error:
             raise AmqError(f"it does not run: {error}") from error
+        return math.exp(min(700.0, -total / sum(len(window) - 1 - self.unscored for window in self.windows)))
 
     def _place(self, name: str, suffix: str = "") -> Path:
         """Where something of that name is made; what an interrupted run left there is removed."""
@@ -256,17 +254,26 @@ def without_provenance(content: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in content.items() if key != "provenance"}
 
 
-def types(file: Path) -> dict[str, dict[str, int]] | None:
-    """{type: {tensors, weights, bytes}} of a GGUF file; None where it has types that the gguf package does not know."""
+def types(file: Path) -> dict[str, dict[str, int]]:
+    """{type: {tensors, weights, bytes}} of a GGUF file; types that the gguf package does not know have their number.
+
+    (ik_llama.cpp itself counts a head that is tied to the embedding twice.)
+    """
     import gguf
 
-    try:
-        tensors = gguf.GGUFReader(file).tensors
-    except ValueError:
-        return None
+    class Header(gguf.GGUFReader):  # type: ignore[misc]
+        """The header alone: weights of unknown types cannot be mapped."""
+
+        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
+            parts = [field.parts for field in fields]
+            self.entries = [(int(kind[0]), int(dims.prod()), start_offs + int(at[0])) for *_, dims, kind, at in parts]
+
+    entries = sorted(Header(file).entries, key=lambda entry: entry[2])
+    ends = [at for _, _, at in entries[1:]] + [file.stat().st_size]
+    known = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     found: dict[str, dict[str, int]] = {}
-    for tensor in tensors:
-        entry = found.setdefault(tensor.tensor_type.name, {"tensors": 0, "weights": 0, "bytes": 0})
-        for key, value in (("tensors", 1), ("weights", tensor.n_elements), ("bytes", tensor.n_bytes)):
-            entry[key] += int(value)
+    for (kind, weights, at), end in zip(entries, ends, strict=True):
+        entry = found.setdefault(known.get(kind, f"type {kind}"), {"tensors": 0, "weights": 0, "bytes": 0})
+        for key, value in (("tensors", 1), ("weights", weights), ("bytes", end - at)):
+            entry[key] += value
     return dict(sorted(found.items()))

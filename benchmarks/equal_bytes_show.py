@@ -17,9 +17,8 @@ MARKS = {  # Okabe and Ito's colours, and shapes for who sees none
     "ik_llama.cpp": ("#CC79A7", "^"),
     "auto-round": ("#009E73", "D"),
 }
-GREY = "#8A8A8A"
-WORST = 3.0
-"""Perplexities of more than so many times full precision's are beyond the picture's edge."""
+LEAST, TICKS = 0.2, (0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 10_000, 100_000)
+"""Percent above full precision: less is drawn as this."""
 
 
 def table(content: dict[str, Any]) -> str:
@@ -64,48 +63,40 @@ def _making(row: dict[str, Any]) -> str:
     return f"{seconds:.0f} s, {peak / 2**30:.1f} GiB"
 
 
-def draw(axes: Any, content: dict[str, Any], title: str) -> None:
-    """Perplexity over MB, both on logarithmic axes."""
+def draw(axes: Any, content: dict[str, Any], title: str) -> list[tuple[Any, ...]]:
+    """How far perplexity is above full precision's, over MB. Returns what `plot_gemv.write_labels` wants."""
     rows = content["rows"]
     full = next(row["perplexity"] for row in rows if row["engine"] == FULL)
-    axes.axhline(full, color=GREY, linewidth=1.2)
-    axes.annotate(
-        f"full precision {full:.2f}", (0.98, full), xycoords=("axes fraction", "data"), xytext=(0, -4),
-        textcoords="offset points", ha="right", va="top", fontsize=8, color="#555555",
-    )  # fmt: skip
+    marks = []
     for engine, (colour, marker) in MARKS.items():
-        found = sorted((r["bytes"] / 1e6, r["perplexity"], r["name"]) for r in rows if r["engine"] == engine)
-        found = [point for point in found if point[1] <= WORST * full and not point[2].endswith("F32")]
-        if not found:
-            continue
         ours = engine == OURS
-        axes.plot(
-            [x for x, *_ in found], [y for _, y, _ in found], linestyle="-" if ours else "none", color=colour,
-            marker=marker, label=engine, markersize=7 if ours else 6, linewidth=1.5, zorder=3 if ours else 2,
-        )  # fmt: skip
-        for x, y, name in found:
-            offset, across = ((-6, -9), "right") if ours else ((6, 2), "left")
-            axes.annotate(
-                name.partition(" ")[2], (x, y), xytext=offset, textcoords="offset points", fontsize=7, color=colour,
-                ha=across,
-            )  # fmt: skip
+        places = sorted(
+            (row["bytes"] / 1e6, max(LEAST, 100 * (row["perplexity"] / full - 1)), row["name"].partition(" ")[2])
+            for row in rows
+            if row["engine"] == engine and not row["name"].endswith("F32")
+        )
+        if places:
+            x, y, labels = zip(*places, strict=True)
+            axes.plot(x, y, linestyle="-" if ours else "none", color=colour, marker=marker, label=engine,
+                      markersize=7 if ours else 6, linewidth=1.5, zorder=3 if ours else 2)  # fmt: skip
+            marks += [(*place, label, colour, ours) for *place, label in zip(x, y, labels, strict=True)]
+    axes.margins(x=0.09)  # for the labels
     axes.set_yscale("log")
-    axes.set_ylim(0.97 * full, WORST * full)
-    ticks = [round(full * factor, 1) for factor in (1, 1.1, 1.25, 1.5, 2, 2.5, 3)]
-    axes.set_yticks(ticks, [f"{tick:.1f}" for tick in ticks])
+    highest = max(y for _, y, *_ in marks)
+    axes.set_ylim(0.8 * LEAST, 1.5 * highest)
+    ticks = [tick for tick in TICKS if tick <= 1.5 * highest]
+    axes.set_yticks(ticks, [f"+{tick:g} %" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("MB of everything that must be resident")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(f"{title} (full precision: perplexity {full:.2f})", fontsize=11)
     axes.grid(color="#E5E5E5", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    return marks
 
 
 def main() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from plot_gemv import pyplot, write_labels  # it chooses a back end without windows
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path, metavar="OUT.png")
@@ -117,13 +108,16 @@ def main() -> None:
     figure, row = pyplot.subplots(
         1, len(contents), figsize=(6.2 * len(contents), 5.2), squeeze=False, layout="constrained"
     )
-    for axes, content, title in zip(row[0], contents, titles, strict=True):
-        draw(axes, content, title)
-    row[0][0].set_ylabel("perplexity")
+    marks = [draw(axes, *given) for axes, *given in zip(row[0], contents, titles, strict=True)]
+    row[0][0].set_ylabel("perplexity above full precision's")
     handles = {
         label: handle for axes in row[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     figure.legend(handles.values(), handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.canvas.draw()  # settles the layout, which the labels go by
+    figure.set_layout_engine("none")
+    for axes, found in zip(row[0], marks, strict=True):
+        write_labels(axes, found, axes.get_ylim()[0])
     figure.savefig(options.out, dpi=150)
 
 

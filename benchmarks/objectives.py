@@ -4,10 +4,11 @@ Configurations of --bits (what the knapsack makes of a Fisher table, and neighbo
 puts on costs) and uniform ones are measured by everything that a search could measure: the Jensen–Shannon divergence on
 windows of --calibration and on answers, and loss of agreement with the full-precision model's greedy answers, as it is
 and in forms that are smooth (`FORMS`). The judge is what a user sees: tokens until the first difference, as a share of
-the answer, of answers to other questions (`amq.model.answers`). Spearman's and Kendall's coefficients say how each
-ranks as the judge does, over all configurations and, where a search has to choose, among those of one budget.
+the answer, of answers to other questions (`amq.model.answers`); and a steadier one, the share of their tokens that
+differ, each behind the answer so far. Spearman's and Kendall's coefficients say how each ranks as a judge does, over
+all configurations and, where a search has to choose, among those of one budget.
 
-Rows are added to FILE as they are done, and a second call goes on with what is missing.
+Rows are added to FILE as they are done, and a second call goes on with what is missing; --table only shows them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from amq.util.progress import Progress, terminal_progress
 
 SCHEMA = "amq/objectives/1"
 JUDGE = "answers held out"
+JUDGES = (f"{JUDGE}: first difference", f"{JUDGE}: differing tokens")
 Formats = dict[str, str]
 
 
@@ -105,9 +107,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--answer-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="for what each form says of each token, as .npz")
+    parser.add_argument("--table", action="store_true", help="show what is in FILE")
     parser.add_argument("--json", type=Path, required=True, metavar="FILE")
     args = parser.parse_args(argv)
     content = read_json(args.json) if args.json.is_file() else {"schema": SCHEMA, "models": {}}
+    if args.table:
+        print(*(f"{name}\n{table(entry)}" for name, entry in content["models"].items()), sep="\n")
+        return
     entry = content["models"].setdefault(args.model, {"settings": _settings(args), "rows": []})
     if entry["settings"] != _settings(args):
         raise SystemExit(f"{args.json} holds rows of {args.model} with other settings: give another --json")
@@ -116,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in ("json", "keep", "model")}
+    return {name: value for name, value in vars(args).items() if name not in ("json", "keep", "model", "table")}
 
 
 class Benchmark:
@@ -158,7 +164,6 @@ class Benchmark:
                     row = {"name": name, "budget": budget, "bits": round(self._space.bits_of(formats), 4)}
                     row |= {"losses": reference.losses(self, name), "seconds": round(time.perf_counter() - start, 1)}
                     self._entry["rows"].append(row)
-                    self._entry["correlations"] = correlations(self._entry["rows"])
                     write_results(self._args.json, self._content)
                 step(name)
 
@@ -265,35 +270,36 @@ def _margin(logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return own - logits.scatter(1, at, -torch.inf).amax(-1), own
 
 
-def correlations(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """{loss: its rank correlation with the judge} over all rows, and the mean of it within budgets."""
+def correlations(rows: Sequence[dict[str, Any]], judge: str) -> dict[str, tuple[float, float, float]]:
+    """{loss: (Spearman's, Kendall's) coefficient with the judge over all rows, the mean of Spearman's within budgets};
+    NaN where one of the two is the same for all."""
     from scipy.stats import kendalltau, spearmanr
 
-    judge = f"{JUDGE}: first difference"
     budgets = sorted({row["budget"] for row in rows})
     bands = [band for b in budgets if len(band := [row["losses"] for row in rows if row["budget"] == b]) > 2]
 
     def coefficient(of: Any, losses: Sequence[dict[str, float]], name: str) -> float:
-        return float(of([x[name] for x in losses], [x[judge] for x in losses]).statistic)
+        pair = [x[name] for x in losses], [x[judge] for x in losses]
+        return float(of(*pair).statistic) if all(len(set(some)) > 1 for some in pair) else math.nan
 
-    found: dict[str, dict[str, float | None]] = {}
+    found = {}
     everything = [row["losses"] for row in rows]
     for name in everything[0] if len(rows) > 2 else ():
         within = [coefficient(spearmanr, band, name) for band in bands]
-        figures = {
-            "spearman": coefficient(spearmanr, everything, name),
-            "kendall": coefficient(kendalltau, everything, name),
-            "spearman_within_budgets": float(np.mean(within)) if within else math.nan,
-        }
-        found[name] = {k: round(v, 4) if math.isfinite(v) else None for k, v in figures.items()}
+        known = [value for value in within if math.isfinite(value)]
+        mean = float(np.mean(known)) if known else math.nan
+        found[name] = (coefficient(spearmanr, everything, name), coefficient(kendalltau, everything, name), mean)
     return found
 
 
 def table(entry: dict[str, Any]) -> str:
-    lines = [f"{'rank correlation with tokens until the first difference':58}  Spearman  Kendall  within budgets"]
-    for name, figures in entry.get("correlations", {}).items():
-        shown = (f"{'' if v is None else f'{v:.3f}':>{w}}" for v, w in zip(figures.values(), (8, 7, 14), strict=True))
-        lines.append(f"{name:58}  {'  '.join(shown)}")
+    lines = []
+    for judge in JUDGES:
+        title = f"{len(entry['rows'])} configurations, rank correlation with {judge}"
+        lines.append(f"{title:72}  Spearman  Kendall  within budgets")
+        for name, figures in correlations(entry["rows"], judge).items():
+            shown = (f"{value:{width}.3f}" for value, width in zip(figures, (8, 7, 14), strict=True))
+            lines.append(f"{name:72}  {'  '.join(shown)}")
     return "\n".join(lines)
 
 

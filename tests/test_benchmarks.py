@@ -15,6 +15,7 @@ import bank
 import calibration
 import compare_solvers
 import large
+import objectives
 import pytest
 import quality
 import random_models
@@ -194,6 +195,37 @@ def test_calibration_texts_are_compared_and_a_second_call_adds_what_is_missing(
     rows = json.loads(results.read_text())["rows"]
     assert rows[:7] == first and [row["seed"] for row in rows[7:]] == [1] * 6
     assert "| self | self |  | " in capsys.readouterr().out
+
+
+def test_objectives_go_on_with_what_is_missing(
+    tiny_folder: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every loss of every configuration, the full-precision model's own order among them: int8 loses least."""
+    results = tmp_path / "objectives.json"
+    arguments = f"--model {tiny_folder} --formats int2,int4,int8 --uniform int2,int4,int8 --bits 3.0 --neighbours 2 "
+    arguments += "--group-size 32 --calibration docstrings --bank-windows 1 --passes 1 --windows 1 --window-length 32 "
+    arguments += f"--answers 2 --held-out 3 --answer-tokens 5 --json {results}"
+    objectives.main(arguments.split())
+    assert "within budgets" in capsys.readouterr().out
+    (entry,) = json.loads(results.read_text())["models"].values()
+    rows = {row["name"]: row for row in entry["rows"]}
+    assert len(rows) == 3 + 1 + 2
+    for judge in objectives.JUDGES:
+        found = objectives.correlations(entry["rows"], judge)
+        assert found.keys() == rows["uniform int2"]["losses"].keys() and found[judge][:2] == pytest.approx((1, 1))
+    from_the_full_model = ("first difference", "beside the full model's", "q / p", "differing tokens", "JSD")
+    for name, loss in rows["uniform int8"]["losses"].items():
+        assert not name.endswith(from_the_full_model) or loss <= rows["uniform int2"]["losses"][name], name
+    entry["rows"].pop()
+    results.write_text(json.dumps({"schema": objectives.SCHEMA, "models": {str(tiny_folder): entry}}))
+    objectives.main(arguments.split())
+    (again,) = json.loads(results.read_text())["models"].values()
+    assert [row["losses"] for row in again["rows"]] == [row["losses"] for row in rows.values()]
+    with pytest.raises(SystemExit, match="with other settings"):
+        objectives.main([*arguments.split(), "--seed", "1"])
+    capsys.readouterr()
+    objectives.main(["--table", "--json", str(results)])
+    assert objectives.table(again) in capsys.readouterr().out
 
 
 def test_ablation_adds_what_is_missing_and_leaves_out_what_it_has_no_setting_of(

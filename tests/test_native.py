@@ -21,7 +21,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat
 from amq.kernels import cpu as native
 from amq.packing import PackedWeight, dequantize, pack_codes
-from amq.rotation import ROTATIONS, divides
+from amq.rotation import ROTATIONS, WIDTH, divides
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 IN_FEATURES = (1, 7, 8, 31, 32, 33, 64, 100, 129, 576, 1536)
@@ -185,10 +185,11 @@ SHIM = """
 #include "cpu/dequantize.h"
 extern "C" void shim(int format, bool avx2_loops, const uint8_t* qweight, const uint16_t* scale,
                      const uint16_t* zero_point, float* out, int64_t row_bytes, int64_t groups, int64_t rows,
-                     int64_t columns, int64_t group_size) {
+                     int64_t columns, int64_t group_size, bool rotated) {
     const amq::Isa isa{"", nullptr, nullptr, nullptr, nullptr, avx2_loops};
     amq::dequantize(amq::compiled_formats()[format], isa,
-                    {qweight, scale, zero_point, out, row_bytes, groups, columns, rows, columns, group_size}, 2);
+                    {qweight, scale, zero_point, out, row_bytes, groups, columns, rows, columns, group_size, rotated},
+                    2);
 }
 """
 
@@ -217,6 +218,7 @@ def test_formats_nobody_has_declared_yet(synthetic_library: ctypes.CDLL, fmt: Bi
     for group_size in GROUP_SIZES:
         for in_features in IN_FEATURES:
             packed = random_packed(fmt, 3, in_features, group_size)
+            packed = replace(packed, rotation=WIDTH if divides(in_features) else 0)
             for avx2_loops in {False, "avx2" in ISAS}:
                 out = torch.full((3, in_features), torch.nan)
                 tensors = (packed.qweight, packed.scale, packed.zero_point, out)
@@ -226,5 +228,6 @@ def test_formats_nobody_has_declared_yet(synthetic_library: ctypes.CDLL, fmt: Bi
                     avx2_loops,
                     *(ctypes.c_void_p(t.data_ptr()) for t in tensors),
                     *(ctypes.c_int64(size) for size in sizes),
+                    packed.rotation > 0,
                 )
                 assert_same_bits(out, dequantize(packed))

@@ -179,6 +179,24 @@ def test_scales_beyond_fp16() -> None:
         decided("64", [], {}).quantize([q], [weight], [INT2], gram)
 
 
+@pytest.mark.parametrize("setting", ["auto", "64", "none"])
+def test_errors_name_one_linear(setting: str) -> None:
+    """Of what an input's second moments refuse, and of scales, whose own linear it is."""
+    q, k, gram = spec("q", 128), spec("k", 128), torch.full((128, 128), torch.nan)
+    with pytest.raises(AmqError, match=r"^q: the calibration inputs are not finite"):
+        decided(setting, [InputGroup((q, k), gram)], dict.fromkeys("qk", with_outliers(48, 128))).quantize(
+            [q, k], [with_outliers(48, 128)] * 2, [INT2], gram
+        )
+
+
+def test_scales_of_a_rotated_weight_name_it(make_folder: Callable[[nn.Module], Path], tmp_path: Path) -> None:
+    model = tiny_llama(intermediate_size=128)
+    model.model.layers[1].self_attn.k_proj.weight.data.fill_(5e4)
+    source, name = make_folder(model), "model.layers.1.self_attn.k_proj"
+    with pytest.raises(AmqError, match=f"^{name}: its weights reach 4.0e"):
+        quantize(str(source), str(tmp_path / "out"), uniform="int2", method="rtn", rotation="64", **SMALL)
+
+
 def test_methods_that_do_not_rotate() -> None:
     assert [rotation_of(m, "auto") for m in ("gptq", "clip", "awq", "awq+gptq", "hqq", "rtn", "autoround")] == [
         "auto", "auto", "none", "none", "none", "none", "none",
@@ -378,6 +396,8 @@ def test_the_bank_of_a_search_is_taken_as_it_is(folder: Path, tmp_path: Path, co
     assert open_checkpoint(out).record.rotation.keys() ^ open_checkpoint(out).record.formats.keys() >= {DOWN}
     with pytest.raises(AmqError, match="--rotation 64: the bank that the configuration was searched on has auto"):
         run(folder, tmp_path / "other", configuration, method="bank", rotation="64")
+    with_provenance(configuration, proxy="gptq", rotation="int4", bank_windows=2)  # auto, as a search says it
+    run(folder, tmp_path / "same", configuration, method="bank", rotation="auto")
     with_provenance(configuration, proxy="gptq")
     assert not open_checkpoint(run(folder, tmp_path / "old", configuration, method="bank")).record.rotation
 

@@ -71,7 +71,8 @@ def test_gradients_are_those_of_the_dequantized_weight(group_size: int, in_featu
     shift = torch.zeros(packed.scale.shape, requires_grad=True)
     codes = unpack_codes(packed.qweight, packed.format, in_features).float()
     zero = expand_groups(packed.zero_point.float() + shift, group_size, in_features)
-    weight = (codes - zero) * expand_groups(packed.scale.float() * factor.exp(), group_size, in_features)
+    scale = packed.scale.float() * (2 / packed.format.max_code * factor).exp()
+    weight = (codes - zero) * expand_groups(scale, group_size, in_features)
     ((x @ (rotate(weight) if rotation else weight).t()) * wanted).sum().backward()
     tunable = Tunable(model, {"0": packed}, [], torch.float32)
     with tunable.tracked():

@@ -15,7 +15,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, GROUP_SIZES, BitFormat, n_groups
 from amq.packing import PackedWeight, dequantize, expand_groups, unpack_codes
 from amq.quantize.quantizers import QUANTIZERS
-from amq.quantize.quantizers.gptq import DAMPING, damped
+from amq.quantize.quantizers.gptq import DAMPING, SWEEPS, damped
 from amq.quantize.quantizers.grid import TINY, expand, fitted_grid, to_groups
 from amq.util.threads import parallel_map
 
@@ -88,7 +88,8 @@ def test_gptq_output_error_is_below_rtn_s(group_size: int, in_features: int) -> 
 @one_thread
 @pytest.mark.parametrize("in_features", [32, 100, 200])
 def test_gptq_codes_are_optimal_brain_surgery_s(in_features: int) -> None:
-    """The textbook algorithm in float64, feature by feature, H⁻¹ reduced by each: no factor, no blocks of features."""
+    """The textbook algorithm in float64, feature by feature, H⁻¹ reduced by each: no factor, no blocks of features; and
+    then what every code would be alone, from the errors of all others as they stand."""
     weight, gram, fmt = random_weight(20, in_features), random_gram(in_features), FORMATS["int3"]
     hessian = damped(gram)
     importance = to_groups(hessian.diagonal().unsqueeze(0), 64)[0]
@@ -101,6 +102,11 @@ def test_gptq_codes_are_optimal_brain_surgery_s(in_features: int) -> None:
         error = work[:, k] - (codes - zero[:, k]) * scale[:, k]
         work = work - error.unsqueeze(1) * inverse[k] / inverse[k, k]  # the features still open make up for it
         inverse = inverse - torch.outer(inverse[:, k], inverse[k]) / inverse[k, k]  # and feature k is closed
+    left = weight.double() - (expected.double() - zero) * scale
+    for k in [*range(in_features)] * SWEEPS:
+        others = left @ hessian[:, k].double() - left[:, k] * hessian[k, k]
+        codes = ((weight[:, k] + others / hessian[k, k]) / scale[:, k] + zero[:, k]).round().clamp(0, fmt.max_code)
+        expected[:, k], left[:, k] = codes, weight[:, k] - (codes - zero[:, k]) * scale[:, k]
     found = unpack_codes(quantize("gptq", weight, (fmt,), 64, gram)["int3"].qweight, fmt, in_features)
     # A tie that float32 breaks the other way changes what follows in its row, and in no other.
     assert float((found == expected).all(1).float().mean()) >= 0.9

@@ -11,6 +11,7 @@ from helpers.packed import assert_same_bits, random_packed
 from amq.checkpoint.record import QuantizationRecord
 from amq.errors import AmqError
 from amq.formats import get_format
+from amq.kernels import dense
 from amq.kernels.backends import prepare, quantize_activations
 from amq.kernels.dense import dequantize_into
 from amq.kernels.ops import grouped_linear, linear
@@ -78,6 +79,21 @@ def test_dequantizing_rotates_back(fmt, group_size):
     out = torch.empty(5, 3 * WIDTH)
     dequantize_into(rotated(packed), out)
     assert_same_bits(out, dequantize(rotated(packed)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_a_gpu_rounds_what_is_rotated_back_once(monkeypatch, dtype):
+    """In pieces, whose last has fewer rows; by Triton's kernel, which writes what is stored, in the dtype of `out`."""
+    packed = rotated(random_packed(get_format("int3"), 5, 3 * WIDTH, 32))
+
+    def dequantize_rows(part, out):
+        out.copy_(dequantize(replace(part, rotation=0)))
+
+    monkeypatch.setattr(dense, "PIECE", 2 * 3 * WIDTH)
+    monkeypatch.setattr(dense.triton, "dequantize_rows", dequantize_rows)
+    out = torch.full((5, 3 * WIDTH), torch.nan, dtype=dtype)
+    dense._by_triton(packed, out)
+    assert_same_bits(out, dequantize(packed, dtype))
 
 
 def test_parts_of_a_weight_stay_rotated():

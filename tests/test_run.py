@@ -140,6 +140,16 @@ def test_a_fisher_table_of_before_runs_is_not_taken_up(folder, tmp_path):
     amq.search(str(folder), run, resume=True, **QUICK)
 
 
+def test_a_run_on_a_bank_of_other_quantizers_is_not_resumed(folder, tmp_path, monkeypatch):
+    """Its losses would stand beside those of other weights."""
+    run = amq.search(str(folder), tmp_path / "run", **QUICK).output
+    before = archive(run)
+    monkeypatch.setattr("amq.quantize.bank.VERSION", 0)
+    with pytest.raises(AmqError, match="--resume: .* was measured on weights of the bank .* quantizers have changed"):
+        amq.search(str(folder), run, resume=True, **QUICK)
+    assert archive(run) == before
+
+
 def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     amq.search(str(folder), run, **QUICK, target_bits=3.4)

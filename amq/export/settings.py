@@ -61,6 +61,8 @@ class ExportSettings(Settings):
         "amq export smollm2-4bit --to mlx --output smollm2-mlx",
     )
 
-    checkpoint: str = flag(REQUIRED, "a folder written by amq quantize; only read", positional=True)
+    checkpoint: str = flag(
+        REQUIRED, "a folder written by amq quantize (--rotation none, but for recipe); only read", positional=True
+    )
     to: str = flag(REQUIRED, TARGETS, REACH, choices=EXPORTS, metavar="FORMAT")
     output: str = flag(REQUIRED, "a new or empty folder", REACH, metavar="OUT")

@@ -9,6 +9,7 @@ pieces of bounded size; all give the bits of `amq.packing.dequantize`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
@@ -20,7 +21,7 @@ from amq.packing import PackedWeight, dequantize
 from amq.rotation import rotate
 
 PIECE = 1 << 22
-"""Weights that plain torch makes on a GPU at once, at ninety bytes each."""
+"""Weights that plain torch makes on a GPU at once, at ninety bytes each, or rotates back."""
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +45,29 @@ def dequantize_into(packed: PackedWeight, out: Tensor) -> None:
     if out.device.type == "cuda":
         reason = triton.unsupported_reason(packed.format)
         if reason is None:
-            triton.dequantize_rows(packed, out)
-            if packed.rotation:
-                out.copy_(rotate(out))
+            _by_triton(packed, out)
             return
         _warn(reason)
+    for start, stop in _pieces(packed):
+        out[start:stop].copy_(dequantize(packed.rows(start, stop)))
+
+
+def _by_triton(packed: PackedWeight, out: Tensor) -> None:
+    """`dequantize_into` for what is on the device of `out`."""
+    if not packed.rotation:
+        triton.dequantize_rows(packed, out)
+        return
+    for start, stop in _pieces(packed):  # in float32 until it is rotated back
+        stored = torch.empty_like(out[start:stop], dtype=torch.float32)
+        triton.dequantize_rows(packed.rows(start, stop), stored)
+        out[start:stop].copy_(rotate(stored))
+
+
+def _pieces(packed: PackedWeight) -> Iterator[tuple[int, int]]:
+    """First row and the one behind the last, of about `PIECE` weights each."""
     step = max(1, PIECE // max(1, packed.in_features))
     for start in range(0, packed.out_features, step):
-        out[start : start + step].copy_(dequantize(packed.rows(start, start + step)))
+        yield start, min(start + step, packed.out_features)
 
 
 def dequantized(packed: PackedWeight) -> Tensor:

@@ -254,7 +254,7 @@ def rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype = torch.float32
 
 def dequantize_rows(packed: PackedWeight, out: Tensor) -> None:
     """Writes W into `out` [out_features, in_features], contiguous, of any float dtype: bit-equal to
-    `amq.packing.dequantize`.
+    `amq.packing.dequantize`, but for a rotated weight, which is written as it is stored.
 
     packed: of a dense format, contiguous, on the device of `out`; nothing is prepared and nothing else allocated.
     """

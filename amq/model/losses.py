@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LN2 = math.log(2.0)
 """The largest value of the Jensen–Shannon divergence."""
 ANSWERS = "answers"
-"""Objective: how early greedy answers differ from the full-precision model's."""
+"""Objective: how far greedy answers differ from the full-precision model's."""
 
 
 def jensen_shannon(reference: Tensor, candidate: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ OBJECTIVES: Registry[Objective] = Registry(
         "kl": Objective("Kullback–Leibler divergence from the full-precision model in nats per token"),
         "ce": Objective("cross-entropy under the full-precision model in nats per token"),
         ANSWERS: Objective(
-            "share of a greedy answer that is lost behind its first difference from the full-precision model's, made "
-            "smooth; the mean over prompts",
+            "share of tokens that differ from the full-precision model's greedy answer, each behind the answer so "
+            "far and made smooth; the mean over prompts",
             "of an answer",
             1.0,
         ),

@@ -1,15 +1,17 @@
-"""How long greedy answers agree with the full-precision model's, made smooth: the objective `answers`.
+"""How far a configuration agrees with the full-precision model's greedy answers, made smooth: the objective `answers`.
 
 Windows hold prompts and the full-precision model's answers (`amq.model.answers`). With m the margin of an answer's
-token, its logit less the largest other one, a configuration writes the token where m ≥ 0. A search needs to see that m
-gets smaller before it changes its sign, and exact agreement of a few answers takes few values. So every token counts as
-agreed upon with
+token, its logit less the largest other one, a configuration writes the token, behind the answer so far, where m ≥ 0. A
+search needs to see that m gets smaller before it changes its sign, so every token counts as agreed upon with
 
     a = min(1, σ(m / WIDTH) / σ(m° / WIDTH))        m°: the full-precision model's margin,
 
-which is 1 where the configuration is as sure of the token as the full-precision model, and the loss of an answer of n
-tokens is 1 − (a₁ + a₁a₂ + … + a₁…aₙ)/n: what is expected to be lost of the share of tokens until the first difference.
-A configuration's loss is the mean over answers, in [0, 1], and 0 for the full-precision model.
+which is 1 where the configuration is as sure of the token as the full-precision model. The loss of an answer is
+1 − mean(a), a configuration's the mean over answers: in [0, 1], and 0 for the full-precision model.
+
+Answers end their agreement with the first difference, so that 1 − (a₁ + a₁a₂ + … + a₁…aₙ)/n, the share expected to be
+lost behind it, is what a user sees. But it hangs on the first tokens of a few answers: on as many of them it ranks
+configurations less as exact agreement on other prompts does (docs/quality.md, benchmarks/objectives.py).
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor
 from amq.model.answers import Answer
 
 WIDTH = 1.0
-"""Of logits. Of those tried, the one that ranks most as exact agreement on other prompts does (docs/quality.md)."""
+"""Of logits; a half, 2 and 4 rank alike."""
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,12 @@ class Agreement:
         return _log_sure(logits, self._windows[windows].targets[rows])
 
     def of_tokens(self, windows: str, rows: slice, reference: Tensor, logits: Tensor) -> Tensor:
-        """ln a, float32 [tokens]."""
-        return (_log_sure(logits, self._windows[windows].targets[rows]) - reference).clamp(max=0)
+        """1 − a, float32 [tokens]."""
+        return -(_log_sure(logits, self._windows[windows].targets[rows]) - reference).clamp(max=0).expm1()
 
     def of_windows(self, windows: str, tokens: Tensor) -> float:
         parts = tokens.double().split(self._windows[windows].lengths)
-        kept = torch.stack([part.cumsum(0).exp().mean() for part in parts])
-        return 1 - float(kept.mean())
+        return float(torch.stack([part.mean() for part in parts]).mean())
 
 
 def _log_sure(logits: Tensor, targets: Tensor) -> Tensor:

@@ -27,9 +27,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from amq.configuration import NO_ROTATION, Configuration, linear_bytes
+from amq.configuration import Configuration, linear_bytes
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, check_group_size, get_format
+from amq.formats import FORMATS, NO_ROTATION, BitFormat, check_group_size, get_format
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear, get_weight
 from amq.model.open import LoadedModel, model_fingerprint
@@ -53,7 +53,7 @@ from amq.util.tensors import hashes_metadata, save_tensors, verify_file
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-VERSION = 6
+VERSION = 7
 """Part of the cache key: raised whenever a quantizer, the calibration windows or the file layout change its results."""
 INDEX = "bank.json"
 ERROR, ROTATION = "weight_error", "rotation"

@@ -16,9 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from amq.configuration import NO_ROTATION
-from amq.errors import AmqError
-from amq.formats import get_format
+from amq.formats import NO_ROTATION, get_format
 from amq.kernels.dense import dequantized
 from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear
@@ -170,10 +168,7 @@ class BlockQuantizer:
             by_format.setdefault(self._formats[spec.name].name, []).append(spec)
         for name, stack in ((name, stack) for name, alike in by_format.items() for stack in stacks(alike)):
             weights = [self._weight(s) for s in stack]
-            try:
-                made = rotator.quantize(stack, weights, [get_format(name)], gram)
-            except AmqError as error:
-                raise AmqError(f"{stack[0].name}: {error}") from None
+            made = rotator.quantize(stack, weights, [get_format(name)], gram)
             for spec, weight, packed in zip(stack, weights, made, strict=True):
                 result.packed[spec.name] = packed[name]
                 result.errors[spec.name] = relative_error(weight, packed[name], gram)

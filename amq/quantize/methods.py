@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
-from amq.formats import FORMATS
+from amq.formats import FORMATS, NO_ROTATION
 from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS
 from amq.util.lazy import Registry
 

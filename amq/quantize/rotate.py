@@ -16,8 +16,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from amq.configuration import NO_ROTATION
-from amq.formats import FORMATS, BitFormat
+from amq.errors import AmqError
+from amq.formats import FORMATS, NO_ROTATION, BitFormat
 from amq.kernels.dense import dequantized
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec
@@ -77,15 +77,25 @@ class Rotator:
         self, specs: Sequence[LinearSpec], weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor | None
     ) -> list[dict[str, PackedWeight]]:
         """What the quantizer makes of `weights` of linears that share an input, rotated where that is decided."""
-        (group_size, zero_points), rotation = self._how, self.of(specs[0])
+        rotation, group_size, name = self.of(specs[0]), self._how[0], specs[0].name
         if not rotation:
-            return self._quantize(weights, formats, group_size, gram, zero_points)
+            return self._round(name, weights, formats, gram)
         turned = [_rotated(weight) for weight in weights]
         for spec, weight in zip(specs, turned, strict=True):
             for fmt in formats:
                 check_scales(spec.name, weight, fmt, group_size)
-        made = self._quantize(turned, formats, group_size, None if gram is None else _both_sides(gram), zero_points)
+        made = self._round(name, turned, formats, None if gram is None else _both_sides(gram))
         return [{name: replace(packed, rotation=rotation) for name, packed in found.items()} for found in made]
+
+    def _round(
+        self, name: str, weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor | None
+    ) -> list[dict[str, PackedWeight]]:
+        """As it is given. name: of a linear that reads this input, for errors."""
+        group_size, zero_points = self._how
+        try:
+            return self._quantize(weights, formats, group_size, gram, zero_points)
+        except AmqError as error:
+            raise AmqError(f"{name}: {error}") from None
 
     @property
     def text(self) -> str:
@@ -120,15 +130,14 @@ class Rotator:
             alike.setdefault(tuple(formats_of(spec)), []).append(sample)
         gain, turned_gram = 0.0, _both_sides(group.gram)
         for formats, weights in alike.items():
-            gain += self._error(weights, formats, group.gram)
-            gain -= self._error([_rotated(weight) for weight in weights], formats, turned_gram)
+            gain += self._error(specs[0].name, weights, formats, group.gram)
+            gain -= self._error(specs[0].name, [_rotated(weight) for weight in weights], formats, turned_gram)
         return gain
 
-    def _error(self, weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor) -> float:
+    def _error(self, name: str, weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor) -> float:
         """(w − ŵ) G (w − ŵ)ᵀ over w G wᵀ, both summed over the rows of a weight; the sum over weights and formats."""
-        group_size, zero_points = self._how
         total = 0.0
-        made = self._quantize(weights, formats, group_size, gram, zero_points)
+        made = self._round(name, weights, formats, gram)
         for weight, results in zip(weights, made, strict=True):
             energy = max(_energy(weight, gram), 1e-30)
             total += sum(_energy(dequantized(results[f.name]).sub_(weight), gram) / energy for f in formats)

@@ -13,9 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from amq.checkpoint.record import QuantizationRecord
-from amq.configuration import NO_ROTATION, Configuration, Memory, memory_items, parse_pins
+from amq.configuration import Configuration, Memory, memory_items, parse_pins
 from amq.errors import AmqError
-from amq.formats import FORMATS, BitFormat, get_format
+from amq.formats import FORMATS, NO_ROTATION, BitFormat, get_format
 from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
@@ -169,7 +169,7 @@ def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
     found = provenance.rotation if provenance else None
     if settings.method == "bank":
         found = _bank(settings, configuration).rotation
-        if settings.rotation not in (None, found):
+        if settings.rotation not in (None, AUTO if found in FORMATS else found):
             raise AmqError(
                 f"--rotation {settings.rotation}: the bank that the configuration was searched on has {found}: "
                 "leave --rotation out, or use --method gptq"

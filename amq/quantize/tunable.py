@@ -1,15 +1,16 @@
 """What tuning may change of a quantized model: scales, zero points, norms and biases; never a code.
 
-A weight W = (codes − zero_point)·scale has, per group, a factor e^θ on its scale and a shift of its zero point in code
-units; a norm or bias v has a shift in units of its own root mean square. So one rate fits all of them. Only these
-changes are held in float32: the model always has the weights that would be stored, of scales and zero points in fp16
-(norms and biases in the checkpoint's 16 bits), and gradients pass straight through the rounding. A loss that is
+A weight W = (codes − zero_point)·scale has, per group, a factor e^(2θ/max_code) on its scale and a shift of its zero
+point by codes: 1 of either moves the outermost weights of a group by about one code, so that the change is in
+proportion to what rounding did, whatever the format. A norm or bias has a shift in units of its own root mean square.
+Only these changes are held in float32: the model always has the weights that would be stored, of scales and zero points
+in fp16 (norms and biases in the checkpoint's 16 bits), and gradients pass straight through the rounding. A loss that is
 measured is that of the checkpoint.
 
 No linear is replaced. While autograd runs, the dense gradient G of a weight is taken from it as soon as it is complete
 and summed into those of its groups,
 
-    ∂/∂θ = Σ G·W        ∂/∂zero_point = −scale · Σ G
+    ∂/∂θ = 2/max_code · Σ G·W        ∂/∂zero_point = −scale · Σ G
 
 so that one weight's gradient exists at a time. Of a rotated weight G and W would have to be rotated first; where groups
 are made of whole blocks of H this leaves the first sum as it is, since H is orthogonal, and the second is Σ G·(H·1).
@@ -45,7 +46,7 @@ class _Grid:
 
     def __init__(self, parameter: nn.Parameter, packed: PackedWeight, zero_points: bool) -> None:
         self.parameter, self._packed = parameter, packed.to(parameter.device)
-        groups = packed.scale.shape
+        groups, self._unit = packed.scale.shape, 2 / packed.format.max_code
         self.values = [torch.zeros(groups, device=parameter.device) for _ in range(1 + zero_points)]
         self.gradients = [torch.zeros_like(value) for value in self.values]
         width = packed.rotation
@@ -62,7 +63,7 @@ class _Grid:
         if self._rotate:
             gradient, weight = rotate(gradient), rotate(weight)
         size = self._packed.group_size
-        self.gradients[0] += to_groups(gradient * weight, size).sum(-1)
+        self.gradients[0] += to_groups(gradient * weight, size).sum(-1).mul_(self._unit)
         if len(self.values) > 1:
             if self._direction is not None:
                 gradient = gradient * self._direction
@@ -71,7 +72,7 @@ class _Grid:
     def packed(self) -> PackedWeight:
         """The weight as it is now."""
         scale, zero_point = self._packed.scale, self._packed.zero_point
-        scale = (scale * self.values[0].exp()).clamp_(-LARGEST, LARGEST).half()
+        scale = (scale * (self._unit * self.values[0]).exp()).clamp_(-LARGEST, LARGEST).half()
         if len(self.values) > 1:
             zero_point = (zero_point + self.values[1]).clamp_(-LARGEST, LARGEST).half()
         return replace(self._packed, scale=scale, zero_point=zero_point)

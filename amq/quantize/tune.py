@@ -42,8 +42,9 @@ from amq.util.progress import Progress, Step
 if TYPE_CHECKING:
     from torch import nn
 
-RATE = 1e-3
-"""Of Adam: what a scale changes by in a step, as a factor, and a zero point in code units."""
+RATE = 3e-3
+"""Of Adam: about what a step moves a group's outermost weights by, in codes. On SmolLM2 in int2, 16 steps of 256 tokens
+each, three times as much ended above the start."""
 RISE = 0.1
 """Of the time, in which the rate goes up."""
 HELD_OUT = 8

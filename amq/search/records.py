@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import amq
-from amq.configuration import NO_ROTATION, Provenance, compact, expand_name
+from amq.configuration import Provenance, compact, expand_name
 from amq.errors import AmqError
-from amq.formats import KEPT
+from amq.formats import KEPT, NO_ROTATION
 from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
 from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings

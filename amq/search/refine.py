@@ -43,8 +43,8 @@ def refine(
     sigma = SIGMA
     for index in range(evaluations):
         rng = problem.rng(2, index)
-        noise = sum(rng.standard_normal(part.max() + 1)[part] for part in parts) / np.sqrt(len(parts))
-        offset = centre + sigma * noise
+        noise = np.sum([rng.standard_normal(part.max() + 1)[part] for part in parts], axis=0)
+        offset = centre + sigma * noise / np.sqrt(len(parts))
         candidate = space.decode(select(costs * np.exp(offset)[:, None], space.sizes, capacity))
         if candidate == best:
             sigma *= GROW
@@ -62,6 +62,5 @@ def refine(
 
 def _parts(space: SearchSpace) -> list[np.ndarray]:
     """Which draw each variable takes of every part of the noise, int64 [n_variables] each."""
-    first = [v[0] for v in space.variables]
-    named = [[s.name for s in first], [s.role for s in first], [s.block for s in first]]
-    return [np.unique(names, return_inverse=True)[1] for names in named]
+    keys = [(v[0].name, v[0].role, v[0].block) for v in space.variables]
+    return [np.unique(np.array(of), return_inverse=True)[1] for of in zip(*keys, strict=True)]

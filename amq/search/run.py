@@ -162,6 +162,12 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
             f"--resume: the configurations of {output} were measured by the {previous.measured_by}, now they would be "
             f"by the {stage.measured_by}: give --backend and --activations as they were, or use another --output"
         )
+    if previous.bank and Path(previous.bank).name != stage.bank.folder.name:
+        raise AmqError(
+            f"--resume: {output} was measured on weights of the bank {Path(previous.bank).name}, this amq makes "
+            f"others of the same settings ({stage.bank.folder.name}), since its quantizers have changed: use another "
+            "--output"
+        )
 
 
 def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from amq.configuration import NO_ROTATION
 from amq.errors import AmqError
-from amq.formats import FORMATS, KEPT, BitFormat, check_group_size, parse_formats
+from amq.formats import FORMATS, KEPT, NO_ROTATION, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
@@ -120,7 +119,7 @@ class SearchSettings(LoadSettings, BudgetSettings):
     bank_windows: int = flag(24, "windows that calibrate the gptq bank", MEASURE, least=1, metavar="N")
     loss: str = flag(
         "jsd",
-        "what is minimised: divergence from the full-precision model on windows of --calibration, or how early greedy "
+        "what is minimised: divergence from the full-precision model on windows of --calibration, or how far greedy "
         "answers to the model's own prompts differ from its (answers)",
         MEASURE,
         choices=OBJECTIVES,

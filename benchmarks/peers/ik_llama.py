@@ -77,12 +77,6 @@ class IkLlama:
     def memory(self) -> dict[str, int]:
         return memory()
 
-    def model_bytes(self) -> int:
-        """As `LlamaCpp.model_bytes`."""
-        size = self._api._lib.llama_model_size
-        size.restype, size.argtypes = ctypes.c_uint64, [ctypes.c_void_p]
-        return int(size(self._model))
-
     def measure(self, case: Case, repetition: int) -> dict[str, Any]:
         """Seconds of one case, as `LlamaCpp.measure`."""
         import numpy as np

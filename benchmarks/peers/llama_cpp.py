@@ -94,10 +94,6 @@ class LlamaCpp:
     def memory(self) -> dict[str, int]:
         return memory()
 
-    def model_bytes(self) -> int:
-        """Of all tensors of the file."""
-        return int(self._api.llama_model_size(self._model))
-
     def measure(self, case: Case, repetition: int) -> dict[str, Any]:
         """Seconds of one case, as `OwnEngine.measure`; `first_token_seconds` are missing, nothing is chosen here."""
         import numpy as np

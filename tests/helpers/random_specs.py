@@ -9,6 +9,7 @@ import numpy as np
 
 from amq.formats import FORMATS
 from amq.kernels.cpu import NO_MEMORY, cpu_module
+from amq.rotation import WIDTH, divides
 from amq.runtime.decoder_spec import (
     ACTIVATIONS,
     CLAMPED_SWIGLU,
@@ -75,7 +76,7 @@ class RandomDecoder:
     def _hold(self, name: str, kind: str, *arrays: np.ndarray[Any, Any]) -> str:
         self._keep += arrays
         places = [memory(array) for array in arrays] + [NO_MEMORY] * (3 - len(arrays))
-        self._held[name] = (kind, places[0], places[1], places[2])
+        self._held[name] = (kind, places[0], places[1], places[2], 0)
         return name
 
     def _array(self, *shape: int, mean: float = 0.0, spread: float = 0.3) -> Array:
@@ -123,7 +124,11 @@ class RandomDecoder:
         return Linear(name, out_features, in_features, bias)
 
     def _project(self, in_features: int, *out_features: int) -> Projection:
-        return Projection(tuple(self._linear(count, in_features) for count in out_features))
+        linears = tuple(self._linear(count, in_features) for count in out_features)
+        if divides(in_features) and self._count % 2:
+            for linear in linears:
+                self._held[linear.name] = (*self._held[linear.name][:-1], WIDTH)
+        return Projection(linears)
 
     def _table(self, rows: int, columns: int, multiplied: bool = False) -> Table:
         name, kind = self._name("table"), self.random.random()

@@ -28,6 +28,7 @@ COMPILES = (
 LONG = (
     *("test_bank", "test_bench", "test_benchmarks", "test_beside_llama_cpp", "test_crash", "test_damaged_files"),
     *("test_data", "test_decoder_random", "test_divergence", "test_engine_families", "test_engine_families_dense"),
+    "test_equal_bytes",
     *("test_engine_mixtures", "test_engine_published", "test_engine_specs", "test_engine_states", "test_eval"),
     *("test_evaluator", "test_gguf", "test_gguf_families", "test_gradients", "test_graph_capture", "test_hf"),
     *("test_kept", "test_linear_faults", "test_nested", "test_order", "test_output", "test_prefix", "test_quantize"),

@@ -76,7 +76,7 @@ class Model:
                 tensor /= tensor.shape[1] ** 0.5
         if isinstance(op, DeltaNet):
             self.tensors["rate"] = self.tensors["rate"].exp()
-        held = {name: (str(t.dtype)[6:], memory(t), NO_MEMORY, NO_MEMORY) for name, t in self.tensors.items()}
+        held = {name: (str(t.dtype)[6:], memory(t), NO_MEMORY, NO_MEMORY, 0) for name, t in self.tensors.items()}
         self.decoder = cpu_module().Decoder(
             spec=self.spec, weights=held, context=CONTEXT, group_size=GROUP_SIZE, int8=False, half_cache=False,
             max_rows=96, threads=4,
