@@ -375,7 +375,7 @@ def test_memory_budget_counts_everything(folder, tmp_path):
 
 def test_no_room_for_a_second_copy_of_the_model(folder, tmp_path, monkeypatch, capsys):
     """The same search with one block's working copies at a time; refused where not even these fit."""
-    plenty = amq.search(str(folder), tmp_path / "plenty", **QUICK, target_bits=3.4, backend="reference").path
+    plenty = amq.search(str(folder), tmp_path / "plenty", **QUICK, target_bits=3.4, backend="reference").output
     monkeypatch.setattr("amq.report.write_report", lambda run: [])
     asked = []
 
@@ -523,15 +523,15 @@ def test_auto_is_the_native_engine_and_says_so(folder, tmp_path, capsys):
     assert status == 0 and "plan: evaluations by the native engine with int8 activations" in err
     assert RunFolder.open(run).run.measured_by == "native engine with int8 activations"
     plain = amq.search(str(folder), tmp_path / "plain", **QUICK, target_bits=3.3, backend="reference")
-    assert RunFolder.open(plain.path).run.measured_by == "reference engine with fp32 activations"
+    assert RunFolder.open(plain.output).run.measured_by == "reference engine with fp32 activations"
     exact = amq.search(str(folder), tmp_path / "exact", **QUICK, target_bits=3.3, activations="fp32")
-    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in (plain.path, exact.path, run)]
+    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in (plain.output, exact.output, run)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
     assert losses[0] != losses[2] and losses[0] == pytest.approx(losses[2], rel=0.1)
 
 
 def test_a_run_is_not_resumed_by_another_engine(folder, tmp_path, capsys):
-    run = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.3).path
+    run = amq.search(str(folder), tmp_path / "run", **QUICK, target_bits=3.3).output
     state = json.loads((run / "run.json").read_text())
     state["measured_by"] = "reference engine with fp32 activations"
     (run / "run.json").write_text(json.dumps(state))
