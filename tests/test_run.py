@@ -526,7 +526,8 @@ def test_auto_is_the_native_engine_and_says_so(folder, tmp_path, capsys):
     plain = amq.search(str(folder), tmp_path / "plain", **QUICK, target_bits=3.3, backend="reference")
     assert RunFolder.open(plain.output).run.measured_by == "reference engine with fp32 activations"
     exact = amq.search(str(folder), tmp_path / "exact", **QUICK, target_bits=3.3, activations="fp32")
-    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in (plain.output, exact.output, run)]
+    folders = (plain.output, exact.output, run)
+    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in folders]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
     assert losses[0] != losses[2] and losses[0] == pytest.approx(losses[2], rel=0.1)
 
