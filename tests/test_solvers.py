@@ -207,6 +207,16 @@ def test_time_is_up_stops_between_evaluations(tmp_path):
     assert (tmp_path / "a.jsonl").read_text() == ""
 
 
+def test_a_search_that_is_stopped_has_its_cost_table(tmp_path):
+    problem = make(tmp_path / "a.jsonl", settings())
+    problem.evaluate(problem.space.uniform(problem.space.formats[-1]), "uniform")
+    assert problem.table is None
+    problem.deadline = time.monotonic() - 1
+    with pytest.raises(TimeIsUp):
+        SOLVERS["additive"](problem, settings())
+    assert problem.table == problem.cost_table(settings().cost)
+
+
 def test_max_loss_is_met_with_few_bits(tmp_path):
     problem = solve(tmp_path / "a.jsonl", settings(points=4), max_loss=0.05)
     chosen = choose(Budget(max_loss=0.05), problem.space, problem.archive.records)

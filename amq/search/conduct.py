@@ -104,7 +104,7 @@ def _solve(
         try:
             solution = SOLVERS[settings.solver](problem, settings)
         except TimeIsUp:
-            status = "stopped"
+            solution, status = Solution(table=problem.table), "stopped"
     problem.step = None
     if status == "stopped":
         progress.say(
