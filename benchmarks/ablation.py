@@ -149,6 +149,7 @@ class Ablation:
         off = {name: value for name, value in OFF.items() if name in known}
         own = {"bank_windows": args.bank_windows, "cost_passes": args.passes, "windows": args.windows}
         own |= {"confirm_windows": args.windows, "window_length": args.window_length, "group_size": args.group_size}
+        own |= {"backend": "reference"}  # the model's own modules, which perplexity and blocks of rows want
         return SearchSettings.make(model=args.model, output="-", seed=args.seed, **{**own, **off, **given})
 
     def _measure(self, stage: Stage, name: str) -> None:

@@ -237,7 +237,8 @@ def test_ablation_adds_what_is_missing_and_leaves_out_what_it_has_no_setting_of(
     monkeypatch.setitem(ablation.VARIANTS, "of tomorrow", ablation.Variant({"of_tomorrow": True}))
     arguments = f"--model {tiny_folder} --text {text} --max-tokens 256 --bits 3.6 --group-size 32 --bank-windows 2 "
     arguments += f"--passes 2 --windows 1 --window-length 32 --json {results} --variants"
-    given = arguments.split()
+    given, prepared, prepare = arguments.split(), [], ablation._prepare
+    monkeypatch.setattr(ablation, "_prepare", lambda of, *more: prepared.append(of) or prepare(of, *more))
     variants = ["none of them", "Fisher runs", "refine", "rows", "of tomorrow"]
     ablation.main([*given, ",".join(variants[:2])])
     first = json.loads(results.read_text())["rows"]
@@ -250,6 +251,7 @@ def test_ablation_adds_what_is_missing_and_leaves_out_what_it_has_no_setting_of(
     assert refined["confirm_refined"] <= refined["confirm_start"]
     assert rows[4]["perplexity"] != rows[1]["perplexity"], "blocks of rows choose otherwise than whole linears"
     assert rows[1]["steps"]["bank"]["seconds"] > 0
+    assert {of.backend for of in prepared} == {"reference"}, "rows were measured by another engine, or not at all"
     shown, said = capsys.readouterr()
     assert "| rows | " in shown and "left out: of tomorrow" in said
 

@@ -174,6 +174,21 @@ def test_candidates_without_a_finite_loss_are_counted_and_not_drawn(tmp_path: Pa
     assert {row["bits"] for row in drawn if row["kind"] == "uniform"} == {p.bits for p in run.uniform if p.loss}
 
 
+@pytest.mark.parametrize(
+    ("given", "refined"), [({"target_bits": 2.6}, True), ({"target_bits": 2.6, "refine": 0}, False)]
+)
+def test_held_out_windows_that_refinement_looked_at_are_not_called_unseen(
+    tmp_path: Path, given: dict[str, float], refined: bool
+) -> None:
+    """By default too, which `settings.refine` does not tell."""
+    folder = make_run(tmp_path, **given).path
+    write_report(folder)
+    words = Page(folder).words
+    assert ("except that --refine looked at them" in words) is refined
+    assert ("on windows that --refine looked at" in words) is refined
+    assert ("on unseen windows" in words) is not refined
+
+
 def test_losses_of_nothing_stay_off_the_logarithmic_axes(tmp_path: Path) -> None:
     folder = make_run(tmp_path)
     assert folder.front is not None

@@ -16,9 +16,10 @@ import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.search.__main__ import main
-from amq.search.run import _check_output, working_bytes
+from amq.search.run import _check_output, _engine, working_bytes
 from amq.search.run_folder import RunFolder
 from amq.search.settings import SearchSettings
+from amq.util.progress import Progress
 from amq.util.settings import run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -525,7 +526,8 @@ def test_auto_is_the_native_engine_and_says_so(folder, tmp_path, capsys):
     plain = amq.search(str(folder), tmp_path / "plain", **QUICK, target_bits=3.3, backend="reference")
     assert RunFolder.open(plain.output).run.measured_by == "reference engine with fp32 activations"
     exact = amq.search(str(folder), tmp_path / "exact", **QUICK, target_bits=3.3, activations="fp32")
-    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in (plain.output, exact.output, run)]
+    folders = (plain.output, exact.output, run)
+    losses = [[r["loss"] for r in archive(path) if r["phase"] == "uniform"] for path in folders]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3, abs=1e-6)
     assert losses[0] != losses[2] and losses[0] == pytest.approx(losses[2], rel=0.1)
 
@@ -541,6 +543,19 @@ def test_a_run_is_not_resumed_by_another_engine(folder, tmp_path, capsys):
         status == 2 and "measured by the reference engine with fp32 activations, now they would be by the native" in err
     )
     assert (run / "archive.jsonl").read_bytes() == before
+    state["measured_by"] = "native engine with int8 activations"  # what `auto` was, by its own name
+    (run / "run.json").write_text(json.dumps(state))
+    amq.search(str(folder), run, **QUICK, target_bits=3.3, resume=True, backend="native", activations="int8")
+    assert (run / "archive.jsonl").read_bytes() == before
+    state["measured_by"] = ""  # as runs of before, which have the flags alone
+    (run / "run.json").write_text(json.dumps(state))
+    with pytest.raises(AmqError, match="--backend was auto, is native"):
+        amq.search(str(folder), run, **QUICK, target_bits=3.3, resume=True, backend="native")
+
+
+def test_what_a_gpu_has_in_the_place_of_the_native_engine():
+    with pytest.raises(AmqError, match=r"model is on cuda; take --backend cuda"):
+        _engine(SearchSettings("m", "run", device="cuda", activations="int8"), None, None, Progress())
 
 
 def test_a_family_that_the_native_engine_lacks(tmp_path, capsys):

@@ -169,6 +169,14 @@ def test_refine_keeps_only_what_the_held_out_windows_confirm(tmp_path):
     assert choose(Budget(3.3), of, records).formats == start, "better on the search windows alone is no reason"
     assert choose(Budget(3.3), of, problem.archive.records).formats == best
 
+    resumed = make(
+        tmp_path / "c.jsonl", settings(), Contrary(of)
+    )  # with --refine, after a run that confirmed its front
+    resumed.evaluate(start, "budget")
+    resumed.evaluate(start, "confirm", windows="confirm")
+    assert refine(resumed, costs, start, 3.3, 20) == start
+    assert choose(Budget(3.3), of, resumed.archive.records).formats == start
+
 
 @pytest.mark.parametrize(("bits", "given", "spent"), [
     (2.6, None, True), (3.6, None, False), (2.6, 0, False), (3.6, 5, True), (None, None, False),
@@ -197,6 +205,16 @@ def test_time_is_up_stops_between_evaluations(tmp_path):
     with pytest.raises(TimeIsUp):
         solve(tmp_path / "a.jsonl", settings(), deadline=time.monotonic() - 1)
     assert (tmp_path / "a.jsonl").read_text() == ""
+
+
+def test_a_search_that_is_stopped_has_its_cost_table(tmp_path):
+    problem = make(tmp_path / "a.jsonl", settings())
+    problem.evaluate(problem.space.uniform(problem.space.formats[-1]), "uniform")
+    assert problem.table is None
+    problem.deadline = time.monotonic() - 1
+    with pytest.raises(TimeIsUp):
+        SOLVERS["additive"](problem, settings())
+    assert problem.table == problem.cost_table(settings().cost)
 
 
 def test_max_loss_is_met_with_few_bits(tmp_path):

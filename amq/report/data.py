@@ -18,6 +18,7 @@ from amq.formats import KEPT, STORED, get_format
 from amq.model.inventory import EXPERT
 from amq.model.losses import OBJECTIVES, Objective
 from amq.search.archive import Record
+from amq.search.refine import PHASE as REFINE
 from amq.search.run_folder import RunFolder
 from amq.search.space import is_outer
 
@@ -88,6 +89,11 @@ class Shown:
     def evaluated(self) -> list[Record]:
         """The archive without its confirmations."""
         return [record for record in self.folder.archive if record.windows == "search"]
+
+    @cached_property
+    def is_refined(self) -> bool:
+        """Whether the choice looked at the held-out windows, as refinement does, asked for or by default."""
+        return any(record.phase == REFINE for record in self.folder.archive)
 
     @cached_property
     def front(self) -> list[Point]:

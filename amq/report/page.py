@@ -50,7 +50,8 @@ def _tiles(run: Shown) -> list[tuple[str, str, str]]:
     aim = next((f"asked for: {name} {value}" for name, value in aims if value is not None), "no budget was given")
     size, full = run.size(chosen.formats), run.size(run.widest)
     share = f"{100 * size / full:.0f} % of {show_bytes(full)} in 16 bits"
-    heldout = "not measured" if chosen.heldout is None else "on unseen windows"
+    heldout = "on windows that --refine looked at" if run.is_refined else "on unseen windows"
+    heldout = "not measured" if chosen.heldout is None else heldout
     found = [
         ("bits per weight", f"{chosen.bits:.2f}", aim),
         ("memory" if run.memory else "memory of the linears", show_bytes(size), share),

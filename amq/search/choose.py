@@ -126,10 +126,12 @@ def choose(
 
 
 def _refined(records: Sequence[Record], bits: float) -> str | None:
-    """The key of what refinement kept last: the best on the held-out windows of what it measured there. Its other moves
-    are no candidates; one that is better on the search windows alone is so by chance, after so many tries."""
-    phases = (REFINE, "budget")
-    measured = [r for r in records if r.windows == "confirm" and r.phase in phases and r.bits_per_weight <= bits + 1e-6]
+    """The key of what refinement kept last: the best on the held-out windows of what it measured there, and of what was
+    measured there before it, as what it started from may have been. Its other moves are no candidates; one that is
+    better on the search windows alone is so by chance, after so many tries."""
+    begun = next((r.index for r in records if r.phase == REFINE), 0)
+    held_out = [r for r in records if r.windows == "confirm" and r.bits_per_weight <= bits + 1e-6]
+    measured = [r for r in held_out if r.phase in (REFINE, "budget") or r.index < begun]
     return min(measured, key=lambda r: r.ranked).key if measured else None
 
 

@@ -104,7 +104,7 @@ def _solve(
         try:
             solution = SOLVERS[settings.solver](problem, settings)
         except TimeIsUp:
-            status = "stopped"
+            solution, status = Solution(table=problem.table), "stopped"
     problem.step = None
     if status == "stopped":
         progress.say(
@@ -123,7 +123,11 @@ def _planned_evaluations(settings: SearchSettings, space: SearchSpace) -> int:
 
 def _plan_refine(settings: SearchSettings) -> str:
     """What comes to the planned evaluations."""
-    if settings.solver != "additive" or settings.refine == 0 or (settings.refine is None and settings.max_loss):
+    if (
+        settings.solver != "additive"
+        or settings.refine == 0
+        or (settings.refine is None and settings.max_loss is not None)
+    ):
         return ""
     if settings.refine is not None:
         return f", {settings.refine} of --refine"

@@ -50,7 +50,8 @@ class TimeIsUp(Exception):
 
 @dataclass
 class Problem:
-    """cost_tables: {kind: () -> table}, computed when first asked for. deadline: `time.monotonic()` value or None."""
+    """cost_tables: {kind: () -> table}, computed when first asked for. deadline: `time.monotonic()` value or None.
+    table: the last one that was asked for, which a search that is stopped later still has."""
 
     space: SearchSpace
     archive: Archive
@@ -65,6 +66,7 @@ class Problem:
     deadline: float | None = None
     step: Step | None = None
     surrogate_log: list[SurrogateScores] = field(default_factory=list)
+    table: Table | None = None
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator for one purpose, independent of how much others have drawn."""
@@ -73,7 +75,8 @@ class Problem:
     def cost_table(self, kind: str) -> Table:
         if kind not in self.cost_tables:
             raise AmqError(f"unknown cost {kind!r}: expected one of {', '.join(self.cost_tables)}")
-        return self.cost_tables[kind]()
+        self.table = self.cost_tables[kind]()
+        return self.table
 
     def evaluate(self, formats: Formats, phase: str, windows: str = "search", iteration: int | None = None) -> Record:
         """The record of a configuration: from the archive if it is there, else evaluated and appended."""

@@ -53,7 +53,7 @@ from amq.search.records import (
 )
 from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
-from amq.search.settings import COSTS, NATIVE, SearchSettings, differences
+from amq.search.settings import COSTS, ENGINE, FREE_ON_RESUME, NATIVE, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
 from amq.util.files import check_place
 from amq.util.limits import check_memory, fits, free_memory
@@ -131,7 +131,8 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
             "and configurations of the two do not compare (windows begin with the tokenizer's BOS now, and head and "
             "embeddings are searched): use another --output"
         )
-    changed = differences(previous.settings.json(), settings.json())
+    free = FREE_ON_RESUME | ENGINE if previous.measured_by else FREE_ON_RESUME
+    changed = differences(previous.settings.json(), settings.json(), free)
     if changed:
         raise AmqError(f"--resume: {output} was made with other settings: {'; '.join(changed)}")
     if (output / ARCHIVE).is_file():  # damaged, or another search's: said before a model is loaded
@@ -160,7 +161,7 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
     if previous.measured_by not in ("", stage.measured_by):
         raise AmqError(
             f"--resume: the configurations of {output} were measured by the {previous.measured_by}, now they would be "
-            f"by the {stage.measured_by}: give --backend and --activations as they were, or use another --output"
+            f"by the {stage.measured_by}: give the --backend and --activations that name it, or use another --output"
         )
     if previous.bank and Path(previous.bank).name != stage.bank.folder.name:
         raise AmqError(
@@ -258,7 +259,8 @@ def _engine(settings: SearchSettings, opened: OpenModel, space: SearchSpace, pro
         native = _native(settings, opened, space)
     except Unsupported as error:
         if settings.backend == NATIVE or activations == "int8":
-            other = "reference" if activations != "int8" else "cpu, which runs within the model's own modules"
+            kernels = "cpu" if settings.device.startswith("cpu") else "cuda"
+            other = "reference" if activations != "int8" else f"{kernels}, which runs within the model's own modules"
             raise AmqError(
                 f"--backend {settings.backend} --activations {activations}: {error}; take --backend {other}"
             ) from error

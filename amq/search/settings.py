@@ -264,8 +264,13 @@ FREE_ON_RESUME = frozenset(
 """What may change between an interrupted run and its resumption: it alters no evaluation, only how many there are."""
 
 
-def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Settings that forbid resuming, as `--name was X, is Y`."""
+ENGINE = frozenset({"backend", "activations"})
+"""What stands for an engine by the model and the memory that is free: where a run says what it was measured by, that is
+compared in their place."""
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], free: frozenset[str] = FREE_ON_RESUME) -> list[str]:
+    """Settings that forbid resuming, as `--name was X, is Y`. free: what may differ."""
     flags = declared(SearchSettings)
-    names = [n for n in new if n not in FREE_ON_RESUME and old.get(n) != new[n]]
+    names = [n for n in new if n not in free and old.get(n) != new[n]]
     return [f"{flags[n].spelling} was {old.get(n)}, is {new[n]}" for n in names]
