@@ -34,7 +34,7 @@ from amq.util.progress import LineProgress
 
 BUDGETS = (2.5, 2.75, 3.0, 3.25, 3.5, 4.0)
 ALIKE = (
-    *("model", "proxy", "rotation", "group_size", "formats", "head", "loss"),
+    *("model", "proxy", "group_size", "formats", "head", "loss"),
     *("calibration", "window_length", "windows", "seed", "dtype"),
 )
 """Settings without which losses of two runs do not compare."""
@@ -92,7 +92,7 @@ def check_alike(runs: list[RunFolder]) -> None:
             if getattr(run.settings, name) != getattr(first.settings, name):
                 sys.exit(f"--{name} of {run.path} is {getattr(run.settings, name)}, that of {first.path} "
                          f"{getattr(first.settings, name)}: their losses do not compare")  # fmt: skip
-        if run.run.calibration.windows and run.run.bank != first.run.bank:
+        if run.run.bank != first.run.bank:
             sys.exit(f"{run.path} and {first.path} have different banks: their losses do not compare")
 
 
