@@ -57,6 +57,6 @@ def test_fronts_side_by_side(folder: Path, tmp_path: Path, capsys: pytest.Captur
         assert all(p["bits_per_weight"] <= p["budget"] + 1e-6 for p in row["points"])
         assert 0 < row["hv6_search"] < 1 and 0 < row["hv6_held_out"] < 1 and row["evaluations"] > 0
     assert found["methods"]["paper"]["sensitivities"] == 14 and found["methods"]["refined"]["runs"] == 2
-    other = amq.search(str(folder), tmp_path / "other", **{**QUICK, "windows": 1}, target_bits=3.0).path
+    other = amq.search(str(folder), tmp_path / "other", **{**QUICK, "windows": 1}, target_bits=3.0).output
     with pytest.raises(SystemExit, match="--windows of .*other is 1"):
         paper_front.main([methods[0], f"other={other}", *how])
