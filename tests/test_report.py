@@ -122,7 +122,7 @@ def test_the_paper_solver_shows_its_surrogate_and_sensitivities(paper: Path) -> 
 
 
 def test_a_stopped_run_says_so_and_why_charts_are_missing(tmp_path: Path) -> None:
-    run = make_run(tmp_path, stop_after=3)
+    run = make_run(tmp_path, stop_after=1)
     write_report(tmp_path)
     page = Page(tmp_path)
     assert run.run.status == "stopped" and "This run is stopped: what it has found so far follows." in page.words
