@@ -100,7 +100,7 @@ class Steps(Timings):
     def measure(self, name: str) -> Iterator[None]:
         own = Path("/proc/self")
         if resets := (own / "clear_refs").exists():
-            (own / "clear_refs").write_text("5")  # the high-water mark begins anew
+            (own / "clear_refs").write_bytes(b"5")  # the high-water mark begins anew
         with super().measure(name):
             yield
         if resets and (found := re.search(r"^VmHWM:\s+(\d+) kB", (own / "status").read_text(), re.MULTILINE)):

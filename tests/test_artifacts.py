@@ -22,6 +22,7 @@ from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.result import Row as EvaluationRow
 from amq.eval.tasks import TaskRow
 from amq.kernels.launch_table import Entry, LaunchTable
+from amq.model.answers import AnswersIndex
 from amq.model.gguf.convert import Manifest
 from amq.model.own_text import OwnTextIndex
 from amq.quantize.bank import BankIndex, BankRecipe
@@ -176,6 +177,7 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "facts of a block": lambda _: Artifact(Facts(["b"], {"b": 0.125}, ["a note"]), Facts),
     "bank": lambda _: Artifact(BankIndex(proxy="gptq", group_size=64, model="LlamaForCausalLM", linears=7), BankIndex),
     "own text": lambda _: Artifact(OwnTextIndex(model="M", length=512, seed=0, kinds=("plain", "chat")), OwnTextIndex),
+    "answers": lambda _: Artifact(AnswersIndex(model="M", kind="chat", limit=64, seed=0, half=1), AnswersIndex),
     "bench": lambda _: Artifact(BENCH, BenchResult, frozenset({"configuration", "tg24"})),
     "evaluation": lambda _: Artifact(EVALUATION, Evaluation, frozenset({"lm_eval"})),
     "launch table": lambda _: Artifact(TABLE, LaunchTable, frozenset({"parameters", "warps 8"})),

@@ -95,8 +95,9 @@ def test_rows(tiny_folder: Path, configuration: Path, text: str, proxy: str, tmp
         quantized(proxy, lambda name: "int4", text, tmp_path),
         quantized(proxy, mixed.formats.__getitem__, text, tmp_path),
     ]
-    # Banks of other sets of formats are not bit-equal for gptq: see test_bank.
-    tolerances = [1e-5, *[{"rtn": 1e-5, "gptq": 3e-3}[proxy]] * 3]
+    # Banks of other sets of formats are not bit-equal for gptq (see test_bank), and a code that falls the other way
+    # changes all that its row's sweeps find after it.
+    tolerances = [1e-5, *[{"rtn": 1e-5, "gptq": 1e-2}[proxy]] * 3]
     for row, direct_model, tolerance in zip(result.rows, models, tolerances, strict=True):
         expected = direct(direct_model)
         assert row.negative_log_likelihood == pytest.approx(expected, rel=tolerance), row.name

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CASES = ("qwen3_next", "lfm2_moe", "gemma4", "gemma4 experts", "gpt_oss", "granitemoehybrid")
 """Every operator of csrc/cpu/decoder.h; mixtures with norms of their own, and with gate and up in one linear."""
 TESTS = (
-    *("test_linear.py", "test_linear_faults.py", "test_native.py", "test_split_coder.py"),
+    *("test_linear.py", "test_linear_faults.py", "test_linear_rotated.py", "test_native.py", "test_split_coder.py"),
     *("test_grouped.py", "test_quantize_gptq.py", "test_symmetric.py"),
     "test_engine.py::test_a_sequence_does_not_depend_on_what_shares_its_passes",
     *("test_decoder_spec.py", "test_decoder_random.py"),
@@ -46,6 +46,7 @@ RUN = (
     "amq/kernels/modules.py",
     "amq/kernels/ops.py",
     "amq/packing.py",
+    "amq/rotation.py",
     "amq/kernels/backends.py",
     "amq/runtime/native_engine.py",
     "amq/runtime/decoder_spec.py",

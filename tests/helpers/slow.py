@@ -12,6 +12,7 @@ COMPILES = (
         "test_cuda_attention",
         "test_cuda_attention_compile",
         "test_cuda_engine",
+        "test_cuda_engine_rotated",
         "test_cuda_linear",
         "test_cuda_mixture",
         "test_cuda_rows",
@@ -28,7 +29,8 @@ COMPILES = (
 LONG = (
     *("test_bank", "test_bench", "test_benchmarks", "test_beside_llama_cpp", "test_crash", "test_damaged_files"),
     *("test_data", "test_decoder_random", "test_divergence", "test_engine_families", "test_engine_families_dense"),
-    "test_equal_bytes",
+    *("test_agreement", "test_answers", "test_benchmarks_search", "test_equal_bytes", "test_quantize_rotation"),
+    *("test_quantize_tune", "test_token_weights"),
     *("test_engine_mixtures", "test_engine_published", "test_engine_specs", "test_engine_states", "test_eval"),
     *("test_evaluator", "test_gguf", "test_gguf_families", "test_gradients", "test_graph_capture", "test_hf"),
     *("test_kept", "test_linear_faults", "test_nested", "test_order", "test_output", "test_prefix", "test_quantize"),

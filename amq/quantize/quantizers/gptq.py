@@ -248,14 +248,13 @@ class _Problem:
         ŵ[k] + (e H)[k] / H[k, k].
         """
         hessian, in_features = self.compensation.hessian, len(codes)
-        curvature = hessian.diagonal().tolist()
         for start in range(0, in_features, BLOCK):
             stop = min(start + BLOCK, in_features)
             push = hessian[start:stop] @ errors
             for k in range(start, stop):
                 group = k // self.group_size
                 rounded = (codes[k] - zero[group]).mul_(scale[group])
-                code = push[k - start].div(curvature[k]).add_(rounded)
+                code = push[k - start].div(hessian[k, k]).add_(rounded)
                 code = code.div_(scale[group]).add_(zero[group]).round_().clamp_(min=0.0)
                 codes[k] = torch.minimum(code, top, out=code)
                 move = rounded.sub_(code.sub_(zero[group]).mul_(scale[group]))
