@@ -233,7 +233,9 @@ def test_search(
 ) -> None:  # fmt: skip
     """Losses of both sets of windows, computed again; and the cost table counts what they count."""
     run = tmp_path / "run"
-    result = amq.search(str(folders[kind]), run, calibration=text, **QUICK)
+    result = amq.search(
+        str(folders[kind]), run, calibration=text, backend="reference", **QUICK
+    )  # whose windows are seen
     check_begins(kind, first_tokens)
     (windows, unscored), = cost_windows  # fmt: skip
     assert unscored == len(PREFIX[kind]) and bool((windows[:, 0] == BOS).all()) == bool(unscored)
