@@ -6,8 +6,7 @@ rows one by one cannot use the direction of g[t], but its size: where second mom
 what it minimises is Σ_t ‖g[t]‖² ‖δ[t]‖² (GuidedQuant, arXiv 2505.07004, does so for a few groups of rows each). Linears
 that read one tensor share the sum of theirs, since they share its second moments.
 
-Weights need no gradients. Windows go through the model block by block, once without a graph, keeping the hidden state
-after every block, and then back, rebuilding one block's graph at a time, as in amq/proxy/fisher.py.
+Windows go through the model and back as in `amq.model.backward`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from amq.model.backward import drawn_likelihood, states_of_blocks, watch
 from amq.model.blocks import TOKENS, BlockRunner
-from amq.model.inventory import EXPERT, Inventory, LinearSpec, embedding_weight, get_linear
+from amq.model.inventory import EXPERT, Inventory, LinearSpec, embedding_weight
 from amq.model.paging import holding, pager_of
 from amq.model.states import StateStore
 
@@ -61,13 +61,9 @@ def token_weights(
 
 
 def _to_the_end(runner: BlockRunner, tokens: Sequence[Tensor], store: StateStore, seed: int) -> list[Tensor]:
-    """The gradients at the last boundary, [1, length, hidden_size] each; leaves the state at boundary b ≥ 1 of window i
-    in the store under (i, b). Window i draws its labels with the seed `seed` + i."""
-    for block in range(runner.n_blocks):
-        with holding(runner.model, block):
-            for i, one in enumerate(tokens):
-                state = store.get((i, block)) if block else None
-                store.put((i, block + 1), runner.hidden(one, block + 1, block, state))
+    """The gradients at the last boundary, [1, length, hidden_size] each; leaves the states before it in the store.
+    Window i draws its labels with the seed `seed` + i."""
+    states_of_blocks(runner, tokens, store)
     gradients = []
     for i in range(len(tokens)):
         final = store.pop((i, runner.n_blocks))[0]
@@ -80,9 +76,8 @@ def _of_labels(runner: BlockRunner, states: Tensor, generator: torch.Generator) 
     """Gradient of Σ_t ln p(y_t), y_t ~ p, at final hidden states [tokens, hidden_size]."""
     with torch.enable_grad():
         states = states.detach().requires_grad_()
-        log_probabilities = runner.logits(states).float().log_softmax(-1)
-        labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
-        (gradient,) = torch.autograd.grad(log_probabilities.gather(1, labels).sum(), states)
+        likelihood = drawn_likelihood(runner.logits(states).float().log_softmax(-1), generator)
+        (gradient,) = torch.autograd.grad(likelihood, states)
     return gradient
 
 
@@ -95,16 +90,8 @@ def _back(
     gradient: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(the gradient before the block, {linear: Σ ‖g[t]‖² of all that read its input, [length]})."""
-    ran: list[tuple[LinearSpec, Tensor, Tensor]] = []
-
-    def keep(spec: LinearSpec, x: Tensor, output: Tensor) -> None:
-        # Where nothing before needs gradients (block 0), the first linears' outputs become the leaves.
-        ran.append((spec, x.detach(), output if output.requires_grad else output.requires_grad_()))
-
     with torch.enable_grad(), ExitStack() as hooks:
-        for spec in linears:
-            module = get_linear(runner.model, spec.name)
-            hooks.callback(module.register_forward_hook(lambda m, args, out, s=spec: keep(s, args[0], out)).remove)
+        ran = watch(runner.model, linears, hooks)
         entry = None if entry is None else entry.detach().requires_grad_()
         result = runner.hidden(tokens, block + 1, block, entry)
         wanted = [output for *_, output in ran] + ([] if entry is None else [entry])

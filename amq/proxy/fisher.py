@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from amq.kernels.dense import dequantize_into
+from amq.model.backward import drawn_likelihood, states_of_blocks, watch
 from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.inventory import EMBEDDING, EXPERT, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
 from amq.model.paging import holding, pager_of
@@ -141,7 +142,7 @@ class _Scores:
         return dict.fromkeys(self._formats[name], 0.0)
 
     def run(self, passes: Sequence[_Pass], store: StateStore) -> None:
-        self._forward(passes, store)
+        states_of_blocks(self._runner, [one.tokens for one in passes], store)
         self._score_head(passes, store)
         for block in reversed(range(self._runner.n_blocks)):
             with holding(self._model, block):
@@ -155,15 +156,6 @@ class _Scores:
                         self._score_block(block, waiting)
                         waiting, size = [], 0
         self._score_embeddings(passes)
-
-    @torch.no_grad()
-    def _forward(self, passes: Sequence[_Pass], store: StateStore) -> None:
-        """Leaves the state at boundary b ≥ 1 of pass i in the store under (i, b)."""
-        for block in range(self._runner.n_blocks):
-            with holding(self._model, block):
-                for index, one in enumerate(passes):
-                    state = store.get((index, block)) if block else None
-                    store.put((index, block + 1), self._runner.hidden(one.tokens, block + 1, block, state))
 
     def _score_head(self, passes: Sequence[_Pass], store: StateStore) -> None:
         """The gradients at the last boundary, and the head's own scores."""
@@ -200,8 +192,7 @@ class _Scores:
             hidden = chunk.detach().requires_grad_()
             logits = self._runner.logits(hidden)
             log_probabilities = logits.float().log_softmax(-1)
-            labels = torch.multinomial(log_probabilities.detach().exp(), 1, generator=generator)
-            likelihood = log_probabilities.gather(1, labels).sum()
+            likelihood = drawn_likelihood(log_probabilities, generator)
             (gradient,) = torch.autograd.grad(likelihood, hidden, retain_graph=bool(seen))
             if errors is None:
                 return gradient
@@ -219,12 +210,7 @@ class _Scores:
 
     def _back(self, one: _Pass, block: int, entry: Tensor | None) -> Captured:
         """Reruns one block with a graph; moves the pass's gradient before it and returns what its linears saw."""
-        ran: list[tuple[LinearSpec, Tensor, Tensor]] = []
         looks: list[tuple[str, Tensor, Tensor]] = []
-
-        def keep(spec: LinearSpec, x: Tensor, output: Tensor) -> None:
-            # Where nothing before needs gradients (block 0), the first linears' outputs become the leaves.
-            ran.append((spec, x.detach(), output if output.requires_grad else output.requires_grad_()))
 
         def look(name: str, ids: Tensor, output: Tensor) -> Tensor:
             leaf = output.detach().requires_grad_()
@@ -232,9 +218,7 @@ class _Scores:
             return leaf.clone()  # models write into what an embedding gives, which a leaf forbids
 
         with torch.enable_grad(), ExitStack() as hooks:
-            for spec in self._inventory.in_block(block):
-                linear = get_linear(self._model, spec.name)
-                hooks.callback(linear.register_forward_hook(lambda m, args, out, s=spec: keep(s, args[0], out)).remove)
+            ran = watch(self._model, self._inventory.in_block(block), hooks)
             for name in self._embeddings:
                 module = self._model.get_submodule(name)
                 hooks.callback(module.register_forward_hook(lambda m, args, out, n=name: look(n, args[0], out)).remove)

@@ -208,7 +208,7 @@ class WeightBank:
         file = self._open(path)
         try:
             parts = [file.get_tensor(n) for n in part_names(linear)]
-            rotation = 0 if linear in self._outer else int(file.get_tensor(f"{linear}.{ROTATION}").item())
+            rotation = 0 if linear in self._outer else _rotation_in(file, linear)
             packed = PackedWeight(get_format(fmt), spec.in_features, self.group_size, *parts, rotation=rotation)
         except (SafetensorError, AmqError, RuntimeError) as error:  # RuntimeError: of a tensor with several elements
             raise _damaged(path, error) from error
@@ -251,6 +251,11 @@ def _open_file(path: Path) -> Any:
         return verify_file(path, whole=True)
     except AmqError as error:
         raise _damaged(path, error) from error
+
+
+def _rotation_in(file: Any, linear: str) -> int:
+    """Raises SafetensorError where the file lacks it, RuntimeError for a tensor with several elements."""
+    return int(file.get_tensor(f"{linear}.{ROTATION}").item())
 
 
 def _damaged(path: Path, error: Exception | str) -> AmqError:
@@ -409,7 +414,7 @@ def _rotations(folder: Path, block: int, linears: Sequence[LinearSpec]) -> dict[
         return {}
     file = _open_file(path)
     try:
-        return {s.name: int(file.get_tensor(f"{s.name}.{ROTATION}").item()) for s in linears}
+        return {s.name: _rotation_in(file, s.name) for s in linears}
     except (SafetensorError, RuntimeError) as error:
         raise _damaged(path, error) from error
 

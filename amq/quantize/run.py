@@ -65,7 +65,8 @@ def run_quantize(settings: QuantizeSettings, resume: bool = False, progress: Pro
         perplexities = _Perplexities(settings, job.opened, progress)
         log = _log(settings, job, perplexities)
         small = job.output.try_out(log)
-        tuner = None if settings.tune is None else _tuner(settings, job, progress)
+        dtype = job.output.dtype
+        tuner = Tuner(settings, job.opened, job.configuration, dtype, progress) if settings.tune is not None else None
         _say_plan(settings, job, work, perplexities, small, progress, tuner)
         source = _source(settings, job, progress)
         work.begin(_identity(settings, job, source), job.record)
@@ -360,10 +361,6 @@ def _source(settings: QuantizeSettings, job: _Job, progress: Progress) -> BlockS
         return BankSource(model, quantized, formats, bank)
     iterations = settings.autoround_iterations
     return AutoRoundSource(loaded, quantized, formats, group_size, windows, zero_points, iterations, settings.seed)
-
-
-def _tuner(settings: QuantizeSettings, job: _Job, progress: Progress) -> Tuner:
-    return Tuner(settings, job.opened, job.configuration, job.output.dtype, progress)
 
 
 def _blocks(source: BlockSource, work: WorkFolder, job: _Job, progress: Progress) -> list[BlockResult]:

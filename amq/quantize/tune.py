@@ -81,7 +81,7 @@ class Tuner:
                 f"--tune takes all weights of {settings.model} in memory at once, and they are read block by block: do "
                 "without --tune, or use a machine with more memory (and --load memory)"
             )
-        self._settings, self._stored, self._text = settings, stored, SELF
+        self._settings, self._stored = settings, stored
         sampler = self._sampler(opened, progress)
         self._windows, self._held_out = sampler.take(settings.windows), sampler.take(HELD_OUT)
         inventory = self._inventory
@@ -108,7 +108,7 @@ class Tuner:
         settings = self._settings
         count = settings.windows + HELD_OUT
         try:
-            return opened.sampler(self._text, settings.window_length, settings.seed, count, progress)
+            return opened.sampler(SELF, settings.window_length, settings.seed, count, progress)
         except AmqError as error:
             raise AmqError(f"--tune takes text that the model writes itself: {error}") from None
 
@@ -120,7 +120,7 @@ class Tuner:
         """A line of the plan."""
         cut = "" if self._segments == 1 else f", in {self._segments} segments that memory holds the activations of"
         return (
-            f"plan: then {self._minutes:g} minutes of tuning on text that the model wrote ({self._text}): "
+            f"plan: then {self._minutes:g} minutes of tuning on text that the model wrote ({SELF}): "
             f"about {STEP_PASSES * self._pass:.1f} s for a step{cut}"
         )
 
@@ -170,7 +170,7 @@ class Tuner:
             self._descend(course, began + self._left, step)
         course.finish()
         log = Tuning(
-            text=self._text, windows=len(self._learned), held_out=len(self._measured), start=finite(course.start),
+            text=SELF, windows=len(self._learned), held_out=len(self._measured), start=finite(course.start),
             best=finite(course.best), steps=course.steps, best_step=course.best_step,
             seconds=round(60 * self._minutes - self._left + self._clock() - began, 1), end=course.end,
         )  # fmt: skip

@@ -244,11 +244,10 @@ class RunFile(JsonFile):
         3 searched without the head, and those that name no rotation without one."""
         settings = data.get("settings") if isinstance(data, dict) else None
         if isinstance(settings, dict):
-            settings = {"rotation": NO_ROTATION, **settings}
-            data = {**data, "settings": settings}
-        if isinstance(settings, dict) and data.get("schema") in cls.SCHEMAS[1:]:
-            settings = {"head": KEPT.name, **settings}
-            data = {**data, "settings": settings}
+            before = {"rotation": NO_ROTATION}
+            if data.get("schema") in cls.SCHEMAS[1:]:
+                before["head"] = KEPT.name
+            data = {**data, "settings": {**before, **settings}}
         known = {f.name for f in fields(SearchSettings)}
         if isinstance(settings, dict) and (unknown := sorted(settings.keys() - known)):
             raise AmqError(f"{source}: settings has {unknown[0]!r}, unknown to this version: use the one that wrote it")

@@ -177,10 +177,10 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         inventory = opened.inventory
         embedding = embedding_weight(opened.model)
         space = SearchSpace.of(inventory, settings)
-        check_widths(rotation_of(settings.proxy, settings.rotation), _quantized(inventory, space).linears)
-        engine = _engine(settings, opened, space, progress)
-        whole = _plan_memory(settings, opened, space, engine, progress)
         quantized = _quantized(inventory, space)
+        check_widths(rotation_of(settings.proxy, settings.rotation), quantized.linears)
+        engine = _engine(settings, opened, space, quantized, progress)
+        whole = _plan_memory(settings, opened, space, engine, progress)
         budget = _budget(settings, opened, space)
     with timings.measure("text"):
         count = settings.bank_windows + settings.windows + settings.confirm_windows + settings.cost_passes
@@ -247,7 +247,9 @@ class _Engine:
         return f"{self.backend if self.native is None else 'native'} engine with {self.activations} activations"
 
 
-def _engine(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> _Engine:
+def _engine(
+    settings: SearchSettings, opened: OpenModel, space: SearchSpace, quantized: Inventory, progress: Progress
+) -> _Engine:
     """What `--backend` and `--activations` stand for with this model; says so, with the reason where `auto` is not
     native, and raises AmqError where what was asked for cannot be had."""
     activations = settings.activations
@@ -256,7 +258,7 @@ def _engine(settings: SearchSettings, opened: OpenModel, space: SearchSpace, pro
         progress.say(f"plan: evaluations by the {engine.name}")
         return engine
     try:
-        native = _native(settings, opened, space)
+        native = _native(settings, opened, space, quantized)
     except Unsupported as error:
         if settings.backend == NATIVE or activations == "int8":
             kernels = "cpu" if settings.device.startswith("cpu") else "cuda"
@@ -272,7 +274,7 @@ def _engine(settings: SearchSettings, opened: OpenModel, space: SearchSpace, pro
     return engine
 
 
-def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> NativeStates:
+def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace, quantized: Inventory) -> NativeStates:
     """Raises Unsupported where the native engine is not for this model or device."""
     if not settings.device.startswith("cpu"):
         raise Unsupported(f"the native engine is for CPUs, and the model is on {settings.device}")
@@ -283,7 +285,7 @@ def _native(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
             f"the native engine needs {needed / 2**30:.2f} GiB for all blocks' codes, and {free / 2**30:.2f} are free"
         )
     return NativeStates(
-        opened.loaded, _quantized(opened.inventory, space), settings.group_size, activations,
+        opened.loaded, quantized, settings.group_size, activations,
         min(free // READY_SHARE, free - needed),
     )  # fmt: skip
 
