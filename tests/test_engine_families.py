@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.engine_cases import CASES
-from helpers.engines import last_rows, text, transformers_logits
+from helpers.engines import assert_shared_passes_change_nothing, text, transformers_logits
 
 from amq.runtime.engine import Segment
 from amq.runtime.families import FAMILIES
@@ -69,13 +69,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(folders: dict[str, Pat
 @pytest.mark.parametrize("name", CASES)
 def test_a_sequence_does_not_depend_on_what_shares_its_passes(folders: dict[str, Path], name: str) -> None:
     engine = open_native(folders[name], "int8", context=512, max_sequences=4)
-    texts = {seed: text(length, seed) for seed, length in ((0, LENGTH), (1, 21), (2, 5), (3, 70))}
-    alone = {seed: engine.all_logits(tokens)[-1] for seed, tokens in texts.items()}
-    slots = {seed: engine.open(tokens, 0, reuse=False) for seed, tokens in texts.items()}
-    found = last_rows(engine, slots, texts, ((130, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (27, 64)))
-    assert found.keys() == texts.keys()
-    for seed in texts:
-        assert torch.equal(found[seed], alone[seed]), seed
+    assert_shared_passes_change_nothing(engine, LENGTH, 130)
 
 
 @pytest.mark.parametrize("name", CASES)

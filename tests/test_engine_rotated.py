@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.engine_cases import CASES
 from helpers.engine_cases_rotated import ROTATED
-from helpers.engines import last_rows, text, transformers_logits
+from helpers.engines import assert_shared_passes_change_nothing, text, transformers_logits
 
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -47,13 +46,7 @@ def test_logits_are_those_of_transformers(folders: dict[str, Path], name: str) -
 @pytest.mark.parametrize("name", ROTATED)
 def test_a_sequence_does_not_depend_on_what_shares_its_passes(folders: dict[str, Path], name: str) -> None:
     engine = open_native(folders[name], "int8", context=512, max_sequences=4)
-    texts = {seed: text(length, seed) for seed, length in ((0, 100), (1, 21), (2, 5), (3, 70))}
-    alone = {seed: engine.all_logits(tokens)[-1] for seed, tokens in texts.items()}
-    slots = {seed: engine.open(tokens, 0, reuse=False) for seed, tokens in texts.items()}
-    found = last_rows(engine, slots, texts, ((30, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (27, 64)))
-    assert found.keys() == texts.keys()
-    for seed in texts:
-        assert torch.equal(found[seed], alone[seed]), seed
+    assert_shared_passes_change_nothing(engine, 100, 30)
 
 
 def test_int8_rounds_what_is_rotated(folders: dict[str, Path]) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -212,19 +213,17 @@ def test_activations_are_counted_and_not_kept(tiny_llama: nn.Module) -> None:
 def test_a_tuned_checkpoint_holds_what_was_measured(
     make_folder: Callable[[nn.Module], Path], tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loaded again, it has the divergence that the log says was kept; the head is tuned, with what is tied to it.
-
-    How many steps there are is up to the machine: the rate is one at which no number of them diverges.
-    """
-    monkeypatch.setattr(tune, "RATE", tune.RATE / 30)
+    """Loaded again, it has the divergence that the log says was kept; the head is tuned, with what is tied to it."""
+    monkeypatch.setattr("amq.quantize.run.Tuner", partial(Tuner, clock=ticking()))  # the same steps on every machine
+    monkeypatch.setattr(tune, "RATE", tune.RATE / 10)  # at which none of them diverges
     source = make_folder(ARCHITECTURES["llama"].build(tie_word_embeddings=tied))
-    options = {**SMALL, "uniform": "int2", "head": "int3", "perplexity": "pydoc", "perplexity_tokens": 96, "tune": 0.05}
+    options = {**SMALL, "uniform": "int2", "head": "int3", "perplexity": "pydoc", "perplexity_tokens": 96, "tune": 8}
     result = quantize(str(source), str(tmp_path / "out"), **options)
     log = json.loads((result.output / "quantization.json").read_text())
     tuning = log["tuning"]
     assert tuning["best"] < tuning["start"] and tuning["steps"] and tuning["end"] == "the time was over"
     assert list(log["perplexity"]["rows"]) == ["full", "gptq", "gptq, tuned"]
-    assert log["settings"]["tune"] == 0.05 and "tuned for 0.05 minutes" in (result.output / "README.md").read_text()
+    assert log["settings"]["tune"] == 8 and "tuned for 8 minutes" in (result.output / "README.md").read_text()
     checkpoint, opened = open_checkpoint(result.output), open_model(str(source))
     sampler = opened.sampler("self", 48, 0, 3 + HELD_OUT)
     sampler.take(3)

@@ -555,7 +555,7 @@ def test_a_run_is_not_resumed_by_another_engine(folder, tmp_path, capsys):
 
 def test_what_a_gpu_has_in_the_place_of_the_native_engine():
     with pytest.raises(AmqError, match=r"model is on cuda; take --backend cuda"):
-        _engine(SearchSettings("m", "run", device="cuda", activations="int8"), None, None, Progress())
+        _engine(SearchSettings("m", "run", device="cuda", activations="int8"), None, None, None, Progress())
 
 
 def test_a_family_that_the_native_engine_lacks(tmp_path, capsys):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from amq.errors import AmqError
 from amq.runtime.engine import MAX_SCORED, Engine, S, Segment, Slot
+from amq.runtime.native_engine import NativeEngine
 from amq.runtime.sampling import follows_from_logits
 from amq.runtime.settings import Sampling
 
@@ -192,6 +193,18 @@ def last_rows(
             if slots[name].length == len(texts[name]):
                 found[name] = row.clone()
     return found
+
+
+def assert_shared_passes_change_nothing(engine: NativeEngine, length: int, first: int) -> None:
+    """A text of `length` tokens in pieces of many sizes, the first of `first`, beside three others, one or several
+    tokens at a time: the last logits of each are bit for bit those of the text alone."""
+    texts = {seed: text(size, seed) for seed, size in ((0, length), (1, 21), (2, 5), (3, 70))}
+    alone = {seed: engine.all_logits(tokens)[-1] for seed, tokens in texts.items()}
+    slots = {seed: engine.open(tokens, 0, reuse=False) for seed, tokens in texts.items()}
+    found = last_rows(engine, slots, texts, ((first, 1), (1, 1), (1, 2), (17, 1), (2, 2), (22, 0), (27, 64)))
+    assert found.keys() == texts.keys()
+    for seed in texts:
+        assert torch.equal(found[seed], alone[seed]), seed
 
 
 def transformers_logits(folder: Path, tokens: list[int], activations: str = "fp32") -> Tensor:
