@@ -34,28 +34,6 @@ AMQ_INLINE void round_feature(const RoundingProblem& p, const Slab& slab, int ti
     }
 }
 
-// The features `start` … `start` + `count` − 1 of one tile, whose sums over the features before `start` are there; panel: the
-// square of the factor on its diagonal.
-template <class S>
-AMQ_INLINE void round_block(const RoundingProblem& p, const Slab& slab, int tile, int64_t start, int64_t count) {
-    constexpr int kStrip = S::kGemmRows;
-    float* sums = slab.sums + tile * kColumns * kTile;
-    for (int64_t begin = 0; begin < count; begin += kStrip) {
-        const int64_t width = count - begin < kStrip ? count - begin : kStrip;
-        const float* errors = slab.errors + (tile * p.in_features + start + begin) * kTile;
-        for (int64_t k = 0; k < width; ++k) {
-            round_feature<S>(p, slab, tile, start + begin + k, sums + (begin + k) * kTile);
-            const float* row = p.factor + (start + begin + k) * p.in_features + start + begin;
-            for (int64_t later = k + 1; later < width; ++later)
-                for (int v = 0; v < kTile; v += 16) {
-                    float* to = sums + (begin + later) * kTile + v;
-                    S::store(to, S::fma(S::splat(row[later]), S::load_float(errors + k * kTile + v), S::load_float(to)));
-                }
-        }
-        multiply_panel<S>(slab.panel, count, begin, width, begin / kStrip + 1, strips<S>(count), errors, sums);
-    }
-}
-
 template <class S>
 AMQ_INLINE void round_all(const RoundingProblem& p, const Slab& slab) {
     for (int64_t start = 0; start < p.in_features; start += kColumns) {
@@ -63,7 +41,11 @@ AMQ_INLINE void round_all(const RoundingProblem& p, const Slab& slab) {
         clear_sums(slab);
         add_products<S>(slab, p.in_features, p.factor, p.in_features, start, count, slab.errors, 0, start);
         pack_panel<S>(p.factor + start * p.in_features + start, p.in_features, count, count, slab.panel);
-        for (int t = 0; t < slab.tiles; ++t) round_block<S>(p, slab, t, start, count);
+        for (int t = 0; t < slab.tiles; ++t)
+            solve_block<S>(slab, t, p.factor, p.in_features, start, count, slab.errors + (t * p.in_features + start) * kTile,
+                           [&](int64_t k, const float* sum) __attribute__((always_inline)) {
+                               round_feature<S>(p, slab, t, k, sum);
+                           });
     }
 }
 

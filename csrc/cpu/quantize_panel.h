@@ -83,5 +83,29 @@ AMQ_INLINE void add_products(const Slab& slab, int64_t in_features, const float*
     }
 }
 
+// Features `start` … `start` + `count` − 1 of one tile, one after another; their sums are there, and the panel holds the square
+// of `matrix` on its diagonal. solve(k, sum) leaves what feature k gives at given + (k − start) · kTile, [kTile], and
+// matrix[k, later] times that is added to the sums of those behind it.
+template <class S, class Solve>
+AMQ_INLINE void solve_block(const Slab& slab, int tile, const float* matrix, int64_t stride, int64_t start, int64_t count,
+                            const float* given, const Solve& solve) {
+    constexpr int kStrip = S::kGemmRows;
+    float* sums = slab.sums + tile * kColumns * kTile;
+    for (int64_t begin = 0; begin < count; begin += kStrip) {
+        const int64_t width = count - begin < kStrip ? count - begin : kStrip;
+        const float* strip = given + begin * kTile;
+        for (int64_t k = 0; k < width; ++k) {
+            solve(start + begin + k, sums + (begin + k) * kTile);
+            const float* row = matrix + (start + begin + k) * stride + start + begin;
+            for (int64_t later = k + 1; later < width; ++later)
+                for (int v = 0; v < kTile; v += 16) {
+                    float* to = sums + (begin + later) * kTile + v;
+                    S::store(to, S::fma(S::splat(row[later]), S::load_float(strip + k * kTile + v), S::load_float(to)));
+                }
+        }
+        multiply_panel<S>(slab.panel, count, begin, width, begin / kStrip + 1, strips<S>(count), strip, sums);
+    }
+}
+
 }  // namespace
 }  // namespace amq

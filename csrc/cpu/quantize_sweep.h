@@ -32,27 +32,6 @@ AMQ_INLINE void sweep_feature(const RoundingProblem& p, const Slab& slab, int ti
     }
 }
 
-// The features `start` … `start` + `count` − 1 of one tile, whose sums are there; panel: the square of H on its diagonal.
-template <class S>
-AMQ_INLINE void sweep_block(const RoundingProblem& p, const Slab& slab, int tile, int64_t start, int64_t count) {
-    constexpr int kStrip = S::kGemmRows;
-    alignas(64) float moves[kStrip * kTile];
-    float* sums = slab.sums + tile * kColumns * kTile;
-    for (int64_t begin = 0; begin < count; begin += kStrip) {
-        const int64_t width = count - begin < kStrip ? count - begin : kStrip;
-        for (int64_t k = 0; k < width; ++k) {
-            sweep_feature<S>(p, slab, tile, start + begin + k, sums + (begin + k) * kTile, moves + k * kTile);
-            const float* row = p.hessian + (start + begin + k) * p.in_features + start + begin;
-            for (int64_t later = k + 1; later < width; ++later)
-                for (int v = 0; v < kTile; v += 16) {
-                    float* to = sums + (begin + later) * kTile + v;
-                    S::store(to, S::fma(S::splat(row[later]), S::load_float(moves + k * kTile + v), S::load_float(to)));
-                }
-        }
-        multiply_panel<S>(slab.panel, count, begin, width, begin / kStrip + 1, strips<S>(count), moves, sums);
-    }
-}
-
 template <class S>
 AMQ_INLINE void sweep_all(const RoundingProblem& p, const Slab& slab) {
     for (int64_t start = 0; start < p.in_features; start += kColumns) {
@@ -60,7 +39,12 @@ AMQ_INLINE void sweep_all(const RoundingProblem& p, const Slab& slab) {
         clear_sums(slab);
         add_products<S>(slab, p.in_features, p.hessian, p.in_features, start, count, slab.off, 0, p.in_features);
         pack_panel<S>(p.hessian + start * p.in_features + start, p.in_features, count, count, slab.panel);
-        for (int t = 0; t < slab.tiles; ++t) sweep_block<S>(p, slab, t, start, count);
+        alignas(64) float moves[kColumns * kTile];
+        for (int t = 0; t < slab.tiles; ++t)
+            solve_block<S>(slab, t, p.hessian, p.in_features, start, count, moves,
+                           [&](int64_t k, const float* sum) __attribute__((always_inline)) {
+                               sweep_feature<S>(p, slab, t, k, sum, moves + (k - start) * kTile);
+                           });
     }
 }
 
