@@ -52,6 +52,13 @@ AMQ_DEVICE void load_once_if(bool wanted, const uint4* address, uint32_t& x, uin
         : "+r"(x), "+r"(y), "+r"(z), "+r"(w) : "l"(address), "r"(static_cast<int>(wanted)));
 }
 
+// The same flag, but what depends on it is decided where this stands: the compiler does not decide it once before a loop and
+// then hold the answer in a register that the loop needs.
+AMQ_DEVICE int asked_here(int flag) {
+    asm volatile("" : "+r"(flag));
+    return flag;
+}
+
 // What other lanes or warps read too.
 template <class T>
 AMQ_DEVICE T load_shared_by_many(const T* address) {

@@ -179,11 +179,12 @@ AMQ_DEVICE void stage_units(const Source& source, int range, int row, int unit, 
         if (source.norm) norm_features(source, factor, k, piece.v[half]);
     }
     float scales[2];
-    if (source.norm && (kIsInt8<Element> || source.rotated)) {
+    const int rotated = asked_here(source.rotated);
+    if (source.norm && (kIsInt8<Element> || rotated)) {
         if (source.normed_kind == kHalf) round_to<__half>(piece);
         if (source.normed_kind == kBfloat16) round_to<__nv_bfloat16>(piece);
     }
-    if (source.rotated) rotate(piece, j);
+    if (rotated) rotate(piece, j);
     if constexpr (kIsInt8<Element>) round_to_codes<kGroup>(piece, scales);
     store_piece(piece, to + Sizes::kHead + row * Sizes::kPitch + unit * kUnit * Sizes::kBytes, j, Element());
     float sums[2];

@@ -179,6 +179,7 @@ AMQ_DEVICE void load_once_if(bool wanted, const uint4* address, uint32_t& x, uin
     x = v.x, y = v.y, z = v.z, w = v.w;
 }
 AMQ_DEVICE void prefetch(const void*) {}
+AMQ_DEVICE int asked_here(int flag) { return flag; }
 template <class T>
 AMQ_DEVICE T load_shared_by_many(const T* address) {
     return cuda_shim::load(address, "load_shared_by_many");
