@@ -111,6 +111,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rows", default="*", metavar="LIST", help="patterns of names, such as 'llama.cpp Q*,amq *'")
     parser.add_argument("--bits", default="2.5,3.0,3.5,4.0,4.5,5.0,5.5,6.0", metavar="LIST", help="of ours")
     parser.add_argument(
+        "--searched", default="", metavar="LIST", help="budgets that are searched; the other --bits are selected from "
+        "the nearest of these searches (default: a search for each)",
+    )  # fmt: skip
+    parser.add_argument(
         "--search", default="--formats int2,int3,int4,int5,int6", metavar="FLAGS", help="of amq search, for ours"
     )
     parser.add_argument("--quantize", default="", metavar="FLAGS", help="of amq quantize, for ours")

@@ -175,13 +175,31 @@ class Workshop:
         return any(tensor.name == "output.weight" for tensor in gguf.GGUFReader(self.source).tensors)
 
     def _ours(self, name: str, bits: str) -> dict[str, Any]:
-        run = self._place(f"{name} search")
-        flags = shlex.split(self._args.search)
-        search = ["-m", "amq.search", self.source, "--target-bits", bits, "--output", run, *flags]
-        made = {"search": self._timed(f"{name} search", search)}
-        flags = ["--configuration", run / "configuration.json", *shlex.split(self._args.quantize)]
-        given = {"search": self._args.search, "quantize": self._args.quantize}
+        searched = min(self._searches or [bits], key=lambda b: (abs(float(b) - float(bits)), float(b)))
+        run, made = self._search(name, bits, searched)
+        configuration = run / "configuration.json"
+        if searched != bits:
+            configuration = self.folder / f"{run.name} {bits}.json".replace(" ", "-")
+            select = ["-m", "amq.search", "select", run, "--target-bits", bits, "--output", configuration]
+            made |= {"select": self._timed(f"{name} select", select)}
+        flags = ["--configuration", configuration, *shlex.split(self._args.quantize)]
+        given = {"search": self._args.search, "searched": searched, "quantize": self._args.quantize}
         return self._quantized(name, self._place(name), flags, made) | {"flags": given}
+
+    def _search(self, name: str, bits: str, searched: str) -> tuple[Path, dict[str, Any]]:
+        """A finished run for the budget `searched`, which rows of other budgets may have made, and what it took."""
+        name = name.replace(bits, searched, 1) + " search"
+        facts = self.folder / (name.replace(" ", "-") + ".json")
+        run = facts.with_suffix("")
+        if not facts.is_file():
+            run = self._place(name)
+            flags = ["--target-bits", searched, "--output", run, *shlex.split(self._args.search)]
+            write_results(facts, self._timed(name, ["-m", "amq.search", self.source, *flags]))
+        return run, {"search": without_provenance(read_json(facts))}
+
+    @property
+    def _searches(self) -> list[str]:
+        return [bits for bits in self._args.searched.split(",") if bits]
 
     def _quantized(self, name: str, path: Path, flags: Sequence[Any], made: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of ours by `amq quantize`, and how it runs: with 8-bit activations, and exactly."""

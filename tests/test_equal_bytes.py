@@ -148,16 +148,19 @@ def test_ours_from_the_file_to_the_speed(tmp_path: Path, monkeypatch: pytest.Mon
             "full*,amq*",
         ),
         *("--text", str(text), "--max-tokens", "256", "--window-length", "32", "--windows", "1", "--generate", "4"),
-        *("--calibration", str(text), "--bits", "4.0", "--search", f"{search} --points 2", "--rounds", "1"),
+        *("--calibration", str(text), "--bits", "4.0,4.5", "--searched", "4.0", "--search", f"{search} --points 2"),
+        *("--rounds", "1"),
         *("--quantize", f"{small} --windows 1"),
     ]
     assert equal_bytes.main(arguments) == 0
     assert equal_bytes.main([*arguments, "--speed"]) == 0
-    full, ours = json.loads((tmp_path / "results.json").read_text())["rows"]
+    full, ours, selected = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert full["bits_per_weight"] == 16 and 3.5 < ours["bits_per_weight"] < 8
     assert ours["perplexity"] == pytest.approx(ours["perplexity_exact"], rel=0.05)
     assert full["perplexity"] < 1.5 * ours["perplexity"] and ours["speed"]["tokens_per_second"] > 0
     assert set(ours["made"]) == {"search", "quantize"} and ours["made"]["search"]["peak_bytes"] > 1e8
+    assert set(selected["made"]) == {"search", "select", "quantize"} and selected["bytes"] > ours["bytes"]
+    assert selected["made"]["search"] == ours["made"]["search"] and selected["flags"]["searched"] == "4.0"
     assert "speed" not in full
 
 
