@@ -58,6 +58,7 @@ VARIANTS = {
     "Fisher runs": Variant(runs=RUNS),
     "refine": Variant(refine=AUTO_EVALUATIONS),
     "rows": Variant(blocks=4),
+    "guided bank": Variant({"proxy": "guided"}),
     "self-written text": Variant({"calibration": "self"}),
     "rotation": Variant({"rotation": "auto"}),
     "rotation everywhere": Variant({"rotation": "64"}),

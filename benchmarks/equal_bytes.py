@@ -136,8 +136,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="of --speed")
     parser.add_argument("--generate", type=int, default=64, metavar="N", help="tokens of --speed")
     parser.add_argument("--table", action="store_true")
-    args = parser.parse_args(argv)
-    return args
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
