@@ -18,6 +18,7 @@ const VectorKernels* vector_kernels_portable();
 const QuantizeKernels* quantize_kernels_portable();
 #if defined(__x86_64__)
 const LinearKernels* linear_kernels_avx2();
+const LinearKernels* linear_kernels_avxvnni();
 const LinearKernels* linear_kernels_avx512();
 const LinearKernels* linear_kernels_avx512vnni();
 const LinearKernels* linear_kernels_amx();
@@ -37,6 +38,13 @@ const char* detect_avx2() {
     if (!__builtin_cpu_supports("fma")) return "the processor has no FMA";
     if (!__builtin_cpu_supports("f16c")) return "the processor has no F16C";
     return nullptr;
+}
+
+const char* detect_avxvnni() {
+    if (const char* reason = detect_avx2()) return reason;
+    unsigned a = 7, b = 0, c = 1, d = 0;  // leaf 7.1: EAX bit 4; a processor without the leaf answers 0
+    __asm__ volatile("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
+    return a >> 4 & 1 ? nullptr : "the processor has no AVX-VNNI";
 }
 
 const char* detect_avx512() {
@@ -109,6 +117,7 @@ const std::vector<Isa>& isas() {
         {"portable", detect_portable, linear_kernels_portable, vector_kernels_portable, quantize_kernels_portable, false},
 #if defined(__x86_64__)
         {"avx2", detect_avx2, linear_kernels_avx2, vector_kernels_avx2, quantize_kernels_avx2, true},
+        {"avxvnni", detect_avxvnni, linear_kernels_avxvnni, vector_kernels_avx2, quantize_kernels_avx2, true},
         {"avx512", detect_avx512, linear_kernels_avx512, vector_kernels_avx512, quantize_kernels_avx512, true},
         {"avx512vnni", detect_avx512vnni, linear_kernels_avx512vnni, vector_kernels_avx512, quantize_kernels_avx512, true},
         {"amx", detect_amx, linear_kernels_amx, vector_kernels_avx512, quantize_kernels_avx512, true},

@@ -6,7 +6,7 @@
 
 namespace amq {
 namespace {
-using S = Avx2;
+using S = Avx2<false>;
 }
 }  // namespace amq
 

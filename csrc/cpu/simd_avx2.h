@@ -1,4 +1,4 @@
-// 16 lanes in two AVX2 registers.
+// 16 lanes in two AVX2 registers. `Vnni` says whether the processor multiplies bytes in one instruction (AVX-VNNI).
 
 #pragma once
 
@@ -12,6 +12,7 @@
 namespace amq {
 namespace {
 
+template <bool vnni>
 struct Avx2 {
     struct I32 {
         __m256i low, high;
@@ -74,6 +75,7 @@ struct Avx2 {
         int32_t word;
         std::memcpy(&word, x, sizeof word);
         const __m256i values = _mm256_set1_epi32(word);
+        if constexpr (vnni) return dot_vnni(sum, codes, values);
         // Pairs of products must fit 16 bits: wide codes go in two halves.
         if constexpr (2 * 127 * ((1 << bits) - 1) > INT16_MAX) {
             const I32 high = mask(shift<4>(codes), 0x0f0f0f0f);
@@ -111,6 +113,13 @@ struct Avx2 {
     }
 
 private:
+    static AMQ_INLINE I32 dot_vnni(I32 sum, I32 codes, __m256i values) {
+#ifdef __AVXVNNI__
+        return {_mm256_dpbusd_avx_epi32(sum.low, codes.low, values), _mm256_dpbusd_avx_epi32(sum.high, codes.high, values)};
+#else
+        return (void)codes, (void)values, sum;  // not instantiated: the file is built without AVX-VNNI
+#endif
+    }
     static AMQ_INLINE __m256 widen_bfloat(__m128i halves) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
     }
