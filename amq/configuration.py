@@ -19,7 +19,7 @@ from typing import TypeVar
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, match_linears
-from amq.model.shape import LayerCache
+from amq.model.shape import DEFAULT_CACHE, LayerCache
 from amq.util.files import read_json, write_json
 from amq.util.records import check_range, parse_record, shorten, to_json
 
@@ -211,11 +211,15 @@ def parse_pins(pins: Sequence[str], linears: tuple[LinearSpec, ...]) -> dict[str
 
 
 def memory_items(
-    model: Inventory, configuration: Configuration, caches: Sequence[LayerCache] = (), context: int = 0
+    model: Inventory,
+    configuration: Configuration,
+    caches: Sequence[LayerCache] = (),
+    context: int = 0,
+    kept_as: str = DEFAULT_CACHE,
 ) -> tuple[MemoryItem, ...]:
     """Everything that must be resident to run the model: weights by kind, and the KV cache for `context` tokens.
 
-    caches: what the layers keep (`ModelShape.caches`), needed when `context` > 0.
+    caches: what the layers keep (`ModelShape.caches`), needed when `context` > 0, with keys and values as `kept_as`.
     """
     stored = [(s, get_stored(configuration.formats[s.name])) for s in model.linears]
     outer = {s: get_stored(configuration.formats[s.name]) for s in configuration.of(model.outer)}
@@ -229,7 +233,7 @@ def memory_items(
     ]
     if context:
         size = sum(cache.bytes(context) for cache in caches)
-        items.append(MemoryItem(CACHE, size, f"{context} tokens in 16 bits"))
+        items.append(MemoryItem(CACHE, size, f"{context} tokens in {kept_as}"))
     return tuple(items)
 
 

@@ -26,13 +26,19 @@ using amq::require_threads;
 
 namespace {
 
+int find_cache(const std::string& name) {
+    for (int kind = 0; kind < amq::kCacheKinds; ++kind)
+        if (name == amq::kCaches[kind].name) return kind;
+    throw std::invalid_argument("cache: expected one of CACHES, got '" + name + "'");
+}
+
 std::unique_ptr<amq::Decoder> make_decoder(const py::object& spec, const py::dict& weights, int64_t context, int64_t group_size,
-                                           bool int8, bool half_cache, int64_t max_rows, int threads) {
+                                           bool int8, const std::string& cache, int64_t max_rows, int threads) {
     require(max_rows >= 1 && max_rows <= amq::kCallRows, "max_rows", "1 to " + std::to_string(amq::kCallRows), max_rows);
     require_threads(threads);
     amq::DecoderModel m = amq::read_model(spec, weights, context, group_size);
     m.mode = int8 ? amq::Mode::int8 : amq::Mode::fp32;
-    m.cache = half_cache ? amq::Element::half : amq::Element::float32;
+    m.cache = find_cache(cache);
     // What the decoder sizes its buffers and pages by, beside the weights whose bytes were compared already.
     int64_t cached = 0;
     for (const amq::Step& step : m.steps)
@@ -122,9 +128,12 @@ void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<Segm
 
 void bind_decoder(py::module_& m) {
     m.attr("PAGE") = amq::kPage;
+    py::list caches;
+    for (const amq::CacheKind& kind : amq::kCaches) caches.append(kind.name);
+    m.attr("CACHES") = py::tuple(caches);
     py::class_<amq::Decoder>(m, "Decoder", "A model as steps; see csrc/cpu/decoder.h and csrc/decoder_spec.h")
         .def(py::init(&make_decoder), py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("context"),
-             py::arg("group_size"), py::arg("int8"), py::arg("half_cache"), py::arg("max_rows"), py::arg("threads"))
+             py::arg("group_size"), py::arg("int8"), py::arg("cache"), py::arg("max_rows"), py::arg("threads"))
         .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes; })
         .def_property_readonly("state_floats", [](const amq::Decoder& d) { return d.model().state_floats; })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),

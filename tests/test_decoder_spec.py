@@ -66,7 +66,7 @@ class Model:
         self.tensors = {name: torch.ones(tuple(shape)) for name, shape in shapes.items()}
         held = {name: ("float32", memory(tensor), NO_MEMORY, NO_MEMORY, 0) for name, tensor in self.tensors.items()}
         self.decoder = cpu_module().Decoder(
-            spec=spec, weights=held, context=CONTEXT, group_size=32, int8=False, half_cache=False, max_rows=8, threads=2
+            spec=spec, weights=held, context=CONTEXT, group_size=32, int8=False, cache="float32", max_rows=8, threads=2
         )
 
 

@@ -70,8 +70,6 @@ def test_int8_activations_are_those_of_the_linears(folders: dict[str, Path]) -> 
     found = open_native(folders["llama"], "int8", cache="float32").all_logits(tokens)
     # Sums in another order put an activation now and then on the other side of a rounding boundary.
     assert (found - expected).abs().mean() < 3e-3 * expected.abs().mean()
-    with pytest.raises(AmqError, match="float16 or float32, got int8"):
-        open_native(folders["llama"], cache="int8")
 
 
 def test_a_cache_of_fp16_is_nearly_exact(folders: dict[str, Path]) -> None:

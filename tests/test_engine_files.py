@@ -224,7 +224,7 @@ def decoder(model: NativeWeights, **changed: Any) -> Any:
         "context": 64,
         "group_size": 32,
         "int8": False,
-        "half_cache": False,
+        "cache": "float32",
     }
     return cpu_module().Decoder(**how | changed, max_rows=MAX_ROWS, threads=1)
 

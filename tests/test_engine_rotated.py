@@ -76,6 +76,6 @@ def test_the_module_refuses_rotations_that_do_not_fit(folders: dict[str, Path]) 
         held = weights.held | {name: (*weights.held[name][:-1], rotation)}
         with pytest.raises(ValueError, match=message):
             cpu_module().Decoder(
-                spec=weights.spec, weights=held, context=64, group_size=32, int8=False, half_cache=False,
+                spec=weights.spec, weights=held, context=64, group_size=32, int8=False, cache="float32",
                 max_rows=MAX_ROWS, threads=1,
             )  # fmt: skip

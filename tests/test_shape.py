@@ -201,7 +201,7 @@ def test_a_config_may_raise_nest_say_null_and_list() -> None:
     assert [layer.kv_heads for layer in listed.layers] == [4, 1]
     own = ModelShape.of({**sizes, "per_layer_config": {"1": {"head_dim": 32}}})
     assert [own.head_dim(layer) for layer in range(3)] == [16, 32, None]
-    assert own.caches == (LayerCache(4 * 4 * 16), LayerCache(4 * 4 * 32))
+    assert own.caches == (LayerCache(4 * 4 * 16, heads=4), LayerCache(4 * 4 * 32, heads=4))
     padded = {"num_hidden_layers": 12, "per_layer_config": {"05": {"head_dim": 32}, "11": {"head_dim": 64}}}
     assert [ModelShape.of({**sizes, **padded}).head_dim(layer) for layer in (4, 5, 11)] == [16, 32, 64]
 
@@ -243,7 +243,7 @@ def test_what_cannot_be_sized_is_said(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(AmqError, match="num_hidden_layers is 1099511627776, expected at most 65536"):
         ModelShape.of({"num_hidden_layers": 2**40})
     strange = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 64, "layer_types": ["new_attention"]}
-    assert ModelShape.of(strange).caches == (LayerCache(4 * 64),)
+    assert ModelShape.of(strange).caches == (LayerCache(4 * 64, heads=2),)
     assert "layers of type new_attention are counted as full attention" in caplog.text
 
 
@@ -264,9 +264,9 @@ def test_runs_of_before_are_read() -> None:
     """They hold a few entries of the config; layers of other types counted as full attention."""
     old = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
     windowed = {**old, "head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "linear_attention"] * 2}
-    assert parse_record(old, KvEntry, "run.json").caches() == (LayerCache(4 * 2 * 16),) * 3
+    assert parse_record(old, KvEntry, "run.json").caches() == (LayerCache(4 * 2 * 16, heads=2),) * 3
     assert parse_record(windowed, KvEntry, "run.json").caches() == (
-        LayerCache(4 * 2 * 8, window=6), LayerCache(4 * 2 * 8),
+        LayerCache(4 * 2 * 8, window=6, heads=2), LayerCache(4 * 2 * 8, heads=2),
     ) * 2  # fmt: skip
 
 
@@ -290,6 +290,9 @@ def test_a_search_of_such_a_model_ends(
     assert item.bytes == sum(cache.bytes(1000) for cache in ModelShape.of(tiny_config(name, **changed)).caches)
     chosen = select_from_run(tmp_path / "run", memory="1GiB", context=1000)
     assert chosen.details.memory == result.configuration.details.memory
+    smaller = select_from_run(tmp_path / "run", memory="1GiB", context=1000, cache="int8").details.memory.items
+    (coded,) = (i for i in smaller if i.name == "KV cache")
+    assert 0.5 * item.bytes < coded.bytes < 0.8 * item.bytes and coded.note == "1000 tokens in int8"
 
 
 def test_a_model_that_cannot_be_cut_is_refused_before_its_bank(

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,11 @@ CACHE_BYTES, STATE_BYTES = 2, 4
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 WINDOWED = {SLIDING: "sliding_window", "hybrid_sliding": "sliding_window", CHUNKED: "attention_chunk_size"}
 """{kind of layer: the key that says how many tokens it looks back on}."""
+CACHES = {"float32": (32, 32), "float16": (16, 16), "int8": (8, 8), "k8v4": (8, 4)}
+"""{what an engine keeps keys and values as: bits of a number of a key, and of a value}."""
+DEFAULT_CACHE = "float16"
+GRID_BYTES = 4
+"""Of the scale and the least value that a key or value of less than 16 bits has."""
 STATES = frozenset({"linear_attention", "conv"})
 BOTH = frozenset({"hybrid", "hybrid_sliding"})
 """Layers with a state beside keys and values."""
@@ -120,14 +125,29 @@ class Rotary:
 @dataclass(frozen=True)
 class LayerCache:
     """What a layer keeps of a sequence: `per_token` bytes of each of its last `window` tokens (None: of all), and
-    `constant` bytes in any case."""
+    `constant` bytes in any case. heads: of keys and values of one size that are all of `per_token`; 0: it is something
+    else, or not known."""
 
     per_token: int = 0
     constant: int = 0
     window: int | None = None
+    heads: int = 0
 
     def bytes(self, tokens: int) -> int:
         return self.constant + self.per_token * (tokens if self.window is None else min(tokens, self.window))
+
+    def kept_as(self, kind: str) -> LayerCache:
+        """With keys and values as a kind of CACHES; raises AmqError where that does not go by what is known here."""
+        if kind == DEFAULT_CACHE or not self.per_token:
+            return self
+        if not self.heads:
+            raise AmqError(
+                f"a cache in {kind} has no size that is known: the layers keep something else than keys and values of "
+                "one size, or the search was made before 2026-12-01, and has to be made again"
+            )
+        numbers, bits = self.per_token // CACHE_BYTES // 2, CACHES[kind]
+        coded = sum(part < 16 for part in bits)
+        return replace(self, per_token=numbers * sum(bits) // 8 + GRID_BYTES * self.heads * coded)
 
 
 @dataclass(frozen=True)
@@ -152,7 +172,9 @@ class LayerShape:
         constant = self._state() if self.kind in STATES | BOTH else 0
         if self.kind in STATES:
             return LayerCache(constant=constant)
-        return LayerCache(CACHE_BYTES * self._numbers_per_token(), constant, self.window)
+        numbers = self._numbers_per_token()
+        plain = self.kv_heads and self.head_dim and numbers == 2 * self.kv_heads * self.head_dim
+        return LayerCache(CACHE_BYTES * numbers, constant, self.window, self.kv_heads if plain and self.kv_heads else 0)
 
     def _numbers_per_token(self) -> int:
         own_index = self.kind == INDEXED and said(self.config, "indexer_types") != "shared"

@@ -127,7 +127,8 @@ class NativeStates:
         """exact: with activations of float32 in any case."""
         return cpu_module().Decoder(
             spec=self._spec, weights=held, context=self._length, group_size=self._group_size,
-            int8=self._int8 and not exact, half_cache=self._int8, max_rows=MAX_ROWS, threads=torch.get_num_threads(),
+            int8=self._int8 and not exact, cache="float16" if self._int8 else "float32", max_rows=MAX_ROWS,
+            threads=torch.get_num_threads(),
         )  # fmt: skip
 
     def _run(self, decoder: Any, tokens: Tensor) -> Tensor:

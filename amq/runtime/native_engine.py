@@ -33,7 +33,7 @@ from amq.util.files import cache_dir, is_out_of_memory
 class NativeEngine(PagedEngine):
     """See `PagedEngine`; made by `open_native`.
 
-    how: `int8` and `half_cache` of csrc/decoder_module.cpp.
+    how: `int8` and `cache` of csrc/decoder_module.cpp.
     root: of `page_keys.model_root`. store: makes the pages on disk from the bytes of a page; `shutdown` ends it.
     state_cache: bytes of snapshots, where the model is recurrent; None: `state_pool.room_for` says.
     """
@@ -42,7 +42,7 @@ class NativeEngine(PagedEngine):
         self,
         weights: NativeWeights,
         context: int,
-        how: Mapping[str, bool],
+        how: Mapping[str, Any],
         banner: str,
         max_sequences: int,
         threads: int,
@@ -125,7 +125,7 @@ def open_native(
     activations: `int8`, or `fp32` (exact).
     context: positions of a sequence; None: the model's, up to DEFAULT_CONTEXT.
     threads: None: torch's.
-    cache: `float16` or `float32` keys and values; None: float32 where activations are exact.
+    cache: what keys and values are kept as (docs/cpu.md); None: float16, float32 where activations are exact.
     verify: compare the hash of every tensor.
     prompt_cache: bytes of pages to keep on disk, in prompt_cache_folder (None: `prompts` in the user's cache).
     state_cache: bytes of snapshots of recurrent states; None: `state_pool.room_for` says.
@@ -141,8 +141,8 @@ def open_native(
     context = context_of(spec, context)
     threads = threads or torch.get_num_threads()
     cache = cache or ("float32" if activations == "fp32" else "float16")
-    if cache not in ("float16", "float32"):
-        raise AmqError(f"the KV cache must be float16 or float32, got {cache}")
+    if cache not in (known := cpu_module().CACHES):
+        raise AmqError(f"the native engine keeps keys and values as {', '.join(known)}, not as {cache}")
     if verify:
         checkpoint.verify()
     formats = "+".join(sorted(set(record.formats.values())))
@@ -150,7 +150,7 @@ def open_native(
         f"native engine ({checkpoint.config.get('model_type')}): {formats}, {activations} activations, {cache} cache, "
         f"{cpu_module().isa()}, {threads} threads, context {context}"
     )
-    how = {"int8": activations == "int8", "half_cache": cache == "float16"}
+    how = {"int8": activations == "int8", "cache": cache}
     try:
         weights = NativeWeights(checkpoint, spec, context)
         if prompt_cache is None:

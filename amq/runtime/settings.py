@@ -9,10 +9,10 @@ from typing import Any
 from amq.errors import AmqError
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.settings import ModelSettings
+from amq.model.shape import CACHES
 from amq.util.settings import Settings, flag
 
 WRITE, DRAW = "what to write", "how to choose tokens"
-CACHES = ("float32", "float16", "int8")
 MAX_LOGPROBS = 20
 """OpenAI's limit of `top_logprobs`."""
 MAX_BIAS = 100
@@ -26,7 +26,10 @@ class RuntimeSettings(ModelSettings):
         None, "int8 or fp32 (exact); default: int8 on backend cpu, else fp32", choices=ACTIVATIONS
     )
     cache: str | None = flag(
-        None, "keys and values: float16 (default), float32 on a CPU, int8 on a GPU", choices=CACHES
+        None,
+        "keys and values: float16 (default), int8 (half of its memory); on a CPU also float32, and k8v4 (keys in int8, "
+        "values in 4 bits)",
+        choices=tuple(CACHES),
     )
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", least=1, metavar="N")
 
@@ -49,7 +52,7 @@ class LoadSettings(RuntimeSettings):
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     device: where everything but packed weights goes; those are prepared there when they are first used.
     cache: what keys and values are kept in; None takes float16, float32 where the native engine multiplies exactly. The
-        native engine has float32 and float16, the CUDA engine float16 and int8.
+        native engine has all of them, the CUDA engine float16 and int8.
     context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
     max_sequences: that run at once.
     threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.

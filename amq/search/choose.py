@@ -19,6 +19,7 @@ from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Table
 from amq.search.records import RunFile
 from amq.search.refine import PHASE as REFINE
+from amq.search.settings import BudgetSettings
 from amq.search.space import SearchSpace
 
 
@@ -156,11 +157,11 @@ def _from_record(record: Record, confirm: dict[str, float]) -> Chosen:
     return Chosen(record.configuration, record.bits_per_weight, record.loss, confirm.get(record.key), None)
 
 
-def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuration:
-    """What was chosen, with its figures; context: tokens of the KV cache in its memory."""
+def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings) -> Configuration:
+    """What was chosen, with its figures; budget: says the KV cache in its memory."""
     model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
     bare = Configuration(chosen.formats, group_size)
-    caches = run.kv_cache.caches() if context else ()
+    caches = run.kv_cache.caches(budget.cache) if budget.context else ()
     details = Details(
         model=model,
         bits_per_weight=round(chosen.bits_per_weight, 6),
@@ -169,7 +170,7 @@ def to_configuration(chosen: Chosen, run: RunFile, context: int) -> Configuratio
         loss=chosen.loss,
         loss_confirm=chosen.loss_confirm,
         predicted_loss=chosen.predicted,
-        memory=Memory.of(memory_items(inventory, bare, caches, context)),
+        memory=Memory.of(memory_items(inventory, bare, caches, budget.context, budget.cache)),
         provenance=run.provenance,
     )
     return Configuration(chosen.formats, group_size, details)

@@ -77,7 +77,7 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     with timings.measure("confirm"):
         on_front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, problem.space, records, solution.table, fit)
-    configuration = to_configuration(chosen, run, settings.context)
+    configuration = to_configuration(chosen, run, settings)
     folder.write_configuration(configuration)
     front = make_front(problem, on_front, solution.table, fit, settings.loss)
     folder.write(front)

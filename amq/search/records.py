@@ -19,7 +19,7 @@ from amq.configuration import Provenance, compact, expand_name
 from amq.errors import AmqError
 from amq.formats import KEPT, NO_ROTATION
 from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
-from amq.model.shape import FULL, SLIDING, LayerCache, ModelShape
+from amq.model.shape import DEFAULT_CACHE, FULL, SLIDING, LayerCache, ModelShape
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.machine import cpu_name, gpu_facts, installed_versions
@@ -137,10 +137,11 @@ class CacheEntry:
     per_token: int
     constant: int = 0
     window: int | None = None
+    heads: int = 0
 
     def __post_init__(self) -> None:
         check_range(self, "layers", most=MOST_LAYERS)
-        check_range(self, "per_token", "constant", least=0)
+        check_range(self, "per_token", "constant", "heads", least=0)
         check_range(self, "window")
 
 
@@ -174,14 +175,20 @@ class KvEntry:
             runs = [(cache, len(list(equal))) for cache, equal in groupby(shape.caches)]
         except AmqError as error:
             return KvEntry(unknown=str(error))
-        return KvEntry(tuple(CacheEntry(count, cache.per_token, cache.constant, cache.window) for cache, count in runs))
+        return KvEntry(tuple(CacheEntry(n, c.per_token, c.constant, c.window, c.heads) for c, n in runs))
 
-    def caches(self) -> tuple[LayerCache, ...]:
-        """Of all layers; raises AmqError where they are not known."""
+    def caches(self, kind: str = DEFAULT_CACHE) -> tuple[LayerCache, ...]:
+        """Of all layers, with keys and values as a kind of `amq.model.shape.CACHES`; raises AmqError where they are not
+        known."""
+        return tuple(cache.kept_as(kind) for cache in self._caches())
+
+    def _caches(self) -> tuple[LayerCache, ...]:
         if self.unknown is not None:
             raise AmqError(self.unknown)
         if self.entries is not None:
-            return tuple(LayerCache(e.per_token, e.constant, e.window) for e in self.entries for _ in range(e.layers))
+            return tuple(
+                LayerCache(e.per_token, e.constant, e.window, e.heads) for e in self.entries for _ in range(e.layers)
+            )
         kinds = self.layer_types  # nothing is known here of layers of other types: the most that they could hold
         full = None if kinds is None else [kind if kind == SLIDING else FULL for kind in kinds]
         return ModelShape.of(replace(self, layer_types=full)).caches

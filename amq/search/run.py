@@ -375,7 +375,7 @@ def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
         return Budget(max_loss=settings.max_loss)
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = opened.shape.caches if settings.context else ()
+        caches = [cache.kept_as(settings.cache) for cache in opened.shape.caches] if settings.context else ()
         return Budget(budget_from_memory(memory, settings.context, opened.inventory, caches, space))
     if settings.target_bits is not None:
         return Budget(check_bits(settings.target_bits, space))

@@ -25,11 +25,11 @@ def select(settings: SelectSettings) -> Configuration:
     bits: float | None = None
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = folder.run.kv_cache.caches() if settings.context else ()
+        caches = folder.run.kv_cache.caches(settings.cache) if settings.context else ()
         bits = budget_from_memory(memory, settings.context, folder.inventory, caches, folder.space)
     elif settings.target_bits is not None:
         bits = check_bits(settings.target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None
     fit = fit_records(folder.archive, table, OBJECTIVES[folder.settings.loss].ceiling) if table else None
     chosen = choose(Budget(bits, settings.max_loss), folder.space, folder.archive, table, fit)
-    return to_configuration(chosen, folder.run, settings.context)
+    return to_configuration(chosen, folder.run, settings)

@@ -10,6 +10,7 @@ from amq.formats import FORMATS, KEPT, NO_ROTATION, BitFormat, check_group_size,
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
+from amq.model.shape import CACHES, DEFAULT_CACHE
 from amq.quantize.methods import ROTATION_HELP, ROTATIONS
 from amq.quantize.quantizers import QUANTIZERS
 from amq.search.solvers import SOLVERS
@@ -50,6 +51,9 @@ class BudgetSettings(Settings):
     context: int = flag(
         0, "tokens of KV cache that --memory must hold besides the weights", REACH, least=0, metavar="N"
     )
+    cache: str = flag(
+        DEFAULT_CACHE, "what that cache is kept as, as --cache of generate and serve", REACH, choices=tuple(CACHES)
+    )
     max_loss: float | None = flag(
         None,
         "budget: the smallest model whose loss stays below this (nats per token, or what --objective measures in)",
@@ -63,6 +67,8 @@ class BudgetSettings(Settings):
             raise AmqError(f"give one budget, not both {' and '.join(list(self.budgets)[:2])}")
         if self.context and self.memory is None:
             raise AmqError("--context sizes the KV cache within --memory: give --memory too")
+        if self.cache != DEFAULT_CACHE and not self.context:
+            raise AmqError(f"--cache {self.cache} is what the tokens of --context are kept as: give --context too")
 
     @property
     def budgets(self) -> dict[str, float | str]:

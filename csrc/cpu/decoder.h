@@ -193,12 +193,12 @@ struct DecoderModel {
     std::vector<Rope> ropes;
     std::vector<Step> steps;
     Mode mode = Mode::fp32;
-    Element cache = Element::float32;  // or half
+    int cache = 0;  // of kCaches
 
     int64_t page_bytes = 0;    // of the KV cache: kPage positions of all steps and KV heads (set by the Decoder)
     int64_t state_floats = 0;  // of a sequence's recurrent state, 0 where there is none (set by the Decoder)
 
-    int64_t head_bytes(const Attention& a) const { return 2 * kPage * a.head_dim * element_bytes(cache); }
+    int64_t head_bytes(const Attention& a) const { return amq::head_bytes(kCaches[cache], a.head_dim); }
 };
 
 // After `rows` rows of a segment, the state of its sequence is copied to `state`, too.

@@ -17,7 +17,7 @@ void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_
     if (op.v_norm) vector_.rms_norm(value, op.v_norm, m_.epsilon, op.head_dim, value);
     if (op.k_norm) vector_.rms_norm(key, op.k_norm, m_.epsilon, op.head_dim, key);
     rotate(op, segment, position, key);
-    vector_.store[m_.cache == Element::half](head_cache(op, segment, kv_head), position, key, value,
+    vector_.store[m_.cache](head_cache(op, segment, kv_head), position, key, value,
                                              static_cast<int>(op.head_dim));
 }
 
@@ -127,7 +127,7 @@ void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64
         parts[i].values = values[1][i];
         std::fill(values[0][i], values[0][i] + head_dim, 0.0f);
     }
-    const auto kernel = vector_.attend[m_.cache == Element::half];
+    const auto kernel = vector_.attend[m_.cache];
     const CacheView cache = head_cache(op, segment, kv_head);
     const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
     for (int64_t p = start; p < end; p += kSpan) {

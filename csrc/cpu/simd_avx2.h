@@ -42,6 +42,13 @@ struct Avx2 {
         return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
     }
 
+    // 16 bytes; the low and then the high halves of 8 bytes.
+    static AMQ_INLINE F32 load_bytes(const void* p) { return widen_bytes(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+    static AMQ_INLINE F32 load_nibbles(const void* p) {
+        const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+        const __m128i both = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4));
+        return widen_bytes(_mm_and_si128(both, _mm_set1_epi8(0x0f)));
+    }
     static AMQ_INLINE F32 load_bfloat(const void* p) {
         const __m128i* halves = static_cast<const __m128i*>(p);
         return {widen_bfloat(_mm_loadu_si128(halves)), widen_bfloat(_mm_loadu_si128(halves + 1))};
@@ -119,6 +126,10 @@ private:
 #else
         return (void)codes, (void)values, sum;  // not instantiated: the file is built without AVX-VNNI
 #endif
+    }
+    static AMQ_INLINE F32 widen_bytes(__m128i bytes) {
+        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
+                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
     }
     static AMQ_INLINE __m256 widen_bfloat(__m128i halves) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));

@@ -27,6 +27,15 @@ struct Avx512 {
         return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
     }
 
+    // 16 bytes; the low and then the high halves of 8 bytes.
+    static AMQ_INLINE F32 load_bytes(const void* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    }
+    static AMQ_INLINE F32 load_nibbles(const void* p) {
+        const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
+        const __m128i both = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4));
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(both, _mm_set1_epi8(0x0f))));
+    }
     static AMQ_INLINE F32 load_bfloat(const void* p) {
         const __m256i halves = _mm256_loadu_si256(static_cast<const __m256i*>(p));
         return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));

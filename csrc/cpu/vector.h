@@ -4,7 +4,9 @@
 // The cache holds pages of kPage positions. In a page each KV head has its keys, a row of kPage positions per feature, and then
 // its values, a row of head_dim features per position. So scores of neighbouring positions come out side by side without
 // sums across a vector, weighted sums of values are plain sums of rows, and both are one small product over rows that
-// lie one after another in memory (vector_body.h). Elements are fp16 or float32.
+// lie one after another in memory (vector_attention.h). Elements are float32, fp16, or codes; behind codes of keys, and behind those
+// of values, come a scale and then a least value of each of the kPage positions, both fp16: scale · code + least. A position is
+// rounded by itself when it comes, so what a query sees does not depend on how its text was cut into passes.
 
 #pragma once
 
@@ -19,6 +21,21 @@ constexpr int kPage = 64;       // positions of a page
 constexpr int kSpan = 128;      // positions whose softmax is computed at once
 constexpr int kMaxHeadDim = 512;
 constexpr int kMaxQueryRows = 8;
+
+// What keys and values are kept as: a row here, and its kernels in vector_body.h.
+struct CacheKind {
+    const char* name;
+    int key_bits, value_bits;  // of an element; less than 16: codes
+};
+constexpr CacheKind kCaches[] = {{"float32", 32, 32}, {"float16", 16, 16}, {"int8", 8, 8}, {"k8v4", 8, 4}};
+constexpr int kCacheKinds = sizeof kCaches / sizeof *kCaches;
+
+// What a KV head takes in a page.
+constexpr int64_t head_bytes(const CacheKind& kind, int64_t head_dim) {
+    int64_t bytes = 0;
+    for (const int bits : {kind.key_bits, kind.value_bits}) bytes += kPage * (head_dim * bits / 8 + (bits < 16 ? 4 : 0));
+    return bytes;
+}
 
 // What an MLP does with what its gate and up give:
 //
@@ -103,10 +120,10 @@ struct VectorKernels {
     void (*unit)(float* x, float epsilon, float factor, int64_t count);
     void (*convolve)(const ConvolveArgs& args);
     void (*delta)(const DeltaArgs& args);
-    // Puts one position's key and value [head_dim] into the cache, by the cache's element: float32, half.
-    void (*store[2])(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim);
+    // Puts one position's key and value [head_dim] into the cache, by its place in kCaches.
+    void (*store[kCacheKinds])(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim);
     // Positions begin … end − 1 for up to `query_rows` rows, into fresh partials.
-    void (*attend[2])(const AttendArgs& args, Partial* out);
+    void (*attend[kCacheKinds])(const AttendArgs& args, Partial* out);
     int query_rows;
     // Puts the parts of a softmax together, and divides by the sum in the end.
     void (*merge)(Partial& into, const Partial& part, int head_dim);

@@ -69,5 +69,36 @@ AMQ_INLINE typename S::F32 sigmoid(typename S::F32 x) {
     return S::div(one, S::add(one, exponential<S>(S::sub(S::splat(0.0f), x))));
 }
 
+// c · tanh(x / c) = c − 2c / (e^(2x / c) + 1)
+template <class S>
+AMQ_INLINE typename S::F32 capped(typename S::F32 x, float c) {
+    const auto power = exponential<S>(S::mul(x, S::splat(2 / c)));
+    return S::sub(S::splat(c), S::div(S::splat(2 * c), S::add(power, S::splat(1.0f))));
+}
+
+template <class S>
+void softcap(float* x, float c, int64_t count) {
+    for_each_line<S>([c](typename S::F32 v) __attribute__((always_inline)) { return capped<S>(v, c); }, count, x);
+}
+
+// What 16 elements of a cache or a weight are as float32, and back.
+template <class S>
+struct Float32 {
+    static constexpr int64_t kBytes = 4;
+    static AMQ_INLINE typename S::F32 load(const uint8_t* p) { return S::load_float(reinterpret_cast<const float*>(p)); }
+    static AMQ_INLINE void store(uint8_t* p, typename S::F32 v) { S::store(reinterpret_cast<float*>(p), v); }
+};
+template <class S>
+struct Half {
+    static constexpr int64_t kBytes = 2;
+    static AMQ_INLINE typename S::F32 load(const uint8_t* p) { return S::load_half(p); }
+    static AMQ_INLINE void store(uint8_t* p, typename S::F32 v) { S::store_half(p, v); }
+};
+template <class S>
+struct Bfloat {
+    static constexpr int64_t kBytes = 2;
+    static AMQ_INLINE typename S::F32 load(const uint8_t* p) { return S::load_bfloat(p); }
+};
+
 }  // namespace
 }  // namespace amq

@@ -60,7 +60,7 @@ class RandomDecoder:
         self.max_rows = self.pick(1, 2, 5, 17, 64, 512)
         self.decoder = cpu_module().Decoder(
             spec=self.spec, weights=self._held, context=context, group_size=self._group, int8=self.coin(),
-            half_cache=self.coin(), max_rows=self.max_rows, threads=threads,
+            cache=self.pick(*cpu_module().CACHES), max_rows=self.max_rows, threads=threads,
         )  # fmt: skip
 
     def pick(self, *choices: Any) -> Any:

@@ -78,7 +78,7 @@ class Model:
             self.tensors["rate"] = self.tensors["rate"].exp()
         held = {name: (str(t.dtype)[6:], memory(t), NO_MEMORY, NO_MEMORY, 0) for name, t in self.tensors.items()}
         self.decoder = cpu_module().Decoder(
-            spec=self.spec, weights=held, context=CONTEXT, group_size=GROUP_SIZE, int8=False, half_cache=False,
+            spec=self.spec, weights=held, context=CONTEXT, group_size=GROUP_SIZE, int8=False, cache="float32",
             max_rows=96, threads=4,
         )  # fmt: skip
 

@@ -1,0 +1,145 @@
+"""Keys and values in codes: what transformers computes with keys and values that were rounded alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import caches
+import numpy as np
+import pytest
+import torch
+from helpers.checkpoints import tiny_checkpoint
+from helpers.engines import text
+from helpers.tiny_models import ARCHITECTURES
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.cache_utils import DynamicCache
+
+from amq.errors import AmqError
+from amq.kernels.cpu import cpu_module
+from amq.model.shape import CACHES as BITS
+from amq.model.shape import LayerCache, ModelShape
+from amq.runtime.native_engine import open_native
+
+CODED = [name for name, (_, values) in BITS.items() if values < 16]
+HEAD_DIM, KV_HEADS, LAYERS, CONTEXT = 48, 2, 2, 512
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = {"head_dim": HEAD_DIM, "num_key_value_heads": KV_HEADS, "num_hidden_layers": LAYERS}
+    return tiny_checkpoint(ARCHITECTURES["llama"].build(**shape), tmp_path_factory.mktemp("cache") / "llama")
+
+
+def half_below(x: Tensor) -> Tensor:
+    """The largest fp16 number that is no larger."""
+    near = x.numpy().astype(np.float16)
+    return torch.from_numpy(
+        np.where(near <= x.numpy(), near, np.nextafter(near, np.float16(-np.inf))).astype(np.float32)
+    )
+
+
+def rounded(x: Tensor, bits: int) -> Tensor:
+    """x [..., head_dim] as csrc/cpu/vector_attention.h says: codes of each row between its least and largest number."""
+    if bits == 32:
+        return x
+    if bits == 16:
+        return x.half().float()
+    least = half_below(x.amin(-1, True))
+    scale = -half_below((least - x.amax(-1, True)) / (2**bits - 1))
+    codes = torch.where(scale > 0, (x - least) / scale, 0).round().clamp(0, 2**bits - 1)
+    return codes * scale + least
+
+
+class RoundedCache(DynamicCache):
+    """What comes in is rounded, position by position and head by head."""
+
+    def __init__(self, bits: tuple[int, int]) -> None:
+        super().__init__()
+        self._bits = bits
+
+    def update(self, key: Tensor, value: Tensor, *where: Any, **more: Any) -> tuple[Tensor, Tensor]:
+        both = [rounded(x, bits) for x, bits in zip((key, value), self._bits, strict=True)]
+        return super().update(*both, *where, **more)
+
+
+@torch.no_grad()
+def expected_logits(folder: Path, tokens: Sequence[int], bits: tuple[int, int]) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    logits: Tensor = model(torch.tensor([tokens]), past_key_values=RoundedCache(bits), use_cache=True).logits[0]
+    return logits
+
+
+def test_the_kinds_are_those_of_the_module() -> None:
+    assert cpu_module().CACHES == tuple(BITS)
+
+
+def test_a_grid_holds_all_of_its_row() -> None:
+    """So that the reference below is one: nothing is farther off than half a step, at any size of numbers."""
+    random = torch.Generator().manual_seed(0)
+    for factor in (1e-4, 1.0, 300.0):
+        x = factor * (torch.randn(500, 64, generator=random) + 3 * torch.randn(500, 1, generator=random))
+        for bits in (8, 4):
+            range_ = (x.amax(-1) - x.amin(-1)) * (1 + 2**-10) + 2**-10 * x.abs().amax(-1)
+            step = range_ / (2**bits - 1) + 2.0**-24  # and no step is finer than its smallest number
+            assert ((rounded(x, bits) - x).abs().amax(-1) <= 0.501 * step + 2.0**-25).all(), (factor, bits)
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_logits_are_those_of_a_rounded_cache(folder: Path, kind: str) -> None:
+    """On every instruction set. A number now and then lies on the other side of a rounding boundary: hence the mean,
+    and a bound that a cache of other codes would miss by far."""
+    tokens = text(300)  # more than a span of positions, with pages that are not full
+    expected, exact = (expected_logits(folder, tokens, bits) for bits in (BITS[kind], BITS["float32"]))
+    rounding = (expected - exact).abs().mean()
+    engine = open_native(folder, "fp32", context=CONTEXT, cache=kind)
+    for isa in cpu_module().isas():
+        engine.isa = isa
+        found = engine.all_logits(tokens)
+        assert (found - expected).abs().mean() < 0.05 * rounding, isa
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_a_page_takes_the_bits_that_it_says(folder: Path, kind: str) -> None:
+    bits = sum(BITS[kind]) * HEAD_DIM + sum(32 for part in BITS[kind] if part < 16)  # scale and least value in fp16
+    engine = open_native(folder, context=CONTEXT, cache=kind)
+    assert engine.cache_bytes == CONTEXT * LAYERS * KV_HEADS * bits // 8
+    assert f"{kind} cache" in engine.banner
+    shape = ModelShape.of(json.loads((folder / "config.json").read_text()))
+    assert sum(cache.kept_as(kind).bytes(CONTEXT) for cache in shape.caches) == engine.cache_bytes
+
+
+def test_what_holds_more_than_keys_and_values_has_no_size_in_codes() -> None:
+    """A latent cache, or an entry of an older run, is counted in 16 bits alone."""
+    cache = LayerCache(per_token=1152)
+    assert cache.kept_as("float16") == cache and LayerCache(constant=9).kept_as("int8") == LayerCache(constant=9)
+    with pytest.raises(AmqError, match="a cache in int8 has no size that is known"):
+        cache.kept_as("int8")
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_a_number_that_is_none_spoils_its_own_text_alone(folder: Path, kind: str) -> None:
+    """A page whose grids hold NaN is used again by another text, which never sees them."""
+    engine = open_native(folder, "fp32", context=CONTEXT, cache=kind)
+    clean = engine.all_logits(text(100))
+    engine._cache.fill_(0xFF)  # every fp16 a NaN, every code the largest
+    assert torch.equal(engine.all_logits(text(100)), clean)
+
+
+def test_a_cache_that_there_is_not_is_refused(folder: Path) -> None:
+    with pytest.raises(AmqError, match="keeps keys and values as float32, float16, int8, k8v4, not as int3"):
+        open_native(folder, cache="int3")
+
+
+def test_the_benchmark_runs(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.txt").write_text("the heather on the other thorn " * 20)
+    small = ["--lengths", "16,32", "--max-tokens", "64", "--depth", "40", "--turns", "3"]
+    caches.main([str(folder), "--text", str(tmp_path / "text.txt"), *small, "--json", str(tmp_path / "found.json")])
+    rows = json.loads((tmp_path / "found.json").read_text())["rows"]
+    assert rows["float16"]["perplexity_32"] == pytest.approx(rows["float32"]["perplexity_32"], rel=1e-3)
+    assert rows["k8v4"]["perplexity_16"] == pytest.approx(rows["float32"]["perplexity_16"], rel=0.05)
+    assert rows["int8"]["bytes_per_token"] < 0.6 * rows["float16"]["bytes_per_token"]
+    assert rows["float16"]["decode_40"]["speedup"] == 1 and "| k8v4 |" in capsys.readouterr().out
