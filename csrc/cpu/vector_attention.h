@@ -293,7 +293,8 @@ template <class S, class K, class V>
 void attend(const AttendArgs& args, Partial* out) {
     if (args.n_rows == 1) return Attention<S, K, V, 1>(args).run(out);
     if (args.n_rows == 2) return Attention<S, K, V, 2>(args).run(out);
-    if (args.n_rows <= 4) return Attention<S, K, V, 4>(args).run(out);
+    if (args.n_rows == 3) return Attention<S, K, V, 3>(args).run(out);
+    if (args.n_rows == 4) return Attention<S, K, V, 4>(args).run(out);
     if constexpr (S::kGemmRows > 4) Attention<S, K, V, S::kGemmRows>(args).run(out);
 }
 
