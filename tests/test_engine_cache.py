@@ -54,16 +54,26 @@ def rounded(x: Tensor, bits: int) -> Tensor:
     return codes * scale + least
 
 
+def spread(x: Tensor) -> Tensor:
+    """x times the Walsh–Hadamard matrix of the largest power of two that divides its width, block by block."""
+    width = HEAD_DIM & -HEAD_DIM
+    matrix = torch.ones(1, 1)
+    while len(matrix) < width:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return (x.unflatten(-1, (-1, width)) @ matrix / width**0.5).flatten(-2)
+
+
 class RoundedCache(DynamicCache):
-    """What comes in is rounded, position by position and head by head."""
+    """What comes in is rounded, position by position and head by head, keys behind a rotation."""
 
     def __init__(self, bits: tuple[int, int]) -> None:
         super().__init__()
         self._bits = bits
 
     def update(self, key: Tensor, value: Tensor, *where: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        both = [rounded(x, bits) for x, bits in zip((key, value), self._bits, strict=True)]
-        return super().update(*both, *where, **more)
+        keys, values = self._bits
+        key = rounded(key, keys) if keys >= 16 else spread(rounded(spread(key), keys))
+        return super().update(key, rounded(value, values), *where, **more)
 
 
 @torch.no_grad()
@@ -99,7 +109,24 @@ def test_logits_are_those_of_a_rounded_cache(folder: Path, kind: str) -> None:
     for isa in cpu_module().isas():
         engine.isa = isa
         found = engine.all_logits(tokens)
-        assert (found - expected).abs().mean() < 0.05 * rounding, isa
+        assert (found - expected).abs().mean() < 0.1 * rounding, isa
+
+
+@pytest.mark.parametrize("kind", CODED)
+def test_large_biases_of_keys_cost_no_accuracy(tmp_path: Path, kind: str) -> None:
+    """As Qwen 2.5 has them, on the features that turn slowest: about what coded keys cost without them."""
+    errors = []
+    for bias in (0.0, 100.0):
+        rope = {"rope_type": "default", "rope_theta": 1e6}
+        model = ARCHITECTURES["qwen2"].build(num_hidden_layers=LAYERS, rope_parameters=rope)
+        for layer in model.model.layers:
+            keys = layer.self_attn.k_proj
+            with torch.no_grad():
+                keys.bias.view(-1, layer.self_attn.head_dim)[:, [-1, layer.self_attn.head_dim // 2 - 1]] = bias
+        made = tiny_checkpoint(model, tmp_path / f"biased-{bias:.0f}")
+        exact, coded = (open_native(made, "fp32", cache=k).all_logits(text(200)) for k in ("float32", kind))
+        errors.append((coded - exact).abs().mean())
+    assert errors[1] < 2 * errors[0]
 
 
 @pytest.mark.parametrize("kind", BITS)

@@ -208,6 +208,8 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
       team_(count_loops(model_, max_rows)) {
     DecoderModel& m = model_;
     const Sizes sizes(m);
+    for (size_t i = 0; i < m.steps.size() && kCaches[m.cache].codes_keys(); ++i)
+        if (auto* a = std::get_if<Attention>(&m.steps[i].op)) a->common_key = common_key(m, static_cast<int64_t>(i));
     input_stride_ = sizes.input;
     wide_stride_ = sizes.wide;
     mixed_stride_ = sizes.mixed;

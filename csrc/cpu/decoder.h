@@ -56,6 +56,8 @@ struct Attention {
     int64_t rope = -1;                      // of DecoderModel::ropes; -1: none
     int64_t window = 0;                     // positions that a token sees, itself included; 0: all
     int64_t cache_offset = 0;               // bytes, in a page of the cache (set by the Decoder)
+    // [n_kv_heads · head_dim], taken off the keys before they become codes; none where empty (set by the Decoder).
+    std::vector<float> common_key;
 
     int64_t q_stride() const { return gated ? 2 * head_dim : head_dim; }
     int64_t q_features() const { return n_heads * q_stride(); }

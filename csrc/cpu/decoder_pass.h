@@ -15,6 +15,7 @@ constexpr int64_t kOwnRows = 2;
 constexpr int64_t kSplitRows = 16;
 constexpr int kLoopsPerStep = 6;  // of Team::share, at most; mixtures have more
 int mixture_loops(const Mixture& op, int64_t max_rows);  // decoder_mixture.cpp
+std::vector<float> common_key(const DecoderModel& m, int64_t index);  // decoder_attention.cpp: of an attention's step
 
 class DecoderPass {
 public:

@@ -8,6 +8,11 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
 #endif
 
 namespace amq {
@@ -26,6 +31,12 @@ const VectorKernels* vector_kernels_avx2();
 const VectorKernels* vector_kernels_avx512();
 const QuantizeKernels* quantize_kernels_avx2();
 const QuantizeKernels* quantize_kernels_avx512();
+#elif defined(__aarch64__)
+const LinearKernels* linear_kernels_neon();
+const LinearKernels* linear_kernels_dotprod();
+const LinearKernels* linear_kernels_i8mm();
+const VectorKernels* vector_kernels_neon();
+const QuantizeKernels* quantize_kernels_neon();
 #endif
 
 namespace {
@@ -83,6 +94,32 @@ const char* detect_amx() {
     if (!cpuid_amx_int8()) return "the processor has no AMX-INT8";
     return amx_permitted() ? nullptr : "the operating system does not permit AMX";
 }
+#elif defined(__aarch64__)
+// Whether the system says that the processor has a feature: Linux by a bit of a word, macOS by a name.
+bool has_feature([[maybe_unused]] unsigned long word, [[maybe_unused]] unsigned long bit, [[maybe_unused]] const char* name) {
+#if defined(__linux__)
+    return getauxval(word) & bit;
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname(name, &has, &size, nullptr, 0) == 0 && has;
+#else
+    return false;
+#endif
+}
+#if !defined(__linux__)
+constexpr unsigned long AT_HWCAP = 0, AT_HWCAP2 = 0, HWCAP_ASIMDDP = 0, HWCAP2_I8MM = 0;
+#endif
+
+const char* detect_dotprod() {
+    const bool has = has_feature(AT_HWCAP, HWCAP_ASIMDDP, "hw.optional.arm.FEAT_DotProd");
+    return has ? nullptr : "the processor has no DotProd";
+}
+
+const char* detect_i8mm() {
+    if (const char* reason = detect_dotprod()) return reason;
+    return has_feature(AT_HWCAP2, HWCAP2_I8MM, "hw.optional.arm.FEAT_I8MM") ? nullptr : "the processor has no I8MM";
+}
 #endif
 
 std::string supported_names() {
@@ -121,6 +158,10 @@ const std::vector<Isa>& isas() {
         {"avx512", detect_avx512, linear_kernels_avx512, vector_kernels_avx512, quantize_kernels_avx512, true},
         {"avx512vnni", detect_avx512vnni, linear_kernels_avx512vnni, vector_kernels_avx512, quantize_kernels_avx512, true},
         {"amx", detect_amx, linear_kernels_amx, vector_kernels_avx512, quantize_kernels_avx512, true},
+#elif defined(__aarch64__)
+        {"neon", detect_portable, linear_kernels_neon, vector_kernels_neon, quantize_kernels_neon, false},
+        {"dotprod", detect_dotprod, linear_kernels_dotprod, vector_kernels_neon, quantize_kernels_neon, false},
+        {"i8mm", detect_i8mm, linear_kernels_i8mm, vector_kernels_neon, quantize_kernels_neon, false},
 #endif
     };
     return rows;

@@ -40,6 +40,8 @@ private:
     static void pause() {
 #if defined(__x86_64__)
         _mm_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
 #endif
     }
 

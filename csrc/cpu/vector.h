@@ -6,7 +6,8 @@
 // sums across a vector, weighted sums of values are plain sums of rows, and both are one small product over rows that
 // lie one after another in memory (vector_attention.h). Elements are float32, fp16, or codes; behind codes of keys, and behind those
 // of values, come a scale and then a least value of each of the kPage positions, both fp16: scale · code + least. A position is
-// rounded by itself when it comes, so what a query sees does not depend on how its text was cut into passes.
+// rounded by itself when it comes, so what a query sees does not depend on how its text was cut into passes. Where keys are codes,
+// they and the queries come rotated (decoder_attention.cpp).
 
 #pragma once
 
@@ -26,6 +27,8 @@ constexpr int kMaxQueryRows = 8;
 struct CacheKind {
     const char* name;
     int key_bits, value_bits;  // of an element; less than 16: codes
+
+    constexpr bool codes_keys() const { return key_bits < 16; }
 };
 constexpr CacheKind kCaches[] = {{"float32", 32, 32}, {"float16", 16, 16}, {"int8", 8, 8}, {"k8v4", 8, 4}};
 constexpr int kCacheKinds = sizeof kCaches / sizeof *kCaches;

@@ -1,0 +1,13 @@
+// NEON with DotProd.
+
+#include "simd_neon.h"
+
+#include "linear_body.h"
+
+namespace amq {
+namespace {
+using S = Neon<Product::signed_>;
+}
+}  // namespace amq
+
+AMQ_DEFINE_LINEAR_KERNELS(dotprod)
