@@ -73,7 +73,8 @@ class RoundedCache(DynamicCache):
     def update(self, key: Tensor, value: Tensor, *where: Any, **more: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._bits
         key = rounded(key, keys) if keys >= 16 else spread(rounded(spread(key), keys))
-        return super().update(key, rounded(value, values), *where, **more)
+        value = rounded(value, values) if values >= 8 else spread(rounded(spread(value), values))
+        return super().update(key, value, *where, **more)
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ namespace {
 
 // x ← x · blockdiag(H), H the normalised Walsh–Hadamard matrix of the largest power of two up to kRotation that divides head_dim.
 // Of queries and keys alike, so that their products stay; a key's few large features are spread over many, and codes between its
-// least and its largest number are the finer.
+// least and its largest number are the finer. Likewise of values, whose weighted sums turn back, H being its own inverse.
 void spread(float* x, int64_t head_dim) {
     int64_t width = kRotation;
     while (head_dim % width) width /= 2;
@@ -84,6 +84,7 @@ void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_
             for (int64_t k = 0; k < op.head_dim; ++k) key[k] -= op.common_key[kv_head * op.head_dim + k];
         spread(key, op.head_dim);
     }
+    if (kCaches[m_.cache].spreads_values()) spread(value, op.head_dim);
     vector_.store[m_.cache](head_cache(op, segment, kv_head), position, key, value,
                                              static_cast<int>(op.head_dim));
 }
@@ -228,6 +229,7 @@ void DecoderPass::finish_head(const Attention& op, int64_t head, Partial& sum, f
         vector_.merge(sum, {op.sinks[head], 1, nothing}, head_dim);
     }
     vector_.finish(sum, head_dim, out);
+    if (kCaches[m_.cache].spreads_values()) spread(out, head_dim);
 }
 
 // The row of attention's output from what was computed span by span.

@@ -7,7 +7,7 @@
 // lie one after another in memory (vector_attention.h). Elements are float32, fp16, or codes; behind codes of keys, and behind those
 // of values, come a scale and then a least value of each of the kPage positions, both fp16: scale · code + least. A position is
 // rounded by itself when it comes, so what a query sees does not depend on how its text was cut into passes. Where keys are codes,
-// they and the queries come rotated (decoder_attention.cpp).
+// they and the queries come rotated, as values in few bits do (decoder_attention.cpp).
 
 #pragma once
 
@@ -29,6 +29,7 @@ struct CacheKind {
     int key_bits, value_bits;  // of an element; less than 16: codes
 
     constexpr bool codes_keys() const { return key_bits < 16; }
+    constexpr bool spreads_values() const { return value_bits < 8; }  // in 8 bits they lose nothing worth it
 };
 constexpr CacheKind kCaches[] = {{"float32", 32, 32}, {"float16", 16, 16}, {"int8", 8, 8}, {"k8v4", 8, 4}};
 constexpr int kCacheKinds = sizeof kCaches / sizeof *kCaches;
