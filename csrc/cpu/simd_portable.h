@@ -43,14 +43,14 @@ struct Portable {
     // 16 bytes; the low and then the high halves of 8 bytes.
     static AMQ_INLINE F32 load_bytes(const void* p) {
         uint8_t bytes[16];
-        I32 words;
+        I32 words{};
         std::memcpy(bytes, p, sizeof bytes);
         for (int i = 0; i < 16; ++i) words[i] = bytes[i];
         return to_float(words);
     }
     static AMQ_INLINE F32 load_nibbles(const void* p) {
         uint8_t bytes[8];
-        I32 words;
+        I32 words{};
         std::memcpy(bytes, p, sizeof bytes);
         for (int i = 0; i < 16; ++i) words[i] = bytes[i % 8] >> (i < 8 ? 0 : 4) & 0xf;
         return to_float(words);
