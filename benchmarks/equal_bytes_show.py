@@ -80,7 +80,7 @@ def draw(axes: Any, content: dict[str, Any], title: str) -> list[tuple[Any, ...]
             axes.plot(x, y, linestyle="-" if ours else "none", color=colour, marker=marker, label=engine,
                       markersize=7 if ours else 6, linewidth=1.5, zorder=3 if ours else 2)  # fmt: skip
             marks += [(*place, label, colour, ours) for *place, label in zip(x, y, labels, strict=True)]
-    axes.margins(x=0.09)  # for the labels
+    axes.margins(x=0.16)  # for the labels
     axes.set_yscale("log")
     highest = max(y for _, y, *_ in marks)
     axes.set_ylim(0.8 * LEAST, 1.5 * highest)
