@@ -35,6 +35,7 @@ static inline __m256i emulated(__m256i sum, __m256i codes, __m256i values) {
 }
 #undef __AVXVNNI__
 #define __AVXVNNI__ 1
+#undef _mm256_dpbusd_avx_epi32
 #define _mm256_dpbusd_avx_epi32 emulated
 
 #include "cpu/simd_avx2.h"

@@ -173,8 +173,9 @@ class LayerShape:
         if self.kind in STATES:
             return LayerCache(constant=constant)
         numbers = self._numbers_per_token()
-        plain = self.kv_heads and self.head_dim and numbers == 2 * self.kv_heads * self.head_dim
-        return LayerCache(CACHE_BYTES * numbers, constant, self.window, self.kv_heads if plain and self.kv_heads else 0)
+        heads = self.kv_heads or 0
+        is_plain = numbers == 2 * heads * (self.head_dim or 0)
+        return LayerCache(CACHE_BYTES * numbers, constant, self.window, heads if is_plain else 0)
 
     def _numbers_per_token(self) -> int:
         own_index = self.kind == INDEXED and said(self.config, "indexer_types") != "shared"
