@@ -2,7 +2,6 @@
 
 #pragma once
 
-#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -42,18 +41,6 @@ struct NibbleCache {
     static AMQ_INLINE void store(uint8_t* p, const uint8_t* codes) {
         for (int i = 0; i < kWidth / 2; ++i) p[i] = static_cast<uint8_t>(codes[i] | codes[kWidth / 2 + i] << 4);
     }
-};
-
-// Keys or values of a KV head in a page, as vector.h lays them out.
-template <class E>
-struct Part {
-    uint8_t* data;
-    int head_dim;
-
-    AMQ_INLINE int64_t bytes() const { return kPage / kWidth * E::kLineBytes * head_dim; }  // of the elements
-    AMQ_INLINE uint8_t* scale(int64_t place) const { return data + bytes() + 2 * place; }
-    AMQ_INLINE uint8_t* least(int64_t place) const { return scale(kPage + place); }
-    AMQ_INLINE uint8_t* end() const { return E::kLevels ? scale(2 * kPage) : data + bytes(); }
 };
 
 // Rounds x to scale · code + least, and returns the fp16 bits of both. All of x lies between the least and the largest code's number:
@@ -96,14 +83,31 @@ AMQ_INLINE Grid round_to_codes(const float* x, int count, uint8_t* codes) {
     return {step, low};
 }
 
+// Keys or values of a KV head in a page, as vector.h lays them out.
+template <class E>
+struct Part {
+    uint8_t* data;
+    int head_dim;
+
+    AMQ_INLINE int64_t bytes() const { return kPage / kWidth * E::kLineBytes * head_dim; }  // of the elements
+    AMQ_INLINE uint8_t* scale(int64_t place) const { return data + bytes() + 2 * place; }
+    AMQ_INLINE uint8_t* least(int64_t place) const { return scale(kPage + place); }
+    AMQ_INLINE uint8_t* end() const { return E::kLevels ? scale(2 * kPage) : data + bytes(); }
+
+    // Rounds a position's numbers to `codes`, and puts its scale and its least value where they belong.
+    AMQ_INLINE void round(const float* x, int64_t place, uint8_t* codes) const {
+        const Grid grid = round_to_codes<E::kLevels>(x, head_dim, codes);
+        std::memcpy(scale(place), &grid.scale, 2);
+        std::memcpy(least(place), &grid.least, 2);
+    }
+};
+
 template <class S, class E>
 AMQ_INLINE void store_values(const Part<E>& part, int64_t place, const float* value) {
     uint8_t* row = part.data + place * (part.head_dim / kWidth) * E::kLineBytes;
     if constexpr (E::kLevels > 0) {
         uint8_t codes[kMaxHeadDim];
-        const Grid grid = round_to_codes<E::kLevels>(value, part.head_dim, codes);
-        std::memcpy(part.scale(place), &grid.scale, 2);
-        std::memcpy(part.least(place), &grid.least, 2);
+        part.round(value, place, codes);
         for (int k = 0; k < part.head_dim; k += kWidth, row += E::kLineBytes) E::store(row, codes + k);
     } else {
         for (int k = 0; k < part.head_dim; k += kWidth, row += E::kLineBytes) E::store(row, S::load_float(value + k));
@@ -117,9 +121,7 @@ AMQ_INLINE void store_keys(const Part<E>& part, int64_t place, const float* key)
     static_assert(kBytes > 0, "neighbouring positions would share a byte");
     alignas(64) uint8_t all[kMaxHeadDim * kBytes];
     if constexpr (E::kLevels > 0) {
-        const Grid grid = round_to_codes<E::kLevels>(key, part.head_dim, all);
-        std::memcpy(part.scale(place), &grid.scale, 2);
-        std::memcpy(part.least(place), &grid.least, 2);
+        part.round(key, place, all);
     } else {
         for (int k = 0; k < part.head_dim; k += kWidth) E::store(all + k * kBytes, S::load_float(key + k));
     }
