@@ -13,6 +13,7 @@
 #include "checks.h"
 #include "cpu/dequantize.h"
 #include "cpu/divergence.h"
+#include "cpu/threads.h"
 #include "cpu/unit.h"
 #include "modules.h"
 
@@ -113,6 +114,11 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("jensen_shannon", &jensen_shannon, py::kw_only(), py::arg("reference"), py::arg("logits"),
           py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("threads"), py::arg("isa") = "",
           "Log-probabilities and logits -> float64 divergence per row; see csrc/cpu/divergence.h");
+    py::class_<amq::Regions>(m, "Regions", "How many threads a parallel region gets; see csrc/cpu/threads.h")
+        .def(py::init<>())
+        .def("granted", &amq::Regions::granted, py::arg("asked"), py::arg("now"))
+        .def("note", &amq::Regions::note, py::arg("asked"), py::arg("threads"), py::arg("wall"), py::arg("waited"),
+             py::arg("now"));
     bind_linear(m);
     bind_decoder(m);
     bind_coder(m);

@@ -231,7 +231,8 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
 }
 
 void Decoder::forward(const Pass& pass, const Isa& isa, int threads) {
-    run_team(std::min(threads, max_threads_), team_, [&](Team& team) { DecoderPass(*this, pass, isa, team).run(); });
+    Regions& alike = pass.rows > kOwnRows ? many_rows_ : few_rows_;
+    run_team(std::min(threads, max_threads_), team_, alike, [&](Team& team) { DecoderPass(*this, pass, isa, team).run(); });
 }
 
 }  // namespace amq

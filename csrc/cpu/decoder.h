@@ -281,6 +281,7 @@ private:
     Buffer<float> scores_, choice_weights_, routed_input_, routed_own_, routed_wide_, routed_output_;
     Buffer<int32_t> choice_;
     TeamState team_;
+    Regions few_rows_, many_rows_;
 };
 
 }  // namespace amq

@@ -2,7 +2,7 @@
 //
 // A decoded token has some 150 parts of a few microseconds each. Starting a parallel region for each of them would cost
 // more than the parts, so a region spans the whole token, and its barriers spin. A thread that waits long yields: on a
-// shared machine the one that it waits for may need this very processor.
+// shared machine the one that it waits for may need this very processor. It also says so to the region (threads.h).
 
 #pragma once
 
@@ -21,17 +21,21 @@ namespace amq {
 
 class Barrier {
 public:
-    void wait(int count) {
+    // Returns how long that took beyond some 50 µs, in ns.
+    int64_t wait(int count) {
         const unsigned phase = phase_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
-            return;
+            return 0;
         }
-        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-            if (spins < kSpins) pause();
-            else sched_yield();
+        for (int spins = 0; spins < kSpins; ++spins) {
+            if (phase_.load(std::memory_order_acquire) != phase) return 0;
+            pause();
         }
+        const int64_t begin = nanoseconds();
+        while (phase_.load(std::memory_order_acquire) == phase) sched_yield();
+        return nanoseconds() - begin;
     }
 
 private:
@@ -71,13 +75,15 @@ private:
 struct Team {
     int index, count;
     TeamState& state;
+    Region* region = nullptr;  // none where it is alone
     int loop = 0;
 
     // This thread's share of 0 … total − 1, in order.
     int64_t begin(int64_t total) const { return total * index / count; }
     int64_t end(int64_t total) const { return total * (index + 1) / count; }
     void wait() {
-        if (count > 1) state.barrier_.wait(count);
+        if (count == 1) return;
+        if (const int64_t waited = state.barrier_.wait(count)) region->add_waited(waited);
     }
 
     // run(begin, end) for ranges that, over all threads, make up 0 … total − 1 and begin at multiples of `unit`. Short loops
@@ -104,28 +110,26 @@ struct Team {
     }
 };
 
-// Calls run(team) on at most `threads` threads at once.
+// Calls run(team) on at most `threads` threads at once. `regions`: of calls that take about as long.
 template <class Run>
-void run_team(int threads, TeamState& state, const Run& run) {
+void run_team(int threads, TeamState& state, Regions& regions, const Run& run) {
     state.reset();
-    if (threads <= 1 || is_forked_child()) {
-        Team alone{0, 1, state};
-        return run(alone);
-    }
-#ifdef _OPENMP
-#pragma omp parallel num_threads(threads)
-    {
-        Team team{omp_get_thread_num(), omp_get_num_threads(), state};  // the runtime may grant fewer than asked
+    const auto start = [&](int index, int count, Region* region) {
+        Team team{index, count, state, region};
         run(team);
-    }
-#else
-    const auto start = [&](int index) {
-        Team team{index, threads, state};
-        run(team);
+        if (region) region->ended();
     };
+    if (threads <= 1 || is_forked_child()) return start(0, 1, nullptr);
+    Region region(regions, threads);
+    const int count = region.threads();
+    if (count == 1) return start(0, 1, nullptr);
+#ifdef _OPENMP
+#pragma omp parallel num_threads(count)
+    start(omp_get_thread_num(), omp_get_num_threads(), &region);  // the runtime may grant fewer than asked
+#else
     std::vector<std::thread> workers;
-    for (int index = 1; index < threads; ++index) workers.emplace_back(start, index);
-    start(0);
+    for (int index = 1; index < count; ++index) workers.emplace_back(start, index, count, &region);
+    start(0, count, &region);
     for (std::thread& worker : workers) worker.join();
 #endif
 }

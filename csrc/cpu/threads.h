@@ -6,10 +6,16 @@
 //
 // A forked child has none of its parent's threads, and the pool that it inherits waits for them for ever: there
 // everything runs on the calling thread.
+//
+// A region is over when its slowest thread is. Where another process holds a core, the thread there waits for a slice of
+// time, some 3 ms, and all others wait for that thread, at every barrier: two threads are slower than one. So regions tell
+// how long their threads waited for each other, and while that is much, they get fewer (`Regions`).
 
 #pragma once
 
 #include <algorithm>
+#include <atomic>
+#include <chrono>
 #include <cstdint>
 
 #ifdef _OPENMP
@@ -24,19 +30,89 @@ namespace amq {
 // Whether this process was forked from one that had loaded this module.
 bool is_forked_child();
 
+inline int64_t nanoseconds() {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// How many threads the next region gets, by what the last ones lost. All times are in ns.
+//
+// Where all but one of n threads wait for that one for more than 1/n of the time, n − 1 threads would have been done
+// before. What waiting takes beyond that is added up. At kPatience regions get one thread less for a pause; then one more
+// is tried. If time is lost again, the next pause is twice as long, so that trying costs a few percent.
+class Regions {
+public:
+    int granted(int asked, int64_t now) const {
+        const int fewer = fewer_.load(std::memory_order_relaxed);
+        const int threads = std::max(1, asked - fewer);
+        return fewer > 0 && now >= until_.load(std::memory_order_relaxed) ? std::min(asked, threads + 1) : threads;
+    }
+
+    // A region that asked for so many threads and got `threads` took `wall` until `now`; all but the slowest waited so
+    // long for that one.
+    void note(int asked, int threads, int64_t wall, int64_t waited, int64_t now);
+
+private:
+    static constexpr int64_t kLeast = 300'000, kPatience = 4'000'000, kCalm = 2'500'000;
+    static constexpr int64_t kShortest = 100'000'000, kLongest = 1'600'000'000, kWalls = 8;
+
+    // Several callers may read and write these at once: what gets lost is the judgement of one region.
+    std::atomic<int> fewer_{0};
+    std::atomic<int64_t> until_{0}, pause_{0}, lost_{0};
+};
+
+// One parallel region, from before it starts until its threads have joined. `regions`: those that are alike.
+class Region {
+public:
+    Region(Regions& regions, int asked)
+        : regions_(regions), begin_(nanoseconds()), asked_(asked), threads_(regions.granted(asked, begin_)) {}
+    ~Region() {
+        if (threads_ == 1) return;
+        const int64_t now = nanoseconds(), first = first_.load(std::memory_order_relaxed);
+        const int64_t waited = waited_.load(std::memory_order_relaxed) / (threads_ - 1) + (first ? now - first : 0);
+        regions_.note(asked_, threads_, now - begin_, waited, now);
+    }
+    Region(const Region&) = delete;
+
+    int threads() const { return threads_; }
+    // A thread has waited for others within the region; a thread's part is done.
+    void add_waited(int64_t time) { waited_.fetch_add(time, std::memory_order_relaxed); }
+    void ended() {
+        int64_t none = 0;
+        if (first_.load(std::memory_order_relaxed) == 0) first_.compare_exchange_strong(none, nanoseconds());
+    }
+
+private:
+    Regions& regions_;
+    const int64_t begin_;
+    const int asked_, threads_;
+    std::atomic<int64_t> waited_{0}, first_{0};
+};
+
+Regions& regions_of_rows();
+
 // Calls run(begin, end) on at most `threads` threads with ranges that partition [0, rows) in order.
 template <class Run>
 void parallel_rows(int64_t rows, int threads, const Run& run) {
-    const int count = static_cast<int>(std::clamp<int64_t>(rows, 1, std::max(threads, 1)));
+    const int asked = static_cast<int>(std::clamp<int64_t>(rows, 1, std::max(threads, 1)));
     const auto part = [&](int64_t index, int64_t parts) { run(rows * index / parts, rows * (index + 1) / parts); };
-    if (count == 1 || is_forked_child()) return part(0, 1);
+    if (asked == 1 || is_forked_child()) return part(0, 1);
+    Region region(regions_of_rows(), asked);
+    const int count = region.threads();
+    if (count == 1) return part(0, 1);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(count)
-    part(omp_get_thread_num(), omp_get_num_threads());  // the runtime may grant fewer threads than asked
+    {
+        part(omp_get_thread_num(), omp_get_num_threads());  // the runtime may grant fewer threads than asked
+        region.ended();
+    }
 #else
+    const auto start = [&](int index) {
+        part(index, count);
+        region.ended();
+    };
     std::vector<std::thread> workers;
-    for (int index = 1; index < count; ++index) workers.emplace_back(part, index, count);
-    part(0, count);
+    for (int index = 1; index < count; ++index) workers.emplace_back(start, index);
+    start(0);
     for (std::thread& worker : workers) worker.join();
 #endif
 }
