@@ -145,12 +145,7 @@ class Stage:
 
     def bandwidth(self) -> list[float]:
         """Bytes per second, several readings with torch's current threads."""
-        readings = []
-        for _ in range(self.reads):
-            start = time.perf_counter()
-            native.read_bytes(self._buffer)
-            readings.append(self._buffer.nbytes / (time.perf_counter() - start))
-        return readings
+        return [self._buffer.nbytes / native.read_seconds(self._buffer) for _ in range(self.reads)]
 
     def weights(self, fmt: BitFormat, shape: Shape) -> tuple[PackedWeight, list[PreparedWeight]]:
         """The first linear as it was packed, and all R of them prepared."""

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <iterator>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -166,14 +168,17 @@ void linear_grouped(const std::vector<Part>& parts, const std::vector<int64_t>& 
     amq::linear_grouped(calls, isa, threads);
 }
 
-uint64_t read_bytes(const Memory& data, int threads) {
+uint64_t read_bytes(const Memory& data, int threads, int64_t ahead) {
     const int64_t bytes = std::get<1>(data);
     require(bytes >= 0, "bytes", "at least 0", bytes);
     require(bytes == 0 || std::get<0>(data) != 0, "data", "an address", 0);
     require_threads(threads);
+    const auto* found = std::find(std::begin(amq::kAheads), std::end(amq::kAheads), ahead);
+    require(found != std::end(amq::kAheads), "ahead", "one of READ_AHEADS", ahead);
+    const int index = static_cast<int>(found - std::begin(amq::kAheads));
     const amq::Isa& isa = amq::best_isa();
     py::gil_scoped_release release;
-    return amq::read_bytes(isa, reinterpret_cast<const uint8_t*>(std::get<0>(data)), bytes, threads);
+    return amq::read_bytes(isa, reinterpret_cast<const uint8_t*>(std::get<0>(data)), bytes, threads, index);
 }
 
 }  // namespace
@@ -209,6 +214,7 @@ void bind_linear(py::module_& m) {
     m.def("linear_each", &linear_each, py::arg("parts"), py::arg("x"), py::arg("y"), py::arg("rows"),
           py::arg("in_features"), py::arg("group_size"), py::arg("y_stride"), py::arg("int8"), py::arg("threads"),
           py::arg("isa") = "", py::arg("rotated") = false, "One call of linear per part, into the same y: what benchmarks time");
-    m.def("read_bytes", &read_bytes, py::arg("data"), py::arg("threads"),
+    m.attr("READ_AHEADS") = std::vector<int>(std::begin(amq::kAheads), std::end(amq::kAheads));
+    m.def("read_bytes", &read_bytes, py::arg("data"), py::arg("threads"), py::arg("ahead"),
           "Reads memory, for its bandwidth; see csrc/cpu/bandwidth.h");
 }

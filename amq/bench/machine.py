@@ -87,22 +87,21 @@ class Reading:
     def sample(self, readings: int = 3) -> None:
         """Adds readings, after one more that brings in what the cache can hold."""
         for i in range(readings + 1):
-            start = time.perf_counter()
-            moved = self._pass()
+            speed = self._speed()
             if i:
-                self.samples.append(moved / (time.perf_counter() - start))
+                self.samples.append(speed)
 
-    def _pass(self) -> int:
+    def _speed(self) -> float:
         import torch
 
-        from amq.kernels.cpu import read_bytes
+        from amq.kernels.cpu import read_seconds
 
         if self._device == "cpu":
-            read_bytes(self._buffer)
-            return self.size
+            return self.size / read_seconds(self._buffer)
+        start = time.perf_counter()
         self._copy.copy_(self._buffer)
         torch.cuda.synchronize(self._device)
-        return 2 * self.size
+        return 2 * self.size / (time.perf_counter() - start)
 
 
 def buffer_bytes() -> int:

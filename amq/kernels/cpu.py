@@ -12,6 +12,7 @@ twice, the reference once, and nothing of their size is written.
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
@@ -208,9 +209,15 @@ def _rotated(weights: Sequence[PreparedWeight]) -> bool:
     return weights[0].rotation > 0
 
 
-def read_bytes(tensor: Tensor) -> None:
-    """Reads all of a contiguous CPU tensor once with torch's threads, as fast as a plain loop can."""
-    cpu_module().read_bytes(memory(tensor), torch.get_num_threads())
+def read_seconds(tensor: Tensor) -> float:
+    """How long it takes to read all of a contiguous CPU tensor with torch's threads: the shortest of several plain
+    loops, which fetch ahead by different distances."""
+    module, threads, found = cpu_module(), torch.get_num_threads(), []
+    for ahead in module.READ_AHEADS:
+        start = time.perf_counter()
+        module.read_bytes(memory(tensor), threads, ahead)
+        found.append(time.perf_counter() - start)
+    return min(found)
 
 
 def jensen_shannon(reference: Tensor, logits: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ struct Avx2 {
         __m256 low, high;
     };
     static constexpr int kGemmTiles = 1, kGemmRows = 4;  // 8 of the 16 registers hold sums
+    static constexpr bool kPairs = !vnni, kLooksUp = true;
 
     static AMQ_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     static AMQ_INLINE I32 load(const void* p) {
@@ -90,6 +91,27 @@ struct Avx2 {
             sum = add_int(sum, pairs(high, values, 16));
         }
         return add_int(sum, pairs(codes, values, 1));
+    }
+    // As dot, sums of two products each in 16 bits, which must fit; then sum + factor · those / 2^right.
+    static AMQ_INLINE I32 add_pairs(I32 pairs, I32 codes, const uint8_t* x) {
+        int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        const __m256i values = _mm256_set1_epi32(word);
+        pairs.low = _mm256_add_epi16(pairs.low, _mm256_maddubs_epi16(codes.low, values));
+        pairs.high = _mm256_add_epi16(pairs.high, _mm256_maddubs_epi16(codes.high, values));
+        asm("" : "+x"(pairs.low), "+x"(pairs.high));  // or GCC adds products of several steps first, and spills them
+        return pairs;
+    }
+    template <int factor, int right = 0>
+    static AMQ_INLINE I32 add_widened(I32 sum, I32 pairs) {
+        const __m256i factors = _mm256_set1_epi16(factor);
+        return add_int(sum, {_mm256_srai_epi32(_mm256_madd_epi16(pairs.low, factors), right),
+                             _mm256_srai_epi32(_mm256_madd_epi16(pairs.high, factors), right)});
+    }
+    // Byte i ← table[byte i of `index`], which is below 16.
+    static AMQ_INLINE I32 look_up(const uint8_t (&table)[16], I32 index) {
+        const __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table)));
+        return {_mm256_shuffle_epi8(both, index.low), _mm256_shuffle_epi8(both, index.high)};
     }
     static AMQ_INLINE I32 add_int(I32 a, I32 b) {
         return {_mm256_add_epi32(a.low, b.low), _mm256_add_epi32(a.high, b.high)};

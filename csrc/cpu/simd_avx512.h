@@ -17,6 +17,7 @@ struct Avx512 {
     using I32 = __m512i;
     using F32 = __m512;
     static constexpr int kGemmTiles = 2, kGemmRows = 8;  // 16 sums in flight hide the latency of either multiplication
+    static constexpr bool kPairs = !vnni, kLooksUp = false;
 
     static AMQ_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
     static AMQ_INLINE I32 load(const void* p) { return _mm512_loadu_si512(p); }
@@ -72,6 +73,18 @@ struct Avx512 {
             return _mm512_add_epi32(sum, _mm512_madd_epi16(low, _mm512_set1_epi16(1)));
         }
         return _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_maddubs_epi16(codes, values), _mm512_set1_epi16(1)));
+    }
+    // As dot, sums of two products each in 16 bits, which must fit; then sum + factor · those / 2^right.
+    static AMQ_INLINE I32 add_pairs(I32 pairs, I32 codes, const uint8_t* x) {
+        int32_t word;
+        std::memcpy(&word, x, sizeof word);
+        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(codes, _mm512_set1_epi32(word)));
+        asm("" : "+v"(pairs));  // or GCC adds products of several steps first, and spills them
+        return pairs;
+    }
+    template <int factor, int right = 0>
+    static AMQ_INLINE I32 add_widened(I32 sum, I32 pairs) {
+        return _mm512_add_epi32(sum, _mm512_srai_epi32(_mm512_madd_epi16(pairs, _mm512_set1_epi16(factor)), right));
     }
     static AMQ_INLINE I32 add_int(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
 

@@ -27,6 +27,7 @@ struct Neon {
         float32x4_t v[4];
     };
     static constexpr int kGemmTiles = 1, kGemmRows = 4;  // 16 of the 32 registers hold sums
+    static constexpr bool kPairs = false, kLooksUp = false;
 
     template <class Each>
     static AMQ_INLINE I32 ints(const Each& each) {

@@ -15,6 +15,7 @@ struct Portable {
     using F32 = float __attribute__((vector_size(64)));
     using Signed = int32_t __attribute__((vector_size(64)));
     static constexpr int kGemmTiles = 1, kGemmRows = 4;
+    static constexpr bool kPairs = false, kLooksUp = false;
 
     static AMQ_INLINE void prefetch(const void* p) { __builtin_prefetch(p); }
     static AMQ_INLINE I32 load(const void* p) {
