@@ -1,8 +1,8 @@
 """ik_llama.cpp, a fork of llama.cpp with kernels and types of its own, through `ik-llama-cpp-python`.
 
 Its wheel is compiled for AVX2. Its flash attention stops the process with GGML_ASSERT(S > 0) where several sequences
-are decoded without AVX-VNNI (version 0.1.5 on a Zen 4, 2026-11); the package itself leaves it out there, and so do we
-everywhere. Files are made by the program `llama-quantize` of the same wheel.
+are decoded without AVX-VNNI (version 0.1.5 on a Zen 4 and a Zen 5, 2026-12); the package itself leaves it out there,
+and so do we everywhere. Files are made by the program `llama-quantize` of the same wheel.
 """
 
 from __future__ import annotations
