@@ -1,6 +1,6 @@
 """The CPU linear against the memory and against other libraries: y = x · Wᵀ, weights cold.
 
-    python -m pytest benchmarks/bench_gemv.py --benchmark-json=benchmarks/results/FILE.json
+    python -m pytest benchmarks/bench_gemv.py --benchmark-json=$(python benchmarks/provenance.py gemv)
     python -m pytest benchmarks/bench_gemv.py -k "int3 and 4096x4096 and threads2"
     AMQ_BENCH_PEERS=none python -m pytest benchmarks/bench_gemv.py         # or a comma-separated list of names
     python benchmarks/plot_gemv.py benchmarks/results/FILE.json gemv.png

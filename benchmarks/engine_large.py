@@ -14,16 +14,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from decode_bytes import beside_weights, spec_of
-from peers import ik_llama, llama_cpp, xllamacpp_server
 from peers.gguf_layers import repeat_layers
-from peers.strongest import LLAMA_CPP, GgufEngine, open_strongest
 from provenance import provenance, write_results
 from random_models import (
     SHAPES,
@@ -36,30 +33,18 @@ from random_models import (
     write_random,
 )
 
+from amq.bench.peers import PEERS
 from amq.bench.result import OURS, BenchResult, Row
-from amq.bench.run import Contender, OpenPeer, PeerMissing, bench
+from amq.bench.run import bench
 from amq.bench.settings import BenchSettings
-from amq.errors import AmqError
 from amq.export import export
 from amq.model.open import resolve
-from amq.util.progress import Progress, terminal_progress
+from amq.util.progress import terminal_progress
 from amq.util.records import to_json
 from amq.util.settings import parse_size, run_command
 
 SCHEMA = "amq/engine_large/1"
 SMOKE = {"30B-A3B": "tiny-moe", "qwen3.5-9B": "tiny-hybrid"}
-PEERS: dict[str, tuple[GgufEngine, Callable[[], str | None]]] = {
-    module.NAME: (GgufEngine(module.NAME, make, module.CONFIGURATIONS, module.COUNTED), module.unsupported_reason)
-    for module, make in ((xllamacpp_server, xllamacpp_server.XllamaCpp), (ik_llama, ik_llama.IkLlama))
-} | {LLAMA_CPP.name: (LLAMA_CPP, llama_cpp.unsupported_reason)}
-
-
-def open_file(settings: BenchSettings, progress: Progress, name: str, file: Path) -> Contender:
-    """The peer `name` on a GGUF file."""
-    engine, reason_not = PEERS[name]
-    if reason := reason_not():
-        raise PeerMissing(reason)
-    return open_strongest(engine, settings, progress, file)
 
 
 def write_gguf(folder: Path, shape: Shape, layers: int, formats: Formats, tokenizer: Path) -> Path:
@@ -83,15 +68,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     try:
         write_random(folder / "amq", shape.model(layers), formats, tokenizer)
         spec = spec_of(folder / "amq")  # raises Unsupported before another engine of ours is measured
-        peers: dict[str, OpenPeer] = {}
-        if args.peers:
-            file = write_gguf(folder, shape, layers, formats, tokenizer)
-            peers = {name: partial(open_file, name=name, file=file) for name in args.peers.split(",")}
+        file = str(write_gguf(folder, shape, layers, formats, tokenizer)) if args.peers else "auto"
         settings = BenchSettings(
             model=str(folder / "amq"), prompt=args.prompt, generate=args.generate, batch=args.batch, startup=False,
-            repetitions=args.repetitions, threads=args.threads,
+            repetitions=args.repetitions, threads=args.threads, peers=args.peers, gguf=file,
         )  # fmt: skip
-        result = bench(settings, terminal_progress(), peers, provenance())
+        result = bench(settings, terminal_progress(), provenance())
         decoded = max(case.tokens for case in settings.cases)
         beside = beside_weights(spec, decoded // 2)
     finally:
@@ -167,8 +149,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a tiny shape: checks the benchmark, measures nothing")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    if unknown := [name for name in args.peers.split(",") if args.peers and name not in PEERS]:
-        raise AmqError(f"--peers {args.peers}: expected some of {', '.join(PEERS)}, got {unknown[0]!r}")
     content = measure(args)
     if args.json:
         write_results(args.json, content)

@@ -26,9 +26,9 @@ from typing import Any
 from equal_bytes_make import AUTOROUND, OURS, Workshop
 from equal_bytes_show import table
 from equal_bytes_speed import measure_speeds
-from peers import ik_llama, llama_cpp
 from provenance import provenance, write_results
 
+from amq.bench.peers import ik_llama, llama_cpp
 from amq.errors import AmqError
 from amq.util.files import read_json
 from amq.util.settings import run_command

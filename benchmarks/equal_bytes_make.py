@@ -18,11 +18,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from peers import ik_llama, llama_cpp
 from peers.source import write_source
 from provenance import write_results
 
 from amq.bench.own import OwnEngine
+from amq.bench.peers import ik_llama, llama_cpp
+from amq.bench.peers.gguf import read_header
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 from amq.util.files import make_folder, read_json
@@ -273,25 +274,13 @@ def without_provenance(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def types(file: Path) -> dict[str, dict[str, int]]:
-    """{type: {tensors, weights, bytes}} of a GGUF file; types that the gguf package does not know have their number.
+    """{type: {tensors, weights, bytes}} of a GGUF file.
 
     (ik_llama.cpp itself counts a head that is tied to the embedding twice.)
     """
-    import gguf
-
-    class Header(gguf.GGUFReader):  # type: ignore[misc]
-        """The header alone: weights of unknown types cannot be mapped."""
-
-        def _build_tensors(self, start_offs: int, fields: list[Any]) -> None:
-            parts = [field.parts for field in fields]
-            self.entries = [(int(kind[0]), int(dims.prod()), start_offs + int(at[0])) for *_, dims, kind, at in parts]
-
-    entries = sorted(Header(file).entries, key=lambda entry: entry[2])
-    ends = [at for _, _, at in entries[1:]] + [file.stat().st_size]
-    known = {kind.value: kind.name for kind in gguf.GGMLQuantizationType}
     found: dict[str, dict[str, int]] = {}
-    for (kind, weights, at), end in zip(entries, ends, strict=True):
-        entry = found.setdefault(known.get(kind, f"type {kind}"), {"tensors": 0, "weights": 0, "bytes": 0})
-        for key, value in (("tensors", 1), ("weights", weights), ("bytes", end - at)):
+    for tensor in read_header(file).tensors.values():
+        entry = found.setdefault(tensor.kind, {"tensors": 0, "weights": 0, "bytes": 0})
+        for key, value in (("tensors", 1), ("weights", tensor.weights), ("bytes", tensor.bytes)):
             entry[key] += value
     return dict(sorted(found.items()))

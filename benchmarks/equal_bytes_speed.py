@@ -1,8 +1,8 @@
 """Decode tokens/s of the rows of `equal_bytes.py`, in turn: a round visits every row, in a process that ends with it.
 
-The first round tries all ways in which a peer can run its file (`peers.llama_cpp.CONFIGURATIONS`), the others take the
-fastest of each. A row's figure is the median of its rounds; `others` is the largest share of the cores' time that other
-processes had meanwhile, and a row with more than 5 % is no figure to quote.
+The first round tries all ways in which a peer can run its file (`WAYS`), the others take the fastest of each. A row's
+figure is the median of its rounds; `others` is the largest share of the cores' time that other processes had meanwhile,
+and a row with more than 5 % is no figure to quote.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fnmatch import fnmatch
 from typing import Any
 
 from equal_bytes_make import AUTOROUND, ENGINES, OURS
-from peers import ik_llama, llama_cpp
 
 from amq.bench.cases import Case
 from amq.bench.own import OwnEngine
+from amq.bench.peers import ik_llama, llama_cpp
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.errors import AmqError
 

@@ -1,57 +1,21 @@
-"""What made a result: the one place that says so, for everything that writes a file of figures.
+"""What benchmarks write: figures, and what made them, which `amq.util.provenance` says.
 
-    {"commit", "dirty", "date", "machine": {"processor", "cores", "platform", "threads"},
-     "versions": {package: version}}
-
-`commit` is the checkout's, 40 hex digits, or what AMQ_COMMIT says where there is no git (a copy on another machine; it
-may end in `-dirty`), else None. `dirty` is whether files that git tracks differ from it, None where that is unknown.
-Nothing is refused: whoever publishes a figure takes it from a file that says `"dirty": false`.
+python benchmarks/provenance.py gemv        # the path of a new file: results/gemv-PROCESSOR-DATE.json
 """
 
 from __future__ import annotations
 
-import os
-import platform
-import subprocess
 import sys
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from amq.util.files import write_json
-from amq.util.machine import cpu_name, installed_versions
+from amq.util.machine import cpu_name
+from amq.util.provenance import checkout, provenance, result_name, started_from
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = (
-    *("torch", "triton", "transformers", "peft", "tokenizers", "safetensors", "numpy", "scipy", "hqq", "pymoo"),
-    *(
-        "gguf",
-        "llama-cpp-python",
-        "xllamacpp",
-        "ik-llama-cpp-python",
-        "onnxruntime",
-        "auto-round-lib",
-        "pytest-benchmark",
-    ),
-)
-"""Those whose version may change a figure; what is not installed is left out."""
+__all__ = ["checkout", "provenance", "write_results"]
 
-
-def provenance() -> dict[str, Any]:
-    """What the head of this file describes, for JSON; the commit is that of the moment when this file was imported."""
-    commit, dirty = _STARTED_FROM
-    return {
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": {
-            "processor": cpu_name(),
-            "cores": os.cpu_count(),
-            "platform": platform.platform(),
-            "threads": sys.modules["torch"].get_num_threads() if "torch" in sys.modules else None,
-        },
-        "versions": {"python": platform.python_version(), **installed_versions(PACKAGES)},
-    }
+started_from()  # now, when a benchmark begins
 
 
 def write_results(path: Path, content: dict[str, Any]) -> None:
@@ -59,25 +23,5 @@ def write_results(path: Path, content: dict[str, Any]) -> None:
     write_json(path, content | {"provenance": provenance()})
 
 
-def checkout(root: Path) -> tuple[str | None, bool | None]:
-    """(commit, dirty) of the checkout whose top folder is `root`; see the head of this file."""
-    if told := os.environ.get("AMQ_COMMIT"):
-        return told.removesuffix("-dirty"), told.endswith("-dirty")
-    top = _git(root, "rev-parse", "--show-toplevel")
-    if top is None or Path(top).resolve() != root.resolve():  # a copy that lies inside another project's checkout
-        return None, None
-    changes = _git(root, "status", "--porcelain", "--untracked-files=no")
-    return _git(root, "rev-parse", "HEAD"), None if changes is None else bool(changes)
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None where there is no git, or it fails."""
-    try:
-        result = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None
-
-
-_STARTED_FROM = checkout(ROOT)
-"""Read on import: a commit that is made while a long benchmark runs is not what runs."""
+if __name__ == "__main__":
+    print(Path(__file__).parent / "results" / result_name(*sys.argv[1:], cpu_name()))

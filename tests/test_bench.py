@@ -7,6 +7,7 @@ import importlib
 import json
 import math
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,11 @@ from helpers.tiny_models import byte_tokenizer, tiny_llama
 from amq.bench import machine, run
 from amq.bench.cases import Case, grid
 from amq.bench.command import main
+from amq.bench.contender import Contender, PeerMissing
 from amq.bench.own import OwnEngine
-from amq.bench.run import Contender, PeerMissing, bench
+from amq.bench.run import bench
 from amq.bench.settings import BenchSettings, numbers
+from amq.bench.table import table
 from amq.bench.worker import ChildFailed, ChildProcess
 from amq.checkpoint.store import open_checkpoint
 from amq.errors import AmqError
@@ -30,6 +33,7 @@ from amq.formats import get_format
 from amq.model.inventory import get_linear
 from amq.model.perplexity import perplexity
 from amq.packing import dequantize
+from amq.util.progress import Progress
 from amq.util.records import to_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -112,7 +116,7 @@ def test_a_worker_reports_errors_and_its_own_death():
 
 
 def test_command_on_a_tiny_checkpoint(tmp_path, monkeypatch, capsys):
-    """The whole command, with start-up and several cases."""
+    """The whole command, with start-up and several cases, and peers that are not installed."""
     folder = tiny_checkpoint(tiny_llama(), tmp_path / "tiny")
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 20)
     monkeypatch.setattr(run, "STARTUP_REPETITIONS", 1)
@@ -122,7 +126,8 @@ def test_command_on_a_tiny_checkpoint(tmp_path, monkeypatch, capsys):
     arguments += f" --window-length 32 --max-tokens 64 --activations fp32 --json {json_file} --csv {csv_file}"
     assert main([str(folder), *arguments.split()]) == 0
     shown, result = capsys.readouterr().out, json.loads(json_file.read_text())
-    assert result["left_out"] == {} == result["ratios"] and "provenance" not in result and "tg6 x2" in shown
+    assert result["left_out"] == {} == result["ratios"] and "tg6 x2" in shown
+    assert {"commit", "dirty", "versions"} <= set(result["provenance"])
     rows = {row["test"]: row for row in result["rows"]}
     assert list(rows) == ["pp24", "tg6", "tg6 x2"]
     facts = result["engines"]["amq"]
@@ -181,21 +186,46 @@ class FakeWorker:
 def with_peer(monkeypatch: pytest.MonkeyPatch, log: list[str], **options: Any) -> dict[str, Any]:
     theirs = FakeWorker({False: 2.0, True: 3.0}, log, "llama.cpp", **options)
     facts = {**theirs.call("facts"), "file_bytes": 1500, "weight_bytes": 1000, "file": "x.gguf"}
-    trials = [{"configuration": "as stored"}]
+    trials = [{"engine": "llama.cpp", "file": "x.gguf", "configuration": way} for way in ("a", "b")]
+    trials[0]["failed"] = "its process was ended by SIGILL"
     peer = Contender("llama.cpp", facts, dict.fromkeys((False, True), theirs), {False: "a", True: "b"}, "more", trials)
     monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
     monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, log, "amq"))
     grid = {"prompt": "8", "generate": "4", "batch": "1,2", "repetitions": 2, "window_length": 3}
-    settings = BenchSettings(model="model", **grid, threads=1, startup=False, perplexity="text")
-    result = to_json(bench(settings, peers={"llama.cpp": lambda *_: peer}, provenance={"commit": "0"}))
+    settings = BenchSettings(
+        model="model", **grid, threads=1, startup=False, perplexity="text", peers="llama.cpp, ik_llama.cpp"
+    )
+
+    def open_peer(name: str, settings: BenchSettings, progress: Progress, weight_bytes: int) -> Contender:
+        assert weight_bytes == 2000
+        if name != "llama.cpp":
+            raise PeerMissing("it is not installed")
+        return peer
+
+    monkeypatch.setattr(run, "open_peer", open_peer)
+    measured = bench(settings, provenance={"commit": "0"})
+    print(table(measured))
+    result = to_json(measured)
+    assert result["left_out"].pop("ik_llama.cpp") == "it is not installed"
     assert theirs.closed and result["trials"] == trials and result["provenance"] == {"commit": "0"}
     assert result["counted"].endswith("; more")
     return result
 
 
-def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch):
+def test_engines_take_turns_and_ratios_are_ours_over_theirs(monkeypatch, capsys):
     log: list[str] = []
     result = with_peer(monkeypatch, log)
+    shown = capsys.readouterr().out
+    for line in (
+        "ik_llama.cpp left out: it is not installed",
+        "llama.cpp ran x.gguf, the fastest way of 2 tried: prompt: a; decode: b",
+        "llama.cpp failed with x.gguf, a (its process was ended by SIGILL); a build of it that does not may be faster",
+        "a token of llama.cpp reads 0.0 MB of weights, one of amq 0.0 MB: 0.50 times as many",
+        "! not at equal bytes: a token of llama.cpp reads 50% of the bytes that ours does",
+    ):
+        assert f"{line}\n" in shown
+    (row,) = (line for line in shown.splitlines() if line.startswith("tg4 x2  llama.cpp"))
+    assert row.endswith("  3.00x")
     assert log[:6] == ["llama.cpp pp8 0", "amq pp8 0", "amq pp8 1", "llama.cpp pp8 1", "llama.cpp pp8 2", "amq pp8 2"]
     ratios = result["ratios"]["llama.cpp"]
     assert ratios == pytest.approx(
@@ -214,17 +244,20 @@ def test_a_peer_that_crashes_is_left_out_with_the_reason(monkeypatch):
     assert "perplexity" not in other["ratios"]["llama.cpp"]
 
 
-def test_a_peer_that_cannot_run_is_left_out(monkeypatch):
-    def missing(*_: Any) -> Contender:
-        raise PeerMissing("it is not installed")
+def test_a_peer_that_nobody_knows():
+    with pytest.raises(AmqError, match=r"--peers must be some of llama.cpp, ik_llama.cpp, xllamacpp, got 'vllm'"):
+        BenchSettings(model="model", peers="llama.cpp,vllm")
 
-    monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 16)
-    monkeypatch.setattr(run, "ChildProcess", lambda *_: FakeWorker({False: 1.0, True: 1.0}, [], "amq"))
-    result = bench(
-        BenchSettings(model="model", prompt="8", generate="0", batch="1", repetitions=1, threads=1, startup=False),
-        peers={"other": missing},
-    )
-    assert result.left_out == {"other": "it is not installed"} and result.ratios == {}
+
+def test_a_folder_gets_files_named_by_model_processor_and_date(tmp_path, monkeypatch):
+    folder = tiny_checkpoint(tiny_llama(), tmp_path / "Tiny One")
+    monkeypatch.setattr(run, "buffer_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(machine, "cpu_name", lambda: "AMD EPYC (family 26, model 2)")
+    (tmp_path / "kept").mkdir()
+    flags = "--no-startup --prompt 8 --generate 0 --repetitions 1 --threads 1 --json"
+    assert main([str(folder), *flags.split(), str(tmp_path / "kept")]) == 0
+    (file,) = (tmp_path / "kept").iterdir()
+    assert re.fullmatch(r"bench-tiny-one-amd-epyc-family-26-model-2-\d{4}-\d\d-\d\d\.json", file.name)
 
 
 def test_other_processes_work_is_seen_and_our_own_is_not():

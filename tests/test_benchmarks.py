@@ -393,7 +393,7 @@ def test_families_of_the_engine(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shape", ["30B-A3B", "qwen3.5-9B"])
 def test_large_models_of_the_engine(tmp_path: Path, shape: str) -> None:
-    """Without peers, which need minutes to start; tests/test_beside_llama_cpp.py has them."""
+    """Without peers, which need minutes to start; tests/test_bench_peers.py has them."""
     arguments = ("--smoke", "--shape", shape, "--peers", "", "--threads", "1", "--repetitions", "1")
     sizes = ("--prompt", "8", "--generate", "4", "--batch", "1,2")
     written, shown = run_on(tmp_path, "engine_large", str(tmp_path / "models"), *arguments, *sizes)

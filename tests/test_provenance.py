@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
+import sys
 from pathlib import Path
 
 import provenance
 import pytest
+from helpers.processes import python_path
+
+from amq.util import machine
+from amq.util.machine import cpu_name
+from amq.util.provenance import result_name
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ITS_OWN = {
@@ -68,6 +75,44 @@ def test_a_copy_without_git_is_told_or_unknown(repository: Path, monkeypatch: py
     assert provenance.checkout(inside) == ("abc", True)
     monkeypatch.setenv("AMQ_COMMIT", "abc")
     assert provenance.checkout(repository) == ("abc", False)
+
+
+@pytest.mark.parametrize(
+    "processor, called",
+    [
+        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", "gemv-intel-xeon-platinum-8481c"),
+        ("AMD EPYC (family 26, model 2)", "gemv-amd-epyc-family-26-model-2"),
+        ("AMD Ryzen 9 7950X 16-Core Processor", "gemv-amd-ryzen-9-7950x-16-core"),
+        ("NVIDIA H200", "gemv-nvidia-h200"),
+    ],
+)
+def test_kept_files_are_named_by_their_processor(processor: str, called: str) -> None:
+    name = result_name("gemv", processor)
+    assert name.startswith(f"{called}-20") and name.endswith(".json") and len(name) == len(called) + 16
+
+
+def test_a_benchmark_can_ask_for_the_name(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "provenance.py"), "gemv"]
+    shown = subprocess.run(
+        command, check=True, capture_output=True, text=True, env={**os.environ, **python_path()}
+    ).stdout.strip()
+    assert Path(shown).parent == BENCHMARKS / "results" and Path(shown).name == result_name("gemv", cpu_name())
+
+
+@pytest.mark.parametrize(
+    "lines, name",
+    [
+        ("model\t: 2\nmodel name\t: AMD EPYC\ncpu family\t: 26\n", "AMD EPYC (family 26, model 2)"),
+        ("cpu family\t: 6\nmodel\t: 1\nmodel name\t: Xeon 8481C\n", "Xeon 8481C"),
+        ("cpu family\t: 6\nmodel\t: 143\nmodel name\t: Xeon CPU @ 2.7GHz\n", "Xeon CPU @ 2.7GHz (family 6, model 143)"),
+    ],
+)
+def test_a_processor_without_a_number_has_family_and_model(
+    lines: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cpuinfo").write_text(lines)
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    assert cpu_name() == name
 
 
 def test_results_carry_it(tmp_path: Path) -> None:

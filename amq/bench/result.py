@@ -56,12 +56,12 @@ class ReadBandwidth:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineFacts:
-    """One engine; weight_bytes: of the weights that one token reads; None for what was not measured or is not known."""
+    """One engine; weight_bytes: of the weights that one token reads; file: what a peer ran. None for what was not
+    measured or is not known."""
 
     version: str = ""
     description: str = ""
     file: str | None = None
-    library: str | None = None
     file_bytes: int | None
     weight_bytes: int
     vocab_size: int
@@ -118,7 +118,7 @@ class BenchResult(JsonFile):
 
     ratios: {peer: {test or figure: ours over theirs}}; scaling: {engine: {test: tokens/s over those of one sequence}};
     trials: what every way to run the peer reached; left_out: {engine: why}; provenance: of a run that is kept
-    (benchmarks/provenance.py).
+    (amq/util/provenance.py).
     """
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/bench/1",)

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from amq.bench.cases import Case
+from amq.bench.contender import Contender, PeerMissing
 from amq.bench.machine import BUSY, Reading, buffer_bytes, describe, last_level_cache
 from amq.bench.own import OwnEngine
+from amq.bench.peers.gguf import EQUAL
+from amq.bench.peers.strongest import open_peer
 from amq.bench.result import (
     OURS,
     BenchResult,
@@ -43,38 +46,14 @@ COUNTED = (
 )
 
 
-@dataclass
-class Contender:
-    """One of the engines that take turns: its facts, its configuration by kind of case, and its processes.
-
-    counted: what differs in what is counted of it. trials: what every way to run it reached, or why it failed.
-    """
-
-    name: str
-    facts: dict[str, Any]
-    workers: dict[bool, ChildProcess]
-    configurations: dict[bool, str]
-    counted: str = ""
-    trials: list[dict[str, Any]] = field(default_factory=list)
-
-
-class PeerMissing(Exception):
-    """Why there is no peer to measure."""
-
-
-OpenPeer = Callable[[BenchSettings, Progress], Contender]
-"""Starts a peer, which `bench` closes; raises PeerMissing with the reason where it cannot run."""
-
-
 def bench(
     settings: BenchSettings,
     progress: Progress | None = None,
-    peers: Mapping[str, OpenPeer] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> BenchResult:
     """Measures and returns what --json writes.
 
-    peers: other engines to measure in turn with ours, by name. provenance: what made the result, for the result.
+    provenance: what made the result, for the result.
     Raises AmqError for a model that cannot be loaded or has no room for a case; a peer's failure is part of the result.
     """
     progress = progress or Progress()
@@ -87,9 +66,9 @@ def bench(
         engines = [Contender(OURS, ours.call("facts"), {False: ours, True: ours}, {False: "", True: ""})]
         if startup:
             engines[0].facts["startup_seconds"] = startup
-        for name, open_peer in (peers or {}).items():
+        for name in settings.peer_names:
             try:
-                engines.append(open_peer(settings, progress))
+                engines.append(open_peer(name, settings, progress, engines[0].facts["weight_bytes"]))
                 for worker in engines[-1].workers.values():
                     stack.callback(worker.close)
             except PeerMissing as reason:
@@ -108,7 +87,8 @@ def bench(
         read_bandwidth={reading.name: ReadBandwidth.of(reading) for reading in readings},
         engines=facts, rows=tuple(rows), ratios={name: ratios(rows, facts, name) for name in facts if name != OURS},
         scaling=scaling(rows), perplexity=text, trials=tuple(trials), left_out=left_out,
-        warnings=tuple(_warnings(rows, readings, settings)), provenance=dict(provenance) if provenance else None,
+        warnings=(*_unequal(facts), *_warnings(rows, readings, settings)),
+        provenance=dict(provenance) if provenance else None,
     )  # fmt: skip
 
 
@@ -259,6 +239,14 @@ def _perplexities(
         text=settings.perplexity, windows=len(windows), window_length=settings.window_length,
         window_prefix=tuple(prefix),
     )  # fmt: skip
+
+
+def _unequal(facts: Mapping[str, EngineFacts]) -> list[str]:
+    return [
+        f"not at equal bytes: a token of {name} reads {share:.0%} of the bytes that ours does"
+        for name, share in ((name, theirs.weight_bytes / facts[OURS].weight_bytes) for name, theirs in facts.items())
+        if abs(share - 1) > EQUAL
+    ]
 
 
 def _warnings(rows: list[Row], readings: list[Reading], settings: BenchSettings) -> list[str]:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from amq.bench.cases import Case, grid
+from amq.bench.peers import PEERS
 from amq.errors import AmqError
 from amq.model.settings import CHECKPOINT
 from amq.runtime.settings import RuntimeSettings
 from amq.util.settings import MEASURE, REQUIRED, flag
 
-TEXT = "perplexity besides"
+BESIDE, TEXT = "other engines", "perplexity besides"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +23,8 @@ class BenchSettings(RuntimeSettings):
         "measures tokens/s of prompts and decode, start-up, memory and the use of the memory's bandwidth"
     )
     EXAMPLES: ClassVar[tuple[str, ...]] = (
-        "amq bench smollm2-4bit",
         "amq bench smollm2-4bit --prompt 128,512 --batch 1,8 --depth 0,4096 --json bench.json",
+        "amq bench smollm2-4bit --peers llama.cpp,ik_llama.cpp",
     )
 
     model: str = flag(REQUIRED, CHECKPOINT, positional=True)
@@ -34,6 +35,16 @@ class BenchSettings(RuntimeSettings):
     repetitions: int = flag(5, "of every test, after one to warm up", MEASURE, least=1, metavar="N")
     startup: bool = flag(True, "do not time a fresh process", MEASURE, name="no-startup")
     seed: int = flag(0, "of the random tokens", MEASURE, least=0, metavar="N")
+    peers: str = flag(
+        "", f"measure these in turn with ours, each in its fastest way: {', '.join(PEERS)}", BESIDE, metavar="LIST"
+    )
+    gguf: str = flag(
+        "auto",
+        "what they run: a .gguf file; a type that their quantizer makes of the model's own GGUF; auto: their fastest "
+        "type that reads as many bytes per token as ours",
+        BESIDE,
+        metavar="FILE|TYPE",
+    )
     perplexity: str = flag(
         "", "a text file (or pydoc, docstrings): every engine's perplexity on it", TEXT, metavar="FILE"
     )
@@ -44,11 +55,17 @@ class BenchSettings(RuntimeSettings):
         super().__post_init__()
         if not self.cases:
             raise AmqError("nothing to measure: give --prompt or --generate")
+        if unknown := [name for name in self.peer_names if name not in PEERS]:
+            raise AmqError(f"--peers must be some of {', '.join(PEERS)}, got {unknown[0]!r}")
 
     @property
     def cases(self) -> list[Case]:
         prompts, generates = numbers(self.prompt, "--prompt"), numbers(self.generate, "--generate")
         return grid(prompts, generates, numbers(self.batch, "--batch"), numbers(self.depth, "--depth", least=0))
+
+    @property
+    def peer_names(self) -> list[str]:
+        return list(dict.fromkeys(name.strip() for name in self.peers.split(",") if name.strip()))
 
     @property
     def thread_count(self) -> int:
@@ -67,7 +84,9 @@ class BenchSettings(RuntimeSettings):
 class BenchCommand:
     """What the command takes besides."""
 
-    json: Path | None = flag(None, "write all figures, every repetition's too", metavar="FILE")
+    json: Path | None = flag(
+        None, "write all figures; into a folder: under a name of model, processor and date", metavar="FILE|DIR"
+    )
     csv: Path | None = flag(None, "write the table's rows", metavar="FILE")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 
 from amq.bench.machine import BUSY
@@ -41,10 +41,9 @@ def _speeds(result: BenchResult) -> Iterator[str]:
     rows, reading = result.rows, result.read_bandwidth
     tests, engines = max(len(row.test) for row in rows), max(len(row.engine) for row in rows)
     size = f"of {reading['model'].bytes / MIB:.0f} MiB"
-    ratios = {test: (name, f) for name, factors in result.ratios.items() for test, f in factors.items()}
     yield (
         f"{'test':{tests}}  {'engine':{engines}}  {'tokens/s':>9}  {'lowest..highest':>17}  {'GB/s':>6}  "
-        f"{'of memory':>9}  {size:>11}  others" + ("  amq is" if ratios else "")
+        f"{'of memory':>9}  {size:>11}  others" + ("  amq is" if result.ratios else "")
     )
     for row in rows:
         spread = f"{row.lowest:.1f}..{row.highest:.1f}"
@@ -53,13 +52,10 @@ def _speeds(result: BenchResult) -> Iterator[str]:
         shares = [row.share_of_memory_bandwidth, row.share_of_model_size_bandwidth]
         memory, model = ("" if share is None else f"{share:.0%}" for share in shares)
         others = "" if row.others is None else f"{row.others:.0%}{'!' if row.others > BUSY else ' '}"
-        ratio = f"  {ratios[row.test][1]:.2f}x {ratios[row.test][0]}" if _ours(row, ratios) else ""
+        factor = result.ratios.get(row.engine, {}).get(row.test)
+        ratio = "" if factor is None else f"  {factor:.2f}x"
         line = f"{row.test:{tests}}  {row.engine:{engines}}  {row.tokens_per_second:9.1f}  {spread:>17}  "
         yield (line + f"{rate:>6}  {memory:>9}  {model:>11}  {others:>6}{ratio}").rstrip()
-
-
-def _ours(row: Row, ratios: Mapping[str, object]) -> bool:
-    return row.engine == OURS and row.test in ratios
 
 
 def _facts(result: BenchResult) -> Iterator[str]:
@@ -83,6 +79,21 @@ def _facts(result: BenchResult) -> Iterator[str]:
         yield f"{name:{width}}  {'; '.join(parts)}"
 
 
+def _ways(result: BenchResult, name: str) -> Iterator[str]:
+    """How a peer ran, and how not."""
+    ours, theirs = result.engines[OURS], result.engines[name]
+    ways = dict.fromkeys((row.kind, row.configuration) for row in result.rows if row.engine == name)
+    chosen = "; ".join(f"{kind}: {configuration}" for kind, configuration in ways)
+    trials = [trial for trial in result.trials if trial["engine"] == name]
+    yield f"{name} ran {theirs.file}, the fastest way of {len(trials)} tried: {chosen}"
+    yield (
+        f"a token of {name} reads {theirs.weight_bytes / 1e6:.1f} MB of weights, one of amq "
+        f"{ours.weight_bytes / 1e6:.1f} MB: {theirs.weight_bytes / ours.weight_bytes:.2f} times as many"
+    )
+    if failed := [f"{t['file']}, {t['configuration']} ({t['failed']})" for t in trials if "failed" in t]:
+        yield f"{name} failed with {'; '.join(failed)}; a build of it that does not may be faster"
+
+
 def _notes(result: BenchResult) -> Iterator[str]:
     reading = result.read_bandwidth
     memory, model = reading["memory"], reading["model"]
@@ -91,12 +102,7 @@ def _notes(result: BenchResult) -> Iterator[str]:
         f"{model.bytes / MIB:.0f} MiB, as the weights: {model.bytes_per_second / 1e9:.1f} GB/s"
     )
     for name in result.ratios:
-        ways = dict.fromkeys((row.kind, row.configuration) for row in result.rows if row.engine == name)
-        chosen = "; ".join(f"{kind}: {configuration}" for kind, configuration in ways)
-        yield f"{name} ran {result.engines[name].file}, the fastest way of {len(result.trials)}: {chosen}"
-        failed = [f"{trial['configuration']} ({trial['failed']})" for trial in result.trials if "failed" in trial]
-        if failed:
-            yield f"{name} failed with {', '.join(failed)}; a build of it that does not may be faster"
+        yield from _ways(result, name)
     if text := result.perplexity:
         begin = f" that begin with {' '.join(text.window_prefix)}" if text.window_prefix else ""
         yield (

@@ -103,8 +103,8 @@ def make_missing(folder: Path) -> list[Path]:
     return made
 
 
-def check_file(path: Path | None, what: str) -> None:
-    """`check_place` for a file that is written at the end of a command, if one is."""
+def check_file(path: Path | None, what: str, or_folder: bool = False) -> None:
+    """`check_place` for a file that is written at the end of a command, if one is; or_folder: or in that folder."""
     if path is None:
         return
     check_path(path, what)
@@ -112,9 +112,9 @@ def check_file(path: Path | None, what: str) -> None:
         folder = path.is_dir()
     except OSError as error:
         raise AmqError(f"{what} {path} cannot be written: {reason(error)}; give another place") from error
-    if folder:
+    if folder and not or_folder:
         raise AmqError(f"{what} {path} is a folder: expected a file")
-    check_place(path.parent, what)
+    check_place(path if folder else path.parent, what)
 
 
 def reason(error: OSError) -> str:

@@ -11,16 +11,25 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+CPU_INFO = Path("/proc/cpuinfo")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def cpu_name() -> str:
-    """The processor's name; Linux tells it in a file only."""
+    """The processor's name; Linux tells it in a file only. Where the name has no number, as a hypervisor's may, with
+    the family and the model that tell generations apart."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = CPU_INFO.read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    name = fields.get("model name", platform.machine())
+    if "cpu family" in fields and not re.search(r"\d", name.partition("@")[0]):
+        name += f" (family {fields['cpu family']}, model {fields['model']})"
+    return name
 
 
 def gpu_facts(device: str, driver: Path = NVIDIA_DRIVER) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """Peers of our GEMV: every library and format that `bench_gemv.py` compares with; each is optional.
 
-`llama_cpp`, `xllamacpp_server` and `ik_llama` are peers of a whole model, and `strongest` finds the fastest way of
-each, for `beside_llama_cpp.py` and `engine_large.py`.
+Peers of a whole model are in amq/bench/peers. Here are besides, for `engine_large.py` and `equal_bytes.py`, what they
+make GGUF files with.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a peer is: another library's linear over quantized (or plain) weights, fed with cheap random weights.
 
 A peer builds R linears of one shape whose contents are all distinct, multiplies one x with each of them once per `run`,
-and knows what its first linear should have computed. Nothing here imports torch or amq: a worker process
+and knows what its first linear should have computed. Nothing here imports torch: a worker process
 (`worker.py`) loads one library only, so that the others' thread pools do not disturb it.
 """
 

@@ -1,6 +1,6 @@
 """llama.cpp's ggml through its C API, from the libraries that llama-cpp-python builds: one graph of R products.
 
-    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install --no-deps --no-binary :all: llama-cpp-python
+    CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" pip install --no-deps --no-binary llama-cpp-python llama-cpp-python
 
 Weights lie where llama.cpp puts them: in the first of the CPU backend's extra buffer types (AMX, repacked) that
 can take the product, else in plain memory; measured 2026-11 on an AMX machine, no other choice was faster for one row.
@@ -12,10 +12,10 @@ from __future__ import annotations
 import ctypes
 import itertools
 from ctypes import CFUNCTYPE, POINTER, c_bool, c_char_p, c_int, c_int64, c_size_t, c_void_p
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
+
+from amq.bench.peers.llama_cpp import ggml_libraries
 
 from .base import Peer, Product, Runner
 
@@ -76,13 +76,6 @@ class Ggml(Peer):
 
     def build(self, problem: Product, x: np.ndarray) -> Runner:
         return _Graph(problem, x, self.kind)
-
-
-def ggml_libraries() -> list[Path]:
-    """Base first: the others need it. Found without importing llama_cpp, whose dependencies are not wanted."""
-    package = find_spec("llama_cpp")
-    folder = Path(package.submodule_search_locations[0]) / "lib" if package else Path("/nonexistent")
-    return [folder / f"libggml{part}.so" for part in ("-base", "-cpu")] if (folder / "libggml-cpu.so").exists() else []
 
 
 def _load() -> dict:

@@ -27,7 +27,7 @@ COMPILES = (
 """A compiler runs, or a wheel is built."""
 
 LONG = (
-    *("test_bank", "test_bench", "test_benchmarks", "test_beside_llama_cpp", "test_crash", "test_damaged_files"),
+    *("test_bank", "test_bench", "test_benchmarks", "test_bench_peers", "test_crash", "test_damaged_files"),
     *("test_data", "test_decoder_random", "test_divergence", "test_engine_families", "test_engine_families_dense"),
     *("test_agreement", "test_answers", "test_benchmarks_search", "test_equal_bytes", "test_quantize_rotation"),
     *("test_quantize_tune", "test_token_weights"),

@@ -1,7 +1,8 @@
 """llama.cpp through `xllamacpp`, whose wheel is ready to run and knows the newest families: its server, without HTTP.
 
 Prompts and decode are timed by the server itself. Its wheel is compiled for AVX2, so that a build of llama.cpp for the
-machine can be faster: `peers.llama_cpp` measures one that llama-cpp-python compiled.
+machine can be faster: `amq.bench.peers.llama_cpp` measures one that llama-cpp-python compiled, whose quantizer makes
+the files of this one too.
 
 Several sequences are as many requests at once, of which the slowest counts.
 """
@@ -10,17 +11,16 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from amq.bench.cases import Case
 from amq.bench.machine import OtherWork, memory
+from amq.bench.peers import llama_cpp
+from amq.bench.peers.base import Package, Peer
 from amq.errors import AmqError
 
-from .base import missing_module
-
 NAME = "xllamacpp"
-COUNTED = "a decoded token of xllamacpp includes choosing the likeliest, as its server does"
+PACKAGE = Package("xllamacpp", "xllamacpp", "2026.10", "pip install xllamacpp")
 SLOTS, POSITIONS = 4, 1024
 """Sequences and positions of each that there is room for at least, so that few cases need another server."""
 PAD = 256
@@ -41,11 +41,6 @@ class Configuration:
 CONFIGURATIONS = [Configuration(repacked, flash) for repacked in (True, False) for flash in (True, False)]
 
 
-def unsupported_reason() -> str | None:
-    """Why it cannot run here; None where it can."""
-    return "xllamacpp is not installed: pip install xllamacpp" if missing_module("xllamacpp") else None
-
-
 class XllamaCpp:
     """A GGUF file in xllamacpp's server on the CPU; made inside a worker."""
 
@@ -63,10 +58,7 @@ class XllamaCpp:
         import xllamacpp
 
         system = " ".join(xllamacpp.get_system_info().replace(" = 1", "").replace("|", "").split())
-        library = str(Path(xllamacpp.__file__).parent)
-        return {
-            "version": xllamacpp.__version__, "library": library, "description": system, "vocab_size": self._vocabulary,
-        }  # fmt: skip
+        return {"version": PACKAGE.version(), "description": system, "vocab_size": self._vocabulary}
 
     def memory(self) -> dict[str, int]:
         return memory()
@@ -90,6 +82,9 @@ class XllamaCpp:
             answers = list(pool.map(lambda prompt: self._ask(prompt, new), prompts))
         seconds = max(answer["predicted_ms" if case.decode else "prompt_ms"] for answer in answers) / 1e3
         return {"seconds": seconds, "others": others.share()}
+
+    def log_likelihood(self, windows: list[list[int]], unscored: int) -> float:
+        raise AmqError("xllamacpp's server tells no probabilities of a text that is given")
 
     def _ask(self, prompt: list[int], new: int) -> dict[str, Any]:
         """The server's timings of one request."""
@@ -123,3 +118,9 @@ class XllamaCpp:
             flash.LLAMA_FLASH_ATTN_TYPE_ENABLED if self._configuration.flash else flash.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
         self._server = xllamacpp.Server(parameters)
+
+
+PEER = Peer(
+    NAME, PACKAGE, XllamaCpp, CONFIGURATIONS, f"a decoded token of {NAME} includes choosing the likeliest",
+    llama_cpp.PEER.quantizer,
+)  # fmt: skip
