@@ -359,24 +359,24 @@ AMQ_INLINE void gemm_int8_tiles(const LinearTask& task, int64_t first) {
         for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
             typename S::I32 sum[tiles][rows] = {};
             const uint8_t* x = panels.x(panel);
-            // One step; add(sum, codes, x)
-            const auto run = [&](int64_t step, auto& into, const auto& add) __attribute__((always_inline)) {
+            // add(sum, codes, x) for every sum.
+            const auto step = [&](int64_t i, auto& into, const auto& add) __attribute__((always_inline)) {
                 typename S::I32 codes[tiles];
                 unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                    codes[t] = S::load(buffer[t] + step * kLineBytes);
+                    codes[t] = S::load(buffer[t] + i * kLineBytes);
                 });
                 unroll<rows>([&](auto m) __attribute__((always_inline)) {
                     unroll<tiles>([&](auto t) __attribute__((always_inline)) {
-                        into[t][m] = add(into[t][m], codes[t], x + kStep * (step * rows + m));
+                        add(into[t][m], codes[t], x + kStep * (i * rows + m));
                     });
                 });
             };
             if constexpr (S::kPairs && Pairs<bits>::kHalves == 1) {
-                for (int64_t step = 0; step < blocks * kSteps; step += Pairs<bits>::kRun) {
+                for (int64_t first = 0; first < blocks * kSteps; first += Pairs<bits>::kRun) {
                     typename S::I32 pairs[tiles][rows] = {};
                     unroll<Pairs<bits>::kRun>([&](auto i) __attribute__((always_inline)) {
-                        run(step + i, pairs, [](auto into, auto codes, const uint8_t* at) __attribute__((always_inline)) {
-                            return S::add_pairs(into, codes, at);
+                        step(first + i, pairs, [](auto& into, auto codes, const uint8_t* at) __attribute__((always_inline)) {
+                            into = S::add_pairs(into, codes, at);
                         });
                     });
                     unroll<rows>([&](auto m) __attribute__((always_inline)) {
@@ -386,9 +386,9 @@ AMQ_INLINE void gemm_int8_tiles(const LinearTask& task, int64_t first) {
                     });
                 }
             } else {
-                for (int64_t step = 0; step < blocks * kSteps; ++step)
-                    run(step, sum, [](auto into, auto codes, const uint8_t* at) __attribute__((always_inline)) {
-                        return S::template dot<bits>(into, codes, at);
+                for (int64_t i = 0; i < blocks * kSteps; ++i)
+                    step(i, sum, [](auto& into, auto codes, const uint8_t* at) __attribute__((always_inline)) {
+                        into = S::template dot<bits>(into, codes, at);
                     });
             }
             unroll<rows>([&](auto m) __attribute__((always_inline)) {

@@ -144,7 +144,10 @@ struct Avx2 {
 private:
     static AMQ_INLINE I32 dot_vnni(I32 sum, I32 codes, __m256i values) {
 #ifdef __AVXVNNI__
-        return {_mm256_dpbusd_avx_epi32(sum.low, codes.low, values), _mm256_dpbusd_avx_epi32(sum.high, codes.high, values)};
+        sum.low = _mm256_dpbusd_avx_epi32(sum.low, codes.low, values);
+        sum.high = _mm256_dpbusd_avx_epi32(sum.high, codes.high, values);
+        asm("" : "+x"(sum.low), "+x"(sum.high));  // or GCC copies every sum in every step
+        return sum;
 #else
         return (void)codes, (void)values, sum;  // not instantiated: the file is built without AVX-VNNI
 #endif

@@ -111,7 +111,9 @@ struct Avx512 {
 private:
     static AMQ_INLINE I32 dot_vnni(I32 sum, I32 codes, I32 values) {
 #ifdef __AVX512VNNI__
-        return _mm512_dpbusd_epi32(sum, codes, values);
+        sum = _mm512_dpbusd_epi32(sum, codes, values);
+        asm("" : "+v"(sum));  // or GCC copies sums in every step
+        return sum;
 #else
         return (void)codes, (void)values, sum;  // not instantiated: the file is built without VNNI
 #endif
