@@ -57,9 +57,10 @@ constexpr Kernel kKernels[][2] = {{checksum_portable<kAheads[0]>, checksum_avx2<
 uint64_t read_bytes(const Isa& isa, const uint8_t* data, int64_t bytes, int threads, int ahead) {
     const Kernel kernel = kKernels[ahead][isa.avx2_loops];
     std::atomic<uint64_t> sum{0};
+    Regions fresh;  // a ceiling is that of all threads, whatever regions lost before
     parallel_rows(bytes / kLine, threads, [&](int64_t begin, int64_t end) {
         sum += kernel(data, begin * kLine, end * kLine);
-    });
+    }, fresh);
     return sum;
 }
 

@@ -90,13 +90,14 @@ private:
 
 Regions& regions_of_rows();
 
-// Calls run(begin, end) on at most `threads` threads with ranges that partition [0, rows) in order.
+// Calls run(begin, end) on at most `threads` threads with ranges that partition [0, rows) in order. `regions`: of calls that
+// take about as long.
 template <class Run>
-void parallel_rows(int64_t rows, int threads, const Run& run) {
+void parallel_rows(int64_t rows, int threads, const Run& run, Regions& regions = regions_of_rows()) {
     const int asked = static_cast<int>(std::clamp<int64_t>(rows, 1, std::max(threads, 1)));
     const auto part = [&](int64_t index, int64_t parts) { run(rows * index / parts, rows * (index + 1) / parts); };
     if (asked == 1 || is_forked_child()) return part(0, 1);
-    Region region(regions_of_rows(), asked);
+    Region region(regions, asked);
     const int count = region.threads();
     if (count == 1) return part(0, 1);
 #ifdef _OPENMP
