@@ -20,13 +20,19 @@ from provenance import write_results
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoTokenizer
 
-from amq.model.shape import CACHES, DEFAULT_CACHE
+from amq.model.shape import CACHES, DEFAULT_CACHE, PAGE
 from amq.model.text import Corpus, fixed_windows, load_corpus
 from amq.runtime.engine import Segment
 from amq.runtime.native_engine import open_native
 
 TOKENS = 8
 """Decoded in a turn."""
+
+
+def bytes_per_token(folder: Path, kind: str) -> float:
+    """Of a token more; what a sequence takes beside its positions is not of any."""
+    one, two = (open_native(folder, context=pages * PAGE, cache=kind).cache_bytes for pages in (1, 2))
+    return (two - one) / PAGE
 
 
 def perplexities(folder: Path, corpus: Corpus, length: int, most: int) -> dict[str, float]:
@@ -45,6 +51,7 @@ def perplexities(folder: Path, corpus: Corpus, length: int, most: int) -> dict[s
 
 def decoding(folder: Path, depth: int, turns: int) -> dict[str, dict[str, Any]]:
     """{kind: milliseconds of a token, times float16's with quartiles}."""
+    torch.set_num_threads(1)
     context = depth + (turns + 1) * TOKENS
     engines = {kind: open_native(folder, context=context, cache=kind, threads=1) for kind in CACHES}
     tokens = torch.randint(0, engines[DEFAULT_CACHE].vocab_size, (depth,), generator=torch.Generator().manual_seed(0))
@@ -82,15 +89,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=20, metavar="N")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     lengths = [int(length) for length in args.lengths.split(",")]
     rows_of_table = AutoConfig.from_pretrained(args.folder).get_text_config().vocab_size
     corpus = load_corpus(args.text, AutoTokenizer.from_pretrained(args.folder), rows_of_table)
-    context = 64
-    rows: dict[str, dict[str, Any]] = {
-        kind: {"bytes_per_token": open_native(args.folder, context=context, cache=kind).cache_bytes / context}
-        for kind in CACHES
-    }
+    rows: dict[str, dict[str, Any]] = {kind: {"bytes_per_token": bytes_per_token(args.folder, kind)} for kind in CACHES}
     for length in lengths:
         for kind, value in perplexities(args.folder, corpus, length, args.max_tokens).items():
             rows[kind][f"perplexity_{length}"] = value

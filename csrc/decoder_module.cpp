@@ -50,7 +50,8 @@ std::unique_ptr<amq::Decoder> make_decoder(const py::object& spec, const py::dic
     return std::make_unique<amq::Decoder>(std::move(m), max_rows, threads);
 }
 
-// (tokens, position, pages: int32, whether the text is a long one, its state, [(tokens, state)] of its snapshots)
+// (tokens, position, pages: int32, the last of them its spare ones, whether the text is a long one, its state, [(tokens, state)] of
+// its snapshots)
 using SegmentTuple = std::tuple<int64_t, int64_t, Memory, bool, int64_t, std::vector<std::tuple<int64_t, int64_t>>>;
 
 amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given, int64_t first_row, int64_t cache_pages,
@@ -59,11 +60,16 @@ amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given,
     require_size(rows, "tokens of a segment", 1);
     require(position >= 0 && position <= m.context - rows, "position", "within the context of " + std::to_string(m.context),
             position);
-    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1;
-    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", n_pages * 4);
-    for (int64_t i = 0; table && i < n_pages; ++i)
-        require(table[i] >= 0 && table[i] < cache_pages, "page", "below " + std::to_string(cache_pages), table[i]);
-    amq::Segment made{first_row, rows, position, table, long_text, state, {}};
+    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1, n_spare = amq::kCaches[m.cache].spare_pages();
+    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", (n_pages + n_spare) * 4);
+    const int32_t* spare = table ? table + std::get<1>(pages) / 4 - n_spare : nullptr;
+    const auto check = [&](const int32_t* numbers, int64_t count) {
+        for (int64_t i = 0; numbers && i < count; ++i)
+            require(numbers[i] >= 0 && numbers[i] < cache_pages, "page", "below " + std::to_string(cache_pages), numbers[i]);
+    };
+    check(table, n_pages);
+    check(spare, n_spare);
+    amq::Segment made{first_row, rows, position, table, spare, long_text, state, {}};
     if (m.state_floats == 0) return made;
     require(state >= 0 && state < n_states, "state", "below " + std::to_string(n_states), state);
     for (const auto& [after, number] : snapshots) {
@@ -100,8 +106,11 @@ void forward(amq::Decoder& decoder, const Memory& tokens, const std::vector<Segm
         pass.states = address_of<float>(states, "states", m.state_floats * 4);
         n_states = std::get<1>(states) / (m.state_floats * 4);
     }
+    int64_t fresh = 0;
     for (const SegmentTuple& segment : segments) {
         pass.segments.push_back(make_segment(m, segment, pass.rows, cache_pages, n_states));
+        pass.segments.back().fresh = fresh;
+        fresh += pass.segments.back().left_pages();
         pass.rows += std::get<0>(segment);
     }
     if (m.state_floats > 0) check_states(pass.segments);
@@ -135,6 +144,7 @@ void bind_decoder(py::module_& m) {
         .def(py::init(&make_decoder), py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("context"),
              py::arg("group_size"), py::arg("int8"), py::arg("cache"), py::arg("max_rows"), py::arg("threads"))
         .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes; })
+        .def_property_readonly("spare_pages", [](const amq::Decoder& d) { return amq::kCaches[d.model().cache].spare_pages(); })
         .def_property_readonly("state_floats", [](const amq::Decoder& d) { return d.model().state_floats; })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),
              py::arg("cache"), py::arg("states"), py::arg("threads"), py::arg("isa") = "", py::arg("final") = false,

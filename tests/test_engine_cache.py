@@ -21,8 +21,10 @@ from transformers.cache_utils import DynamicCache
 from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
 from amq.model.shape import CACHES as BITS
-from amq.model.shape import LayerCache, ModelShape
-from amq.runtime.native_engine import open_native
+from amq.model.shape import PAGE, SPARE_PAGES, LayerCache, ModelShape
+from amq.runtime.engine import MAX_SCORED, Segment
+from amq.runtime.native_engine import NativeEngine, open_native
+from amq.runtime.paged_engine import PagedSlot
 
 CODED = [name for name, (_, values) in BITS.items() if values < 16]
 HEAD_DIM, KV_HEADS, LAYERS, CONTEXT = 48, 2, 2, 512
@@ -43,7 +45,7 @@ def half_below(x: Tensor) -> Tensor:
 
 
 def rounded(x: Tensor, bits: int) -> Tensor:
-    """x [..., head_dim] as csrc/cpu/vector_attention.h says: codes of each row between its least and largest number."""
+    """x [..., n] as csrc/cpu/vector_attention.h says: codes of each row between its least and largest number."""
     if bits == 32:
         return x
     if bits == 16:
@@ -64,7 +66,8 @@ def spread(x: Tensor) -> Tensor:
 
 
 class RoundedCache(DynamicCache):
-    """What comes in is rounded, position by position and head by head, keys behind a rotation."""
+    """What comes in is rounded, position by position and head by head, keys behind a rotation; keys in less than 8 bits
+    feature by feature instead, in the pages before the one that what came last is in, which is to come by itself."""
 
     def __init__(self, bits: tuple[int, int]) -> None:
         super().__init__()
@@ -72,20 +75,30 @@ class RoundedCache(DynamicCache):
 
     def update(self, key: Tensor, value: Tensor, *where: Any, **more: Any) -> tuple[Tensor, Tensor]:
         keys, values = self._bits
-        key = rounded(key, keys) if keys >= 16 else spread(rounded(spread(key), keys))
+        if keys < 8:
+            key = rounded(key, 16)
+        else:
+            key = rounded(key, keys) if keys >= 16 else spread(rounded(spread(key), keys))
         value = rounded(value, values) if values >= 8 else spread(rounded(spread(value), values))
-        return super().update(key, value, *where, **more)
+        key, value = super().update(key, value, *where, **more)
+        if keys < 8:
+            before = (key.shape[-2] - 1) // PAGE * PAGE
+            pages = key[..., :before, :].unflatten(-2, (-1, PAGE))  # [.., pages, PAGE, head_dim]
+            key = torch.cat([rounded(pages.mT, keys).mT.flatten(-3, -2), key[..., before:, :]], -2)
+        return key, value
 
 
 @torch.no_grad()
 def expected_logits(folder: Path, tokens: Sequence[int], bits: tuple[int, int]) -> Tensor:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    logits: Tensor = model(torch.tensor([tokens]), past_key_values=RoundedCache(bits), use_cache=True).logits[0]
-    return logits
+    cache = RoundedCache(bits)
+    pages = torch.tensor([tokens]).split(PAGE, 1)
+    return torch.cat([model(page, past_key_values=cache, use_cache=True).logits[0] for page in pages])
 
 
 def test_the_kinds_are_those_of_the_module() -> None:
     assert cpu_module().CACHES == tuple(BITS)
+    assert cpu_module().PAGE == PAGE
 
 
 def test_a_grid_holds_all_of_its_row() -> None:
@@ -132,12 +145,20 @@ def test_large_biases_of_keys_cost_no_accuracy(tmp_path: Path, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", BITS)
 def test_a_page_takes_the_bits_that_it_says(folder: Path, kind: str) -> None:
-    bits = sum(BITS[kind]) * HEAD_DIM + sum(32 for part in BITS[kind] if part < 16)  # scale and least value in fp16
-    engine = open_native(folder, context=CONTEXT, cache=kind)
-    assert engine.cache_bytes == CONTEXT * LAYERS * KV_HEADS * bits // 8
+    by_page = BITS[kind][0] < 8
+    grids = [PAGE] * sum(part < 16 for part in BITS[kind])  # scale and least value in fp16
+    if by_page:
+        grids[0] = HEAD_DIM
+    page_bytes = LAYERS * KV_HEADS * (PAGE * HEAD_DIM * sum(BITS[kind]) // 8 + 4 * sum(grids))
+    engine = open_native(folder, context=CONTEXT, max_sequences=3, cache=kind)
+    assert engine.cache_bytes == 3 * page_bytes * (CONTEXT // PAGE + by_page * SPARE_PAGES)
     assert f"{kind} cache" in engine.banner
+    assert engine.cached_tokens() == (0, 3 * CONTEXT)
+    slots = [engine.open(text(100), 30) for _ in range(3)]
+    assert engine.cached_tokens() == (9 * PAGE, 3 * CONTEXT)
+    assert all(slot is not None and slot.capacity == 3 * PAGE for slot in slots)
     shape = ModelShape.of(json.loads((folder / "config.json").read_text()))
-    assert sum(cache.kept_as(kind).bytes(CONTEXT) for cache in shape.caches) == engine.cache_bytes
+    assert 3 * sum(cache.kept_as(kind).bytes(CONTEXT) for cache in shape.caches) == engine.cache_bytes
 
 
 def test_what_holds_more_than_keys_and_values_has_no_size_in_codes() -> None:
@@ -157,8 +178,40 @@ def test_a_number_that_is_none_spoils_its_own_text_alone(folder: Path, kind: str
     assert torch.equal(engine.all_logits(text(100)), clean)
 
 
+def read(engine: NativeEngine, slot: PagedSlot, tokens: Sequence[int], sizes: Sequence[int]) -> list[Tensor]:
+    """Logits after every token that the slot has not computed, in passes of `sizes` tokens and then of 64."""
+    logits: list[Tensor] = []
+    for size in (*sizes, *[MAX_SCORED] * len(tokens)):
+        part = tokens[slot.length : slot.length + size]
+        if part:
+            logits += engine.forward([Segment(slot, part, every=True)]).clone()
+    return logits
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_what_was_read_before_is_gone_on_from(folder: Path, tmp_path: Path, kind: str) -> None:
+    """Pages of an earlier text and pages from disk, from wherever the texts part: what comes behind them is,
+    to the bit, what the text gives in one piece."""
+    tokens, other = text(300), [*text(150), *reversed(text(100))]
+    expected = open_native(folder, context=CONTEXT, cache=kind).all_logits(tokens)
+    how = {"context": CONTEXT, "cache": kind, "prompt_cache": 1 << 24, "prompt_cache_folder": tmp_path / "prompts"}
+    for restarted in (False, True):
+        engine = open_native(folder, max_sequences=2, **how)
+        first = engine.open(other if not restarted else tokens, 10)
+        assert first is not None and first.length == restarted * 4 * PAGE
+        if not restarted:
+            read(engine, first, other, (3, 61, 7))
+        second = engine.open(tokens, 10)
+        assert second is not None and second.length == (4 if restarted else 2) * PAGE
+        found = read(engine, second, tokens, (1, 40, 50))
+        assert torch.equal(torch.stack(found), expected[len(tokens) - len(found) :])
+        engine.close(second)
+        engine.close(first)
+        engine.shutdown()
+
+
 def test_a_cache_that_there_is_not_is_refused(folder: Path) -> None:
-    with pytest.raises(AmqError, match="keeps keys and values as float32, float16, int8, k8v4, not as int3"):
+    with pytest.raises(AmqError, match="keeps keys and values as float32, float16, int8, k8v4, int4, not as int3"):
         open_native(folder, cache="int3")
 
 
@@ -170,4 +223,5 @@ def test_the_benchmark_runs(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert rows["float16"]["perplexity_32"] == pytest.approx(rows["float32"]["perplexity_32"], rel=1e-3)
     assert rows["k8v4"]["perplexity_16"] == pytest.approx(rows["float32"]["perplexity_16"], rel=0.05)
     assert rows["int8"]["bytes_per_token"] < 0.6 * rows["float16"]["bytes_per_token"]
+    assert rows["int4"]["bytes_per_token"] < 0.31 * rows["float16"]["bytes_per_token"]
     assert rows["float16"]["decode_40"]["speedup"] == 1 and "| k8v4 |" in capsys.readouterr().out

@@ -39,11 +39,16 @@ CACHE_BYTES, STATE_BYTES = 2, 4
 FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 WINDOWED = {SLIDING: "sliding_window", "hybrid_sliding": "sliding_window", CHUNKED: "attention_chunk_size"}
 """{kind of layer: the key that says how many tokens it looks back on}."""
-CACHES = {"float32": (32, 32), "float16": (16, 16), "int8": (8, 8), "k8v4": (8, 4)}
+CACHES = {"float32": (32, 32), "float16": (16, 16), "int8": (8, 8), "k8v4": (8, 4), "int4": (4, 4)}
 """{what an engine keeps keys and values as: bits of a number of a key, and of a value}."""
 DEFAULT_CACHE = "float16"
 GRID_BYTES = 4
-"""Of the scale and the least value that a key or value of less than 16 bits has."""
+"""Of the scale and the least value that a key or value of less than 16 bits has; of keys in less than 8 bits, each
+feature of a page has them."""
+PAGE = 64
+"""Positions that such keys are rounded together for."""
+SPARE_PAGES = 2
+"""That a sequence has beside those of its positions then: where keys are in fp16 until their page is full."""
 STATES = frozenset({"linear_attention", "conv"})
 BOTH = frozenset({"hybrid", "hybrid_sliding"})
 """Layers with a state beside keys and values."""
@@ -145,9 +150,12 @@ class LayerCache:
                 f"a cache in {kind} has no size that is known: the layers keep something else than keys and values of "
                 "one size, or the search was made before 2026-12-01, and has to be made again"
             )
-        numbers, bits = self.per_token // CACHE_BYTES // 2, CACHES[kind]
-        coded = sum(part < 16 for part in bits)
-        return replace(self, per_token=numbers * sum(bits) // 8 + GRID_BYTES * self.heads * coded)
+        numbers, (keys, values) = self.per_token // CACHE_BYTES // 2, CACHES[kind]
+        by_page = keys < 8
+        page_grids = (numbers if by_page else PAGE * self.heads * (keys < 16)) + PAGE * self.heads * (values < 16)
+        per_token = numbers * (keys + values) // 8 + -(-GRID_BYTES * page_grids // PAGE)
+        spare = SPARE_PAGES * PAGE * per_token if by_page else 0
+        return replace(self, per_token=per_token, constant=self.constant + spare)
 
 
 @dataclass(frozen=True)

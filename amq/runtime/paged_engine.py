@@ -43,7 +43,7 @@ class PagedSlot(Slot):
         is_long: bool,
     ) -> None:
         length = len(table.keys) * page
-        super().__init__(min(len(table.pages) * page, engine.context), length)
+        super().__init__(min((len(table.pages) - engine.spare) * page, engine.context), length)
         self._engine, self.table, self.on_disk, self.state, self.is_long = engine, table, on_disk, state, is_long
         self.tokens = list(table.prompt[:length])
 
@@ -61,6 +61,7 @@ class PagedEngine:
 
     page: positions of one. page_bytes: of one, over all steps. states: of its sequences, with the snapshots, or None.
     root: of `page_keys.model_root`. prompt_cache: the pages on disk, with their counters, or None.
+    spare: pages of a sequence's own that stand behind those of its positions.
     """
 
     banner: str
@@ -75,13 +76,15 @@ class PagedEngine:
         states: RecurrentStates | None,
         root: Key = b"",
         prompt_cache: PageStore | None = None,
+        spare: int = 0,
     ) -> None:
         self.max_sequences, self.vocab_size, self.context = max_sequences, spec.vocabulary, context
+        self.spare = spare
         self.max_rows = MAX_ROWS
         self._border = max((rope.border for rope in spec.ropes), default=0)
         self._busy = threading.Lock()
         self._page_bytes = page_bytes
-        n_pages = max_sequences * -(-context // page)
+        n_pages = max_sequences * (-(-context // page) + spare)
         self.cache_bytes = n_pages * page_bytes
         self.states = states
         self._pool = PagePool(n_pages, page, root, None if states is None else states.pool)
@@ -134,7 +137,7 @@ class PagedEngine:
             owner = None
         if self._border and owner is not None:
             owner = f"{'long' if is_long else 'short'} {owner}"
-        table = self._pool.take(prompt, positions, owner, reuse)
+        table = self._pool.take(prompt, positions + self.spare * self._pool.page, owner, reuse)
         if table is None:
             return None
         self._open += 1
@@ -239,7 +242,8 @@ class PagedEngine:
             self.prompt_cache.close()
 
     def cached_tokens(self) -> tuple[int, int]:
-        return self._pool.used * self._pool.page, self._pool.n_pages * self._pool.page
+        used, there = self._pool.used - self.spare * self._open, self._pool.n_pages - self.spare * self.max_sequences
+        return used * self._pool.page, there * self._pool.page
 
     def forward(self, segments: Sequence[Segment[PagedSlot]]) -> Tensor:
         wanted: list[int] = []

@@ -27,8 +27,8 @@ class RuntimeSettings(ModelSettings):
     )
     cache: str | None = flag(
         None,
-        "keys and values: float16 (default), int8 (half of its memory); on a CPU also float32, and k8v4 (keys in int8, "
-        "values in 4 bits)",
+        "keys and values: float16 (default), int8 (half of its memory); on a CPU also float32, k8v4 (keys in int8, "
+        "values in 4 bits) and int4 (both in 4 bits)",
         choices=tuple(CACHES),
     )
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", least=1, metavar="N")

@@ -151,7 +151,32 @@ struct Sizes {
         for (Step& step : m.steps)
             if (auto* a = std::get_if<Attention>(&step.op); a && a->cache_of >= 0)
                 a->cache_offset = std::get<Attention>(m.steps[a->cache_of].op).cache_offset;
+        if (kCaches[m.cache].rounds_pages()) place_fresh(m);
     }
+
+    // Keys that later steps read have a place of their own, all others one in common.
+    static void place_fresh(DecoderModel& m) {
+        std::vector<bool> is_read(m.steps.size());
+        const auto visit = [&](const auto& each) {
+            for (size_t i = 0; i < m.steps.size(); ++i)
+                if (auto* a = std::get_if<Attention>(&m.steps[i].op)) each(*a, i);
+        };
+        visit([&](const Attention& a, size_t) {
+            if (a.cache_of >= 0) is_read[a.cache_of] = true;
+        });
+        int64_t common = 0;
+        visit([&](const Attention& a, size_t i) {
+            if (a.cache_of < 0 && !is_read[i]) common = std::max(common, fresh_bytes(a));
+        });
+        m.fresh_bytes = common;
+        visit([&](Attention& a, size_t i) {
+            if (a.cache_of >= 0) a.fresh_offset = std::get<Attention>(m.steps[a.cache_of].op).fresh_offset;
+            if (!is_read[i]) return;
+            a.fresh_offset = m.fresh_bytes;
+            m.fresh_bytes += fresh_bytes(a);
+        });
+    }
+    static int64_t fresh_bytes(const Attention& a) { return a.n_kv_heads * 2 * FreshKeys::half_bytes(a.head_dim); }
 
     void project(const Projection& projection) {
         wide = std::max(wide, projection.out_features());
@@ -221,6 +246,7 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
     mixed_.resize(max_rows * sizes.mixed);
     per_layer_.resize(max_rows * m.per_layer.table.columns);
     partials_.resize(std::min(max_rows, kSplitRows) * ceil_div(m.context, kSpan) * sizes.partial);
+    fresh_.resize(max_rows / 2 * m.fresh_bytes);  // whoever leaves pages behind has a row in each and one more
     // At most a float per feature, every group padded, and two floats per group.
     const int64_t groups = ceil_div(sizes.features, m.group_size);
     const int64_t row_bytes = groups * (m.group_size + 2 * kBlock + 2) * static_cast<int64_t>(sizeof(float));

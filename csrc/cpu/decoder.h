@@ -56,6 +56,7 @@ struct Attention {
     int64_t rope = -1;                      // of DecoderModel::ropes; -1: none
     int64_t window = 0;                     // positions that a token sees, itself included; 0: all
     int64_t cache_offset = 0;               // bytes, in a page of the cache (set by the Decoder)
+    int64_t fresh_offset = 0;               // bytes, in a page of Decoder::fresh_ (set by the Decoder)
     // [n_kv_heads · head_dim], taken off the keys before they become codes; none where empty (set by the Decoder).
     std::vector<float> common_key;
 
@@ -198,6 +199,7 @@ struct DecoderModel {
     int cache = 0;  // of kCaches
 
     int64_t page_bytes = 0;    // of the KV cache: kPage positions of all steps and KV heads (set by the Decoder)
+    int64_t fresh_bytes = 0;   // of a page of Decoder::fresh_ (set by the Decoder)
     int64_t state_floats = 0;  // of a sequence's recurrent state, 0 where there is none (set by the Decoder)
 
     int64_t head_bytes(const Attention& a) const { return amq::head_bytes(kCaches[cache], a.head_dim); }
@@ -212,9 +214,16 @@ struct Snapshot {
 struct Segment {
     int64_t first_row, rows, position;
     const int32_t* pages;  // of the cache, for all its positions so far
+    const int32_t* spare;  // pages of its own, CacheKind::spare_pages of them
     bool long_text;        // which of two tables of angles
     int64_t state;         // number of its recurrent state; not read at position 0
     std::vector<Snapshot> snapshots;  // by rows
+    int64_t fresh = 0;     // where pages are rounded: the first of its pages in Decoder::fresh_, left_pages of them
+
+    int64_t first_page() const { return position / kPage; }
+    int64_t last_page() const { return (position + rows - 1) / kPage; }
+    int64_t left_pages() const { return last_page() - first_page(); }                   // that it writes to and leaves behind
+    int64_t full_pages() const { return (position + rows) / kPage - first_page(); }  // that it fills
 };
 
 struct Pass {
@@ -272,6 +281,7 @@ private:
     // the stream; what a convolution gives; per-layer embeddings.
     Buffer<float> stream_, input_, wide_, output_, mixed_, per_layer_;
     Buffer<float> partials_;     // of attention that is split over positions
+    Buffer<uint8_t> fresh_;      // [max_rows / 2, fresh_bytes]: FreshKeys of pages that the pass leaves behind
     Buffer<char> shared_, own_;  // inputs in the kernels' layout: of all threads, of each thread
     Buffer<float> own_input_;    // and their rows before that
     int64_t own_bytes_ = 0;

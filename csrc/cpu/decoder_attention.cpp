@@ -72,6 +72,46 @@ CacheView DecoderPass::head_cache(const Attention& op, const Segment& segment, i
     return {pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op), segment.pages, m_.page_bytes};
 }
 
+// Where pages are rounded: keys of the sequence's page number `page`, one that the segment writes to. Of the last one they are in
+// its spare pages, for the passes to come.
+FreshKeys DecoderPass::fresh_keys(const Attention& op, const Segment& segment, int64_t kv_head, int64_t page) const {
+    if (!kCaches[m_.cache].rounds_pages()) return {};
+    if (page == segment.last_page()) {
+        uint8_t* const part = pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op);
+        return {{part + segment.spare[0] * m_.page_bytes, part + segment.spare[1] * m_.page_bytes}};
+    }
+    const int64_t half = FreshKeys::half_bytes(op.head_dim), place = segment.fresh + page - segment.first_page();
+    uint8_t* const keys = d_.fresh_.data() + place * m_.fresh_bytes + op.fresh_offset + kv_head * 2 * half;
+    return {{keys, keys + half}};
+}
+
+// Makes room in the spare pages: a page that earlier passes began, and this one leaves behind.
+void DecoderPass::move_begun(const Attention& op) {
+    const int64_t total = static_cast<int64_t>(pass_.segments.size()) * op.n_kv_heads;
+    for (int64_t item = team_.begin(total); item < team_.end(total); ++item) {
+        const Segment& segment = pass_.segments[item / op.n_kv_heads];
+        if (segment.position % kPage == 0 || segment.left_pages() == 0) continue;
+        const FreshKeys from = fresh_keys(op, segment, item % op.n_kv_heads, segment.last_page());
+        const FreshKeys to = fresh_keys(op, segment, item % op.n_kv_heads, segment.first_page());
+        for (int half = 0; half < 2; ++half) std::copy_n(from.half[half], FreshKeys::half_bytes(op.head_dim), to.half[half]);
+    }
+}
+
+// Codes of the pages that are full now; with a barrier behind that.
+void DecoderPass::round_pages(const Attention& op) {
+    int64_t total = 0, item = 0;
+    for (const Segment& segment : pass_.segments) total += segment.full_pages() * op.n_kv_heads;
+    if (total == 0) return;
+    for (const Segment& segment : pass_.segments)
+        for (int64_t page = segment.first_page(); page < segment.first_page() + segment.full_pages(); ++page)
+            for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head, ++item)
+                if (item >= team_.begin(total) && item < team_.end(total))
+                    vector_.round_page[m_.cache](fresh_keys(op, segment, kv_head, page),
+                                                 head_cache(op, segment, kv_head).page(page * kPage),
+                                                 static_cast<int>(op.head_dim));
+    team_.wait();
+}
+
 // Keys and values of a row's KV head into the cache; `key` and `value` [head_dim] are changed in place.
 void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_t position, int64_t kv_head, float* key,
                              float* value) {
@@ -82,11 +122,11 @@ void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_
     if (kCaches[m_.cache].codes_keys()) {
         if (!op.common_key.empty())
             for (int64_t k = 0; k < op.head_dim; ++k) key[k] -= op.common_key[kv_head * op.head_dim + k];
-        spread(key, op.head_dim);
+        if (kCaches[m_.cache].spreads_keys()) spread(key, op.head_dim);
     }
     if (kCaches[m_.cache].spreads_values()) spread(value, op.head_dim);
-    vector_.store[m_.cache](head_cache(op, segment, kv_head), position, key, value,
-                                             static_cast<int>(op.head_dim));
+    vector_.store[m_.cache](head_cache(op, segment, kv_head), position, key, value, static_cast<int>(op.head_dim),
+                            fresh_keys(op, segment, kv_head, position / kPage));
 }
 
 void DecoderPass::rotate(const Attention& op, const Segment& segment, int64_t position, float* x) {
@@ -124,14 +164,17 @@ void DecoderPass::rotate_and_store(const Attention& op) {
         rotate(op, segment, position, q);
         const float scale = op.scale * (op.position_scale ? op.position_scale[position] : 1.0f);
         for (int64_t k = 0; k < op.head_dim; ++k) q[k] *= scale;
-        if (kCaches[m_.cache].codes_keys()) spread(q, op.head_dim);
+        if (kCaches[m_.cache].spreads_keys()) spread(q, op.head_dim);
     }
 }
 
 void DecoderPass::apply(const Step& step, const Attention& op) {
+    const bool rounds = kCaches[m_.cache].rounds_pages() && op.cache_of < 0;
+    if (rounds) move_begun(op);
     project_stream(step, op.qkv);
     rotate_and_store(op);
     team_.wait();
+    if (rounds) round_pages(op);
     attend(op);
     team_.wait();
     const LinearCall c = call(op.o, made_row(0), d_.input_stride_, output(0), m_.hidden, pass_.rows);
@@ -153,23 +196,32 @@ void DecoderPass::attend(const Attention& op) {
     const auto each = [&](const auto& visit) {
         for (const Segment& segment : pass_.segments)
             for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head)
-                for (int64_t first = 0; first < segment.rows * group; first += vector_.query_rows) {
-                    const int64_t last_token = std::min<int64_t>(first + vector_.query_rows, segment.rows * group) - 1;
-                    const int64_t end = segment.position + last_token / group + 1;
+                for (Rows rows{0, 0}; rows.end < segment.rows * group;) {
+                    rows = tile(op, segment, rows.end);
+                    const int64_t end = segment.position + (rows.end - 1) / group + 1;
                     const int64_t step = split() ? static_cast<int64_t>(kSpan) : end;
-                    for (int64_t begin = first_span(op, segment, first) / step * step; begin < end; begin += step)
-                        visit(segment, kv_head, first, begin, std::min(begin + step, end));
+                    for (int64_t begin = first_span(op, segment, rows.begin) / step * step; begin < end; begin += step)
+                        visit(segment, kv_head, rows, begin, std::min(begin + step, end));
                 }
     };
     int64_t total = 0;
-    each([&](const Segment&, int64_t, int64_t, int64_t begin, int64_t end) { total += end - begin; });
+    each([&](const Segment&, int64_t, Rows, int64_t begin, int64_t end) { total += end - begin; });
     team_.share(total, 1, [&](int64_t mine, int64_t not_mine) {
         int64_t before = 0;
-        each([&](const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end) {
-            if (before >= mine && before < not_mine) attend_item(op, segment, kv_head, first, begin, end);
+        each([&](const Segment& segment, int64_t kv_head, Rows rows, int64_t begin, int64_t end) {
+            if (before >= mine && before < not_mine) attend_item(op, segment, kv_head, rows, begin, end);
             before += end - begin;
         });
     });
+}
+
+// The tile of a segment's query row: query_rows of them, fewer where a page of positions ends, because rows of one page see the same
+// keys in fp16.
+DecoderPass::Rows DecoderPass::tile(const Attention& op, const Segment& segment, int64_t row) const {
+    const int64_t page = (segment.position + row / op.group()) / kPage * kPage - segment.position;
+    const int64_t first = std::max<int64_t>(0, page) * op.group(), end = std::min(page + kPage, segment.rows) * op.group();
+    const int64_t begin = first + (row - first) / vector_.query_rows * vector_.query_rows;
+    return {begin, std::min(begin + vector_.query_rows, end)};
 }
 
 // The first position of a span that the query row `first` of a KV head, or one after it, sees.
@@ -179,11 +231,10 @@ int64_t DecoderPass::first_span(const Attention& op, const Segment& segment, int
     return std::max<int64_t>(0, position - op.window + 1) / kSpan * kSpan;
 }
 
-void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64_t kv_head, int64_t first, int64_t begin,
+void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64_t kv_head, Rows tile, int64_t begin,
                               int64_t end) {
-    const int64_t group = op.group();
-    const int head_dim = static_cast<int>(op.head_dim);
-    const int n_rows = static_cast<int>(std::min<int64_t>(vector_.query_rows, segment.rows * group - first));
+    const int64_t group = op.group(), first = tile.begin;
+    const int head_dim = static_cast<int>(op.head_dim), n_rows = static_cast<int>(tile.end - tile.begin);
     alignas(64) float values[2][kMaxQueryRows][kMaxHeadDim];
     QueryRow rows[kMaxQueryRows];
     Partial sums[kMaxQueryRows], parts[kMaxQueryRows];
@@ -198,9 +249,10 @@ void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64
     }
     const auto kernel = vector_.attend[m_.cache];
     const CacheView cache = head_cache(op, segment, kv_head);
+    const FreshKeys fresh = fresh_keys(op, segment, kv_head, rows[0].last / kPage);
     const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
     for (int64_t p = start; p < end; p += kSpan) {
-        kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end), op.softcap}, parts);
+        kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end), op.softcap, fresh}, parts);
         for (int i = 0; i < n_rows; ++i) vector_.merge(sums[i], parts[i], head_dim);
     }
     for (int i = 0; i < n_rows; ++i) {
@@ -241,8 +293,8 @@ void DecoderPass::merge_row(const Attention& op, int64_t row) {
         alignas(64) float values[kMaxHeadDim];
         Partial sum{-INFINITY, 0, values};
         std::fill_n(values, op.head_dim, 0.0f);
-        const int64_t item = (token * group + head % group) / vector_.query_rows * vector_.query_rows;
-        for (int64_t span = first_span(op, segment, item) / kSpan; span < spans; ++span) {
+        const Rows rows = tile(op, segment, token * group + head % group);
+        for (int64_t span = first_span(op, segment, rows.begin) / kSpan; span < spans; ++span) {
             float* part = partial(op, row, head, span);
             vector_.merge(sum, {part[0], part[1], part + 2}, static_cast<int>(op.head_dim));
         }

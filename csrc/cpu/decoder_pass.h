@@ -44,13 +44,20 @@ private:
 
     // decoder_attention.cpp; rows of `wide` hold q (and gates), k and v of all heads
     CacheView head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const;
+    FreshKeys fresh_keys(const Attention& op, const Segment& segment, int64_t kv_head, int64_t page) const;
+    void move_begun(const Attention& op);
+    void round_pages(const Attention& op);
     void rotate_and_store(const Attention& op);
     void store_head(const Attention& op, const Segment& segment, int64_t position, int64_t kv_head, float* key, float* value);
     void rotate(const Attention& op, const Segment& segment, int64_t position, float* x);
     bool split() const { return pass_.rows <= kSplitRows; }
     void attend(const Attention& op);
+    struct Rows {
+        int64_t begin, end;
+    };
+    Rows tile(const Attention& op, const Segment& segment, int64_t row) const;
     int64_t first_span(const Attention& op, const Segment& segment, int64_t first) const;
-    void attend_item(const Attention& op, const Segment& segment, int64_t kv_head, int64_t first, int64_t begin, int64_t end);
+    void attend_item(const Attention& op, const Segment& segment, int64_t kv_head, Rows tile, int64_t begin, int64_t end);
     float* partial(const Attention& op, int64_t row, int64_t head, int64_t span) const;
     void finish_head(const Attention& op, int64_t head, Partial& sum, float* out) const;
     void merge_row(const Attention& op, int64_t row);

@@ -43,12 +43,13 @@ struct Avx2 {
         return {_mm256_cvtph_ps(_mm_loadu_si128(halves)), _mm256_cvtph_ps(_mm_loadu_si128(halves + 1))};
     }
 
-    // 16 bytes; the low and then the high halves of 8 bytes.
-    static AMQ_INLINE F32 load_bytes(const void* p) { return widen_bytes(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+    // 16 bytes, one to a lane; the low and then the high halves of 8 bytes.
+    static AMQ_INLINE I32 load_words(const void* p) { return widen_bytes(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+    static AMQ_INLINE F32 load_bytes(const void* p) { return to_float(load_words(p)); }
     static AMQ_INLINE F32 load_nibbles(const void* p) {
         const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
         const __m128i both = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4));
-        return widen_bytes(_mm_and_si128(both, _mm_set1_epi8(0x0f)));
+        return to_float(widen_bytes(_mm_and_si128(both, _mm_set1_epi8(0x0f))));
     }
     static AMQ_INLINE F32 load_bfloat(const void* p) {
         const __m128i* halves = static_cast<const __m128i*>(p);
@@ -124,6 +125,11 @@ struct Avx2 {
         if constexpr (j == 3) return to_float(shift<24>(v));
         return to_float(mask(shift<8 * j>(v), 0xff));
     }
+    // Bits 4j … 4j + 3 of every lane.
+    template <int j>
+    static AMQ_INLINE F32 nibble_to_float(I32 v) {
+        return to_float(mask(shift<4 * j>(v), 0xf));
+    }
     static AMQ_INLINE F32 splat(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
     static AMQ_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
     static AMQ_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)}; }
@@ -152,9 +158,8 @@ private:
         return (void)codes, (void)values, sum;  // not instantiated: the file is built without AVX-VNNI
 #endif
     }
-    static AMQ_INLINE F32 widen_bytes(__m128i bytes) {
-        return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)),
-                _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)))};
+    static AMQ_INLINE I32 widen_bytes(__m128i bytes) {
+        return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes))};
     }
     static AMQ_INLINE __m256 widen_bfloat(__m128i halves) {
         return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));

@@ -28,10 +28,11 @@ struct Avx512 {
         return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
     }
 
-    // 16 bytes; the low and then the high halves of 8 bytes.
-    static AMQ_INLINE F32 load_bytes(const void* p) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))));
+    // 16 bytes, one to a lane; the low and then the high halves of 8 bytes.
+    static AMQ_INLINE I32 load_words(const void* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p)));
     }
+    static AMQ_INLINE F32 load_bytes(const void* p) { return _mm512_cvtepi32_ps(load_words(p)); }
     static AMQ_INLINE F32 load_nibbles(const void* p) {
         const __m128i bytes = _mm_loadl_epi64(static_cast<const __m128i*>(p));
         const __m128i both = _mm_unpacklo_epi64(bytes, _mm_srli_epi16(bytes, 4));
@@ -94,6 +95,12 @@ struct Avx512 {
     static AMQ_INLINE F32 byte_to_float(I32 v) {
         if constexpr (j == 3) return to_float(shift<24>(v));
         return to_float(mask(shift<8 * j>(v), 0xff));
+    }
+    // Bits 4j … 4j + 3 of every lane: a permutation looks at no others.
+    template <int j>
+    static AMQ_INLINE F32 nibble_to_float(I32 v) {
+        const __m512 numbers = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_permutexvar_ps(shift<4 * j>(v), numbers);
     }
     static AMQ_INLINE F32 splat(float v) { return _mm512_set1_ps(v); }
     static AMQ_INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }

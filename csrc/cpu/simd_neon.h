@@ -64,11 +64,12 @@ struct Neon {
             return vreinterpretq_f32_u32(vshll_n_u16(load_four(p, i), 16));
         });
     }
-    // 16 bytes; the low and then the high halves of 8 bytes.
-    static AMQ_INLINE F32 load_bytes(const void* p) { return widen(vld1q_u8(static_cast<const uint8_t*>(p))); }
+    // 16 bytes, one to a lane; the low and then the high halves of 8 bytes.
+    static AMQ_INLINE I32 load_words(const void* p) { return widen(vld1q_u8(static_cast<const uint8_t*>(p))); }
+    static AMQ_INLINE F32 load_bytes(const void* p) { return to_float(load_words(p)); }
     static AMQ_INLINE F32 load_nibbles(const void* p) {
         const uint8x8_t bytes = vld1_u8(static_cast<const uint8_t*>(p));
-        return widen(vcombine_u8(vand_u8(bytes, vdup_n_u8(0x0f)), vshr_n_u8(bytes, 4)));
+        return to_float(widen(vcombine_u8(vand_u8(bytes, vdup_n_u8(0x0f)), vshr_n_u8(bytes, 4))));
     }
 
     // Right by `count` bits, left where it is negative.
@@ -120,6 +121,11 @@ struct Neon {
         if constexpr (j == 3) return to_float(shift<24>(v));
         return to_float(mask(shift<8 * j>(v), 0xff));
     }
+    // Bits 4j … 4j + 3 of every lane.
+    template <int j>
+    static AMQ_INLINE F32 nibble_to_float(I32 v) {
+        return to_float(mask(shift<4 * j>(v), 0xf));
+    }
     static AMQ_INLINE F32 splat(float v) {
         return floats([&](int) __attribute__((always_inline)) { return vdupq_n_f32(v); });
     }
@@ -159,10 +165,10 @@ private:
     static AMQ_INLINE uint16x4_t load_four(const void* p, int i) {
         return vreinterpret_u16_u8(vld1_u8(static_cast<const uint8_t*>(p) + 8 * i));
     }
-    static AMQ_INLINE F32 widen(uint8x16_t bytes) {
+    static AMQ_INLINE I32 widen(uint8x16_t bytes) {
         const uint16x8_t low = vmovl_u8(vget_low_u8(bytes)), high = vmovl_u8(vget_high_u8(bytes));
-        return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(low))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(low))),
-                 vcvtq_f32_u32(vmovl_u16(vget_low_u16(high))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(high)))}};
+        return {{vmovl_u16(vget_low_u16(low)), vmovl_u16(vget_high_u16(low)), vmovl_u16(vget_low_u16(high)),
+                 vmovl_u16(vget_high_u16(high))}};
     }
     // Codes of at most 7 bits.
     static AMQ_INLINE uint32x4_t dot_signed(uint32x4_t sum, uint32x4_t codes, int8x16_t values) {

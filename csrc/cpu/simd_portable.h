@@ -41,14 +41,15 @@ struct Portable {
         return load_float(values);
     }
 
-    // 16 bytes; the low and then the high halves of 8 bytes.
-    static AMQ_INLINE F32 load_bytes(const void* p) {
+    // 16 bytes, one to a lane; the low and then the high halves of 8 bytes.
+    static AMQ_INLINE I32 load_words(const void* p) {
         uint8_t bytes[16];
         I32 words{};
         std::memcpy(bytes, p, sizeof bytes);
         for (int i = 0; i < 16; ++i) words[i] = bytes[i];
-        return to_float(words);
+        return words;
     }
+    static AMQ_INLINE F32 load_bytes(const void* p) { return to_float(load_words(p)); }
     static AMQ_INLINE F32 load_nibbles(const void* p) {
         uint8_t bytes[8];
         I32 words{};
@@ -94,6 +95,11 @@ struct Portable {
     template <int j>
     static AMQ_INLINE F32 byte_to_float(I32 v) {
         return to_float(v >> (8 * j) & 0xffu);
+    }
+    // Bits 4j … 4j + 3 of every lane.
+    template <int j>
+    static AMQ_INLINE F32 nibble_to_float(I32 v) {
+        return to_float(mask(shift<4 * j>(v), 0xf));
     }
     static AMQ_INLINE F32 splat(float v) { return F32{} + v; }
     static AMQ_INLINE F32 add(F32 a, F32 b) { return a + b; }

@@ -8,6 +8,11 @@
 // of values, come a scale and then a least value of each of the kPage positions, both fp16: scale · code + least. A position is
 // rounded by itself when it comes, so what a query sees does not depend on how its text was cut into passes. Where keys are codes,
 // they and the queries come rotated, as values in few bits do (decoder_attention.cpp).
+//
+// Keys in less than 8 bits lose too much that way. What is large in them is large in the same features at all positions, so there
+// each feature has a scale and a least value, for the kPage positions of a page, and is rounded when the page is full. Until then
+// the page's keys are in fp16 elsewhere (FreshKeys), and a query sees those: the keys of its own page in fp16, and of every page
+// before it in codes, however its text was cut into passes.
 
 #pragma once
 
@@ -29,17 +34,35 @@ struct CacheKind {
     int key_bits, value_bits;  // of an element; less than 16: codes
 
     constexpr bool codes_keys() const { return key_bits < 16; }
+    constexpr bool rounds_pages() const { return key_bits < 8; }  // keys, feature by feature
+    // Among the features of a position.
+    constexpr bool spreads_keys() const { return codes_keys() && !rounds_pages(); }
     constexpr bool spreads_values() const { return value_bits < 8; }  // in 8 bits they lose nothing worth it
+    // Pages that a sequence has beside those of its positions: each holds a half of every KV head's FreshKeys, in the head's place.
+    constexpr int spare_pages() const { return rounds_pages() ? 2 : 0; }
 };
-constexpr CacheKind kCaches[] = {{"float32", 32, 32}, {"float16", 16, 16}, {"int8", 8, 8}, {"k8v4", 8, 4}};
+constexpr CacheKind kCaches[] = {{"float32", 32, 32}, {"float16", 16, 16}, {"int8", 8, 8}, {"k8v4", 8, 4}, {"int4", 4, 4}};
 constexpr int kCacheKinds = sizeof kCaches / sizeof *kCaches;
 
 // What a KV head takes in a page.
 constexpr int64_t head_bytes(const CacheKind& kind, int64_t head_dim) {
-    int64_t bytes = 0;
-    for (const int bits : {kind.key_bits, kind.value_bits}) bytes += kPage * (head_dim * bits / 8 + (bits < 16 ? 4 : 0));
+    int64_t bytes = kPage * head_dim * (kind.key_bits + kind.value_bits) / 8;
+    if (kind.codes_keys()) bytes += 4 * (kind.rounds_pages() ? head_dim : kPage);
+    if (kind.value_bits < 16) bytes += 4 * kPage;
     return bytes;
 }
+
+// A KV head's keys in fp16, of a page that is not full or that the pass fills: rows of kPage positions per feature as in a page,
+// those of the first half of the features and those of the second.
+struct FreshKeys {
+    uint8_t* half[2];
+
+    static constexpr int64_t half_bytes(int64_t head_dim) { return head_dim / 2 * kPage * 2; }
+    AMQ_INLINE uint8_t* row(int feature, int head_dim) const {
+        const int first = head_dim / 2;
+        return half[feature >= first] + feature % first * kPage * 2;
+    }
+};
 
 // What an MLP does with what its gate and up give:
 //
@@ -77,6 +100,7 @@ struct AttendArgs {
     int n_rows, head_dim;
     int64_t begin, end;  // positions, at most kSpan, begin a multiple of it
     float softcap;       // c > 0: scores → c · tanh(score / c)
+    FreshKeys fresh;     // where pages are rounded: of the page that the last positions of all rows are in
 };
 
 // A causal convolution of each channel with itself over consecutive tokens: out[t, c] = Σ_j weight[j, c] · x[t − kernel + 1 + j, c],
@@ -124,8 +148,12 @@ struct VectorKernels {
     void (*unit)(float* x, float epsilon, float factor, int64_t count);
     void (*convolve)(const ConvolveArgs& args);
     void (*delta)(const DeltaArgs& args);
-    // Puts one position's key and value [head_dim] into the cache, by its place in kCaches.
-    void (*store[kCacheKinds])(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim);
+    // Puts one position's key and value [head_dim] into the cache, by its place in kCaches; where pages are rounded the key into
+    // `fresh`, which is its page's.
+    void (*store[kCacheKinds])(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim,
+                               const FreshKeys& fresh);
+    // Where pages are rounded: the keys of a full page into its part of the KV head.
+    void (*round_page[kCacheKinds])(const FreshKeys& fresh, uint8_t* page, int head_dim);
     // Positions begin … end − 1 for up to `query_rows` rows, into fresh partials.
     void (*attend[kCacheKinds])(const AttendArgs& args, Partial* out);
     int query_rows;

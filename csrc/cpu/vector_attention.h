@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "tiles.h"
 #include "unit.h"
@@ -14,32 +15,43 @@
 namespace amq {
 namespace {
 
-// Elements of a cache, 16 in a line of kLineBytes; kLevels: of codes, 0 where elements are numbers.
+// Elements of a cache, 16 in kLineBytes; kLevels: of codes, 0 where elements are numbers; kByFeature: see vector.h.
 template <class S>
 struct Float32Cache : Float32<S> {
     static constexpr int64_t kLineBytes = 4 * kWidth;
     static constexpr int kLevels = 0;
+    static constexpr bool kByFeature = false;
 };
 template <class S>
 struct HalfCache : Half<S> {
     static constexpr int64_t kLineBytes = 2 * kWidth;
     static constexpr int kLevels = 0;
+    static constexpr bool kByFeature = false;
 };
 template <class S>
 struct ByteCache {
     static constexpr int64_t kLineBytes = kWidth;
     static constexpr int kLevels = 256;
+    static constexpr bool kByFeature = false;
     static AMQ_INLINE typename S::F32 load(const uint8_t* p) { return S::load_bytes(p); }
-    static AMQ_INLINE void store(uint8_t* p, const uint8_t* codes) { std::memcpy(p, codes, kWidth); }
+    static AMQ_INLINE void store_row(uint8_t* row, const uint8_t* codes, int count) { std::memcpy(row, codes, count); }
 };
-// Code i in the low half of byte i, code 8 + i in the high one.
-template <class S>
+// 32 codes in 16 bytes, code i in the low half of byte i and code 16 + i in the high one; 16 more at the end of a row in 8 bytes,
+// code i and code 8 + i. Two lines of codes come out of one line of bytes, that is why.
+template <class S, bool by_feature = false>
 struct NibbleCache {
     static constexpr int64_t kLineBytes = kWidth / 2;
     static constexpr int kLevels = 16;
-    static AMQ_INLINE typename S::F32 load(const uint8_t* p) { return S::load_nibbles(p); }
-    static AMQ_INLINE void store(uint8_t* p, const uint8_t* codes) {
-        for (int i = 0; i < kWidth / 2; ++i) p[i] = static_cast<uint8_t>(codes[i] | codes[kWidth / 2 + i] << 4);
+    static constexpr bool kByFeature = by_feature;
+    static AMQ_INLINE typename S::F32 load(const uint8_t* p) { return S::load_nibbles(p); }  // of 8 bytes
+    static AMQ_INLINE void store_row(uint8_t* row, const uint8_t* codes, int count) {
+        for (int rest = count; rest > 0;) {
+            const int width = rest < 2 * kWidth ? kWidth / 2 : kWidth;
+            for (int i = 0; i < width; ++i) row[i] = static_cast<uint8_t>(codes[i] | codes[width + i] << 4);
+            row += width;
+            codes += 2 * width;
+            rest -= 2 * width;
+        }
     }
 };
 
@@ -90,13 +102,14 @@ struct Part {
     int head_dim;
 
     AMQ_INLINE int64_t bytes() const { return kPage / kWidth * E::kLineBytes * head_dim; }  // of the elements
+    AMQ_INLINE int64_t grids() const { return E::kByFeature ? head_dim : kPage; }
     AMQ_INLINE uint8_t* scale(int64_t place) const { return data + bytes() + 2 * place; }
-    AMQ_INLINE uint8_t* least(int64_t place) const { return scale(kPage + place); }
-    AMQ_INLINE uint8_t* end() const { return E::kLevels ? scale(2 * kPage) : data + bytes(); }
+    AMQ_INLINE uint8_t* least(int64_t place) const { return scale(grids() + place); }
+    AMQ_INLINE uint8_t* end() const { return E::kLevels ? scale(2 * grids()) : data + bytes(); }
 
-    // Rounds a position's numbers to `codes`, and puts its scale and its least value where they belong.
+    // Rounds the numbers of a position or a feature to `codes`, and puts their scale and least value where they belong.
     AMQ_INLINE void round(const float* x, int64_t place, uint8_t* codes) const {
-        const Grid grid = round_to_codes<E::kLevels>(x, head_dim, codes);
+        const Grid grid = round_to_codes<E::kLevels>(x, E::kByFeature ? kPage : head_dim, codes);
         std::memcpy(scale(place), &grid.scale, 2);
         std::memcpy(least(place), &grid.least, 2);
     }
@@ -108,7 +121,7 @@ AMQ_INLINE void store_values(const Part<E>& part, int64_t place, const float* va
     if constexpr (E::kLevels > 0) {
         uint8_t codes[kMaxHeadDim];
         part.round(value, place, codes);
-        for (int k = 0; k < part.head_dim; k += kWidth, row += E::kLineBytes) E::store(row, codes + k);
+        E::store_row(row, codes, part.head_dim);
     } else {
         for (int k = 0; k < part.head_dim; k += kWidth, row += E::kLineBytes) E::store(row, S::load_float(value + k));
     }
@@ -129,26 +142,76 @@ AMQ_INLINE void store_keys(const Part<E>& part, int64_t place, const float* key)
         std::memcpy(part.data + (k * kPage + place) * kBytes, all + k * kBytes, kBytes);
 }
 
+template <class S>
+AMQ_INLINE void store_fresh(const FreshKeys& fresh, int64_t place, const float* key, int head_dim) {
+    alignas(64) uint8_t all[2 * kMaxHeadDim];
+    for (int k = 0; k < head_dim; k += kWidth) S::store_half(all + 2 * k, S::load_float(key + k));
+    for (int k = 0; k < head_dim; ++k) std::memcpy(fresh.row(k, head_dim) + 2 * place, all + 2 * k, 2);
+}
+
 template <class S, class K, class V>
-void store_position(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim) {
+void store_position(const CacheView& cache, int64_t position, const float* key, const float* value, int head_dim,
+                    const FreshKeys& fresh) {
     const Part<K> keys{cache.page(position), head_dim};
-    store_keys<S>(keys, position % kPage, key);
+    if constexpr (K::kByFeature) store_fresh<S>(fresh, position % kPage, key, head_dim);
+    else store_keys<S>(keys, position % kPage, key);
     store_values<S>(Part<V>{keys.end(), head_dim}, position % kPage, value);
 }
 
-// sum[row][tile] += Σ_k a[row][k] · b(k, tile), where b(k, tile) are 16 elements at b + k·k_stride + tile·tile_stride
-// (bytes): the product that is both scores (a the queries, b keys) and weighted sums (a the weights, b values). Every k
-// fetches the next kAhead bytes from `ahead` on: what is read after this.
+template <class S, class K, class V>
+void round_page(const FreshKeys& fresh, uint8_t* page, int head_dim) {
+    if constexpr (K::kByFeature) {
+        const Part<K> keys{page, head_dim};
+        for (int k = 0; k < head_dim; ++k) {
+            alignas(64) float values[kPage];
+            uint8_t codes[kPage];
+            const uint8_t* row = fresh.row(k, head_dim);
+            for (int p = 0; p < kPage; p += kWidth) S::store(values + p, S::load_half(row + 2 * p));
+            keys.round(values, k, codes);
+            K::store_row(page + k * (kPage / kWidth) * K::kLineBytes, codes, kPage);
+        }
+    }
+}
+
+// Neighbouring tiles of a row from p on, as numbers.
+template <class S, class E>
+struct Tiles {
+    template <int tiles>
+    static AMQ_INLINE void load(const uint8_t* p, typename S::F32 (&line)[tiles]) {
+        unroll<tiles>([&](auto t) __attribute__((always_inline)) { line[t] = E::load(p + t * E::kLineBytes); });
+    }
+};
+template <class S>
+struct NibblePairs {
+    template <int tiles>
+    static AMQ_INLINE void load(const uint8_t* p, typename S::F32 (&line)[tiles]) {
+        unroll<tiles / 2>([&](auto t) __attribute__((always_inline)) {
+            const auto words = S::load_words(p + t * kWidth);
+            line[2 * t] = S::template nibble_to_float<0>(words);
+            line[2 * t + 1] = S::template nibble_to_float<1>(words);
+        });
+    }
+};
+template <class S, int half>
+struct NibblesOfPair {
+    static AMQ_INLINE void load(const uint8_t* p, typename S::F32 (&line)[1]) {
+        line[0] = S::template nibble_to_float<half>(S::load_words(p));
+    }
+};
+
+// sum[row][tile] += Σ_k a[row][k] · b(k, tile), where b(k, .) are the tiles at b + k·stride (bytes). Every k fetches the next
+// kAhead bytes from `ahead` on: what is read after this. (Of narrow keys that is the page's values too: fetching no more than
+// as many keys took 1.5 times as long on an AMD EPYC of the Zen 5 line, 2026-12.)
 constexpr int64_t kAhead = 128;
 
-template <class S, class E, int rows, int tiles>
-AMQ_INLINE void multiply(const float* const (&a)[rows], const uint8_t* b, int64_t k_stride, int64_t tile_stride,
-                         int64_t count, const uint8_t* ahead, typename S::F32 (&sum)[rows][tiles]) {
-    for (int64_t k = 0; k < count; ++k, b += k_stride, ahead += kAhead) {
+template <class S, class Load, int rows, int tiles>
+AMQ_INLINE void multiply(const float* const (&a)[rows], const uint8_t* b, int64_t stride, int64_t count, const uint8_t* ahead,
+                         typename S::F32 (&sum)[rows][tiles]) {
+    for (int64_t k = 0; k < count; ++k, b += stride, ahead += kAhead) {
         typename S::F32 line[tiles];
         S::prefetch(ahead);
         S::prefetch(ahead + kAhead / 2);
-        unroll<tiles>([&](auto t) __attribute__((always_inline)) { line[t] = E::load(b + t * tile_stride); });
+        Load::load(b, line);
         unroll<rows>([&](auto m) __attribute__((always_inline)) {
             const auto value = S::splat(a[m][k]);
             unroll<tiles>([&](auto t) __attribute__((always_inline)) {
@@ -158,15 +221,32 @@ AMQ_INLINE void multiply(const float* const (&a)[rows], const uint8_t* b, int64_
     }
 }
 
+// Of tiles `tile` … of the `of` tiles that the rows at b have: the product that is both scores (a the queries, b keys) and weighted
+// sums (a the weights, b values).
+template <class S, class E, int rows, int tiles>
+AMQ_INLINE void multiply_tiles(const float* const (&a)[rows], const uint8_t* b, int64_t tile, int64_t of, int64_t count,
+                               const uint8_t* ahead, typename S::F32 (&sum)[rows][tiles]) {
+    const int64_t stride = of * E::kLineBytes;
+    const auto from = [&](auto load, int64_t place) __attribute__((always_inline)) {
+        multiply<S, decltype(load), rows, tiles>(a, b + place, stride, count, ahead, sum);
+    };
+    if constexpr (E::kLevels != 16) from(Tiles<S, E>{}, tile * E::kLineBytes);
+    else if constexpr (tiles > 1) from(NibblePairs<S>{}, tile * E::kLineBytes);
+    else if (tile % 2) from(NibblesOfPair<S, 1>{}, (tile - 1) * E::kLineBytes);
+    else if (tile + 1 < of) from(NibblesOfPair<S, 0>{}, tile * E::kLineBytes);
+    else from(Tiles<S, E>{}, tile * E::kLineBytes);
+}
+
 // Scores of a span of positions for `rows` query rows, then their softmax, then its weighted sums of values.
 template <class S, class K, class V, int rows>
 struct Attention {
     // As many sums as S has registers for.
     static constexpr int kSums = S::kGemmTiles * S::kGemmRows / rows, kTiles = kSums > 4 ? 4 : kSums;
+    static_assert(kTiles == 1 || kTiles % 2 == 0, "tiles of NibbleCache go in pairs");
 
     const AttendArgs& args;
     alignas(64) float scores[rows][kSpan];
-    float q_sum[rows], shift[rows] = {};  // of codes: Σ q; Σ weight · least
+    float q_sum[rows], shift[rows] = {};  // of codes: Σ q, or Σ q · least of a page's features; Σ weight · least
 
     explicit Attention(const AttendArgs& given) : args(given) {}
 
@@ -178,10 +258,11 @@ struct Attention {
     AMQ_INLINE void score_tiles(const Part<K>& page, int64_t place, const uint8_t* ahead, const float* const (&q)[rows],
                                 int64_t column) {
         typename S::F32 sum[rows][tiles] = {};
-        multiply<S, K, rows, tiles>(q, page.data + place / kWidth * K::kLineBytes, kPage / kWidth * K::kLineBytes,
-                                    K::kLineBytes, args.head_dim, ahead, sum);
+        multiply_tiles<S, K, rows, tiles>(q, page.data, place / kWidth, kPage / kWidth, args.head_dim, ahead, sum);
         for (int t = 0; t < tiles; ++t) {
-            if constexpr (K::kLevels > 0) {
+            if constexpr (K::kByFeature) {
+                for (int m = 0; m < rows; ++m) sum[m][t] = S::add(sum[m][t], S::splat(q_sum[m]));
+            } else if constexpr (K::kLevels > 0) {
                 const auto scale = S::load_half(page.scale(place + t * kWidth));
                 const auto least = S::load_half(page.least(place + t * kWidth));
                 for (int m = 0; m < rows; ++m) sum[m][t] = S::fma(sum[m][t], scale, S::mul(least, S::splat(q_sum[m])));
@@ -190,21 +271,69 @@ struct Attention {
         }
     }
 
+    // Of the page at `p` as far as positions are there, up to kTiles tiles at once: each(how many, the first one's place).
+    template <class Each>
+    AMQ_INLINE void for_tiles(int64_t p, const Each& each) {
+        const int64_t left = ceil_div(args.end - p, kWidth), n = left < kPage / kWidth ? left : kPage / kWidth;
+        int64_t t = 0;
+        for (; t + kTiles <= n; t += kTiles) each(std::integral_constant<int, kTiles>{}, t * kWidth);
+        for (; t < n; ++t) each(std::integral_constant<int, 1>{}, t * kWidth);
+    }
+
     AMQ_INLINE void score(const float* const (&q)[rows]) {
-        if constexpr (K::kLevels > 0)
+        if constexpr (K::kLevels > 0 && !K::kByFeature)
             for (int m = 0; m < rows; ++m) {
                 auto sum = S::load_float(q[m]);
                 for (int k = kWidth; k < args.head_dim; k += kWidth) sum = S::add(sum, S::load_float(q[m] + k));
                 q_sum[m] = sum_lanes<S>(sum);
             }
         for (int64_t p = args.begin; p < args.end; p += kPage) {
-            const Part<K> page = keys(p);
             const uint8_t* ahead = p + kPage < args.end ? keys(p + kPage).data : values(args.begin).data;
-            const int64_t left = ceil_div(args.end - p, kWidth), n = left < kPage / kWidth ? left : kPage / kWidth;
-            int64_t t = 0, column = p - args.begin;
-            for (; t + kTiles <= n; t += kTiles) score_tiles<kTiles>(page, t * kWidth, ahead, q, column + t * kWidth);
-            for (; t < n; ++t) score_tiles<1>(page, t * kWidth, ahead, q, column + t * kWidth);
+            const Part<K> page = keys(p);
+            const auto page_scores = [&](const float* const (&with)[rows]) __attribute__((always_inline)) {
+                for_tiles(p, [&](auto tiles, int64_t place) __attribute__((always_inline)) {
+                    score_tiles<tiles>(page, place, ahead, with, p - args.begin + place);
+                });
+            };
+            if constexpr (!K::kByFeature) {
+                page_scores(q);
+            } else if (p / kPage == args.rows[0].last / kPage) {
+                score_fresh(p, ahead, q);
+            } else {
+                alignas(64) float scaled[rows][kMaxHeadDim];
+                const float* with[rows];
+                for (int m = 0; m < rows; ++m) with[m] = scaled[m];
+                scale_queries(page, q, scaled);
+                page_scores(with);
+            }
         }
+    }
+
+    // Of codes by feature: Σ q · (scale · code + least) = Σ (q · scale) · code + Σ q · least.
+    AMQ_INLINE void scale_queries(const Part<K>& page, const float* const (&q)[rows], float (&scaled)[rows][kMaxHeadDim]) {
+        for (int m = 0; m < rows; ++m) {
+            auto shifted = S::splat(0.0f);
+            for (int k = 0; k < args.head_dim; k += kWidth) {
+                const auto value = S::load_float(q[m] + k);
+                shifted = S::fma(value, S::load_half(page.least(k)), shifted);
+                S::store(&scaled[m][k], S::mul(value, S::load_half(page.scale(k))));
+            }
+            q_sum[m] = sum_lanes<S>(shifted);
+        }
+    }
+
+    // Of the page that the rows are in themselves.
+    AMQ_INLINE void score_fresh(int64_t p, const uint8_t* ahead, const float* const (&q)[rows]) {
+        const int half = args.head_dim / 2;
+        const float* second[rows];
+        for (int m = 0; m < rows; ++m) second[m] = q[m] + half;
+        for_tiles(p, [&](auto tiles, int64_t place) __attribute__((always_inline)) {
+            typename S::F32 sum[rows][tiles] = {};
+            multiply_tiles<S, HalfCache<S>, rows, tiles>(q, args.fresh.half[0], place / kWidth, kPage / kWidth, half, ahead, sum);
+            multiply_tiles<S, HalfCache<S>, rows, tiles>(second, args.fresh.half[1], place / kWidth, kPage / kWidth, half, ahead, sum);
+            for (int m = 0; m < rows; ++m)
+                for (int t = 0; t < tiles; ++t) S::store(&scores[m][p - args.begin + place + t * kWidth], sum[m][t]);
+        });
     }
 
     // Scores → exp(score − largest) where the row attends, 0 elsewhere. Places beyond `end` hold what an earlier sequence
@@ -261,14 +390,13 @@ struct Attention {
     AMQ_INLINE void weigh_tiles(int64_t first, Partial* out) {
         typename S::F32 sum[rows][tiles] = {};
         for (int64_t p = args.begin; p < args.end; p += kPage) {
-            const int64_t skipped = first / kWidth * V::kLineBytes;
-            const uint8_t* page = values(p).data + skipped;
+            const uint8_t* page = values(p).data;
             const uint8_t* ahead = p + kPage < args.end ? values(p + kPage).data : page;
             const int64_t left = args.end - p;
             const float* weights[rows];
             for (int m = 0; m < rows; ++m) weights[m] = scores[m] + (p - args.begin);
-            multiply<S, V, rows, tiles>(weights, page, args.head_dim / kWidth * V::kLineBytes, V::kLineBytes,
-                                        left < kPage ? left : kPage, ahead, sum);
+            multiply_tiles<S, V, rows, tiles>(weights, page, first / kWidth, args.head_dim / kWidth, left < kPage ? left : kPage,
+                                              ahead, sum);
         }
         for (int m = 0; m < args.n_rows; ++m)
             for (int t = 0; t < tiles; ++t) {

@@ -145,7 +145,8 @@ void widen(const void* w, int64_t count, float* out) {
 // A function for each row of kCaches.
 #define AMQ_OF_CACHES(name)                                                         \
     name<S, Float32Cache<S>, Float32Cache<S>>, name<S, HalfCache<S>, HalfCache<S>>, \
-        name<S, ByteCache<S>, ByteCache<S>>, name<S, ByteCache<S>, NibbleCache<S>>
+        name<S, ByteCache<S>, ByteCache<S>>, name<S, ByteCache<S>, NibbleCache<S>>, \
+        name<S, NibbleCache<S, true>, NibbleCache<S>>
 
 template <class S>
 constexpr VectorKernels make_vector_kernels() {
@@ -161,6 +162,7 @@ constexpr VectorKernels make_vector_kernels() {
             convolve<S>,
             delta<S>,
             {AMQ_OF_CACHES(store_position)},
+            {AMQ_OF_CACHES(round_page)},
             {AMQ_OF_CACHES(attend)},
             S::kGemmRows,
             merge<S>,

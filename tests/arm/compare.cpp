@@ -111,16 +111,18 @@ void linears(const Isa& isa, Found& found) {
 }
 
 void attention(const VectorKernels& kernels, Found& found) {
-    constexpr int kPositions = 150, kHeadDim = 48;
+    constexpr int kHeadDim = 48;
     const int32_t pages[] = {2, 0, 1};
     for (int kind = 0; kind < kCacheKinds; ++kind) {
         Random random(77);
         const int64_t bytes = head_bytes(kCaches[kind], kHeadDim);
-        Aligned memory(3 * bytes);
+        Aligned memory(3 * bytes), keys(2 * FreshKeys::half_bytes(kHeadDim));
         const CacheView cache{memory.data(), pages, bytes};
-        for (int position = 0; position < kPositions; ++position) {
+        const FreshKeys fresh{{keys.data(), keys.data() + FreshKeys::half_bytes(kHeadDim)}};
+        for (int position = 0; position < kSpan; ++position) {
             const auto key = random.floats(kHeadDim, 3), value = random.floats(kHeadDim);
-            kernels.store[kind](cache, position, key.data(), value.data(), kHeadDim);
+            kernels.store[kind](cache, position, key.data(), value.data(), kHeadDim, fresh);
+            if (position % kPage == kPage - 1) kernels.round_page[kind](fresh, cache.page(position), kHeadDim);
         }
         for (int rows = 1; rows <= kernels.query_rows; ++rows) {
             const auto q = random.floats(rows * kHeadDim, 0.2f);
@@ -131,7 +133,7 @@ void attention(const VectorKernels& kernels, Found& found) {
                 queries.push_back({q.data() + i * kHeadDim, i == 1 ? 30 : 0, kSpan - 1 - i});
                 parts[i].values = values.data() + i * kHeadDim;
             }
-            kernels.attend[kind]({cache, queries.data(), rows, kHeadDim, 0, kSpan, rows == 2 ? 5.0f : 0.0f}, parts);
+            kernels.attend[kind]({cache, queries.data(), rows, kHeadDim, 0, kSpan, rows == 2 ? 5.0f : 0.0f, fresh}, parts);
             for (int i = 0; i < rows; ++i) {
                 Partial sum{-INFINITY, 0, values.data() + (kMaxQueryRows + i) * kHeadDim};
                 kernels.merge(sum, parts[i], kHeadDim);

@@ -48,9 +48,10 @@ def memory(array: np.ndarray[Any, Any]) -> tuple[int, int]:
 
 
 class RandomDecoder:
-    """spec, decoder: of random sizes, made from `seed`. random: what made them, for more of the kind."""
+    """spec, decoder: of random sizes, made from `seed`. random: what made them, for more of the kind. cache: what keys
+    and values are kept as; None: anything."""
 
-    def __init__(self, seed: int, context: int, threads: int) -> None:
+    def __init__(self, seed: int, context: int, threads: int, cache: str | None = None) -> None:
         self.random, self._context, self._count = np.random.default_rng(seed), context, 0
         self._keep: list[Any] = []
         self._held: dict[str, Held] = {}
@@ -60,7 +61,7 @@ class RandomDecoder:
         self.max_rows = self.pick(1, 2, 5, 17, 64, 512)
         self.decoder = cpu_module().Decoder(
             spec=self.spec, weights=self._held, context=context, group_size=self._group, int8=self.coin(),
-            cache=self.pick(*cpu_module().CACHES), max_rows=self.max_rows, threads=threads,
+            cache=cache or self.pick(*cpu_module().CACHES), max_rows=self.max_rows, threads=threads,
         )  # fmt: skip
 
     def pick(self, *choices: Any) -> Any:
