@@ -173,7 +173,8 @@ template <class S, int bits, int rows>
 AMQ_INLINE void add_block(const uint8_t* block, const uint8_t* x, typename S::F32, typename S::I32 (&sum)[rows]) {
     typename S::I32 lines[bits];
     load_block<S, bits>(block, lines);
-    if constexpr (S::kPairs && bits == 2) return add_pairs_in_place<S, rows>(lines, x, sum);
+    // (Twice as many sums in work: of four rows they would not fit AVX2's registers.)
+    if constexpr (S::kPairs && bits == 2 && rows <= 2) return add_pairs_in_place<S, rows>(lines, x, sum);
     if constexpr (S::kPairs) return add_pairs<S, bits, rows>(lines, x, sum);
     unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
         const auto codes = decode<S, bits, step>(lines);
