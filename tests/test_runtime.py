@@ -192,13 +192,13 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[tuple[Any, ..
     return calls
 
 
-def test_threads_that_are_asked_for_stay_above_a_quota(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_threads_than_a_quota_are_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("amq.util.limits.processors", lambda: 1)
     try:
-        load(tiny_folder, threads=2)
-        assert torch.get_num_threads() == 2
+        with pytest.raises(AmqError, match="--threads 2: this process may use 1 of the machine's processors"):
+            load(tiny_folder, threads=2)
         load(tiny_folder)
         assert torch.get_num_threads() == 1
     finally:
@@ -287,6 +287,7 @@ def test_command_with_wrong_input(folder: Path, tmp_path: Path, monkeypatch: pyt
         ([str(tmp_path), "--prompt", "hello"], "has no config.json"),
         ([str(folder), "--prompt", "hello", "--system", "Be kind."], "--system is for a chat"),
         ([str(folder), "--prompt", "hello", "--threads", "0"], "threads must be at least 1"),
+        ([str(folder), "--prompt", "hello", "--threads", "99999"], "--threads 99999: this process may use "),
         ([str(folder), "--prompt", "hello", "--repetition-penalty", "0"], "--repetition-penalty must be"),
     ):
         assert run_command(command.main, options) == 2

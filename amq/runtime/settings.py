@@ -33,6 +33,18 @@ class RuntimeSettings(ModelSettings):
     )
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", least=1, metavar="N")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.threads:
+            from amq.util.limits import processors  # imports torch
+
+            if self.threads > (most := processors()):
+                raise AmqError(
+                    f"--threads {self.threads}: this process may use {most} of the machine's processors (those that it "
+                    f"may run on, and its container's share of their time), and more threads wait for each other: give "
+                    f"at most {most}, or leave it out"
+                )
+
     @property
     def loading(self) -> dict[str, Any]:
         """The keyword arguments of `amq.runtime.load` that are among these settings."""

@@ -24,6 +24,11 @@ namespace {
 //     2 streams, 2048 bytes   86 86 89 % / 91 91 87 %          4 streams, 2048 bytes    93 92 94 % / 87 88 89 %
 constexpr int kPrefetchBytes = 2048, kStreams = 3;
 
+// Whether codes are a plane of two bits and then one of `high`; 0: and no more.
+AMQ_INLINE constexpr bool are_two_and(int high, int bits) {
+    return plane_of(bits, 0).width == 2 && plane_of(bits, 1).width == high;
+}
+
 // 3-bit codes of two steps in the halves of a byte: the low bits lie there already, the high ones of four steps come from a
 // table. Four steps take 14 operations instead of 18; the compiler computes once what two steps share.
 //
@@ -46,7 +51,7 @@ AMQ_INLINE typename S::I32 look_up(const typename S::I32 (&lines)[3]) {
 //     code = Σ_planes ((line[plane.line + step·w/8] >> (8j + w·(step % (8/w)))) & (2^w − 1)) << plane.offset
 template <class S, int bits, int step>
 AMQ_INLINE typename S::I32 decode(const typename S::I32 (&lines)[bits]) {
-    if constexpr (bits == 3 && S::kLooksUp) return look_up<S, step>(lines);
+    if constexpr (are_two_and(1, bits) && S::kLooksUp) return look_up<S, step>(lines);
     typename S::I32 codes{};
     unroll<4>([&](auto index) __attribute__((always_inline)) {
         constexpr Plane plane = plane_of(bits, index);
@@ -126,7 +131,7 @@ AMQ_INLINE typename S::F32 add_group(typename S::F32 y, typename S::I32 dot, typ
 // pairs are widened after as many steps as fit: `run` is that, or all of a block. 8-bit codes go in two halves.
 template <int bits>
 struct Pairs {
-    static constexpr int kHalves = bits == 8 ? 2 : 1, kBits = bits / kHalves;
+    static constexpr int kHalves = plane_of(bits, 0).width == 8 ? 2 : 1, kBits = bits / kHalves;
     static constexpr int kFit = INT16_MAX / (2 * 127 * ((1 << kBits) - 1)), kRun = kFit < kSteps ? kFit : kSteps;
     static_assert(kSteps % kRun == 0, "a block is whole runs");
 };
@@ -174,7 +179,7 @@ AMQ_INLINE void add_block(const uint8_t* block, const uint8_t* x, typename S::F3
     typename S::I32 lines[bits];
     load_block<S, bits>(block, lines);
     // (Twice as many sums in work: of four rows they would not fit AVX2's registers.)
-    if constexpr (S::kPairs && bits == 2 && rows <= 2) return add_pairs_in_place<S, rows>(lines, x, sum);
+    if constexpr (S::kPairs && are_two_and(0, bits) && rows <= 2) return add_pairs_in_place<S, rows>(lines, x, sum);
     if constexpr (S::kPairs) return add_pairs<S, bits, rows>(lines, x, sum);
     unroll<kSteps>([&](auto step) __attribute__((always_inline)) {
         const auto codes = decode<S, bits, step>(lines);
