@@ -117,7 +117,7 @@ PYBIND11_MODULE(_cpu, m) {
     py::class_<amq::Regions>(m, "Regions", "How many threads a parallel region gets; see csrc/cpu/threads.h")
         .def(py::init<>())
         .def("granted", &amq::Regions::granted, py::arg("asked"), py::arg("now"))
-        .def("note", &amq::Regions::note, py::arg("asked"), py::arg("threads"), py::arg("wall"), py::arg("waited"),
+        .def("note", &amq::Regions::note, py::arg("asked"), py::arg("threads"), py::arg("wall"), py::arg("queued"),
              py::arg("now"));
     bind_linear(m);
     bind_decoder(m);

@@ -35,13 +35,13 @@ class Machine:
         asked = asked or self.cores
         threads = self.regions.granted(asked, self.now)
         assert 1 <= threads <= asked
-        wall, waited = self.work // threads, 0
+        wall, queued = self.work // threads, 0
         if threads > self.cores - self.busy:  # one of them shares its core
-            waited = max(wall, SLICE)
-            wall += waited
+            queued = max(wall, SLICE)
+            wall += queued
         self.now += wall
         if threads > 1:
-            self.regions.note(asked, threads, wall, waited, self.now)
+            self.regions.note(asked, threads, wall, queued, self.now)
         return threads
 
     def run(self, seconds: float, asked: int | None = None) -> float:

@@ -2,7 +2,7 @@
 //
 // A decoded token has some 150 parts of a few microseconds each. Starting a parallel region for each of them would cost
 // more than the parts, so a region spans the whole token, and its barriers spin. A thread that waits long yields: on a
-// shared machine the one that it waits for may need this very processor. It also says so to the region (threads.h).
+// shared machine the one that it waits for may need this very processor.
 
 #pragma once
 
@@ -21,21 +21,17 @@ namespace amq {
 
 class Barrier {
 public:
-    // Returns how long that took beyond some 50 µs, in ns.
-    int64_t wait(int count) {
+    void wait(int count) {
         const unsigned phase = phase_.load(std::memory_order_relaxed);
         if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
             arrived_.store(0, std::memory_order_relaxed);
             phase_.store(phase + 1, std::memory_order_release);
-            return 0;
+            return;
         }
-        for (int spins = 0; spins < kSpins; ++spins) {
-            if (phase_.load(std::memory_order_acquire) != phase) return 0;
-            pause();
+        for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+            if (spins < kSpins) pause();
+            else sched_yield();
         }
-        const int64_t begin = nanoseconds();
-        while (phase_.load(std::memory_order_acquire) == phase) sched_yield();
-        return nanoseconds() - begin;
     }
 
 private:
@@ -75,15 +71,13 @@ private:
 struct Team {
     int index, count;
     TeamState& state;
-    Region* region = nullptr;  // none where it is alone
     int loop = 0;
 
     // This thread's share of 0 … total − 1, in order.
     int64_t begin(int64_t total) const { return total * index / count; }
     int64_t end(int64_t total) const { return total * (index + 1) / count; }
     void wait() {
-        if (count == 1) return;
-        if (const int64_t waited = state.barrier_.wait(count)) region->add_waited(waited);
+        if (count > 1) state.barrier_.wait(count);
     }
 
     // run(begin, end) for ranges that, over all threads, make up 0 … total − 1 and begin at multiples of `unit`. Short loops
@@ -115,7 +109,7 @@ template <class Run>
 void run_team(int threads, TeamState& state, Regions& regions, const Run& run) {
     state.reset();
     const auto start = [&](int index, int count, Region* region) {
-        Team team{index, count, state, region};
+        Team team{index, count, state};
         run(team);
         if (region) region->ended();
     };

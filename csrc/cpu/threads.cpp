@@ -2,6 +2,12 @@
 
 #include "threads.h"
 
+#include <cstdio>
+
+#ifdef __linux__
+#include <fcntl.h>
+#include <unistd.h>
+#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
@@ -15,6 +21,36 @@ std::atomic<bool> forked_child{false};
 const int registered = pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
 #endif
 
+#ifdef __linux__
+// A thread's statistics of Linux's scheduler: "ns on a processor, ns in line for one, times it ran". The file stays open, and
+// a reading takes half a microsecond.
+class Queue {
+public:
+    Queue() : last_(read()) {}
+    ~Queue() {
+        if (file_ >= 0) close(file_);
+    }
+    int64_t since_last() {
+        const int64_t before = last_;
+        last_ = read();
+        return last_ - before;
+    }
+
+private:
+    int64_t read() const {
+        char text[96];
+        const ssize_t length = file_ < 0 ? -1 : pread(file_, text, sizeof text - 1, 0);
+        long long queued = 0;
+        if (length <= 0) return 0;
+        text[length] = 0;
+        return std::sscanf(text, "%*s %lld", &queued) == 1 ? queued : 0;
+    }
+
+    const int file_ = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+    int64_t last_;
+};
+#endif
+
 }  // namespace
 
 bool is_forked_child() {
@@ -24,16 +60,25 @@ bool is_forked_child() {
     return forked_child;
 }
 
+int64_t queued_since_last() {
+#ifdef __linux__
+    thread_local Queue own;
+    return own.since_last();
+#else
+    return 0;
+#endif
+}
+
 Regions& regions_of_rows() {
     static Regions all;
     return all;
 }
 
-void Regions::note(int asked, int threads, int64_t wall, int64_t waited, int64_t now) {
+void Regions::note(int asked, int threads, int64_t wall, int64_t queued, int64_t now) {
     const int fewer = fewer_.load(std::memory_order_relaxed);
     const int64_t until = until_.load(std::memory_order_relaxed), pause = pause_.load(std::memory_order_relaxed);
     const bool tries = fewer > 0 && now >= until;
-    const int64_t lost = lost_.load(std::memory_order_relaxed) + (waited > kLeast ? waited : 0) - wall / threads;
+    const int64_t lost = lost_.load(std::memory_order_relaxed) + (queued > kLeast ? queued : 0) - 3 * wall / (4 * threads);
     if (lost >= (fewer > 0 ? kLeast : kPatience)) {
         const int64_t next = std::clamp(now - until < pause ? 2 * pause : kShortest, kShortest, kLongest);
         fewer_.store(asked - threads + 1, std::memory_order_relaxed);

@@ -9,7 +9,7 @@
 //
 // A region is over when its slowest thread is. Where another process holds a core, the thread there waits for a slice of
 // time, some 3 ms, and all others wait for that thread, at every barrier: two threads are slower than one. So regions tell
-// how long their threads waited for each other, and while that is much, they get fewer (`Regions`).
+// how long their threads stood in line for a processor, and while that is much, they get fewer (`Regions`).
 
 #pragma once
 
@@ -34,11 +34,15 @@ inline int64_t nanoseconds() {
     return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
 
+// How long the calling thread could have run and stood in line instead, since it last asked; 0 where the system does not tell.
+int64_t queued_since_last();
+
 // How many threads the next region gets, by what the last ones lost. All times are in ns.
 //
-// Where all but one of n threads wait for that one for more than 1/n of the time, n − 1 threads would have been done
-// before. What waiting takes beyond that is added up. At kPatience regions get one thread less for a pause; then one more
-// is tried. If time is lost again, the next pause is twice as long, so that trying costs a few percent.
+// Where one of n threads stands in line for a processor for more than 1/n of the time, and all others wait for it, n − 1
+// threads would have been done before, and as these spin and yield meanwhile, at three quarters of that already. What is lost
+// beyond is added up. At kPatience regions get one thread less for a pause; then one more is tried. If time is lost again,
+// the next pause is twice as long, so that trying costs a few percent. Threads that merely have more to do stand in no line.
 class Regions {
 public:
     int granted(int asked, int64_t now) const {
@@ -47,12 +51,14 @@ public:
         return fewer > 0 && now >= until_.load(std::memory_order_relaxed) ? std::min(asked, threads + 1) : threads;
     }
 
-    // A region that asked for so many threads and got `threads` took `wall` until `now`; all but the slowest waited so
-    // long for that one.
-    void note(int asked, int threads, int64_t wall, int64_t waited, int64_t now);
+    // A region that asked for so many threads and got `threads` took `wall` until `now`; one of them stood in line for so
+    // long.
+    void note(int asked, int threads, int64_t wall, int64_t queued, int64_t now);
+
+    static constexpr int64_t kLeast = 300'000;  // what less is lost does not count
 
 private:
-    static constexpr int64_t kLeast = 300'000, kPatience = 4'000'000, kCalm = 2'500'000;
+    static constexpr int64_t kPatience = 4'000'000, kCalm = 2'500'000;
     static constexpr int64_t kShortest = 100'000'000, kLongest = 1'600'000'000, kWalls = 8;
 
     // Several callers may read and write these at once: what gets lost is the judgement of one region.
@@ -67,25 +73,26 @@ public:
         : regions_(regions), begin_(nanoseconds()), asked_(asked), threads_(regions.granted(asked, begin_)) {}
     ~Region() {
         if (threads_ == 1) return;
-        const int64_t now = nanoseconds(), first = first_.load(std::memory_order_relaxed);
-        const int64_t waited = waited_.load(std::memory_order_relaxed) / (threads_ - 1) + (first ? now - first : 0);
-        regions_.note(asked_, threads_, now - begin_, waited, now);
+        const int64_t now = nanoseconds();
+        regions_.note(asked_, threads_, now - begin_, queued_.load(std::memory_order_relaxed), now);
     }
     Region(const Region&) = delete;
 
     int threads() const { return threads_; }
-    // A thread has waited for others within the region; a thread's part is done.
-    void add_waited(int64_t time) { waited_.fetch_add(time, std::memory_order_relaxed); }
+    // A thread's part is done.
     void ended() {
-        int64_t none = 0;
-        if (first_.load(std::memory_order_relaxed) == 0) first_.compare_exchange_strong(none, nanoseconds());
+        const int64_t time = nanoseconds() - begin_;
+        if (time < Regions::kLeast) return;
+        const int64_t queued = std::min(time, queued_since_last());
+        int64_t most = queued_.load(std::memory_order_relaxed);
+        while (queued > most && !queued_.compare_exchange_weak(most, queued, std::memory_order_relaxed)) {}
     }
 
 private:
     Regions& regions_;
     const int64_t begin_;
     const int asked_, threads_;
-    std::atomic<int64_t> waited_{0}, first_{0};
+    std::atomic<int64_t> queued_{0};
 };
 
 Regions& regions_of_rows();
