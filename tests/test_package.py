@@ -27,12 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     **{"model": ["models", "datasets"], "runtime": ["models", "serve"], "kernels": ["gpu"], "eval": ["tasks"]},
     **{"integrations": ["models"], "quantize": ["search"], "search": ["search"], "report": ["report"]},
-    **{"export": ["export"], "serve": ["serve"], "split": ["split"]},
+    **{"export": ["export"], "serve": ["serve"], "split": ["split"], "bench": ["models"]},
 }
 """Extras whose packages a folder of amq/ may import; any other folder, and any file of amq/, has the base alone."""
 STAGES = {"integrations", "quantize", "search", "report", "export", "serve", "split"}
 """Folders that may import their extra's packages at once. Others do so inside of a function: they are of the base."""
-FOREIGN = {"auto_round": "wants --no-deps beside the CPU build of torch, and its error says so"}
+PEER = "a peer to be measured, and what is missing is left out with its line of pip"
+FOREIGN = {
+    "auto_round": "wants --no-deps beside the CPU build of torch, and its error says so",
+    **dict.fromkeys(("llama_cpp", "ik_llama_cpp", "xllamacpp"), PEER),
+}
 NOT_IMPORTED = {"accelerate": "lm-eval's models import it"}
 MODULES = {"scikit-learn": "sklearn", "vl-convert-python": "vl_convert"}
 """Of distributions whose module has another name."""
