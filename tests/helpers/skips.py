@@ -97,7 +97,7 @@ ABSENCES = (
     Absence(r"g\+\+ has no lib[a-z+]+\.so", "a g++ without what its sanitizers link with", lambda: False),
     Absence(r"Triton is not installed.*|the GPU suite needs Triton.*", "its wheels are for Linux", _packages("triton")),
     Absence(r"a peer: llama-cpp-python .*", OPTIONAL, _packages("llama_cpp")),
-    Absence(r"a peer: xllamacpp .*", OPTIONAL, _packages("xllamacpp")),
+    Absence(r"(a peer: xllamacpp|xllamacpp is the peer) .*", OPTIONAL, _packages("xllamacpp")),
     Absence(r"a peer: ik-llama-cpp-python .*", OPTIONAL, _packages("ik_llama_cpp")),
     Absence(r"wikitext2 and c4 need the datasets package", OPTIONAL, _packages("datasets")),
     Absence(r"lm-eval is an optional extra.*|its own figures are compared with", OPTIONAL, _packages("lm_eval")),
