@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from provenance import write_results
 
+from amq.bench.cases import Case
+from amq.bench.own import OwnEngine
 from amq.formats import FORMATS
 from amq.kernels.backends import prepare
 from amq.kernels.ops import linear
 from amq.quantize.quantizers import QUANTIZERS
-from amq.runtime.engine import Segment
-from amq.runtime.native_engine import NativeEngine, open_native
 from amq.util.limits import fit_threads
 
 TOKENS, PRODUCTS = 60, 200
@@ -50,9 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(args: argparse.Namespace, beside: Sequence[int]) -> list[dict[str, Any]]:
     """One row per number of other processes and of threads."""
-    threads = sorted({1, fit_threads()})
-    context = max(args.prompt, TOKENS) + 8
-    engines = {t: open_native(args.folder, threads=t, context=context) for t in threads}
+    threads, cases = sorted({1, fit_threads()}), {"token": Case(True, TOKENS), "prompt": Case(False, args.prompt)}
+    context = max(case.positions for case in cases.values())
+    engines = {t: OwnEngine(str(args.folder), t, {"threads": t, "context": context}) for t in threads}
     multiply = product(args.features)
     found: dict[tuple[int, int], list[dict[str, float]]] = {}
     for others in beside:
@@ -60,10 +60,9 @@ def measure(args: argparse.Namespace, beside: Sequence[int]) -> list[dict[str, A
             for turn in range(args.turns + 1):
                 for count, engine in engines.items():
                     torch.set_num_threads(count)
-                    tokens = [
-                        (7919 * turn + 104729 * others + 31 * i + count) % engine.vocab_size for i in range(args.prompt)
-                    ]
-                    times = {"token": decode(engine), "prompt": prompt(engine, tokens), "product": multiply()}
+                    key = turn + others * (args.turns + 1)  # no prompt twice, whose beginning an engine remembers
+                    times = {name: engine.measure(case, key)["seconds"] for name, case in cases.items()}
+                    times = {"token": times["token"] / TOKENS, "prompt": times["prompt"], "product": multiply()}
                     if turn:  # the first one warms up
                         found.setdefault((others, count), []).append(times)
     return [
@@ -83,29 +82,6 @@ def counting(count: int) -> Iterator[None]:
         for process in processes:
             process.kill()
             process.wait()
-
-
-def decode(engine: NativeEngine) -> float:
-    """Seconds per token."""
-    slot = engine.open([1], TOKENS)
-    assert slot is not None  # nothing else is open
-    start = time.perf_counter()
-    for token in range(TOKENS):
-        engine.forward([Segment(slot, [token])]).argmax()
-    seconds = time.perf_counter() - start
-    engine.close(slot)
-    return seconds / TOKENS
-
-
-def prompt(engine: NativeEngine, tokens: list[int]) -> float:
-    slot = engine.open(tokens, 1)
-    assert slot is not None
-    start = time.perf_counter()
-    for first in range(slot.length, len(tokens), engine.max_rows):
-        engine.forward([Segment(slot, tokens[first : first + engine.max_rows])])
-    seconds = time.perf_counter() - start
-    engine.close(slot)
-    return seconds
 
 
 def product(features: int) -> Callable[[], float]:

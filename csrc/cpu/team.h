@@ -6,6 +6,7 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <vector>
@@ -108,22 +109,21 @@ struct Team {
 template <class Run>
 void run_team(int threads, TeamState& state, Regions& regions, const Run& run) {
     state.reset();
-    const auto start = [&](int index, int count, Region* region) {
-        Team team{index, count, state};
-        run(team);
-        if (region) region->ended();
-    };
-    if (threads <= 1 || is_forked_child()) return start(0, 1, nullptr);
-    Region region(regions, threads);
+    Region region(regions, is_forked_child() ? 1 : std::max(threads, 1));
     const int count = region.threads();
-    if (count == 1) return start(0, 1, nullptr);
+    const auto start = [&](int index, int of) {
+        Team team{index, of, state};
+        run(team);
+        region.ended();
+    };
+    if (count == 1) return start(0, 1);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(count)
-    start(omp_get_thread_num(), omp_get_num_threads(), &region);  // the runtime may grant fewer than asked
+    start(omp_get_thread_num(), omp_get_num_threads());  // the runtime may grant fewer than asked
 #else
     std::vector<std::thread> workers;
-    for (int index = 1; index < count; ++index) workers.emplace_back(start, index, count, &region);
-    start(0, count, &region);
+    for (int index = 1; index < count; ++index) workers.emplace_back(start, index, count);
+    start(0, count);
     for (std::thread& worker : workers) worker.join();
 #endif
 }

@@ -17,14 +17,13 @@ from amq.bench.cases import Case
 from amq.bench.machine import OtherWork, memory
 from amq.bench.peers import llama_cpp
 from amq.bench.peers.base import Package, Peer
+from amq.bench.peers.bindings import MICRO_BATCH, PAD
 from amq.errors import AmqError
 
 NAME = "xllamacpp"
 PACKAGE = Package("xllamacpp", "xllamacpp", "2026.10", "pip install xllamacpp")
 SLOTS, POSITIONS = 4, 1024
 """Sequences and positions of each that there is room for at least, so that few cases need another server."""
-PAD = 256
-MICRO_BATCH = 512
 
 
 @dataclass(frozen=True)
