@@ -4,7 +4,7 @@ The bank's windows and those of the Fisher scores are taken from each of --calib
 and what comes of it is measured as perplexity on texts that nobody calibrated with: uniform formats for the bank alone,
 and knapsack choices at --bits, as `amq.search` makes them. `self` is the model's own text; `self:plain` and `self:chat`
 are its two halves apart (`amq.model.own_text`). Rows are added to FILE as they are done, and a second call goes on with
-what is missing. The table compares with the first text, seed by seed.
+what is missing. `pydoc+self` mixes two texts, window by window. The table compares with the first text, seed by seed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--calibration", default="pydoc,self", metavar="LIST")
-    parser.add_argument("--fisher", metavar="LIST", help="texts of the Fisher scores (default: those of --calibration)")
+    parser.add_argument(
+        "--fisher",
+        metavar="LIST",
+        help="texts of the Fisher scores; same: the bank's (default: those of --calibration)",
+    )
     parser.add_argument("--seeds", default="0", metavar="LIST")
     parser.add_argument("--formats", default="int2,int3,int4", metavar="LIST")
     parser.add_argument("--uniform", default="int3", metavar="LIST", help="uniform formats, of --formats")
@@ -130,7 +134,7 @@ class Benchmark:
             row = common | {"name": f"uniform {name}", "fisher": None}
             if not self._done(**row):
                 yield row, self._space.uniform(get_format(name))
-        for fisher in (args.fisher or args.calibration).split(","):
+        for fisher in [text] if args.fisher == "same" else (args.fisher or args.calibration).split(","):
             for bits in filter(None, args.bits.split(",")):
                 row = common | {
                     "name": f"searched {bits}", "fisher": fisher, "passes": args.passes, "budget": float(bits),

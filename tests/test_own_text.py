@@ -23,7 +23,7 @@ from amq.quantize.bank import BankRecipe
 from amq.quantize.run import run_quantize
 from amq.quantize.settings import QuantizeSettings
 from amq.search import search
-from amq.util.progress import Progress
+from amq.util.progress import Progress, terminal_progress
 
 LENGTH, ROOMY = 24, 200
 """Tokens of windows: too few for a question, and enough for some."""
@@ -204,14 +204,46 @@ def test_a_bank_by_name_is_of_the_windows_that_a_search_took() -> None:
     assert other.open(loaded, inventory, {"int3"}, Progress(), fingerprint).folder != first
 
 
-def test_a_search_and_its_quantization_share_the_text(tiny_folder: Path, cache: Path, tmp_path: Path) -> None:
-    small = {"window_length": LENGTH, "calibration": "self"}
+def test_windows_of_a_mixture_take_turns(tmp_path: Path) -> None:
+    """And stay the same when more are asked for, so that a bank by name is of the windows that a search took."""
+    loaded = loaded_model(TEMPLATES["llama"])
+    fingerprint = model_fingerprint(loaded.model)
+    other = tmp_path / "a+b.txt"
+    other.write_text("".join(map(chr, range(32, 122))) * 30)
+
+    def windows(source: str, count: int) -> torch.Tensor:
+        return open_sampler(loaded, source, LENGTH, 0, count, fingerprint).take(count)
+
+    mixture = windows("pydoc+self", 7)
+    assert mixture[::2].equal(windows("pydoc", 4)) and mixture[1::2].equal(windows("self", 3))
+    assert windows("pydoc+self", 30)[:7].equal(mixture)
+    corpus = open_sampler(loaded, "pydoc+self", LENGTH, 0, 7, fingerprint).corpus
+    assert corpus.name == "pydoc+self" and corpus.prefix == (BOS,) and corpus.in_order
+    assert len(windows(str(other), 2)) == 2  # a path with a + is a path
+    with pytest.raises(AmqError, match="no text 'nowhere'"):
+        windows("pydoc+nowhere", 2)
+
+
+def test_auto_is_a_mixture_where_the_model_writes(capsys: pytest.CaptureFixture[str]) -> None:
+    loaded = loaded_model()
+    fingerprint = model_fingerprint(loaded.model)
+    assert open_sampler(loaded, "auto", LENGTH, 0, 2, fingerprint).corpus.name == "pydoc+self"
+    elsewhere = LoadedModel(tiny_llama().to("meta"), loaded.tokenizer, "far")
+    assert open_sampler(elsewhere, "auto", LENGTH, 0, 2, fingerprint, terminal_progress()).corpus.name == "pydoc"
+    assert "calibration: pydoc alone, because far is read from disk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["self", "auto"])
+def test_a_search_and_its_quantization_share_the_text(
+    given: str, tiny_folder: Path, cache: Path, tmp_path: Path
+) -> None:
+    small = {"window_length": LENGTH, "calibration": given}
     result = search(
         str(tiny_folder), output=str(tmp_path / "run"), group_size=32, bank_windows=3, windows=2, confirm_windows=1,
         cost_passes=2, points=2, head="16bit", **small,
     )  # fmt: skip
     provenance = result.configuration.details.provenance
-    assert provenance is not None and provenance.calibration == "self"
+    assert provenance is not None and provenance.calibration == {"auto": "pydoc+self"}.get(given, given)
     banks = sorted((cache / "banks").iterdir())
     settings = QuantizeSettings.make(
         model=str(tiny_folder), output=str(tmp_path / "out"), method="bank", windows=2, perplexity="none",

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from amq.errors import AmqError
 from amq.formats import FORMATS
 from amq.kernels.names import ACTIVATIONS, BACKENDS
-from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
-from amq.quantize.methods import AUTO, BANK_ROTATIONS, ROTATION_HELP
+from amq.model.settings import AUTO, CALIBRATION_TEXTS, MODEL, LoadSettings
+from amq.quantize.methods import BANK_ROTATIONS, ROTATION_HELP
 from amq.quantize.quantizers import QUANTIZERS
 from amq.util.settings import CHOOSE, MEASURE, REQUIRED, Settings, flag
 
@@ -88,7 +88,7 @@ class EvalSettings(LoadSettings, TaskSettings):
     dequantized: bool = flag(False, "a quantized folder also as plain torch linears: a second row", CHOOSE)
     proxy: str = flag("gptq", "quantizer", BANK, choices=QUANTIZERS)
     group_size: int = flag(128, "input features per scale", BANK, metavar="G")
-    calibration: str = flag("pydoc", f"calibration text: {CALIBRATION_TEXTS}", BANK, metavar="TEXT")
+    calibration: str = flag(AUTO, f"calibration text: {CALIBRATION_TEXTS}", BANK, metavar="TEXT")
     bank_windows: int = flag(24, "calibration windows", BANK, least=1, metavar="N")
     seed: int = flag(0, "of the choice of windows", BANK, least=0, metavar="N")
     rotation: str = flag(

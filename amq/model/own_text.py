@@ -1,4 +1,4 @@
-"""`--calibration self`: text that the model writes itself, which is what it will read when it is used.
+"""`--calibration self`: text that the model writes itself, which is what it will read when it is used; and mixtures.
 
 Windows are written in rounds of `ROWS`, all windows of a round at once, token by token with a cache of keys and values.
 Every window begins as all windows do (`Corpus.prefix`); what follows is drawn from the model at temperature 1. Every
@@ -32,6 +32,7 @@ from amq.model.conversations import render
 from amq.model.inventory import embedding_weight
 from amq.model.open import LoadedModel
 from amq.model.paging import pager_of
+from amq.model.settings import AUTO
 from amq.model.shape import CACHE_BYTES, ModelShape, said, text_config
 from amq.model.text import SELF, Corpus, WindowSampler, check_length, check_rows, encoder, find_prefix, load_corpus
 from amq.util.files import cache_dir, make_folder
@@ -48,6 +49,10 @@ VERSION = 1
 """Part of the cache key: raised whenever the same settings give other windows."""
 ROWS = 24
 """Windows of a round: as many as a bank takes by default. A search takes two rounds, and `amq.quantize` three."""
+BUILT_IN = "pydoc"
+MIXTURE = f"{BUILT_IN}+{SELF}"
+"""What `auto` is: on text of no kind that calibrates, `self` is better than `pydoc`, and this nearly as good; on text
+about code it is as good as `pydoc` (docs/quality.md)."""
 INDEX, TENSOR = "text.json", "tokens"
 KINDS = ("plain", "chat")
 """Windows take turns between them."""
@@ -172,14 +177,51 @@ def open_sampler(
     loaded: LoadedModel, source: str, length: int, seed: int, count: int, fingerprint: str,
     progress: Progress | None = None,
 ) -> WindowSampler:  # fmt: skip
-    """Deals out the windows of a calibration text, one of `load_corpus` or `self`, in the model's tokens.
+    """Deals out the windows of a calibration text in the model's tokens: one of `load_corpus`, `self`, several of them
+    with a + between, whose windows take turns, or `auto`. The corpus's name says what `auto` has become.
 
-    loaded: in full precision, where the source is `self`. length: of a window. count: how many windows will be taken.
-    fingerprint: `model_fingerprint` of the model. Raises AmqError where there is no such text.
+    loaded: in full precision, where the model writes. length: of a window. count: how many windows will be taken: those
+    before stay the same when it grows. fingerprint: `model_fingerprint` of the model.
+    Raises AmqError where there is no such text.
     """
+    names = parts_of(_chosen(loaded, progress) if source == AUTO else source)
+    if len(names) > 1:
+        share = -(-count // len(names))
+        parts = [open_sampler(loaded, name, length, seed, share, fingerprint, progress) for name in names]
+        return WindowSampler(mixed(parts, share), length, seed)
+    (source,) = names
     if source != SELF:
         return WindowSampler(load_corpus(source, loaded.tokenizer, loaded.embedding_rows), length, seed)
     return WindowSampler(own_corpus(loaded, length, seed, count, fingerprint, progress), length, seed)
+
+
+def _chosen(loaded: LoadedModel, progress: Progress | None) -> str:
+    """What `auto` is for a model; says so where the model does not write."""
+    if in_memory(loaded.model):
+        return MIXTURE
+    (progress or Progress()).say(
+        f"calibration: {BUILT_IN} alone, because {loaded.name} is read from disk block by block and would be for every "
+        "token that it wrote"
+    )
+    return BUILT_IN
+
+
+def parts_of(source: str) -> list[str]:
+    """The texts of a mixture, such as `pydoc+self`; a file whose path holds a + is one text."""
+    return [source] if Path(source).expanduser().is_file() else source.split("+")
+
+
+def mixed(parts: Sequence[WindowSampler], share: int) -> Corpus:
+    """`share` windows of each of `parts`, of one length, which take turns, as a text to be dealt out in this order."""
+    first = parts[0].corpus
+    windows = torch.stack([part.take(share) for part in parts], dim=1).flatten(0, 1)
+    text = windows[:, first.unscored :].reshape(-1)
+    name = "+".join(part.corpus.name for part in parts)
+    return replace(first, tokens=text, name=name, sha256=_sha256(text), in_order=True)
+
+
+def _sha256(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
 
 
 def own_corpus(
@@ -211,7 +253,7 @@ def own_corpus(
         _write(loaded.model, beginnings, length, seed, {n: files[n] for n in missing}, progress)
     windows = torch.cat([_read(path, length) for path in files])[: max(count, 1)]
     text = windows[:, corpus.unscored :].reshape(-1)
-    return replace(corpus, tokens=text, sha256=hashlib.sha256(text.numpy().tobytes()).hexdigest())
+    return replace(corpus, tokens=text, sha256=_sha256(text))
 
 
 def _check_model(loaded: LoadedModel, length: int) -> None:

@@ -11,7 +11,8 @@ CHECKPOINT = "a folder that amq quantize wrote; or " + MODEL
 """What the positional argument MODEL may be."""
 CALIBRATION_TEXTS = (
     "self (the model writes it), pydoc or docstrings (built in), wikitext2, c4, a file; a .jsonl file holds "
-    '{"messages": […]} or {"text": "…"} in each line'
+    '{"messages": […]} or {"text": "…"} in each line; A+B takes windows of both in turn; auto is pydoc+self, and pydoc '
+    "for a model that is read from disk"
 )
 """What `--calibration` may be."""
 

@@ -36,10 +36,11 @@ from amq.model.open import LoadedModel, model_fingerprint
 from amq.model.open import fingerprint as content_hash
 from amq.model.own_text import open_sampler
 from amq.model.paging import holding
+from amq.model.settings import AUTO
 from amq.model.token_weights import token_weights
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
-from amq.quantize.methods import AUTO, rotation_of
+from amq.quantize.methods import rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
 from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from amq.errors import AmqError
 from amq.formats import FORMATS, NO_ROTATION
+from amq.model.settings import AUTO
 from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS
 from amq.util.lazy import Registry
 
@@ -48,7 +49,6 @@ OTHER_METHODS = {
 }
 """Those that take weights that others made (amq/quantize/run.py), each in a few words."""
 
-AUTO = "auto"
 ROTATIONS = (AUTO, "64", NO_ROTATION)
 """What `--rotation` may say: see `amq.quantize.rotate`."""
 BANK_ROTATIONS = (*ROTATIONS, *FORMATS)

@@ -21,8 +21,8 @@ from amq.formats import FORMATS, NO_ROTATION, BitFormat
 from amq.kernels.dense import dequantized
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec
+from amq.model.settings import AUTO
 from amq.packing import PackedWeight
-from amq.quantize.methods import AUTO
 from amq.quantize.quantizers import Quantizer
 from amq.quantize.quantizers.grid import check_scales, out_of_range
 from amq.quantize.shown import layer_role

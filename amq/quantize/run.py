@@ -20,8 +20,10 @@ from amq.model.calibration import shared_inputs
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, get_weight
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
+from amq.model.own_text import BUILT_IN
 from amq.model.paging import after_reading, holding, memory_text
 from amq.model.perplexity import perplexity
+from amq.model.settings import AUTO
 from amq.model.text import Corpus, fixed_windows
 from amq.model.usable import Usable
 from amq.packing import PackedWeight
@@ -30,7 +32,7 @@ from amq.quantize.bank import BankRecipe
 from amq.quantize.blocks import BlockQuantizer, BlockResult, BlockSource, install
 from amq.quantize.head import check_grid, quantize_outer, with_outer
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry
-from amq.quantize.methods import AUTO, METHODS, rotation_of
+from amq.quantize.methods import METHODS, rotation_of
 from amq.quantize.output import CheckpointOutput, stored_dtype
 from amq.quantize.plan import HEADERS, check_disk, plan_text, time_text, working_bytes
 from amq.quantize.resume import Identity, WorkFolder
@@ -137,7 +139,7 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
     configuration = _configuration(settings, opened.usable)
     _check_provenance(configuration, opened.fingerprint, settings.model)
     count = settings.windows
-    sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
+    sampler = opened.sampler(_text(settings), settings.window_length, settings.seed, count, progress)
     windows = sampler.take(count)
     for spec, fmt in _outer_formats(configuration, inventory).items():
         check_grid(spec, get_weight(model, spec.name).detach(), fmt, configuration.group_size)
@@ -159,6 +161,16 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
         opened.unused.kept,
     )
     return _Job(opened, configuration, sampler.corpus, windows, record, files, rotation)
+
+
+def _calibrated(settings: QuantizeSettings) -> bool:
+    method = METHODS.get(settings.method)
+    return settings.method == "autoround" or (method is not None and method.calibrated)
+
+
+def _text(settings: QuantizeSettings) -> str:
+    """Windows that nothing is calibrated with here need no text that takes minutes to write."""
+    return BUILT_IN if settings.calibration == AUTO and not _calibrated(settings) else settings.calibration
 
 
 def _rotation(settings: QuantizeSettings, configuration: Configuration) -> str:
@@ -213,8 +225,7 @@ def _say_plan(
 
     small: bytes of the checkpoint's other files.
     """
-    method = METHODS.get(settings.method)
-    calibrated = settings.method == "autoround" or (method is not None and method.calibrated)
+    method, calibrated = METHODS.get(settings.method), _calibrated(settings)
     scales = method is not None and method.scales
     memory = working_bytes(
         job.opened.model, job.inventory, job.configuration, job.record.shared_inputs, job.windows, calibrated, scales,
@@ -287,7 +298,7 @@ def _outcomes(
 def _log(settings: QuantizeSettings, job: _Job, perplexities: _Perplexities) -> QuantizationLog:
     """What quantization.json says, as far as it is known before the first block."""
     return QuantizationLog(
-        settings=settings,
+        settings=replace(settings, calibration=job.corpus.name),
         model=SourceEntry(settings.model, job.opened.fingerprint),
         calibration_sha256=job.corpus.sha256,
         window_prefix=tuple(job.corpus.prefix_names),

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from amq.errors import AmqError
 from amq.formats import check_group_size, get_format, get_stored
-from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
+from amq.model.settings import AUTO, CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.methods import METHODS, OTHER_METHODS, ROTATION_HELP, ROTATIONS, rotation_of
 from amq.quantize.quantizers import ZERO_POINTS
 from amq.util.settings import REACH, REQUIRED, flag
@@ -58,7 +58,7 @@ class QuantizeSettings(LoadSettings):
         None, "minutes of tuning scales, zero points and norms end to end, on text that the model writes itself",
         ROUND, above=0, metavar="MINUTES",
     )  # fmt: skip
-    calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", ROUND, metavar="TEXT")
+    calibration: str = flag(AUTO, f"text: {CALIBRATION_TEXTS}", ROUND, metavar="TEXT")
     windows: int = flag(64, "calibration windows", ROUND, least=1, metavar="N")
     window_length: int = flag(
         512, "tokens per window, BOS included where the tokenizer puts one", ROUND, least=2, metavar="N"

@@ -272,9 +272,10 @@ class RunFile(JsonFile):
         """Where a configuration of this run came from, and what names its bank."""
         of = self.settings
         return Provenance(
-            proxy=of.proxy, calibration=of.calibration, window_length=of.window_length, bank_windows=of.bank_windows,
-            seed=of.seed, rotation=self.rotation, solver=of.solver, cost=of.cost, formats=of.formats, loss=of.loss,
-            window_prefix=self.calibration.window_prefix, model_fingerprint=self.model.fingerprint, amq=amq.__version__,
+            proxy=of.proxy, calibration=self.calibration.name, window_length=of.window_length,
+            bank_windows=of.bank_windows, seed=of.seed, rotation=self.rotation, solver=of.solver, cost=of.cost,
+            formats=of.formats, loss=of.loss, window_prefix=self.calibration.window_prefix,
+            model_fingerprint=self.model.fingerprint, amq=amq.__version__,
         )  # fmt: skip
 
 

@@ -26,6 +26,7 @@ from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
+from amq.model.settings import AUTO
 from amq.model.text import Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
@@ -33,7 +34,7 @@ from amq.proxy.fisher import fisher_passes
 from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
-from amq.quantize.methods import AUTO, rotation_of
+from amq.quantize.methods import rotation_of
 from amq.quantize.rotate import check_widths
 from amq.runtime.families import Unsupported
 from amq.search.archive import Archive

@@ -9,7 +9,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, NO_ROTATION, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.losses import ANSWERS, OBJECTIVES
-from amq.model.settings import CALIBRATION_TEXTS, MODEL, LoadSettings
+from amq.model.settings import AUTO, CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.model.shape import CACHES, DEFAULT_CACHE
 from amq.quantize.methods import ROTATION_HELP, ROTATIONS
 from amq.quantize.quantizers import QUANTIZERS
@@ -20,7 +20,6 @@ from amq.util.settings import CHOOSE, MEASURE, REACH, REQUIRED, RUN, Settings, d
 SEARCH = "how to search"
 COSTS = ("fisher", "sensitivity", "weight")
 """Kinds of cost table; `amq.search.run` makes them."""
-AUTO = "auto"
 NATIVE = "native"
 EXPERTS = "experts"
 
@@ -114,7 +113,7 @@ class SearchSettings(LoadSettings, BudgetSettings):
     # how to measure
     proxy: str = flag("gptq", "quantizer of the bank", MEASURE, choices=QUANTIZERS)
     rotation: str = flag(AUTO, ROTATION_HELP, MEASURE, choices=ROTATIONS)
-    calibration: str = flag("pydoc", f"text: {CALIBRATION_TEXTS}", MEASURE, metavar="TEXT")
+    calibration: str = flag(AUTO, f"text: {CALIBRATION_TEXTS}", MEASURE, metavar="TEXT")
     window_length: int = flag(
         512, "tokens per window, BOS included where the tokenizer puts one", MEASURE, least=2, metavar="N"
     )

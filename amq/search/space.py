@@ -20,7 +20,8 @@ from amq.configuration import linear_bytes, parse_pins
 from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, BitFormat, Kept, get_format
 from amq.model.inventory import EMBEDDING, EXPERT, HEAD, Inventory, LinearSpec
-from amq.search.settings import AUTO, SearchSettings
+from amq.model.settings import AUTO
+from amq.search.settings import SearchSettings
 from amq.util.records import shorten
 
 Choice = BitFormat | Kept
