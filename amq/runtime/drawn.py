@@ -93,4 +93,3 @@ def draw(fmt: BitFormat, out_features: int, in_features: int, group_size: int) -
     bytes_ = torch.randint(256, codes, generator=generator, dtype=torch.uint8)
     scale = torch.full(groups, SPREAD / fmt.levels * 3.5, dtype=torch.float16)
     return PackedWeight(fmt, in_features, group_size, bytes_, scale, torch.full_like(scale, fmt.max_code / 2))
-

@@ -24,6 +24,7 @@ from amq.errors import AmqError
 from amq.formats import FORMATS, KEPT, get_format
 from amq.kernels import cpu
 from amq.kernels.cpu import empty_bytes, prepared_bytes
+from amq.model.speed_table import SpeedTable, kernels, model_key, shape_key
 from amq.model.weight_files import weight_files
 from amq.packing import PreparedWeight
 from amq.runtime.decoder_spec import DecoderSpec, Linear, Mixture, Router
@@ -31,7 +32,6 @@ from amq.runtime.drawn import Drawn, draw
 from amq.runtime.engine import Segment
 from amq.runtime.native_engine import NativeEngine
 from amq.runtime.native_weights import NativeWeights
-from amq.runtime.speed_table import SpeedTable, kernels, model_key, shape_key
 from amq.runtime.weights import expert_linears
 from amq.util.limits import free_memory
 from amq.util.machine import cpu_name
@@ -51,7 +51,7 @@ MOST_COPIES, SHARE = 4096, 4
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """How the engine will be opened. rows: sequences that decode together. depths: positions before a measured token."""
+    """How the engine will be opened. rows: sequences that decode together. depths: positions before a token."""
 
     group_size: int
     activations: str = "int8"
@@ -87,11 +87,9 @@ class Skeleton:
 
 
 def shapes_of(spec: DecoderSpec) -> tuple[dict[str, Shape], dict[str, float]]:
-    """({weight that a token is multiplied by: its shape}, {it: how many times a token}): linears and head, no router."""
+    """({weight: its shape}, {weight: how often a token is multiplied by it}) of linears and head, but routers."""
     routers = {router.weight.name for router in spec.parts(Router)}
-    shapes = {
-        one.name: (one.out_features, one.in_features) for one in spec.parts(Linear) if one.name not in routers
-    }
+    shapes = {one.name: (one.out_features, one.in_features) for one in spec.parts(Linear) if one.name not in routers}
     shapes[spec.head.name] = spec.head.rows, spec.head.columns
     reads = dict.fromkeys(shapes, 1.0)
     for mixture in spec.parts(Mixture):
@@ -207,7 +205,7 @@ def _kernel(shape: Shape, fmt: str, footprint: float, how: How) -> float:
         copies.append(PreparedWeight.of(packed, "cpu", place))
     x = torch.randn(how.rows, shape[1], generator=torch.Generator().manual_seed(0))
     samples = []
-    for i in range(ROUNDS + 1):
+    for _ in range(ROUNDS + 1):
         start = time.perf_counter()
         cpu.linear_each(x, copies, how.activations)
         samples.append((time.perf_counter() - start) / count)
@@ -218,7 +216,7 @@ def _passes(drawn: Drawn, how: How, depths: Sequence[int] = ()) -> dict[int, flo
     """{depth: seconds of a pass that decodes a token of each sequence there}."""
     depths = depths or how.depths
     context = min(max(depths) + TOKENS + 2, drawn.spec.longest)
-    weights = NativeWeights(drawn, drawn.spec, context)  # type: ignore[arg-type]  # a Source, as Weights takes one
+    weights = NativeWeights(drawn, drawn.spec, context)
     options = {"int8": how.activations == "int8", "cache": how.cache}
     engine = NativeEngine(weights, context, options, "", how.rows, how.threads)
     return {depth: decode_seconds(engine, depth, how.rows) for depth in depths}
@@ -237,7 +235,8 @@ def decode_seconds(engine: NativeEngine, depth: int, rows: int = 1, tokens: int 
             part = prompt[start : min(depth, start + engine.max_rows)]
             engine.forward([Segment(slot, part, logits=False)])
         slots.append(slot)
-    last, samples = [prompt[-1]] * rows, []
+    last: list[int] = [prompt[-1]] * rows
+    samples = []
     for _ in range(tokens):
         start = time.perf_counter()
         logits = engine.forward([Segment(slot, [token]) for slot, token in zip(slots, last, strict=True)])

@@ -3,15 +3,15 @@
     seconds(token) = rest + cache(positions before it) + Σ seconds(format, shape) of the linears that it reads
 
 The sum is of the kernels that will run, measured one shape and format at a time; `rest` (norms, attention of a short
-text, choosing) and `cache` come of whole passes of the engine (`speed_measure`). A linear of an expert counts as often
-as a token is routed to it. `benchmarks/speed_model.py` says how far off that is.
+text, choosing) and `cache` come of whole passes of the engine (`amq.runtime.speed_measure`). A linear of an expert
+counts as often as a token is routed to it. `benchmarks/speed_model.py` says how far off that is.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,7 +23,17 @@ from amq.util.native import cpu_module
 from amq.util.records import JsonFile
 
 MADE_BY = "amq bench MODEL --table FILE"
-IGNORED = frozenset({"quantization_config", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map"})
+IGNORED = frozenset(
+    {
+        "quantization_config",
+        "_name_or_path",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "auto_map",
+        "architectures",
+    }
+)
 """Keys of config.json that say nothing of the shape."""
 
 
@@ -52,22 +62,23 @@ class SpeedTable(JsonFile):
     linears: dict[str, dict[str, float]]
     depths: dict[str, float]
 
-    def check(self, source: str, model: str, threads: int, group_size: int) -> None:
-        """Refuses a table of another machine, other kernels or another model. source: names it in errors."""
+    def check(self, source: str, group_size: int, model: str | None = None, threads: int | None = None) -> None:
+        """Refuses a table of another machine, other kernels or another model (None: not compared). source: names it in
+        errors."""
         here = {
             "processor": cpu_name(), "isa": cpu_module().isa(), "threads": threads, "kernels": kernels(),
             "model": model, "group_size": group_size,
         }  # fmt: skip
         for what, value in here.items():
-            if (found := getattr(self, what)) != value:
+            if value is not None and (found := getattr(self, what)) != value:
                 raise AmqError(
                     f"{source} is a speed table of another {WORDS[what]} ({found}, here {value}): times do not carry "
                     f"over; make one with {MADE_BY}"
                 )
 
     def seconds(self, formats: Mapping[str, str], weights: Iterable[LinearSpec], context: int = 0) -> float:
-        """Of one token after `context` others; formats: {weight: format}, of all of `weights` that are multiplied by."""
-        return self.beside(context) + sum(self.of(spec, formats[spec.name]) for spec in weights if spec.name in formats)
+        """Of one token after `context` others. formats: {weight: format} of `weights`, those that are multiplied by."""
+        return self.beside(context) + sum(self.of(spec, formats[spec.name]) for spec in weights)
 
     def of(self, spec: LinearSpec, fmt: str) -> float:
         """Seconds of a weight's products for one token, on average; none for an embedding, whose rows are looked up."""
@@ -104,15 +115,10 @@ def shape_key(out_features: int, in_features: int) -> str:
 
 def kernels() -> str:
     """A hash of the compiled module: other kernels have other speeds."""
-    return hashlib.blake2b(Path(cpu_module().__file__).read_bytes(), digest_size=8).hexdigest()
+    return hashlib.blake2b(Path(str(cpu_module().__file__)).read_bytes(), digest_size=8).hexdigest()
 
 
 def model_key(config: Mapping[str, Any]) -> str:
     """A hash of what of config.json decides about the shape."""
     said = {key: value for key, value in config.items() if key not in IGNORED and not key.startswith("amq_")}
     return hashlib.blake2b(json.dumps(said, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()
-
-
-def times(table: SpeedTable, variables: Sequence[Sequence[LinearSpec]], choices: Sequence[Sequence[str]]) -> list[list[float]]:
-    """Seconds per token of every variable of a search (weights that share a format) in each of its formats."""
-    return [[sum(table.of(s, fmt) for s in variable) for fmt in names] for variable, names in zip(variables, choices, strict=True)]
