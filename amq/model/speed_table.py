@@ -23,17 +23,7 @@ from amq.util.native import cpu_module
 from amq.util.records import JsonFile
 
 MADE_BY = "amq bench MODEL --table FILE"
-IGNORED = frozenset(
-    {
-        "quantization_config",
-        "_name_or_path",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "auto_map",
-        "architectures",
-    }
-)
+IGNORED = ("quantization_config", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "auto_map")
 """Keys of config.json that say nothing of the shape."""
 
 

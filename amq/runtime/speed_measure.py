@@ -35,14 +35,14 @@ from amq.runtime.native_weights import NativeWeights
 from amq.runtime.weights import expert_linears
 from amq.util.limits import free_memory
 from amq.util.machine import cpu_name
-from amq.util.progress import Progress
+from amq.util.progress import Progress, Step
 from amq.util.tensors import open_files
 
 Shape = tuple[int, int]
 TOKENS, ROUNDS, PARTS = 49, 13, 4
 """Tokens decoded at each depth, calls over all copies of a weight; how many parts `quiet` makes of either."""
-MIXTURES = 3
-"""Of formats drawn for each weight, by which the engine's times are fitted."""
+TIMES, MIXTURES = 3, 3
+"""Whole measurements; and mixtures of formats, drawn for each weight, by which the engine's times are fitted."""
 ENOUGH = 0.7
 """Of the free memory, which a model of drawn weights may take."""
 MOST_COPIES, SHARE = 4096, 4
@@ -99,40 +99,55 @@ def shapes_of(spec: DecoderSpec) -> tuple[dict[str, Shape], dict[str, float]]:
 
 
 def measure(
-    model: Skeleton, wanted: Mapping[Shape, Collection[str]], how: How, progress: Progress | None = None
-) -> SpeedTable:
+    model: Skeleton, wanted: Mapping[Shape, Collection[str]], how: How, progress: Progress | None = None,
+    times: int = TIMES,
+) -> SpeedTable:  # fmt: skip
     """wanted: {shape: formats, 16 bits among them or not}; of the model's other shapes one format is measured besides.
 
-    Raises `Unsupported` where our engine lacks the family, AmqError where memory does not suffice.
+    Everything is measured `times` times from the beginning, and medians count: a shared machine's speed wanders for
+    longer than one figure takes. Raises `Unsupported` where our engine lacks the family, AmqError where memory does not
+    suffice.
     """
-    progress = progress or Progress()
-    named = [f for f in FORMATS if any(f in formats for formats in wanted.values())] or list(FORMATS)[:1]
-    base = named[0]
-    empty = model.drawn({}, how.group_size)
-    shapes, reads = shapes_of(empty.spec)
-    all_of_them = dict.fromkeys(shapes, base)
+    base = next((f for f in FORMATS if any(f in formats for formats in wanted.values())), next(iter(FORMATS)))
+    shapes, reads = shapes_of(model.drawn({}, how.group_size).spec)
     formats = {shape: {base, *wanted.get(shape, ())} for shape in sorted(set(shapes.values()))}
-    with progress.stage("speed table", 1 + sum(map(len, formats.values()))) as step:
-        whole = _passes(model.drawn(all_of_them, how.group_size), how)
-        step("the engine")
-        linears: dict[str, dict[str, float]] = {}
-        for shape, names in formats.items():
-            row = linears[shape_key(*shape)] = {}
-            for name in [f for f in FORMATS if f in names]:
-                row[name] = _kernel(shape, name, _bytes_of(shapes, reads, name, how), how)
-                step(f"{shape_key(*shape)} {name}")
-            if KEPT.name in names:
-                kept = {n: f for n, f in all_of_them.items() if shapes[n] != shape}
-                more = _passes(model.drawn(kept, how.group_size), how, depths=how.depths[:1])[how.depths[0]]
-                count = sum(reads[n] for n in shapes if shapes[n] == shape)
-                row[KEPT.name] = row[base] + (more - whole[how.depths[0]]) / count
-                step(f"{shape_key(*shape)} {KEPT.name}")
-    beside = _fit_to_engine(model, linears, shapes, reads, whole[how.depths[0]], how)
+    with (progress or Progress()).stage("speed table", times * (1 + sum(map(len, formats.values())))) as step:
+        found = [_measure(model, formats, shapes, reads, how, step) for _ in range(times)]
+    linears = {
+        shape: {name: statistics.median(one[0][shape][name] for one in found) for name in row}
+        for shape, row in found[0][0].items()
+    }
+    depths = {str(depth): statistics.median(one[1][depth] for one in found) for depth in how.depths}
     return SpeedTable(
         processor=cpu_name(), isa=cpu.cpu_module().isa(), threads=how.threads, kernels=kernels(), model=model.key,
         activations=how.activations, cache=how.cache, group_size=how.group_size, rows=how.rows, linears=linears,
-        depths={str(depth): beside + seconds - whole[how.depths[0]] for depth, seconds in whole.items()},
+        depths=depths,
     )  # fmt: skip
+
+
+def _measure(
+    model: Skeleton, formats: Mapping[Shape, Collection[str]], shapes: Mapping[str, Shape],
+    reads: Mapping[str, float], how: How, step: Step,
+) -> tuple[dict[str, dict[str, float]], dict[int, float]]:  # fmt: skip
+    """(linears, depths) of a `SpeedTable`."""
+    base, first = next(f for f in FORMATS if f in next(iter(formats.values()))), how.depths[0]
+    all_of_them = dict.fromkeys(shapes, base)
+    whole = _passes(model.drawn(all_of_them, how.group_size), how)
+    step("the engine")
+    linears: dict[str, dict[str, float]] = {}
+    for shape, names in formats.items():
+        row = linears[shape_key(*shape)] = {}
+        for name in [f for f in FORMATS if f in names]:
+            row[name] = _kernel(shape, name, _bytes_of(shapes, reads, name, how), how)
+            step(f"{shape_key(*shape)} {name}")
+        if KEPT.name in names:
+            kept = {n: f for n, f in all_of_them.items() if shapes[n] != shape}
+            more = _passes(model.drawn(kept, how.group_size), how, depths=(first,))[first]
+            count = sum(reads[n] for n in shapes if shapes[n] == shape)
+            row[KEPT.name] = row[base] + (more - whole[first]) / count
+            step(f"{shape_key(*shape)} {KEPT.name}")
+    beside = _fit_to_engine(model, linears, shapes, reads, whole[first], how)
+    return linears, {depth: beside + seconds - whole[first] for depth, seconds in whole.items()}
 
 
 def _fit_to_engine(
@@ -161,7 +176,7 @@ def _fit_to_engine(
             row[name] *= scale
     scale = statistics.median(_mixed(model, linears, shapes, reads, beside, how))
     for row in linears.values():
-        row |= {name: seconds * scale for name, seconds in row.items()}
+        row |= {name: seconds * scale for name, seconds in row.items() if name != KEPT.name}
     return beside
 
 
@@ -214,12 +229,20 @@ def _kernel(shape: Shape, fmt: str, footprint: float, how: How) -> float:
 
 def _passes(drawn: Drawn, how: How, depths: Sequence[int] = ()) -> dict[int, float]:
     """{depth: seconds of a pass that decodes a token of each sequence there}."""
-    depths = depths or how.depths
-    context = min(max(depths) + TOKENS + 2, drawn.spec.longest)
+    engine = open_drawn(drawn, how)
+    return {depth: decode_seconds(engine, depth, how.rows) for depth in depths or how.depths}
+
+
+def open_drawn(drawn: Drawn, how: How) -> NativeEngine:
+    """With room for the deepest of `how.depths`; Raises AmqError where the model is for no such text."""
+    context = max(how.depths) + TOKENS + 2
+    if context > drawn.spec.longest:
+        raise AmqError(
+            f"the model is for {drawn.spec.longest} positions: give a --context or --depth that leaves {TOKENS}"
+        )
     weights = NativeWeights(drawn, drawn.spec, context)
     options = {"int8": how.activations == "int8", "cache": how.cache}
-    engine = NativeEngine(weights, context, options, "", how.rows, how.threads)
-    return {depth: decode_seconds(engine, depth, how.rows) for depth in depths}
+    return NativeEngine(weights, context, options, "", how.rows, how.threads)
 
 
 def decode_seconds(engine: NativeEngine, depth: int, rows: int = 1, tokens: int = TOKENS) -> float:

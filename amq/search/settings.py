@@ -87,8 +87,8 @@ class BudgetSettings(Settings):
             raise AmqError(f"give one budget, not both {' and '.join(list(self.budgets)[:2])}")
         if self.context and self.memory is None and not self.timed:
             raise AmqError(
-                "--context sizes the KV cache within --memory, or is what comes before a token of --min-speed: give one "
-                "of these too"
+                "--context sizes the KV cache within --memory, or says what comes before a token of --min-speed: give "
+                "one of these too"
             )
         if self.max_loss is not None and self.min_speed is not None:
             raise AmqError("--max-loss asks for the smallest or fastest: give --prefer speed instead of --min-speed")
