@@ -144,7 +144,7 @@ def _measure(
             kept = {n: f for n, f in all_of_them.items() if shapes[n] != shape}
             more = _passes(model.drawn(kept, how.group_size), how, depths=(first,))[first]
             count = sum(reads[n] for n in shapes if shapes[n] == shape)
-            row[KEPT.name] = row[base] + (more - whole[first]) / count
+            row[KEPT.name] = max(*row.values(), row[base] + (more - whole[first]) / count)
             step(f"{shape_key(*shape)} {KEPT.name}")
     beside = _fit_to_engine(model, linears, shapes, reads, whole[first], how)
     return linears, {depth: beside + seconds - whole[first] for depth, seconds in whole.items()}
