@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from amq.errors import AmqError
 from amq.formats import KEPT, get_format
 from amq.model.inventory import EMBEDDING, Inventory
 from amq.model.speed_table import SpeedTable, kernels, model_key, shape_key
+from amq.report import write_report
 from amq.runtime.drawn import draw
 from amq.runtime.speed_measure import How, Skeleton, measure, quiet, shapes_of
 from amq.search import search
@@ -182,6 +184,14 @@ def test_a_search_measures_a_table_and_says_the_speed(run: tuple[Path, SpeedTabl
     assert chosen.details.tokens_per_second and chosen.details.tokens_per_second > 0.001
 
 
+def test_the_report_says_the_speed(run: tuple[Path, SpeedTable], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(run[0], folder)
+    write_report(folder)
+    page = (folder / "report.html").read_text()
+    assert "By the speed table of this run" in page and "; 0.001 were asked for" in page and ">tokens/s<" in page
+
+
 def test_select_reads_the_table_of_the_run(run: tuple[Path, SpeedTable], tmp_path: Path) -> None:
     folder, table = run
     given = tmp_path / "speed.json"
@@ -206,10 +216,8 @@ def test_select_reads_the_table_of_the_run(run: tuple[Path, SpeedTable], tmp_pat
 
 def test_a_run_without_a_table_says_how_to_make_one(run: tuple[Path, SpeedTable], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    folder.mkdir()
-    for path in run[0].iterdir():
-        if path.name != "speed.json" and path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(run[0], folder)
+    (folder / "speed.json").unlink()
     with pytest.raises(AmqError, match="has no speed table.* amq bench MODEL --table FILE, and give it as"):
         select(SelectSettings(run=str(folder), min_speed=1))
 
