@@ -84,6 +84,7 @@ class Details:
 
     bytes: of what `formats` names. bytes_read: of weights, by one token. loss, loss_confirm (on held-out windows),
     predicted_loss: nats per token, or in the unit of the objective that `provenance.loss` names.
+    tokens_per_second: of one user, by a speed table.
     """
 
     model: str | None = None
@@ -93,6 +94,7 @@ class Details:
     loss: float | None = None
     loss_confirm: float | None = None
     predicted_loss: float | None = None
+    tokens_per_second: float | None = None
     memory: Memory | None = None
     provenance: Provenance | None = None
 

@@ -16,10 +16,20 @@ log = logging.getLogger(__name__)
 def main(argv: Sequence[str] | None = None) -> int:
     given = parse_command(argv, BenchSettings, BenchCommand)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    json_file, csv_file = given.pop("json", None), given.pop("csv", None)
+    json_file, csv_file, table_file = (given.pop(name, None) for name in ("json", "csv", "table"))
+    group_size = given.pop("group_size", BenchCommand.group_size)
+    check_file(table_file, "--table")
     check_file(json_file, "--json", or_folder=True)
     check_file(csv_file, "--csv")
     settings = BenchSettings(**given)
+    if table_file:
+        from amq.bench.speed import speed_table, text
+        from amq.util.progress import terminal_progress
+
+        found = speed_table(settings, group_size, terminal_progress())
+        found.write(table_file)
+        print(text(found))
+        return 0
     from amq.bench.run import bench
     from amq.bench.table import csv_text, table
     from amq.util.progress import terminal_progress

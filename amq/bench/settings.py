@@ -88,6 +88,14 @@ class BenchCommand:
         None, "write all figures; into a folder: under a name of model, processor and date", metavar="FILE|DIR"
     )
     csv: Path | None = flag(None, "write the table's rows", metavar="FILE")
+    table: Path | None = flag(
+        None,
+        "measure a speed table instead, for --min-speed of search and select: seconds of every shape of the model in "
+        "every format; MODEL may be quantized or not. --threads, --activations, --cache, --depth and the first of "
+        "--batch hold",
+        metavar="FILE",
+    )
+    group_size: int = flag(128, "of --table: input features per scale", metavar="G")
 
 
 def numbers(text: str, flag: str, least: int = 1) -> list[int]:

@@ -21,6 +21,7 @@ from amq.search.archive import Record
 from amq.search.refine import PHASE as REFINE
 from amq.search.run_folder import RunFolder
 from amq.search.space import is_outer
+from amq.search.speed import Speed
 
 EPSILON = 1e-6
 """Two bits per weight closer than this are the same cost."""
@@ -75,6 +76,15 @@ class Shown:
             Cell(", ".join(compact(dict.fromkeys(names))), role, block, tuple(names))
             for (role, block), names in groups.items()
         ]
+
+    @cached_property
+    def speed(self) -> Speed | None:
+        """What a token takes, where the search asked."""
+        folder = self.folder
+        if folder.speed is None:
+            return None
+        of = folder.settings
+        return Speed.of(folder.speed, folder.inventory, folder.space, of.context, of.min_speed)
 
     @property
     def has_experts(self) -> bool:

@@ -15,6 +15,7 @@ from amq.report import charts
 from amq.report.data import EPSILON, Point, Shown, count_formats, show_bytes, show_change, show_loss
 from amq.report.look import show_details, write_page
 from amq.search.run_folder import RunFolder
+from amq.search.speed import Speed
 
 TEMPLATE = Path(__file__).with_name("page.html.jinja")
 NEIGHBOURS = 2  # points on each side of the chosen one that it is compared with
@@ -101,7 +102,17 @@ def _reads(run: Shown) -> str:
     read, full = run.read(run.chosen.formats), run.read(run.widest)
     return (
         f"For each token {show_bytes(read)} of weights are read, {100 * read / full:.0f} % of what 16 bits take: "
-        "this and the machine's bandwidth bound the speed."
+        "this and the machine's bandwidth bound the speed." + (f" {_speed(run, run.speed)}" if run.speed else "")
+    )
+
+
+def _speed(run: Shown, speed: Speed) -> str:
+    assert run.chosen is not None
+    after = f" after {speed.context} others" if speed.context else ""
+    wanted = f"; {speed.least:g} were asked for" if speed.least else ""
+    return (
+        f"By the speed table of this run ({speed.table.processor}, {speed.table.threads} threads) that is "
+        f"{1 / speed.seconds(run.chosen.formats):.1f} tokens/s{after}{wanted}."
     )
 
 
@@ -118,7 +129,9 @@ def _step_rows(run: Shown, chosen: int) -> list[list[str]]:
 def _point_rows(run: Shown) -> list[list[str]]:
     losses = [map(show_loss, (p.loss, p.heldout, p.predicted)) for p in run.choices]
     counts = [count_formats(p.formats.values()) for p in run.choices]
-    return [[f"{p.bits:.2f}", *shown, n] for p, shown, n in zip(run.choices, losses, counts, strict=True)]
+    speeds = [[f"{1 / run.speed.seconds(p.formats):.1f}"] if run.speed else [] for p in run.choices]
+    rows = zip(run.choices, losses, speeds, counts, strict=True)
+    return [[f"{p.bits:.2f}", *shown, *speed, n] for p, shown, speed, n in rows]
 
 
 def _details(run: Shown) -> dict[str, dict[str, str]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from amq.errors import AmqError
 from amq.model.losses import OBJECTIVES
-from amq.search.settings import SearchCommand, SearchSettings, SelectSettings
+from amq.search.settings import SPEED, SearchCommand, SearchSettings, SelectSettings
 from amq.util.settings import parse_command, run_command
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def summary(configuration: Configuration) -> str:
         if item.bytes or item.note:
             lines.append(f"  {item.bytes / 2**20:10.2f} MiB  {item.name}" + f" ({item.note})" * bool(item.note))
     lines.append(f"  {details.memory.total / 2**20:10.2f} MiB  total")
+    if details.tokens_per_second is not None:
+        lines.append(f"  {details.tokens_per_second:10.1f} tokens/s by the speed table")
     if details.bytes_read is not None:
         lines.append(f"  {details.bytes_read / 2**20:10.2f} MiB  of weights are read per token")
     return "\n".join(lines)
@@ -62,7 +64,9 @@ def _select(argv: Sequence[str]) -> int:
     settings = SelectSettings(**parse_command(argv, SelectSettings))
     from amq.search.select import select
 
-    run, (budget,) = Path(settings.run), settings.budgets.values()
+    run, asked = Path(settings.run), list(settings.budgets.values())
+    asked += [f"{settings.min_speed:g}tps"] if settings.min_speed is not None else []
+    budget = "-".join(map(str, asked)) + "-fast" * (settings.prefer == SPEED)
     configuration = select(settings)
     path = Path(settings.output) if settings.output else run / f"configuration-{budget}.json"
     if path.exists() and path.name == "configuration.json":

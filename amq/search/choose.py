@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from amq.configuration import Configuration, Details, Memory, bytes_read, linear_bytes, memory_items
+from amq.configuration import (
+    Configuration,
+    Details,
+    Memory,
+    bytes_read,
+    configuration_key,
+    linear_bytes,
+    memory_items,
+)
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import Inventory, LinearSpec
@@ -21,14 +29,29 @@ from amq.search.records import RunFile
 from amq.search.refine import PHASE as REFINE
 from amq.search.settings import BudgetSettings
 from amq.search.space import SearchSpace
+from amq.search.speed import TOLERANCE, Speed
 
 
 @dataclass(frozen=True)
 class Budget:
-    """At most `bits` bits per weight, or (with `max_loss`) the fewest bits whose loss is at most that."""
+    """At most `bits` bits per weight, or (with `max_loss`) the fewest bits whose loss is at most that.
+
+    speed: what a token may take, where that is asked. fast: the fastest counts, see `--prefer speed`.
+    """
 
     bits: float | None = None
     max_loss: float | None = None
+    speed: Speed | None = None
+    fast: bool = False
+
+    def fits(self, formats: Mapping[str, str]) -> bool:
+        """Whether a configuration is fast enough."""
+        return self.speed is None or self.speed.fits(formats)
+
+    def select(self, costs: np.ndarray, space: SearchSpace, bits: float) -> np.ndarray:
+        """The knapsack's choice at most `bits` bits per weight, and fast enough."""
+        capacity = space.capacity(bits)
+        return select(costs, space.sizes, capacity) if self.speed is None else self.speed.select(costs, capacity)
 
 
 def budget_from_memory(
@@ -108,22 +131,35 @@ def choose(
     if not search:
         raise AmqError("the run holds no feasible evaluation: nothing to choose from")
     if budget.max_loss is not None:
-        return _within_loss(budget.max_loss, search, confirm)
+        return _within_loss(budget, budget.max_loss, search, confirm)
     bits = check_bits(budget.bits if budget.bits is not None else space.bits_range[1], space)
     refined = _refined(records, bits)
     candidates = [
         _from_record(r, confirm)
         for key, r in search.items()
-        if r.bits_per_weight <= bits + 1e-6 and (r.phase != REFINE or key == refined)
+        if r.bits_per_weight <= bits + 1e-6 and (r.phase != REFINE or key == refined) and budget.fits(r.configuration)
     ]
     if table is not None and fit is not None:
-        formats = space.decode(select(space.variable_costs(table), space.sizes, space.capacity(bits)))
-        if not any(r.configuration == formats for r in records):  # an infeasible one must not come back as a prediction
-            predicted = float(fit.predict(np.array(table_cost(table, formats))))
-            candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
+        costs = space.variable_costs(table)
+        points = [budget.select(costs, space, bits)]
+        if budget.fast and budget.speed:
+            points += budget.speed.fastest(costs, space.capacity(bits))
+        known = {r.key for r in records}  # an infeasible one must not come back as a prediction
+        for formats in map(space.decode, points):
+            if configuration_key(formats) not in known and budget.fits(formats):
+                predicted = float(fit.predict(np.array(table_cost(table, formats))))
+                candidates.append(Chosen(formats, space.bits_of(formats), None, None, predicted))
     if not candidates:
-        raise AmqError(f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget")
-    return min(candidates, key=_expected_loss)
+        raise AmqError(
+            f"nothing that is fast enough was evaluated at {bits:g} bits per weight or below"
+            if budget.speed
+            else f"nothing was evaluated at {bits:g} bits per weight or below: search longer or raise the budget"
+        )
+    best, speed = min(candidates, key=_expected_loss), budget.speed
+    if not budget.fast or speed is None:
+        return best
+    enough = [c for c in candidates if _expected_loss(c) <= (1 + TOLERANCE) * _expected_loss(best)]
+    return min(enough, key=lambda c: (speed.seconds(c.formats), _expected_loss(c)))
 
 
 def _refined(records: Sequence[Record], bits: float) -> str | None:
@@ -142,7 +178,7 @@ def _expected_loss(candidate: Chosen) -> float:
     return math.inf if known is None else known
 
 
-def _within_loss(max_loss: float, search: dict[str, Record], confirm: dict[str, float]) -> Chosen:
+def _within_loss(budget: Budget, max_loss: float, search: dict[str, Record], confirm: dict[str, float]) -> Chosen:
     good = [r for r in search.values() if r.ranked <= max_loss]
     if not good:
         best = min(search.values(), key=lambda r: r.ranked)
@@ -150,6 +186,8 @@ def _within_loss(max_loss: float, search: dict[str, Record], confirm: dict[str, 
             f"no evaluated configuration has a loss of {max_loss:g} or less; the least is {best.ranked:.5f} at "
             f"{best.bits_per_weight:.3f} bits per weight: raise --max-loss or add a wider format to --formats"
         )
+    if budget.fast and (speed := budget.speed):
+        return _from_record(min(good, key=lambda r: (speed.seconds(r.configuration), r.ranked)), confirm)
     return _from_record(min(good, key=lambda r: (r.bits_per_weight, r.ranked)), confirm)
 
 
@@ -157,8 +195,8 @@ def _from_record(record: Record, confirm: dict[str, float]) -> Chosen:
     return Chosen(record.configuration, record.bits_per_weight, record.loss, confirm.get(record.key), None)
 
 
-def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings) -> Configuration:
-    """What was chosen, with its figures; budget: says the KV cache in its memory."""
+def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings, speed: Speed | None = None) -> Configuration:
+    """What was chosen, with its figures; budget: says the KV cache in its memory. speed: by which a token is timed."""
     model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
     bare = Configuration(chosen.formats, group_size)
     caches = run.kv_cache.caches(budget.cache) if budget.context else ()
@@ -170,6 +208,7 @@ def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings) -> Co
         loss=chosen.loss,
         loss_confirm=chosen.loss_confirm,
         predicted_loss=chosen.predicted,
+        tokens_per_second=None if speed is None else round(1 / speed.seconds(chosen.formats), 3),
         memory=Memory.of(memory_items(inventory, bare, caches, budget.context, budget.cache)),
         provenance=run.provenance,
     )

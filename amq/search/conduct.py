@@ -26,7 +26,7 @@ from amq.search.problem import Problem, TimeIsUp
 from amq.search.records import Cost, Evaluations, RunFile
 from amq.search.refine import AUTO_BITS, AUTO_EVALUATIONS
 from amq.search.run_folder import NAMES, RunWriter
-from amq.search.settings import SearchSettings
+from amq.search.settings import SPEED, SearchSettings
 from amq.search.solvers import SOLVERS
 from amq.search.solvers.base import Solution
 from amq.search.space import SearchSpace
@@ -68,16 +68,18 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     """The search from its first evaluation to its last file. started: `time.monotonic()`, when `--time` began."""
     settings = run.settings
     folder.write(run)
+    if problem.speed is not None:
+        folder.write(problem.speed.table)
     deadline = None if settings.time is None else started + parse_time(settings.time)
     solution, status = _solve(problem, settings, timings, deadline)
     _write_tables(folder, solution, problem)
-    records, budget = problem.archive.records, Budget(problem.budget, problem.max_loss)
+    records, budget = problem.archive.records, _budget(problem, settings)
     fit = fit_records(records, solution.table, problem.objective.ceiling) if solution.table else None
     chosen = choose(budget, problem.space, records, solution.table, fit)
     with timings.measure("confirm"):
         on_front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, problem.space, records, solution.table, fit)
-    configuration = to_configuration(chosen, run, settings)
+    configuration = to_configuration(chosen, run, settings, problem.speed)
     folder.write_configuration(configuration)
     front = make_front(problem, on_front, solution.table, fit, settings.loss)
     folder.write(front)
@@ -89,6 +91,10 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
         evaluations=_count_evaluations(problem, timings),
     ))  # fmt: skip
     return SearchResult(folder.path, configuration, front.front, front.uniform, front.hypervolume, status, seconds)
+
+
+def _budget(problem: Problem, settings: SearchSettings) -> Budget:
+    return Budget(problem.budget, problem.max_loss, problem.speed, settings.prefer == SPEED)
 
 
 def _solve(
@@ -141,6 +147,8 @@ def _plan(problem: Problem, planned: int, refine: str, seconds: float) -> str:
     low, high = space.bits_range
     resident = psutil.Process().memory_info().rss / 2**30
     target = f"loss ≤ {problem.max_loss}" if problem.max_loss is not None else f"{problem.budget:.4f} bits per weight"
+    if problem.speed is not None and problem.speed.least is not None:
+        target += f", {problem.speed.least:g} tokens/s after {problem.speed.context} others"
     return (
         f"plan: {describe(space)}, "
         f"10^{space.log10_size:.0f} configurations of {low:.3f} to {high:.3f} bits per weight; budget {target}\n"

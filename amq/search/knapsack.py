@@ -12,6 +12,8 @@ import numpy as np
 
 from amq.errors import AmqError
 
+GROWTH, BISECTIONS = 24, 30
+"""Steps of `select_in_time`: to a price of time at which nothing else counts, and between that and none."""
 MOST_PAIRS = 1 << 22
 """Pairs of changes that are looked through. With more variables than have as many, the greedy choice is closer to the
 optimum than a pair could bring it: what it leaves of the budget is less than one change of thousands."""
@@ -39,6 +41,43 @@ def select(costs: np.ndarray, sizes: np.ndarray, capacity: float, *, pairs: bool
             point[variable] = target
             used += extra
     return _fill(costs, sizes, np.array(point), capacity - used, pairs)
+
+
+def select_in_time(
+    costs: np.ndarray, sizes: np.ndarray, capacity: float, times: np.ndarray, most: float
+) -> np.ndarray | None:
+    """As `select`, of the choices that take `most` seconds together or less; None where there are none.
+
+    times: float64, same shape as costs, seconds. The second bound has a multiplier λ, by bisection the least with
+    which `select` on costs + λ · times keeps it: what lies off the convex hull of (cost, time) is not found.
+    """
+    rows = np.arange(len(sizes))
+
+    def at(price: float) -> tuple[np.ndarray, float]:
+        weighed = np.where(np.isinf(costs), np.inf, costs + price * times)
+        point = select(weighed, sizes, capacity)
+        return point, float(times[rows, point].sum())
+
+    point, seconds = at(0.0)
+    if seconds <= most:
+        return point
+    finite = costs[np.isfinite(costs)]
+    low, high = 0.0, float(np.ptp(finite)) / max(float(np.ptp(times)), 1e-12) or 1.0
+    for _ in range(GROWTH):
+        point, seconds = at(high)
+        if seconds <= most:
+            break
+        low, high = high, high * 4
+    else:
+        return None
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        found, seconds = at(middle)
+        if seconds <= most:
+            point, high = found, middle
+        else:
+            low = middle
+    return point
 
 
 def _smallest(costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -17,8 +17,10 @@ from amq.errors import AmqError
 from amq.model.losses import OBJECTIVES, Objective
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices, reference_loss
+from amq.search.knapsack import select
 from amq.search.records import SurrogateScores
 from amq.search.space import SearchSpace
+from amq.search.speed import Speed
 from amq.util.progress import Progress, Step
 
 Formats = Mapping[str, str]
@@ -51,7 +53,8 @@ class TimeIsUp(Exception):
 @dataclass
 class Problem:
     """cost_tables: {kind: () -> table}, computed when first asked for. deadline: `time.monotonic()` value or None.
-    table: the last one that was asked for, which a search that is stopped later still has."""
+    table: the last one that was asked for, which a search that is stopped later still has. speed: what a token may
+    take, where that is asked."""
 
     space: SearchSpace
     archive: Archive
@@ -67,6 +70,11 @@ class Problem:
     step: Step | None = None
     surrogate_log: list[SurrogateScores] = field(default_factory=list)
     table: Table | None = None
+    speed: Speed | None = None
+
+    def select(self, costs: np.ndarray, capacity: float) -> np.ndarray:
+        """The knapsack's choice within `capacity` bytes, and within the time that a token may take."""
+        return select(costs, self.space.sizes, capacity) if self.speed is None else self.speed.select(costs, capacity)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator for one purpose, independent of how much others have drawn."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from amq.search.knapsack import select
 from amq.search.problem import Problem
 from amq.search.space import SearchSpace
 
@@ -45,7 +44,7 @@ def refine(
         rng = problem.rng(2, index)
         noise = np.sum([rng.standard_normal(part.max() + 1)[part] for part in parts], axis=0)
         offset = centre + sigma * noise / np.sqrt(len(parts))
-        candidate = space.decode(select(costs * np.exp(offset)[:, None], space.sizes, capacity))
+        candidate = space.decode(problem.select(costs * np.exp(offset)[:, None], capacity))
         if candidate == best:
             sigma *= GROW
             continue

@@ -27,6 +27,7 @@ from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.settings import AUTO
+from amq.model.speed_table import SpeedTable
 from amq.model.text import Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
@@ -37,6 +38,7 @@ from amq.quantize.bank import BankSettings, WeightBank, open_bank
 from amq.quantize.methods import rotation_of
 from amq.quantize.rotate import check_widths
 from amq.runtime.families import Unsupported
+from amq.runtime.speed_measure import How, Skeleton, measure
 from amq.search.archive import Archive
 from amq.search.choose import Budget, budget_from_memory, check_bits
 from amq.search.conduct import SearchResult, Timings, conduct
@@ -56,6 +58,7 @@ from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cos
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, ENGINE, FREE_ON_RESUME, NATIVE, SearchSettings, differences
 from amq.search.space import SearchSpace, is_outer
+from amq.search.speed import Speed, wanted_times
 from amq.util.files import check_place
 from amq.util.limits import check_memory, fits, free_memory
 from amq.util.progress import Progress
@@ -109,7 +112,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         problem = Problem(
             stage.space, folder.archive, stage.evaluator, settings.solver, settings.seed, progress=progress
         )
-        problem.budget, problem.max_loss = stage.budget.bits, stage.budget.max_loss
+        problem.budget, problem.max_loss, problem.speed = stage.budget.bits, stage.budget.max_loss, stage.budget.speed
         problem.objective = OBJECTIVES[settings.loss]
         problem.cost_tables = _cost_tables(settings, stage, problem, folder, timings)
         return conduct(problem, run, folder, timings, started)
@@ -182,7 +185,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
         check_widths(rotation_of(settings.proxy, settings.rotation), quantized.linears)
         engine = _engine(settings, opened, space, quantized, progress)
         whole = _plan_memory(settings, opened, space, engine, progress)
-        budget = _budget(settings, opened, space)
+        budget = _budget(settings, opened, space, progress)
     with timings.measure("text"):
         count = settings.bank_windows + settings.windows + settings.confirm_windows + settings.cost_passes
         sampler = opened.sampler(settings.calibration, settings.window_length, settings.seed, count, progress)
@@ -370,20 +373,45 @@ def bank_formats(space: SearchSpace) -> tuple[list[BitFormat], dict[str, list[Bi
     return linears, {s.name: of([s]) for s in space.quantized if is_outer(s)}
 
 
-def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> Budget:
+def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> Budget:
     """What is asked for; raises AmqError where nothing fits it."""
+    speed = _speed(settings, opened, space, progress) if settings.timed else None
     if settings.max_loss is not None:
-        return Budget(max_loss=settings.max_loss)
+        return Budget(max_loss=settings.max_loss, speed=speed)
+    bits = _bits(settings, opened, space)
+    if speed is not None:
+        speed.select(speed.times, space.capacity(bits))  # raises where nothing is as fast, before hours of banking
+    return Budget(bits, speed=speed)
+
+
+def _bits(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> float:
+    """Most bits per weight that the budget leaves."""
+    low, high = space.bits_range
     if settings.memory is not None:
         memory = parse_size(settings.memory)
         caches = [cache.kept_as(settings.cache) for cache in opened.shape.caches] if settings.context else ()
-        return Budget(budget_from_memory(memory, settings.context, opened.inventory, caches, space))
+        return budget_from_memory(memory, settings.context, opened.inventory, caches, space)
     if settings.target_bits is not None:
-        return Budget(check_bits(settings.target_bits, space))
+        return check_bits(settings.target_bits, space)
+    if settings.min_speed is not None:
+        return high
     # no budget given: the cost of the middle format, so that there is something to compare with
-    middle = space.formats[len(space.formats) // 2]
-    low, high = space.bits_range
-    return Budget(min(max(space.bits_of(space.uniform(middle)), low), high))
+    return min(max(space.bits_of(space.uniform(space.formats[len(space.formats) // 2])), low), high)
+
+
+def _speed(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> Speed:
+    """By --speed-table or the table of the run that is resumed, else by one that is measured now."""
+    model, threads = Skeleton.of(opened.folder), torch.get_num_threads()
+    kept = Path(settings.output) / NAMES[SpeedTable]
+    given = settings.speed_table or (str(kept) if kept.is_file() else None)
+    if given is not None:
+        table = SpeedTable.read(Path(given))
+        table.check(given, settings.group_size, model.key, threads)
+    else:
+        depths = (0, settings.context) if settings.context else (0,)
+        how = How(group_size=settings.group_size, cache=settings.cache, threads=threads, depths=depths)
+        table = measure(model, wanted_times(opened.inventory, space), how, progress)
+    return Speed.of(table, opened.inventory, space, settings.context, settings.min_speed)
 
 
 def _cost_tables(

@@ -15,6 +15,7 @@ from types import TracebackType
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.model.inventory import Inventory
+from amq.model.speed_table import SpeedTable
 from amq.search.archive import Archive, Record, read_archive
 from amq.search.front_file import Front
 from amq.search.records import Cost, RunFile, SurrogateScores
@@ -29,6 +30,7 @@ CONFIGURATION = "configuration.json"
 SURROGATE = "surrogate.json"
 NAMES: dict[type, str] = {
     RunFile: "run.json", Front: "front.json", Cost: "cost.json", Sensitivity: "sensitivity.json",
+    SpeedTable: "speed.json",
 }  # fmt: skip
 
 
@@ -86,6 +88,12 @@ class RunFolder:
         return Sensitivity.read(path) if path else None
 
     @cached_property
+    def speed(self) -> SpeedTable | None:
+        """Of a search that asked how long a token takes."""
+        path = self._file(NAMES[SpeedTable])
+        return SpeedTable.read(path) if path else None
+
+    @cached_property
     def surrogate(self) -> tuple[SurrogateScores, ...] | None:
         """One entry per iteration of the paper's solver."""
         path = self._file(SURROGATE)
@@ -118,7 +126,7 @@ class RunWriter:
     def __init__(self, path: Path, archive: Archive) -> None:
         self.path, self.archive = path, archive
 
-    def write(self, record: RunFile | Front | Cost | Sensitivity) -> None:
+    def write(self, record: RunFile | Front | Cost | Sensitivity | SpeedTable) -> None:
         record.write(self.path / NAMES[type(record)])
 
     def write_configuration(self, configuration: Configuration) -> None:

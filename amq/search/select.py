@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from amq.configuration import Configuration
+from amq.errors import AmqError
 from amq.model.losses import OBJECTIVES
+from amq.model.speed_table import MADE_BY, SpeedTable
 from amq.search.choose import Budget, budget_from_memory, check_bits, choose, to_configuration
 from amq.search.loss_curve import fit_records
-from amq.search.run_folder import RunFolder
-from amq.search.settings import SelectSettings
+from amq.search.run_folder import NAMES, RunFolder
+from amq.search.settings import SPEED, SelectSettings
+from amq.search.speed import Speed
 from amq.util.settings import parse_size
 
 
@@ -22,6 +25,7 @@ def select_from_run(path: Path | str, **budget: Any) -> Configuration:
 def select(settings: SelectSettings) -> Configuration:
     """As `select_from_run`."""
     folder = RunFolder.open(Path(settings.run))
+    speed = _speed(settings, folder)
     bits: float | None = None
     if settings.memory is not None:
         memory = parse_size(settings.memory)
@@ -31,5 +35,24 @@ def select(settings: SelectSettings) -> Configuration:
         bits = check_bits(settings.target_bits, folder.space)
     table = folder.cost.cost if folder.settings.solver == "additive" and folder.cost else None
     fit = fit_records(folder.archive, table, OBJECTIVES[folder.settings.loss].ceiling) if table else None
-    chosen = choose(Budget(bits, settings.max_loss), folder.space, folder.archive, table, fit)
-    return to_configuration(chosen, folder.run, settings)
+    budget = Budget(bits, settings.max_loss, speed, settings.prefer == SPEED)
+    chosen = choose(budget, folder.space, folder.archive, table, fit)
+    return to_configuration(chosen, folder.run, settings, speed)
+
+
+def _speed(settings: SelectSettings, folder: RunFolder) -> Speed | None:
+    """By --speed-table, else the table of the search; None where time is not asked about, and there is none."""
+    if settings.speed_table is not None:
+        table, source = SpeedTable.read(Path(settings.speed_table)), settings.speed_table
+    elif folder.speed is not None:
+        table, source = folder.speed, str(folder.path / NAMES[SpeedTable])
+    elif settings.timed:
+        raise AmqError(
+            f"{folder.path} has no speed table, since its search asked for no speed: make one with {MADE_BY}, and give "
+            "it as --speed-table FILE"
+        )
+    else:
+        return None
+    if settings.timed:  # else it only says what the configuration reaches there
+        table.check(source, folder.settings.group_size, folder.speed.model if folder.speed else None)
+    return Speed.of(table, folder.inventory, folder.space, settings.context, settings.min_speed)

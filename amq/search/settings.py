@@ -21,6 +21,7 @@ SEARCH = "how to search"
 COSTS = ("fisher", "sensitivity", "weight")
 """Kinds of cost table; `amq.search.run` makes them."""
 NATIVE = "native"
+QUALITY, SPEED = "quality", "speed"
 EXPERTS = "experts"
 
 PAPER: dict[str, Any] = {
@@ -60,14 +61,45 @@ class BudgetSettings(Settings):
         metavar="L",
     )
 
+    min_speed: float | None = flag(
+        None,
+        "budget, alone or beside --target-bits or --memory: tokens/s of one user at least, after --context others, by "
+        "a table of this machine's times",
+        REACH,
+        above=0,
+        metavar="T",
+    )
+    prefer: str = flag(
+        QUALITY,
+        "what counts among all within the budget: quality, the least loss; speed, the fastest that loses at most a "
+        "tenth more than that, or under --max-loss the fastest instead of the smallest",
+        REACH,
+        choices=(QUALITY, SPEED),
+    )
+    speed_table: str | None = flag(
+        None, "the table, from amq bench MODEL --table FILE; default: a search measures one", REACH, metavar="FILE"
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if len(self.budgets) > 1:
             raise AmqError(f"give one budget, not both {' and '.join(list(self.budgets)[:2])}")
-        if self.context and self.memory is None:
-            raise AmqError("--context sizes the KV cache within --memory: give --memory too")
+        if self.context and self.memory is None and not self.timed:
+            raise AmqError(
+                "--context sizes the KV cache within --memory, or says what comes before a token of --min-speed: give "
+                "one of these too"
+            )
+        if self.max_loss is not None and self.min_speed is not None:
+            raise AmqError("--max-loss asks for the smallest or fastest: give --prefer speed instead of --min-speed")
+        if self.speed_table is not None and not self.timed:
+            raise AmqError("--speed-table is for --min-speed or --prefer speed: give one of these too")
         if self.cache != DEFAULT_CACHE and not self.context:
             raise AmqError(f"--cache {self.cache} is what the tokens of --context are kept as: give --context too")
+
+    @property
+    def timed(self) -> bool:
+        """Whether a token's time is asked about."""
+        return self.min_speed is not None or self.prefer == SPEED
 
     @property
     def budgets(self) -> dict[str, float | str]:
@@ -259,8 +291,8 @@ class SelectSettings(BudgetSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.budgets:
-            raise AmqError("select needs exactly one budget: --target-bits, --memory or --max-loss")
+        if not self.budgets and self.min_speed is None:
+            raise AmqError("select needs a budget: --target-bits, --memory or --max-loss, or --min-speed")
 
 
 FREE_ON_RESUME = frozenset(

@@ -39,16 +39,21 @@ def solve(problem: Problem, options: SearchSettings) -> Solution:
     def configuration(bits: float) -> dict[str, str]:
         return space.decode(choose(costs, space.sizes, space.capacity(bits)))
 
+    def at_budget(bits: float) -> dict[str, str]:
+        if problem.speed is None:
+            return configuration(bits)
+        return space.decode(problem.select(costs, space.capacity(bits)))
+
     wanted = [(formats, "uniform") for formats in uniform_configurations(space)]
     if problem.budget is not None:
-        wanted.append((configuration(problem.budget), "budget"))
+        wanted.append((at_budget(problem.budget), "budget"))
     low, high = space.front_range
     wanted += [(configuration(bits), "front") for bits in front_budgets(space, options.points)]
     problem.evaluate_many(wanted)
     if problem.max_loss is not None:
         _bisect(problem, problem.max_loss, configuration)
     budget = problem.budget if problem.budget is not None else (low + high) / 2
-    _refine(problem, options, costs, configuration(budget), budget)
+    _refine(problem, options, costs, at_budget(budget), budget)
     if options.cost != "sensitivity":
         return Solution(table=table)
     measured = measure(problem, options.prune)  # every loss is in the archive already; this solver pins nothing
