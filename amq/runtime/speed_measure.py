@@ -254,8 +254,8 @@ def decode_seconds(engine: NativeEngine, depth: int, rows: int = 1, tokens: int 
         slot = engine.open(prompt, tokens, reuse=False)
         if slot is None:
             raise AmqError(f"the engine has no room for {rows} sequences of {depth + tokens} positions")
-        for start in range(0, depth, engine.max_rows):
-            part = prompt[start : min(depth, start + engine.max_rows)]
+        for first in range(0, depth, engine.max_rows):
+            part = prompt[first : min(depth, first + engine.max_rows)]
             engine.forward([Segment(slot, part, logits=False)])
         slots.append(slot)
     last: list[int] = [prompt[-1]] * rows
