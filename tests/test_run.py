@@ -167,7 +167,7 @@ def test_select_chooses_again_without_a_model(folder, tmp_path, capsys, monkeypa
     status, out, err = command("select", run, "--target-bits", 9, capsys=capsys)
     assert status == 2 and "reachable range" in err
     status, out, err = command("select", run, capsys=capsys)
-    assert status == 2 and "exactly one budget" in err
+    assert status == 2 and "select needs a budget" in err
     status, out, err = command("select", tmp_path, "--target-bits", 3, capsys=capsys)
     assert status == 2 and "not a run folder" in err
 
