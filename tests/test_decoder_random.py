@@ -43,7 +43,8 @@ class Run:
     ("seed", "cache"), [*((seed, None) for seed in range(16)), *((seed, "int4") for seed in range(16, 28))]
 )
 def test_a_token_depends_on_its_text_alone(seed: int, cache: str | None) -> None:
-    """cache: of what kind; None: any. That whose keys are rounded by the page has the most that passes could change."""
+    """cache: of what kind; None: any, each step's its own. That whose keys are rounded by the page has the most that
+    passes could change."""
     made = RandomDecoder(seed, CONTEXT, THREADS, cache)
     isa, most = made.pick(*cpu_module().isas()), made.max_rows
     lengths = [made.pick(1, 2, 5, 17, 70, 150) for _ in range(SEQUENCES)]

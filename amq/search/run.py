@@ -26,6 +26,7 @@ from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
+from amq.model.shape import kept_as
 from amq.model.text import Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
@@ -375,7 +376,7 @@ def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> 
         return Budget(max_loss=settings.max_loss)
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = [cache.kept_as(settings.cache) for cache in opened.shape.caches] if settings.context else ()
+        caches = kept_as(opened.shape.caches, settings.cache) if settings.context else ()
         return Budget(budget_from_memory(memory, settings.context, opened.inventory, caches, space))
     if settings.target_bits is not None:
         return Budget(check_bits(settings.target_bits, space))

@@ -69,15 +69,15 @@ std::vector<float> common_key(const DecoderModel& m, int64_t index) {
 }
 
 CacheView DecoderPass::head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const {
-    return {pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op), segment.pages, m_.page_bytes};
+    return {pass_.cache + op.cache_offset + kv_head * op.head_bytes(), segment.pages, m_.page_bytes};
 }
 
 // Where pages are rounded: keys of the sequence's page number `page`, one that the segment writes to. Of the last one they are in
 // its spare pages, for the passes to come.
 FreshKeys DecoderPass::fresh_keys(const Attention& op, const Segment& segment, int64_t kv_head, int64_t page) const {
-    if (!kCaches[m_.cache].rounds_pages()) return {};
+    if (!op.kind().rounds_pages()) return {};
     if (page == segment.last_page()) {
-        uint8_t* const part = pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op);
+        uint8_t* const part = pass_.cache + op.cache_offset + kv_head * op.head_bytes();
         return {{part + segment.spare[0] * m_.page_bytes, part + segment.spare[1] * m_.page_bytes}};
     }
     const int64_t half = FreshKeys::half_bytes(op.head_dim), place = segment.fresh + page - segment.first_page();
@@ -106,7 +106,7 @@ void DecoderPass::round_pages(const Attention& op) {
         for (int64_t page = segment.first_page(); page < segment.first_page() + segment.full_pages(); ++page)
             for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head, ++item)
                 if (item >= team_.begin(total) && item < team_.end(total))
-                    vector_.round_page[m_.cache](fresh_keys(op, segment, kv_head, page),
+                    vector_.round_page[op.cache](fresh_keys(op, segment, kv_head, page),
                                                  head_cache(op, segment, kv_head).page(page * kPage),
                                                  static_cast<int>(op.head_dim));
     team_.wait();
@@ -119,13 +119,13 @@ void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_
     if (op.v_norm) vector_.rms_norm(value, op.v_norm, m_.epsilon, op.head_dim, value);
     if (op.k_norm) vector_.rms_norm(key, op.k_norm, m_.epsilon, op.head_dim, key);
     rotate(op, segment, position, key);
-    if (kCaches[m_.cache].codes_keys()) {
+    if (op.kind().codes_keys()) {
         if (!op.common_key.empty())
             for (int64_t k = 0; k < op.head_dim; ++k) key[k] -= op.common_key[kv_head * op.head_dim + k];
-        if (kCaches[m_.cache].spreads_keys()) spread(key, op.head_dim);
+        if (op.kind().spreads_keys()) spread(key, op.head_dim);
     }
-    if (kCaches[m_.cache].spreads_values()) spread(value, op.head_dim);
-    vector_.store[m_.cache](head_cache(op, segment, kv_head), position, key, value, static_cast<int>(op.head_dim),
+    if (op.kind().spreads_values()) spread(value, op.head_dim);
+    vector_.store[op.cache](head_cache(op, segment, kv_head), position, key, value, static_cast<int>(op.head_dim),
                             fresh_keys(op, segment, kv_head, position / kPage));
 }
 
@@ -164,12 +164,12 @@ void DecoderPass::rotate_and_store(const Attention& op) {
         rotate(op, segment, position, q);
         const float scale = op.scale * (op.position_scale ? op.position_scale[position] : 1.0f);
         for (int64_t k = 0; k < op.head_dim; ++k) q[k] *= scale;
-        if (kCaches[m_.cache].spreads_keys()) spread(q, op.head_dim);
+        if (op.kind().spreads_keys()) spread(q, op.head_dim);
     }
 }
 
 void DecoderPass::apply(const Step& step, const Attention& op) {
-    const bool rounds = kCaches[m_.cache].rounds_pages() && op.cache_of < 0;
+    const bool rounds = op.kind().rounds_pages() && op.cache_of < 0;
     if (rounds) move_begun(op);
     project_stream(step, op.qkv);
     rotate_and_store(op);
@@ -247,7 +247,7 @@ void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64
         parts[i].values = values[1][i];
         std::fill(values[0][i], values[0][i] + head_dim, 0.0f);
     }
-    const auto kernel = vector_.attend[m_.cache];
+    const auto kernel = vector_.attend[op.cache];
     const CacheView cache = head_cache(op, segment, kv_head);
     const FreshKeys fresh = fresh_keys(op, segment, kv_head, rows[0].last / kPage);
     const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
@@ -281,7 +281,7 @@ void DecoderPass::finish_head(const Attention& op, int64_t head, Partial& sum, f
         vector_.merge(sum, {op.sinks[head], 1, nothing}, head_dim);
     }
     vector_.finish(sum, head_dim, out);
-    if (kCaches[m_.cache].spreads_values()) spread(out, head_dim);
+    if (op.kind().spreads_values()) spread(out, head_dim);
 }
 
 // The row of attention's output from what was computed span by span.
