@@ -298,5 +298,6 @@ def test_the_benchmark_runs(folder: Path, tmp_path: Path, capsys: pytest.Capture
     assert rows["float16"]["perplexity_32"] == pytest.approx(rows["float32"]["perplexity_32"], rel=1e-3)
     assert rows["k8v4"]["perplexity_16"] == pytest.approx(rows["float32"]["perplexity_16"], rel=0.05)
     assert rows["int8"]["bytes_per_token"] < 0.6 * rows["float16"]["bytes_per_token"]
+    assert rows["mixed"]["bytes_per_token"] == rows["int8"]["bytes_per_token"]  # both layers are at an end
     assert rows["int4"]["bytes_per_token"] < 0.31 * rows["float16"]["bytes_per_token"]
     assert rows["float16"]["decode_40"]["speedup"] == 1 and "| k8v4 |" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.model.shape import ModelShape
-from amq.runtime.decoder_spec import Attention, DecoderSpec
+from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.settings import AUTO_CACHE
 
 
@@ -26,7 +26,7 @@ def choose_kinds(
         for each. engine: its name in errors. known: the kinds that it has.
     Raises AmqError for a kind that the engine does not have, and for another number of them.
     """
-    own = sum(op.cache_of is None for op in spec.parts(Attention))
+    own = spec.own_caches
     advice = checkpoint.record.cache if given == AUTO_CACHE else {}
     if advice:
         given = _advised(checkpoint)

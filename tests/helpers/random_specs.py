@@ -71,8 +71,7 @@ class RandomDecoder:
         return bool(self.random.random() < chance)
 
     def _caches(self) -> list[str]:
-        own = sum(op.cache_of is None for op in self.spec.parts(Attention))
-        return [self.pick(*cpu_module().CACHES) for _ in range(own)]
+        return [self.pick(*cpu_module().CACHES) for _ in range(self.spec.own_caches)]
 
     def _name(self, kind: str) -> str:
         self._count += 1

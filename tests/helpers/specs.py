@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from amq.model.experts import unfuse
 from amq.model.shape import ModelShape
-from amq.runtime.decoder_spec import Array, Attention, DecoderSpec, Linear, Table
+from amq.runtime.decoder_spec import Array, DecoderSpec, Linear, Table
 from amq.runtime.families import read_spec
 
 
@@ -44,6 +44,5 @@ def check(config: Any, auto: Any = AutoModelForCausalLM, written: Sequence[dict[
         text = {name: shape for name, shape in tensors.items() if not name.startswith(spec.unread)}
         assert expected_shapes(spec) == text
         assert (spec.head.name == spec.embedding.name) == bool(tied)
-        own = sum(op.cache_of is None for op in spec.parts(Attention))
-        assert len(ModelShape.of(said).keeping) == own  # so kinds of caches by layer are those of steps, in order
+        assert len(ModelShape.of(said).keeping) == spec.own_caches
     return tuple(tensors.keys() - text.keys())
