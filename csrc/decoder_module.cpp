@@ -66,8 +66,8 @@ std::unique_ptr<amq::Decoder> make_decoder(const py::object& spec, const py::dic
     return std::make_unique<amq::Decoder>(std::move(m), max_rows, threads);
 }
 
-// (tokens, position, pages: int32, the last of them its spare ones, whether the text is a long one, its state, [(tokens, state)] of
-// its snapshots)
+// (tokens, position, pages: int32, the last of them its spare ones and then that of its first page's keys, whether the text is a
+// long one, its state, [(tokens, state)] of its snapshots)
 using SegmentTuple = std::tuple<int64_t, int64_t, Memory, bool, int64_t, std::vector<std::tuple<int64_t, int64_t>>>;
 
 amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given, int64_t first_row, int64_t cache_pages,
@@ -76,16 +76,16 @@ amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given,
     require_size(rows, "tokens of a segment", 1);
     require(position >= 0 && position <= m.context - rows, "position", "within the context of " + std::to_string(m.context),
             position);
-    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1, n_spare = m.spare_pages;
-    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", (n_pages + n_spare) * 4);
-    const int32_t* spare = table ? table + std::get<1>(pages) / 4 - n_spare : nullptr;
+    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1, n_more = m.spare_pages + m.first_pages;
+    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", (n_pages + n_more) * 4);
+    const int32_t* spare = table ? table + std::get<1>(pages) / 4 - n_more : nullptr;
     const auto check = [&](const int32_t* numbers, int64_t count) {
         for (int64_t i = 0; numbers && i < count; ++i)
             require(numbers[i] >= 0 && numbers[i] < cache_pages, "page", "below " + std::to_string(cache_pages), numbers[i]);
     };
     check(table, n_pages);
-    check(spare, n_spare);
-    amq::Segment made{first_row, rows, position, table, spare, long_text, state, {}};
+    check(spare, n_more);
+    amq::Segment made{first_row, rows, position, table, spare, spare ? spare + m.spare_pages : nullptr, long_text, state, {}};
     if (m.state_floats == 0) return made;
     require(state >= 0 && state < n_states, "state", "below " + std::to_string(n_states), state);
     for (const auto& [after, number] : snapshots) {
@@ -161,6 +161,7 @@ void bind_decoder(py::module_& m) {
              py::arg("group_size"), py::arg("int8"), py::arg("cache"), py::arg("max_rows"), py::arg("threads"))
         .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes; })
         .def_property_readonly("spare_pages", [](const amq::Decoder& d) { return d.model().spare_pages; })
+        .def_property_readonly("first_pages", [](const amq::Decoder& d) { return d.model().first_pages; })
         .def_property_readonly("state_floats", [](const amq::Decoder& d) { return d.model().state_floats; })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),
              py::arg("cache"), py::arg("states"), py::arg("threads"), py::arg("isa") = "", py::arg("final") = false,

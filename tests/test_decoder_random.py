@@ -20,7 +20,8 @@ class Run:
     """Sequences with pages and states of their own; a part of one is (sequence, position, tokens)."""
 
     def __init__(self, made: RandomDecoder, isa: str) -> None:
-        self.made, self.isa, pages = made, isa, -(-CONTEXT // PAGE) + made.decoder.spare_pages
+        self.made, self.isa = made, isa
+        pages = -(-CONTEXT // PAGE) + made.decoder.spare_pages + made.decoder.first_pages
         self.pages = made.random.permutation(SEQUENCES * pages).astype(np.int32).reshape(SEQUENCES, pages)
         self.cache = np.full(max(1, SEQUENCES * pages * made.decoder.page_bytes), 0x7F, np.uint8)
         self.states = np.full((SEQUENCES, max(1, made.decoder.state_floats)), np.nan, np.float32)

@@ -72,7 +72,7 @@ def spread(x: Tensor) -> Tensor:
 class RoundedCache(DynamicCache):
     """What comes in is rounded as its layer's kind says, position by position and head by head, keys behind a rotation;
     keys in less than 8 bits feature by feature instead, in the pages before the one that what came last is in, which is
-    to come by itself."""
+    to come by itself; the first page in 8 bits then."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
         super().__init__()
@@ -80,16 +80,20 @@ class RoundedCache(DynamicCache):
 
     def update(self, key: Tensor, value: Tensor, layer: int, *where: Any, **more: Any) -> tuple[Tensor, Tensor]:
         keys, values = BITS[self._kinds[layer]]
-        if keys < 8:
+        by_page = keys < 8
+        if by_page and not self.get_seq_length(layer):
+            key, value = (spread(rounded(spread(x), 8)) for x in (key, value))
+            return super().update(key, value, layer, *where, **more)
+        if by_page:
             key = rounded(key, 16)
         else:
             key = rounded(key, keys) if keys >= 16 else spread(rounded(spread(key), keys))
         value = rounded(value, values) if values >= 8 else spread(rounded(spread(value), values))
         key, value = super().update(key, value, layer, *where, **more)
-        if keys < 8:
+        if by_page:
             before = (key.shape[-2] - 1) // PAGE * PAGE
-            pages = key[..., :before, :].unflatten(-2, (-1, PAGE))  # [.., pages, PAGE, head_dim]
-            key = torch.cat([rounded(pages.mT, keys).mT.flatten(-3, -2), key[..., before:, :]], -2)
+            pages = key[..., PAGE:before, :].unflatten(-2, (-1, PAGE))  # [.., pages, PAGE, head_dim]
+            key = torch.cat([key[..., :PAGE, :], rounded(pages.mT, keys).mT.flatten(-3, -2), key[..., before:, :]], -2)
         return key, value
 
 

@@ -47,8 +47,9 @@ GRID_BYTES = 4
 feature of a page has them."""
 PAGE = 64
 """Positions that such keys are rounded together for."""
-SPARE_PAGES = 2
-"""That a sequence has beside those of its positions then: where keys are in fp16 until their page is full."""
+SPARE_PAGES = 3
+"""That a sequence has beside those of its positions then: two where keys are in fp16 until their page is full, one for
+the keys of its first page."""
 STATES = frozenset({"linear_attention", "conv"})
 BOTH = frozenset({"hybrid", "hybrid_sliding"})
 """Layers with a state beside keys and values."""

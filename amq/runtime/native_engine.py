@@ -69,10 +69,11 @@ class NativeEngine(PagedEngine):
         except (ValueError, TypeError) as error:  # TypeError: a number beyond 64 bits
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
         page, page_bytes, spare = cpu_module().PAGE, self._decoder.page_bytes, self._decoder.spare_pages
-        cache_bytes = max_sequences * (-(-context // page) + spare) * page_bytes
+        first = self._decoder.first_pages
+        cache_bytes = max_sequences * (-(-context // page) + spare + first) * page_bytes
         states = self._make_states(page, max_sequences, cache_bytes, state_cache)
         kept = store(page_bytes) if store else None
-        super().__init__(weights.spec, context, max_sequences, page, page_bytes, states, root, kept, spare)
+        super().__init__(weights.spec, context, max_sequences, page, page_bytes, states, root, kept, spare, bool(first))
         self._cache = empty_bytes(cache_bytes)  # a page takes memory once it is written to
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 

@@ -198,6 +198,7 @@ struct Sizes {
         a.cache_offset = m.page_bytes;
         m.page_bytes += a.n_kv_heads * a.head_bytes();
         m.spare_pages = std::max(m.spare_pages, a.kind().spare_pages());
+        m.first_pages = std::max<int>(m.first_pages, a.kind().first_apart());
     }
     void add(DecoderModel& m, DeltaNet& d) {
         project(d.in);

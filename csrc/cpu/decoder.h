@@ -201,7 +201,8 @@ struct DecoderModel {
     Mode mode = Mode::fp32;
 
     int64_t page_bytes = 0;    // of the KV cache: kPage positions of all steps and KV heads (set by the Decoder)
-    int spare_pages = 0;       // of a sequence: the most that a step's kind has (set by the Decoder)
+    // Of a sequence, beside those of its positions: the most that a step's kind has, and of its first page's keys (set by the Decoder).
+    int spare_pages = 0, first_pages = 0;
     int64_t fresh_bytes = 0;   // of a page of Decoder::fresh_ (set by the Decoder)
     int64_t state_floats = 0;  // of a sequence's recurrent state, 0 where there is none (set by the Decoder)
 };
@@ -216,6 +217,7 @@ struct Segment {
     int64_t first_row, rows, position;
     const int32_t* pages;  // of the cache, for all its positions so far
     const int32_t* spare;  // pages of its own, DecoderModel::spare_pages of them
+    const int32_t* first;  // that with the keys of its first page, where there is one
     bool long_text;        // which of two tables of angles
     int64_t state;         // number of its recurrent state; not read at position 0
     std::vector<Snapshot> snapshots;  // by rows

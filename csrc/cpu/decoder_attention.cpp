@@ -32,6 +32,15 @@ void spread(float* x, int64_t head_dim) {
     }
 }
 
+// Whether a head's keys and its values of a first page each fit in its place of a page.
+constexpr bool first_fits(int64_t head_dim) {
+    const int64_t keys = key_bytes(kCaches[kFirstKind], head_dim), values = head_bytes(kCaches[kFirstKind], head_dim) - keys;
+    for (const CacheKind& kind : kCaches)
+        if (kind.first_apart() && std::max(keys, values) > head_bytes(kind, head_dim)) return false;
+    return true;
+}
+static_assert(first_fits(16) && first_fits(kMaxHeadDim));  // linear in between
+
 }  // namespace
 
 // What biases of keys come to behind the rotary embedding, on average over kMean positions: of features that turn slowly about
@@ -69,7 +78,14 @@ std::vector<float> common_key(const DecoderModel& m, int64_t index) {
 }
 
 CacheView DecoderPass::head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const {
-    return {pass_.cache + op.cache_offset + kv_head * op.head_bytes(), segment.pages, m_.page_bytes};
+    return {pass_.cache + op.cache_offset + kv_head * op.head_bytes(), segment.pages, m_.page_bytes,
+            key_bytes(op.kind(), op.head_dim)};
+}
+
+// Of a first page that is kept apart: keys in a page of their own, values where the page's keys and values would be.
+CacheView DecoderPass::first_cache(const Attention& op, const Segment& segment, int64_t kv_head) const {
+    const int64_t values = (segment.pages[0] - *segment.first) * m_.page_bytes;
+    return {pass_.cache + op.cache_offset + kv_head * op.head_bytes(), segment.first, m_.page_bytes, values};
 }
 
 // Where pages are rounded: keys of the sequence's page number `page`, one that the segment writes to. Of the last one they are in
@@ -97,13 +113,15 @@ void DecoderPass::move_begun(const Attention& op) {
     }
 }
 
-// Codes of the pages that are full now; with a barrier behind that.
+// Codes of the pages that are full now, but for first ones, which have theirs; with a barrier behind that.
 void DecoderPass::round_pages(const Attention& op) {
     int64_t total = 0, item = 0;
-    for (const Segment& segment : pass_.segments) total += segment.full_pages() * op.n_kv_heads;
+    const auto first = [](const Segment& segment) { return std::max<int64_t>(1, segment.first_page()); };
+    const auto stop = [](const Segment& segment) { return segment.first_page() + segment.full_pages(); };
+    for (const Segment& segment : pass_.segments) total += std::max<int64_t>(0, stop(segment) - first(segment)) * op.n_kv_heads;
     if (total == 0) return;
     for (const Segment& segment : pass_.segments)
-        for (int64_t page = segment.first_page(); page < segment.first_page() + segment.full_pages(); ++page)
+        for (int64_t page = first(segment); page < stop(segment); ++page)
             for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head, ++item)
                 if (item >= team_.begin(total) && item < team_.end(total))
                     vector_.round_page[op.cache](fresh_keys(op, segment, kv_head, page),
@@ -119,14 +137,16 @@ void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_
     if (op.v_norm) vector_.rms_norm(value, op.v_norm, m_.epsilon, op.head_dim, value);
     if (op.k_norm) vector_.rms_norm(key, op.k_norm, m_.epsilon, op.head_dim, key);
     rotate(op, segment, position, key);
+    const bool first = op.kind().first_apart() && position < kPage;
+    const int kind = first ? kFirstKind : op.cache;
     if (op.kind().codes_keys()) {
         if (!op.common_key.empty())
             for (int64_t k = 0; k < op.head_dim; ++k) key[k] -= op.common_key[kv_head * op.head_dim + k];
-        if (op.kind().spreads_keys()) spread(key, op.head_dim);
+        if (kCaches[kind].spreads_keys()) spread(key, op.head_dim);
     }
     if (op.kind().spreads_values()) spread(value, op.head_dim);
-    vector_.store[op.cache](head_cache(op, segment, kv_head), position, key, value, static_cast<int>(op.head_dim),
-                            fresh_keys(op, segment, kv_head, position / kPage));
+    vector_.store[kind](first ? first_cache(op, segment, kv_head) : head_cache(op, segment, kv_head), position, key, value,
+                        static_cast<int>(op.head_dim), fresh_keys(op, segment, kv_head, position / kPage));
 }
 
 void DecoderPass::rotate(const Attention& op, const Segment& segment, int64_t position, float* x) {
@@ -247,14 +267,25 @@ void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64
         parts[i].values = values[1][i];
         std::fill(values[0][i], values[0][i] + head_dim, 0.0f);
     }
-    const auto kernel = vector_.attend[op.cache];
     const CacheView cache = head_cache(op, segment, kv_head);
     const FreshKeys fresh = fresh_keys(op, segment, kv_head, rows[0].last / kPage);
-    const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
-    for (int64_t p = start; p < end; p += kSpan) {
-        kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end), op.softcap, fresh}, parts);
+    int64_t p = std::max(begin, rows[0].first / kSpan * kSpan);
+    const auto attend_to = [&](int kind, const CacheView& view, const QueryRow* with, int64_t stop) {
+        vector_.attend[kind]({view, with, n_rows, head_dim, p, stop, op.softcap, fresh}, parts);
         for (int i = 0; i < n_rows; ++i) vector_.merge(sums[i], parts[i], head_dim);
+        p = stop;
+    };
+    if (p == 0 && op.kind().first_apart()) {
+        alignas(64) float turned[kMaxQueryRows][kMaxHeadDim];
+        QueryRow with[kMaxQueryRows];
+        for (int i = 0; i < n_rows; ++i) {
+            std::copy_n(rows[i].q, head_dim, turned[i]);
+            if (kCaches[kFirstKind].spreads_keys()) spread(turned[i], head_dim);
+            with[i] = {turned[i], rows[i].first, rows[i].last};
+        }
+        attend_to(kFirstKind, first_cache(op, segment, kv_head), with, std::min<int64_t>(kPage, end));
     }
+    while (p < end) attend_to(op.cache, cache, rows, std::min(p / kSpan * kSpan + kSpan, end));
     for (int i = 0; i < n_rows; ++i) {
         const int64_t row = segment.first_row + (first + i) / group, head = kv_head * group + (first + i) % group;
         if (split()) {
