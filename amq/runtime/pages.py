@@ -72,8 +72,8 @@ class PagePool:
 
     def _available(self, without: Sequence[int]) -> int:
         """Pages that are free, or would be if all idle ones but `without` were evicted."""
-        idle = self._idle.keys() - set(without)
-        return len(self._free) + len(idle) + len(idle & self._companions.keys())
+        lost = sum((page in self._idle) * (1 + (page in self._companions)) for page in without)
+        return len(self._free) + len(self._idle) + len(self._companions.keys() & self._idle.keys()) - lost
 
     def take(
         self, tokens: Sequence[int], positions: int, owner: str | None = "", reuse: bool = True
