@@ -12,14 +12,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, BitFormat, Kept, check_group_size, get_stored, quantized_formats
 from amq.model.inventory import EMBEDDING, HEAD, Inventory, LinearSpec, match_linears
-from amq.model.shape import DEFAULT_CACHE, LayerCache
+from amq.model.shape import CACHES, DEFAULT_CACHE, LayerCache
 from amq.util.files import read_json, write_json
 from amq.util.records import check_range, parse_record, shorten, to_json
 
@@ -105,15 +105,21 @@ class _File:
 
     group_size: int
     formats: dict[str, str]
+    cache: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """Which format each linear has, `16bit` for a kept one; plus, once known, figures and origin (`details`)."""
+    """Which format each linear has, `16bit` for a kept one; plus, once known, figures and origin (`details`).
+
+    cache: {layer: kind of CACHES} of all layers that keep keys and values, by the names of `ModelShape.keeping`: what a
+        runtime is to keep them as. Empty: what it likes.
+    """
 
     formats: Mapping[str, str]
     group_size: int
     details: Details = Details()
+    cache: Mapping[str, str] = field(default_factory=dict)
 
     @staticmethod
     def uniform(linears: Sequence[LinearSpec], fmt: BitFormat, group_size: int) -> Configuration:
@@ -127,7 +133,8 @@ class Configuration:
     def save(self, path: Path) -> None:
         """Writes `docs/format.md`'s configuration JSON, atomically."""
         head = {"schema": SCHEMA, "group_size": self.group_size, "formats": compact(self.formats)}
-        write_json(path, {**head, **to_json(self.details)})
+        cache = {"cache": compact(self.cache)} if self.cache else {}
+        write_json(path, {**head, **cache, **to_json(self.details)})
 
     @staticmethod
     def load(path: Path) -> Configuration:
@@ -142,12 +149,15 @@ class Configuration:
                 get_stored(name)
             except AmqError as error:
                 raise AmqError(f"{path}: {linear}: {error}") from None
+        for layers, kind in file.cache.items():
+            if kind not in CACHES:
+                raise AmqError(f"{path}: cache of {layers}: expected one of {', '.join(CACHES)}, got {shorten(kind)}")
         try:
             check_group_size(file.group_size)
-            formats = expand(file.formats)
+            formats, cache = expand(file.formats), expand(file.cache)
         except (AmqError, ValueError) as error:
             raise AmqError(f"{path}: {error}") from None
-        return Configuration(formats, file.group_size, parse_record(data, Details, str(path)))
+        return Configuration(formats, file.group_size, parse_record(data, Details, str(path)), cache)
 
     def check(
         self,
@@ -329,7 +339,7 @@ def expand(values: Mapping[str, Value]) -> dict[str, Value]:
             raise ValueError(f"expected at most {MOST_NAMES} names, got more with {shorten(key)}")
         found.update(dict.fromkeys(names, value))
         if len(found) != count:
-            raise ValueError(f"a linear is named twice, the second time by {shorten(key)}")
+            raise ValueError(f"a linear or layer is named twice, the second time by {shorten(key)}")
     return found
 
 

@@ -9,6 +9,7 @@
 #include <memory>
 #include <string>
 #include <tuple>
+#include <variant>
 #include <vector>
 
 #include "checks.h"
@@ -32,13 +33,28 @@ int find_cache(const std::string& name) {
     throw std::invalid_argument("cache: expected one of CACHES, got '" + name + "'");
 }
 
+// A kind for all steps with keys and values of their own, or one for each of them in their order.
+using CacheNames = std::variant<std::string, std::vector<std::string>>;
+
+void set_caches(amq::DecoderModel& m, const CacheNames& given) {
+    std::vector<amq::Attention*> own;
+    for (amq::Step& step : m.steps)
+        if (auto* a = std::get_if<amq::Attention>(&step.op); a && a->cache_of < 0) own.push_back(a);
+    const auto* const name = std::get_if<std::string>(&given);
+    const std::vector<std::string> names = name ? std::vector(own.size(), *name) : std::get<1>(given);
+    require(names.size() == own.size(), "cache",
+            "a kind for each of " + std::to_string(own.size()) + " steps with keys and values of their own",
+            static_cast<int64_t>(names.size()));
+    for (size_t i = 0; i < own.size(); ++i) own[i]->cache = find_cache(names[i]);
+}
+
 std::unique_ptr<amq::Decoder> make_decoder(const py::object& spec, const py::dict& weights, int64_t context, int64_t group_size,
-                                           bool int8, const std::string& cache, int64_t max_rows, int threads) {
+                                           bool int8, const CacheNames& cache, int64_t max_rows, int threads) {
     require(max_rows >= 1 && max_rows <= amq::kCallRows, "max_rows", "1 to " + std::to_string(amq::kCallRows), max_rows);
     require_threads(threads);
     amq::DecoderModel m = amq::read_model(spec, weights, context, group_size);
     m.mode = int8 ? amq::Mode::int8 : amq::Mode::fp32;
-    m.cache = find_cache(cache);
+    set_caches(m, cache);
     // What the decoder sizes its buffers and pages by, beside the weights whose bytes were compared already.
     int64_t cached = 0;
     for (const amq::Step& step : m.steps)
@@ -50,8 +66,8 @@ std::unique_ptr<amq::Decoder> make_decoder(const py::object& spec, const py::dic
     return std::make_unique<amq::Decoder>(std::move(m), max_rows, threads);
 }
 
-// (tokens, position, pages: int32, the last of them its spare ones, whether the text is a long one, its state, [(tokens, state)] of
-// its snapshots)
+// (tokens, position, pages: int32, the last of them its spare ones and then that of its first page's keys, whether the text is a
+// long one, its state, [(tokens, state)] of its snapshots)
 using SegmentTuple = std::tuple<int64_t, int64_t, Memory, bool, int64_t, std::vector<std::tuple<int64_t, int64_t>>>;
 
 amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given, int64_t first_row, int64_t cache_pages,
@@ -60,16 +76,16 @@ amq::Segment make_segment(const amq::DecoderModel& m, const SegmentTuple& given,
     require_size(rows, "tokens of a segment", 1);
     require(position >= 0 && position <= m.context - rows, "position", "within the context of " + std::to_string(m.context),
             position);
-    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1, n_spare = amq::kCaches[m.cache].spare_pages();
-    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", (n_pages + n_spare) * 4);
-    const int32_t* spare = table ? table + std::get<1>(pages) / 4 - n_spare : nullptr;
+    const int64_t n_pages = (position + rows - 1) / amq::kPage + 1, n_more = m.spare_pages + m.first_pages;
+    const int32_t* table = m.page_bytes == 0 ? nullptr : address_of<int32_t>(pages, "pages", (n_pages + n_more) * 4);
+    const int32_t* spare = table ? table + std::get<1>(pages) / 4 - n_more : nullptr;
     const auto check = [&](const int32_t* numbers, int64_t count) {
         for (int64_t i = 0; numbers && i < count; ++i)
             require(numbers[i] >= 0 && numbers[i] < cache_pages, "page", "below " + std::to_string(cache_pages), numbers[i]);
     };
     check(table, n_pages);
-    check(spare, n_spare);
-    amq::Segment made{first_row, rows, position, table, spare, long_text, state, {}};
+    check(spare, n_more);
+    amq::Segment made{first_row, rows, position, table, spare, spare ? spare + m.spare_pages : nullptr, long_text, state, {}};
     if (m.state_floats == 0) return made;
     require(state >= 0 && state < n_states, "state", "below " + std::to_string(n_states), state);
     for (const auto& [after, number] : snapshots) {
@@ -144,7 +160,8 @@ void bind_decoder(py::module_& m) {
         .def(py::init(&make_decoder), py::kw_only(), py::arg("spec"), py::arg("weights"), py::arg("context"),
              py::arg("group_size"), py::arg("int8"), py::arg("cache"), py::arg("max_rows"), py::arg("threads"))
         .def_property_readonly("page_bytes", [](const amq::Decoder& d) { return d.model().page_bytes; })
-        .def_property_readonly("spare_pages", [](const amq::Decoder& d) { return amq::kCaches[d.model().cache].spare_pages(); })
+        .def_property_readonly("spare_pages", [](const amq::Decoder& d) { return d.model().spare_pages; })
+        .def_property_readonly("first_pages", [](const amq::Decoder& d) { return d.model().first_pages; })
         .def_property_readonly("state_floats", [](const amq::Decoder& d) { return d.model().state_floats; })
         .def("forward", &forward, py::arg("tokens"), py::arg("segments"), py::arg("wanted"), py::arg("logits"),
              py::arg("cache"), py::arg("states"), py::arg("threads"), py::arg("isa") = "", py::arg("final") = false,

@@ -257,11 +257,15 @@ def test_the_record_in_config_json_is_read_back(tmp_path: Path, tied: bool) -> N
     shapes = {"a.q": (64, 32), "a.k": (32, 32), "lm_head": (256, 32)}
     formats = {"a.q": "int3", "a.k": "int4", "lm_head": "int8"}
     shared, embedding = (("a.q", "a.k"),), {"embed": "lm_head"} if tied else {}
-    record = QuantizationRecord(formats, shapes, 32, "gptq", shared, "lm_head", embedding, {"a.v": (32, 32)})
+    kept, kinds = {"a.v": (32, 32)}, {"layers.0": "int4", "layers.1": "int4", "layers.2": "a kind of later"}
+    record = QuantizationRecord(formats, shapes, 32, "gptq", shared, "lm_head", embedding, kept, cache=kinds)
+    assert record.json()["cache"] == {"layers.0-1": "int4", "layers.2": "a kind of later"}
+    assert record.version == replace(record, cache={}).version  # what does not know it reads the same weights
+    assert record.configuration.cache == kinds
     write_json(tmp_path / "config.json", record.json())
     assert QuantizationRecord.parse(read_json(tmp_path / "config.json"), "config.json") == record
     plain = QuantizationRecord({"a.q": "int3"}, {"a.q": (64, 32)}, 32)
-    assert not plain.json().keys() & {"head", "embedding", "kept"}
+    assert not plain.json().keys() & {"head", "embedding", "kept", "cache"}
     assert QuantizationRecord.parse(json.loads(json.dumps(plain.json())), "config.json") == plain
 
 

@@ -6,13 +6,14 @@ Launches on a GPU, graphs and speed are not here: benchmarks/gpu has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache as remember
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.checkpoints import tiny_checkpoint
+from helpers.checkpoints import advise, tiny_checkpoint
 from helpers.cuda_on_cpu import agrees, cuda_library, open_on_cpu
 from helpers.engine_cases import CASES
 from helpers.engines import last_rows, text
@@ -279,7 +280,7 @@ def test_what_the_kernels_refuse_is_left_to_another_path(
     """Sizes are asked for, and passes run, when a model is opened."""
     call = Call(AttentionCall, {"head_dim": 24, "n_heads": 1, "n_kv_heads": 1}, "attention of step 0")
 
-    def places(spec: DecoderSpec, library: CallLibrary, cache: str) -> None:
+    def places(spec: DecoderSpec, library: CallLibrary, cache: Sequence[str]) -> None:
         library.size("amq_cuda_cache_bytes", call)
 
     monkeypatch.setattr(StepPlaces, "of", places)
@@ -379,8 +380,29 @@ def test_what_does_not_fit_is_refused(folder: Callable[[str], Path]) -> None:
     with pytest.raises(AmqError, match="61 passes of a sequence that has room for 60 positions more"):
         engine.begin(slot, 3, Sampling(), 0, 61)
     assert not engine.can_sample(Sampling(repetition_penalty=1.1))
-    with pytest.raises(AmqError, match="the KV cache must be one of float16, int8, got float32"):
+    with pytest.raises(AmqError, match="the CUDA engine keeps keys and values as float16, int8, not as float32"):
         open_on_cpu(folder("llama"), cache="float32")
+
+
+def test_layers_have_their_own_caches(tmp_path: Path, folder: Callable[[str], Path]) -> None:
+    """As a list, or from the checkpoint; kinds that are not here are refused, not replaced."""
+    place, tokens, mixed = shutil.copytree(folder("llama"), tmp_path / "model"), text(LENGTH), ("int8", "float16")
+
+    def logits(cache: str | Sequence[str]) -> Tensor:
+        engine = open_on_cpu(place, cache=cache)
+        slot = engine.open(tokens, 0)
+        return engine.forward([Segment(slot, tokens)]).clone()
+
+    sizes = [open_on_cpu(place, cache=kind).cache_bytes for kind in mixed]
+    assert open_on_cpu(place, cache=mixed).cache_bytes == sum(sizes) // 2
+    found = logits(mixed)
+    assert all(not torch.equal(found, logits(kind)) for kind in (*mixed, mixed[::-1]))
+    advise(place, {"layers.0": "int8", "layers.1": "float16"})
+    assert torch.equal(logits("auto"), found) and "float16+int8 cache" in open_on_cpu(place).banner
+    advise(place, {"layers.0-1": "int4"})
+    with pytest.raises(AmqError, match="float16, int8, not as int4, which .*model asks for: give one of these as --ca"):
+        open_on_cpu(place)
+    assert torch.equal(logits(mixed), found)
 
 
 def test_device_cuda_picks_it(folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ class Run:
     """Sequences with pages and states of their own; a part of one is (sequence, position, tokens)."""
 
     def __init__(self, made: RandomDecoder, isa: str) -> None:
-        self.made, self.isa, pages = made, isa, -(-CONTEXT // PAGE) + made.decoder.spare_pages
+        self.made, self.isa = made, isa
+        pages = -(-CONTEXT // PAGE) + made.decoder.spare_pages + made.decoder.first_pages
         self.pages = made.random.permutation(SEQUENCES * pages).astype(np.int32).reshape(SEQUENCES, pages)
         self.cache = np.full(max(1, SEQUENCES * pages * made.decoder.page_bytes), 0x7F, np.uint8)
         self.states = np.full((SEQUENCES, max(1, made.decoder.state_floats)), np.nan, np.float32)
@@ -43,7 +44,8 @@ class Run:
     ("seed", "cache"), [*((seed, None) for seed in range(16)), *((seed, "int4") for seed in range(16, 28))]
 )
 def test_a_token_depends_on_its_text_alone(seed: int, cache: str | None) -> None:
-    """cache: of what kind; None: any. That whose keys are rounded by the page has the most that passes could change."""
+    """cache: of what kind; None: any, each step's its own. That whose keys are rounded by the page has the most that
+    passes could change."""
     made = RandomDecoder(seed, CONTEXT, THREADS, cache)
     isa, most = made.pick(*cpu_module().isas()), made.max_rows
     lengths = [made.pick(1, 2, 5, 17, 70, 150) for _ in range(SEQUENCES)]

@@ -30,7 +30,8 @@ Content = tuple[str | None, tuple[int, ...]]
 
 
 class Modelled:
-    """A sequence, and what the engine does with its pages. content: of every page of the pool, by position in it."""
+    """A sequence, and what the engine does with its pages. content: of every page of the pool, by position in it; of a
+    companion as of its page."""
 
     def __init__(
         self, pool: PagePool, content: list[list[Content]], table: PageTable, owner: str | None, prompt: list[int]
@@ -39,6 +40,17 @@ class Modelled:
         self.tokens: list[int] = []
         self.prompt = prompt
         self.follow()
+
+    @property
+    def pages(self) -> list[int]:
+        """Without the companion."""
+        pages = self.table.pages.tolist()
+        return pages[:-1] if self.pool._has_companions else pages
+
+    def places(self, position: int) -> list[int]:
+        """Pages that have a part of a position."""
+        first = self.pool._has_companions and position < PAGE
+        return [self.pages[position // PAGE], *([int(self.table.pages[-1])] if first else [])]
 
     def follow(self) -> None:
         """What was found: it must be what this sequence would have computed."""
@@ -49,17 +61,19 @@ class Modelled:
 
     def check(self) -> None:
         for position in range(len(self.tokens)):
-            owner, history = self.content[self.table.pages[position // PAGE]][position % PAGE]
-            assert history == tuple(self.tokens[: position + 1])
-            assert owner == self.owner
+            for page in self.places(position):
+                owner, history = self.content[page][position % PAGE]
+                assert history == tuple(self.tokens[: position + 1])
+                assert owner == self.owner
 
     def write(self, tokens: list[int], others: list[Modelled]) -> None:
         for token in tokens:
-            page = int(self.table.pages[len(self.tokens) // PAGE])
-            assert page not in self.pool._known.values(), "a page that others may find is written"
-            assert not any(page in other.table.pages for other in others if other is not self)
+            written = self.places(len(self.tokens))
+            assert written[0] not in self.pool._known.values(), "a page that others may find is written"
+            assert not any(page in other.table.pages for page in written for other in others if other is not self)
             self.tokens.append(token)
-            self.content[page][(len(self.tokens) - 1) % PAGE] = (self.owner, tuple(self.tokens))
+            for page in written:
+                self.content[page][(len(self.tokens) - 1) % PAGE] = (self.owner, tuple(self.tokens))
         self.pool.computed(self.table, self.tokens)
 
     def adopt(self) -> None:
@@ -75,25 +89,29 @@ ACTIONS = st.tuples(
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(ACTIONS, max_size=60))
-def test_pages_are_never_shared_by_different_texts_nor_written_where_others_read(actions: list[Action]) -> None:
+@given(st.lists(ACTIONS, max_size=60), st.booleans())
+def test_pages_are_never_shared_by_different_texts_nor_written_where_others_read(
+    actions: list[Action], companions: bool
+) -> None:
     """Random sequences over few texts and owners, which run side by side."""
-    pool, content = PagePool(PAGES, PAGE), [[("nobody", ())] * PAGE for _ in range(PAGES)]
+    pool = PagePool(PAGES, PAGE, companions=companions)
+    content: list[list[Content]] = [[("nobody", ())] * PAGE for _ in range(PAGES)]
     running: list[Modelled] = []
     for what, kind, length, owner, reuse in actions:
         if what == "open":
             prompt = [kind % 2] * 6 + [kind] * length
             table = pool.take(prompt, length + 8, OWNERS[owner], reuse)
             if table is None:
-                assert pool.used + -(-(length + 8) // PAGE) > PAGES
+                held = {page for one in running for page in one.table.pages.tolist()}
+                assert len(held) + -(-(length + 8) // PAGE) + companions > PAGES
                 continue
-            assert len(table.pages) == -(-(length + 8) // PAGE) and len(table.keys) * PAGE < len(prompt)
+            assert len(table.pages) == -(-(length + 8) // PAGE) + companions and len(table.keys) * PAGE < len(prompt)
             assert not (table.keys and (OWNERS[owner] is None or not reuse))
             running.append(Modelled(pool, content, table, OWNERS[owner], prompt))
         elif running:
             one = running[kind % len(running)]
             if what == "write":
-                room = len(one.table.pages) * PAGE - len(one.tokens)
+                room = len(one.pages) * PAGE - len(one.tokens)
                 coming = [*one.prompt, *[7] * 8][len(one.tokens) :]
                 one.write(coming[: min(length, room)], running)
             elif what == "adopt":
@@ -103,10 +121,13 @@ def test_pages_are_never_shared_by_different_texts_nor_written_where_others_read
                 running.remove(one)
         for one in running:
             one.check()
-        assert pool.used == len({page for one in running for page in one.table.pages.tolist()})
+        held = {page for one in running for page in one.table.pages.tolist()}
+        assert pool.used == len({page for one in running for page in one.pages})
+        kept = [*pool._idle, *(pool._companions[page] for page in pool._idle if page in pool._companions)]
+        assert sorted([*held, *kept, *pool._free]) == list(range(PAGES))
     for one in running:
         pool.give_back(one.table)
-    assert pool.used == 0 and pool.take([9], PAGES * PAGE) is not None
+    assert pool.used == 0 and pool.take([9], (PAGES - companions) * PAGE) is not None
 
 
 def test_what_is_evicted_first_is_the_end_of_what_was_used_longest_ago() -> None:

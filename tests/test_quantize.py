@@ -68,9 +68,12 @@ def test_every_method_makes_a_checkpoint_that_computes_what_its_weights_say(
     """Loaded by transformers, the model equals plain torch with the dequantized weights; nothing is left beside it."""
     from transformers import AutoModelForCausalLM
 
+    change(configuration, cache={"layers.0": "int4", "layers.1": "int8"})
     folder = run(tiny_folder, tmp_path / "out", configuration, method=method)
     checkpoint = open_checkpoint(folder)
     assert checkpoint.configuration.formats == Configuration.load(configuration).formats
+    kinds = (checkpoint.record.cache, Configuration.load(folder / "configuration.json").cache)
+    assert kinds == ({"layers.0": "int4", "layers.1": "int8"},) * 2
     plain = tiny_llama()
     plain.load_state_dict({n: checkpoint.tensor(n).float() for n in checkpoint.other_names}, strict=False)
     plain.tie_weights()
@@ -383,6 +386,7 @@ def change(path: Path, **entries: object) -> None:
         ({"formats": {"model.layers.0.self_attn.q_proj": "int9"}}, "unknown format 'int9'"),
         ({"provenance": {"model_fingerprint": "other"}}, "searched on other weights than those of"),
         ({"schema": "other"}, "is not a configuration"),
+        ({"cache": {"layers.0": "int4"}}, "configuration's cache: .* got none for 'layers.1'; correct it, or"),
     ],
 )
 def test_a_configuration_of_something_else_is_refused(

@@ -218,7 +218,7 @@ def test_which_engine_runs(
     assert native.engine is engine and native.weight_bytes == engine.weight_bytes and native.device == "cpu"
     assert load(str(folder), backend="cpu", dtype="float32", activations="fp32").engine is engine
     assert [(call[0].folder, *call[1:]) for call in calls] == [
-        (folder, "int8", 64, 2, 1, None), (folder, "fp32", None, 1, None, None),
+        (folder, "int8", 64, 2, 1, "auto"), (folder, "fp32", None, 1, None, "auto"),
     ]  # fmt: skip
     assert text(native, max_new_tokens=5) == text(runtime, max_new_tokens=5)
     for model, options in ((folder, {"dtype": "bfloat16"}), (folder, EXACT), (tiny_folder, {})):

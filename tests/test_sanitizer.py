@@ -48,6 +48,7 @@ RUN = (
     "amq/packing.py",
     "amq/rotation.py",
     "amq/kernels/backends.py",
+    "amq/runtime/cache_kinds.py",
     "amq/runtime/native_engine.py",
     "amq/runtime/decoder_spec.py",
     "amq/runtime/families/*.py",

@@ -290,8 +290,10 @@ def test_a_search_of_such_a_model_ends(
     assert item.bytes == sum(cache.bytes(1000) for cache in ModelShape.of(tiny_config(name, **changed)).caches)
     chosen = select_from_run(tmp_path / "run", memory="1GiB", context=1000)
     assert chosen.details.memory == result.configuration.details.memory
-    smaller = select_from_run(tmp_path / "run", memory="1GiB", context=1000, cache="int8").details.memory.items
-    (coded,) = (i for i in smaller if i.name == "KV cache")
+    assert chosen.cache == {}
+    smaller = select_from_run(tmp_path / "run", memory="1GiB", context=1000, cache="int8")
+    assert smaller.cache == dict.fromkeys(ModelShape.of(tiny_config(name, **changed)).keeping, "int8")
+    (coded,) = (i for i in smaller.details.memory.items if i.name == "KV cache")
     assert 0.5 * item.bytes < coded.bytes < 0.8 * item.bytes and coded.note == "1000 tokens in int8"
 
 

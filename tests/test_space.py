@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -73,13 +74,21 @@ def test_ragged_rows_cost_what_their_file_does():
     assert of.bits_range[0] == pytest.approx((2.5 * (64 * 64 + 32 * 64 + 128 * 64) + 2.25 * 64 * 128) / of.numel)
 
 
+def damaged_cache(cache):
+    return json.dumps({"schema": "amq/configuration/1", "group_size": 64, "formats": {"a": "int2"}, "cache": cache})
+
+
 def test_configuration_file_round_trip_and_errors(tmp_path):
     of = space()
-    configuration = Configuration(of.uniform(FORMATS["int3"]), 64, Details(model="m", loss=0.25))
+    kinds = {f"layers.{n}": "int8" if n == 2 else "int4" for n in range(4)}
+    configuration = Configuration(of.uniform(FORMATS["int3"]), 64, Details(model="m", loss=0.25), kinds)
     path = tmp_path / "configuration.json"
     configuration.save(path)
     loaded = Configuration.load(path)
     assert loaded == configuration and loaded.details.loss == 0.25
+    assert json.loads(path.read_text())["cache"] == {"layers.0-1,3": "int4", "layers.2": "int8"}
+    replace(configuration, cache={}).save(path)
+    assert "cache" not in json.loads(path.read_text()) and Configuration.load(path).cache == {}
     loaded.check(of.weights)
     with pytest.raises(AmqError, match="another model"):
         loaded.check(of.weights[:3])
@@ -92,6 +101,8 @@ def test_configuration_file_round_trip_and_errors(tmp_path):
         (json.dumps({"schema": "amq/configuration/1"}), "damaged"),
         (json.dumps({"schema": "amq/configuration/1", "group_size": 64, "formats": {"a": "int9"}}), "unknown format"),
         (json.dumps({"schema": "amq/configuration/1", "group_size": 7, "formats": {"a": "int2"}}), "group size 7"),
+        (damaged_cache({"layers.0": "int9"}), "layers.0: expected one of float32, float16, int8, k8v4, int4, got '"),
+        (damaged_cache({"layers.0-1": "int8", "layers.1": "int8"}), "named twice, the second time by 'layers.1'"),
     ]:
         path.write_text(broken)
         with pytest.raises(AmqError, match=message):

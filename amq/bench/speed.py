@@ -5,7 +5,9 @@ from __future__ import annotations
 from amq.bench.settings import BenchSettings
 from amq.formats import FORMATS, KEPT
 from amq.model.open import resolve
+from amq.model.shape import DEFAULT_CACHE
 from amq.model.speed_table import SpeedTable
+from amq.runtime.settings import AUTO_CACHE
 from amq.runtime.speed_measure import How, Skeleton, measure, shapes_of
 from amq.util.limits import fit_threads
 from amq.util.progress import Progress
@@ -23,7 +25,8 @@ def speed_table(settings: BenchSettings, group_size: int, progress: Progress) ->
     wanted[spec.head.rows, spec.head.columns].add(KEPT.name)
     decoded = [case for case in settings.cases if case.decode]
     how = How(
-        group_size=group_size, activations=settings.activations or "int8", cache=settings.cache or "float16",
+        group_size=group_size, activations=settings.activations or "int8",
+        cache=DEFAULT_CACHE if settings.cache == AUTO_CACHE else settings.cache,
         threads=settings.threads or fit_threads(), rows=decoded[0].sequences if decoded else 1,
         depths=tuple(dict.fromkeys(case.depth for case in settings.cases)),
     )  # fmt: skip

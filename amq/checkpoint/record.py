@@ -40,6 +40,8 @@ class QuantizationRecord:
         plain tensors under their own names, counted in bits per weight.
     rotation: {linear: width} of those whose codes are of W H (`amq.rotation`); others are not rotated. Linears of a
         group of `shared_inputs` agree, and so do the experts of a layer and role. Head and embeddings are not rotated.
+    cache: {layer: kind of cache} as `Configuration.cache` has it, for a runtime that is not told another. A reader that
+        does not know a kind, or this field, reads the same weights.
 
     An expert's linear is named like every other, `model.layers.0.mlp.experts.gate_proj.3`; the file writes experts that
     agree once (`amq.configuration.compact`).
@@ -54,6 +56,7 @@ class QuantizationRecord:
     embedding: Mapping[str, str] = field(default_factory=dict)
     kept: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     rotation: Mapping[str, int] = field(default_factory=dict)
+    cache: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, shape in (*self.shapes.items(), *self.kept.items()):
@@ -63,7 +66,8 @@ class QuantizationRecord:
     @property
     def configuration(self) -> Configuration:
         """Of everything that has a format, head and embeddings included, and of what is kept."""
-        return Configuration({**self.formats, **dict.fromkeys(self.kept, KEPT.name)}, self.group_size)
+        formats = {**self.formats, **dict.fromkeys(self.kept, KEPT.name)}
+        return Configuration(formats, self.group_size, cache=self.cache)
 
     @property
     def bits_per_weight(self) -> float:
@@ -106,11 +110,11 @@ class QuantizationRecord:
             "version": self.version,
             "records": {n: {k: v for k, v in r.items() if k != "name"} for n, r in records.items()},
         }
-        file = self  # readers of earlier versions know each linear by its own name alone
-        if self.version >= 3:
+        file = replace(self, cache=compact(self.cache))
+        if self.version >= 3:  # readers of earlier ones know each linear by its own name alone
             formats, shapes, kept = compact(self.formats), compact(self.shapes), compact(self.kept)
-            file = replace(self, formats=formats, shapes=shapes, kept=kept, rotation=compact(self.rotation))
-        optional = ("head", "embedding", "kept", "rotation")
+            file = replace(file, formats=formats, shapes=shapes, kept=kept, rotation=compact(self.rotation))
+        optional = ("head", "embedding", "kept", "rotation", "cache")
         return head | {name: value for name, value in to_json(file).items() if value or name not in optional}
 
     @staticmethod
@@ -139,10 +143,10 @@ class QuantizationRecord:
         """This record, read from the file `source`, with a name for each expert."""
         try:
             formats, shapes, kept = expand(self.formats), expand(self.shapes), expand(self.kept)
-            rotation = expand(self.rotation)
+            rotation, cache = expand(self.rotation), expand(self.cache)
         except ValueError as error:
             raise AmqError(f"{source}: {error}; the file is damaged or was edited") from None
-        return replace(self, formats=formats, shapes=shapes, kept=kept, rotation=rotation)
+        return replace(self, formats=formats, shapes=shapes, kept=kept, rotation=rotation, cache=cache)
 
     def _check(self, records: Mapping[str, Any], source: str) -> None:
         """Raises AmqError, naming the file `source`, unless the parts fit each other and this amq's formats.

@@ -81,7 +81,9 @@ class AmqConfig(QuantizationConfigMixin):
 
     def store(self, record: QuantizationRecord) -> None:
         """Makes `record`, by the names of the loaded model, what is saved; keys that this amq does not know stay."""
-        known = QuantizationRecord({}, {}, record.group_size, head="-", embedding={"": "-"}, kept={"-": (1, 1)}).json()
+        some = {"-": "-"}
+        full = QuantizationRecord({}, {}, record.group_size, "", (), "-", some, {"-": (1, 1)}, cache=some)
+        known = full.json()
         self.stored = {**{k: v for k, v in self.stored.items() if k not in known}, **record.json()}
 
     def to_dict(self) -> dict[str, Any]:

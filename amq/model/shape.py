@@ -20,7 +20,7 @@ two):
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -47,8 +47,9 @@ GRID_BYTES = 4
 feature of a page has them."""
 PAGE = 64
 """Positions that such keys are rounded together for."""
-SPARE_PAGES = 2
-"""That a sequence has beside those of its positions then: where keys are in fp16 until their page is full."""
+SPARE_PAGES = 3
+"""That a sequence has beside those of its positions then: two where keys are in fp16 until their page is full, one for
+the keys of its first page."""
 STATES = frozenset({"linear_attention", "conv"})
 BOTH = frozenset({"hybrid", "hybrid_sliding"})
 """Layers with a state beside keys and values."""
@@ -141,9 +142,10 @@ class LayerCache:
     def bytes(self, tokens: int) -> int:
         return self.constant + self.per_token * (tokens if self.window is None else min(tokens, self.window))
 
-    def kept_as(self, kind: str) -> LayerCache:
-        """With keys and values as a kind of CACHES; raises AmqError where that does not go by what is known here."""
-        if kind == DEFAULT_CACHE or not self.per_token:
+    def coded(self, kind: str) -> LayerCache:
+        """With keys and values as a kind of CACHES, without spare pages: `kept_as` is for all layers of a model. Raises
+        AmqError where that does not go by what is known here."""
+        if kind == DEFAULT_CACHE:
             return self
         if not self.heads:
             raise AmqError(
@@ -153,9 +155,23 @@ class LayerCache:
         numbers, (keys, values) = self.per_token // CACHE_BYTES // 2, CACHES[kind]
         by_page = keys < 8
         page_grids = (numbers if by_page else PAGE * self.heads * (keys < 16)) + PAGE * self.heads * (values < 16)
-        per_token = numbers * (keys + values) // 8 + -(-GRID_BYTES * page_grids // PAGE)
-        spare = SPARE_PAGES * PAGE * per_token if by_page else 0
-        return replace(self, per_token=per_token, constant=self.constant + spare)
+        return replace(self, per_token=numbers * (keys + values) // 8 + -(-GRID_BYTES * page_grids // PAGE))
+
+
+def kept_as(caches: Sequence[LayerCache], kinds: str | Sequence[str]) -> tuple[LayerCache, ...]:
+    """The caches of a model's layers with keys and values as `kinds` of CACHES: one for all, or one for each layer that
+    has any, in their order.
+
+    A page holds a part of every layer: so where one is rounded by the page, the spare pages are of all of them.
+    """
+    own = sum(cache.per_token > 0 for cache in caches)
+    given = [kinds] * own if isinstance(kinds, str) else list(kinds)
+    if len(given) != own:
+        raise AmqError(f"expected a kind of cache for each of {own} layers with keys and values, got {len(given)}")
+    spare = SPARE_PAGES * PAGE * any(CACHES[kind][0] < 8 for kind in given)
+    each = iter(given)
+    coded = (cache.coded(next(each)) if cache.per_token else cache for cache in caches)
+    return tuple(replace(cache, constant=cache.constant + spare * cache.per_token) for cache in coded)
 
 
 @dataclass(frozen=True)
@@ -233,6 +249,21 @@ class ModelShape:
     def head_dim(self, layer: int) -> int | None:
         """Features per attention head of a layer; None where they are not known."""
         return self.layers[layer].head_dim if layer < len(self.layers) else None
+
+    @property
+    def keeping(self) -> tuple[str, ...]:
+        """The layers that keep keys and values of their own, by the names (`layers.3`) that files give them."""
+        return tuple(f"layers.{n}" for n, layer in enumerate(self.layers) if layer.kind not in NOTHING | STATES)
+
+    def cache_kinds(self, named: Mapping[str, str]) -> tuple[str, ...]:
+        """What `named` {layer: kind} says of each of `keeping`; raises AmqError unless it names these and no others."""
+        keeping = self.keeping
+        if odd := next((n for n in (*keeping, *named) if (n in named) != (n in keeping)), None):
+            raise AmqError(
+                f"expected a kind of cache for each of the {len(keeping)} layers of a {self.name} that keep keys and "
+                f"values of their own, {'got none for' if odd in keeping else 'which are not'} {odd!r}"
+            )
+        return tuple(named[name] for name in keeping)
 
     @cached_property
     def caches(self) -> tuple[LayerCache, ...]:

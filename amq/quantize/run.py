@@ -24,6 +24,7 @@ from amq.model.own_text import BUILT_IN
 from amq.model.paging import after_reading, holding, memory_text
 from amq.model.perplexity import perplexity
 from amq.model.settings import AUTO
+from amq.model.shape import ModelShape
 from amq.model.text import Corpus, fixed_windows
 from amq.model.usable import Usable
 from amq.packing import PackedWeight
@@ -138,6 +139,7 @@ def _prepare(settings: QuantizeSettings, output: Path, progress: Progress) -> _J
     model, inventory = opened.model, opened.inventory
     configuration = _configuration(settings, opened.usable)
     _check_provenance(configuration, opened.fingerprint, settings.model)
+    _check_cache(configuration, opened.shape)
     count = settings.windows
     sampler = opened.sampler(_text(settings), settings.window_length, settings.seed, count, progress)
     windows = sampler.take(count)
@@ -327,7 +329,9 @@ def _record(
     tied = {s.tied: s.name for s in outer if s.tied}
     embedding = tied | {s.name: s.name for s in outer if s.kind == EMBEDDING}
     head = heads[0] if heads else ""
-    return QuantizationRecord(formats, shapes, configuration.group_size, method, sharing, head, embedding, kept)
+    return QuantizationRecord(
+        formats, shapes, configuration.group_size, method, sharing, head, embedding, kept, cache=configuration.cache
+    )
 
 
 def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
@@ -345,6 +349,14 @@ def _configuration(settings: QuantizeSettings, usable: Usable) -> Configuration:
     if not inventory.only(configuration.quantized).linears:
         raise AmqError("every linear is kept in 16 bits: nothing is left to quantize")
     return configuration
+
+
+def _check_cache(configuration: Configuration, shape: ModelShape) -> None:
+    if configuration.cache:
+        try:
+            shape.cache_kinds(configuration.cache)
+        except AmqError as error:
+            raise AmqError(f"the configuration's cache: {error}; correct it, or take `cache` out") from None
 
 
 def _check_provenance(configuration: Configuration, fingerprint: str, model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,31 +139,38 @@ class Inputs:
 
 @dataclass(frozen=True)
 class StepPlaces:
-    """Where in a page, or in a sequence's state, each step that has a part there begins; and the sizes of the whole."""
+    """Where in a page, or in a sequence's state, each step that has a part there begins; and the sizes of the whole.
+
+    kind: `AttentionCall.cache_kind` of each step with a part in a page.
+    """
 
     page: dict[int, int]
+    kind: dict[int, int]
     page_bytes: int
     state: dict[int, int]
     state_floats: int
 
     @classmethod
-    def of(cls, spec: DecoderSpec, library: CallLibrary, cache: str) -> StepPlaces:
+    def of(cls, spec: DecoderSpec, library: CallLibrary, cache: Sequence[str]) -> StepPlaces:
+        """cache: of CACHES, one for each step with keys and values of its own."""
+        kind: dict[int, int] = {}
+        kinds = iter(cache)
         page: dict[int, int] = {}
         state: dict[int, int] = {}
         page_bytes = floats = 0
         for index, step in enumerate(spec.steps):
             op = step.op
             if isinstance(op, Attention) and op.cache_of is None:
-                page[index] = page_bytes
-                call = Call(AttentionCall, _heads(op) | {"cache_kind": CACHES[cache]}, f"attention of step {index}")
+                page[index], kind[index] = page_bytes, CACHES[next(kinds)]
+                call = Call(AttentionCall, _heads(op) | {"cache_kind": kind[index]}, f"attention of step {index}")
                 page_bytes += -(-library.size("amq_cuda_cache_bytes", call) // 16) * 16
             elif isinstance(op, (DeltaNet, ShortConv)):
                 state[index] = floats
                 floats += -(-_state_floats(op) // 4) * 4
         for index, step in enumerate(spec.steps):
             if isinstance(step.op, Attention) and step.op.cache_of is not None:
-                page[index] = page[step.op.cache_of]
-        return cls(page, page_bytes, state, floats)
+                page[index], kind[index] = page[step.op.cache_of], kind[step.op.cache_of]
+        return cls(page, kind, page_bytes, state, floats)
 
 
 def _heads(op: Attention) -> dict[str, Any]:
@@ -181,15 +189,15 @@ def _state_floats(op: DeltaNet | ShortConv) -> int:
 
 
 class KeyCache:
-    """Keys and values in pages; kind: of CACHES."""
+    """Keys and values in pages."""
 
-    def __init__(self, places: StepPlaces, n_pages: int, kind: str, device: torch.device) -> None:
-        self._places, self._kind = places, CACHES[kind]
+    def __init__(self, places: StepPlaces, n_pages: int, device: torch.device) -> None:
+        self._places = places
         self.memory = torch.zeros(n_pages, places.page_bytes, dtype=torch.uint8, device=device)
 
     def attention_fields(self, index: int, op: Attention) -> dict[str, Any]:
         return _heads(op) | {
-            "cache_kind": self._kind, "cache": self.memory, "page_bytes": self._places.page_bytes,
+            "cache_kind": self._places.kind[index], "cache": self.memory, "page_bytes": self._places.page_bytes,
             "cache_offset": self._places.page[index],
         }  # fmt: skip
 

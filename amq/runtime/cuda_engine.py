@@ -25,7 +25,9 @@ from amq.kernels import cuda
 from amq.kernels.backends import current
 from amq.kernels.cuda_calls import MOST_ROWS, Refused
 from amq.kernels.warming import warm
+from amq.model.shape import DEFAULT_CACHE
 from amq.packing import PreparedWeight
+from amq.runtime.cache_kinds import choose_kinds, kinds_text
 from amq.runtime.cuda_buffers import CACHES, PAGE, Buffers, Inputs, KeyCache, StepPlaces
 from amq.runtime.cuda_graphs import Capture, cuda_graph, empty_cache
 from amq.runtime.cuda_own import OwnRows
@@ -36,7 +38,7 @@ from amq.runtime.decoder_spec import DecoderSpec, Linear
 from amq.runtime.engine import MAX_SCORED, Segment
 from amq.runtime.families import Unsupported, read_spec
 from amq.runtime.paged_engine import MAX_ROWS, PagedEngine, PagedSlot, check_state_cache, context_of
-from amq.runtime.settings import Sampling
+from amq.runtime.settings import AUTO_CACHE, Sampling
 from amq.runtime.state_pool import FLOAT, RecurrentStates, Snapshots, room_for
 from amq.runtime.trial import REFUSALS
 from amq.util.files import is_out_of_memory
@@ -54,7 +56,8 @@ log = logging.getLogger(__name__)
 class CudaEngine(PagedEngine):
     """See `PagedEngine`; made by `open_cuda`.
 
-    dtype: of what is multiplied. int8: round it to 8 bits. cache: one of CACHES. capture: makes a pass into one that
+    dtype: of what is multiplied. int8: round it to 8 bits. cache: of CACHES, one for each
+        layer that keeps any. capture: makes a pass into one that
     runs without Python, or None. many: see `cuda_pass.Many`. fixed: whether a context that does not fit is refused, not
         lowered.
     launches: {rows: calls of a decode pass, and of its head}.
@@ -67,7 +70,7 @@ class CudaEngine(PagedEngine):
         max_sequences: int,
         dtype: torch.dtype,
         int8: bool,
-        cache: str,
+        cache: Sequence[str],
         banner: str,
         capture: Capture | None,
         many: Many | None = None,
@@ -89,7 +92,7 @@ class CudaEngine(PagedEngine):
         pages = torch.zeros(max_sequences, -(-context // PAGE), dtype=torch.int32, device=self._device)
         self.inputs = Inputs(MAX_ROWS, pages)
         memory = None if states is None else states.memory
-        key_cache = KeyCache(places, n_pages, cache, self._device)
+        key_cache = KeyCache(places, n_pages, self._device)
 
         def builder(inputs: Inputs) -> PassBuilder:
             return PassBuilder(self._library, weights, self._buffers, inputs, key_cache, memory, int8, many)
@@ -363,7 +366,7 @@ def open_cuda(
     dtype: str = "auto",
     context: int | None = None,
     max_sequences: int = 1,
-    cache: str = "float16",
+    cache: str | Sequence[str] = AUTO_CACHE,
     state_cache: int | None = None,
 ) -> CudaEngine:
     """Opens a checkpoint of one of amq.runtime.families on a GPU.
@@ -379,15 +382,14 @@ def open_cuda(
     )
     check_supported(spec, record.formats)
     check_state_cache(spec, checkpoint, state_cache)
-    if cache not in CACHES:
-        raise AmqError(f"the KV cache must be one of {', '.join(CACHES)}, got {cache}")
+    kinds = choose_kinds(cache, checkpoint, spec, "CUDA", CACHES, DEFAULT_CACHE)
     fixed, context, kind = context is not None, context_of(spec, context), _dtype(checkpoint, dtype)
     place = _numbered(torch.device(device))
     formats = "+".join(sorted(set(record.formats.values())))
     short = str(kind).removeprefix("torch.")
     banner = (
         f"CUDA engine ({checkpoint.config.get('model_type')}) on {_name(place)}: {formats}, {short} "
-        f"{'rounded to int8' if activations == 'int8' else 'activations'}, {cache} cache"
+        f"{'rounded to int8' if activations == 'int8' else 'activations'}, {kinds_text(kinds)} cache"
     )
     capture = cuda_graph(place) if place.type == "cuda" else None
     many = _many(activations == "int8") if place.type == "cuda" else None
@@ -398,7 +400,7 @@ def open_cuda(
                 warm([[weight] for weight in weights.of_many_rows()], kind, MAX_ROWS, out=torch.float32)
                 empty_cache(place)  # of what preparing weights took
             return CudaEngine(
-                weights, context, max_sequences, kind, activations == "int8", cache, banner, capture, many,
+                weights, context, max_sequences, kind, activations == "int8", kinds, banner, capture, many,
                 state_cache, fixed,
             )  # fmt: skip
     except Refused as error:

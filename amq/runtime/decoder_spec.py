@@ -267,6 +267,11 @@ class DecoderSpec:
         """Whether a sequence has a state beside its keys and values."""
         return any(isinstance(step.op, DeltaNet | ShortConv) for step in self.steps)
 
+    @property
+    def own_caches(self) -> int:
+        """How many attentions have keys and values of their own."""
+        return sum(op.cache_of is None for op in self.parts(Attention))
+
     def parts(self, kind: type) -> list[Any]:
         """Everything of that class in the spec, in the order in which a pass reads it."""
         return self._by_kind.get(kind, [])

@@ -7,6 +7,7 @@ which it is, and why.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,16 @@ from amq.checkpoint.record import QuantizationRecord
 from amq.checkpoint.store import Checkpoint, is_checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.kernels.backends import choose_backend, default_activations
+from amq.runtime.cache_kinds import advice_text
 from amq.runtime.engine import Engine
-from amq.runtime.settings import LoadSettings
+from amq.runtime.settings import AUTO_CACHE, LoadSettings
 from amq.runtime.tokenizer import Tokenizer
 from amq.runtime.tokenizer_files import EndTokens
 from amq.util.extras import needs
 from amq.util.limits import fit_threads
 from amq.util.records import parse_record
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from amq.model.open import LoadedModel
@@ -113,7 +117,7 @@ def _load_cuda(checkpoint: Checkpoint, how: LoadSettings) -> CudaEngine:
         raise AmqError("a prompt cache on disk is for the native engine: leave --prompt-cache out with --device cuda")
     return open_cuda(
         checkpoint, how.device, how.activations or "fp32", how.dtype, how.context, how.max_sequences,
-        how.cache or "float16", how.state_cache,
+        how.cache, how.state_cache,
     )  # fmt: skip
 
 
@@ -131,7 +135,7 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     for given, what in (
         (settings.prompt_cache, "a prompt cache on disk"),
         (settings.state_cache, "a state cache"),
-        (settings.cache, "the choice of a KV cache"),
+        (None if settings.cache == AUTO_CACHE else settings.cache, "the choice of a KV cache"),
     ):
         if given is not None:
             raise AmqError(
@@ -140,6 +144,11 @@ def _load_torch(model: str, checkpoint: Checkpoint | None, settings: LoadSetting
     device, backend = settings.device, settings.backend
     how: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code}
     if checkpoint is not None:
+        if checkpoint.record.cache:
+            log.warning(
+                "%s asks for keys and values in %s, which transformers does not have: they stay in the model's dtype",
+                model, advice_text(checkpoint.record),
+            )  # fmt: skip
         with needs("models", f"running {model} through transformers ({why})"):
             from amq.integrations.transformers import AmqConfig
 

@@ -19,6 +19,8 @@ from amq.checkpoint.store import Checkpoint, open_checkpoint
 from amq.errors import AmqError
 from amq.kernels.backends import check_activations
 from amq.kernels.cpu import NO_MEMORY, cpu_module, empty_bytes, memory
+from amq.model.shape import DEFAULT_CACHE
+from amq.runtime.cache_kinds import choose_kinds, kinds_text
 from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.engine import Segment
 from amq.runtime.families import read_spec
@@ -26,6 +28,7 @@ from amq.runtime.native_weights import NativeWeights
 from amq.runtime.page_keys import Key, model_root
 from amq.runtime.page_store import PageStore
 from amq.runtime.paged_engine import MAX_ROWS, PagedEngine, PagedSlot, check_state_cache, context_of
+from amq.runtime.settings import AUTO_CACHE
 from amq.runtime.state_pool import FLOAT, RecurrentStates, Snapshots, room_for
 from amq.util.files import cache_dir, is_out_of_memory
 
@@ -66,10 +69,11 @@ class NativeEngine(PagedEngine):
         except (ValueError, TypeError) as error:  # TypeError: a number beyond 64 bits
             raise AmqError(f"the native engine cannot hold this model: {error}") from error
         page, page_bytes, spare = cpu_module().PAGE, self._decoder.page_bytes, self._decoder.spare_pages
-        cache_bytes = max_sequences * (-(-context // page) + spare) * page_bytes
+        first = self._decoder.first_pages
+        cache_bytes = max_sequences * (-(-context // page) + spare + first) * page_bytes
         states = self._make_states(page, max_sequences, cache_bytes, state_cache)
         kept = store(page_bytes) if store else None
-        super().__init__(weights.spec, context, max_sequences, page, page_bytes, states, root, kept, spare)
+        super().__init__(weights.spec, context, max_sequences, page, page_bytes, states, root, kept, spare, bool(first))
         self._cache = empty_bytes(cache_bytes)  # a page takes memory once it is written to
         self.isa = ""  # one of cpu_module().isas(), for tests; empty: AMQ_CPU_ISA or the best
 
@@ -113,7 +117,7 @@ def open_native(
     context: int | None = None,
     max_sequences: int = 1,
     threads: int | None = None,
-    cache: str | None = None,
+    cache: str | Sequence[str] = AUTO_CACHE,
     verify: bool = True,
     prompt_cache: int | None = None,
     prompt_cache_folder: Path | None = None,
@@ -125,7 +129,8 @@ def open_native(
     activations: `int8`, or `fp32` (exact).
     context: positions of a sequence; None: the model's, up to DEFAULT_CONTEXT.
     threads: None: torch's.
-    cache: what keys and values are kept as (docs/cpu.md); None: float16, float32 where activations are exact.
+    cache: what keys and values are kept as (docs/cpu.md): a kind for all layers, or one for each that keeps any;
+        `auto`: what the checkpoint says, else float16, float32 where activations are exact.
     verify: compare the hash of every tensor.
     prompt_cache: bytes of pages to keep on disk, in prompt_cache_folder (None: `prompts` in the user's cache).
     state_cache: bytes of snapshots of recurrent states; None: `state_pool.room_for` says.
@@ -140,22 +145,21 @@ def open_native(
     _check_caches(spec, checkpoint, prompt_cache, state_cache)
     context = context_of(spec, context)
     threads = threads or torch.get_num_threads()
-    cache = cache or ("float32" if activations == "fp32" else "float16")
-    if cache not in (known := cpu_module().CACHES):
-        raise AmqError(f"the native engine keeps keys and values as {', '.join(known)}, not as {cache}")
+    default = "float32" if activations == "fp32" else DEFAULT_CACHE
+    kinds = choose_kinds(cache, checkpoint, spec, "native", cpu_module().CACHES, default)
     if verify:
         checkpoint.verify()
     formats = "+".join(sorted(set(record.formats.values())))
     banner = (
-        f"native engine ({checkpoint.config.get('model_type')}): {formats}, {activations} activations, {cache} cache, "
-        f"{cpu_module().isa()}, {threads} threads, context {context}"
+        f"native engine ({checkpoint.config.get('model_type')}): {formats}, {activations} activations, "
+        f"{kinds_text(kinds)} cache, {cpu_module().isa()}, {threads} threads, context {context}"
     )
-    how = {"int8": activations == "int8", "cache": cache}
+    how = {"int8": activations == "int8", "cache": kinds}
     try:
         weights = NativeWeights(checkpoint, spec, context)
         if prompt_cache is None:
             return NativeEngine(weights, context, how, banner, max_sequences, threads, state_cache=state_cache)
-        root = model_root(checkpoint, weights.tables, {"activations": activations, "cache": cache})
+        root = model_root(checkpoint, weights.tables, {"activations": activations, "cache": kinds})
         store = partial(PageStore, prompt_cache_folder or cache_dir() / "prompts", prompt_cache)
         return NativeEngine(weights, context, how, banner, max_sequences, threads, root, store)
     except (OSError, RuntimeError, MemoryError) as error:

@@ -17,7 +17,7 @@ from amq.checkpoint.store import Checkpoint
 from amq.errors import AmqError
 from amq.runtime.decoder_spec import DecoderSpec
 from amq.runtime.engine import MAX_SCORED, Segment, Slot
-from amq.runtime.page_keys import Key
+from amq.runtime.page_keys import Key, page_key
 from amq.runtime.page_store import PageStore
 from amq.runtime.pages import PagePool, PageTable
 from amq.runtime.state_pool import RecurrentStates, SequenceState, Snapshots
@@ -43,7 +43,8 @@ class PagedSlot(Slot):
         is_long: bool,
     ) -> None:
         length = len(table.keys) * page
-        super().__init__(min((len(table.pages) - engine.spare) * page, engine.context), length)
+        more = engine.spare + engine.companions
+        super().__init__(min((len(table.pages) - more) * page, engine.context), length)
         self._engine, self.table, self.on_disk, self.state, self.is_long = engine, table, on_disk, state, is_long
         self.tokens = list(table.prompt[:length])
 
@@ -61,7 +62,8 @@ class PagedEngine:
 
     page: positions of one. page_bytes: of one, over all steps. states: of its sequences, with the snapshots, or None.
     root: of `page_keys.model_root`. prompt_cache: the pages on disk, with their counters, or None.
-    spare: pages of a sequence's own that stand behind those of its positions.
+    spare: pages of a sequence's own that stand behind those of its positions. companions: whether first pages have one
+        (`PagePool`), which stands behind these.
     """
 
     banner: str
@@ -77,17 +79,18 @@ class PagedEngine:
         root: Key = b"",
         prompt_cache: PageStore | None = None,
         spare: int = 0,
+        companions: bool = False,
     ) -> None:
         self.max_sequences, self.vocab_size, self.context = max_sequences, spec.vocabulary, context
-        self.spare = spare
+        self.spare, self.companions = spare, companions
         self.max_rows = MAX_ROWS
         self._border = max((rope.border for rope in spec.ropes), default=0)
         self._busy = threading.Lock()
         self._page_bytes = page_bytes
-        n_pages = max_sequences * (-(-context // page) + spare)
+        n_pages = max_sequences * (-(-context // page) + spare + companions)
         self.cache_bytes = n_pages * page_bytes
         self.states = states
-        self._pool = PagePool(n_pages, page, root, None if states is None else states.pool)
+        self._pool = PagePool(n_pages, page, root, None if states is None else states.pool, companions)
         self._logits = torch.empty(max_sequences, self.vocab_size)
         self._open = 0
         self._claims: dict[Key, PagedSlot] = {}  # pages that slots compute in the next pass, since the last one
@@ -104,6 +107,13 @@ class PagedEngine:
     def _page_memory(self, slot: PagedSlot, place: int) -> Any:
         """uint8 [page_bytes], of a page by its place in the slot's table."""
         raise NotImplementedError
+
+    def _parts(self, slot: PagedSlot, place: int, key: Key) -> list[tuple[Key, Any]]:
+        """What is on disk of a page, each under its own key: its memory, and that of a first page's companion."""
+        parts = [(key, self._page_memory(slot, place))]
+        if self.companions and place == 0:
+            parts.append((page_key(key, ()), self._page_memory(slot, -1)))
+        return parts
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -200,7 +210,8 @@ class PagedEngine:
         place = len(slot.table.keys)
         if slot.on_disk and self.prompt_cache is not None:
             begun = slot.length > place * self._pool.page
-            slot.on_disk = not begun and self.prompt_cache.read(key, self._page_memory(slot, place))
+            cache = self.prompt_cache
+            slot.on_disk = not begun and all(cache.read(*part) for part in self._parts(slot, place, key))
         return slot.on_disk
 
     def _computed(self, segments: Sequence[Segment[PagedSlot]], plans: Sequence[Snapshots]) -> None:
@@ -218,7 +229,8 @@ class PagedEngine:
     def _keep_pages(self, slot: PagedSlot, places: Iterable[int]) -> None:
         if self.prompt_cache is not None:
             for place in places:
-                self.prompt_cache.keep(slot.table.keys[place], self._page_memory(slot, place))
+                for part in self._parts(slot, place, slot.table.keys[place]):
+                    self.prompt_cache.keep(*part)
 
     def close(self, slot: PagedSlot) -> None:
         with self._alone():
@@ -242,8 +254,9 @@ class PagedEngine:
             self.prompt_cache.close()
 
     def cached_tokens(self) -> tuple[int, int]:
-        used, there = self._pool.used - self.spare * self._open, self._pool.n_pages - self.spare * self.max_sequences
-        return used * self._pool.page, there * self._pool.page
+        more = (self.spare + self.companions) * self.max_sequences
+        used = self._pool.used - self.spare * self._open
+        return used * self._pool.page, (self._pool.n_pages - more) * self._pool.page
 
     def forward(self, segments: Sequence[Segment[PagedSlot]]) -> Tensor:
         wanted: list[int] = []

@@ -5,6 +5,9 @@ mid-text. A full page is never written again, so it is known by its key (amq.run
 full: another sequence of the same owner that begins with the same tokens holds it too, beside the one that computed
 it. When nobody holds it any more it stays as it is until its place is needed.
 
+The first page of a sequence may have a companion, which holds a part of it (csrc/cpu/vector.h): the two are held,
+found and evicted as one.
+
 A sequence with a recurrent state beside its pages can go on only behind a page whose snapshot is kept too
 (amq.runtime.state_pool), and a snapshot goes with its page.
 """
@@ -23,7 +26,8 @@ from amq.runtime.state_pool import StatePool
 class PageTable:
     """The pages of one sequence; made by `PagePool.take`.
 
-    pages: int32, their numbers in the order of positions; none once they are given back.
+    pages: int32, their numbers in the order of positions, and last the first one's companion where the pool has such;
+        none once they are given back.
     root: what stands before the first page's key; None where the sequence shares its pages with nobody.
     prompt: what it may find computed, without the last token, which is always left to be computed; ahead: the keys of
         the full pages of that.
@@ -46,11 +50,15 @@ class PagePool:
     """Pages 0 … n_pages − 1 of `page` positions each.
 
     root: of `page_keys.model_root`, where keys outlive this pool. snapshots: without which no sequence goes on behind a
-    page; None for a model without recurrent state.
+    page; None for a model without recurrent state. companions: whether first pages have one.
     """
 
-    def __init__(self, n_pages: int, page: int, root: Key = b"", snapshots: StatePool | None = None) -> None:
+    def __init__(
+        self, n_pages: int, page: int, root: Key = b"", snapshots: StatePool | None = None, companions: bool = False
+    ) -> None:
         self.n_pages, self.page, self._root, self._snapshots = n_pages, page, root, snapshots
+        self._has_companions = companions
+        self._companions: dict[int, int] = {}  # of first pages that are not free
         self._free = list(range(n_pages - 1, -1, -1))  # low numbers first: memory that was touched is used again
         self._users = [0] * n_pages
         self._keys: dict[int, Key] = {}
@@ -59,8 +67,13 @@ class PagePool:
 
     @property
     def used(self) -> int:
-        """Pages that sequences hold."""
-        return self.n_pages - len(self._free) - len(self._idle)
+        """Pages that sequences hold, without companions."""
+        return self.n_pages - len(self._free) - len(self._idle) - len(self._companions)
+
+    def _available(self, without: Sequence[int]) -> int:
+        """Pages that are free, or would be if all idle ones but `without` were evicted."""
+        lost = sum((page in self._idle) * (1 + (page in self._companions)) for page in without)
+        return len(self._free) + len(self._idle) + len(self._companions.keys() & self._idle.keys()) - lost
 
     def take(
         self, tokens: Sequence[int], positions: int, owner: str | None = "", reuse: bool = True
@@ -77,11 +90,16 @@ class PagePool:
         keys = self._up_to_snapshot(known)
         found = [self._known[key] for key in keys]
         missing = -(-positions // self.page) - len(found)
-        if missing > len(self._free) + len(self._idle) - sum(page in self._idle for page in found):
+        if missing + (self._has_companions and not found) > self._available(found):
             return None
         for page in found:
             self._hold(page)
-        table = PageTable(found + [self._new_page() for _ in range(missing)], root, prompt, ahead)
+        pages = found + [self._new_page() for _ in range(missing)]
+        if self._has_companions:
+            if not found:
+                self._companions[pages[0]] = self._new_page()
+            pages.append(self._companions[pages[0]])
+        table = PageTable(pages, root, prompt, ahead)
         table.keys, table.known = keys, len(known)
         return table
 
@@ -110,6 +128,8 @@ class PagePool:
         if own != page:
             self._hold(page)
             table.pages[place] = page
+            if self._has_companions and place == 0:
+                table.pages[-1] = self._companions[page]
             self._drop(own)
         table.keys.append(key)
         return True
@@ -144,7 +164,8 @@ class PagePool:
 
     def give_back(self, table: PageTable) -> None:
         """Ends a sequence. What it shares is evicted from its end on: a page is found only through those before it."""
-        for page in reversed(table.pages.tolist()):
+        pages = table.pages.tolist()
+        for page in reversed(pages[:-1] if self._has_companions else pages):
             self._drop(page)
         table.pages = table.pages[:0]
 
@@ -160,6 +181,12 @@ class PagePool:
             self._idle[page] = None
         else:
             self._free.append(page)
+            self._free_companion(page)
+
+    def _free_companion(self, page: int) -> None:
+        if (companion := self._companions.pop(page, None)) is not None:
+            self._users[companion] = 0
+            self._free.append(companion)
 
     def _new_page(self) -> int:
         if self._free:
@@ -168,6 +195,7 @@ class PagePool:
             page = next(iter(self._idle))
             key = self._keys.pop(page)
             del self._idle[page], self._known[key]
+            self._free_companion(page)
             if self._snapshots is not None:
                 self._snapshots.drop(key)
         self._users[page] = 1

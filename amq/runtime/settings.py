@@ -13,6 +13,8 @@ from amq.model.shape import CACHES
 from amq.util.settings import Settings, flag
 
 WRITE, DRAW = "what to write", "how to choose tokens"
+AUTO_CACHE = "auto"
+"""As `--cache`: what the checkpoint says."""
 MAX_LOGPROBS = 20
 """OpenAI's limit of `top_logprobs`."""
 MAX_BIAS = 100
@@ -25,11 +27,11 @@ class RuntimeSettings(ModelSettings):
     activations: str | None = flag(
         None, "int8 or fp32 (exact); default: int8 on backend cpu, else fp32", choices=ACTIVATIONS
     )
-    cache: str | None = flag(
-        None,
-        "keys and values: float16 (default), int8 (half of its memory); on a CPU also float32, k8v4 (keys in int8, "
-        "values in 4 bits) and int4 (both in 4 bits)",
-        choices=tuple(CACHES),
+    cache: str = flag(
+        AUTO_CACHE,
+        "keys and values: auto (what the checkpoint says, else float16), float16, int8 (half of its memory); on a CPU "
+        "also float32, k8v4 (keys in int8, values in 4 bits) and int4 (both in 4 bits)",
+        choices=(AUTO_CACHE, *CACHES),
     )
     threads: int | None = flag(None, "CPU threads (default: torch's choice)", least=1, metavar="N")
 
@@ -63,8 +65,9 @@ class LoadSettings(RuntimeSettings):
     dtype: of everything that is not quantized and of the activations between linears: `auto` (float32 on a CPU, the
         checkpoint's own elsewhere), float32, bfloat16 or float16.
     device: where everything but packed weights goes; those are prepared there when they are first used.
-    cache: what keys and values are kept in; None takes float16, float32 where the native engine multiplies exactly. The
-        native engine has all of them, the CUDA engine float16 and int8.
+    cache: what keys and values are kept in. `auto` takes what the checkpoint says of each layer, and where it says
+        nothing float16, float32 where the native engine multiplies exactly. The native engine has all kinds, the CUDA
+        engine float16 and int8.
     context: positions that a sequence may have; None takes the model's own, or less where memory is set aside for it.
     max_sequences: that run at once.
     threads: on the CPU; None leaves torch's number, lowered to what a container's limits allow.

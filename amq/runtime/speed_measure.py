@@ -241,7 +241,7 @@ def open_drawn(drawn: Drawn, how: How) -> NativeEngine:
             f"the model is for {drawn.spec.longest} positions: give a --context or --depth that leaves {TOKENS}"
         )
     weights = NativeWeights(drawn, drawn.spec, context)
-    options = {"int8": how.activations == "int8", "cache": how.cache}
+    options = {"int8": how.activations == "int8", "cache": (how.cache,) * drawn.spec.own_caches}
     return NativeEngine(weights, context, options, "", how.rows, how.threads)
 
 

@@ -20,7 +20,7 @@ from amq.configuration import (
 from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import Inventory, LinearSpec
-from amq.model.shape import LayerCache
+from amq.model.shape import DEFAULT_CACHE, LayerCache
 from amq.search.archive import Record
 from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
@@ -196,10 +196,12 @@ def _from_record(record: Record, confirm: dict[str, float]) -> Chosen:
 
 
 def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings, speed: Speed | None = None) -> Configuration:
-    """What was chosen, with its figures; budget: says the KV cache in its memory. speed: by which a token is timed."""
+    """What was chosen, with its figures; budget: says the KV cache in its memory, which a runtime is to have where that
+    is another than it would take by itself. speed: by which a token is timed."""
     model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
     bare = Configuration(chosen.formats, group_size)
     caches = run.kv_cache.caches(budget.cache) if budget.context else ()
+    kinds = run.kv_cache.named(budget.cache) if budget.cache != DEFAULT_CACHE else {}
     details = Details(
         model=model,
         bits_per_weight=round(chosen.bits_per_weight, 6),
@@ -212,4 +214,4 @@ def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings, speed
         memory=Memory.of(memory_items(inventory, bare, caches, budget.context, budget.cache)),
         provenance=run.provenance,
     )
-    return Configuration(chosen.formats, group_size, details)
+    return Configuration(chosen.formats, group_size, details, kinds)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from amq.configuration import Provenance, compact, expand_name
 from amq.errors import AmqError
 from amq.formats import KEPT, NO_ROTATION
 from amq.model.inventory import BEFORE, EMBEDDING, EXPERT, HEAD, LINEAR, Inventory, LinearSpec, OtherWeight
-from amq.model.shape import DEFAULT_CACHE, FULL, SLIDING, LayerCache, ModelShape
+from amq.model.shape import DEFAULT_CACHE, FULL, SLIDING, LayerCache, ModelShape, kept_as
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
 from amq.util.machine import cpu_name, gpu_facts, installed_versions
@@ -177,10 +177,13 @@ class KvEntry:
             return KvEntry(unknown=str(error))
         return KvEntry(tuple(CacheEntry(n, c.per_token, c.constant, c.window, c.heads) for c, n in runs))
 
-    def caches(self, kind: str = DEFAULT_CACHE) -> tuple[LayerCache, ...]:
-        """Of all layers, with keys and values as a kind of `amq.model.shape.CACHES`; raises AmqError where they are not
-        known."""
-        return tuple(cache.kept_as(kind) for cache in self._caches())
+    def caches(self, kinds: str | Sequence[str] = DEFAULT_CACHE) -> tuple[LayerCache, ...]:
+        """Of all layers, as `amq.model.shape.kept_as` takes `kinds`; raises AmqError where they are not known."""
+        return kept_as(self._caches(), kinds)
+
+    def named(self, kind: str) -> dict[str, str]:
+        """{layer: kind} for all layers that keep keys and values, as `Configuration.cache`."""
+        return {f"layers.{n}": kind for n, cache in enumerate(self._caches()) if cache.per_token}
 
     def _caches(self) -> tuple[LayerCache, ...]:
         if self.unknown is not None:

@@ -27,6 +27,7 @@ from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
 from amq.model.paging import block_bytes, memory_text, pager_of
 from amq.model.settings import AUTO
+from amq.model.shape import kept_as
 from amq.model.speed_table import SpeedTable
 from amq.model.text import Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
@@ -389,7 +390,7 @@ def _bits(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> fl
     low, high = space.bits_range
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = [cache.kept_as(settings.cache) for cache in opened.shape.caches] if settings.context else ()
+        caches = kept_as(opened.shape.caches, settings.cache) if settings.context else ()
         return budget_from_memory(memory, settings.context, opened.inventory, caches, space)
     if settings.target_bits is not None:
         return check_bits(settings.target_bits, space)

@@ -165,7 +165,7 @@ def decode_calls(weights: NoMemory, rows: int, int8: bool) -> list[Call]:
     library, spec, device = NoLibrary(), weights.spec, weights.device
     pages = -(-max(CONTEXTS) // PAGE)
     buffers = Buffers(spec, max(ROWS), max(ROWS) * SPLITS, torch.float16, device)
-    cache = KeyCache(StepPlaces.of(spec, library, "float16"), 1, "float16", device)
+    cache = KeyCache(StepPlaces.of(spec, library, ["float16"] * spec.own_caches), 1, device)
     inputs = Inputs(rows, torch.zeros(rows, pages, dtype=torch.int32, device=device))
     builder = PassBuilder(library, weights, buffers, inputs, cache, None, int8, None)
     logits = torch.empty(rows, spec.head.rows, device=device)

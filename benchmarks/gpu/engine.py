@@ -405,7 +405,8 @@ def own_engine(
     on_gpu = not device.smoke
     capture = cuda_graph(device.torch) if on_gpu else None
     many = cuda_engine._many(int8) if on_gpu else None
-    return CudaEngine(weights, context, sequences, torch.float16, int8, cache, "CUDA engine", capture, many)
+    kinds = [cache] * weights.spec.own_caches
+    return CudaEngine(weights, context, sequences, torch.float16, int8, kinds, "CUDA engine", capture, many)
 
 
 def speeds(stage: Stage, sizes: Config, folder: Path) -> None:

@@ -149,9 +149,12 @@ struct Sizes {
         wide = m.per_layer.table.columns;
         for (Step& step : m.steps) std::visit([&](auto& op) { add(m, op); }, step.op);
         for (Step& step : m.steps)
-            if (auto* a = std::get_if<Attention>(&step.op); a && a->cache_of >= 0)
-                a->cache_offset = std::get<Attention>(m.steps[a->cache_of].op).cache_offset;
-        if (kCaches[m.cache].rounds_pages()) place_fresh(m);
+            if (auto* a = std::get_if<Attention>(&step.op); a && a->cache_of >= 0) {
+                const Attention& from = std::get<Attention>(m.steps[a->cache_of].op);
+                a->cache_offset = from.cache_offset;
+                a->cache = from.cache;
+            }
+        place_fresh(m);
     }
 
     // Keys that later steps read have a place of their own, all others one in common.
@@ -176,7 +179,9 @@ struct Sizes {
             m.fresh_bytes += fresh_bytes(a);
         });
     }
-    static int64_t fresh_bytes(const Attention& a) { return a.n_kv_heads * 2 * FreshKeys::half_bytes(a.head_dim); }
+    static int64_t fresh_bytes(const Attention& a) {
+        return a.kind().rounds_pages() ? a.n_kv_heads * 2 * FreshKeys::half_bytes(a.head_dim) : 0;
+    }
 
     void project(const Projection& projection) {
         wide = std::max(wide, projection.out_features());
@@ -191,7 +196,9 @@ struct Sizes {
         partial = std::max(partial, a.n_heads * (a.head_dim + 2));
         if (a.cache_of >= 0) return;
         a.cache_offset = m.page_bytes;
-        m.page_bytes += a.n_kv_heads * m.head_bytes(a);
+        m.page_bytes += a.n_kv_heads * a.head_bytes();
+        m.spare_pages = std::max(m.spare_pages, a.kind().spare_pages());
+        m.first_pages = std::max<int>(m.first_pages, a.kind().first_apart());
     }
     void add(DecoderModel& m, DeltaNet& d) {
         project(d.in);
@@ -233,8 +240,9 @@ Decoder::Decoder(DecoderModel model, int64_t max_rows, int max_threads)
       team_(count_loops(model_, max_rows)) {
     DecoderModel& m = model_;
     const Sizes sizes(m);
-    for (size_t i = 0; i < m.steps.size() && kCaches[m.cache].codes_keys(); ++i)
-        if (auto* a = std::get_if<Attention>(&m.steps[i].op)) a->common_key = common_key(m, static_cast<int64_t>(i));
+    for (size_t i = 0; i < m.steps.size(); ++i)
+        if (auto* a = std::get_if<Attention>(&m.steps[i].op); a && a->kind().codes_keys())
+            a->common_key = common_key(m, static_cast<int64_t>(i));
     input_stride_ = sizes.input;
     wide_stride_ = sizes.wide;
     mixed_stride_ = sizes.mixed;

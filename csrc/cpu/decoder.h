@@ -55,6 +55,7 @@ struct Attention {
     float scale = 1, softcap = 0;           // softcap c: scores → c · tanh(score / c)
     int64_t rope = -1;                      // of DecoderModel::ropes; -1: none
     int64_t window = 0;                     // positions that a token sees, itself included; 0: all
+    int cache = 0;                          // of kCaches; of a step that uses another's, that one's (set by the Decoder)
     int64_t cache_offset = 0;               // bytes, in a page of the cache (set by the Decoder)
     int64_t fresh_offset = 0;               // bytes, in a page of Decoder::fresh_ (set by the Decoder)
     // [n_kv_heads · head_dim], taken off the keys before they become codes; none where empty (set by the Decoder).
@@ -64,6 +65,8 @@ struct Attention {
     int64_t q_features() const { return n_heads * q_stride(); }
     int64_t kv_features() const { return n_kv_heads * head_dim; }
     int64_t group() const { return n_heads / n_kv_heads; }  // heads that share keys and values
+    const CacheKind& kind() const { return kCaches[cache]; }
+    int64_t head_bytes() const { return amq::head_bytes(kind(), head_dim); }  // of a page
 };
 
 // Where in a row of `in` a part of each key head begins: head h at first + h · stride.
@@ -196,13 +199,12 @@ struct DecoderModel {
     std::vector<Rope> ropes;
     std::vector<Step> steps;
     Mode mode = Mode::fp32;
-    int cache = 0;  // of kCaches
 
     int64_t page_bytes = 0;    // of the KV cache: kPage positions of all steps and KV heads (set by the Decoder)
+    // Of a sequence, beside those of its positions: the most that a step's kind has, and of its first page's keys (set by the Decoder).
+    int spare_pages = 0, first_pages = 0;
     int64_t fresh_bytes = 0;   // of a page of Decoder::fresh_ (set by the Decoder)
     int64_t state_floats = 0;  // of a sequence's recurrent state, 0 where there is none (set by the Decoder)
-
-    int64_t head_bytes(const Attention& a) const { return amq::head_bytes(kCaches[cache], a.head_dim); }
 };
 
 // After `rows` rows of a segment, the state of its sequence is copied to `state`, too.
@@ -214,7 +216,8 @@ struct Snapshot {
 struct Segment {
     int64_t first_row, rows, position;
     const int32_t* pages;  // of the cache, for all its positions so far
-    const int32_t* spare;  // pages of its own, CacheKind::spare_pages of them
+    const int32_t* spare;  // pages of its own, DecoderModel::spare_pages of them
+    const int32_t* first;  // that with the keys of its first page, where there is one
     bool long_text;        // which of two tables of angles
     int64_t state;         // number of its recurrent state; not read at position 0
     std::vector<Snapshot> snapshots;  // by rows

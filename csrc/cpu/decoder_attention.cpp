@@ -32,6 +32,15 @@ void spread(float* x, int64_t head_dim) {
     }
 }
 
+// Whether a head's keys and its values of a first page each fit in its place of a page.
+constexpr bool first_fits(int64_t head_dim) {
+    const int64_t keys = key_bytes(kCaches[kFirstKind], head_dim), values = head_bytes(kCaches[kFirstKind], head_dim) - keys;
+    for (const CacheKind& kind : kCaches)
+        if (kind.first_apart() && std::max(keys, values) > head_bytes(kind, head_dim)) return false;
+    return true;
+}
+static_assert(first_fits(16) && first_fits(kMaxHeadDim));  // linear in between
+
 }  // namespace
 
 // What biases of keys come to behind the rotary embedding, on average over kMean positions: of features that turn slowly about
@@ -69,15 +78,22 @@ std::vector<float> common_key(const DecoderModel& m, int64_t index) {
 }
 
 CacheView DecoderPass::head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const {
-    return {pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op), segment.pages, m_.page_bytes};
+    return {pass_.cache + op.cache_offset + kv_head * op.head_bytes(), segment.pages, m_.page_bytes,
+            key_bytes(op.kind(), op.head_dim)};
+}
+
+// Of a first page that is kept apart: keys in a page of their own, values where the page's keys and values would be.
+CacheView DecoderPass::first_cache(const Attention& op, const Segment& segment, int64_t kv_head) const {
+    const int64_t values = (segment.pages[0] - *segment.first) * m_.page_bytes;
+    return {pass_.cache + op.cache_offset + kv_head * op.head_bytes(), segment.first, m_.page_bytes, values};
 }
 
 // Where pages are rounded: keys of the sequence's page number `page`, one that the segment writes to. Of the last one they are in
 // its spare pages, for the passes to come.
 FreshKeys DecoderPass::fresh_keys(const Attention& op, const Segment& segment, int64_t kv_head, int64_t page) const {
-    if (!kCaches[m_.cache].rounds_pages()) return {};
+    if (!op.kind().rounds_pages()) return {};
     if (page == segment.last_page()) {
-        uint8_t* const part = pass_.cache + op.cache_offset + kv_head * m_.head_bytes(op);
+        uint8_t* const part = pass_.cache + op.cache_offset + kv_head * op.head_bytes();
         return {{part + segment.spare[0] * m_.page_bytes, part + segment.spare[1] * m_.page_bytes}};
     }
     const int64_t half = FreshKeys::half_bytes(op.head_dim), place = segment.fresh + page - segment.first_page();
@@ -97,16 +113,18 @@ void DecoderPass::move_begun(const Attention& op) {
     }
 }
 
-// Codes of the pages that are full now; with a barrier behind that.
+// Codes of the pages that are full now, but for first ones, which have theirs; with a barrier behind that.
 void DecoderPass::round_pages(const Attention& op) {
     int64_t total = 0, item = 0;
-    for (const Segment& segment : pass_.segments) total += segment.full_pages() * op.n_kv_heads;
+    const auto first = [](const Segment& segment) { return std::max<int64_t>(1, segment.first_page()); };
+    const auto stop = [](const Segment& segment) { return segment.first_page() + segment.full_pages(); };
+    for (const Segment& segment : pass_.segments) total += std::max<int64_t>(0, stop(segment) - first(segment)) * op.n_kv_heads;
     if (total == 0) return;
     for (const Segment& segment : pass_.segments)
-        for (int64_t page = segment.first_page(); page < segment.first_page() + segment.full_pages(); ++page)
+        for (int64_t page = first(segment); page < stop(segment); ++page)
             for (int64_t kv_head = 0; kv_head < op.n_kv_heads; ++kv_head, ++item)
                 if (item >= team_.begin(total) && item < team_.end(total))
-                    vector_.round_page[m_.cache](fresh_keys(op, segment, kv_head, page),
+                    vector_.round_page[op.cache](fresh_keys(op, segment, kv_head, page),
                                                  head_cache(op, segment, kv_head).page(page * kPage),
                                                  static_cast<int>(op.head_dim));
     team_.wait();
@@ -119,14 +137,16 @@ void DecoderPass::store_head(const Attention& op, const Segment& segment, int64_
     if (op.v_norm) vector_.rms_norm(value, op.v_norm, m_.epsilon, op.head_dim, value);
     if (op.k_norm) vector_.rms_norm(key, op.k_norm, m_.epsilon, op.head_dim, key);
     rotate(op, segment, position, key);
-    if (kCaches[m_.cache].codes_keys()) {
+    const bool first = op.kind().first_apart() && position < kPage;
+    const int kind = first ? kFirstKind : op.cache;
+    if (op.kind().codes_keys()) {
         if (!op.common_key.empty())
             for (int64_t k = 0; k < op.head_dim; ++k) key[k] -= op.common_key[kv_head * op.head_dim + k];
-        if (kCaches[m_.cache].spreads_keys()) spread(key, op.head_dim);
+        if (kCaches[kind].spreads_keys()) spread(key, op.head_dim);
     }
-    if (kCaches[m_.cache].spreads_values()) spread(value, op.head_dim);
-    vector_.store[m_.cache](head_cache(op, segment, kv_head), position, key, value, static_cast<int>(op.head_dim),
-                            fresh_keys(op, segment, kv_head, position / kPage));
+    if (op.kind().spreads_values()) spread(value, op.head_dim);
+    vector_.store[kind](first ? first_cache(op, segment, kv_head) : head_cache(op, segment, kv_head), position, key, value,
+                        static_cast<int>(op.head_dim), fresh_keys(op, segment, kv_head, position / kPage));
 }
 
 void DecoderPass::rotate(const Attention& op, const Segment& segment, int64_t position, float* x) {
@@ -164,12 +184,12 @@ void DecoderPass::rotate_and_store(const Attention& op) {
         rotate(op, segment, position, q);
         const float scale = op.scale * (op.position_scale ? op.position_scale[position] : 1.0f);
         for (int64_t k = 0; k < op.head_dim; ++k) q[k] *= scale;
-        if (kCaches[m_.cache].spreads_keys()) spread(q, op.head_dim);
+        if (op.kind().spreads_keys()) spread(q, op.head_dim);
     }
 }
 
 void DecoderPass::apply(const Step& step, const Attention& op) {
-    const bool rounds = kCaches[m_.cache].rounds_pages() && op.cache_of < 0;
+    const bool rounds = op.kind().rounds_pages() && op.cache_of < 0;
     if (rounds) move_begun(op);
     project_stream(step, op.qkv);
     rotate_and_store(op);
@@ -247,14 +267,25 @@ void DecoderPass::attend_item(const Attention& op, const Segment& segment, int64
         parts[i].values = values[1][i];
         std::fill(values[0][i], values[0][i] + head_dim, 0.0f);
     }
-    const auto kernel = vector_.attend[m_.cache];
     const CacheView cache = head_cache(op, segment, kv_head);
     const FreshKeys fresh = fresh_keys(op, segment, kv_head, rows[0].last / kPage);
-    const int64_t start = std::max(begin, rows[0].first / kSpan * kSpan);
-    for (int64_t p = start; p < end; p += kSpan) {
-        kernel({cache, rows, n_rows, head_dim, p, std::min<int64_t>(p + kSpan, end), op.softcap, fresh}, parts);
+    int64_t p = std::max(begin, rows[0].first / kSpan * kSpan);
+    const auto attend_to = [&](int kind, const CacheView& view, const QueryRow* with, int64_t stop) {
+        vector_.attend[kind]({view, with, n_rows, head_dim, p, stop, op.softcap, fresh}, parts);
         for (int i = 0; i < n_rows; ++i) vector_.merge(sums[i], parts[i], head_dim);
+        p = stop;
+    };
+    if (p == 0 && op.kind().first_apart()) {
+        alignas(64) float turned[kMaxQueryRows][kMaxHeadDim];
+        QueryRow with[kMaxQueryRows];
+        for (int i = 0; i < n_rows; ++i) {
+            std::copy_n(rows[i].q, head_dim, turned[i]);
+            if (kCaches[kFirstKind].spreads_keys()) spread(turned[i], head_dim);
+            with[i] = {turned[i], rows[i].first, rows[i].last};
+        }
+        attend_to(kFirstKind, first_cache(op, segment, kv_head), with, std::min<int64_t>(kPage, end));
     }
+    while (p < end) attend_to(op.cache, cache, rows, std::min(p / kSpan * kSpan + kSpan, end));
     for (int i = 0; i < n_rows; ++i) {
         const int64_t row = segment.first_row + (first + i) / group, head = kv_head * group + (first + i) % group;
         if (split()) {
@@ -281,7 +312,7 @@ void DecoderPass::finish_head(const Attention& op, int64_t head, Partial& sum, f
         vector_.merge(sum, {op.sinks[head], 1, nothing}, head_dim);
     }
     vector_.finish(sum, head_dim, out);
-    if (kCaches[m_.cache].spreads_values()) spread(out, head_dim);
+    if (op.kind().spreads_values()) spread(out, head_dim);
 }
 
 // The row of attention's output from what was computed span by span.

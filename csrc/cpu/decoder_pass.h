@@ -44,6 +44,7 @@ private:
 
     // decoder_attention.cpp; rows of `wide` hold q (and gates), k and v of all heads
     CacheView head_cache(const Attention& op, const Segment& segment, int64_t kv_head) const;
+    CacheView first_cache(const Attention& op, const Segment& segment, int64_t kv_head) const;
     FreshKeys fresh_keys(const Attention& op, const Segment& segment, int64_t kv_head, int64_t page) const;
     void move_begun(const Attention& op);
     void round_pages(const Attention& op);

@@ -12,7 +12,8 @@
 // Keys in less than 8 bits lose too much that way. What is large in them is large in the same features at all positions, so there
 // each feature has a scale and a least value, for the kPage positions of a page, and is rounded when the page is full. Until then
 // the page's keys are in fp16 elsewhere (FreshKeys), and a query sees those: the keys of its own page in fp16, and of every page
-// before it in codes, however its text was cut into passes.
+// before it in codes, however its text was cut into passes. The first page of a sequence is what all queries look at most: its keys
+// and values are those of int8, which take two pages: the keys stand in another one, each head's in its own place there.
 
 #pragma once
 
@@ -40,16 +41,21 @@ struct CacheKind {
     constexpr bool spreads_values() const { return value_bits < 8; }  // in 8 bits they lose nothing worth it
     // Pages that a sequence has beside those of its positions: each holds a half of every KV head's FreshKeys, in the head's place.
     constexpr int spare_pages() const { return rounds_pages() ? 2 : 0; }
+    constexpr bool first_apart() const { return rounds_pages(); }
 };
 constexpr CacheKind kCaches[] = {{"float32", 32, 32}, {"float16", 16, 16}, {"int8", 8, 8}, {"k8v4", 8, 4}, {"int4", 4, 4}};
 constexpr int kCacheKinds = sizeof kCaches / sizeof *kCaches;
+constexpr int kFirstKind = 2;  // of a first page that is kept apart
+static_assert(kCaches[kFirstKind].key_bits == 8 && kCaches[kFirstKind].value_bits == 8);
 
-// What a KV head takes in a page.
+// What a KV head's keys and its values take in a page.
+constexpr int64_t key_bytes(const CacheKind& kind, int64_t head_dim) {
+    const int64_t bytes = kPage * head_dim * kind.key_bits / 8;
+    return kind.codes_keys() ? bytes + 4 * (kind.rounds_pages() ? head_dim : kPage) : bytes;
+}
 constexpr int64_t head_bytes(const CacheKind& kind, int64_t head_dim) {
-    int64_t bytes = kPage * head_dim * (kind.key_bits + kind.value_bits) / 8;
-    if (kind.codes_keys()) bytes += 4 * (kind.rounds_pages() ? head_dim : kPage);
-    if (kind.value_bits < 16) bytes += 4 * kPage;
-    return bytes;
+    const int64_t values = kPage * head_dim * kind.value_bits / 8;
+    return key_bytes(kind, head_dim) + (kind.value_bits < 16 ? values + 4 * kPage : values);
 }
 
 // A KV head's keys in fp16, of a page that is not full or that the pass fills: rows of kPage positions per feature as in a page,
@@ -73,11 +79,12 @@ struct FreshKeys {
 enum class Activation { silu, gelu_tanh, clamped_swiglu, relu2 };
 constexpr int kActivations = 4;
 
-// A sequence's keys and values in one block of the model and one KV head: page i is at base + pages[i] · page_bytes.
+// A sequence's keys and values in one block of the model and one KV head: page i is at base + pages[i] · page_bytes, its values
+// `values` bytes behind that.
 struct CacheView {
     uint8_t* base;
     const int32_t* pages;
-    int64_t page_bytes;
+    int64_t page_bytes, values;
 
     AMQ_INLINE uint8_t* page(int64_t position) const { return base + pages[position / kPage] * page_bytes; }
 };
@@ -98,7 +105,7 @@ struct AttendArgs {
     CacheView cache;
     const QueryRow* rows;
     int n_rows, head_dim;
-    int64_t begin, end;  // positions, at most kSpan, begin a multiple of it
+    int64_t begin, end;  // positions, at most kSpan, begin a multiple of kPage
     float softcap;       // c > 0: scores → c · tanh(score / c)
     FreshKeys fresh;     // where pages are rounded: of the page that the last positions of all rows are in
 };

@@ -105,7 +105,6 @@ struct Part {
     AMQ_INLINE int64_t grids() const { return E::kByFeature ? head_dim : kPage; }
     AMQ_INLINE uint8_t* scale(int64_t place) const { return data + bytes() + 2 * place; }
     AMQ_INLINE uint8_t* least(int64_t place) const { return scale(grids() + place); }
-    AMQ_INLINE uint8_t* end() const { return E::kLevels ? scale(2 * grids()) : data + bytes(); }
 
     // Rounds the numbers of a position or a feature to `codes`, and puts their scale and least value where they belong.
     AMQ_INLINE void round(const float* x, int64_t place, uint8_t* codes) const {
@@ -155,7 +154,7 @@ void store_position(const CacheView& cache, int64_t position, const float* key, 
     const Part<K> keys{cache.page(position), head_dim};
     if constexpr (K::kByFeature) store_fresh<S>(fresh, position % kPage, key, head_dim);
     else store_keys<S>(keys, position % kPage, key);
-    store_values<S>(Part<V>{keys.end(), head_dim}, position % kPage, value);
+    store_values<S>(Part<V>{keys.data + cache.values, head_dim}, position % kPage, value);
 }
 
 template <class S, class K, class V>
@@ -251,7 +250,7 @@ struct Attention {
     explicit Attention(const AttendArgs& given) : args(given) {}
 
     AMQ_INLINE Part<K> keys(int64_t position) const { return {args.cache.page(position), args.head_dim}; }
-    AMQ_INLINE Part<V> values(int64_t position) const { return {keys(position).end(), args.head_dim}; }
+    AMQ_INLINE Part<V> values(int64_t position) const { return {keys(position).data + args.cache.values, args.head_dim}; }
 
     // Of `tiles` · 16 positions from `place` of the page on.
     template <int tiles>

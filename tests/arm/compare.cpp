@@ -117,7 +117,7 @@ void attention(const VectorKernels& kernels, Found& found) {
         Random random(77);
         const int64_t bytes = head_bytes(kCaches[kind], kHeadDim);
         Aligned memory(3 * bytes), keys(2 * FreshKeys::half_bytes(kHeadDim));
-        const CacheView cache{memory.data(), pages, bytes};
+        const CacheView cache{memory.data(), pages, bytes, key_bytes(kCaches[kind], kHeadDim)};
         const FreshKeys fresh{{keys.data(), keys.data() + FreshKeys::half_bytes(kHeadDim)}};
         for (int position = 0; position < kSpan; ++position) {
             const auto key = random.floats(kHeadDim, 3), value = random.floats(kHeadDim);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -79,3 +80,11 @@ def tiny_checkpoint(
     config = {**model.config.to_dict(), "architectures": [type(model).__name__], "dtype": "float32"}
     write_checkpoint(folder, config, record, packed, others, extras, **options)
     return folder
+
+
+def advise(folder: Path, cache: Mapping[str, Any]) -> None:
+    """Lets config.json say how a runtime is to keep keys and values: {layers: kind}."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["cache"] = cache
+    path.write_text(json.dumps(config))

@@ -49,7 +49,7 @@ def memory(array: np.ndarray[Any, Any]) -> tuple[int, int]:
 
 class RandomDecoder:
     """spec, decoder: of random sizes, made from `seed`. random: what made them, for more of the kind. cache: what keys
-    and values are kept as; None: anything."""
+    and values are kept as; None: anything, each step as it likes."""
 
     def __init__(self, seed: int, context: int, threads: int, cache: str | None = None) -> None:
         self.random, self._context, self._count = np.random.default_rng(seed), context, 0
@@ -61,7 +61,7 @@ class RandomDecoder:
         self.max_rows = self.pick(1, 2, 5, 17, 64, 512)
         self.decoder = cpu_module().Decoder(
             spec=self.spec, weights=self._held, context=context, group_size=self._group, int8=self.coin(),
-            cache=cache or self.pick(*cpu_module().CACHES), max_rows=self.max_rows, threads=threads,
+            cache=cache or self._caches(), max_rows=self.max_rows, threads=threads,
         )  # fmt: skip
 
     def pick(self, *choices: Any) -> Any:
@@ -69,6 +69,9 @@ class RandomDecoder:
 
     def coin(self, chance: float = 0.5) -> bool:
         return bool(self.random.random() < chance)
+
+    def _caches(self) -> list[str]:
+        return [self.pick(*cpu_module().CACHES) for _ in range(self.spec.own_caches)]
 
     def _name(self, kind: str) -> str:
         self._count += 1

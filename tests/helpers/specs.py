@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from amq.model.experts import unfuse
+from amq.model.shape import ModelShape
 from amq.runtime.decoder_spec import Array, DecoderSpec, Linear, Table
 from amq.runtime.families import read_spec
 
@@ -43,4 +44,5 @@ def check(config: Any, auto: Any = AutoModelForCausalLM, written: Sequence[dict[
         text = {name: shape for name, shape in tensors.items() if not name.startswith(spec.unread)}
         assert expected_shapes(spec) == text
         assert (spec.head.name == spec.embedding.name) == bool(tied)
+        assert len(ModelShape.of(said).keeping) == spec.own_caches
     return tuple(tensors.keys() - text.keys())

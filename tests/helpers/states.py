@@ -50,7 +50,7 @@ class FakeDecoder:
 
     page_bytes = PAGE * 8
     state_floats = 2
-    spare_pages = 0
+    spare_pages = first_pages = 0
 
     def __init__(self, **model: Any) -> None:
         self.model = model
