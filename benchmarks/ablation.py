@@ -62,7 +62,9 @@ VARIANTS = {
     "self-written text": Variant({"calibration": "self"}),
     "rotation": Variant({"rotation": "auto"}),
     "rotation everywhere": Variant({"rotation": "64"}),
-    "all but rows": Variant({"rotation": "auto", "calibration": "self"}, runs=RUNS, refine=AUTO_EVALUATIONS),
+    "default": Variant({"rotation": "auto", "calibration": "auto"}, runs=RUNS),
+    "default on pydoc": Variant({"rotation": "auto", "calibration": "pydoc"}, runs=RUNS),
+    "all but rows": Variant({"rotation": "auto", "calibration": "auto"}, runs=RUNS, refine=AUTO_EVALUATIONS),
 }
 OFF = {"rotation": "none", "calibration": "pydoc"}
 """What a variant's settings are where it does not say: the search without any of its parts."""
