@@ -87,7 +87,7 @@ class BudgetSettings(Settings):
         if self.context and self.memory is None and not self.timed:
             raise AmqError(
                 "--context sizes the KV cache within --memory, or says what comes before a token of --min-speed: give "
-                "one of these too"
+                "--memory or --min-speed too"
             )
         if self.max_loss is not None and self.min_speed is not None:
             raise AmqError("--max-loss asks for the smallest or fastest: give --prefer speed instead of --min-speed")
