@@ -23,7 +23,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.native import NativeStates
-from amq.search.run import prepare, _quantized
+from amq.search.run import _quantized, prepare
 from amq.search.settings import SearchSettings
 from amq.util.progress import LineProgress
 from amq.util.settings import parse_size

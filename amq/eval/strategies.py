@@ -64,7 +64,7 @@ def run_strategies(settings: StrategySettings, progress: Progress | None = None)
 
 
 def _open(output: Path, settings: StrategySettings) -> StrategyTable | None:
-    """The table in the folder. Raises AmqError where it is of other settings, or where the folder holds something else."""
+    """The table in the folder. Raises AmqError where it is of other settings, or where something else is there."""
     check_place(output, "--output")
     path = output / JSON
     if not path.is_file():
@@ -105,16 +105,18 @@ def _describe(run: SeedRun, texts: Mapping[str, str]) -> StrategyTable:
 
 
 def _go_on(table: StrategyTable, now: StrategyTable, output: Path) -> StrategyTable:
-    """`table` with the seed of `now`. Raises AmqError where names in the settings stand for something else than they did."""
+    """`table` with the seed of `now`. Raises AmqError where a name in the settings stands for something else now."""
     for name, what in (("fingerprint", "model (or other weights)"), ("measured_by", "engine"), ("texts", "text")):
         old, new = getattr(table, name), getattr(now, name)
         if old != new:
-            raise AmqError(f"--output {output} holds a table of another {what}: it has {old}, this is {new}; give another folder")
+            raise AmqError(
+                f"--output {output} holds a table of another {what}: it has {old}, this is {new}; give another folder"
+            )
     for seed, entry in now.seeds.items():
         if table.seeds.get(seed, entry) != entry:
             raise AmqError(
-                f"--output {output}: the bank or the windows of seed {seed} were others ({table.seeds[seed]}, now {entry}), "
-                "since amq or the tokenizer has changed: give another folder"
+                f"--output {output}: the bank or the windows of seed {seed} were others ({table.seeds[seed]}, now "
+                f"{entry}), since amq or the tokenizer has changed: give another folder"
             )
     return replace(table, seeds={**table.seeds, **now.seeds})
 

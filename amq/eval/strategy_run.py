@@ -1,7 +1,7 @@
 """One seed of a comparison: a model with its bank, and what each strategy allocates there and loses by it.
 
-A configuration that several strategies ask for is measured once and charged to each. So is a table of costs: `fisher` and
-`trace` come from the same passes, and both pay for them.
+A configuration that several strategies ask for is measured once and charged to each. So is a table of costs: `fisher`
+and `trace` come from the same passes, and both pay for them.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ HV_POINTS = 7
 SINGLE = "sensitivity"
 """Phase of evaluations with one linear changed."""
 ITERATIONS, SHARE = 5, 20
-"""Of the paper's search here: so many iterations, each of a part of the evaluations; the others come first, at random."""
+"""Of the paper's search here: so many iterations, each of one such part of the evaluations; the rest come first."""
 
 
 class MemoLosses:
@@ -57,15 +57,7 @@ class MemoLosses:
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
         self._known: dict[tuple[str, str], tuple[float, float]] = {}
-        self.spent = 0.0
-
-    @property
-    def seconds(self) -> float:
-        return self._evaluator.seconds
-
-    @property
-    def seconds_in_model(self) -> float:
-        return self._evaluator.seconds_in_model
+        self.spent = self.seconds = self.seconds_in_model = 0.0
 
     @property
     def each(self) -> float:
@@ -88,6 +80,7 @@ class MemoLosses:
             loss, seconds = self._known[known]
             self.spent += seconds
             yield [loss]
+        self.seconds, self.seconds_in_model = self._evaluator.seconds, self._evaluator.seconds_in_model
 
 
 @dataclass(frozen=True)

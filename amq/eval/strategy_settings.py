@@ -85,10 +85,10 @@ class StrategySettings(LoadSettings):
     )  # fmt: skip
     steps: int = flag(60, "steps of gradient", SPEND, least=0, metavar="N")
     row_blocks: int = flag(4, "blocks that rows cuts each linear into", SPEND, least=2, metavar="N")
-    backend: str = flag(
-        AUTO, "what runs the candidates, as of amq search", choices=(AUTO, NATIVE, *BACKENDS)
+    backend: str = flag(AUTO, "what runs the candidates, as of amq search", choices=(AUTO, NATIVE, *BACKENDS))
+    activations: str = flag(
+        "fp32", "int8 rounds activations as deployed, of what a kernel can run: not of rows", choices=ACTIVATIONS
     )
-    activations: str = flag("fp32", "int8 rounds activations as deployed", choices=ACTIVATIONS)
     cache_memory: str | int = flag("256MiB", "as of amq search", parse=parse_size, metavar="SIZE")
 
     def __post_init__(self) -> None:

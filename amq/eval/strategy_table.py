@@ -19,8 +19,8 @@ class StrategyRow:
     evaluations: true ones of whole configurations, on the windows of the loss and, of refine, on those it is held to.
     singles: those with one linear (or what is tied) changed. passes: windows that it looked at otherwise.
     seconds: all that it would have taken alone; equivalents: that in evaluations of this seed's median time.
-    losses, bits: of its choice within each budget; a loss is None where it is not finite. hv7: hypervolume of its choices
-    at the seven budgets of the file with the uniform ends. perplexity: of its choices on the held-out text.
+    losses, bits: of its choice within each budget; a loss is None where it is not finite. hv7: hypervolume of its
+    choices at the seven budgets of the file with the uniform ends. perplexity: of its choices on the held-out text.
     """
 
     strategy: str
@@ -85,7 +85,9 @@ def markdown(table: StrategyTable) -> str:
     done = [name for name in STRATEGIES if table.of(name)]
     heads, perplexities = table.settings.shown_budgets, table.settings.shown_perplexities
     names = ["strategy", "family", "granularity", "looks at", "evaluations", "equivalents"]
-    names += [f"loss at {key(b)}" for b in heads] + ["HV7 (each seed)"] + [f"perplexity at {key(b)}" for b in perplexities]
+    names += (
+        [f"loss at {key(b)}" for b in heads] + ["HV7 (each seed)"] + [f"perplexity at {key(b)}" for b in perplexities]
+    )
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     lines += [f"| {' | '.join(_cells(table, name))} |" for name in done]
     notes = [f"- `{name}` ({STRATEGIES[name].systems}): {STRATEGIES[name].deviation}." for name in done]
@@ -97,18 +99,21 @@ def _head(table: StrategyTable) -> Iterator[str]:
     s, machine = table.settings, table.provenance.get("machine", {})
     seeds = ", ".join(sorted(table.seeds, key=int))
     yield (
-        f"{s.model}, {s.proxy} bank ({s.formats}, group {s.group_size}, rotation {s.rotation}), Jensen–Shannon divergence "
-        f"in nats per token on {s.windows} windows of {s.window_length} tokens of {s.calibration}, by the "
-        f"{table.measured_by}; seeds {seeds}, medians over them; head and embeddings in 16 bits, budgets are of the linears."
+        f"{s.model}, {s.proxy} bank ({s.formats}, group {s.group_size}, rotation {s.rotation}), Jensen–Shannon "
+        f"divergence in nats per token on {s.windows} windows of {s.window_length} tokens of {s.calibration}, by the "
+        f"{table.measured_by}; seeds {seeds}, medians over them; head and embeddings in 16 bits, budgets are of the "
+        "linears."
     )
     yield (
-        f"{s.cost_passes} windows for strategies that look at inputs or gradients, {s.evaluations} evaluations for those "
-        f"that search, {s.steps} steps of gradient. HV7: hypervolume of the losses at {key(table.hv_budgets[0])} to "
-        f"{key(table.hv_budgets[-1])} bits and the uniform ends."
+        f"{s.cost_passes} windows for strategies that look at inputs or gradients, {s.evaluations} evaluations for "
+        f"those that search, {s.steps} steps of gradient. HV7: hypervolume of the losses at "
+        f"{key(table.hv_budgets[0])} to {key(table.hv_budgets[-1])} bits and the uniform ends."
     )
+    if table.of("rows") and s.activations != "fp32":
+        yield "Candidates of `rows`, which no kernel runs, are measured by torch with exact activations."
     if s.shown_perplexities:
         full = "" if table.full is None else f", full precision {table.full:.3f}"
-        yield f"Perplexity on {s.max_tokens} tokens of {s.text}{full}."
+        yield f"Perplexity on {s.max_tokens} tokens of {s.text}, windows of {s.window_length}, by torch{full}."
     if machine:
         yield f"{machine.get('processor')}, {machine.get('threads')} threads, {str(table.provenance.get('date'))[:10]}."
 

@@ -182,7 +182,9 @@ class Evaluator:
 
         No configuration is to be in it (`full_precision`).
         """
-        states = [self._runner.hidden(tokens, self._runner.n_blocks) for tokens in self._batches(self._windows[windows])]
+        states = [
+            self._runner.hidden(tokens, self._runner.n_blocks) for tokens in self._batches(self._windows[windows])
+        ]
         return self._meter.losses(windows, [self._scored(states, windows)], KEPT.name)[0]
 
     def apply(self, formats: Formats) -> None:

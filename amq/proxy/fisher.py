@@ -113,7 +113,9 @@ def gradient_passes(
     """
     assert set(kinds) <= set(DRAWN) or set(kinds) == {TAYLOR}, "labels are either drawn or the text's"
     if inventory.outer and set(kinds) != {FISHER}:
-        raise AmqError(f"the scores {' and '.join(kinds)} are of the blocks' linears: leave out {inventory.outer[0].name}")
+        raise AmqError(
+            f"the scores {' and '.join(kinds)} are of the blocks' linears: leave out {inventory.outer[0].name}"
+        )
     scores = Scores(model, inventory, bank, tuple(formats), unscored, memory, RUNS)
     for one in scores.passes(windows, seed, 0, tuple(kinds)):
         yield {kind: scores.table(one, kind) for kind in kinds}
@@ -343,7 +345,6 @@ class Scores:
         row = one.table.setdefault(spec.name, self.zeros(spec.name))
         runs = (1,) if spec.kind == EXPERT else self._runs  # an expert's rows are not neighbours in the window
         row[fmt] += squares(change.float(), runs) / scored / 8
-
 
     def _add_trace(self, one: Pass, spec: LinearSpec, fmt: str, x: Tensor, g: Tensor, error: Tensor) -> None:
         """x, g: [rows, in_features] and [rows, out_features]; error: of the weight in this format."""

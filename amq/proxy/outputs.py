@@ -41,8 +41,8 @@ LEAST = 1e-12
 
 @dataclass(frozen=True)
 class OutputErrors:
-    """Of one linear, float64 [out_features] each: mean square and variance of its outputs (bias left out), and by format
-    the mean square of their errors."""
+    """Of one linear, float64 [out_features] each: mean square and variance of its outputs (bias left out), and by
+    format the mean square of their errors."""
 
     energy: Tensor
     variance: Tensor

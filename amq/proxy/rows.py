@@ -1,9 +1,9 @@
 """Row blocks: what parts of a linear's output features cost in each format, and a model put together from such parts.
 
-The output rows of a linear are sorted by salience Σ_t g_n² · (δW x)_n² in the middle format and cut into blocks of equal
-count (MixLLM, arXiv 2412.14590, ranks output features of the whole model by loss). Each block has Fisher scores of its
-own, as `amq.proxy.fisher` gives whole linears theirs. No kernel runs a linear whose rows have several formats: weights
-are put together from the bank's, dequantized.
+The output rows of a linear are sorted by salience Σ_t g_n² · (δW x)_n² in the middle format and cut into blocks of
+equal count (MixLLM, arXiv 2412.14590, ranks output features of the whole model by loss). Each block has Fisher scores
+of its own, as `amq.proxy.fisher` gives whole linears theirs. No kernel runs a linear whose rows have several formats:
+weights are put together from the bank's, dequantized.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ def _sweep(see: See, windows: Tensor, seed: int, of: tuple[Any, ...]) -> None:
 def assembled(model: PreTrainedModel, bank: BankReader, parts: Sequence[Part]) -> Iterator[None]:
     """Weights of `model`, which is in memory whole, put together from `parts`; the own ones afterwards.
 
-    Parts of one weight are neighbours. A tied embedding changes with its head. Every weight that is named has all of its
-    rows in `parts`.
+    Parts of one weight are neighbours. A tied embedding changes with its head. Every weight that is named has all of
+    its rows in `parts`.
     """
     kept: dict[str, Tensor] = {}
     try:

@@ -1,8 +1,8 @@
 """Level switches, kept where a measurement is better: an evolution of one parent at each budget, without a cost table.
 
-EvoPress (arXiv 2410.14649) searches so: an offspring lowers one weight by a format and raises another, a few times over,
-so that it stays on the budget; the best of a generation replaces its parent if it is better. Budgets are worked off from
-the smallest on, each from the best of the one before with random weights raised until it is full.
+EvoPress (arXiv 2410.14649) searches so: an offspring lowers one weight by a format and raises another, a few times
+over, so that it stays on the budget; the best of a generation replaces its parent if it is better. Budgets are worked
+off from the smallest on, each from the best of the one before with random weights raised until it is full.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SWITCHES = 3
 
 
 def climb(problem: Problem, budgets: Sequence[float], evaluations: int) -> dict[float, Record]:
-    """{budget in bits per weight: the best record}; `evaluations` true ones in all, in equal parts, at least a start each.
+    """{budget in bits per weight: the best record}; `evaluations` true ones in all, in equal parts, at least one each.
 
     Raises AmqError where a budget is below the smallest configuration.
     """

@@ -1,4 +1,4 @@
-"""Strategies of bit allocation, a row each: what `amq eval strategies` compares, and what the cited systems do otherwise.
+"""Strategies of bit allocation, a row each: what `amq eval strategies` compares, and what cited systems do otherwise.
 
 Families are those that the survey of mixed-precision quantization for language models (arXiv 2510.16805) tells apart by
 how bits are allocated, in our words: rules, metrics of each weight (with the exact knapsack over them), search by
@@ -44,7 +44,8 @@ _ROWS = (
         "the widest format that fits the budget for everything", "uniform",
     ),
     Strategy(
-        "random", BASELINE, LINEAR, "losses of random mixtures", "the baseline of AMQ and of neural architecture search",
+        "random", BASELINE, LINEAR, "losses of random mixtures",
+        "the baseline of AMQ and of neural architecture search",
         "in the space that AMQ's pruning leaves, which takes a single-linear evaluation of each linear", "random",
         frozenset({EVALUATIONS}),
     ),
@@ -79,12 +80,13 @@ _ROWS = (
     ),
     Strategy(
         "fisher", METRIC, LINEAR, "gradients of drawn labels", "SqueezeLLM, FGMP (both by Fisher weights)",
-        "amq's default: the quadratic form of the bank's very error over runs of positions, for whole linears; both cited "
+        "amq's default: the quadratic form of the bank's very error over runs of positions, for whole linears; both "
         "weigh single weights or blocks by a diagonal",
         needs=frozenset({PASSES}),
     ),
     Strategy(
-        "sensitivity", METRIC, LINEAR, "losses with one linear changed", "exllamav3, ModelOpt's KL score, AMQ's pruning",
+        "sensitivity", METRIC, LINEAR, "losses with one linear changed",
+        "exllamav3, ModelOpt's KL score, AMQ's pruning",
         "every linear in every format, the others in the widest; losses are made additive before they are summed",
     ),
     Strategy(
@@ -126,8 +128,8 @@ def parse_strategies(text: str) -> list[Strategy]:
 
 
 def check_needs(rows: Iterable[Strategy], has: dict[str, bool], remedies: dict[str, str]) -> None:
-    """Raises AmqError for the first strategy that lacks what it needs. has: of PASSES to EVALUATIONS, whether it is there;
-    what it does not name is not judged. remedies: what would give it."""
+    """Raises AmqError for the first strategy that lacks what it needs. has: of PASSES to EVALUATIONS, whether it is
+    there; what it does not name is not judged. remedies: what would give it."""
     for row in rows:
         if missing := next((need for need in sorted(row.needs) if not has.get(need, True)), None):
             raise AmqError(f"strategy {row.name!r} {remedies[missing]}, or leave it out of --strategies")
