@@ -94,14 +94,14 @@ def output_errors(
                     known = {f.name for f in bank.formats_of(spec.name)}
                     errors = Errors(bank, spec.name, get_weight(model, spec.name))
                     wanted = [fmt for fmt in formats if fmt in known]
-                    found[spec.name] = _measure(seen.get(spec.name, []), get_weight(model, spec.name), errors, wanted)
+                    found[spec.name] = _measure(seen.get(spec.name), get_weight(model, spec.name), errors, wanted)
     return found
 
 
 def _inputs(
     runner: BlockRunner, inventory: Inventory, block: int, tokens: Sequence[Tensor], store: StateStore
-) -> dict[str, list[Tensor]]:
-    """{linear: what it reads in each window, [rows, in_features]}; moves the states in `store` behind the block."""
+) -> dict[str, _Inputs]:
+    """{linear: what it reads}, of those that read something; moves the states in `store` behind the block."""
     seen: dict[str, list[Tensor]] = {}
     for index, window in enumerate(tokens):
         with ExitStack() as hooks:
@@ -110,19 +110,46 @@ def _inputs(
             store.put(index, runner.hidden(window, block + 1, block, state))
         for spec, x, _ in ran:
             seen.setdefault(spec.name, []).append(x.flatten(0, -2))
-    return seen
+    made: dict[tuple[int, ...], _Inputs] = {}  # linears that share an input share its matrix
+    found = {}
+    for name, windows in seen.items():
+        if not sum(len(x) for x in windows):
+            continue  # an expert that no token reaches
+        key = tuple(x.data_ptr() for x in windows)
+        found[name] = made[key] = made.get(key) or _Inputs(windows)
+    return found
 
 
-def _measure(inputs: Sequence[Tensor], weight: Tensor, errors: Errors, formats: Sequence[str]) -> OutputErrors:
-    rows = sum(len(x) for x in inputs)
-    zeros = torch.zeros(len(weight), dtype=torch.float64)
-    if not rows:
+class _Inputs:
+    """What a linear read, [rows, in_features] of each window: mean squares and means of what a matrix makes of it.
+
+    By E[x xᵀ] where there are more rows than features, which is that many times less to multiply.
+    """
+
+    def __init__(self, windows: Sequence[Tensor]) -> None:
+        self.rows = sum(len(x) for x in windows)
+        self._windows = [x.float() for x in windows]
+        self._gram: Tensor | None = None
+        if self.rows > windows[0].shape[1]:
+            self._gram = torch.stack([x.t() @ x for x in self._windows]).sum(0) / self.rows
+        self._mean = torch.stack([x.sum(0, dtype=torch.float64) for x in self._windows]).sum(0) / self.rows
+
+    def squares(self, matrix: Tensor) -> Tensor:
+        """Mean squares of matrix · x, float64 [out_features]; matrix: float32 [out_features, in_features]."""
+        if self._gram is not None:
+            return ((matrix @ self._gram).mul_(matrix)).sum(1, dtype=torch.float64).clamp_min(0.0).cpu()
+        sums = [(x @ matrix.t()).square_().sum(0, dtype=torch.float64) for x in self._windows]
+        return (torch.stack(sums).sum(0) / self.rows).cpu()
+
+    def means(self, matrix: Tensor) -> Tensor:
+        """Means of the same."""
+        return (matrix.double() @ self._mean).cpu()
+
+
+def _measure(inputs: _Inputs | None, weight: Tensor, errors: Errors, formats: Sequence[str]) -> OutputErrors:
+    if inputs is None:
+        zeros = torch.zeros(len(weight), dtype=torch.float64)
         return OutputErrors(zeros, zeros, dict.fromkeys(formats, zeros))
-
-    def mean(matrix: Tensor, power: int) -> Tensor:
-        sums = (((x.float() @ matrix.t()) ** power).sum(0, dtype=torch.float64) for x in inputs)
-        return torch.stack(list(sums)).sum(0).cpu() / rows
-
-    energy = mean(weight.float(), 2)
-    variance = (energy - mean(weight.float(), 1) ** 2).clamp_min(0.0)
-    return OutputErrors(energy, variance, {fmt: mean(errors.get(fmt), 2) for fmt in formats})
+    energy = inputs.squares(weight.float())
+    variance = (energy - inputs.means(weight) ** 2).clamp_min(0.0)
+    return OutputErrors(energy, variance, {fmt: inputs.squares(errors.get(fmt)) for fmt in formats})

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 RATE, PENALTY, DUAL = 0.1, 1.0, 0.1
-"""Adam's step on logits, ρ per square of a bit per weight, and η: with 1 the size of a tiny model swings between 3.1 and 4.5
-bits around a target of 3.5 for all of 60 steps, with 0.1 it ends there. None is tuned for the loss."""
+"""Adam's step on logits, ρ per square of a bit per weight, and η: with 1 the size of a tiny model swings from 3.1 to
+4.5 bits around a target of 3.5 for all of 60 steps, with 0.1 it ends there. None is tuned for the loss."""
 
 
 @dataclass(frozen=True)
