@@ -26,6 +26,7 @@ from amq.eval.strategy_table import StrategyTable, markdown
 from amq.formats import parse_formats
 from amq.model.inventory import Inventory, get_linear, get_weight, take_inventory
 from amq.packing import dequantize
+from amq.proxy.channels import extra_bytes, fitting_share, rank_features, widened
 from amq.proxy.fisher import FISHER, TAYLOR, TRACE, fisher_passes, gradient_passes
 from amq.proxy.outputs import output_errors, tables
 from amq.proxy.rows import assembled, score_rows
@@ -203,6 +204,26 @@ def test_parts_are_put_together_and_taken_away() -> None:
             assert torch.equal(weight[start::2], dequantize(bank.get(name, fmt)).to(weight.dtype)[start::2])
         assert torch.equal(get_weight(model, other), dequantize(bank.get(other, "int3")).float())
     assert torch.equal(get_weight(model, name), own)
+
+
+def test_channels_are_the_features_that_matter_most() -> None:
+    """By E[x_k²] · ‖δW_k‖², whose columns come close to the weight's own; the others stay as they are."""
+    model, inventory, bank = parts()
+    squares = {n: own.features for n, own in output_errors(model, inventory, bank, WINDOWS, NAMES).items()}
+    ranked = rank_features(model, inventory.linears, bank, squares, "int2")
+    spare = 12_000
+    share = fitting_share(inventory.linears, spare, 32)
+    assert 0 < share and extra_bytes(inventory.linears, share, 32) <= spare < extra_bytes(
+        inventory.linears, share + 1 / 64, 32
+    )
+    for name, made in widened(model, inventory.linears, bank, ranked, "int2", share, 32):
+        error, count = bank.error(name, "int2"), int(share * made.shape[1])
+        salience = error.square().sum(0) * squares[name]
+        chosen, rest = ranked[name][:count], ranked[name][count:]
+        assert count and salience[chosen].min() >= salience[rest].max()
+        left = (get_weight(model, name).double() - made.double()).square().sum(0)
+        assert bool((left[chosen] < 0.01 * error.square().sum(0)[chosen]).all())
+        assert torch.equal(made[:, rest], dequantize(bank.get(name, "int2")).float()[:, rest])
 
 
 def test_recipe_raises_values_and_ends() -> None:

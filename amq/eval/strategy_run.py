@@ -10,9 +10,11 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,10 +25,11 @@ from amq.eval.strategy_table import SeedEntry, StrategyRow, key
 from amq.model.losses import OBJECTIVES
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, fixed_windows
+from amq.proxy.channels import extra_bytes, fitting_share, rank_features, widened
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import DRAWN, FISHER, TAYLOR, Table, add_pass, gradient_passes
-from amq.proxy.outputs import output_errors, tables
-from amq.proxy.rows import SALIENCE_PASSES, Part, assembled, score_rows
+from amq.proxy.outputs import OutputErrors, output_errors, tables
+from amq.proxy.rows import SALIENCE_PASSES, Part, assembled, installed, score_rows
 from amq.proxy.soft import Shares, learn
 from amq.search.archive import Archive, Record
 from amq.search.conduct import Timings
@@ -70,13 +73,13 @@ class MemoLosses:
     def evaluate_many(self, configurations: Sequence[Formats], windows: str = "search") -> Iterator[list[float]]:
         keys = [(configuration_key(formats), windows) for formats in configurations]
         missing = {k: f for k, f in zip(keys, configurations, strict=True) if k not in self._known}
-        left, start = iter(missing), time.perf_counter()
-        for losses in self._evaluator.evaluate_many(list(missing.values()), windows):
-            now = time.perf_counter()
-            for loss in losses:
-                self._known[next(left)] = loss, (now - start) / len(losses)
-            start = now
+        left, chunks = iter(missing), self._evaluator.evaluate_many(list(missing.values()), windows)
         for known in keys:
+            while known not in self._known:
+                start = time.perf_counter()
+                losses = next(chunks)
+                seconds = (time.perf_counter() - start) / len(losses)
+                self._known |= {(next(left)): (loss, seconds) for loss in losses}
             loss, seconds = self._known[known]
             self.spent += seconds
             yield [loss]
@@ -85,11 +88,12 @@ class MemoLosses:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a strategy chose within a budget. parts: of the model's weights, as `assembled` takes them."""
+    """What a strategy chose within a budget. put: has it in the model inside. formats: where it is a configuration."""
 
     bits: float
     loss: float
-    parts: Sequence[Part]
+    put: Callable[[], AbstractContextManager[None]]
+    formats: Formats | None = None
 
 
 @dataclass
@@ -120,6 +124,7 @@ class SeedRun:
     progress: Progress
     _tables: dict[str, _Made] = field(default_factory=dict)
     _perplexities: dict[str, float] = field(default_factory=dict)
+    _outputs: dict[str, OutputErrors] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stage = prepare(self.settings.search(self.seed), self.progress, Timings())
@@ -162,25 +167,21 @@ class SeedRun:
         )  # fmt: skip
 
     def _perplexity(self, choices: Mapping[float, Choice], corpus: Corpus) -> dict[str, float | None]:
-        return {
-            key(b): _finite(self._perplexity_of(choices[b].parts, corpus), 4) for b in self.settings.shown_perplexities
-        }
+        found: dict[str, float | None] = {}
+        for budget in self.settings.shown_perplexities:
+            choice = choices[budget]
+            name = None if choice.formats is None else configuration_key(choice.formats)
+            if name is None or name not in self._perplexities:
+                with self.stage.evaluator.full_precision(), choice.put():
+                    value = self.perplexity_as_it_is(corpus)
+                self._perplexities |= {} if name is None else {name: value}
+            found[key(budget)] = _finite(self._perplexities[name] if name is not None else value, 4)
+        return found
 
-    def full_perplexity(self, corpus: Corpus) -> float:
-        """Of the full-precision model."""
-        return self._perplexity_of([], corpus)
-
-    def _perplexity_of(self, parts: Sequence[Part], corpus: Corpus) -> float:
-        whole = configuration_key({name: fmt for name, rows, fmt in parts if rows is None})
-        if whole not in self._perplexities or any(rows is not None for _, rows, _ in parts):
-            windows = fixed_windows(corpus, self.settings.window_length, self.settings.max_tokens)
-            model = self.stage.opened.model
-            with self.stage.evaluator.full_precision(), assembled(model, self.stage.near, parts):
-                found = perplexity(model, windows, corpus.unscored)
-            if any(rows is not None for _, rows, _ in parts):
-                return found
-            self._perplexities[whole] = found
-        return self._perplexities[whole]
+    def perplexity_as_it_is(self, corpus: Corpus) -> float:
+        """Of the model with what it holds; that is full precision between two strategies."""
+        windows = fixed_windows(corpus, self.settings.window_length, self.settings.max_tokens)
+        return perplexity(self.stage.opened.model, windows, corpus.unscored)
 
     # strategies, by `Strategy.how`
 
@@ -254,11 +255,37 @@ class SeedRun:
             for budget in self.budgets:
                 chosen, stored = select_rows(space, whole, blocks.costs, counts, space.capacity(budget))
                 parts = [(name, None if n is None else blocks.rows[name][n], fmt) for name, n, fmt in chosen]
-                with assembled(stage.opened.model, stage.near, parts):
-                    loss = stage.evaluator.loss_as_it_is()
-                choices[budget] = Choice(8 * (stored + space.pinned_bytes) / space.numel, loss, parts)
+                put = partial(assembled, stage.opened.model, stage.near, parts)
+                choices[budget] = self._put_choice(stored, put)
         looked = len(stage.cost_windows) + min(SALIENCE_PASSES, len(stage.cost_windows))
         return Found(choices, time.perf_counter() - start, looked, len(choices))
+
+    def channels(self, strategy: Strategy, problem: Problem) -> Found:
+        """The widest uniform format that fits, and what is left for input features in int8 beside it."""
+        stage, space, made = self.stage, self.space, self._table("activation", problem)
+        start, choices = time.perf_counter(), dict[float, Choice]()
+        linears, ranked = [s for v in space.variables for s in v], dict[str, dict[str, torch.Tensor]]()
+        squares = {name: own.features for name, own in self._outputs.items()}
+        with stage.evaluator.full_precision():
+            for budget in self.budgets:
+                fmt = [
+                    f.name for f, (bits, _) in zip(space.formats[::-1], self.ends, strict=True) if bits <= budget + 1e-6
+                ][0]
+                if fmt not in ranked:
+                    ranked[fmt] = rank_features(stage.opened.model, linears, stage.near, squares, fmt)
+                base = sum(space.weight_sizes[s.name][fmt] for s in linears)
+                share = fitting_share(linears, space.capacity(budget) - base, space.group_size)
+                of = (stage.opened.model, linears, stage.near, ranked[fmt], fmt, share, space.group_size)
+                put = partial(_installed, *of)
+                choices[budget] = self._put_choice(base + extra_bytes(linears, share, space.group_size), put)
+        seconds = time.perf_counter() - start + made.seconds
+        return Found(choices, seconds, made.passes, len(choices))
+
+    def _put_choice(self, stored: int, put: Callable[[], AbstractContextManager[None]]) -> Choice:
+        """stored: bytes of what has a choice. The loss is that of the model by torch, with `put` in it."""
+        with put():
+            loss = self.stage.evaluator.loss_as_it_is()
+        return Choice(8 * (stored + self.space.pinned_bytes) / self.space.numel, loss, put)
 
     def _table(self, kind: str, problem: Problem) -> _Made:
         if kind == SINGLE:  # its evaluations are in the memo, and charged there
@@ -278,7 +305,8 @@ class SeedRun:
         if kind == "weight":
             return {"weight": stage.bank.weight_errors()}, 0
         if kind in ("activation", "entropy"):
-            activation, entropy = tables(output_errors(*of, formats, self.memory))
+            self._outputs = output_errors(*of, formats, self.memory)
+            activation, entropy = tables(self._outputs)
             return {"activation": activation, "entropy": entropy}, passes
         kinds, done = DRAWN if kind in DRAWN else (TAYLOR,), 0
         found: dict[str, Table] = dict.fromkeys(kinds, {})
@@ -304,16 +332,23 @@ class SeedRun:
         return self._chosen(dict(zip(formats, records, strict=True)))
 
     def _chosen(self, records: Mapping[float, Record]) -> Found:
-        return Found({
-            b: Choice(r.bits_per_weight, r.ranked, [(name, None, fmt) for name, fmt in r.configuration.items()])
-            for b, r in records.items()
-        })  # fmt: skip
+        def choice(record: Record) -> Choice:
+            parts: list[Part] = [(name, None, fmt) for name, fmt in record.configuration.items()]
+            put = partial(assembled, self.stage.opened.model, self.stage.near, parts)
+            return Choice(record.bits_per_weight, record.ranked, put, record.configuration)
+
+        return Found({budget: choice(record) for budget, record in records.items()})
+
+
+def _installed(*of: Any) -> AbstractContextManager[None]:
+    """of: arguments of `widened`."""
+    return installed(of[0], widened(*of))
 
 
 HOW: dict[str, Callable[[SeedRun, Strategy, Problem], Found]] = {
     "table": SeedRun.by_table, "uniform": SeedRun.uniform, "recipe": SeedRun.recipe, "gradient": SeedRun.gradient,
     "random": SeedRun.searched, "paper": SeedRun.searched, "greedy": SeedRun.greedy, "refine": SeedRun.refined,
-    "rows": SeedRun.by_rows,
+    "rows": SeedRun.by_rows, "channels": SeedRun.channels,
 }  # fmt: skip
 """By `Strategy.how`."""
 

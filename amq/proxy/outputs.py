@@ -42,11 +42,12 @@ LEAST = 1e-12
 @dataclass(frozen=True)
 class OutputErrors:
     """Of one linear, float64 [out_features] each: mean square and variance of its outputs (bias left out), and by
-    format the mean square of their errors."""
+    format the mean square of their errors. features: mean square of each input, float64 [in_features]."""
 
     energy: Tensor
     variance: Tensor
     error: Mapping[str, Tensor]
+    features: Tensor
 
     def activation(self, fmt: str) -> float:
         """Energy of the errors over that of the outputs; 0 for outputs that are nothing."""
@@ -134,6 +135,12 @@ class _Inputs:
             self._gram = torch.stack([x.t() @ x for x in self._windows]).sum(0) / self.rows
         self._mean = torch.stack([x.sum(0, dtype=torch.float64) for x in self._windows]).sum(0) / self.rows
 
+    @property
+    def features(self) -> Tensor:
+        """Mean squares of the features, float64 [in_features]."""
+        sums = [x.square().sum(0, dtype=torch.float64) for x in self._windows]
+        return (torch.stack(sums).sum(0) / self.rows).cpu()
+
     def squares(self, matrix: Tensor) -> Tensor:
         """Mean squares of matrix · x, float64 [out_features]; matrix: float32 [out_features, in_features]."""
         if self._gram is not None:
@@ -148,8 +155,8 @@ class _Inputs:
 
 def _measure(inputs: _Inputs | None, weight: Tensor, errors: Errors, formats: Sequence[str]) -> OutputErrors:
     if inputs is None:
-        zeros = torch.zeros(len(weight), dtype=torch.float64)
-        return OutputErrors(zeros, zeros, dict.fromkeys(formats, zeros))
+        zeros, none = (torch.zeros(n, dtype=torch.float64) for n in weight.shape)
+        return OutputErrors(zeros, zeros, dict.fromkeys(formats, zeros), none)
     energy = inputs.squares(weight.float())
     variance = (energy - inputs.means(weight) ** 2).clamp_min(0.0)
-    return OutputErrors(energy, variance, {fmt: inputs.squares(errors.get(fmt)) for fmt in formats})
+    return OutputErrors(energy, variance, {fmt: inputs.squares(errors.get(fmt)) for fmt in formats}, inputs.features)

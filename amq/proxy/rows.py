@@ -8,9 +8,10 @@ weights are put together from the bank's, dequantized.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,27 +98,39 @@ def _sweep(see: See, windows: Tensor, seed: int, of: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def assembled(model: PreTrainedModel, bank: BankReader, parts: Sequence[Part]) -> Iterator[None]:
-    """Weights of `model`, which is in memory whole, put together from `parts`; the own ones afterwards.
+def installed(model: PreTrainedModel, made: Iterable[tuple[str, Tensor]]) -> Iterator[None]:
+    """(weight, what to hold instead) in `model`, which is in memory whole; the own ones afterwards.
 
-    Parts of one weight are neighbours. A tied embedding changes with its head. Every weight that is named has all of
-    its rows in `parts`.
+    `made` is run through once, each weight put in as it comes: it may be a generator that looks at the own ones. A tied
+    embedding changes with its head.
     """
     kept: dict[str, Tensor] = {}
     try:
-        with torch.no_grad():
-            made: dict[str, Tensor] = {}  # of the weight at hand, by format
-            for name, rows, fmt in parts:
-                weight = get_weight(model, name)
-                if name not in kept:
-                    kept[name], made = weight.data, {}
-                    weight.data = torch.empty_like(kept[name])
-                if fmt not in made:
-                    made[fmt] = torch.empty_like(kept[name])
-                    dequantize_into(bank.get(name, fmt), made[fmt])
-                where = slice(None) if rows is None else rows
-                weight.data[where] = made[fmt][where]
+        for name, tensor in made:
+            weight = get_weight(model, name)
+            kept[name] = weight.data
+            weight.data = tensor
         yield
     finally:
         for name, own in kept.items():
             get_weight(model, name).data = own
+
+
+def assembled(model: PreTrainedModel, bank: BankReader, parts: Sequence[Part]) -> AbstractContextManager[None]:
+    """Weights put together from `parts`, as `installed` has them. Parts of one weight are neighbours, and together have
+    all of its rows."""
+    return installed(model, _put_together(model, bank, parts))
+
+
+@torch.no_grad()
+def _put_together(model: PreTrainedModel, bank: BankReader, parts: Sequence[Part]) -> Iterator[tuple[str, Tensor]]:
+    for name, own in groupby(parts, key=lambda part: part[0]):
+        weight = get_weight(model, name)
+        result, made = torch.empty_like(weight), dict[str, Tensor]()
+        for _, rows, fmt in own:
+            if fmt not in made:
+                made[fmt] = torch.empty_like(weight)
+                dequantize_into(bank.get(name, fmt), made[fmt])
+            where = slice(None) if rows is None else rows
+            result[where] = made[fmt][where]
+        yield name, result

@@ -16,7 +16,7 @@ from amq.errors import AmqError
 BASELINE, RULE, METRIC, SEARCHED, GRADIENT, FINER = (
     "baseline", "rule", "metric, knapsack", "search", "gradient", "finer parts",
 )  # fmt: skip
-LINEAR, ROWS = "linear", "rows of a linear"
+LINEAR, ROWS, FEATURES = "linear", "rows of a linear", "input features of a linear"
 TABLE = "table"
 """`how` of a strategy that is a cost table of its own name."""
 PASSES, RESIDENT, STEPS, EVALUATIONS = "passes", "resident", "steps", "evaluations"
@@ -113,6 +113,12 @@ _ROWS = (
         "rows", FINER, ROWS, "gradients of drawn labels", "MixLLM, CMPQ, SliM-LLM, SFMP",
         "four blocks of output rows by salience in each linear; MixLLM ranks single features of the whole model, the "
         "others cut otherwise; no kernel of amq runs it", "rows", frozenset({PASSES, RESIDENT}),
+    ),
+    Strategy(
+        "channels", FINER, FEATURES, "inputs", "OWQ, LLM.int8(), QUIK, Atom",
+        "the same share of features in int8 beside the widest uniform format that fits; OWQ keeps columns in 16 bits, "
+        "the others quantize activations too, and choose by magnitude; no kernel of amq runs it",
+        "channels", frozenset({PASSES, RESIDENT}),
     ),
 )  # fmt: skip
 STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
