@@ -31,8 +31,10 @@ from amq.proxy.fisher import FISHER, TAYLOR, TRACE, fisher_passes, gradient_pass
 from amq.proxy.outputs import output_errors, tables
 from amq.proxy.rows import assembled, score_rows
 from amq.proxy.soft import Shares, _Trainer, learn
+from amq.search.archive import Archive
 from amq.search.greedy import OFFSPRING, climb
 from amq.search.knapsack import select
+from amq.search.problem import Problem
 from amq.search.recipe import follow, steps_up
 from amq.search.rows import select_rows
 from amq.search.run_folder import RunFolder
@@ -316,6 +318,17 @@ def test_fisher_chooses_as_the_search_does(arguments: dict[str, Any], tmp_path: 
     costs = run.space.variable_costs(table)
     assert run.space.decode(select(costs, run.space.sizes, run.space.capacity(3.5))) == chosen
     assert table == RunFolder.open(found.output).cost.cost
+
+
+def test_weights_put_in_lose_what_their_configuration_does(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """By torch what the native engine measures; and channels of no share are the uniform format."""
+    run = SeedRun(StrategySettings.make(**arguments), 0, Progress())
+    problem = Problem(run.space, Archive(tmp_path / "a.jsonl"), run.losses, "weight", 0)
+    for choice in run.by_table(STRATEGIES["weight"], problem).choices.values():
+        assert run._put_choice(0, choice.put).loss == pytest.approx(choice.loss, rel=1e-3)
+    uniform, beside = (HOW[how](run, STRATEGIES[how], problem).choices for how in ("uniform", "channels"))
+    assert beside[4.0].loss == pytest.approx(uniform[4.0].loss, rel=1e-3) and beside[4.0].bits == 4.0
+    assert beside[3.75].loss < uniform[3.75].loss and 3.6 < beside[3.75].bits <= 3.75
 
 
 def test_an_interrupted_table_goes_on(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
