@@ -331,6 +331,17 @@ def test_weights_put_in_lose_what_their_configuration_does(arguments: dict[str, 
     assert beside[3.75].loss < uniform[3.75].loss and 3.6 < beside[3.75].bits <= 3.75
 
 
+def test_full_precision_is_measured_in_full_precision(arguments: dict[str, Any]) -> None:
+    """Also by an engine that leaves what it evaluated last in the model; and kernels agree with the native engine."""
+    some = {**arguments, "strategies": "uniform"}
+    native = run_strategies(StrategySettings.make(**some))
+    other = {**some, "backend": "reference", "output": some["output"] + "-reference"}
+    reference = run_strategies(StrategySettings.make(**other))
+    assert native.full == reference.full and native.full < native.rows[0].perplexity["3.5"]
+    assert reference.rows[0].losses == pytest.approx(native.rows[0].losses, abs=2e-6)
+    assert reference.rows[0].perplexity == native.rows[0].perplexity
+
+
 def test_an_interrupted_table_goes_on(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that are done are not measured again, and those that lack come out as without the interruption."""
     some = {**arguments, "strategies": "uniform,random,weight,fisher", "text": ""}

@@ -50,7 +50,7 @@ def run_strategies(settings: StrategySettings, progress: Progress | None = None)
         now = _describe(run, texts)
         table = now if table is None else _go_on(table, now, output)
         if table.full is None and held_out is not None:
-            table = replace(table, full=round(run.perplexity_as_it_is(held_out), 4))
+            table = replace(table, full=round(run.perplexity(held_out), 4))
         for strategy in missing:
             progress.say(f"{strategy.name}, seed {seed}")
             row = run.measure(strategy, held_out)

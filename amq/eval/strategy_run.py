@@ -6,11 +6,12 @@ and `trace` come from the same passes, and both pay for them.
 
 from __future__ import annotations
 
+import math
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -79,7 +80,7 @@ class MemoLosses:
                 start = time.perf_counter()
                 losses = next(chunks)
                 seconds = (time.perf_counter() - start) / len(losses)
-                self._known |= {(next(left)): (loss, seconds) for loss in losses}
+                self._known |= {next(left): (loss, seconds) for loss in losses}
             loss, seconds = self._known[known]
             self.spent += seconds
             yield [loss]
@@ -172,16 +173,16 @@ class SeedRun:
             choice = choices[budget]
             name = None if choice.formats is None else configuration_key(choice.formats)
             if name is None or name not in self._perplexities:
-                with self.stage.evaluator.full_precision(), choice.put():
-                    value = self.perplexity_as_it_is(corpus)
+                value = self.perplexity(corpus, choice.put)
                 self._perplexities |= {} if name is None else {name: value}
             found[key(budget)] = _finite(self._perplexities[name] if name is not None else value, 4)
         return found
 
-    def perplexity_as_it_is(self, corpus: Corpus) -> float:
-        """Of the model with what it holds; that is full precision between two strategies."""
+    def perplexity(self, corpus: Corpus, put: Callable[[], AbstractContextManager[None]] = nullcontext) -> float:
+        """Of the model with what `put` has in it; with nothing, of the full-precision model."""
         windows = fixed_windows(corpus, self.settings.window_length, self.settings.max_tokens)
-        return perplexity(self.stage.opened.model, windows, corpus.unscored)
+        with self.stage.evaluator.full_precision(), put():
+            return perplexity(self.stage.opened.model, windows, corpus.unscored)
 
     # strategies, by `Strategy.how`
 
@@ -285,6 +286,7 @@ class SeedRun:
         """stored: bytes of what has a choice. The loss is that of the model by torch, with `put` in it."""
         with put():
             loss = self.stage.evaluator.loss_as_it_is()
+        loss = loss if math.isfinite(loss) else math.inf
         return Choice(8 * (stored + self.space.pinned_bytes) / self.space.numel, loss, put)
 
     def _table(self, kind: str, problem: Problem) -> _Made:
@@ -354,4 +356,4 @@ HOW: dict[str, Callable[[SeedRun, Strategy, Problem], Found]] = {
 
 
 def _finite(value: float, digits: int) -> float | None:
-    return round(value, digits) if np.isfinite(value) else None
+    return round(value, digits) if math.isfinite(value) else None
