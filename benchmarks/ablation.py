@@ -22,20 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablation_rows import RowBlocks
 from provenance import provenance, write_results
 
 from amq.errors import AmqError
 from amq.model.perplexity import perplexity
 from amq.model.text import fixed_windows
 from amq.proxy.fisher import RUNS, Table, fisher_passes
+from amq.proxy.rows import RowBlocks, assembled, score_rows
 from amq.search.archive import Archive
 from amq.search.conduct import Timings
 from amq.search.knapsack import select
 from amq.search.problem import Problem
 from amq.search.refine import AUTO_EVALUATIONS, refine
-from amq.search.run import _prepare
+from amq.search.rows import select_rows
+from amq.search.run import prepare
 from amq.search.settings import SearchSettings
+from amq.search.space import is_outer
 from amq.util.files import read_json
 from amq.util.progress import Progress, terminal_progress
 
@@ -182,7 +184,7 @@ class Stage:
 
     def __init__(self, settings: SearchSettings, args: argparse.Namespace, progress: Progress) -> None:
         self._settings, self._progress, self._steps = settings, progress, Steps()
-        self._stage = stage = _prepare(settings, progress, self._steps)
+        self._stage = stage = prepare(settings, progress, self._steps)
         texts = {Path(text).stem: stage.opened.corpus(text) for text in args.text or ["docstrings"]}
         self._held_out = {n: fixed_windows(c, args.window_length, args.max_tokens) for n, c in texts.items()}
         self._tables: dict[tuple[int, ...], Table] = {}
@@ -200,10 +202,12 @@ class Stage:
         costs, capacity = space.variable_costs(table), space.capacity(bits)
         steps = {"steps": self._steps.json("bank", f"cost {variant.runs}")}
         if variant.blocks > 1:
-            rows = self._row_blocks(variant)
-            stored = rows.put(costs, capacity)
-            found = self.perplexities()
-            rows.take_away()
+            blocks = self._row_blocks(variant)
+            counts = {name: [len(rows) for rows in parts] for name, parts in blocks.rows.items()}
+            chosen, stored = select_rows(space, costs, blocks.costs, counts, capacity)
+            parts = [(name, None if part is None else blocks.rows[name][part], fmt) for name, part, fmt in chosen]
+            with stage.evaluator.full_precision(), assembled(stage.opened.model, stage.near, parts):
+                found = self.perplexities()
             return {"bits": round(8 * (stored + space.pinned_bytes) / space.numel, 4), **steps}, found
         start = time.perf_counter()
         formats = space.decode(select(costs, space.sizes, capacity))
@@ -231,8 +235,12 @@ class Stage:
 
     def _row_blocks(self, variant: Variant) -> RowBlocks:
         if self._rows is None:
-            with self._steps.measure("cost of rows"), self._stage.evaluator.full_precision():
-                self._rows = RowBlocks(self._stage, self._settings.seed, variant.runs, variant.blocks)
+            stage, linears = self._stage, {v[0].name for v in self._stage.space.variables if not is_outer(v[0])}
+            with self._steps.measure("cost of rows"), stage.evaluator.full_precision():
+                self._rows = score_rows(
+                    stage.opened.model, stage.quantized.only(linears), stage.near, stage.cost_windows,
+                    stage.space.format_names, self._settings.seed, variant.blocks, stage.corpus.unscored, variant.runs,
+                )  # fmt: skip
         return self._rows
 
     def _refine(

@@ -23,7 +23,7 @@ from scipy.stats import kendalltau, spearmanr
 
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.native import NativeStates
-from amq.search.run import _prepare, _quantized
+from amq.search.run import _quantized, prepare
 from amq.search.settings import SearchSettings
 from amq.util.progress import LineProgress
 from amq.util.settings import parse_size
@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, required=True)
     args = parser.parse_args(arguments)
     settings = SearchSettings.make(model=args.model, output="unused", backend="reference", **args.settings)
-    stage = _prepare(settings, LineProgress(), _NoTimings())
+    stage = prepare(settings, LineProgress(), _NoTimings())
     evaluators = {"reference": stage.evaluator, **{f"native {a}": native(stage, settings, a) for a in ("int8", "fp32")}}
     configurations = spread(stage.space, args.configurations // 2) + alike(stage.space, args.configurations // 2)
     rows = []

@@ -28,7 +28,7 @@ from matplotlib import pyplot
 from amq.configuration import Configuration
 from amq.proxy.evaluator import Evaluator
 from amq.search.front import REFERENCE_LOSS, hypervolume
-from amq.search.run import _prepare
+from amq.search.run import prepare
 from amq.search.run_folder import RunFolder
 from amq.search.select import select_from_run
 from amq.util.progress import LineProgress
@@ -109,7 +109,7 @@ class Measured:
     def __init__(self, run: RunFolder, text: str, count: int, length: int) -> None:
         self.run = run
         settings = replace(run.settings, backend="reference", activations="fp32")
-        stage = _prepare(settings, LineProgress(), _NoTimings())
+        stage = prepare(settings, LineProgress(), _NoTimings())
         self.space = stage.space
         held_out = stage.opened.sampler(text, length, 0, count)
         self._search = stage.evaluator

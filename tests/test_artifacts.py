@@ -20,6 +20,8 @@ from amq.configuration import Configuration, Memory, MemoryItem
 from amq.errors import AmqError
 from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.result import Row as EvaluationRow
+from amq.eval.strategy_settings import StrategySettings
+from amq.eval.strategy_table import SeedEntry, StrategyRow, StrategyTable
 from amq.eval.tasks import TaskRow
 from amq.kernels.launch_table import Entry, LaunchTable
 from amq.model.answers import AnswersIndex
@@ -105,6 +107,13 @@ EVALUATION = Evaluation(
     rows=(EvaluationRow("full", 16.0, 5.5, 1.7, 100), EvaluationRow("int2", 2.5, None, None, 20)),
     tasks=(TaskRow("full", "piqa", "acc", "none", 0.75, 0.01, 0, 100),),
 )  # fmt: skip
+STRATEGIES = StrategyTable(
+    settings=StrategySettings.make(model="m", output="out"), fingerprint="f" * 32, measured_by="native engine",
+    texts={"calibration": "0" * 64}, ends=(2.5, 4.5), hv_budgets=(2.75, 3.0), full=16.5,
+    provenance={"commit": "c"}, seeds={"0": SeedEntry("b", "w")},
+    rows=(StrategyRow(strategy="uniform", seed=0, evaluations=2, singles=0, passes=0, seconds=1.5, equivalents=2.0,
+                      hv7=0.5, losses={"3": None}, bits={"3": 2.5}, perplexity={"3": 20.5}),),
+)  # fmt: skip
 MEMORY = Memory.of([MemoryItem("linears: codes", 96), MemoryItem("lm_head", 64, "int8")])
 LOG = QuantizationLog(
     settings=QuantizeSettings(model="m", output="out", uniform="int4", pin=["a=16bit"]),
@@ -180,6 +189,9 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "answers": lambda _: Artifact(AnswersIndex(model="M", kind="chat", limit=64, seed=0, half=1), AnswersIndex),
     "bench": lambda _: Artifact(BENCH, BenchResult, frozenset({"configuration", "tg24"})),
     "evaluation": lambda _: Artifact(EVALUATION, Evaluation, frozenset({"lm_eval"})),
+    "strategies": lambda _: Artifact(
+        STRATEGIES, StrategyTable, frozenset({"calibration", "commit", "0", "3", "cache_memory"})
+    ),
     "launch table": lambda _: Artifact(TABLE, LaunchTable, frozenset({"parameters", "warps 8"})),
     "split run": lambda _: Artifact(SPLIT, SplitRun, frozenset({"seed", "text", "threads"})),
     "evaluation of a split run": lambda _: Artifact(SPLIT_EVALUATION, SplitEvaluation),

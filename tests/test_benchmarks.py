@@ -13,7 +13,6 @@ from typing import Any
 import ablation
 import bank
 import calibration
-import compare_solvers
 import large
 import objectives
 import pytest
@@ -43,25 +42,6 @@ def test_benchmarks_smoke(tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout and "skipped" not in result.stdout
-
-
-def test_compare_solvers_runs_from_its_own_table(tmp_path: Path) -> None:
-    """The comparison script on a tiny model: every method, one seed."""
-    from helpers.tiny_models import byte_tokenizer, tiny_llama
-
-    assert {m["solver"] for m in compare_solvers.METHODS.values()} == {"additive", "paper", "random"}
-    folder = tmp_path / "model"
-    tiny_llama().save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    command = [sys.executable, "benchmarks/compare_solvers.py", "--model", str(folder), "--seeds", "0",
-               "--methods", '"additive, Fisher","random","paper, scaled to 20"', "--json",
-               str(tmp_path / "c.json")]  # fmt: skip
-    result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "AMQ_CACHE": str(tmp_path)}
-    )
-    assert result.returncode == 0, result.stderr
-    assert "| additive, Fisher | 10 |" in result.stdout
-    assert json.loads((tmp_path / "c.json").read_text())["provenance"]["commit"] == checkout(ROOT)[0]
 
 
 def test_bank_smoke(tiny_folder: Path, tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -237,8 +217,8 @@ def test_ablation_adds_what_is_missing_and_leaves_out_what_it_has_no_setting_of(
     monkeypatch.setitem(ablation.VARIANTS, "of tomorrow", ablation.Variant({"of_tomorrow": True}))
     arguments = f"--model {tiny_folder} --text {text} --max-tokens 256 --bits 3.6 --group-size 32 --bank-windows 2 "
     arguments += f"--passes 2 --windows 1 --window-length 32 --json {results} --variants"
-    given, prepared, prepare = arguments.split(), [], ablation._prepare
-    monkeypatch.setattr(ablation, "_prepare", lambda of, *more: prepared.append(of) or prepare(of, *more))
+    given, prepared, prepare = arguments.split(), [], ablation.prepare
+    monkeypatch.setattr(ablation, "prepare", lambda of, *more: prepared.append(of) or prepare(of, *more))
     variants = ["none of them", "Fisher runs", "refine", "rows", "of tomorrow"]
     ablation.main([*given, ",".join(variants[:2])])
     first = json.loads(results.read_text())["rows"]

@@ -79,7 +79,12 @@ class EvalSettings(LoadSettings, TaskSettings):
         "amq eval smollm2 smollm2-4bit --answers 32 --tasks arc_easy --limit 200 --json table.json",
     )
 
-    model: tuple[str, ...] = flag(REQUIRED, MODEL + "; a folder that amq quantized runs as it is", positional=True)
+    model: tuple[str, ...] = flag(
+        REQUIRED,
+        MODEL
+        + "; a folder that amq quantized runs as it is. amq eval strategies MODEL compares ways of allocating bits",
+        positional=True,
+    )
     configurations: tuple[str, ...] = flag(
         (), "written by amq search; may be repeated", CHOOSE, name="configuration", metavar="FILE"
     )

@@ -176,6 +176,17 @@ class Evaluator:
         for (name, fmt), loss in zip(ordered, (loss for some in losses for loss in some), strict=True):
             yield name, fmt, loss
 
+    @torch.no_grad()
+    def loss_as_it_is(self, windows: str = "search") -> float:
+        """Loss of the resident model with whatever weights it holds, by torch: of those that no configuration names.
+
+        No configuration is to be in it (`full_precision`).
+        """
+        states = [
+            self._runner.hidden(tokens, self._runner.n_blocks) for tokens in self._batches(self._windows[windows])
+        ]
+        return self._meter.losses(windows, [self._scored(states, windows)], KEPT.name)[0]
+
     def apply(self, formats: Formats) -> None:
         """Puts the configuration's weights into a resident model, touching only those whose format changes."""
         if not self._whole:

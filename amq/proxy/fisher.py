@@ -21,6 +21,14 @@ For small errors the Jensen–Shannon divergence is an eighth of the Fisher quad
 What it leaves out: terms between linears, terms between tokens (an error that attention hands on from many tokens adds
 up, in v most of all), and saturation (the loss cannot exceed ln 2); the search's fit takes in what it can.
 
+`gradient_passes` gives two other scores of linears from the same x and g, which other systems allocate bits by:
+
+    trace     mean over scored tokens of ‖g[t]‖² ‖x[t]‖² / numel · ‖δW‖²          (HAWQ-V2, arXiv 1911.03852)
+    taylor    |Σ over t of g[t] · δW x[t]| / (tokens that have a loss), g of the text's own next tokens
+
+The first is the trace of the Fisher matrix of one token, which a linear has exactly, without Hutchinson's probes. The
+second wants other labels, since the mean gradient of drawn ones is zero: its passes are passes of their own.
+
 Weights need no gradients. The passes of a group go through the model together, block by block: once without a graph,
 keeping the hidden state after every block, and then back, rebuilding one block's graph at a time. So each block's
 weights are in memory twice per group, and each error is dequantized once for as many passes as `memory` holds the
@@ -38,6 +46,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from amq.errors import AmqError
 from amq.kernels.dense import dequantize_into
 from amq.model.backward import drawn_likelihood, states_of_blocks, watch
 from amq.model.blocks import TOKENS, BlockRunner
@@ -51,6 +60,9 @@ if TYPE_CHECKING:
 
 Table = dict[str, dict[str, float]]
 """{linear: {format: cost}}"""
+FISHER, TRACE, TAYLOR = "fisher", "trace", "taylor"
+DRAWN = (FISHER, TRACE)
+"""Scores of labels that the model draws; those of the others are the text's."""
 RUNS = (1, 16, 64)
 """Positions whose contributions are summed before they are squared; see above."""
 TOGETHER = 4
@@ -78,33 +90,62 @@ def fisher_passes(
     memory: bytes that hidden states, the activations of one block and the head's errors may take, each for itself.
     runs: positions in a run, for each of those whose geometric mean a score is.
     """
-    scores = _Scores(model, inventory, bank, tuple(formats), unscored, memory, tuple(runs))
-    device = embedding_weight(model).device
-    together = len(windows) if pager_of(model) is not None else TOGETHER
-    for first in range(start, len(windows), together):
-        passes = [
-            _Pass(windows[i : i + 1].to(device), torch.Generator(device).manual_seed(seed * 1_000_003 + i))
-            for i in range(first, min(first + together, len(windows)))
-        ]
-        with StateStore(memory) as store:
-            scores.run(passes, store)
-        for one in passes:
-            yield {s.name: one.table.get(s.name) or scores.zeros(s.name) for s in inventory.weights}
+    scores = Scores(model, inventory, bank, tuple(formats), unscored, memory, tuple(runs))
+    for one in scores.passes(windows, seed, start, (FISHER,)):
+        yield scores.table(one, FISHER)
+
+
+def gradient_passes(
+    model: PreTrainedModel,
+    inventory: Inventory,
+    bank: BankReader,
+    windows: Tensor,
+    formats: Sequence[str],
+    seed: int,
+    kinds: Sequence[str],
+    unscored: int = 0,
+    memory: int = 256 << 20,
+) -> Iterator[dict[str, Table]]:
+    """{kind: table} per window, of the scores `kinds`: `DRAWN` ones together, or `TAYLOR` alone; see above.
+
+    The other arguments are those of `fisher_passes`, of which `FISHER` here is the table. Raises AmqError where the
+    inventory has a head or embeddings, whose scores are Fisher's alone.
+    """
+    assert set(kinds) <= set(DRAWN) or set(kinds) == {TAYLOR}, "labels are either drawn or the text's"
+    if inventory.outer and set(kinds) != {FISHER}:
+        raise AmqError(
+            f"the scores {' and '.join(kinds)} are of the blocks' linears: leave out {inventory.outer[0].name}"
+        )
+    scores = Scores(model, inventory, bank, tuple(formats), unscored, memory, RUNS)
+    for one in scores.passes(windows, seed, 0, tuple(kinds)):
+        yield {kind: scores.table(one, kind) for kind in kinds}
+
+
+def add_pass(total: Table, table: Table, done: int) -> Table:
+    """The mean of `done` passes, `total`, with one more; the first one's own where there was none."""
+    if not done:
+        return table
+    return {n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()}
 
 
 @dataclass
-class _Pass:
-    """One window and what it has given so far. gradient: at the current boundary, [1, length, hidden_size]."""
+class Pass:
+    """One window and what it has given so far. gradient: at the current boundary, [1, length, hidden_size].
+
+    kinds: the scores that are wanted; table: Fisher's, more: of the others.
+    """
 
     tokens: Tensor
     generator: torch.Generator
+    kinds: tuple[str, ...] = (FISHER,)
     table: Table = field(default_factory=dict)
+    more: dict[str, Table] = field(default_factory=dict)
     gradient: Tensor | None = None
-    looked_up: dict[str, list[_LookedUp]] = field(default_factory=dict)
+    looked_up: dict[str, list[LookedUp]] = field(default_factory=dict)
 
 
 @dataclass
-class _LookedUp:
+class LookedUp:
     """One look into an embedding: ids int64 [1, length], and the gradient at what came out, summed over blocks."""
 
     ids: Tensor
@@ -115,7 +156,7 @@ Captured = list[tuple[LinearSpec, Tensor, Tensor]]
 """(linear, inputs [rows, in_features], output gradients [rows, out_features]), one for each time that it ran."""
 
 
-class _Scores:
+class Scores:
     """Scores of groups of passes, put into their tables."""
 
     def __init__(
@@ -141,12 +182,33 @@ class _Scores:
         """The scores of a weight that took no part."""
         return dict.fromkeys(self._formats[name], 0.0)
 
-    def run(self, passes: Sequence[_Pass], store: StateStore) -> None:
+    def passes(self, windows: Tensor, seed: int, start: int, kinds: tuple[str, ...]) -> Iterator[Pass]:
+        """Those of `windows` from `start` on, done, in groups; arguments as for `fisher_passes`."""
+        device = embedding_weight(self._model).device
+        together = len(windows) if pager_of(self._model) is not None else TOGETHER
+        for first in range(start, len(windows), together):
+            group = [
+                Pass(windows[i : i + 1].to(device), torch.Generator(device).manual_seed(seed * 1_000_003 + i), kinds)
+                for i in range(first, min(first + together, len(windows)))
+            ]
+            with StateStore(self._memory) as store:
+                self.run(group, store)
+            yield from group
+
+    def table(self, one: Pass, kind: str) -> Table:
+        """What a pass gave, of every weight."""
+        found = one.table if kind == FISHER else one.more.get(kind, {})
+        table = {s.name: found.get(s.name) or self.zeros(s.name) for s in self._inventory.weights}
+        if kind == TAYLOR:  # the sum over a window's tokens, whose sign is that of the window's labels
+            table = {name: {fmt: abs(sum_) for fmt, sum_ in row.items()} for name, row in table.items()}
+        return table
+
+    def run(self, passes: Sequence[Pass], store: StateStore) -> None:
         states_of_blocks(self._runner, [one.tokens for one in passes], store)
         self._score_head(passes, store)
         for block in reversed(range(self._runner.n_blocks)):
             with holding(self._model, block):
-                waiting: list[tuple[_Pass, Captured]] = []
+                waiting: list[tuple[Pass, Captured]] = []
                 size = 0
                 for index, one in enumerate(passes):
                     captured = self._back(one, block, store.pop((index, block)) if block else None)
@@ -157,32 +219,36 @@ class _Scores:
                         waiting, size = [], 0
         self._score_embeddings(passes)
 
-    def _score_head(self, passes: Sequence[_Pass], store: StateStore) -> None:
+    def _score_head(self, passes: Sequence[Pass], store: StateStore) -> None:
         """The gradients at the last boundary, and the head's own scores."""
         errors = self._head_errors()
         for index, one in enumerate(passes):
             final = store.pop((index, self._runner.n_blocks))[0]
             sums = {} if self._head is None else self.zeros(self._head.name)
             gradients = [torch.zeros_like(final[: self._unscored])]
-            for chunk in final[self._unscored :].split(TOKENS):
-                gradients.append(self._head_chunk(chunk, one.generator, errors, sums))
+            following = one.tokens[0, self._unscored + 1 :].split(TOKENS)
+            for number, chunk in enumerate(final[self._unscored :].split(TOKENS)):
+                labels = following[number] if number < len(following) else following[-1][:0]
+                gradients.append(self._head_chunk(chunk, one, labels, errors, sums))
             one.gradient = torch.cat(gradients).unsqueeze(0)
             if self._head is not None:
                 count = len(final) - self._unscored
                 one.table[self._head.name] = {fmt: total / count / 8 for fmt, total in sums.items()}
 
-    def _head_errors(self) -> _Errors | None:
+    def _head_errors(self) -> Errors | None:
         """For one format after the other, all of them kept where `memory` holds them."""
         if self._head is None:
             return None
         size = 4 * self._head.numel * len(self._formats[self._head.name])
         weight = get_weight(self._model, self._head.name)
-        return _Errors(self._bank, self._head.name, weight, keep=size <= self._memory)
+        return Errors(self._bank, self._head.name, weight, keep=size <= self._memory)
 
     def _head_chunk(
-        self, chunk: Tensor, generator: torch.Generator, errors: _Errors | None, sums: dict[str, float]
+        self, chunk: Tensor, one: Pass, following: Tensor, errors: Errors | None, sums: dict[str, float]
     ) -> Tensor:
-        """Gradient of Σ_t ln p(y_t), y_t ~ p, at final hidden states [tokens, hidden_size]; adds to the head's sums."""
+        """Gradient of Σ_t ln p(y_t) at final hidden states [tokens, hidden_size], with y_t ~ p, or, of a pass for
+        `TAYLOR`, the text's tokens `following`, int64 [tokens], of which its last chunk has one less; adds to the
+        head's sums."""
         with torch.enable_grad(), ExitStack() as hooks:
             seen: list[tuple[Tensor, Tensor]] = []
             if self._head is not None:
@@ -192,7 +258,10 @@ class _Scores:
             hidden = chunk.detach().requires_grad_()
             logits = self._runner.logits(hidden)
             log_probabilities = logits.float().log_softmax(-1)
-            likelihood = drawn_likelihood(log_probabilities, generator)
+            if TAYLOR in one.kinds:
+                likelihood = log_probabilities[: len(following)].gather(1, following.unsqueeze(1)).sum()
+            else:
+                likelihood = drawn_likelihood(log_probabilities, one.generator)
             (gradient,) = torch.autograd.grad(likelihood, hidden, retain_graph=bool(seen))
             if errors is None:
                 return gradient
@@ -208,7 +277,7 @@ class _Scores:
                 sums[fmt] += float((p * change.sub_(mean.unsqueeze(-1)).square_()).sum(dtype=torch.float64))
         return gradient
 
-    def _back(self, one: _Pass, block: int, entry: Tensor | None) -> Captured:
+    def _back(self, one: Pass, block: int, entry: Tensor | None) -> Captured:
         """Reruns one block with a graph; moves the pass's gradient before it and returns what its linears saw."""
         looks: list[tuple[str, Tensor, Tensor]] = []
 
@@ -238,25 +307,27 @@ class _Scores:
         ]
 
     @torch.no_grad()
-    def _score_block(self, block: int, waiting: Sequence[tuple[_Pass, Captured]]) -> None:
+    def _score_block(self, block: int, waiting: Sequence[tuple[Pass, Captured]]) -> None:
         """Adds the scores of what the passes captured in a block; each error is dequantized once."""
-        by_linear: dict[LinearSpec, list[tuple[_Pass, Tensor, Tensor]]] = {}
+        by_linear: dict[LinearSpec, list[tuple[Pass, Tensor, Tensor]]] = {}
         for one, captured in waiting:
             for spec, x, g in captured:
                 by_linear.setdefault(spec, []).append((one, x, g))
         for spec, seen in by_linear.items():
-            errors = _Errors(self._bank, spec.name, get_weight(self._model, spec.name))
+            errors = Errors(self._bank, spec.name, get_weight(self._model, spec.name))
             for fmt in self._formats[spec.name]:
                 error = errors.get(fmt)
                 for one, x, g in seen:
                     change = x.float() @ error.t()  # [rows, out_features]
                     self._add_score(one, spec, fmt, change.mul_(g).sum(-1))
+                    if TRACE in one.kinds:
+                        self._add_trace(one, spec, fmt, x, g, error)
 
     @torch.no_grad()
-    def _score_embeddings(self, passes: Sequence[_Pass]) -> None:
+    def _score_embeddings(self, passes: Sequence[Pass]) -> None:
         for name, spec in self._embeddings.items():
             module = self._model.get_submodule(name)
-            errors = _Errors(self._bank, spec.name, get_weight(self._model, name))
+            errors = Errors(self._bank, spec.name, get_weight(self._model, name))
             for fmt in self._formats[spec.name]:
                 error = errors.get(fmt)
                 for one in passes:
@@ -264,12 +335,23 @@ class _Scores:
                         change = _rows(module, error, look.ids)
                         self._add_score(one, spec, fmt, (change * look.gradient).flatten(0, -2).sum(-1))
 
-    def _add_score(self, one: _Pass, spec: LinearSpec, fmt: str, change: Tensor) -> None:
+    def _add_score(self, one: Pass, spec: LinearSpec, fmt: str, change: Tensor) -> None:
         """change: that of the log-likelihood, to first order, by each token's error, [rows]."""
         scored = one.tokens.shape[1] - self._unscored
+        if TAYLOR in one.kinds:
+            row = one.more.setdefault(TAYLOR, {}).setdefault(spec.name, self.zeros(spec.name))
+            row[fmt] += float(change.sum(dtype=torch.float64)) / scored
+            return
         row = one.table.setdefault(spec.name, self.zeros(spec.name))
         runs = (1,) if spec.kind == EXPERT else self._runs  # an expert's rows are not neighbours in the window
         row[fmt] += squares(change.float(), runs) / scored / 8
+
+    def _add_trace(self, one: Pass, spec: LinearSpec, fmt: str, x: Tensor, g: Tensor, error: Tensor) -> None:
+        """x, g: [rows, in_features] and [rows, out_features]; error: of the weight in this format."""
+        rows = x.float().square().sum(-1) * g.float().square().sum(-1)
+        whole = float(rows.sum(dtype=torch.float64)) / (one.tokens.shape[1] - self._unscored) / spec.numel
+        row = one.more.setdefault(TRACE, {}).setdefault(spec.name, self.zeros(spec.name))
+        row[fmt] += whole * float(error.square().sum(dtype=torch.float64))
 
 
 def squares(change: Tensor, runs: Sequence[int]) -> float:
@@ -279,7 +361,7 @@ def squares(change: Tensor, runs: Sequence[int]) -> float:
     return math.prod(float(s.square_().sum()) ** (1 / len(runs)) for s in sums)
 
 
-class _Errors:
+class Errors:
     """W − Ŵ of one weight, float32 [out_features, in_features], in one format after the other.
 
     keep: all formats stay; else each is written over the one before.
@@ -307,13 +389,13 @@ def _nbytes(captured: Captured) -> int:
     return sum(size for _, size in inputs) + sum(g.nbytes for *_, g in captured)
 
 
-def _add(looks: list[_LookedUp], ids: Tensor, gradient: Tensor) -> None:
+def _add(looks: list[LookedUp], ids: Tensor, gradient: Tensor) -> None:
     """Adds a gradient to that of an earlier block at the same look, or notes a new one."""
     for look in looks:
         if look.ids.shape == ids.shape and look.gradient.shape == gradient.shape and torch.equal(look.ids, ids):
             look.gradient = look.gradient + gradient
             return
-    looks.append(_LookedUp(ids, gradient))
+    looks.append(LookedUp(ids, gradient))
 
 
 def _rows(module: nn.Module, error: Tensor, ids: Tensor) -> Tensor:

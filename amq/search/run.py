@@ -32,7 +32,7 @@ from amq.model.speed_table import SpeedTable
 from amq.model.text import Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
 from amq.proxy.evaluator import Evaluator
-from amq.proxy.fisher import fisher_passes
+from amq.proxy.fisher import add_pass, fisher_passes
 from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
@@ -77,7 +77,7 @@ READY_SHARE = 4
 
 
 @dataclass
-class _Stage:
+class Stage:
     """A loaded model with its bank and evaluator: everything of a search that touches weights.
 
     quantized: its weights without those that are kept in 16 bits. rotation: of the bank. near: the bank for the device
@@ -105,7 +105,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
     started = time.monotonic()
     previous = _check_output(output, settings, resume)
     timings = Timings()
-    stage = _prepare(settings, progress, timings)
+    stage = prepare(settings, progress, timings)
     if previous:
         _check_same_inputs(previous, settings, stage)
     run = _describe(settings, stage)
@@ -145,7 +145,7 @@ def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFi
     return previous
 
 
-def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stage) -> None:
+def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: Stage) -> None:
     """Refuses to resume where a name in the settings stands for something else than it did."""
     output = settings.output
     if previous.model.fingerprint != stage.opened.fingerprint:
@@ -176,7 +176,7 @@ def _check_same_inputs(previous: RunFile, settings: SearchSettings, stage: _Stag
         )
 
 
-def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> _Stage:
+def prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> Stage:
     with timings.measure("load"):
         opened = open_model(settings.model, settings.dtype, settings.device, settings.trust_remote_code, settings.load)
         inventory = opened.inventory
@@ -213,7 +213,7 @@ def _prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> 
             engine.backend, engine.activations, corpus.unscored, whole, answers, engine.native,
         )  # fmt: skip
     name, where = engine.name, windows_key
-    return _Stage(opened, quantized, space, bank, rotation, close, evaluator, name, cost_windows, corpus, where, budget)
+    return Stage(opened, quantized, space, bank, rotation, close, evaluator, name, cost_windows, corpus, where, budget)
 
 
 def bank_rotation(settings: SearchSettings, space: SearchSpace, budget: Budget) -> str:
@@ -416,7 +416,7 @@ def _speed(settings: SearchSettings, opened: OpenModel, space: SearchSpace, prog
 
 
 def _cost_tables(
-    settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter, timings: Timings
+    settings: SearchSettings, stage: Stage, problem: Problem, folder: RunWriter, timings: Timings
 ) -> dict[str, Any]:
     def timed(make: Any) -> Any:
         def table() -> Table:
@@ -434,7 +434,7 @@ def _cost_tables(
     return tables
 
 
-def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: RunWriter) -> Table:
+def _fisher(settings: SearchSettings, stage: Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
     formats = sorted({f.name for name in stage.bank.names for f in stage.bank.formats_of(name)})
     done = 0
@@ -461,9 +461,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
             stage.corpus.unscored, parse_size(settings.cache_memory),
         )  # fmt: skip
         for table in passes:
-            total = table if not done else {
-                n: {f: (total[n][f] * done + row[f]) / (done + 1) for f in row} for n, row in table.items()
-            }  # fmt: skip
+            total = add_pass(total, table, done)
             done += 1
             folder.write(Cost(kind="fisher", unit="nats/token", passes=done, cost=total))
             step()
@@ -472,7 +470,7 @@ def _fisher(settings: SearchSettings, stage: _Stage, problem: Problem, folder: R
     return total
 
 
-def _describe(settings: SearchSettings, stage: _Stage) -> RunFile:
+def _describe(settings: SearchSettings, stage: Stage) -> RunFile:
     parts, corpus = stage.opened.inventory, stage.corpus
     return RunFile(
         status="running",
