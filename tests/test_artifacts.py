@@ -27,6 +27,7 @@ from amq.kernels.launch_table import Entry, LaunchTable
 from amq.model.answers import AnswersIndex
 from amq.model.gguf.convert import Manifest
 from amq.model.own_text import OwnTextIndex
+from amq.model.speed_table import SpeedTable
 from amq.quantize.bank import BankIndex, BankRecipe
 from amq.quantize.log import LinearOutcome, OuterOutcome, PerplexityFigures, QuantizationLog, SourceEntry, Tuning
 from amq.quantize.resume import Facts, Identity
@@ -114,6 +115,10 @@ STRATEGIES = StrategyTable(
     rows=(StrategyRow(strategy="uniform", seed=0, evaluations=2, singles=0, passes=0, seconds=1.5, equivalents=2.0,
                       hv7=0.5, losses={"3": None}, bits={"3": 2.5}, perplexity={"3": 20.5}),),
 )  # fmt: skip
+SPEEDS = SpeedTable(
+    processor="a CPU", isa="avx2", threads=2, kernels="0" * 16, model="1" * 16, activations="int8", cache="float16",
+    group_size=64, linears={"64x128": {"int4": 1.5e-6, "16bit": 4e-6}}, depths={"0": 1e-5, "1024": 2.5e-5},
+)  # fmt: skip
 MEMORY = Memory.of([MemoryItem("linears: codes", 96), MemoryItem("lm_head", 64, "int8")])
 LOG = QuantizationLog(
     settings=QuantizeSettings(model="m", output="out", uniform="int4", pin=["a=16bit"]),
@@ -178,6 +183,7 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "front": lambda runs: Artifact(runs["additive"].front, Front),
     "front of the paper's solver": lambda runs: Artifact(runs["paper"].front, Front),
     "cost": lambda runs: Artifact(runs["additive"].cost, Cost),
+    "speed": lambda _: Artifact(SPEEDS, SpeedTable),
     "sensitivity": lambda runs: Artifact(runs["paper"].sensitivity, Sensitivity),
     "surrogate": lambda runs: Artifact(runs["paper"].surrogate, tuple[SurrogateScores, ...]),
     "configuration": lambda runs: Artifact(runs["additive"].configuration, Configuration),
