@@ -124,7 +124,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of it")
     parser.add_argument("--window-length", type=int, default=512, metavar="N", help="of it, and of the calibration")
     parser.add_argument(
-        "--calibration", default="pydoc", metavar="TEXT", help="of peers' importance matrix and auto-round"
+        "--calibration",
+        default="auto",
+        metavar="TEXT",
+        help="of all: search, quantizers and importance matrix",
     )
     parser.add_argument("--windows", type=int, default=64, metavar="N", help="of it")
     parser.add_argument(

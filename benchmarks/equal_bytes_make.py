@@ -183,7 +183,8 @@ class Workshop:
             configuration = self.folder / f"{run.name} {bits}.json".replace(" ", "-")
             select = ["-m", "amq.search", "select", run, "--target-bits", bits, "--output", configuration]
             made |= {"select": self._timed(f"{name} select", select)}
-        flags = ["--configuration", configuration, *shlex.split(self._args.quantize)]
+        text = ["--calibration", self._args.calibration]
+        flags = ["--configuration", configuration, *text, *shlex.split(self._args.quantize)]
         given = {"search": self._args.search, "searched": searched, "quantize": self._args.quantize}
         return self._quantized(name, self._place(name), flags, made) | {"flags": given}
 
@@ -194,7 +195,8 @@ class Workshop:
         run = facts.with_suffix("")
         if not facts.is_file():
             run = self._place(name)
-            flags = ["--target-bits", searched, "--output", run, *shlex.split(self._args.search)]
+            text = ["--calibration", self._args.calibration]
+            flags = ["--target-bits", searched, "--output", run, *text, *shlex.split(self._args.search)]
             write_results(facts, self._timed(name, ["-m", "amq.search", self.source, *flags]))
         return run, {"search": without_provenance(read_json(facts))}
 
