@@ -224,7 +224,8 @@ def test_a_run_without_a_table_says_how_to_make_one(run: tuple[Path, SpeedTable]
 
 @pytest.mark.parametrize(
     ("given", "error"),
-    [({"max_loss": 0.1, "min_speed": 1.0}, "give --prefer speed instead of --min-speed"),
+    [({"exact": True, "min_speed": 1.0}, "--exact has one bound, the size"),
+     ({"max_loss": 0.1, "min_speed": 1.0}, "give --prefer speed instead of --min-speed"),
      ({"speed_table": "t.json"}, "--speed-table is for --min-speed or --prefer speed"),
      ({"context": 10}, "says what comes before a token of --min-speed: give --memory or --min-speed too")],
 )  # fmt: skip

@@ -226,6 +226,8 @@ class SearchSettings(LoadSettings, BudgetSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_group_size(self.group_size)
+        if self.exact and self.min_speed is not None:
+            raise AmqError("--exact has one bound, the size: leave it out, or --min-speed")
         if self.gpu_memory is not None and self.device.startswith("cpu"):
             raise AmqError(f"--gpu-memory is of a GPU, and the model runs on {self.device}: give --device cuda too")
         if self.untie not in ("", EXPERTS):
