@@ -147,6 +147,7 @@ def test_runs_of_earlier_versions_keep_their_settings() -> None:
     }
     read = parse_record(saved, SearchSettings, "run.json")
     since = {"answers": 32, "answer_tokens": 64, "rotation": "auto", "cache": "float16"}
+    since |= {"min_speed": None, "prefer": "quality", "speed_table": None}
     assert (
         read.json() == {**saved, "head": "auto", "untie": "", "load": "auto", "gpu_memory": None, **since}
         and SearchSettings.make(**saved) == read
