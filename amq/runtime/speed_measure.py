@@ -45,6 +45,8 @@ TIMES, MIXTURES = 3, 3
 """Whole measurements; and mixtures of formats, drawn for each weight, by which the engine's times are fitted."""
 ENOUGH = 0.7
 """Of the free memory, which a model of drawn weights may take."""
+MOST_STEP = 1.5
+"""Of a scale from one format to the next: what is beyond is another process's doing."""
 MOST_COPIES, SHARE = 4096, 4
 """Of one weight, and the part of the free memory that they may take."""
 
@@ -140,13 +142,13 @@ def _measure(
         for name in [f for f in FORMATS if f in names]:
             row[name] = _kernel(shape, name, _bytes_of(shapes, reads, name, how), how)
             step(f"{shape_key(*shape)} {name}")
-        if KEPT.name in names:
-            kept = {n: f for n, f in all_of_them.items() if shapes[n] != shape}
-            more = _passes(model.drawn(kept, how.group_size), how, depths=(first,))[first]
-            count = sum(reads[n] for n in shapes if shapes[n] == shape)
-            row[KEPT.name] = max(*row.values(), row[base] + (more - whole[first]) / count)
-            step(f"{shape_key(*shape)} {KEPT.name}")
     beside = _fit_to_engine(model, linears, shapes, reads, whole[first], how)
+    for shape in [s for s, names in formats.items() if KEPT.name in names]:
+        kept = {n: f for n, f in all_of_them.items() if shapes[n] != shape}
+        more = _passes(model.drawn(kept, how.group_size), how, depths=(first,))[first]
+        count, row = sum(reads[n] for n in shapes if shapes[n] == shape), linears[shape_key(*shape)]
+        row[KEPT.name] = max(*row.values(), row[base] + (more - whole[first]) / count)
+        step(f"{shape_key(*shape)} {KEPT.name}")
     return linears, {depth: beside + seconds - whole[first] for depth, seconds in whole.items()}
 
 
@@ -154,29 +156,31 @@ def _fit_to_engine(
     model: Skeleton, linears: dict[str, dict[str, float]], shapes: Mapping[str, Shape], reads: Mapping[str, float],
     least: float, how: How,
 ) -> float:  # fmt: skip
-    """Scales each format's times so that the engine's pass in that format alone is met; returns what is no product.
+    """Scales each format's times so that the engine's pass in that format is met, where shapes lack it in the narrowest
+    one that all have; returns what is no product.
 
-    least: seconds of a pass in the narrowest format. A format in which the model does not fit the memory is scaled as
+    least: seconds of a pass in that narrowest format. A format in which the model does not fit the memory is scaled as
     the one before. Then all by mixtures of formats, which is what a search chooses.
     """
-    count = Counter(shapes.values())
-    share = {shape: sum(reads[n] for n in shapes if shapes[n] == shape) / count[shape] for shape in count}
     beside, scale = 0.0, 1.0
-    for index, name in enumerate(f for f in FORMATS if all(f in row for row in linears.values())):
-        products = sum(share[s] * count[s] * linears[shape_key(*s)][name] for s in count)
-        if index == 0:
-            seconds, beside = least, max(0.0, least - products)
-        elif _bytes(shapes, name, how) < free_memory() * ENOUGH:
-            drawn = model.drawn(dict.fromkeys(shapes, name), how.group_size)
-            seconds = _passes(drawn, how, depths=how.depths[:1])[how.depths[0]]
-        else:
-            seconds = beside + scale * products
-        scale = (seconds - beside) / products
+    base = next(iter(_common(linears)))
+    for name in [f for f in FORMATS if any(f in row for row in linears.values())]:
+        chosen = {n: name if name in linears[shape_key(*s)] else base for n, s in shapes.items()}
+        times = {n: reads[n] * linears[shape_key(*shapes[n])][fmt] for n, fmt in chosen.items()}
+        products = sum(times[n] for n, fmt in chosen.items() if fmt == name)
+        others = sum(times.values()) - products
+        if name == base:
+            scale = min(1.0, least / products)
+            beside = least - scale * products
+        elif _bytes(chosen, shapes, how) < free_memory() * ENOUGH:
+            seconds = _passes(model.drawn(chosen, how.group_size), how, depths=how.depths[:1])[how.depths[0]]
+            measured = (seconds - beside - others) / products
+            scale = min(max(measured, scale / MOST_STEP), scale * MOST_STEP)
         for row in linears.values():
-            row[name] *= scale
+            row |= {name: row[name] * scale} if name in row else {}
     scale = statistics.median(_mixed(model, linears, shapes, reads, beside, how))
     for row in linears.values():
-        row |= {name: seconds * scale for name, seconds in row.items() if name != KEPT.name}
+        row |= {name: seconds * scale for name, seconds in row.items()}
     return beside
 
 
@@ -194,8 +198,13 @@ def _mixed(
         yield (seconds - beside) / products
 
 
-def _bytes(shapes: Mapping[str, Shape], fmt: str, how: How) -> float:
-    return sum(prepared_bytes(get_format(fmt), *shape, how.group_size) for shape in shapes.values())
+def _common(linears: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Formats that all shapes have times of, the narrowest first."""
+    return [f for f in FORMATS if all(f in row for row in linears.values())]
+
+
+def _bytes(formats: Mapping[str, str], shapes: Mapping[str, Shape], how: How) -> float:
+    return sum(prepared_bytes(get_format(fmt), *shapes[name], how.group_size) for name, fmt in formats.items())
 
 
 def _bytes_of(shapes: Mapping[str, Shape], reads: Mapping[str, float], fmt: str, how: How) -> float:
