@@ -51,8 +51,8 @@ ROWS = 24
 """Windows of a round: as many as a bank takes by default. A search takes two rounds, and `amq.quantize` three."""
 BUILT_IN = "pydoc"
 MIXTURE = f"{BUILT_IN}+{SELF}"
-"""What `auto` is: on text of no kind that calibrates, `self` is better than `pydoc`, and this nearly as good; on text
-about code it is as good as `pydoc` (docs/quality.md)."""
+"""What `auto` is: on text of no kind that calibrates, `self` is better than `pydoc`, and this has most of its gain; on
+text about code it loses a third of what `self` loses (docs/quality.md)."""
 INDEX, TENSOR = "text.json", "tokens"
 KINDS = ("plain", "chat")
 """Windows take turns between them."""

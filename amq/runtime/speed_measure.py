@@ -8,11 +8,9 @@ these. 16 bits have no such call: a second engine keeps the weights of that shap
 
 from __future__ import annotations
 
-import json
 import random
 import statistics
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +29,9 @@ from amq.runtime.decoder_spec import DecoderSpec, Linear, Mixture, Router
 from amq.runtime.drawn import Drawn, draw
 from amq.runtime.engine import Segment
 from amq.runtime.native_engine import NativeEngine
-from amq.runtime.native_weights import NativeWeights
+from amq.runtime.native_weights import ALIGNMENT, NativeWeights
 from amq.runtime.weights import expert_linears
+from amq.util.files import read_json
 from amq.util.limits import free_memory
 from amq.util.machine import cpu_name
 from amq.util.progress import Progress, Step
@@ -46,7 +45,7 @@ TIMES, MIXTURES = 3, 3
 ENOUGH = 0.7
 """Of the free memory, which a model of drawn weights may take."""
 MOST_STEP = 1.5
-"""Of a scale from one format to the next: what is beyond is another process's doing."""
+"""Of a scale from one format to the next, and of that of mixtures: what is beyond is another process's doing."""
 MOST_COPIES, SHARE = 4096, 4
 """Of one weight, and the part of the free memory that they may take."""
 
@@ -75,7 +74,7 @@ class Skeleton:
     def of(folder: Path) -> Skeleton:
         """Of a checkpoint or a model's folder; no weight is read."""
         source = folder / "config.json"
-        config = json.loads(source.read_text(encoding="utf-8"))
+        config = read_json(source, floats=True)
         names = open_files(weight_files(folder))
         packed = config.get("quantization_config", {}).get("formats", {})
         return Skeleton(config, str(source), frozenset({*names, *packed}))
@@ -140,7 +139,7 @@ def _measure(
     for shape, names in formats.items():
         row = linears[shape_key(*shape)] = {}
         for name in [f for f in FORMATS if f in names]:
-            row[name] = _kernel(shape, name, _bytes_of(shapes, reads, name, how), how)
+            row[name] = _kernel(shape, name, _bytes(dict.fromkeys(shapes, name), shapes, how, reads), how)
             step(f"{shape_key(*shape)} {name}")
     beside = _fit_to_engine(model, linears, shapes, reads, whole[first], how)
     for shape in [s for s, names in formats.items() if KEPT.name in names]:
@@ -149,7 +148,7 @@ def _measure(
         count, row = sum(reads[n] for n in shapes if shapes[n] == shape), linears[shape_key(*shape)]
         row[KEPT.name] = max(*row.values(), row[base] + (more - whole[first]) / count)
         step(f"{shape_key(*shape)} {KEPT.name}")
-    return linears, {depth: beside + seconds - whole[first] for depth, seconds in whole.items()}
+    return linears, {depth: beside + max(0.0, seconds - whole[first]) for depth, seconds in whole.items()}
 
 
 def _fit_to_engine(
@@ -178,7 +177,8 @@ def _fit_to_engine(
             scale = min(max(measured, scale / MOST_STEP), scale * MOST_STEP)
         for row in linears.values():
             row |= {name: row[name] * scale} if name in row else {}
-    scale = statistics.median(_mixed(model, linears, shapes, reads, beside, how))
+    mixed = statistics.median(_mixed(model, linears, shapes, reads, beside, how))
+    scale = min(max(mixed, 1 / MOST_STEP), MOST_STEP)
     for row in linears.values():
         row |= {name: seconds * scale for name, seconds in row.items()}
     return beside
@@ -203,15 +203,13 @@ def _common(linears: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [f for f in FORMATS if all(f in row for row in linears.values())]
 
 
-def _bytes(formats: Mapping[str, str], shapes: Mapping[str, Shape], how: How) -> float:
-    return sum(prepared_bytes(get_format(fmt), *shapes[name], how.group_size) for name, fmt in formats.items())
-
-
-def _bytes_of(shapes: Mapping[str, Shape], reads: Mapping[str, float], fmt: str, how: How) -> float:
-    """That a token would read of linears and head, all in one format."""
-    sizes = Counter(shapes.values())
-    each = {shape: prepared_bytes(get_format(fmt), *shape, how.group_size) for shape in sizes}
-    return sum(reads[name] * each[shape] for name, shape in shapes.items())
+def _bytes(
+    formats: Mapping[str, str], shapes: Mapping[str, Shape], how: How, reads: Mapping[str, float] | None = None
+) -> float:
+    """Of all of `formats`, or (with `reads`) what a token reads of them."""
+    each = {key: prepared_bytes(get_format(key[0]), *key[1], how.group_size)
+            for key in {(fmt, shapes[name]) for name, fmt in formats.items()}}  # fmt: skip
+    return sum(each[fmt, shapes[name]] * (1.0 if reads is None else reads[name]) for name, fmt in formats.items())
 
 
 def _kernel(shape: Shape, fmt: str, footprint: float, how: How) -> float:
@@ -220,7 +218,7 @@ def _kernel(shape: Shape, fmt: str, footprint: float, how: How) -> float:
     room = min(footprint, free_memory() / SHARE)
     count = max(1, min(MOST_COPIES, int(room // size)))
     first = PreparedWeight.of(packed := draw(get_format(fmt), *shape, how.group_size), "cpu", cpu.prepare(packed))
-    aligned = -(-size // 64) * 64
+    aligned = -(-size // ALIGNMENT) * ALIGNMENT
     memory = empty_bytes(aligned * count)
     copies = []
     for i in range(count):

@@ -22,14 +22,13 @@ from amq.formats import KEPT
 from amq.model.inventory import Inventory, LinearSpec
 from amq.model.shape import DEFAULT_CACHE, LayerCache
 from amq.search.archive import Record
-from amq.search.knapsack import select
 from amq.search.loss_curve import LossFit, table_cost
 from amq.search.problem import Table
 from amq.search.records import RunFile
 from amq.search.refine import PHASE as REFINE
 from amq.search.settings import BudgetSettings
 from amq.search.space import SearchSpace
-from amq.search.speed import TOLERANCE, Speed
+from amq.search.speed import TOLERANCE, Speed, within
 
 
 @dataclass(frozen=True)
@@ -47,11 +46,6 @@ class Budget:
     def fits(self, formats: Mapping[str, str]) -> bool:
         """Whether a configuration is fast enough."""
         return self.speed is None or self.speed.fits(formats)
-
-    def select(self, costs: np.ndarray, space: SearchSpace, bits: float) -> np.ndarray:
-        """The knapsack's choice at most `bits` bits per weight, and fast enough."""
-        capacity = space.capacity(bits)
-        return select(costs, space.sizes, capacity) if self.speed is None else self.speed.select(costs, capacity)
 
 
 def budget_from_memory(
@@ -141,7 +135,7 @@ def choose(
     ]
     if table is not None and fit is not None:
         costs = space.variable_costs(table)
-        points = [budget.select(costs, space, bits)]
+        points = [within(budget.speed, costs, space, space.capacity(bits))]
         if budget.fast and budget.speed:
             points += budget.speed.fastest(costs, space.capacity(bits))
         known = {r.key for r in records}  # an infeasible one must not come back as a prediction

@@ -54,15 +54,13 @@ def select_in_time(
     rows = np.arange(len(sizes))
 
     def at(price: float) -> tuple[np.ndarray, float]:
-        weighed = np.where(np.isinf(costs), np.inf, costs + price * times)
-        point = select(weighed, sizes, capacity)
+        point = select(costs + price * times, sizes, capacity)
         return point, float(times[rows, point].sum())
 
     point, seconds = at(0.0)
     if seconds <= most:
         return point
-    finite = costs[np.isfinite(costs)]
-    low, high = 0.0, float(np.ptp(finite)) / max(float(np.ptp(times)), 1e-12) or 1.0
+    low, high = 0.0, price_of_time(costs, times) or 1.0
     for _ in range(GROWTH):
         point, seconds = at(high)
         if seconds <= most:
@@ -78,6 +76,11 @@ def select_in_time(
         else:
             low = middle
     return point
+
+
+def price_of_time(costs: np.ndarray, times: np.ndarray) -> float:
+    """About where neither cost nor time outweighs the other: the ratio of their ranges."""
+    return float(np.ptp(costs[np.isfinite(costs)])) / max(float(np.ptp(times)), 1e-12)
 
 
 def _smallest(costs: np.ndarray, sizes: np.ndarray) -> np.ndarray:

@@ -17,10 +17,9 @@ from amq.errors import AmqError
 from amq.model.losses import OBJECTIVES, Objective
 from amq.search.archive import Archive, Record
 from amq.search.front import hypervolume, pareto_indices, reference_loss
-from amq.search.knapsack import select
 from amq.search.records import SurrogateScores
 from amq.search.space import SearchSpace
-from amq.search.speed import Speed
+from amq.search.speed import Speed, within
 from amq.util.progress import Progress, Step
 
 Formats = Mapping[str, str]
@@ -74,7 +73,7 @@ class Problem:
 
     def select(self, costs: np.ndarray, capacity: float) -> np.ndarray:
         """The knapsack's choice within `capacity` bytes, and within the time that a token may take."""
-        return select(costs, self.space.sizes, capacity) if self.speed is None else self.speed.select(costs, capacity)
+        return within(self.speed, costs, self.space, capacity)
 
     def rng(self, *stream: int) -> np.random.Generator:
         """A generator for one purpose, independent of how much others have drawn."""

@@ -12,7 +12,7 @@ from amq.errors import AmqError
 from amq.formats import KEPT
 from amq.model.inventory import EMBEDDING, Inventory, LinearSpec
 from amq.model.speed_table import SpeedTable
-from amq.search.knapsack import select, select_in_time
+from amq.search.knapsack import price_of_time, select, select_in_time
 from amq.search.space import SearchSpace
 
 SLOWER = 1e-9
@@ -79,12 +79,9 @@ class Speed:
 
     def fastest(self, costs: np.ndarray, capacity: float) -> list[np.ndarray]:
         """Choices within `capacity` from the cheapest to the fastest, as one gives up cost for time."""
-        finite, times = costs[np.isfinite(costs)], self.times
-        unit = float(np.ptp(finite)) / max(float(np.ptp(times)), 1e-12)
+        unit = price_of_time(costs, self.times)
         prices = [0.0, *(unit * 2.0 ** (i - PRICES // 2) for i in range(PRICES))]
-        return [
-            select(np.where(np.isinf(costs), np.inf, costs + p * times), self.space.sizes, capacity) for p in prices
-        ]
+        return [select(costs + price * self.times, self.space.sizes, capacity) for price in prices]
 
     def _contradiction(self, capacity: float) -> str:
         space, rows = self.space, np.arange(len(self.times))
@@ -101,6 +98,11 @@ class Speed:
             f"{said} within {8 * capacity / space.numel:.3f} bits per weight: there {fastest:.3g} tokens/s are the "
             f"most, and {bits:.3f} bits per weight are fast enough: give a lower --min-speed or a larger budget"
         )
+
+
+def within(speed: Speed | None, costs: np.ndarray, space: SearchSpace, capacity: float) -> np.ndarray:
+    """The knapsack's choice within `capacity` bytes, and within the time that a token may take, where that is asked."""
+    return select(costs, space.sizes, capacity) if speed is None else speed.select(costs, capacity)
 
 
 def unsearched(inventory: Inventory, space: SearchSpace) -> tuple[LinearSpec, ...]:
