@@ -38,6 +38,7 @@ from amq.search.records import Cost, RunFile, SurrogateScores
 from amq.search.run_folder import RunFolder
 from amq.search.select import select_from_run
 from amq.search.sensitivity import Sensitivity
+from amq.search.share import Share, Shares
 from amq.split.records import EvaluationRow as EvaluationLine
 from amq.split.records import SplitEvaluation, SplitRun
 from amq.util.files import read_json, write_json
@@ -115,6 +116,10 @@ STRATEGIES = StrategyTable(
     rows=(StrategyRow(strategy="uniform", seed=0, evaluations=2, singles=0, passes=0, seconds=1.5, equivalents=2.0,
                       hv7=0.5, losses={"3": None}, bits={"3": 2.5}, perplexity={"3": 20.5}),),
 )  # fmt: skip
+SHARES = Shares(
+    memory=1 << 20, context=700, windows=2, length=700, scored=256, chosen="shared", final=0.1, final_in_default=0.09,
+    shares=(Share("shared", {"layers.0-1": "int8"}, 4096, 3.25, {"layers.0.q_proj": "int4"}, 0.12, 0.1),),
+)  # fmt: skip
 SPEEDS = SpeedTable(
     processor="a CPU", isa="avx2", threads=2, kernels="0" * 16, model="1" * 16, activations="int8", cache="float16",
     group_size=64, linears={"64x128": {"int4": 1.5e-6, "16bit": 4e-6}}, depths={"0": 1e-5, "1024": 2.5e-5},
@@ -184,6 +189,7 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "front of the paper's solver": lambda runs: Artifact(runs["paper"].front, Front),
     "cost": lambda runs: Artifact(runs["additive"].cost, Cost),
     "speed": lambda _: Artifact(SPEEDS, SpeedTable),
+    "context": lambda _: Artifact(SHARES, Shares, frozenset({"kinds", "formats"})),
     "sensitivity": lambda runs: Artifact(runs["paper"].sensitivity, Sensitivity),
     "surrogate": lambda runs: Artifact(runs["paper"].surrogate, tuple[SurrogateScores, ...]),
     "configuration": lambda runs: Artifact(runs["additive"].configuration, Configuration),

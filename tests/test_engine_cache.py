@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import caches
-import numpy as np
 import pytest
 import torch
 from helpers.checkpoints import advise, tiny_checkpoint
@@ -23,12 +22,12 @@ from amq.errors import AmqError
 from amq.kernels.cpu import cpu_module
 from amq.model.shape import CACHES as BITS
 from amq.model.shape import PAGE, SPARE_PAGES, LayerCache, ModelShape, kept_as
+from amq.proxy.caches import CODED, cached, rounded
 from amq.runtime.engine import MAX_SCORED, Segment
 from amq.runtime.loading import load
 from amq.runtime.native_engine import NativeEngine, open_native
 from amq.runtime.paged_engine import PagedSlot
 
-CODED = [name for name, (_, values) in BITS.items() if values < 16]
 HEAD_DIM, KV_HEADS, LAYERS, CONTEXT = 48, 2, 2, 512
 MIXED = [("int4", "int8"), ("float16", "int4"), ("k8v4", "float32")]
 """A kind for each layer."""
@@ -40,61 +39,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_checkpoint(ARCHITECTURES["llama"].build(**shape), tmp_path_factory.mktemp("cache") / "llama")
 
 
-def half_below(x: Tensor) -> Tensor:
-    """The largest fp16 number that is no larger."""
-    near = x.numpy().astype(np.float16)
-    return torch.from_numpy(
-        np.where(near <= x.numpy(), near, np.nextafter(near, np.float16(-np.inf))).astype(np.float32)
-    )
-
-
-def rounded(x: Tensor, bits: int) -> Tensor:
-    """x [..., n] as csrc/cpu/vector_attention.h says: codes of each row between its least and largest number."""
-    if bits == 32:
-        return x
-    if bits == 16:
-        return x.half().float()
-    least = half_below(x.amin(-1, True))
-    scale = -half_below((least - x.amax(-1, True)) / (2**bits - 1))
-    codes = torch.where(scale > 0, (x - least) / scale, 0).round().clamp(0, 2**bits - 1)
-    return codes * scale + least
-
-
-def spread(x: Tensor) -> Tensor:
-    """x times the Walsh–Hadamard matrix of the largest power of two that divides its width, block by block."""
-    width = HEAD_DIM & -HEAD_DIM
-    matrix = torch.ones(1, 1)
-    while len(matrix) < width:
-        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
-    return (x.unflatten(-1, (-1, width)) @ matrix / width**0.5).flatten(-2)
-
-
 class RoundedCache(DynamicCache):
-    """What comes in is rounded as its layer's kind says, position by position and head by head, keys behind a rotation;
-    keys in less than 8 bits feature by feature instead, in the pages before the one that what came last is in, which is
-    to come by itself; the first page in 8 bits then."""
+    """Keys and values as `amq.proxy.caches` rounds them, but for the keys of the page that what came last is in, which
+    is to come by itself: where keys are rounded by the page those are in 16 bits yet, behind the first page."""
 
     def __init__(self, kinds: Sequence[str]) -> None:
         super().__init__()
         self._kinds = kinds
 
     def update(self, key: Tensor, value: Tensor, layer: int, *where: Any, **more: Any) -> tuple[Tensor, Tensor]:
-        keys, values = BITS[self._kinds[layer]]
-        by_page = keys < 8
-        if by_page and not self.get_seq_length(layer):
-            key, value = (spread(rounded(spread(x), 8)) for x in (key, value))
-            return super().update(key, value, layer, *where, **more)
-        if by_page:
-            key = rounded(key, 16)
-        else:
-            key = rounded(key, keys) if keys >= 16 else spread(rounded(spread(key), keys))
-        value = rounded(value, values) if values >= 8 else spread(rounded(spread(value), values))
         key, value = super().update(key, value, layer, *where, **more)
-        if by_page:
-            before = (key.shape[-2] - 1) // PAGE * PAGE
-            pages = key[..., PAGE:before, :].unflatten(-2, (-1, PAGE))  # [.., pages, PAGE, head_dim]
-            key = torch.cat([key[..., :PAGE, :], rounded(pages.mT, keys).mT.flatten(-3, -2), key[..., before:, :]], -2)
-        return key, value
+        kept, values = cached(self._kinds[layer], key, value)
+        if BITS[self._kinds[layer]][0] < 8:
+            own = max(PAGE, (key.shape[-2] - 1) // PAGE * PAGE)
+            kept = torch.cat([kept[..., :own, :], rounded(key[..., own:, :], 16)], -2)
+        return kept, values
 
 
 @torch.no_grad()

@@ -26,7 +26,13 @@ from amq.util.extras import DISTRIBUTION, EXTRAS, install_hint
 ROOT = Path(__file__).resolve().parents[1]
 ALLOWED = {
     **{"model": ["models", "datasets"], "runtime": ["models", "serve"], "kernels": ["gpu"], "eval": ["tasks"]},
-    **{"integrations": ["models"], "quantize": ["search"], "search": ["search"], "report": ["report"]},
+    **{
+        "integrations": ["models"],
+        "proxy": ["models"],
+        "quantize": ["search"],
+        "search": ["search"],
+        "report": ["report"],
+    },
     **{"export": ["export"], "serve": ["serve"], "split": ["split"], "bench": ["models"]},
 }
 """Extras whose packages a folder of amq/ may import; any other folder, and any file of amq/, has the base alone."""

@@ -30,9 +30,9 @@ from amq.model.usable import find_usable
 from amq.quantize.plan import working_bytes
 from amq.quantize.run import run_quantize
 from amq.quantize.settings import QuantizeSettings
-from amq.search.run import working_bytes as search_bytes
 from amq.search.settings import SearchSettings
 from amq.search.space import SearchSpace
+from amq.search.working import working_bytes as search_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,9 +16,10 @@ import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.search.__main__ import main
-from amq.search.run import _check_output, _engine, working_bytes
+from amq.search.run import _check_output, _engine
 from amq.search.run_folder import RunFolder
 from amq.search.settings import SearchSettings
+from amq.search.working import working_bytes
 from amq.util.progress import Progress
 from amq.util.settings import run_command
 

@@ -56,7 +56,7 @@ class Evaluator:
         hidden states in memory (those of one configuration always are), and weights that are ready and not in use.
     backend, activations: what multiplies the candidates' linears; see `amq.proxy.swap`. The full-precision model is
         torch's, and so is what a configuration leaves in full precision.
-    unscored: leading positions of every window that have no loss, `Corpus.unscored`.
+    unscored: leading positions of every window that have no loss, `Corpus.unscored`; or those of each set's windows.
     answers: for the loss `answers`, what is measured instead of `windows`.
     native: what makes the candidates' hidden states in the place of the model; `backend` is the head's then.
     whole: whether all blocks of a resident model may hold a configuration's weights at once. If not, each gets its own
@@ -76,7 +76,7 @@ class Evaluator:
         cache_memory: int = 256 << 20,
         backend: str = "reference",
         activations: str = "fp32",
-        unscored: int = 0,
+        unscored: int | Mapping[str, int] = 0,
         whole: bool = True,
         answers: Agreement | None = None,
         native: NativeStates | None = None,
@@ -97,7 +97,8 @@ class Evaluator:
         if answers is not None:
             windows, masks = answers.tokens, answers.scored
         else:
-            masks = {name: _behind(w, unscored) for name, w in windows.items()}
+            before = dict.fromkeys(windows, unscored) if isinstance(unscored, int) else unscored
+            masks = {name: _behind(w, before[name]) for name, w in windows.items()}
         self._windows = {name: w.to(device) for name, w in windows.items()}
         self._masks = {name: mask.to(device) for name, mask in masks.items()}
         self.seconds = self.seconds_in_model = 0.0
@@ -135,6 +136,14 @@ class Evaluator:
             self.seconds += time.perf_counter() - start
             yield losses
             start = time.perf_counter()
+
+    @torch.no_grad()
+    def evaluate_cached(self, formats: Formats, kinds: Sequence[str], windows: str) -> float:
+        """As `evaluate`, natively, with what is kept of keys and values as `kinds` say, one for each layer that keeps
+        any: every token's loss is that behind a prompt that was read into such a cache."""
+        assert self._native is not None, "a cache is the engine's"
+        states = self._native.final(formats, self._bank, self._batches(self._windows[windows]), kinds)
+        return self._losses([states].__getitem__, [formats], windows)[0]
 
     def _walked(
         self, configurations: Sequence[Formats], batches: Sequence[Tensor], count: int, size: int

@@ -27,7 +27,9 @@ up, in v most of all), and saturation (the loss cannot exceed ln 2); the search'
     taylor    |Σ over t of g[t] · δW x[t]| / (tokens that have a loss), g of the text's own next tokens
 
 The first is the trace of the Fisher matrix of one token, which a linear has exactly, without Hutchinson's probes. The
-second wants other labels, since the mean gradient of drawn ones is zero: its passes are passes of their own.
+second wants other labels, since the mean gradient of drawn ones is zero: its passes are passes of their own. A third is
+Fisher's score of what a layer keeps of a sequence: keys and values in the place of outputs, their rounding in that of
+δW x[t], for every kind of cache below 16 bits (`amq.proxy.caches`).
 
 Weights need no gradients. The passes of a group go through the model together, block by block: once without a graph,
 keeping the hidden state after every block, and then back, rebuilding one block's graph at a time. So each block's
@@ -53,6 +55,7 @@ from amq.model.blocks import TOKENS, BlockRunner
 from amq.model.inventory import EMBEDDING, EXPERT, HEAD, Inventory, LinearSpec, embedding_weight, get_linear, get_weight
 from amq.model.paging import holding, pager_of
 from amq.model.states import StateStore
+from amq.proxy.caches import CODED, Kept, change, watch_keys
 from amq.proxy.resident import BankReader
 
 if TYPE_CHECKING:
@@ -60,8 +63,8 @@ if TYPE_CHECKING:
 
 Table = dict[str, dict[str, float]]
 """{linear: {format: cost}}"""
-FISHER, TRACE, TAYLOR = "fisher", "trace", "taylor"
-DRAWN = (FISHER, TRACE)
+FISHER, TRACE, TAYLOR, CACHE = "fisher", "trace", "taylor", "cache"
+DRAWN = (FISHER, TRACE, CACHE)
 """Scores of labels that the model draws; those of the others are the text's."""
 RUNS = (1, 16, 64)
 """Positions whose contributions are summed before they are squared; see above."""
@@ -105,19 +108,21 @@ def gradient_passes(
     kinds: Sequence[str],
     unscored: int = 0,
     memory: int = 256 << 20,
+    start: int = 0,
 ) -> Iterator[dict[str, Table]]:
     """{kind: table} per window, of the scores `kinds`: `DRAWN` ones together, or `TAYLOR` alone; see above.
 
-    The other arguments are those of `fisher_passes`, of which `FISHER` here is the table. Raises AmqError where the
-    inventory has a head or embeddings, whose scores are Fisher's alone.
+    The other arguments are those of `fisher_passes`, of which `FISHER` here is the table; `CACHE` is {layers.N: {kind:
+    cost}}. Raises AmqError where the inventory has a head or embeddings, of whose scores only Fisher's are known, and
+    for `CACHE` as `watch_keys` does.
     """
     assert set(kinds) <= set(DRAWN) or set(kinds) == {TAYLOR}, "labels are either drawn or the text's"
-    if inventory.outer and set(kinds) != {FISHER}:
+    if inventory.outer and not set(kinds) <= {FISHER, CACHE}:
         raise AmqError(
             f"the scores {' and '.join(kinds)} are of the blocks' linears: leave out {inventory.outer[0].name}"
         )
     scores = Scores(model, inventory, bank, tuple(formats), unscored, memory, RUNS)
-    for one in scores.passes(windows, seed, 0, tuple(kinds)):
+    for one in scores.passes(windows, seed, start, tuple(kinds)):
         yield {kind: scores.table(one, kind) for kind in kinds}
 
 
@@ -198,6 +203,8 @@ class Scores:
     def table(self, one: Pass, kind: str) -> Table:
         """What a pass gave, of every weight."""
         found = one.table if kind == FISHER else one.more.get(kind, {})
+        if kind == CACHE:
+            return found
         table = {s.name: found.get(s.name) or self.zeros(s.name) for s in self._inventory.weights}
         if kind == TAYLOR:  # the sum over a window's tokens, whose sign is that of the window's labels
             table = {name: {fmt: abs(sum_) for fmt, sum_ in row.items()} for name, row in table.items()}
@@ -291,12 +298,15 @@ class Scores:
             for name in self._embeddings:
                 module = self._model.get_submodule(name)
                 hooks.callback(module.register_forward_hook(lambda m, args, out, n=name: look(n, args[0], out)).remove)
+            kept = hooks.enter_context(watch_keys(self._model)) if CACHE in one.kinds else []
             entry = None if entry is None else entry.detach().requires_grad_()
             result = self._runner.hidden(one.tokens, block + 1, block, entry)
             wanted = [output for *_, output in ran] + [leaf for *_, leaf in looks]
+            wanted += [tensor for _, *pair, _ in kept for tensor in pair]
             wanted += [] if entry is None else [entry]
             found = torch.autograd.grad(result, wanted, one.gradient, allow_unused=True)
         one.gradient = None if entry is None else found[-1]
+        self._score_caches(one, kept, found[len(ran) + len(looks) :])
         for (name, ids, _), g in zip(looks, found[len(ran) :], strict=False):
             if g is not None:
                 _add(one.looked_up.setdefault(name, []), ids, g)
@@ -322,6 +332,17 @@ class Scores:
                     self._add_score(one, spec, fmt, change.mul_(g).sum(-1))
                     if TRACE in one.kinds:
                         self._add_trace(one, spec, fmt, x, g, error)
+
+    @torch.no_grad()
+    def _score_caches(self, one: Pass, kept: Sequence[Kept], gradients: Sequence[Tensor | None]) -> None:
+        """Adds the scores of what layers keep; gradients: of keys and values, in turn."""
+        scored = one.tokens.shape[1] - self._unscored
+        for place, (layer, key, value, has_biases) in enumerate(kept):
+            own = [g for g in gradients[2 * place : 2 * place + 2] if g is not None]
+            if len(own) == 2:
+                one.more.setdefault(CACHE, {})[f"layers.{layer}"] = {
+                    kind: squares(change(kind, key, value, own, has_biases), self._runs) / scored / 8 for kind in CODED
+                }
 
     @torch.no_grad()
     def _score_embeddings(self, passes: Sequence[Pass]) -> None:

@@ -83,15 +83,34 @@ class NativeStates:
             return
         self._length, self._sequences = length, max(1, MAX_ROWS // length)
         self._weights = NativeWeights(self._source, self._spec, length)
-        decoder = self._decoder(self._weights.held)
-        pages = -(-length // cpu_module().PAGE)
+        self._cache = empty_bytes(0)
+
+    def _make_room(self, decoder: Any) -> None:
+        """Pages of as many sequences as a pass has, with what they have beside those of their positions."""
+        pages = -(-self._length // cpu_module().PAGE) + decoder.spare_pages + decoder.first_pages
         self._pages = torch.arange(self._sequences * pages, dtype=torch.int32).view(self._sequences, pages)
-        self._cache = empty_bytes(self._pages.numel() * decoder.page_bytes)
+        if len(self._cache) < (size := self._pages.numel() * decoder.page_bytes):
+            self._cache = empty_bytes(size)
         self._states = torch.empty(self._sequences * decoder.state_floats)
 
-    def final(self, formats: Mapping[str, str], bank: BankReader, batches: Sequence[Tensor]) -> list[Tensor]:
+    @property
+    def own_caches(self) -> int:
+        """Layers with keys and values of their own."""
+        return self._spec.own_caches
+
+    def final(
+        self,
+        formats: Mapping[str, str],
+        bank: BankReader,
+        batches: Sequence[Tensor],
+        kinds: Sequence[str] | None = None,
+    ) -> list[Tensor]:
         """Of a configuration, behind its last block: [windows, length, hidden_size] in the model's dtype for each of
-        `batches`, int64 [windows, length]."""
+        `batches`, int64 [windows, length].
+
+        kinds: what each of `own_caches` layers keeps keys and values as, which every query reads as in a deployed
+            model; by default what `activations` says for all.
+        """
         self._fit(max(tokens.shape[1] for tokens in batches))
         if bank is not self._bank:
             self.room += sum(_nbytes(parts) for _, parts in self._kept.values())
@@ -102,7 +121,7 @@ class NativeStates:
             if (fmt := formats.get(name, KEPT.name)) != KEPT.name:
                 held[place], parts = self._hold(name, fmt, bank)
                 used.append(parts)  # until the passes are over, whether it is kept or not
-        decoder = self._decoder(held)
+        decoder = self._decoder(held, kinds=kinds)
         return [self._run(decoder, tokens).to(self._model.dtype) for tokens in batches]
 
     def _hold(self, name: str, fmt: str, bank: BankReader) -> tuple[Held, list[Tensor]]:
@@ -123,13 +142,15 @@ class NativeStates:
             parts, scales, zero_points = [prepare(packed)], NO_MEMORY, NO_MEMORY
         return (packed.format.name, memory(parts[0]), scales, zero_points, packed.rotation), parts
 
-    def _decoder(self, held: Mapping[str, Held], exact: bool = False) -> Any:
+    def _decoder(self, held: Mapping[str, Held], exact: bool = False, kinds: Sequence[str] | None = None) -> Any:
         """exact: with activations of float32 in any case."""
-        return cpu_module().Decoder(
+        made = cpu_module().Decoder(
             spec=self._spec, weights=held, context=self._length, group_size=self._group_size,
-            int8=self._int8 and not exact, cache="float16" if self._int8 else "float32", max_rows=MAX_ROWS,
+            int8=self._int8 and not exact, cache=kinds or ("float16" if self._int8 else "float32"), max_rows=MAX_ROWS,
             threads=torch.get_num_threads(),
         )  # fmt: skip
+        self._make_room(made)
+        return made
 
     def _run(self, decoder: Any, tokens: Tensor) -> Tensor:
         """float32 [windows, length, hidden_size] of int64 [windows, length]: whole windows in one pass where they are

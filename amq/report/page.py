@@ -6,11 +6,13 @@ and what it costs, where the bits went, what one step more or less would change,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from amq.configuration import expand
 from amq.report import charts
 from amq.report.data import EPSILON, Point, Shown, count_formats, show_bytes, show_change, show_loss
 from amq.report.look import show_details, write_page
@@ -25,7 +27,8 @@ def write(run_dir: Path) -> list[Path]:
     """As `amq.report.write_report`."""
     run = Shown(RunFolder.open(run_dir))
     drawn = {name: draw(run) for name, draw in charts.CHARTS.items()}
-    name, filters = run.folder.run.model.name, {"loss": show_loss}
+    name = run.folder.run.model.name
+    filters: dict[str, Callable[..., Any]] = {"loss": show_loss, "bytes": show_bytes}
     return write_page(run_dir, TEMPLATE, drawn, name, charts.CHARTS, _values(run), filters)
 
 
@@ -37,7 +40,7 @@ def _values(run: Shown) -> dict[str, Any]:
         "sensitivity": run.folder.sensitivity, "objective": run.objective,
         "tiles": _tiles(run), "uniform": _uniform_rows(run), "memory": _memory_rows(run),
         "steps": [] if chosen is None else _step_rows(run, chosen), "points": _point_rows(run), "chosen": chosen,
-        "reads": _reads(run),
+        "reads": _reads(run), "shares": _share_rows(run),
         "infeasible": sum(record.loss is None for record in run.evaluated), "details": _details(run),
     }  # fmt: skip
 
@@ -93,6 +96,21 @@ def _memory_rows(run: Shown) -> list[list[str]]:
     total = sum(item.bytes for item in run.memory)
     rows = [[i.name, show_bytes(i.bytes), f"{100 * i.bytes / total:.0f} %", i.note] for i in run.memory]
     return [*rows, ["in all", show_bytes(total), "", ""]] if rows else []
+
+
+def _share_rows(run: Shown) -> list[list[str]]:
+    """How the memory could be shared between weights and cache, the chosen way marked."""
+    found = run.folder.shares
+    if found is None:
+        return []
+    rows = []
+    for share in found.shares:
+        counts = Counter(expand(share.kinds).values())
+        kinds = ", ".join(f"{counts[kind]} × {kind}" for kind in sorted(counts, key=lambda kind: -counts[kind]))
+        name = f"{share.name} (chosen)" if share.name == found.chosen else share.name
+        loss = show_loss(share.cost if share.loss is None else share.loss)
+        rows.append([name, kinds, show_bytes(share.cache_bytes), f"{share.bits:.2f}", loss])
+    return rows
 
 
 def _reads(run: Shown) -> str:

@@ -189,13 +189,22 @@ def _from_record(record: Record, confirm: dict[str, float]) -> Chosen:
     return Chosen(record.configuration, record.bits_per_weight, record.loss, confirm.get(record.key), None)
 
 
-def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings, speed: Speed | None = None) -> Configuration:
+def to_configuration(
+    chosen: Chosen,
+    run: RunFile,
+    budget: BudgetSettings,
+    speed: Speed | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> Configuration:
     """What was chosen, with its figures; budget: says the KV cache in its memory, which a runtime is to have where that
-    is another than it would take by itself. speed: by which a token is timed."""
+    is another than it would take by itself. speed: by which a token is timed. kinds: {layer: kind of cache}, where
+    `--cache auto` chose them."""
     model, group_size, inventory = run.settings.model, run.settings.group_size, run.inventory
     bare = Configuration(chosen.formats, group_size)
-    caches = run.kv_cache.caches(budget.cache) if budget.context else ()
-    kinds = run.kv_cache.named(budget.cache) if budget.cache != DEFAULT_CACHE else {}
+    if kinds is None:
+        kinds = run.kv_cache.named(budget.cache) if budget.cache != DEFAULT_CACHE else {}
+    caches = run.kv_cache.caches(list(kinds.values()) or DEFAULT_CACHE) if budget.context else ()
+    kept = "+".join(sorted(set(kinds.values()))) or DEFAULT_CACHE
     details = Details(
         model=model,
         bits_per_weight=round(chosen.bits_per_weight, 6),
@@ -205,7 +214,7 @@ def to_configuration(chosen: Chosen, run: RunFile, budget: BudgetSettings, speed
         loss_confirm=chosen.loss_confirm,
         predicted_loss=chosen.predicted,
         tokens_per_second=None if speed is None else round(1 / speed.seconds(chosen.formats), 3),
-        memory=Memory.of(memory_items(inventory, bare, caches, budget.context, budget.cache)),
+        memory=Memory.of(memory_items(inventory, bare, caches, budget.context, kept)),
         provenance=run.provenance,
     )
     return Configuration(chosen.formats, group_size, details, kinds)

@@ -79,7 +79,7 @@ def conduct(problem: Problem, run: RunFile, folder: RunWriter, timings: Timings,
     with timings.measure("confirm"):
         on_front = _confirm(problem, chosen.formats, status)
     chosen = choose(budget, problem.space, records, solution.table, fit)
-    configuration = to_configuration(chosen, run, settings, problem.speed)
+    configuration = to_configuration(chosen, run, settings, problem.speed, problem.kinds)
     folder.write_configuration(configuration)
     front = make_front(problem, on_front, solution.table, fit, settings.loss)
     folder.write(front)

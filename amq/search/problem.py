@@ -53,7 +53,7 @@ class TimeIsUp(Exception):
 class Problem:
     """cost_tables: {kind: () -> table}, computed when first asked for. deadline: `time.monotonic()` value or None.
     table: the last one that was asked for, which a search that is stopped later still has. speed: what a token may
-    take, where that is asked."""
+    take, where that is asked. kinds: {layer: kind of cache} where the memory is shared with it."""
 
     space: SearchSpace
     archive: Archive
@@ -70,6 +70,7 @@ class Problem:
     surrogate_log: list[SurrogateScores] = field(default_factory=list)
     table: Table | None = None
     speed: Speed | None = None
+    kinds: Mapping[str, str] | None = None
 
     def select(self, costs: np.ndarray, capacity: float) -> np.ndarray:
         """The knapsack's choice within `capacity` bytes, and within the time that a token may take."""

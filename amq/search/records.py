@@ -183,7 +183,12 @@ class KvEntry:
 
     def named(self, kind: str) -> dict[str, str]:
         """{layer: kind} for all layers that keep keys and values, as `Configuration.cache`."""
-        return {f"layers.{n}": kind for n, cache in enumerate(self._caches()) if cache.per_token}
+        return dict.fromkeys(self.layers, kind)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Those that keep keys and values."""
+        return tuple(f"layers.{n}" for n, cache in enumerate(self._caches()) if cache.per_token)
 
     def _caches(self) -> tuple[LayerCache, ...]:
         if self.unknown is not None:
@@ -284,7 +289,8 @@ class RunFile(JsonFile):
 
 @dataclass(frozen=True, kw_only=True)
 class Cost(JsonFile):
-    """cost.json: {linear: {format: cost}}; passes: backward passes that a Fisher table is the mean of."""
+    """cost.json: {linear: {format: cost}}; passes: backward passes that a Fisher table is the mean of. cache: {layer:
+    {kind: cost}} of what layers keep of a sequence, of a search with `--cache auto`."""
 
     SCHEMAS: ClassVar[tuple[str, ...]] = ("amq/cost/2", "amq/cost/1")
     """Fisher scores of schema 1 are sums of squares position by position; those of schema 2 are of `fisher.RUNS`."""
@@ -295,10 +301,11 @@ class Cost(JsonFile):
     unit: str = ""
     passes: int | None = None
     cost: dict[str, dict[str, float]]
+    cache: dict[str, dict[str, float]] | None = None
 
     def __post_init__(self) -> None:
         check_range(self, "passes")
-        for linear, row in self.cost.items():
+        for linear, row in (*self.cost.items(), *(self.cache or {}).items()):
             for fmt, cost in row.items():
                 if not math.isfinite(cost):
                     raise ValueError(f"expected a finite cost of {linear} in {fmt}, got {cost}")

@@ -8,31 +8,31 @@ archive is written whole; see docs/format.md.
 from __future__ import annotations
 
 import time
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from amq.configuration import linear_bytes
+from amq.configuration import expand
 from amq.errors import AmqError
-from amq.formats import BitFormat
 from amq.model.answers import SEARCHED, open_answers
 from amq.model.blocks import BlockRunner
-from amq.model.inventory import EMBEDDING, Inventory, LinearSpec, embedding_weight
+from amq.model.inventory import Inventory, embedding_weight
 from amq.model.losses import ANSWERS, OBJECTIVES
 from amq.model.open import fingerprint as content_hash
 from amq.model.opened import OpenModel, open_model
-from amq.model.paging import block_bytes, memory_text, pager_of
+from amq.model.own_text import BUILT_IN
+from amq.model.paging import memory_text
 from amq.model.settings import AUTO
-from amq.model.shape import kept_as
+from amq.model.shape import DEFAULT_CACHE, kept_as
 from amq.model.speed_table import SpeedTable
-from amq.model.text import Corpus
+from amq.model.text import SELF, Corpus
 from amq.proxy.answers import Agreement, AnswerWindows
+from amq.proxy.caches import attention_of
 from amq.proxy.evaluator import Evaluator
-from amq.proxy.fisher import add_pass, fisher_passes
+from amq.proxy.fisher import CACHE, FISHER, add_pass, gradient_passes
 from amq.proxy.native import NativeStates
 from amq.proxy.resident import BankReader, near
 from amq.quantize.bank import BankSettings, WeightBank, open_bank
@@ -58,20 +58,17 @@ from amq.search.records import (
 from amq.search.run_folder import ARCHIVE, NAMES, RunFolder, RunWriter, read_cost
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.settings import COSTS, ENGINE, FREE_ON_RESUME, NATIVE, SearchSettings, differences
-from amq.search.space import SearchSpace, is_outer
+from amq.search.share import KINDS, SCORED, WINDOWS, Shares, Sharing, prompt_length, share_memory
+from amq.search.space import SearchSpace
 from amq.search.speed import Speed, wanted_times
+from amq.search.working import REFERENCE, all_codes, bank_formats, working_bytes
 from amq.util.files import check_place
 from amq.util.limits import check_memory, fits, free_memory
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-REFERENCE = "reference"
-"""The backend that multiplies with matrices in the model's own dtype."""
-CACHES = 3
-"""What `--cache-memory` bounds, each for itself: reference distributions, hidden states, weights that are ready."""
+CONTEXT = "context"
+"""The windows whose last tokens are scored behind a long prompt."""
 READY_SHARE = 4
 """Of the free memory, a quarter may be weights that are ready for the native engine, in all of their formats."""
 
@@ -96,13 +93,20 @@ class Stage:
     corpus: Corpus
     windows_key: str
     budget: Budget
+    cached_length: int = 0
+
+    @property
+    def cached_loss(self) -> Callable[[Mapping[str, str], Sequence[str]], float] | None:
+        """Of a configuration through a cache of these kinds, behind a long prompt; None where nothing measures that."""
+        if not self.cached_length:
+            return None
+        return lambda formats, kinds: self.evaluator.evaluate_cached(formats, kinds, CONTEXT)
 
 
 def run_search(settings: SearchSettings, resume: bool = False, progress: Progress | None = None) -> SearchResult:
     """Runs (or resumes) a search; raises AmqError for bad input before anything is written."""
     progress = progress or Progress()
-    output = Path(settings.output)
-    started = time.monotonic()
+    output, started = Path(settings.output), time.monotonic()
     previous = _check_output(output, settings, resume)
     timings = Timings()
     stage = prepare(settings, progress, timings)
@@ -116,7 +120,33 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         problem.budget, problem.max_loss, problem.speed = stage.budget.bits, stage.budget.max_loss, stage.budget.speed
         problem.objective = OBJECTIVES[settings.loss]
         problem.cost_tables = _cost_tables(settings, stage, problem, folder, timings)
-        return conduct(problem, run, folder, timings, started)
+        folder.write(run)  # with which what is measured from here on can be resumed
+        shares = _share(settings, stage, problem, folder, timings) if settings.shares_memory else None
+        result = conduct(problem, run, folder, timings, started)
+        if shares is not None and stage.cached_loss is not None:
+            formats, kinds = result.configuration.formats, list(expand(shares.best.kinds).values())
+            final, in_default = (stage.cached_loss(formats, each) for each in (kinds, [DEFAULT_CACHE] * len(kinds)))
+            folder.write(replace(shares, final=final, final_in_default=in_default))
+        return result
+
+
+def _share(settings: SearchSettings, stage: Stage, problem: Problem, folder: RunWriter, timings: Timings) -> Shares:
+    """How `--cache auto` divides the memory, which bounds the weights from here on; its file is written."""
+    assert settings.memory is not None, "--cache auto wants --memory"
+    kv, table = KvEntry.of(stage.opened.shape), problem.cost_table(FISHER)
+    of_caches = (made.cache if (made := read_cost(folder.path, stage.space)) else None) or {}
+    sharing = Sharing(
+        parse_size(settings.memory), settings.context, stage.opened.inventory, stage.space, kv.caches(), kv.layers,
+        table, of_caches,
+    )  # fmt: skip
+    path = folder.path / NAMES[Shares]
+    with timings.measure("share"):  # once: a run that is resumed keeps its budget
+        shares = Shares.read(path) if path.is_file() else share_memory(
+            sharing, stage.cached_loss, stage.cached_length, problem.progress
+        )  # fmt: skip
+    folder.write(shares)
+    problem.budget, problem.kinds = shares.best.bits, expand(shares.best.kinds)
+    return shares
 
 
 def _check_output(output: Path, settings: SearchSettings, resume: bool) -> RunFile | None:
@@ -194,6 +224,9 @@ def prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> S
         bank_windows = sampler.take(settings.bank_windows)
         windows = {"search": sampler.take(settings.windows), "confirm": sampler.take(settings.confirm_windows)}
         cost_windows = sampler.take(settings.cost_passes)
+        unscored, length = dict.fromkeys(windows, corpus.unscored), 0
+        if settings.shares_memory and (long := _long_windows(settings, opened, engine, progress)) is not None:
+            windows[CONTEXT], length, unscored[CONTEXT] = long, long.shape[1], long.shape[1] - SCORED
         BlockRunner(opened.model).check(windows["search"][:1, :32].to(embedding.device))  # not after hours of banking
         fingerprint = opened.fingerprint
         answers = _answers(settings, opened, progress)
@@ -210,10 +243,26 @@ def prepare(settings: SearchSettings, progress: Progress, timings: Timings) -> S
         close = near(bank, embedding.device, settings.gpu_bytes)
         evaluator = Evaluator(
             opened.loaded, inventory, close, windows, settings.loss, parse_size(settings.cache_memory),
-            engine.backend, engine.activations, corpus.unscored, whole, answers, engine.native,
+            engine.backend, engine.activations, unscored, whole, answers, engine.native,
         )  # fmt: skip
-    name, where = engine.name, windows_key
-    return Stage(opened, quantized, space, bank, rotation, close, evaluator, name, cost_windows, corpus, where, budget)
+    return Stage(
+        opened, quantized, space, bank, rotation, close, evaluator, engine.name, cost_windows, corpus, windows_key,
+        budget, length,
+    )  # fmt: skip
+
+
+def _long_windows(settings: SearchSettings, opened: OpenModel, engine: _Engine, progress: Progress) -> Any:
+    """int64 [WINDOWS, length]: prompts whose last tokens are scored through the caches that are compared; None, and the
+    reason said, where nothing measures that."""
+    attention_of(opened.model)  # refused before hours of banking
+    text = next((part for part in settings.calibration.split("+") if part not in (AUTO, SELF)), BUILT_IN)
+    whole = opened.sampler(text, settings.window_length, settings.seed, 0, progress).corpus
+    length = prompt_length(settings.context, len(whole.tokens), whole.unscored)
+    if engine.native is not None and settings.loss != ANSWERS and length:
+        return opened.sampler(text, length, settings.seed, WINDOWS, progress).take(WINDOWS)
+    why = "the reference has no such caches" if engine.native is None else "--objective answers measures no texts"
+    progress.say(f"plan: kinds of cache are compared by their costs alone: {why if length else 'prompts are short'}")
+    return None
 
 
 def bank_rotation(settings: SearchSettings, space: SearchSpace, budget: Budget) -> str:
@@ -303,7 +352,7 @@ def _plan_memory(
     import psutil
 
     how = (opened.model, space, parse_size(settings.cache_memory), engine.backend)
-    ready = 0 if engine.native is None else min(engine.native.room, _all_codes(space))
+    ready = 0 if engine.native is None else min(engine.native.room, all_codes(space))
     needed = working_bytes(*how) + ready + (settings.gpu_bytes or 0)
     whole = fits(needed, settings.device)
     if not whole:
@@ -320,58 +369,9 @@ def _plan_memory(
     return whole
 
 
-def working_bytes(
-    model: PreTrainedModel, space: SearchSpace, cache_memory: int, backend: str = "reference", whole: bool = True
-) -> int:
-    """A working copy of all weights that are in the model at once, what `cache_memory` bounds, and of a model that is
-    read block by block that block.
-
-    whole: whether those are the weights of all blocks, or of one at a time as in a model that is read block by block.
-    """
-    size = embedding_weight(model).element_size()
-    blocks: Counter[int] = Counter()
-    for spec in space.weights:
-        blocks[spec.block] += 0 if is_outer(spec) else _copy_bytes(spec, space, size, backend)
-    at_once = sum(blocks.values()) if whole and pager_of(model) is None else max(blocks.values())
-    outer = sum(_copy_bytes(spec, space, size, backend) for spec in space.outer)
-    return at_once + outer + CACHES * cache_memory + block_bytes(model)
-
-
-def _copy_bytes(spec: LinearSpec, space: SearchSpace, size: int, backend: str) -> int:
-    """What a weight is made into at most: a matrix like itself, whose numbers have `size` bytes, or the codes that a
-    kernel multiplies with; a head that is tied to the embedding is both."""
-    dense = spec.numel * size
-    if backend == REFERENCE or spec.kind == EMBEDDING:
-        return dense
-    formats = (fmt for fmt in space.formats_of(spec) if isinstance(fmt, BitFormat))
-    codes = max((linear_bytes(spec, fmt, space.group_size) for fmt in formats), default=0)
-    return codes + (dense if spec.tied else 0)
-
-
-def _all_codes(space: SearchSpace) -> int:
-    """Bytes of all weights in all their formats."""
-    return sum(
-        linear_bytes(spec, fmt, space.group_size)
-        for spec in space.quantized
-        for fmt in space.formats_of(spec)
-        if isinstance(fmt, BitFormat)
-    )
-
-
 def _quantized(inventory: Inventory, space: SearchSpace) -> Inventory:
     """The model, of whose weights a stage sees those that some configuration quantizes."""
     return inventory.only({s.name for s in space.quantized})
-
-
-def bank_formats(space: SearchSpace) -> tuple[list[BitFormat], dict[str, list[BitFormat]]]:
-    """What a bank must hold: formats of all linears, and {name: formats} of head and embeddings; cheapest first."""
-
-    def of(specs: Iterable[LinearSpec]) -> list[BitFormat]:
-        found = {fmt for s in specs for fmt in space.formats_of(s) if isinstance(fmt, BitFormat)}
-        return sorted(found, key=lambda f: f.code_bits)
-
-    linears = of(s for s in space.quantized if not is_outer(s))
-    return linears, {s.name: of([s]) for s in space.quantized if is_outer(s)}
 
 
 def _budget(settings: SearchSettings, opened: OpenModel, space: SearchSpace, progress: Progress) -> Budget:
@@ -390,7 +390,8 @@ def _bits(settings: SearchSettings, opened: OpenModel, space: SearchSpace) -> fl
     low, high = space.bits_range
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = kept_as(opened.shape.caches, settings.cache) if settings.context else ()
+        kind = KINDS[0] if settings.shares_memory else settings.cache  # of the smallest, until costs are known
+        caches = kept_as(opened.shape.caches, kind) if settings.context else ()
         return budget_from_memory(memory, settings.context, opened.inventory, caches, space)
     if settings.target_bits is not None:
         return check_bits(settings.target_bits, space)
@@ -437,8 +438,9 @@ def _cost_tables(
 def _fisher(settings: SearchSettings, stage: Stage, problem: Problem, folder: RunWriter) -> Table:
     """The Fisher table, one file update per pass, so that an interrupted search goes on at the next pass."""
     formats = sorted({f.name for name in stage.bank.names for f in stage.bank.formats_of(name)})
+    kinds = (FISHER, CACHE) if settings.shares_memory else (FISHER,)
     done = 0
-    total: Table = {}
+    total: dict[str, Table] = {kind: {} for kind in kinds}
     saved = read_cost(folder.path, stage.space)
     if saved:
         if saved.schema != Cost.SCHEMAS[0]:
@@ -446,28 +448,29 @@ def _fisher(settings: SearchSettings, stage: Stage, problem: Problem, folder: Ru
                 f"--resume: {folder.path / NAMES[Cost]} is of schema {saved.schema!r}, this amq computes scores of "
                 f"{Cost.SCHEMAS[0]!r}, and the two do not compare: delete it, or use another --output"
             )
-        if saved.kind != "fisher" or saved.passes is None or saved.passes > settings.cost_passes:
+        if saved.kind != FISHER or saved.passes is None or saved.passes > settings.cost_passes:
             raise AmqError(
                 f"{folder.path / NAMES[Cost]}: expected a Fisher table of at most {settings.cost_passes} passes, got "
                 f"{saved.kind!r} of {saved.passes}: delete it and run the search with --resume"
             )
-        done, total = saved.passes, saved.cost
+        done, total = saved.passes, {FISHER: saved.cost, CACHE: saved.cache or {}}
     with (
         problem.progress.stage("cost table", max(1, settings.cost_passes - done)) as step,
         stage.evaluator.full_precision(),
     ):
-        passes = fisher_passes(
-            stage.opened.model, stage.quantized, stage.near, stage.cost_windows, formats, settings.seed, done,
-            stage.corpus.unscored, parse_size(settings.cache_memory),
+        passes = gradient_passes(
+            stage.opened.model, stage.quantized, stage.near, stage.cost_windows, formats, settings.seed, kinds,
+            stage.corpus.unscored, parse_size(settings.cache_memory), done,
         )  # fmt: skip
-        for table in passes:
-            total = add_pass(total, table, done)
+        for tables in passes:
+            total = {kind: add_pass(total[kind], tables[kind], done) for kind in kinds}
             done += 1
-            folder.write(Cost(kind="fisher", unit="nats/token", passes=done, cost=total))
+            cost = Cost(kind=FISHER, unit="nats/token", passes=done, cost=total[FISHER], cache=total.get(CACHE))
+            folder.write(cost)
             step()
             if done < settings.cost_passes:
                 problem.check_time()
-    return total
+    return total[FISHER]
 
 
 def _describe(settings: SearchSettings, stage: Stage) -> RunFile:

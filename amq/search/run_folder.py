@@ -21,6 +21,7 @@ from amq.search.front_file import Front
 from amq.search.records import Cost, RunFile, SurrogateScores
 from amq.search.sensitivity import Sensitivity
 from amq.search.settings import SearchSettings
+from amq.search.share import Shares
 from amq.search.space import SearchSpace
 from amq.util.files import write_json
 from amq.util.records import read_record, to_json
@@ -30,7 +31,7 @@ CONFIGURATION = "configuration.json"
 SURROGATE = "surrogate.json"
 NAMES: dict[type, str] = {
     RunFile: "run.json", Front: "front.json", Cost: "cost.json", Sensitivity: "sensitivity.json",
-    SpeedTable: "speed.json",
+    SpeedTable: "speed.json", Shares: "context.json",
 }  # fmt: skip
 
 
@@ -94,6 +95,12 @@ class RunFolder:
         return SpeedTable.read(path) if path else None
 
     @cached_property
+    def shares(self) -> Shares | None:
+        """Of a search that shared its memory between weights and cache."""
+        path = self._file(NAMES[Shares])
+        return Shares.read(path) if path else None
+
+    @cached_property
     def surrogate(self) -> tuple[SurrogateScores, ...] | None:
         """One entry per iteration of the paper's solver."""
         path = self._file(SURROGATE)
@@ -126,7 +133,7 @@ class RunWriter:
     def __init__(self, path: Path, archive: Archive) -> None:
         self.path, self.archive = path, archive
 
-    def write(self, record: RunFile | Front | Cost | Sensitivity | SpeedTable) -> None:
+    def write(self, record: RunFile | Front | Cost | Sensitivity | SpeedTable | Shares) -> None:
         record.write(self.path / NAMES[type(record)])
 
     def write_configuration(self, configuration: Configuration) -> None:

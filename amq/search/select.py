@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amq.configuration import Configuration
+from amq.configuration import Configuration, expand
 from amq.errors import AmqError
 from amq.model.losses import OBJECTIVES
 from amq.model.speed_table import MADE_BY, SpeedTable
@@ -13,7 +13,9 @@ from amq.search.choose import Budget, budget_from_memory, check_bits, choose, to
 from amq.search.loss_curve import fit_records
 from amq.search.run_folder import NAMES, RunFolder
 from amq.search.settings import SPEED, SelectSettings
+from amq.search.share import Sharing, share_memory
 from amq.search.speed import Speed
+from amq.util.progress import Progress
 from amq.util.settings import parse_size
 
 
@@ -27,9 +29,13 @@ def select(settings: SelectSettings) -> Configuration:
     folder = RunFolder.open(Path(settings.run))
     speed = _speed(settings, folder)
     bits: float | None = None
+    kinds: dict[str, str] | None = None
     if settings.memory is not None:
         memory = parse_size(settings.memory)
-        caches = folder.run.kv_cache.caches(settings.cache) if settings.context else ()
+        if settings.shares_memory:
+            kinds = _share(settings, folder, memory)
+        of = settings.cache if kinds is None else list(kinds.values())
+        caches = folder.run.kv_cache.caches(of) if settings.context else ()
         bits = budget_from_memory(memory, settings.context, folder.inventory, caches, folder.space)
     elif settings.target_bits is not None:
         bits = check_bits(settings.target_bits, folder.space)
@@ -37,7 +43,23 @@ def select(settings: SelectSettings) -> Configuration:
     fit = fit_records(folder.archive, table, OBJECTIVES[folder.settings.loss].ceiling) if table else None
     budget = Budget(bits, settings.max_loss, speed, settings.prefer == SPEED)
     chosen = choose(budget, folder.space, folder.archive, table, fit)
-    return to_configuration(chosen, folder.run, settings, speed)
+    return to_configuration(chosen, folder.run, settings, speed, kinds)
+
+
+def _share(settings: SelectSettings, folder: RunFolder, memory: int) -> dict[str, str]:
+    """{layer: kind of cache}: what the search measured to be best within this very memory and context, else what the
+    tables say."""
+    if (known := folder.shares) is not None and (known.memory, known.context) == (memory, settings.context):
+        return expand(known.best.kinds)
+    if folder.cost is None or not folder.cost.cache:
+        raise AmqError(
+            f"{folder.path} knows no costs of caches, since its search was not with --cache auto: search again with "
+            "it, or give one kind as --cache"
+        )
+    kv, inventory = folder.run.kv_cache, folder.inventory
+    tables = folder.cost.cost, folder.cost.cache
+    sharing = Sharing(memory, settings.context, inventory, folder.space, kv.caches(), kv.layers, *tables)
+    return expand(share_memory(sharing, None, 0, Progress()).best.kinds)
 
 
 def _speed(settings: SelectSettings, folder: RunFolder) -> Speed | None:

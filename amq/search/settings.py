@@ -52,7 +52,11 @@ class BudgetSettings(Settings):
         0, "tokens of KV cache that --memory must hold besides the weights", REACH, least=0, metavar="N"
     )
     cache: str = flag(
-        DEFAULT_CACHE, "what that cache is kept as, as --cache of generate and serve", REACH, choices=tuple(CACHES)
+        DEFAULT_CACHE,
+        "what that cache is kept as, as --cache of generate and serve; auto shares --memory between weights and the "
+        "cache of each layer",
+        REACH,
+        choices=(AUTO, *CACHES),
     )
     max_loss: float | None = flag(
         None,
@@ -95,6 +99,16 @@ class BudgetSettings(Settings):
             raise AmqError("--speed-table is for --min-speed or --prefer speed: give one of these too")
         if self.cache != DEFAULT_CACHE and not self.context:
             raise AmqError(f"--cache {self.cache} is what the tokens of --context are kept as: give --context too")
+        if self.shares_memory and (self.memory is None or self.timed):
+            raise AmqError(
+                f"--cache {AUTO} shares --memory between weights and cache, and knows no times: give --memory without "
+                "--min-speed and --prefer speed, or one kind as --cache"
+            )
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether what layers keep of a sequence is chosen with the weights' formats."""
+        return self.cache == AUTO
 
     @property
     def timed(self) -> bool:
@@ -230,6 +244,8 @@ class SearchSettings(LoadSettings, BudgetSettings):
             raise AmqError("--exact has one bound, the size: leave it out, or --min-speed")
         if self.gpu_memory is not None and self.device.startswith("cpu"):
             raise AmqError(f"--gpu-memory is of a GPU, and the model runs on {self.device}: give --device cuda too")
+        if self.shares_memory and (self.solver != "additive" or self.cost != "fisher"):
+            raise AmqError(f"--cache {AUTO} wants costs of both kinds, --solver additive --cost fisher")
         if self.untie not in ("", EXPERTS):
             raise AmqError(f"--untie {self.untie}: expected {EXPERTS}; nothing else is tied unless --tie says so")
         if self.untied and EXPERTS in self.tie.split(","):
