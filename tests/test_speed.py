@@ -14,6 +14,8 @@ import pytest
 import speed_model
 import torch
 from helpers.analytic import AnalyticLosses, expert_linears, linears, settings, solve, space, tied_head, untied_head
+from helpers.report_pages import rows
+from helpers.runs import make_run
 
 from amq.bench.command import main as bench
 from amq.configuration import Configuration
@@ -21,12 +23,15 @@ from amq.errors import AmqError
 from amq.formats import KEPT, get_format
 from amq.model.inventory import EMBEDDING, Inventory
 from amq.model.speed_table import SpeedTable, kernels, model_key, shape_key
-from amq.report import write_report
+from amq.report import charts, write_report
+from amq.report.data import SIZES, Shown
+from amq.report.look import Missing
 from amq.runtime.drawn import draw
 from amq.runtime.speed_measure import How, Skeleton, measure, quiet, shapes_of
 from amq.search import search
 from amq.search.knapsack import select as by_bytes
 from amq.search.knapsack import select_in_time
+from amq.search.run_folder import RunFolder
 from amq.search.select import select
 from amq.search.settings import SearchSettings, SelectSettings
 from amq.search.speed import Speed, wanted_times
@@ -190,6 +195,25 @@ def test_the_report_says_the_speed(run: tuple[Path, SpeedTable], tmp_path: Path)
     write_report(folder)
     page = (folder / "report.html").read_text()
     assert "By the speed table of this run" in page and "; 0.001 were asked for" in page and ">tokens/s<" in page
+
+
+def test_the_speed_chart_has_a_line_for_each_size(run: tuple[Path, SpeedTable]) -> None:
+    """Each within its size, and faster from point to point, as far as there is something faster."""
+    shown = Shown(RunFolder.open(run[0]))
+    lines: dict[float, list[tuple[float, float]]] = {}
+    for bits, formats, loss in shown.trades:
+        assert shown.folder.space.bits_of(formats) <= bits + 0.01
+        lines.setdefault(bits, []).append((shown.timed(formats)["tokens/s"], loss))
+    assert len(lines) == SIZES + 1
+    for line in lines.values():
+        assert [speed for speed, _ in line] == sorted(speed for speed, _ in line)
+    chart = charts.speed_chart(shown)
+    assert not isinstance(chart, Missing)
+    found = rows(chart.to_dict())
+    assert {row["budget"] for row in found if "budget" in row} == set(lines)
+    assert {row["kind"] for row in found if "kind" in row} >= {"uniform", "chosen"}
+    bare = charts.speed_chart(Shown(make_run(run[0].parent / "bare")))
+    assert isinstance(bare, Missing) and bare.reason == "the search asked for no speed"
 
 
 def test_select_reads_the_table_of_the_run(run: tuple[Path, SpeedTable], tmp_path: Path) -> None:

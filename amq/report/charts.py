@@ -21,6 +21,7 @@ from amq.report.look import (
     MAGENTA,
     ORANGE,
     PARTS,
+    RAMP,
     Chart,
     Missing,
     finish,
@@ -41,10 +42,11 @@ DASHED: dict[str, Any] = {"color": GREY, "strokeDash": [5, 4], "strokeWidth": 1.
 BAND: dict[str, Any] = {"color": GREEN, "opacity": 0.2, "clip": True}
 
 
-def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str) -> alt.Chart:
-    """Rows of one of `KINDS` each, in the order of drawing, with a legend."""
+def _points(rows: list[dict[str, Any]], x: alt.X, y: alt.Y, *tooltip: str, colors: bool = True) -> alt.Chart:
+    """Rows of one of `KINDS` each, in the order of drawing, with a legend. colors: it has them, beside shapes."""
     kinds = [kind for kind in KINDS if any(row["kind"] == kind for row in rows)]
     color = alt.Color("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][0] for kind in kinds])
+    color = color if colors else color.legend(None)
     shape = alt.Shape("kind:N").title(None).scale(domain=kinds, range=[KINDS[kind][1] for kind in kinds])
     size = alt.Size("size:Q").scale(None).legend(None)
     marks = table({**row, "size": KINDS[row["kind"]][2]} for row in rows).mark_point(filled=True, opacity=0.9)
@@ -103,6 +105,39 @@ def front_chart(run: Shown) -> Chart:
     names = table({"bits": p.bits, "loss": p.loss, "name": p.name} for p in run.uniform if p.loss and p.loss > 0)
     layers.append(names.mark_text(align="left", dx=9, dy=-6).encode(x, y, alt.Text("name:N")))
     return finish(layers, "Loss against bits per weight", "Scatter chart: loss against bits, with the front", 380)
+
+
+def speed_chart(run: Shown) -> Chart:
+    """Loss, tokens/s and size: what is on the front, and for several sizes what the tables say that time costs."""
+    if run.speed is None:
+        return Missing("the search asked for no speed")
+    marks = [("front", p) for p in run.front] + [("uniform", p) for p in run.uniform]
+    marks += [("chosen", run.chosen)] if run.chosen else []
+    points: list[dict[str, Any]] = [
+        {"kind": kind, **run.timed(p.formats), "loss": p.lost, "formats": count_formats(p.formats.values())}
+        for kind, p in marks
+        if 0 < p.lost < math.inf
+    ]
+    if not points:
+        return Missing("no configuration has a loss yet")
+    lines: list[dict[str, Any]] = [
+        {"budget": bits, **run.timed(f), "loss": loss} for bits, f, loss in run.trades if loss > 0
+    ]
+    x = alt.X("tokens/s:Q").scale(zero=False, nice=False, padding=14).axis(tickCount=8)
+    y = alt.Y("loss:Q").title(run.objective.label).scale(log_scale(row["loss"] for row in (*points, *lines)))
+    color = alt.Color("budget:Q").title("at most so many bits per weight").scale(range=list(RAMP))
+    layers = []
+    if lines:
+        drawn = table(lines).mark_line(strokeWidth=2, clip=True)
+        layers.append(drawn.encode(x, y, color, alt.Detail("budget:N"), alt.Order("tokens/s:Q")))
+    if run.speed.least:
+        rule = table([{"tokens/s": run.speed.least}]).mark_rule(color=ORANGE, strokeDash=[2, 3])
+        layers.append(rule.encode(alt.X("tokens/s:Q")))
+    marked = _points(points, x, y, "tokens/s:Q", "loss:Q")
+    layers.append(marked)
+    return finish(
+        layers, "Loss against speed, by size", "Scatter chart: loss against tokens/s, by size", 340
+    ).resolve_scale(color="independent")
 
 
 def _front_rows(run: Shown) -> list[dict[str, Any]]:
@@ -184,6 +219,6 @@ def surrogate_chart(run: Shown) -> Chart:
 
 CHARTS: dict[str, Callable[[Shown], Chart]] = {
     "memory": memory_chart, "bits": bits_chart, "cost": cost_chart, "front": front_chart, "heldout": heldout_chart,
-    "predicted": predicted_chart, "surrogate": surrogate_chart,
+    "predicted": predicted_chart, "surrogate": surrogate_chart, "speed": speed_chart,
 }  # fmt: skip
 """In the page's order; a name is also its PNG's."""

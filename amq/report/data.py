@@ -12,17 +12,22 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from amq.configuration import CACHE, Configuration, MemoryItem, bytes_read, compact, memory_items
 from amq.errors import AmqError
 from amq.formats import KEPT, STORED, get_format
 from amq.model.inventory import EXPERT
 from amq.model.losses import OBJECTIVES, Objective
 from amq.search.archive import Record
+from amq.search.loss_curve import fit_records, table_cost
 from amq.search.refine import PHASE as REFINE
 from amq.search.run_folder import RunFolder
 from amq.search.space import is_outer
 from amq.search.speed import Speed
 
+SIZES = 4
+"""Of which the speed chart has a line each, evenly between the smallest and the largest, and of that."""
 EPSILON = 1e-6
 """Two bits per weight closer than this are the same cost."""
 
@@ -85,6 +90,34 @@ class Shown:
             return None
         of = folder.settings
         return Speed.of(folder.speed, folder.inventory, folder.space, of.context, of.min_speed)
+
+    def timed(self, formats: Mapping[str, str]) -> dict[str, float]:
+        """Bits per weight and tokens/s by the speed table, as a row of a chart."""
+        assert self.speed is not None, "the search asked for speed"
+        bits = self.folder.space.bits_of(formats)
+        return {"bits": round(bits, 4), "tokens/s": round(1 / self.speed.seconds(formats), 3)}
+
+    @cached_property
+    def trades(self) -> list[tuple[float, Mapping[str, str], float]]:
+        """(bits per weight at most, formats, predicted loss) by the search's tables: for some sizes, what is best as
+        time is worth more, as long as that is faster; empty where there is no cost table, or nothing fits it."""
+        folder, speed = self.folder, self.speed
+        if folder.cost is None or speed is None:
+            return []
+        table, space = folder.cost.cost, folder.space
+        fit = fit_records(folder.archive, table, self.objective.ceiling)
+        if fit is None:
+            return []
+        low, high = space.front_range
+        costs, found = space.variable_costs(table), list[tuple[float, Mapping[str, str], float]]()
+        for bits in np.linspace(low, high, SIZES + 2)[1:]:
+            fastest = 0.0
+            for formats in map(space.decode, speed.fastest(costs, space.capacity(float(bits)))):
+                if (now := 1 / speed.seconds(formats)) > fastest:
+                    fastest = now
+                    loss = float(fit.predict(np.array(table_cost(table, formats))))
+                    found.append((round(float(bits), 2), formats, loss))
+        return found
 
     @property
     def has_experts(self) -> bool:
