@@ -301,6 +301,7 @@ def test_all_strategies(arguments: dict[str, Any], capsys: pytest.CaptureFixture
     assert markdown(table) in shown and (output / "strategies.md").read_text() == markdown(table)
     assert all(f"| {name} |" in shown and f"- `{name}` (" in shown for name in STRATEGIES)
     assert (output / "strategies.png").stat().st_size > 5_000 and "rows" in (output / "report.html").read_text()
+    assert "Which systems allocate so" in (output / "report.html").read_text()
 
 
 def test_fisher_chooses_as_the_search_does(arguments: dict[str, Any], tmp_path: Path) -> None:

@@ -147,5 +147,7 @@ def chart_rows(table: StrategyTable) -> list[dict[str, Any]]:
             found.append({
                 "strategy": name, "family": about.family, "hv7": statistics.median(values), "least": min(values),
                 "most": max(values), "equivalents": statistics.median(row.equivalents for row in rows),
+                "granularity": about.granularity, "inputs": about.inputs, "systems": about.systems,
+                "deviation": about.deviation,
             })  # fmt: skip
     return found
