@@ -11,8 +11,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,12 +99,14 @@ class Choice:
 
 @dataclass
 class Found:
-    """choices: by budget. seconds, passes: spent besides evaluations that the memo knows. evaluations: such, too."""
+    """choices: by budget. seconds, passes: spent besides evaluations that the memo knows. evaluations, singles: such,
+    too."""
 
     choices: Mapping[float, Choice]
     seconds: float = 0.0
     passes: int = 0
     evaluations: int = 0
+    singles: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class SeedRun:
 
     def measure(self, strategy: Strategy, held_out: Corpus | None) -> StrategyRow:
         """The row of a strategy. Raises AmqError where the model is not one that it can allocate."""
-        with tempfile.TemporaryDirectory() as folder, closing(Archive(Path(folder) / "archive.jsonl")) as archive:
+        with _new_archive() as archive:
             problem = Problem(self.space, archive, self.losses, strategy.how, self.seed, progress=self.progress)
             problem.cost_tables = {SINGLE: lambda: sensitivity_costs(problem)}
             self.losses.spent = 0.0
@@ -155,6 +157,7 @@ class SeedRun:
             seconds = self.losses.spent + found.seconds
             singles = sum(record.phase == SINGLE for record in archive.records)
             evaluations = len(archive.records) - singles + found.evaluations
+            singles += found.singles
         objective, choices = OBJECTIVES["jsd"], found.choices
         points = [(b, min(choices[b].loss, objective.ceiling)) for b in self.hv_budgets]
         hv7 = hypervolume(np.array(points + [self.ends[0], self.ends[-1]]), self.space.bits_range)
@@ -198,6 +201,16 @@ class SeedRun:
     def by_table(self, strategy: Strategy, problem: Problem) -> Found:
         """The knapsack over a table of costs."""
         return self._solved(problem, self._table(strategy.name, problem))
+
+    def by_divergence(self, strategy: Strategy, problem: Problem) -> Found:
+        """`sensitivity` with Kullback and Leibler's divergence for the loss of single linears; none is in the memo."""
+        loss, losses = strategy.how, MemoLosses(self.stage.evaluator)
+        with _new_archive() as archive, self.stage.evaluator.by(loss):
+            other = Problem(
+                self.space, archive, losses, loss, self.seed, objective=OBJECTIVES[loss], progress=self.progress
+            )  # fmt: skip
+            made, singles = _Made(sensitivity_costs(other), losses.spent), len(archive.records)
+        return replace(self._solved(problem, made), singles=singles)
 
     def gradient(self, strategy: Strategy, problem: Problem) -> Found:
         stage, space, steps = self.stage, self.space, self.settings.steps
@@ -342,6 +355,12 @@ class SeedRun:
         return Found({budget: choice(record) for budget, record in records.items()})
 
 
+@contextmanager
+def _new_archive() -> Iterator[Archive]:
+    with tempfile.TemporaryDirectory() as folder, closing(Archive(Path(folder) / "archive.jsonl")) as archive:
+        yield archive
+
+
 def _installed(*of: Any) -> AbstractContextManager[None]:
     """of: arguments of `widened`."""
     return installed(of[0], widened(*of))
@@ -350,7 +369,7 @@ def _installed(*of: Any) -> AbstractContextManager[None]:
 HOW: dict[str, Callable[[SeedRun, Strategy, Problem], Found]] = {
     "table": SeedRun.by_table, "uniform": SeedRun.uniform, "recipe": SeedRun.recipe, "gradient": SeedRun.gradient,
     "random": SeedRun.searched, "paper": SeedRun.searched, "greedy": SeedRun.greedy, "refine": SeedRun.refined,
-    "rows": SeedRun.by_rows, "channels": SeedRun.channels,
+    "rows": SeedRun.by_rows, "channels": SeedRun.channels, "kl": SeedRun.by_divergence,
 }  # fmt: skip
 """By `Strategy.how`."""
 

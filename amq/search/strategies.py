@@ -86,8 +86,13 @@ _ROWS = (
     ),
     Strategy(
         "sensitivity", METRIC, LINEAR, "losses with one linear changed",
-        "exllamav3, ModelOpt's KL score, AMQ's pruning",
+        "AMQ's pruning",
         "every linear in every format, the others in the widest; losses are made additive before they are summed",
+    ),
+    Strategy(
+        "kl", METRIC, LINEAR, "divergences with one linear changed", "exllamav3, ModelOpt's KL score, ZeroQ",
+        "`sensitivity` with Kullback and Leibler's divergence from the full-precision model for single linears; "
+        "exllamav3 goes greedily by it, ZeroQ measures it on data that it makes up", "kl",
     ),
     Strategy(
         "gradient", GRADIENT, LINEAR, "losses of mixed weights", "DNAS, EdMIPS, GAMMA",
