@@ -21,11 +21,13 @@ import numpy as np
 import torch
 
 from amq.configuration import configuration_key
+from amq.errors import AmqError
 from amq.eval.strategy_settings import StrategySettings
 from amq.eval.strategy_table import SeedEntry, StrategyRow, key
 from amq.model.losses import OBJECTIVES
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, fixed_windows
+from amq.proxy import dialects
 from amq.proxy.channels import extra_bytes, fitting_share, rank_features, widened
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import DRAWN, FISHER, TAYLOR, Table, add_pass, gradient_passes
@@ -44,6 +46,7 @@ from amq.search.rows import select_rows
 from amq.search.run import prepare
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.solvers import SOLVERS
+from amq.search.space import SearchSpace
 from amq.search.strategies import Strategy
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
@@ -295,6 +298,40 @@ class SeedRun:
         seconds = time.perf_counter() - start + made.seconds
         return Found(choices, seconds, made.passes, len(choices))
 
+    def dialects(self, strategy: Strategy, problem: Problem) -> Found:
+        """The knapsack over Fisher's table, every group of what it chooses in the dialect that fits it best."""
+        stage, space, made = self.stage, self.space, self._table(FISHER, problem)
+        start, choices = time.perf_counter(), dict[float, Choice]()
+        costs, sizes, rows = space.variable_costs(made.table), self._dialect_sizes, np.arange(len(space.variables))
+        blocks = len({spec.block for spec in stage.quantized.linears})
+        with stage.evaluator.full_precision():
+            with self.progress.stage("dialects", blocks) as step:
+                weights = dialects.dialect_weights(
+                    stage.opened.model, stage.quantized, stage.near, stage.cost_windows, space.formats,
+                    space.group_size, step,
+                )  # fmt: skip
+            for budget in self.budgets:
+                point = select(costs, sizes, space.capacity(budget))
+                put = partial(_in_dialects, stage.opened.model, weights, space.decode(point))
+                choices[budget] = self._put_choice(int(sizes[rows, point].sum()), put)
+        seconds = time.perf_counter() - start + made.seconds
+        return Found(choices, seconds, made.passes + len(stage.cost_windows), len(choices))
+
+    @property
+    def _dialect_sizes(self) -> np.ndarray:
+        """`SearchSpace.sizes` with the numbers of dialects."""
+        extra = [sum(dialects.extra_bytes(s, self.space.group_size) for s in v) for v in self.space.variables]
+        return self.space.sizes + np.array(extra)[:, None]
+
+    def check_dialects(self, space: SearchSpace) -> None:
+        """Raises AmqError where a budget does not hold the narrowest format with the numbers of its dialects."""
+        least = 8 * (int(self._dialect_sizes[:, 0].sum()) + space.pinned_bytes) / space.numel
+        if self.budgets[0] < least:
+            raise AmqError(
+                f"strategy 'dialect' takes {least:.4f} bits per weight at least, of which the numbers of dialects are "
+                f"a part: give --budgets above that instead of {self.budgets[0]:g}, or leave it out of --strategies"
+            )
+
     def _put_choice(self, stored: int, put: Callable[[], AbstractContextManager[None]]) -> Choice:
         """stored: bytes of what has a choice. The loss is that of the model by torch, with `put` in it."""
         with put():
@@ -366,10 +403,16 @@ def _installed(*of: Any) -> AbstractContextManager[None]:
     return installed(of[0], widened(*of))
 
 
+def _in_dialects(*of: Any) -> AbstractContextManager[None]:
+    """of: arguments of `dialects.in_dialects`."""
+    return installed(of[0], dialects.in_dialects(*of))
+
+
 HOW: dict[str, Callable[[SeedRun, Strategy, Problem], Found]] = {
     "table": SeedRun.by_table, "uniform": SeedRun.uniform, "recipe": SeedRun.recipe, "gradient": SeedRun.gradient,
     "random": SeedRun.searched, "paper": SeedRun.searched, "greedy": SeedRun.greedy, "refine": SeedRun.refined,
     "rows": SeedRun.by_rows, "channels": SeedRun.channels, "kl": SeedRun.by_divergence,
+    "dialect": SeedRun.dialects,
 }  # fmt: skip
 """By `Strategy.how`."""
 

@@ -16,7 +16,7 @@ from amq.errors import AmqError
 BASELINE, RULE, METRIC, SEARCHED, GRADIENT, FINER = (
     "baseline", "rule", "metric, knapsack", "search", "gradient", "finer parts",
 )  # fmt: skip
-LINEAR, ROWS, FEATURES = "linear", "rows of a linear", "input features of a linear"
+LINEAR, ROWS, FEATURES, GROUPS = "linear", "rows of a linear", "input features of a linear", "groups of a linear's rows"
 TABLE = "table"
 """`how` of a strategy that is a cost table of its own name."""
 PASSES, RESIDENT, STEPS, EVALUATIONS = "passes", "resident", "steps", "evaluations"
@@ -124,6 +124,12 @@ _ROWS = (
         "the same share of features in int8 beside the widest uniform format that fits; OWQ keeps columns in 16 bits, "
         "the others quantize activations too, and choose by magnitude; no kernel of amq runs it",
         "channels", frozenset({PASSES, RESIDENT}),
+    ),
+    Strategy(
+        "dialect", FINER, GROUPS, "fisher, and inputs", "BlockDialect",
+        "eight sets of levels for each format, and Fisher's choice of formats for linears; BlockDialect has sixteen of "
+        "4-bit floats for all blocks, and quantizes activations too; no kernel of amq runs it",
+        "dialect", frozenset({PASSES, RESIDENT}),
     ),
 )  # fmt: skip
 STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
