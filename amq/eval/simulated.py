@@ -46,7 +46,7 @@ class Simulated:
 
     @contextmanager
     def within(self, model: nn.Module, linears: Sequence[str]) -> Iterator[None]:
-        """`model` with the inputs of these linears rounded, inside. Their modules are torch's: a kernel reads x itself."""
+        """`model` with the inputs of these linears rounded, inside; they are torch's, since a kernel reads x itself."""
         modules = [get_linear(model, name) for name in linears]
         odd = sum(not divides(module.in_features) for module in modules)
         if self.rotated and odd:
