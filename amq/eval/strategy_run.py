@@ -24,10 +24,11 @@ from amq.configuration import configuration_key
 from amq.errors import AmqError
 from amq.eval.strategy_settings import StrategySettings
 from amq.eval.strategy_table import SeedEntry, StrategyRow, key
+from amq.model.inventory import get_weight
 from amq.model.losses import OBJECTIVES
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, fixed_windows
-from amq.proxy import dialects
+from amq.proxy import dialects, stacks
 from amq.proxy.channels import extra_bytes, fitting_share, rank_features, widened
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import DRAWN, FISHER, TAYLOR, Table, add_pass, gradient_passes
@@ -325,12 +326,46 @@ class SeedRun:
 
     def check_dialects(self, space: SearchSpace) -> None:
         """Raises AmqError where a budget does not hold the narrowest format with the numbers of its dialects."""
-        least = 8 * (int(self._dialect_sizes[:, 0].sum()) + space.pinned_bytes) / space.numel
+        narrowest = int(self._dialect_sizes[:, 0].sum()) + space.pinned_bytes
+        self._check_least("dialect", narrowest, f"{space.format_names[0]} and the numbers of its dialects take")
+
+    def _check_least(self, name: str, stored: int, what: str) -> None:
+        """Raises AmqError where the lowest budget is below `stored` bytes."""
+        least = 8 * stored / self.space.numel
         if self.budgets[0] < least:
             raise AmqError(
-                f"strategy 'dialect' takes {least:.4f} bits per weight at least, of which the numbers of dialects are "
-                f"a part: give --budgets above that instead of {self.budgets[0]:g}, or leave it out of --strategies"
+                f"strategy {name!r}: {what} {least:.4f} bits per weight, give --budgets above that instead of "
+                f"{self.budgets[0]:g}, or leave it out of --strategies"
             )
+
+    def stacks(self, strategy: Strategy, problem: Problem) -> Found:
+        """As many rounds of the linears as fit, in turn, those first whose lack of all but one loses most."""
+        stage, made = self.stage, self._table("activation", problem)
+        start, model, linears = time.perf_counter(), stage.opened.model, stage.quantized.linears
+        choices, weights, lost = dict[float, Choice](), dict[str, stacks.Stack](), dict[str, float]()
+        with stage.evaluator.full_precision(), self.progress.stage("stacks", 2 * len(linears)) as step:
+            for spec in linears:
+                squares = self._outputs[spec.name].features
+                weights[spec.name] = stacks.decompose(get_weight(model, spec.name), squares, self.seed)
+                step()
+            with _in_stacks(model, weights, dict.fromkeys(weights, stacks.ROUNDS)):
+                for spec in linears:
+                    with _in_stacks(model, weights, {spec.name: 1}):
+                        loss = stage.evaluator.loss_as_it_is()
+                    lost[spec.name] = loss if math.isfinite(loss) else math.inf
+                    step(f"{spec.name}: {loss:.5f}")
+            order = sorted(linears, key=lambda spec: -lost[spec.name])
+            for budget in self.budgets:
+                counts = stacks.fill(order, self.space.capacity(budget))
+                stored = sum(counts[spec.name] * stacks.round_bytes(spec) for spec in linears)
+                choices[budget] = self._put_choice(stored, partial(_in_stacks, model, weights, counts))
+        seconds = time.perf_counter() - start + made.seconds
+        return Found(choices, seconds, made.passes, len(choices), len(linears))
+
+    def check_stacks(self, space: SearchSpace) -> None:
+        """Raises AmqError where a budget does not hold a round of every linear."""
+        first = sum(map(stacks.round_bytes, self.stage.quantized.linears)) + space.pinned_bytes
+        self._check_least("bitstack", first, "the first round of every linear takes")
 
     def _put_choice(self, stored: int, put: Callable[[], AbstractContextManager[None]]) -> Choice:
         """stored: bytes of what has a choice. The loss is that of the model by torch, with `put` in it."""
@@ -408,11 +443,16 @@ def _in_dialects(*of: Any) -> AbstractContextManager[None]:
     return installed(of[0], dialects.in_dialects(*of))
 
 
+def _in_stacks(*of: Any) -> AbstractContextManager[None]:
+    """of: arguments of `stacks.in_stacks`."""
+    return installed(of[0], stacks.in_stacks(*of))
+
+
 HOW: dict[str, Callable[[SeedRun, Strategy, Problem], Found]] = {
     "table": SeedRun.by_table, "uniform": SeedRun.uniform, "recipe": SeedRun.recipe, "gradient": SeedRun.gradient,
     "random": SeedRun.searched, "paper": SeedRun.searched, "greedy": SeedRun.greedy, "refine": SeedRun.refined,
     "rows": SeedRun.by_rows, "channels": SeedRun.channels, "kl": SeedRun.by_divergence,
-    "dialect": SeedRun.dialects,
+    "dialect": SeedRun.dialects, "bitstack": SeedRun.stacks,
 }  # fmt: skip
 """By `Strategy.how`."""
 

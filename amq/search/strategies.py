@@ -16,7 +16,9 @@ from amq.errors import AmqError
 BASELINE, RULE, METRIC, SEARCHED, GRADIENT, FINER = (
     "baseline", "rule", "metric, knapsack", "search", "gradient", "finer parts",
 )  # fmt: skip
-LINEAR, ROWS, FEATURES, GROUPS = "linear", "rows of a linear", "input features of a linear", "groups of a linear's rows"
+LINEAR, ROWS, FEATURES, GROUPS, ROUNDS = (
+    "linear", "rows of a linear", "input features of a linear", "groups of a linear's rows", "rounds of a linear",
+)  # fmt: skip
 TABLE = "table"
 """`how` of a strategy that is a cost table of its own name."""
 PASSES, RESIDENT, STEPS, EVALUATIONS = "passes", "resident", "steps", "evaluations"
@@ -130,6 +132,12 @@ _ROWS = (
         "eight sets of levels for each format, and Fisher's choice of formats for linears; BlockDialect has sixteen of "
         "4-bit floats for all blocks, and quantizes activations too; no kernel of amq runs it",
         "dialect", frozenset({PASSES, RESIDENT}),
+    ),
+    Strategy(
+        "bitstack", FINER, ROUNDS, "inputs, and losses with one linear at its first round", "BitStack",
+        "six rounds of rank 4, one order of linears for all rounds; BitStack has sixteen of rank 16 in 7B models, and "
+        "measures an order for each; no kernel of amq runs it",
+        "bitstack", frozenset({PASSES, RESIDENT}),
     ),
 )  # fmt: skip
 STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}
