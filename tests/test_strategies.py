@@ -361,6 +361,12 @@ def test_dialects_are_counted(arguments: dict[str, Any], tmp_path: Path) -> None
         low.check_dialects(low.space)
 
 
+def test_stacks_want_a_round_of_every_linear(arguments: dict[str, Any]) -> None:
+    with pytest.raises(AmqError, match=r"'bitstack': the first round of every linear takes 2.93\d+ bits per weight"):
+        run_strategies(StrategySettings.make(**{**arguments, "group_size": 128, "strategies": "uniform,bitstack"}))
+    assert not Path(arguments["output"]).exists()
+
+
 def test_full_precision_is_measured_in_full_precision(arguments: dict[str, Any]) -> None:
     """Also by an engine that leaves what it evaluated last in the model; and kernels agree with the native engine."""
     some = {**arguments, "strategies": "uniform"}
