@@ -20,6 +20,7 @@ from amq.configuration import Configuration, Memory, MemoryItem
 from amq.errors import AmqError
 from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.result import Row as EvaluationRow
+from amq.eval.simulated import Simulated
 from amq.eval.strategy_settings import StrategySettings
 from amq.eval.strategy_table import SeedEntry, StrategyRow, StrategyTable
 from amq.eval.tasks import TaskRow
@@ -106,7 +107,11 @@ EVALUATION = Evaluation(
         model="m", text="pydoc", tokens=128, window_length=32, stride=31, window_prefix=("<s>",), backend="reference",
         activations="fp32", bank=BANK, tasks={"limit": None, "lm_eval": "0.4"},
     ),
-    rows=(EvaluationRow("full", 16.0, 5.5, 1.7, 100), EvaluationRow("int2", 2.5, None, None, 20)),
+    rows=(
+        EvaluationRow("full", 16.0, 5.5, 1.7, 100),
+        EvaluationRow("full, simulated", 16.0, 6.5, 1.9, 100, Simulated("int4", 64, True)),
+        EvaluationRow("int2", 2.5, None, None, 20),
+    ),
     tasks=(TaskRow("full", "piqa", "acc", "none", 0.75, 0.01, 0, 100),),
 )  # fmt: skip
 STRATEGIES = StrategyTable(

@@ -332,6 +332,42 @@ def test_weights_put_in_lose_what_their_configuration_does(arguments: dict[str, 
     assert beside[3.75].loss < uniform[3.75].loss and 3.6 < beside[3.75].bits <= 3.75
 
 
+def test_sensitivities_of_another_divergence(arguments: dict[str, Any], tmp_path: Path) -> None:
+    """Those that a search with that loss measures; afterwards losses are as before."""
+    run = SeedRun(StrategySettings.make(**arguments), 0, Progress())
+    problem = Problem(run.space, Archive(tmp_path / "a.jsonl"), run.losses, "kl", 0)
+    uniform = run.space.uniform(run.space.formats[0])
+    before = run.stage.evaluator.evaluate(uniform)
+    found = run.by_divergence(STRATEGIES["kl"], problem)
+    assert found.singles == 1 + 2 * len(run.space.variables) and run.stage.evaluator.evaluate(uniform) == before
+    shared = {n: arguments[n] for n in (*SHAPE, "calibration")}
+    other = amq.search(
+        arguments["model"], tmp_path / "run", target_bits=3.5, points=0, refine=0, head="16bit", activations="fp32",
+        confirm_windows=1, cost="sensitivity", loss="kl", **shared,
+    )  # fmt: skip
+    assert found.choices[3.5].formats == other.configuration.formats
+
+
+def test_dialects_are_counted(arguments: dict[str, Any], tmp_path: Path) -> None:
+    run = SeedRun(StrategySettings.make(**arguments), 0, Progress())
+    problem = Problem(run.space, Archive(tmp_path / "a.jsonl"), run.losses, "dialect", 0)
+    costs = run.space.variable_costs(run._table(FISHER, problem).table)
+    for budget, choice in run.dialects(STRATEGIES["dialect"], problem).choices.items():
+        formats = run.space.decode(select(costs, run._dialect_sizes, run.space.capacity(budget)))
+        ids = sum(s.out_features * -(-s.in_features // 32) * 3 / 8 for s in run.space.weights)
+        assert choice.bits <= budget
+        assert choice.bits == pytest.approx(run.space.bits_of(formats) + 8 * ids / run.space.numel)
+    low = SeedRun(StrategySettings.make(**{**arguments, "budgets": "3.05,3.5"}), 0, Progress())
+    with pytest.raises(AmqError, match=r"'dialect': int2 .* take 3.09\d+ bits per weight, .* instead of 3.05"):
+        low.check_dialects(low.space)
+
+
+def test_stacks_want_a_round_of_every_linear(arguments: dict[str, Any]) -> None:
+    with pytest.raises(AmqError, match=r"'bitstack': the first round of every linear takes 2.93\d+ bits per weight"):
+        run_strategies(StrategySettings.make(**{**arguments, "group_size": 128, "strategies": "uniform,bitstack"}))
+    assert not Path(arguments["output"]).exists()
+
+
 def test_full_precision_is_measured_in_full_precision(arguments: dict[str, Any]) -> None:
     """Also by an engine that leaves what it evaluated last in the model; and kernels agree with the native engine."""
     some = {**arguments, "strategies": "uniform"}

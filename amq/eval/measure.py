@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch import Tensor
 from amq.errors import AmqError
 from amq.eval.answers import AnswerRow, AnswerRunner
 from amq.eval.result import Row
+from amq.eval.simulated import Simulated
 from amq.eval.tasks import TaskRow, TaskRunner
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import embedding_weight
@@ -21,12 +23,15 @@ from amq.util.progress import Progress
 
 @dataclass(frozen=True)
 class Form:
-    """One form of a loaded model, a row of the table: `apply` puts it into the model."""
+    """One form of a loaded model, a row of the table: `apply` puts it into the model, and it is measured inside of what
+    `within` makes."""
 
     name: str
     bits_per_weight: float
     weight_bytes: int
     apply: Callable[[], object] = lambda: None
+    within: Callable[[], AbstractContextManager[None]] = nullcontext
+    simulated: Simulated | None = None
 
 
 @dataclass
@@ -70,15 +75,20 @@ class Measure:
         with self.progress.stage(what, len(forms)) as step:
             for form in forms:
                 form.apply()
-                loss = self._loss(loaded)
-                perplexity = None if loss is None else exp(loss)
-                bits = round(form.bits_per_weight, 4)
-                self.rows.append(Row(form.name, bits, perplexity, loss, form.weight_bytes))
-                if self.tasks:
-                    self.task_rows += self.tasks.run(loaded, form.name)
-                if self.answers:
-                    self.answer_rows.append(self.answers.run(loaded, form.name))
+                with form.within():
+                    perplexity = self._measure(loaded, form)
                 step(form.name if perplexity is None else f"{form.name}: {perplexity:.3f}")
+
+    def _measure(self, loaded: LoadedModel, form: Form) -> float | None:
+        """Adds the rows of a form that is in the model; returns its perplexity."""
+        loss = self._loss(loaded)
+        perplexity, bits = None if loss is None else exp(loss), round(form.bits_per_weight, 4)
+        self.rows.append(Row(form.name, bits, perplexity, loss, form.weight_bytes, form.simulated))
+        if self.tasks:
+            self.task_rows += self.tasks.run(loaded, form.name)
+        if self.answers:
+            self.answer_rows.append(self.answers.run(loaded, form.name))
+        return perplexity
 
     def _loss(self, loaded: LoadedModel) -> float | None:
         if self.windows is None:

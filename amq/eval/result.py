@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from amq.eval.answers import AnswerRow
+from amq.eval.simulated import Simulated
 from amq.eval.tasks import TaskRow
 from amq.quantize.bank import BankRecipe
 from amq.util.files import write_json
@@ -42,6 +43,7 @@ class Row:
     """One model of the table. weight_bytes: all weights, linears as stored, everything else in 16 bits.
 
     perplexity, negative_log_likelihood: None where no text was asked for; a file has None where they are not finite.
+    simulated: what no kernel computes, and was rounded in torch for this row; None for what runs so.
     """
 
     name: str
@@ -49,13 +51,15 @@ class Row:
     perplexity: float | None
     negative_log_likelihood: float | None
     weight_bytes: int
+    simulated: Simulated | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation(JsonFile):
     """What `python -m amq.eval --json` writes.
 
-    rows: per model as given: full, uniform formats, configurations; or a checkpoint in the runtime, dequantized.
+    rows: per model as given: full, with simulated activations, uniform formats, configurations; or a checkpoint in the
+        runtime, dequantized, with simulated activations.
 
     settings: text, window, tokens and bank. tasks: every figure of every task, for each row in order. answers: one row
     for each of `rows`, where they were asked for.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+
+from torch import nn
 
 from amq.checkpoint.store import Checkpoint, is_checkpoint
 from amq.configuration import Configuration, memory_items
@@ -16,6 +18,7 @@ from amq.eval.banks import Banks
 from amq.eval.measure import Form, Measure
 from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.settings import EvalSettings
+from amq.eval.simulated import Simulated
 from amq.eval.tasks import TaskRunner
 from amq.formats import BitFormat, parse_formats
 from amq.model.opened import open_model
@@ -116,7 +119,9 @@ class _Run:
         banks = Banks(opened, swap, self.measure.progress)
         jobs = [(f.name, Configuration.uniform(inventory.linears, f, recipe.group_size), recipe) for f in formats]
         jobs += [(stem, c, recipe.of(c)) for stem, c in configurations]
-        forms = [Form(label, 16.0, 2 * inventory.numel)] if how.full else []
+        full = Form(label, 16.0, 2 * inventory.numel)
+        forms = [full] if how.full else []
+        forms += self._simulated(full, opened.model, [s.name for s in inventory.linears], recipe.group_size)
         for title, configuration, of in jobs:
             banks.open(of, configuration)
             size = sum(item.bytes for item in memory_items(inventory, configuration))
@@ -130,13 +135,23 @@ class _Run:
         loaded = checkpoints.load(name, how.dtype, how.device, self.backend, how.activations, how.trust_remote_code)
         bits, size = checkpoints.bits_per_weight(checkpoint), checkpoints.weight_bytes(checkpoint)
         forms = [Form(label, bits, size)]
-        plain = Form(f"{label} dequantized", bits, size, loaded.model.dequantize)
+        plain = Form(f"{label} dequantized", bits, size, cache(loaded.model.dequantize))
         if self.backend == "reference":
             plain.apply()
-            forms = [replace(plain, apply=lambda: None)]
+            forms = [plain]
         elif how.dequantized:
             forms.append(plain)
+        names = list(checkpoint.record.block_shapes)
+        forms += self._simulated(plain, loaded.model, names, checkpoint.record.group_size)
         self.measure.prepare(loaded)
         if self.measure.answers:
             self.measure.answers.check(loaded)
         self.measure.run(loaded, forms)
+
+    def _simulated(self, form: Form, model: nn.Module, linears: Sequence[str], group_size: int) -> list[Form]:
+        """`form` with its linears' inputs rounded, in each format plain and rotated."""
+        made = [Simulated(f.name, group_size, rotated) for f in self.settings.simulated for rotated in (False, True)]
+        return [
+            replace(form, name=f"{form.name}, {s.title}", within=partial(s.within, model, linears), simulated=s)
+            for s in made
+        ]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from amq.errors import AmqError
-from amq.formats import FORMATS
+from amq.formats import FORMATS, BitFormat, check_group_size, parse_formats
 from amq.kernels.names import ACTIVATIONS, BACKENDS
 from amq.model.settings import AUTO, CALIBRATION_TEXTS, MODEL, LoadSettings
 from amq.quantize.methods import BANK_ROTATIONS, ROTATION_HELP
@@ -65,6 +65,7 @@ class EvalSettings(LoadSettings, TaskSettings):
     uniform: comma-separated formats, from the first configuration's bank, else the one that `proxy` to `rotation` name.
     backend, activations: what multiplies the quantized linears; see `amq.proxy.swap`. None: `reference` for banks,
         and for checkpoints the fastest on `device` that runs their formats.
+    simulate_activations: formats, comma-separated; see `amq.eval.simulated`. A folder has its own group size.
     full: the model in full precision too. dequantized: every checkpoint also as plain torch linears.
     text: a file, or a name that `load_text` knows, of which the first `max_tokens` tokens are used; empty for none;
         None for docstrings, and for none where there are tasks or answers.
@@ -123,6 +124,13 @@ class EvalSettings(LoadSettings, TaskSettings):
         choices=BACKENDS,
     )
     activations: str = flag("fp32", "int8 needs --backend cpu or cuda", choices=ACTIVATIONS)
+    simulate_activations: str = flag(
+        "",
+        f"rows besides: the full model, or a quantized folder dequantized, with the linears' inputs rounded to these "
+        f"formats (of {', '.join(FORMATS)}) per token and group of --group-size, as they are and rotated; no kernel "
+        "runs so",
+        metavar="LIST",
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,8 +140,15 @@ class EvalSettings(LoadSettings, TaskSettings):
             raise AmqError(f"model {odd} is given twice")
         if not self.measured_text and not self.task_names and not self.answers:
             raise AmqError("nothing to measure: give a text or tasks, or a number of --answers")
+        if self.simulated:
+            check_group_size(self.group_size)
         if self.answer_tokens != EvalSettings.answer_tokens and not self.answers:
             raise AmqError("--answer-tokens needs --answers")
+
+    @property
+    def simulated(self) -> tuple[BitFormat, ...]:
+        """The formats of `simulate_activations`, widest first. Raises AmqError for an unknown one."""
+        return parse_formats(self.simulate_activations)[::-1] if self.simulate_activations else ()
 
     @property
     def measured_text(self) -> str:

@@ -90,7 +90,7 @@ def _check_model(run: SeedRun) -> None:
             f"perplexities want a model in memory, {run.settings.model} is read block by block: give --load memory, or "
             '--text "" for none'
         )
-    checks = {"recipe": steps_up, "rows": check_rows}
+    checks = {"recipe": steps_up, "rows": check_rows, "dialect": run.check_dialects, "bitstack": run.check_stacks}
     for row in run.settings.rows:
         if row.how in checks:
             checks[row.how](run.space)

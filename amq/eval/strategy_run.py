@@ -11,8 +11,8 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,14 @@ import numpy as np
 import torch
 
 from amq.configuration import configuration_key
+from amq.errors import AmqError
 from amq.eval.strategy_settings import StrategySettings
 from amq.eval.strategy_table import SeedEntry, StrategyRow, key
+from amq.model.inventory import get_weight
 from amq.model.losses import OBJECTIVES
 from amq.model.perplexity import perplexity
 from amq.model.text import Corpus, fixed_windows
+from amq.proxy import dialects, stacks
 from amq.proxy.channels import extra_bytes, fitting_share, rank_features, widened
 from amq.proxy.evaluator import Evaluator
 from amq.proxy.fisher import DRAWN, FISHER, TAYLOR, Table, add_pass, gradient_passes
@@ -44,6 +47,7 @@ from amq.search.rows import select_rows
 from amq.search.run import prepare
 from amq.search.sensitivity import sensitivity_costs
 from amq.search.solvers import SOLVERS
+from amq.search.space import SearchSpace
 from amq.search.strategies import Strategy
 from amq.util.progress import Progress
 from amq.util.settings import parse_size
@@ -99,12 +103,14 @@ class Choice:
 
 @dataclass
 class Found:
-    """choices: by budget. seconds, passes: spent besides evaluations that the memo knows. evaluations: such, too."""
+    """choices: by budget. seconds, passes: spent besides evaluations that the memo knows. evaluations, singles: such,
+    too."""
 
     choices: Mapping[float, Choice]
     seconds: float = 0.0
     passes: int = 0
     evaluations: int = 0
+    singles: int = 0
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,7 @@ class SeedRun:
 
     def measure(self, strategy: Strategy, held_out: Corpus | None) -> StrategyRow:
         """The row of a strategy. Raises AmqError where the model is not one that it can allocate."""
-        with tempfile.TemporaryDirectory() as folder, closing(Archive(Path(folder) / "archive.jsonl")) as archive:
+        with _new_archive() as archive:
             problem = Problem(self.space, archive, self.losses, strategy.how, self.seed, progress=self.progress)
             problem.cost_tables = {SINGLE: lambda: sensitivity_costs(problem)}
             self.losses.spent = 0.0
@@ -155,6 +161,7 @@ class SeedRun:
             seconds = self.losses.spent + found.seconds
             singles = sum(record.phase == SINGLE for record in archive.records)
             evaluations = len(archive.records) - singles + found.evaluations
+            singles += found.singles
         objective, choices = OBJECTIVES["jsd"], found.choices
         points = [(b, min(choices[b].loss, objective.ceiling)) for b in self.hv_budgets]
         hv7 = hypervolume(np.array(points + [self.ends[0], self.ends[-1]]), self.space.bits_range)
@@ -198,6 +205,16 @@ class SeedRun:
     def by_table(self, strategy: Strategy, problem: Problem) -> Found:
         """The knapsack over a table of costs."""
         return self._solved(problem, self._table(strategy.name, problem))
+
+    def by_divergence(self, strategy: Strategy, problem: Problem) -> Found:
+        """`sensitivity` with Kullback and Leibler's divergence for the loss of single linears; none is in the memo."""
+        loss, losses = strategy.how, MemoLosses(self.stage.evaluator)
+        with _new_archive() as archive, self.stage.evaluator.by(loss):
+            other = Problem(
+                self.space, archive, losses, loss, self.seed, objective=OBJECTIVES[loss], progress=self.progress
+            )  # fmt: skip
+            made, singles = _Made(sensitivity_costs(other), losses.spent), len(archive.records)
+        return replace(self._solved(problem, made), singles=singles)
 
     def gradient(self, strategy: Strategy, problem: Problem) -> Found:
         stage, space, steps = self.stage, self.space, self.settings.steps
@@ -282,6 +299,74 @@ class SeedRun:
         seconds = time.perf_counter() - start + made.seconds
         return Found(choices, seconds, made.passes, len(choices))
 
+    def dialects(self, strategy: Strategy, problem: Problem) -> Found:
+        """The knapsack over Fisher's table, every group of what it chooses in the dialect that fits it best."""
+        stage, space, made = self.stage, self.space, self._table(FISHER, problem)
+        start, choices = time.perf_counter(), dict[float, Choice]()
+        costs, sizes, rows = space.variable_costs(made.table), self._dialect_sizes, np.arange(len(space.variables))
+        blocks = len({spec.block for spec in stage.quantized.linears})
+        with stage.evaluator.full_precision():
+            with self.progress.stage("dialects", blocks) as step:
+                weights = dialects.dialect_weights(
+                    stage.opened.model, stage.quantized, stage.near, stage.cost_windows, space.formats,
+                    space.group_size, step,
+                )  # fmt: skip
+            for budget in self.budgets:
+                point = select(costs, sizes, space.capacity(budget))
+                put = partial(_in_dialects, stage.opened.model, weights, space.decode(point))
+                choices[budget] = self._put_choice(int(sizes[rows, point].sum()), put)
+        seconds = time.perf_counter() - start + made.seconds
+        return Found(choices, seconds, made.passes + len(stage.cost_windows), len(choices))
+
+    @property
+    def _dialect_sizes(self) -> np.ndarray:
+        """`SearchSpace.sizes` with the numbers of dialects."""
+        extra = [sum(dialects.extra_bytes(s, self.space.group_size) for s in v) for v in self.space.variables]
+        return self.space.sizes + np.array(extra)[:, None]
+
+    def check_dialects(self, space: SearchSpace) -> None:
+        """Raises AmqError where a budget does not hold the narrowest format with the numbers of its dialects."""
+        narrowest = int(self._dialect_sizes[:, 0].sum()) + space.pinned_bytes
+        self._check_least("dialect", narrowest, f"{space.format_names[0]} and the numbers of its dialects take")
+
+    def _check_least(self, name: str, stored: int, what: str) -> None:
+        """Raises AmqError where the lowest budget is below `stored` bytes."""
+        least = 8 * stored / self.space.numel
+        if self.budgets[0] < least:
+            raise AmqError(
+                f"strategy {name!r}: {what} {least:.4f} bits per weight, give --budgets above that instead of "
+                f"{self.budgets[0]:g}, or leave it out of --strategies"
+            )
+
+    def stacks(self, strategy: Strategy, problem: Problem) -> Found:
+        """As many rounds of the linears as fit, in turn, those first whose lack of all but one loses most."""
+        stage, made = self.stage, self._table("activation", problem)
+        start, model, linears = time.perf_counter(), stage.opened.model, stage.quantized.linears
+        choices, weights, lost = dict[float, Choice](), dict[str, stacks.Stack](), dict[str, float]()
+        with stage.evaluator.full_precision(), self.progress.stage("stacks", 2 * len(linears)) as step:
+            for spec in linears:
+                squares = self._outputs[spec.name].features
+                weights[spec.name] = stacks.decompose(get_weight(model, spec.name), squares, self.seed)
+                step()
+            with _in_stacks(model, weights, dict.fromkeys(weights, stacks.ROUNDS)):
+                for spec in linears:
+                    with _in_stacks(model, weights, {spec.name: 1}):
+                        loss = stage.evaluator.loss_as_it_is()
+                    lost[spec.name] = loss if math.isfinite(loss) else math.inf
+                    step(f"{spec.name}: {loss:.5f}")
+            order = sorted(linears, key=lambda spec: -lost[spec.name])
+            for budget in self.budgets:
+                counts = stacks.fill(order, self.space.capacity(budget))
+                stored = sum(counts[spec.name] * stacks.round_bytes(spec) for spec in linears)
+                choices[budget] = self._put_choice(stored, partial(_in_stacks, model, weights, counts))
+        seconds = time.perf_counter() - start + made.seconds
+        return Found(choices, seconds, made.passes, len(choices), len(linears))
+
+    def check_stacks(self, space: SearchSpace) -> None:
+        """Raises AmqError where a budget does not hold a round of every linear."""
+        first = sum(map(stacks.round_bytes, self.stage.quantized.linears)) + space.pinned_bytes
+        self._check_least("bitstack", first, "the first round of every linear takes")
+
     def _put_choice(self, stored: int, put: Callable[[], AbstractContextManager[None]]) -> Choice:
         """stored: bytes of what has a choice. The loss is that of the model by torch, with `put` in it."""
         with put():
@@ -342,15 +427,32 @@ class SeedRun:
         return Found({budget: choice(record) for budget, record in records.items()})
 
 
+@contextmanager
+def _new_archive() -> Iterator[Archive]:
+    with tempfile.TemporaryDirectory() as folder, closing(Archive(Path(folder) / "archive.jsonl")) as archive:
+        yield archive
+
+
 def _installed(*of: Any) -> AbstractContextManager[None]:
     """of: arguments of `widened`."""
     return installed(of[0], widened(*of))
 
 
+def _in_dialects(*of: Any) -> AbstractContextManager[None]:
+    """of: arguments of `dialects.in_dialects`."""
+    return installed(of[0], dialects.in_dialects(*of))
+
+
+def _in_stacks(*of: Any) -> AbstractContextManager[None]:
+    """of: arguments of `stacks.in_stacks`."""
+    return installed(of[0], stacks.in_stacks(*of))
+
+
 HOW: dict[str, Callable[[SeedRun, Strategy, Problem], Found]] = {
     "table": SeedRun.by_table, "uniform": SeedRun.uniform, "recipe": SeedRun.recipe, "gradient": SeedRun.gradient,
     "random": SeedRun.searched, "paper": SeedRun.searched, "greedy": SeedRun.greedy, "refine": SeedRun.refined,
-    "rows": SeedRun.by_rows, "channels": SeedRun.channels,
+    "rows": SeedRun.by_rows, "channels": SeedRun.channels, "kl": SeedRun.by_divergence,
+    "dialect": SeedRun.dialects, "bitstack": SeedRun.stacks,
 }  # fmt: skip
 """By `Strategy.how`."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from amq.eval.strategy_settings import StrategySettings
-from amq.search.strategies import STRATEGIES
+from amq.search.strategies import FINER, STRATEGIES
 from amq.util.records import JsonFile
 
 
@@ -109,8 +109,9 @@ def _head(table: StrategyTable) -> Iterator[str]:
         f"those that search, {s.steps} steps of gradient. HV7: hypervolume of the losses at "
         f"{key(table.hv_budgets[0])} to {key(table.hv_budgets[-1])} bits and the uniform ends."
     )
-    if s.activations != "fp32" and any(table.of(name) for name in ("rows", "channels")):
-        yield "Candidates of `rows` and `channels`, which no kernel runs, are measured by torch with exact activations."
+    dense = [f"`{name}`" for name, about in STRATEGIES.items() if about.family == FINER and table.of(name)]
+    if s.activations != "fp32" and dense:
+        yield f"Candidates of {', '.join(dense)}, which no kernel runs, are measured by torch with exact activations."
     if s.shown_perplexities:
         full = "" if table.full is None else f", full precision {table.full:.3f}"
         yield f"Perplexity on {s.max_tokens} tokens of {s.text}, windows of {s.window_length}, by torch{full}."

@@ -184,18 +184,20 @@ def _gpu_rows(weight: PreparedWeight, ids: Tensor, dtype: torch.dtype) -> Tensor
     return layout.rows(weight, ids).to(dtype)
 
 
-def quantize_activations(x: Tensor, group_size: int) -> Tensor:
+def quantize_activations(x: Tensor, group_size: int, fmt: BitFormat = FORMATS["int8"]) -> Tensor:
     """What the int8 mode computes with in place of x: float32 [M, K] → float32 [M, K].
 
     Per row and group a = max|x|/127 and x becomes a · round(x/a), ties to even. A group with a NaN or an infinity
-    becomes NaN; one whose magnitudes are all below 2^-100 becomes 0.
+    becomes NaN; one whose magnitudes are all below 2^-100 becomes 0. Another format, which no kernel rounds to, has
+    levels/2 − 1 in the place of 127.
     """
+    most = fmt.levels // 2 - 1
     rows, in_features = x.shape
     padded = torch.nn.functional.pad(x, (0, -in_features % group_size))
     groups = padded.view(rows, n_groups(in_features, group_size), group_size)
     largest = groups.abs().amax(-1, keepdim=True)
-    codes = (groups * (127 / largest)).round()
-    rounded = torch.where(largest < 2.0**-100, 0.0, codes * (largest / 127))
+    codes = (groups * (most / largest)).round()
+    rounded = torch.where(largest < 2.0**-100, 0.0, codes * (largest / most))
     rounded = torch.where(largest.isfinite(), rounded, torch.nan)
     return rounded.view(padded.shape)[:, :in_features]
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -195,6 +195,16 @@ class Evaluator:
             self._runner.hidden(tokens, self._runner.n_blocks) for tokens in self._batches(self._windows[windows])
         ]
         return self._meter.losses(windows, [self._scored(states, windows)], KEPT.name)[0]
+
+    @contextmanager
+    def by(self, loss: str) -> Iterator[None]:
+        """Losses inside are those of another divergence of `amq.model.losses`; not of an evaluator of answers."""
+        own = self._meter
+        self._meter = own.by(loss)
+        try:
+            yield
+        finally:
+            self._meter = own
 
     def apply(self, formats: Formats) -> None:
         """Puts the configuration's weights into a resident model, touching only those whose format changes."""

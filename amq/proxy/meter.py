@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Protocol
 
 import torch
@@ -59,7 +60,12 @@ class Divergence:
     """A `Measure`: the mean over tokens of a divergence of `amq.model.losses`, in nats."""
 
     def __init__(self, loss: str, device: torch.device, rows: int = ROWS) -> None:
+        self._of = (device, rows)
         self._token_losses = token_losses(loss, device, rows)
+
+    def by(self, loss: str) -> Divergence:
+        """Another divergence from the same reference."""
+        return Divergence(loss, *self._of)
 
     def of_reference(self, windows: str, rows: slice, logits: Tensor) -> Tensor:
         return logits.log_softmax(-1)
@@ -92,6 +98,14 @@ class Meter:
                     break
                 cache_memory -= compared.nbytes
                 self._cache[name].append(compared)
+
+    def by(self, loss: str) -> Meter:
+        """One that measures another divergence of `amq.model.losses`, and shares what this one keeps of the reference:
+        its log-probabilities, where this one measures a divergence too."""
+        assert isinstance(self._measure, Divergence), "what is kept is another measure's"
+        other = copy(self)
+        other._measure = self._measure.by(loss)
+        return other
 
     @property
     def cached_bytes(self) -> int:

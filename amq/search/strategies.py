@@ -16,7 +16,9 @@ from amq.errors import AmqError
 BASELINE, RULE, METRIC, SEARCHED, GRADIENT, FINER = (
     "baseline", "rule", "metric, knapsack", "search", "gradient", "finer parts",
 )  # fmt: skip
-LINEAR, ROWS, FEATURES = "linear", "rows of a linear", "input features of a linear"
+LINEAR, ROWS, FEATURES, GROUPS, ROUNDS = (
+    "linear", "rows of a linear", "input features of a linear", "groups of a linear's rows", "rounds of a linear",
+)  # fmt: skip
 TABLE = "table"
 """`how` of a strategy that is a cost table of its own name."""
 PASSES, RESIDENT, STEPS, EVALUATIONS = "passes", "resident", "steps", "evaluations"
@@ -86,8 +88,13 @@ _ROWS = (
     ),
     Strategy(
         "sensitivity", METRIC, LINEAR, "losses with one linear changed",
-        "exllamav3, ModelOpt's KL score, AMQ's pruning",
+        "AMQ's pruning",
         "every linear in every format, the others in the widest; losses are made additive before they are summed",
+    ),
+    Strategy(
+        "kl", METRIC, LINEAR, "divergences with one linear changed", "exllamav3, ModelOpt's KL score, ZeroQ",
+        "`sensitivity` with Kullback and Leibler's divergence from the full-precision model for single linears; "
+        "exllamav3 goes greedily by it, ZeroQ measures it on data that it makes up", "kl",
     ),
     Strategy(
         "gradient", GRADIENT, LINEAR, "losses of mixed weights", "DNAS, EdMIPS, GAMMA",
@@ -119,6 +126,18 @@ _ROWS = (
         "the same share of features in int8 beside the widest uniform format that fits; OWQ keeps columns in 16 bits, "
         "the others quantize activations too, and choose by magnitude; no kernel of amq runs it",
         "channels", frozenset({PASSES, RESIDENT}),
+    ),
+    Strategy(
+        "dialect", FINER, GROUPS, "fisher, and inputs", "BlockDialect",
+        "eight sets of levels for each format, and Fisher's choice of formats for linears; BlockDialect has sixteen of "
+        "4-bit floats for all blocks, and quantizes activations too; no kernel of amq runs it",
+        "dialect", frozenset({PASSES, RESIDENT}),
+    ),
+    Strategy(
+        "bitstack", FINER, ROUNDS, "inputs, and losses with one linear at its first round", "BitStack",
+        "six rounds of rank 4, one order of linears for all rounds; BitStack has sixteen of rank 16 in 7B models, and "
+        "measures an order for each; no kernel of amq runs it",
+        "bitstack", frozenset({PASSES, RESIDENT}),
     ),
 )  # fmt: skip
 STRATEGIES: dict[str, Strategy] = {row.name: row for row in _ROWS}

@@ -37,7 +37,7 @@ LONG = (
     *("test_quantizers", "test_quiet", "test_report", "test_run", "test_runtime_experts", "test_scales"),
     *("test_serve_faults", "test_serve_page", "test_serve_queue", "test_shape", "test_skips", "test_solvers"),
     *("test_split_faults", "test_split_link", "test_split_report", "test_state_engine", "test_state_pool"),
-    "test_strategies",
+    *("test_dialects", "test_eval_simulated", "test_strategies"),
     *("test_torch_attention", "test_torch_batch", "test_torch_captured", "test_torch_engine", "test_torch_kept"),
     *("test_torch_sequences", "test_usable"),
 )

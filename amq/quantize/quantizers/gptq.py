@@ -15,7 +15,7 @@ loop over the input features serves them all.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,9 @@ from amq.util.threads import each
 
 Grid = tuple[Tensor, Tensor]
 """Scale and zero point, [rows, n_groups] each."""
+Nearest = Callable[[Tensor, int], Tensor]
+"""(what a feature of all rows wants to be, in units of codes, float32 [rows], its group) → the nearest codes, float32;
+it may write into its argument."""
 
 log = logging.getLogger(__name__)
 
@@ -207,62 +210,85 @@ class _Problem:
     def _refit(self, weight: Tensor, codes: Tensor, grid: Grid, fmt: BitFormat) -> PackedWeight:
         """codes: uint8 [rows, in_features]."""
         moves = self.zero_points == "fractional"
-        found = _refit(weight, codes.float(), grid, self.group_size, self.compensation.hessian, moves)
+        found = solve_grids(weight, codes.float(), grid, self.group_size, self.compensation.hessian, moves)
         return packed(codes, *found, fmt, self.group_size)
 
     def _round(self, weight: Tensor, grids: Sequence[Grid]) -> list[Tensor]:
-        """Codes of every format by error-compensated rounding, uint8 [rows, in_features] each, views.
-
-        (w − ŵ) H (w − ŵ)ᵀ = Σ_k D[k] (e[k] + Σ_{j<k} M[j, k] e[j])² with e = w − ŵ: each feature in turn rounds what
-        makes its own term least.
-        """
-        (rows, in_features), device = weight.shape, weight.device
-        order, factor = self.compensation.order, self.compensation.factor
-        places = order.cpu().tolist()
+        """Codes of every format by error-compensated rounding, uint8 [rows, in_features] each, views."""
         # Feature-major [in_features, formats·rows], so that one feature of all rows is contiguous.
         scale, zero = (torch.cat([grid[i].t() for grid in grids], dim=1) for i in range(2))  # [n_groups, …]
+        rows, device = len(weight), weight.device
         top = torch.cat([torch.full((rows,), float(f.max_code), device=device) for f in self.formats])
-        codes = torch.empty(in_features, len(top), dtype=torch.uint8, device=device)
-        errors = torch.empty(in_features, len(top), device=device)
-        for start in range(0, in_features, BLOCK):
-            stop = min(start + BLOCK, in_features)
-            plain = weight[:, order[start:stop]].t().float().repeat(1, len(self.formats))
-            target = torch.addmm(plain, factor[:start, start:stop].t(), errors[:start])
-            for k in range(start, stop):
-                group = places[k] // self.group_size
-                code = target[k - start].div(scale[group]).add_(zero[group]).round_().clamp_(min=0.0)
-                codes[places[k]] = torch.minimum(code, top, out=code)
-                error = torch.sub(zero[group], code, out=errors[k]).mul_(scale[group]).add_(plain[k - start])
-                target[k - start + 1 :].addr_(factor[k, k + 1 : stop], error)
-        if self.compensation.sweeps:
-            errors[order] = errors.clone()  # in the model's order from here on
-            for _ in range(self.compensation.sweeps):
-                self._sweep(codes, errors, scale, zero, top)
+
+        def nearest(code: Tensor, group: int) -> Tensor:
+            return torch.minimum(code.round_().clamp_(min=0.0), top, out=code)
+
+        codes = torch.empty(weight.shape[1], len(top), dtype=torch.uint8, device=device)
+        compensate(weight, codes, scale, zero, self.group_size, self.compensation, nearest)
         return [part.t() for part in codes.split(rows, dim=1)]
 
-    def _sweep(self, codes: Tensor, errors: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> None:
-        """Changes codes one by one where that lowers the output error, and the errors w − ŵ with them.
 
-        Both feature-major, [in_features, rows], in the model's order; scale, zero: [n_groups, rows]; top: [rows].
-        With all else as it is, e[k] is best where (e H)[k] = 0, so the best code is that nearest to
-        ŵ[k] + (e H)[k] / H[k, k].
-        """
-        hessian, in_features = self.compensation.hessian, len(codes)
-        for start in range(0, in_features, BLOCK):
-            stop = min(start + BLOCK, in_features)
-            push = hessian[start:stop] @ errors
-            for k in range(start, stop):
-                group = k // self.group_size
-                rounded = (codes[k] - zero[group]).mul_(scale[group])
-                code = push[k - start].div(hessian[k, k]).add_(rounded)
-                code = code.div_(scale[group]).add_(zero[group]).round_().clamp_(min=0.0)
-                codes[k] = torch.minimum(code, top, out=code)
-                move = rounded.sub_(code.sub_(zero[group]).mul_(scale[group]))
-                errors[k] += move
-                push[k - start + 1 :].addr_(hessian[k, k + 1 : stop], move)
+def compensate(
+    weight: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    compensation: Compensation,
+    nearest: Nearest,
+) -> None:
+    """Writes `codes` by error-compensated rounding, and sweeps over them.
+
+    weight: [rows, in_features]. codes: [in_features, columns], of any dtype that holds what `nearest` gives, in the
+    model's order; the weight's rows are repeated over the columns. scale, zero: float32 [n_groups, columns].
+
+    (w − ŵ) H (w − ŵ)ᵀ = Σ_k D[k] (e[k] + Σ_{j<k} M[j, k] e[j])² with e = w − ŵ: each feature in turn rounds what
+    makes its own term least.
+    """
+    (in_features, columns), order, factor = codes.shape, compensation.order, compensation.factor
+    places, errors = order.cpu().tolist(), torch.empty(in_features, columns, device=codes.device)
+    for start in range(0, in_features, BLOCK):
+        stop = min(start + BLOCK, in_features)
+        own = weight[:, order[start:stop]].t().float().repeat(1, columns // len(weight))
+        target = torch.addmm(own, factor[:start, start:stop].t(), errors[:start])
+        for k in range(start, stop):
+            group = places[k] // group_size
+            code = nearest(target[k - start].div(scale[group]).add_(zero[group]), group)
+            codes[places[k]] = code
+            error = torch.sub(zero[group], code, out=errors[k]).mul_(scale[group]).add_(own[k - start])
+            target[k - start + 1 :].addr_(factor[k, k + 1 : stop], error)
+    if compensation.sweeps:
+        errors[order] = errors.clone()  # in the model's order from here on
+        for _ in range(compensation.sweeps):
+            _sweep(codes, errors, scale, zero, group_size, compensation.hessian, nearest)
 
 
-def _refit(weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor, zeros_move: bool) -> Grid:
+def _sweep(
+    codes: Tensor, errors: Tensor, scale: Tensor, zero: Tensor, group_size: int, hessian: Tensor, nearest: Nearest
+) -> None:
+    """Changes codes one by one where that lowers the output error, and the errors w − ŵ with them.
+
+    With all else as it is, e[k] is best where (e H)[k] = 0, so the best code is that nearest to
+    ŵ[k] + (e H)[k] / H[k, k].
+    """
+    in_features = len(codes)
+    for start in range(0, in_features, BLOCK):
+        stop = min(start + BLOCK, in_features)
+        push = hessian[start:stop] @ errors
+        for k in range(start, stop):
+            group = k // group_size
+            rounded = (codes[k] - zero[group]).mul_(scale[group])
+            code = push[k - start].div(hessian[k, k]).add_(rounded)
+            code = nearest(code.div_(scale[group]).add_(zero[group]), group)
+            codes[k] = code
+            move = rounded.sub_(code.sub_(zero[group]).mul_(scale[group]))
+            errors[k] += move
+            push[k - start + 1 :].addr_(hessian[k, k + 1 : stop], move)
+
+
+def solve_grids(
+    weight: Tensor, codes: Tensor, grid: Grid, group_size: int, hessian: Tensor, zeros_move: bool = True
+) -> Grid:
     """Scale and zero point of every row's groups for the least output error at fixed codes.
 
     Unknowns are a step along every group's rounded weights ŵ_g and, where zero points move, one along its ones: α_g and

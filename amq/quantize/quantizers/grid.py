@@ -141,8 +141,8 @@ def fitted_grid(
             best_error = torch.where(better, error, best_error)
             best = (torch.where(better, scale, best[0]), torch.where(better, zero_point, best[1]))
             if step < refits:
-                refit = _refit if zero_points == "fractional" else _refit_scale
-                scale, zero_point = refit(groups, codes, importance, scale, zero_point)
+                new = refit if zero_points == "fractional" else _refit_scale
+                scale, zero_point = new(groups, codes, importance, scale, zero_point)
     return best
 
 
@@ -155,10 +155,11 @@ def _refit_scale(
     return storable(torch.where(torch.isfinite(new_scale) & (new_scale > TINY), new_scale, scale), zero_point)
 
 
-def _refit(
+def refit(
     groups: Tensor, codes: Tensor, importance: Tensor, scale: Tensor, zero_point: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Least squares w ≈ scale·code + offset within each group; a degenerate group keeps its grid."""
+    """Least squares w ≈ scale·code + offset within each group; a degenerate group keeps its grid. Codes may be any
+    numbers, of float32."""
     weighted = importance * codes
     total = importance.sum(-1)
     mean_code = weighted.sum(-1) / total
