@@ -2,6 +2,7 @@
 
 `python -m amq.eval strategies MODEL --output FOLDER`: strategies of bit allocation compared on one model.
 `python -m amq.eval order MODEL --output FOLDER`: whether a bank ranks configurations as deployed methods do.
+`python -m amq.eval predictor TABLE --output FOLDER`: how large an archive a predictor of losses needs.
 """
 
 from __future__ import annotations
@@ -59,7 +60,18 @@ def _order(argv: Sequence[str]) -> int:
     return _compare(lambda: markdown(run_order(settings, terminal_progress())), settings.output, FILES)
 
 
-COMPARISONS = {"strategies": _strategies, "order": _order}
+def _predictor(argv: Sequence[str]) -> int:
+    from amq.eval.predictor_settings import PredictorSettings
+
+    settings = PredictorSettings.make(**parse_command(argv, PredictorSettings))
+    from amq.eval.predictor import FILES, run_predictor
+    from amq.eval.predictor_table import markdown
+    from amq.util.progress import terminal_progress
+
+    return _compare(lambda: markdown(run_predictor(settings, terminal_progress())), settings.output, FILES)
+
+
+COMPARISONS = {"strategies": _strategies, "order": _order, "predictor": _predictor}
 
 
 def _compare(run: Callable[[], str], output: str, files: Sequence[str]) -> int:
