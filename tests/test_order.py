@@ -116,13 +116,14 @@ def test_orders_by_hand() -> None:
                                          ("3", 0.2, 0.2), ("3", 0.3, 0.4))
         ),
     )  # fmt: skip
-    size, budget = agreements(replace(table, entries=(*table.entries[:2], table.entries[3], *table.entries[3:])))
-    assert (budget.part, budget.configurations, budget.spearman) == ("3", 4, pytest.approx(1 / 3, abs=1e-4))
-    assert budget.regret == pytest.approx(0.5)
-    assert size.configurations == 2 and size.spearman == 1.0 and size.regret == 0.0
+    size, budget = agreements(table)
+    assert (size.part, size.configurations, budget.part, budget.configurations) == ("all", 6, "3", 3)
+    assert budget.spearman == pytest.approx(0.5) and budget.kendall == pytest.approx(1 / 3, abs=1e-4)
+    assert budget.regret == pytest.approx(0.5), "0.3 where 0.2 is among them"
+    assert size.regret == pytest.approx(2.0) and size.spearman == pytest.approx(-0.4708, abs=1e-4)
     lacking = replace(table, entries=(replace(table.entries[0], deployed={}), *table.entries[1:]))
     assert [row.part for row in agreements(lacking)] == ["3"] and lacking.lacking("deployed", "awq") == [0]
-    assert "| hqq | awq | – |" in markdown(replace(lacking, rows=tuple(agreements(lacking))))
+    assert "| hqq | awq | – | 0.50 / 0.33, 50.0 % |" in markdown(replace(lacking, rows=tuple(agreements(lacking))))
 
 
 # the command
@@ -134,7 +135,7 @@ def test_the_command_writes_its_table_and_goes_on(
     output = Path(arguments["output"])
     assert main(["order", *flags(arguments)]) == 0
     shown = capsys.readouterr().out
-    assert "| bank | deployed | all sizes (4) | 4 bits (4) |" in shown and "wrote " in shown
+    assert "| bank | deployed | all sizes (8) | 4 bits (4) |" in shown and "wrote " in shown
     table = OrderTable.read(output / "order.json")
     assert [entry.part for entry in table.entries] == ["all"] * 4 + ["4"] * 4
     assert all(3.7 <= entry.bits <= 4.0 for entry in table.entries[4:])

@@ -27,7 +27,7 @@ from torch import nn
 
 from amq.errors import AmqError
 from amq.eval.order_settings import FREE, RESIDENT, OrderSettings
-from amq.eval.order_table import SPREAD, OrderEntry, OrderTable, markdown
+from amq.eval.order_table import ALL, OrderEntry, OrderTable, markdown
 from amq.eval.tables import check_same, open_table
 from amq.model.paging import pager_of
 from amq.quantize.blocks import BlockQuantizer
@@ -138,7 +138,7 @@ def draw(settings: OrderSettings, space: SearchSpace) -> Iterator[OrderEntry]:
     def rng(place: float) -> np.random.Generator:
         return np.random.default_rng([settings.seed, STREAM, round(1000 * place)])
 
-    drawn = {SPREAD: spread_points(space, settings.spread, rng(0))}
+    drawn = {ALL: spread_points(space, settings.spread, rng(0))}
     for bits in settings.budget_list:
         drawn[f"{bits:g}"] = band_points(space, bits, settings.width, settings.within, rng(bits))
     for part, points in drawn.items():

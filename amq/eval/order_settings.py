@@ -33,7 +33,9 @@ class OrderSettings(BankedSettings):
     methods: str = flag("", f"deployed methods, of {', '.join(METHODS)} (default all)", CHOOSE, metavar="LIST")
     budgets: str = flag("3,3.5", "bits per weight; configurations of each are compared by themselves", CHOOSE,
                         metavar="LIST")  # fmt: skip
-    spread: int = flag(16, "configurations spread over all sizes", CHOOSE, least=4, metavar="N")
+    spread: int = flag(
+        16, "configurations spread over all sizes, beside those of the budgets", CHOOSE, least=4, metavar="N"
+    )
     within: int = flag(16, "configurations of each budget", CHOOSE, least=4, metavar="N")
     width: float = flag(0.05, "bits per weight that they may lie below it", CHOOSE, above=0, metavar="BITS")
     deploy_windows: int = flag(

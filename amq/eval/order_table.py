@@ -14,8 +14,9 @@ from amq.model.losses import LN2
 from amq.search.scores import quality
 from amq.util.records import JsonFile
 
-SPREAD = "all"
-"""The part whose configurations are spread over all sizes; the others are budgets, as text (`3.5`)."""
+ALL = "all"
+"""All configurations together, as a row has it; those of an entry are spread over all sizes. Other parts are budgets,
+as text (`3.5`)."""
 Losses = dict[str, float | None]
 
 
@@ -86,9 +87,7 @@ class OrderTable(JsonFile):
 
 def agreements(table: OrderTable) -> Iterator[OrderRow]:
     """Of each bank, method and part whose losses are all there."""
-    parts: dict[str, list[OrderEntry]] = {}
-    for entry in table.entries:
-        parts.setdefault(entry.part, []).append(entry)
+    parts = _parts(table)
     banks = dict.fromkeys(name for entry in table.entries for name in entry.banks)
     methods = dict.fromkeys(name for entry in table.entries for name in entry.deployed)
     for bank, method, (part, own) in product(banks, methods, parts.items()):
@@ -102,6 +101,15 @@ def agreements(table: OrderTable) -> Iterator[OrderRow]:
             )  # fmt: skip
 
 
+def _parts(table: OrderTable) -> dict[str, list[OrderEntry]]:
+    """{part of a row: its configurations}."""
+    budgets: dict[str, list[OrderEntry]] = {}
+    for entry in table.entries:
+        if entry.part != ALL:
+            budgets.setdefault(entry.part, []).append(entry)
+    return {ALL: list(table.entries), **budgets}
+
+
 def _ranked(losses: Iterator[float | None]) -> np.ndarray:
     """float64 [configurations]; one that overflowed ranks last."""
     return np.array([LN2 if loss is None else loss for loss in losses])
@@ -109,9 +117,8 @@ def _ranked(losses: Iterator[float | None]) -> np.ndarray:
 
 def markdown(table: OrderTable) -> str:
     """A row per bank and method, a column per part."""
-    parts = list(dict.fromkeys(entry.part for entry in table.entries))
-    counts = {part: sum(entry.part == part for entry in table.entries) for part in parts}
-    names = ["bank", "deployed", *(f"{_title(part)} ({counts[part]})" for part in parts)]
+    parts = _parts(table)
+    names = ["bank", "deployed", *(f"{_title(part)} ({len(own)})" for part, own in parts.items())]
     rows = {(row.bank, row.method, row.part): row for row in table.rows}
     pairs = dict.fromkeys((row.bank, row.method) for row in table.rows)
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
@@ -122,7 +129,7 @@ def markdown(table: OrderTable) -> str:
 
 
 def _title(part: str) -> str:
-    return "all sizes" if part == SPREAD else f"{part} bits"
+    return "all sizes" if part == ALL else f"{part} bits"
 
 
 def _cell(row: OrderRow | None) -> str:
