@@ -26,7 +26,7 @@ from amq.search.conduct import Timings
 from amq.search.draws import band_points, spread_points
 from amq.search.run import prepare
 from amq.util.progress import Progress
-from amq.util.settings import run_command
+from amq.util.settings import parse_command, run_command
 
 pytestmark = pytest.mark.usefixtures("one_thread", "cache")
 TEXT = "".join(f"Window {i} says {i * i}; " for i in range(400))
@@ -150,6 +150,16 @@ def test_the_command_writes_its_table_and_goes_on(
     assert [(row.method, row.part) for row in more.rows] == [("rtn", "all"), ("rtn", "4"), ("hqq", "all"), ("hqq", "4")]
     monkeypatch.setattr("amq.eval.order.prepare", None)
     assert run_order(OrderSettings.make(**arguments)).entries == more.entries
+
+
+def test_examples_are_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in OrderSettings.EXAMPLES:
+        amq_, *words = line.split()
+        assert (amq_, words[:2]) == ("amq", ["eval", "order"])
+        OrderSettings.make(**parse_command(words[2:], OrderSettings))
+    with pytest.raises(SystemExit):
+        main(["order", "--help"])
+    assert OrderSettings.ABOUT[1:] in capsys.readouterr().out
 
 
 def test_bad_input(arguments: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

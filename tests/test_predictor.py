@@ -20,7 +20,7 @@ from amq.eval.predictor_table import PredictorRow, PredictorTable, markdown
 from amq.model.losses import LN2
 from amq.search.records import Cost
 from amq.search.synthetic import SyntheticLosses, additive, measured_costs, with_outliers, without_widest
-from amq.util.settings import run_command
+from amq.util.settings import parse_command, run_command
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +173,16 @@ def test_real_sensitivities(tmp_path: Path) -> None:
     figure = {(r.case, r.predictor, r.evaluations): r.spearman for r in table.rows}
     assert figure["clean", "rbf", 500] > max(0.9, figure["clean", "rbf", 50])
     assert figure["clean", "measured", 225] > 0.95
+
+
+def test_examples_are_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    for line in PredictorSettings.EXAMPLES:
+        amq_, *words = line.split()
+        assert (amq_, words[:2]) == ("amq", ["eval", "predictor"])
+        PredictorSettings.make(**parse_command(words[2:], PredictorSettings))
+    with pytest.raises(SystemExit):
+        main(["predictor", "--help"])
+    assert PredictorSettings.ABOUT[1:] in capsys.readouterr().out
 
 
 def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
