@@ -18,6 +18,10 @@ from amq.bench.result import BenchResult, EngineFacts, MachineEntry, ReadBandwid
 from amq.checkpoint.record import QuantizationRecord
 from amq.configuration import Configuration, Memory, MemoryItem
 from amq.errors import AmqError
+from amq.eval.order_settings import OrderSettings
+from amq.eval.order_table import OrderEntry, OrderRow, OrderTable
+from amq.eval.predictor_settings import PredictorSettings
+from amq.eval.predictor_table import PredictorRow, PredictorTable
 from amq.eval.result import Evaluation, EvaluationSettings
 from amq.eval.result import Row as EvaluationRow
 from amq.eval.simulated import Simulated
@@ -125,6 +129,17 @@ SHARES = Shares(
     memory=1 << 20, context=700, windows=2, length=700, scored=256, chosen="shared", final=0.1, final_in_default=0.09,
     shares=(Share("shared", {"layers.0-1": "int8"}, 4096, 3.25, {"layers.0.q_proj": "int4"}, 0.12, 0.1),),
 )  # fmt: skip
+ORDER = OrderTable(
+    settings=OrderSettings.make(model="m", output="out"), fingerprint="f" * 32, measured_by="native engine",
+    text="0" * 64, windows="w", banks={"gptq": "b"}, provenance={"commit": "c"},
+    rows=(OrderRow(part="3", bank="gptq", method="awq", configurations=2, spearman=1.0, kendall=1.0, regret=0.25),),
+    entries=(OrderEntry(part="3", point="0120", bits=3.0, banks={"gptq": 0.5}, deployed={"awq": None}),),
+)  # fmt: skip
+PREDICTOR = PredictorTable(
+    settings=PredictorSettings.make(table="t", output="out"), costs="0" * 64, linears=4, provenance={"commit": "c"},
+    rows=(PredictorRow(case="clean", predictor="rbf", evaluations=50, seed=0, spearman=0.5, kendall=0.25,
+                       within_spearman=0.5, within_kendall=0.25),),
+)  # fmt: skip
 SPEEDS = SpeedTable(
     processor="a CPU", isa="avx2", threads=2, kernels="0" * 16, model="1" * 16, activations="int8", cache="float16",
     group_size=64, linears={"64x128": {"int4": 1.5e-6, "16bit": 4e-6}}, depths={"0": 1e-5, "1024": 2.5e-5},
@@ -209,6 +224,8 @@ ARTIFACTS: dict[str, Callable[[dict[str, RunFolder]], Artifact]] = {
     "strategies": lambda _: Artifact(
         STRATEGIES, StrategyTable, frozenset({"calibration", "commit", "0", "3", "cache_memory"})
     ),
+    "order": lambda _: Artifact(ORDER, OrderTable, frozenset({"commit", "awq", "cache_memory"})),
+    "predictor": lambda _: Artifact(PREDICTOR, PredictorTable, frozenset({"commit"})),
     "launch table": lambda _: Artifact(TABLE, LaunchTable, frozenset({"parameters", "warps 8"})),
     "split run": lambda _: Artifact(SPLIT, SplitRun, frozenset({"seed", "text", "threads"})),
     "evaluation of a split run": lambda _: Artifact(SPLIT_EVALUATION, SplitEvaluation),

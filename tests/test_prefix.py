@@ -15,12 +15,13 @@ import pytest
 import torch
 from helpers.checkpoints import tiny_checkpoint
 from helpers.tiny_models import VOCABULARY, byte_tokenizer, family_tokenizer, tiny_llama
-from order import OrderSettings, order_equivalence
 from torch import Tensor, nn
 
 import amq
 from amq.configuration import Configuration
 from amq.errors import AmqError
+from amq.eval.order import run_order
+from amq.eval.order_settings import OrderSettings
 from amq.formats import FORMATS
 from amq.model.blocks import BlockRunner
 from amq.model.inventory import get_linear, take_inventory
@@ -336,13 +337,14 @@ def test_evaluate(kind: str, folders: dict[str, Path], text: str, first_tokens: 
 
 
 def test_order(folders: dict[str, Path], text: str, tmp_path: Path, first_tokens: list[int]) -> None:
-    settings = OrderSettings(
-        str(folders["gemma"]), str(tmp_path / "order"), samples=10, formats="int2,int4", group_size=32, proxy="rtn",
-        deployed="rtn", calibration=text, calibration_windows=1, windows=2, window_length=LENGTH,
+    settings = OrderSettings.make(
+        model=str(folders["gemma"]), output=str(tmp_path / "order"), spread=4, within=4, budgets="4", width=0.5,
+        formats="int2,int4", group_size=32, banks="rtn", methods="rtn", calibration=text, bank_windows=1,
+        deploy_windows=1, windows=2, window_length=LENGTH, backend="reference",
     )  # fmt: skip
-    content = order_equivalence(settings)
+    table = run_order(settings)
     check_begins("gemma", first_tokens)
-    assert content["window_prefix"] == ["<bos>"] and content["correlations"][0]["spearman"] == pytest.approx(1)
+    assert [row.spearman for row in table.rows] == [pytest.approx(1)] * 2
 
 
 @pytest.mark.parametrize("kind", PREFIX)
@@ -378,7 +380,9 @@ def test_every_stage_names_a_token_that_has_no_row(stage: str, tmp_path: Path) -
         "search": lambda: amq.search(str(model), output, calibration=text, **QUICK),
         "quantize": lambda: amq.quantize(str(model), output, uniform="int3", group_size=32, calibration=text),
         "evaluate": lambda: amq.evaluate(str(model), text=text),
-        "order": lambda: order_equivalence(OrderSettings(str(model), output, calibration=text, group_size=32)),
+        "order": lambda: run_order(
+            OrderSettings.make(model=str(model), output=output, calibration=text, group_size=32)
+        ),
         "bank": lambda: amq.evaluate(str(model), [configuration], text="pydoc", calibration=text),
     }[stage]
     with pytest.raises(AmqError, match="holds the token '<tool>' with id 256, but the model's embedding has 256 rows"):

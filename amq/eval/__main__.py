@@ -1,13 +1,15 @@
 """`python -m amq.eval MODEL…`: one table of perplexities and task figures, and its JSON.
 
 `python -m amq.eval strategies MODEL --output FOLDER`: strategies of bit allocation compared on one model.
+`python -m amq.eval order MODEL --output FOLDER`: whether a bank ranks configurations as deployed methods do.
+`python -m amq.eval predictor TABLE --output FOLDER`: how large an archive a predictor of losses needs.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from amq.eval.settings import EvalCommand, EvalSettings
 from amq.util.files import check_file
@@ -17,7 +19,9 @@ from amq.util.settings import parse_command, run_command
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    return _strategies(argv[1:]) if argv[:1] == ["strategies"] else _evaluate(argv)
+    if argv and argv[0] in COMPARISONS:
+        return COMPARISONS[argv[0]](argv[1:])
+    return _evaluate(argv)
 
 
 def _evaluate(argv: Sequence[str]) -> int:
@@ -38,17 +42,47 @@ def _strategies(argv: Sequence[str]) -> int:
     from amq.eval.strategy_settings import StrategySettings
 
     settings = StrategySettings.make(**parse_command(argv, StrategySettings))
-    from amq.eval.strategies import run_strategies
+    from amq.eval.strategies import FILES, run_strategies
     from amq.eval.strategy_table import markdown
     from amq.util.progress import terminal_progress
 
+    return _compare(lambda: markdown(run_strategies(settings, terminal_progress())), settings.output, FILES)
+
+
+def _order(argv: Sequence[str]) -> int:
+    from amq.eval.order_settings import OrderSettings
+
+    settings = OrderSettings.make(**parse_command(argv, OrderSettings))
+    from amq.eval.order import FILES, run_order
+    from amq.eval.order_table import markdown
+    from amq.util.progress import terminal_progress
+
+    return _compare(lambda: markdown(run_order(settings, terminal_progress())), settings.output, FILES)
+
+
+def _predictor(argv: Sequence[str]) -> int:
+    from amq.eval.predictor_settings import PredictorSettings
+
+    settings = PredictorSettings.make(**parse_command(argv, PredictorSettings))
+    from amq.eval.predictor import FILES, run_predictor
+    from amq.eval.predictor_table import markdown
+    from amq.util.progress import terminal_progress
+
+    return _compare(lambda: markdown(run_predictor(settings, terminal_progress())), settings.output, FILES)
+
+
+COMPARISONS = {"strategies": _strategies, "order": _order, "predictor": _predictor}
+
+
+def _compare(run: Callable[[], str], output: str, files: Sequence[str]) -> int:
+    """Prints the Markdown that `run` gives, and says which files it has left in `output`."""
     try:
-        table = run_strategies(settings, terminal_progress())
+        shown = run()
     except KeyboardInterrupt:
-        print("interrupted: the rows that are done are kept; the same command goes on", file=sys.stderr)
+        print("interrupted: the figures that are there are kept; the same command goes on", file=sys.stderr)
         return 130
-    print(markdown(table), end="")
-    print(f"wrote {settings.output}/strategies.json, strategies.md, strategies.png, report.html")
+    print(shown, end="")
+    print(f"wrote {output}/{', '.join(files)}")
     return 0
 
 

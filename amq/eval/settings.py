@@ -83,7 +83,7 @@ class EvalSettings(LoadSettings, TaskSettings):
     model: tuple[str, ...] = flag(
         REQUIRED,
         MODEL
-        + "; a folder that amq quantized runs as it is. amq eval strategies MODEL compares ways of allocating bits",
+        + "; a folder that amq quantized runs as it is. Three words make other commands: strategies, order, predictor",
         positional=True,
     )
     configurations: tuple[str, ...] = flag(

@@ -17,18 +17,21 @@ from pathlib import Path
 
 from amq.errors import AmqError
 from amq.eval.strategy_run import SeedRun
-from amq.eval.strategy_settings import REMEDIES, StrategySettings, differences
+from amq.eval.strategy_settings import FREE, REMEDIES, StrategySettings
 from amq.eval.strategy_table import StrategyTable, chart_rows, key, markdown
+from amq.eval.tables import check_same, open_table
 from amq.model.paging import pager_of
 from amq.search.choose import check_bits
 from amq.search.recipe import steps_up
 from amq.search.rows import check_rows
 from amq.search.strategies import RESIDENT, check_needs
-from amq.util.files import check_place, write_text
+from amq.util.files import write_text
 from amq.util.progress import Progress
 from amq.util.provenance import provenance
 
 JSON, MARKDOWN = "strategies.json", "strategies.md"
+FILES = (JSON, MARKDOWN, "strategies.png", "report.html")
+"""What a folder gets."""
 
 
 def run_strategies(settings: StrategySettings, progress: Progress | None = None) -> StrategyTable:
@@ -38,7 +41,7 @@ def run_strategies(settings: StrategySettings, progress: Progress | None = None)
     another model or text, and for a strategy that the model cannot be given, before anything is measured.
     """
     progress, output = progress or Progress(), Path(settings.output)
-    table = _open(output, settings)
+    table = open_table(StrategyTable, output / JSON, settings, FREE)
     for seed in settings.seed_list:
         missing = [row for row in settings.rows if table is None or not table.has(row.name, seed)]
         if not missing:
@@ -61,22 +64,6 @@ def run_strategies(settings: StrategySettings, progress: Progress | None = None)
     assert table is not None, "settings name a seed and a strategy"
     _report(table, output)
     return table
-
-
-def _open(output: Path, settings: StrategySettings) -> StrategyTable | None:
-    """The table in the folder. Raises AmqError where it is of other settings, or where something else is there."""
-    check_place(output, "--output")
-    path = output / JSON
-    if not path.is_file():
-        if output.is_dir() and any(output.iterdir()):
-            raise AmqError(f"--output {output} is not empty and holds no {JSON}: give another folder")
-        return None
-    table = StrategyTable.read(path)
-    if changed := differences(table.settings.json(), settings.json()):
-        raise AmqError(
-            f"--output {output} holds a table of other settings: {'; '.join(changed)}; give these, or another folder"
-        )
-    return replace(table, settings=settings)
 
 
 def _check_model(run: SeedRun) -> None:
@@ -106,12 +93,8 @@ def _describe(run: SeedRun, texts: Mapping[str, str]) -> StrategyTable:
 
 def _go_on(table: StrategyTable, now: StrategyTable, output: Path) -> StrategyTable:
     """`table` with the seed of `now`. Raises AmqError where a name in the settings stands for something else now."""
-    for name, what in (("fingerprint", "model (or other weights)"), ("measured_by", "engine"), ("texts", "text")):
-        old, new = getattr(table, name), getattr(now, name)
-        if old != new:
-            raise AmqError(
-                f"--output {output} holds a table of another {what}: it has {old}, this is {new}; give another folder"
-            )
+    same = {"fingerprint": "model (or other weights)", "measured_by": "engine", "texts": "text"}
+    check_same(table, now, str(output), same)
     for seed, entry in now.seeds.items():
         if table.seeds.get(seed, entry) != entry:
             raise AmqError(
