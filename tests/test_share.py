@@ -29,7 +29,7 @@ from amq.proxy.fisher import CACHE, Scores
 from amq.search.run_folder import RunFolder
 from amq.search.select import select_from_run
 from amq.search.settings import SearchSettings, SelectSettings
-from amq.search.share import KINDS, SHARED, Shares, Sharing, prompt_length, share_memory
+from amq.search.share import KINDS, SHARED, Share, Shares, Sharing, prompt_length, share_memory
 from amq.util.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -172,6 +172,15 @@ def test_what_was_measured_decides() -> None:
     assert all(share.loss is None for share in predicted.shares)
 
 
+def test_kinds_keep_the_order_of_layers() -> None:
+    """Which ranges in the file do not: an engine takes them by place."""
+    kinds = {"layers.0": "int4", "layers.1": "int8", "layers.2": "int4"}
+    share = Share(SHARED, kinds, 1, 3.0, {}, 0.1).shown
+    assert list(share.kinds) == ["layers.0,2", "layers.1"]
+    shares = Shares(memory=1, context=1, shares=(share,), chosen=SHARED)
+    assert list(shares.kinds_of(tuple(kinds)).items()) == list(kinds.items())
+
+
 def test_a_prompt_is_as_long_as_text_and_context_allow() -> None:
     assert prompt_length(100_000, 1 << 20, 1) == 4096 and prompt_length(1500, 1 << 20, 1) == 1500
     assert prompt_length(8192, 2000, 1) == 1001 and prompt_length(512, 1 << 20, 0) == 0
@@ -237,6 +246,7 @@ def test_a_search_shares_its_memory(run: Path) -> None:
     opened = RunFolder.open(run)
     shares, configuration = opened.shares, opened.configuration
     assert shares is not None and configuration is not None and opened.cost is not None
+    assert list(configuration.cache.items()) == list(shares.kinds_of(opened.run.kv_cache.layers).items())
     assert configuration.cache == expand(shares.best.kinds) and set(configuration.cache) == set(
         opened.run.kv_cache.layers
     )

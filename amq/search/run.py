@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from amq.configuration import expand
 from amq.errors import AmqError
 from amq.model.answers import SEARCHED, open_answers
 from amq.model.blocks import BlockRunner
@@ -124,7 +123,7 @@ def run_search(settings: SearchSettings, resume: bool = False, progress: Progres
         shares = _share(settings, stage, problem, folder, timings) if settings.shares_memory else None
         result = conduct(problem, run, folder, timings, started)
         if shares is not None and stage.cached_loss is not None:
-            formats, kinds = result.configuration.formats, list(expand(shares.best.kinds).values())
+            formats, kinds = result.configuration.formats, list(result.configuration.cache.values())
             final, in_default = (stage.cached_loss(formats, each) for each in (kinds, [DEFAULT_CACHE] * len(kinds)))
             folder.write(replace(shares, final=final, final_in_default=in_default))
         return result
@@ -145,7 +144,7 @@ def _share(settings: SearchSettings, stage: Stage, problem: Problem, folder: Run
             sharing, stage.cached_loss, stage.cached_length, problem.progress
         )  # fmt: skip
     folder.write(shares)
-    problem.budget, problem.kinds = shares.best.bits, expand(shares.best.kinds)
+    problem.budget, problem.kinds = shares.best.bits, shares.kinds_of(kv.layers)
     return shares
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from amq.configuration import Configuration, expand
+from amq.configuration import Configuration
 from amq.errors import AmqError
 from amq.model.losses import OBJECTIVES
 from amq.model.speed_table import MADE_BY, SpeedTable
@@ -49,17 +49,17 @@ def select(settings: SelectSettings) -> Configuration:
 def _share(settings: SelectSettings, folder: RunFolder, memory: int) -> dict[str, str]:
     """{layer: kind of cache}: what the search measured to be best within this very memory and context, else what the
     tables say."""
+    kv, inventory = folder.run.kv_cache, folder.inventory
     if (known := folder.shares) is not None and (known.memory, known.context) == (memory, settings.context):
-        return expand(known.best.kinds)
+        return known.kinds_of(kv.layers)
     if folder.cost is None or not folder.cost.cache:
         raise AmqError(
             f"{folder.path} knows no costs of caches, since its search was not with --cache auto: search again with "
             "it, or give one kind as --cache"
         )
-    kv, inventory = folder.run.kv_cache, folder.inventory
     tables = folder.cost.cost, folder.cost.cache
     sharing = Sharing(memory, settings.context, inventory, folder.space, kv.caches(), kv.layers, *tables)
-    return expand(share_memory(sharing, None, 0, Progress()).best.kinds)
+    return share_memory(sharing, None, 0, Progress()).kinds_of(kv.layers)
 
 
 def _speed(settings: SelectSettings, folder: RunFolder) -> Speed | None:

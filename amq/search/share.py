@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from amq.configuration import Configuration, compact, memory_items
+from amq.configuration import Configuration, compact, expand, memory_items
 from amq.errors import AmqError
 from amq.model.inventory import Inventory
 from amq.model.shape import CACHES, DEFAULT_CACHE, PAGE, SPARE_PAGES, LayerCache, kept_as
@@ -89,6 +89,11 @@ class Shares(JsonFile):
     @property
     def best(self) -> Share:
         return next(share for share in self.shares if share.name == self.chosen)
+
+    def kinds_of(self, layers: Sequence[str]) -> dict[str, str]:
+        """The chosen kinds of these layers, in their order, which ranges in a file do not keep."""
+        found = expand(self.best.kinds)
+        return {layer: found[layer] for layer in layers}
 
 
 @dataclass(frozen=True)
