@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = (
     *("torch_engine", "torch_batch", "torch_kept", "torch_sequences", "hf", "models", "experts", "blocks", "linears"),
-    *("shape", "runtime", "torch_attention", "torch_captured", "graph_capture"),
+    *("shape", "runtime", "torch_attention", "torch_captured", "graph_capture", "share"),
 )
 """Files of tests/ that load, run or save models in transformers' own classes."""
 VARIABLE = "AMQ_TEST_TRANSFORMERS"
