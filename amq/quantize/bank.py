@@ -37,12 +37,12 @@ from amq.model.open import fingerprint as content_hash
 from amq.model.own_text import open_sampler
 from amq.model.paging import holding
 from amq.model.settings import AUTO
-from amq.model.token_weights import token_weights
+from amq.model.token_weights import OutputMoments, token_weights
 from amq.packing import PARTS, PackedWeight, part_names
 from amq.quantize.head import check_grid, round_to_grid
 from amq.quantize.methods import rotation_of
 from amq.quantize.pieces import Room, square_error, stacks
-from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS, QUANTIZERS
+from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_OUTPUTS, NEEDS_WEIGHTS, QUANTIZERS
 from amq.quantize.quantizers.grid import check_scales
 from amq.quantize.rotate import Rotator, check_widths
 from amq.util.files import cache_dir, make_folder
@@ -370,9 +370,11 @@ def _build(
     settings: BankSettings,
     progress: Progress,
 ) -> None:
-    stream = None
+    stream, outputs = None, None
     if settings.windows is not None:
-        weights = token_weights(model, inventory, settings.windows) if settings.proxy in NEEDS_WEIGHTS else None
+        outputs = OutputMoments(inventory.linears) if settings.proxy in NEEDS_OUTPUTS else None
+        weighted = settings.proxy in NEEDS_WEIGHTS
+        weights = token_weights(model, inventory, settings.windows, outputs=outputs) if weighted else None
         stream = CalibrationStream(model, settings.windows, weights=weights)
     names = ",".join(sorted({f.name for fs in missing.values() for f in fs}))
     with progress.stage(f"{settings.proxy} bank", max(missing) + 1) as step, torch.no_grad():
@@ -386,7 +388,7 @@ def _build(
             start = time.monotonic()
             linears, notes = inventory.in_block(block), list[str]()
             decided = _rotations(folder, block, linears) if settings.rotates in FORMATS else {}
-            made = _Block(model, linears, wanted, settings, decided)
+            made = _Block(model, linears, wanted, settings, decided, outputs)
             with holding(model, block):
                 if stream is None:
                     made.add(linears, None)
@@ -430,12 +432,13 @@ class _Block:
         formats: Sequence[BitFormat],
         settings: BankSettings,
         rotations: Mapping[str, int],
+        outputs: OutputMoments | None,
     ) -> None:
         self._model, self._formats, self._group_size = model, formats, settings.group_size
         quantize, rotation = QUANTIZERS[settings.proxy], settings.rotates
         self._deciding = [FORMATS[rotation]] if rotation in FORMATS else []
         setting = AUTO if self._deciding else rotation
-        self.rotator = Rotator(setting, quantize, settings.group_size, known=rotations)
+        self.rotator = Rotator(setting, quantize, settings.group_size, known=rotations, outputs=outputs)
         sizes = {f.name: sum(linear_bytes(s, f, settings.group_size) for s in linears) for f in formats}
         numbers = (torch.float64.itemsize + torch.int64.itemsize) * len(linears)
         tensors = (len(PARTS) + 2) * len(linears)

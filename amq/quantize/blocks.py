@@ -22,7 +22,7 @@ from amq.model.calibration import CalibrationStream, InputGroup, in_parts
 from amq.model.inventory import Inventory, LinearSpec, get_linear
 from amq.model.paging import holding
 from amq.model.shape import ModelShape
-from amq.model.token_weights import token_weights
+from amq.model.token_weights import OutputMoments, token_weights
 from amq.packing import PackedWeight
 from amq.quantize.exponents import move_exponent, unfit
 from amq.quantize.fold import Fold, apply_fold, find_fold
@@ -96,8 +96,15 @@ class BlockQuantizer:
         """Starts with the first block: what the embedding holds then counts."""
         if not self._method.calibrated:
             return None
-        weights = token_weights(self._model, self._inventory, self._windows) if self._method.weighted else None
+        weights = None
+        if self._method.weighted:
+            weights = token_weights(self._model, self._inventory, self._windows, outputs=self._outputs)
         return CalibrationStream(self._model, self._windows, weights=weights)
+
+    @cached_property
+    def _outputs(self) -> OutputMoments | None:
+        """Filled when the stream starts."""
+        return OutputMoments(self._inventory.linears) if self._method.two_sided else None
 
     @torch.no_grad()
     def make(self, block: int) -> BlockResult:
@@ -111,7 +118,10 @@ class BlockQuantizer:
         linears = self._inventory.in_block(block)
         if small_or_large := unfit(self._model, self._quantized(linears), self._formats, self._group_size):
             self._move_exponents(block, small_or_large, result)
-        rotator = Rotator(self._rotation, QUANTIZERS[self._method.rounding], self._group_size, self._zero_points)
+        rotator = Rotator(
+            self._rotation, QUANTIZERS[self._method.rounding], self._group_size, self._zero_points,
+            outputs=self._outputs,
+        )  # fmt: skip
         if self._stream is None:
             self._round(linears, None, rotator, result)
             return

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from amq.errors import AmqError
 from amq.formats import FORMATS, NO_ROTATION
 from amq.model.settings import AUTO
-from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_WEIGHTS
+from amq.quantize.quantizers import NEEDS_GRAM, NEEDS_OUTPUTS, NEEDS_WEIGHTS
 from amq.util.lazy import Registry
 
 
@@ -29,6 +29,11 @@ class Method:
         """Whether tokens count by what they do to the loss."""
         return self.rounding in NEEDS_WEIGHTS
 
+    @property
+    def two_sided(self) -> bool:
+        """Whether it looks at gradients of outputs, too."""
+        return self.rounding in NEEDS_OUTPUTS
+
 
 METHODS: Registry[Method] = Registry(
     "method",
@@ -36,6 +41,7 @@ METHODS: Registry[Method] = Registry(
         "awq": Method("clip", True, "activation-aware scales and asymmetric clipping"),
         "gptq": Method("gptq", False, "error-compensated rounding, block by block"),
         "guided": Method("guided", False, "gptq, tokens weighted by what they do to the loss (a backward pass each)"),
+        "two_sided": Method("two_sided", False, "guided, and rows make up for each other's errors (YAQA)"),
         "awq+gptq": Method("gptq", True, "activation-aware scales, then error-compensated rounding"),
         "clip": Method("clip", False, "asymmetric clipping alone"),
         "hqq": Method("hqq", False, "half-quadratic quantization, no calibration"),

@@ -22,6 +22,7 @@ from amq.kernels.dense import dequantized
 from amq.model.calibration import InputGroup
 from amq.model.inventory import EXPERT, LinearSpec
 from amq.model.settings import AUTO
+from amq.model.token_weights import OutputMoments
 from amq.packing import PackedWeight
 from amq.quantize.quantizers import Quantizer
 from amq.quantize.quantizers.grid import check_scales, out_of_range
@@ -41,7 +42,8 @@ class Rotator:
     """What is decided of the inputs of one block, and the quantizer that follows it.
 
     setting: of `ROTATIONS`: `auto`, which needs `decide` before anything is quantized; `64` for all; `none`.
-    quantize: what rounds. known: {linear: rotation}, decided by an earlier process.
+    quantize: what rounds. known: {linear: rotation}, decided by an earlier process. outputs: what a quantizer of
+    `NEEDS_OUTPUTS` takes.
     """
 
     def __init__(
@@ -51,7 +53,9 @@ class Rotator:
         group_size: int,
         zero_points: str = "fractional",
         known: Mapping[str, int] | None = None,
+        outputs: OutputMoments | None = None,
     ) -> None:
+        self._outputs = outputs
         self._setting, self._quantize, self._how = setting, quantize, (group_size, zero_points)
         self._known, self._decided = known or {}, dict[str, int]()
         self._inputs: list[int] = []
@@ -78,22 +82,30 @@ class Rotator:
     ) -> list[dict[str, PackedWeight]]:
         """What the quantizer makes of `weights` of linears that share an input, rotated where that is decided."""
         rotation, group_size, name = self.of(specs[0]), self._how[0], specs[0].name
+        outputs = None if self._outputs is None else [self._outputs.get(spec.name) for spec in specs]
         if not rotation:
-            return self._round(name, weights, formats, gram)
+            return self._round(name, weights, formats, gram, outputs)
         turned = [_rotated(weight) for weight in weights]
         for spec, weight in zip(specs, turned, strict=True):
             for fmt in formats:
                 check_scales(spec.name, weight, fmt, group_size)
-        made = self._round(name, turned, formats, None if gram is None else _both_sides(gram))
+        made = self._round(name, turned, formats, None if gram is None else _both_sides(gram), outputs)
         return [{name: replace(packed, rotation=rotation) for name, packed in found.items()} for found in made]
 
     def _round(
-        self, name: str, weights: Sequence[Tensor], formats: Sequence[BitFormat], gram: Tensor | None
+        self,
+        name: str,
+        weights: Sequence[Tensor],
+        formats: Sequence[BitFormat],
+        gram: Tensor | None,
+        outputs: Sequence[Tensor | None] | None = None,
     ) -> list[dict[str, PackedWeight]]:
-        """As it is given. name: of a linear that reads this input, for errors."""
+        """As it is given. name: of a linear that reads this input, for errors. outputs: of `NEEDS_OUTPUTS`; a sample of
+        rows has none."""
         group_size, zero_points = self._how
+        more = {} if outputs is None else {"outputs": outputs}
         try:
-            return self._quantize(weights, formats, group_size, gram, zero_points)
+            return self._quantize(weights, formats, group_size, gram, zero_points, **more)
         except AmqError as error:
             raise AmqError(f"{name}: {error}") from None
 

@@ -24,14 +24,17 @@ QUANTIZERS: Registry[Quantizer] = Registry(
     {
         "gptq": "amq.quantize.quantizers.gptq:quantize",
         "guided": "amq.quantize.quantizers.gptq:quantize",
+        "two_sided": "amq.quantize.quantizers.two_sided:quantize",
         "clip": "amq.quantize.quantizers.clip:quantize",
         "hqq": "amq.quantize.quantizers.hqq:quantize",
         "rtn": "amq.quantize.quantizers.rtn:quantize",
     },
 )
-NEEDS_GRAM = frozenset({"gptq", "guided", "clip"})
-NEEDS_WEIGHTS = frozenset({"guided"})
+NEEDS_GRAM = frozenset({"gptq", "guided", "two_sided", "clip"})
+NEEDS_WEIGHTS = frozenset({"guided", "two_sided"})
 """Their tokens count by `amq.model.token_weights`."""
+NEEDS_OUTPUTS = frozenset({"two_sided"})
+"""They also take `outputs`, second moments of gradients at each weight's outputs: `amq.model.token_weights` again."""
 ZERO_POINTS = ("fractional", "integer", "symmetric")
 """What a zero point may be: any fp16 number; a whole code; levels // 2 everywhere. Other tools' formats need the last
 two."""

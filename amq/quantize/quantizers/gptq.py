@@ -72,6 +72,50 @@ MOST_ZERO = 1024.0
 """Zero points stay below it."""
 
 
+@dataclass(frozen=True)
+class Rounding:
+    """What rounding of all weights that read one input has in common. compensation: of their H."""
+
+    compensation: Compensation
+    zero_points: str
+
+    @staticmethod
+    def of(gram: Tensor, zero_points: str) -> Rounding:
+        """gram: float32 [in_features, in_features], the mean of x xᵀ."""
+        return Rounding(compensation_of(gram), check_zero_points(zero_points))
+
+    @property
+    def hessian(self) -> Tensor:
+        """H, damped."""
+        return self.compensation.hessian
+
+    def quantize(
+        self, weights: Sequence[Tensor], formats: Sequence[BitFormat], group_size: int
+    ) -> list[dict[str, PackedWeight]]:
+        """On the CPU by csrc/cpu/quantize.h, in all modes of `zero_points`; on other devices in torch."""
+        if self.hessian.device.type != "cpu":
+            return self.in_torch(weights, formats, group_size)
+        search = GridSearch(self.hessian.diagonal(), self.zero_points, SHRINKS, REFITS)
+        return quantize_rows(weights, formats, group_size, search, self.compensation)
+
+    def in_torch(
+        self, weights: Sequence[Tensor], formats: Sequence[BitFormat], group_size: int
+    ) -> list[dict[str, PackedWeight]]:
+        """See `quantize_in_torch`."""
+        if not weights or not formats:
+            return [{} for _ in weights]
+        problem = _Problem(self.compensation, tuple(formats), group_size, self.zero_points)
+        chunks = torch.cat([w.detach() for w in weights]).split(problem.rows_at_once)
+        solved = [*zip(*each(problem.solve, chunks, self.hessian.device), strict=True)]  # per format, per chunk
+        results: list[dict[str, PackedWeight]] = [{} for _ in weights]
+        for fmt, parts in zip(formats, solved, strict=True):
+            whole, start = stacked(parts), 0
+            for result, weight in zip(results, weights, strict=True):
+                result[fmt.name] = whole.rows(start, start + weight.shape[0])
+                start += weight.shape[0]
+        return results
+
+
 def quantize(
     weights: Sequence[Tensor],
     formats: Sequence[BitFormat],
@@ -79,17 +123,10 @@ def quantize(
     gram: Tensor | None,
     zero_points: str = "fractional",
 ) -> list[dict[str, PackedWeight]]:
-    """See `amq.quantize.quantizers.Quantizer`. gram: float32 [in_features, in_features], the mean of x xᵀ; required.
-
-    On the CPU by csrc/cpu/quantize.h, in all modes of `zero_points`; on other devices by `quantize_in_torch`.
-    """
+    """See `amq.quantize.quantizers.Quantizer`. gram: float32 [in_features, in_features], the mean of x xᵀ; required."""
     if gram is None:
         raise AmqError("the gptq quantizer needs calibration inputs (gram); rtn and hqq do not")
-    if gram.device.type != "cpu":
-        return quantize_in_torch(weights, formats, group_size, gram, zero_points)
-    compensation = compensation_of(gram)
-    search = GridSearch(compensation.hessian.diagonal(), check_zero_points(zero_points), SHRINKS, REFITS)
-    return quantize_rows(weights, formats, group_size, search, compensation)
+    return Rounding.of(gram, zero_points).quantize(weights, formats, group_size)
 
 
 def quantize_in_torch(
@@ -105,18 +142,7 @@ def quantize_in_torch(
     Codes may differ where rounding in float32 breaks a tie the other way, which changes what follows in that row;
     output errors agree as tests/test_quantize_gptq.py says.
     """
-    if not weights or not formats:
-        return [{} for _ in weights]
-    problem = _Problem(compensation_of(gram), tuple(formats), group_size, check_zero_points(zero_points))
-    chunks = torch.cat([w.detach() for w in weights]).split(problem.rows_at_once)
-    solved = [*zip(*each(problem.solve, chunks, gram.device), strict=True)]  # per format, per chunk
-    results: list[dict[str, PackedWeight]] = [{} for _ in weights]
-    for fmt, parts in zip(formats, solved, strict=True):
-        whole, start = stacked(parts), 0
-        for result, weight in zip(results, weights, strict=True):
-            result[fmt.name] = whole.rows(start, start + weight.shape[0])
-            start += weight.shape[0]
-    return results
+    return Rounding.of(gram, zero_points).in_torch(weights, formats, group_size)
 
 
 def damped(gram: Tensor) -> Tensor:
