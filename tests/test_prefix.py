@@ -217,13 +217,13 @@ def cost_windows(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, int]]:
     from amq.search import run as module
 
     seen: list[tuple[Tensor, int]] = []
-    passes = module.fisher_passes
+    passes = module.gradient_passes
 
     def spy(*arguments: Any) -> Any:
         seen.append((arguments[3], arguments[7]))
         return passes(*arguments)
 
-    monkeypatch.setattr(module, "fisher_passes", spy)
+    monkeypatch.setattr(module, "gradient_passes", spy)
     return seen
 
 
