@@ -61,6 +61,7 @@ VARIANTS = {
     "refine": Variant(refine=AUTO_EVALUATIONS),
     "rows": Variant(blocks=4),
     "guided bank": Variant({"proxy": "guided"}),
+    "two-sided bank": Variant({"proxy": "two_sided"}),
     "self-written text": Variant({"calibration": "self"}),
     "rotation": Variant({"rotation": "auto"}),
     "rotation everywhere": Variant({"rotation": "64"}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from helpers.analytic import AnalyticLosses, space
+from helpers.fake_bank import FakeBank
+from helpers.mixtures import MIXTURES
 from helpers.runs import make_run
 from helpers.tiny_models import ARCHITECTURES, byte_tokenizer, random_tokens
 from torch import Tensor, nn
@@ -22,9 +25,10 @@ from amq.configuration import expand, linear_bytes
 from amq.errors import AmqError
 from amq.formats import get_format
 from amq.model.blocks import TOKENS
+from amq.model.experts import unfuse
 from amq.model.inventory import Inventory, take_inventory
-from amq.model.shape import LayerCache, kept_as
-from amq.proxy.caches import CODED, cached, watch_keys
+from amq.model.shape import LayerCache, ModelShape, kept_as
+from amq.proxy.caches import CODED, PLAIN, attention_of, cached
 from amq.proxy.fisher import CACHE, Scores
 from amq.search.run_folder import RunFolder
 from amq.search.select import select_from_run
@@ -93,22 +97,28 @@ def test_costs_are_squares_of_what_rounding_does_to_the_likelihood(name: str) ->
         )
 
 
-def test_what_is_watched_is_put_back_and_others_are_refused() -> None:
+@pytest.mark.parametrize("name", ["llama", "opt", "gemma2", "qwen3", "mixtral"])
+def test_every_layer_is_watched(name: str) -> None:
+    """By one of transformers' functions, or by the plain one of a model that has no other; and put back."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as INTERFACE
 
+    model = (ARCHITECTURES | MIXTURES)[name].build()
+    if name != "gemma2":
+        model.set_attn_implementation("sdpa")
+    unfuse(model)
+    before = dict(INTERFACE)
+    scores = Scores(model, take_inventory(model), FakeBank(model, []), (), 0, 1 << 20, (1,))
+    (one,) = scores.passes(random_tokens(1, 70), 0, 0, (CACHE,))
+    assert dict(INTERFACE) == before
+    assert list(scores.table(one, CACHE)) == list(reversed(ModelShape.of(model.config).keeping))
+
+
+def test_attention_of_ones_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = ARCHITECTURES["llama"].build()
-    model.set_attn_implementation("sdpa")
-    before = INTERFACE["sdpa"]
-    with watch_keys(model) as seen:
-        assert INTERFACE["sdpa"] is not before
-        model(random_tokens(1, 8))
-    assert INTERFACE["sdpa"] is before and [layer for layer, *_ in seen] == list(range(len(model.model.layers)))
     model.set_attn_implementation("eager")
-    with (
-        pytest.raises(AmqError, match=r"--cache auto .* LlamaForCausalLM has its own \(eager\): give one kind"),
-        watch_keys(model),
-    ):
-        pass
+    monkeypatch.delattr(sys.modules[type(model).__module__], PLAIN)
+    with pytest.raises(AmqError, match=r"--cache auto .* LlamaForCausalLM has its own \(eager\): give one kind"):
+        attention_of(model)
 
 
 CACHES_OF = (

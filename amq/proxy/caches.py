@@ -8,9 +8,10 @@ engine still has in 16 bits. So keys of less than 8 bits are priced a little too
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from amq.model.shape import CACHE_BYTES, CACHES, PAGE
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+PLAIN = "eager_attention_forward"
+"""What transformers' files call the function of a model that has no other."""
 HALF = 8 * CACHE_BYTES
 """Bits of a number that is in no code."""
 CODED = tuple(kind for kind, (_, values) in CACHES.items() if values < HALF)
@@ -33,18 +36,23 @@ Kept = tuple[int, Tensor, Tensor, bool]
 """(layer, its keys and values, float [1, heads, length, head_dim], with a graph; whether biases went into the keys)."""
 
 
-def attention_of(model: PreTrainedModel) -> str:
-    """The name of its attention among transformers' functions, such as `sdpa`; raises AmqError where it has one of its
-    own."""
+def attention_of(model: PreTrainedModel) -> Callable[..., Any]:
+    """What its layers attend with: one of transformers' functions, or the plain one beside the model's classes; raises
+    AmqError where it has none of these."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as INTERFACE
 
-    name = str(model.config.get_text_config(decoder=True)._attn_implementation)
-    if name not in INTERFACE:
+    name = _attention_name(model)
+    plain = getattr(sys.modules[type(model).__module__], PLAIN, None) if name == "eager" else None
+    if name not in INTERFACE and plain is None:
         raise AmqError(
             f"--cache auto prices keys and values by gradients at transformers' attention functions, and "
             f"{type(model).__name__} has its own ({name}): give one kind as --cache"
         )
-    return name
+    return cast("Callable[..., Any]", plain or INTERFACE[name])
+
+
+def _attention_name(model: PreTrainedModel) -> str:
+    return str(model.config.get_text_config(decoder=True)._attn_implementation)
 
 
 @contextmanager
@@ -53,8 +61,7 @@ def watch_keys(model: PreTrainedModel) -> Iterator[list[Kept]]:
     AmqError as `attention_of` does."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as INTERFACE
 
-    name = attention_of(model)
-    attend, seen = INTERFACE[name], list[Kept]()
+    attend, name, seen = attention_of(model), _attention_name(model), list[Kept]()
 
     def watched(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not any(key is known for _, known, *_ in seen):
@@ -63,11 +70,15 @@ def watch_keys(model: PreTrainedModel) -> Iterator[list[Kept]]:
             seen.append((int(module.layer_idx), key, value, _has_biases(module)))  # type: ignore[arg-type]
         return attend(module, query, key, value, *args, **kwargs)
 
-    INTERFACE[name] = watched
+    was_there = name in INTERFACE
+    INTERFACE[name] = watched  # which layers ask for by name; `eager` is only the plain one while nobody says otherwise
     try:
         yield seen
     finally:
-        INTERFACE[name] = attend
+        if was_there:
+            INTERFACE[name] = attend
+        else:
+            del INTERFACE[name]
 
 
 def _has_biases(module: nn.Module) -> bool:
