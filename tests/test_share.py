@@ -61,7 +61,7 @@ def moved(layer: int, by: Callable[[Tensor, Tensor], Sequence[Tensor]]) -> Itera
     try:
         yield
     finally:
-        INTERFACE["sdpa"] = attend
+        del INTERFACE["sdpa"]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
@@ -106,10 +106,10 @@ def test_every_layer_is_watched(name: str) -> None:
     if name != "gemma2":
         model.set_attn_implementation("sdpa")
     unfuse(model)
-    before = dict(INTERFACE)
+    before, own = dict(INTERFACE), dict(INTERFACE._local_mapping)
     scores = Scores(model, take_inventory(model), FakeBank(model, []), (), 0, 1 << 20, (1,))
     (one,) = scores.passes(random_tokens(1, 70), 0, 0, (CACHE,))
-    assert dict(INTERFACE) == before
+    assert dict(INTERFACE) == before and INTERFACE._local_mapping == own
     assert list(scores.table(one, CACHE)) == list(reversed(ModelShape.of(model.config).keeping))
 
 

@@ -70,15 +70,14 @@ def watch_keys(model: PreTrainedModel) -> Iterator[list[Kept]]:
             seen.append((int(module.layer_idx), key, value, _has_biases(module)))  # type: ignore[arg-type]
         return attend(module, query, key, value, *args, **kwargs)
 
-    was_there = name in INTERFACE
+    known = INTERFACE.get(name)
     INTERFACE[name] = watched  # which layers ask for by name; `eager` is only the plain one while nobody says otherwise
     try:
         yield seen
     finally:
-        if was_there:
-            INTERFACE[name] = attend
-        else:
-            del INTERFACE[name]
+        del INTERFACE[name]  # of this very object; what stands behind it is every object's
+        if known is not None and INTERFACE.get(name) is not known:
+            INTERFACE[name] = known
 
 
 def _has_biases(module: nn.Module) -> bool:
